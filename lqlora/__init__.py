@@ -1,0 +1,63 @@
+"""Low-rank plus quantized weight decomposition: ``W ≈ Q + scaling * lora_B @ lora_A``.
+
+Every step is a function on arrays of NumPy, torch or any library that follows the array API standard; ``lqlora.nn`` is
+the bridge to torch modules and is imported at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from lqlora import backends, errors, initializers, ops, solvers, weighting
+from lqlora._dispatch import forced
+from lqlora.allocate import CostTable, Plan, allocate, cost_table
+from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
+from lqlora.codebooks import NF4, Codebook, normal_float, uniform
+from lqlora.decompose import Decomposition, decompose
+from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
+from lqlora.quantized import QuantizedArray, dequantize, matmul, quantize
+
+if TYPE_CHECKING:
+    from lqlora import nn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NF4",
+    "BlockFormat",
+    "Checkpoint",
+    "Codebook",
+    "CostTable",
+    "Decomposition",
+    "Plan",
+    "QuantizedArray",
+    "ScaleFormat",
+    "StoredMatrix",
+    "allocate",
+    "backends",
+    "cost_table",
+    "decompose",
+    "dequantize",
+    "errors",
+    "forced",
+    "initializers",
+    "load",
+    "matmul",
+    "nn",
+    "normal_float",
+    "ops",
+    "paper_grid",
+    "quantize",
+    "save",
+    "solvers",
+    "uniform",
+    "verify",
+    "weighting",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "nn":  # needs torch, which nothing else here does
+        return importlib.import_module("lqlora.nn")
+    raise AttributeError(f"module 'lqlora' has no attribute {name!r}")

@@ -1,0 +1,69 @@
+"""The only two doors to optional packages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from lqlora.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["is_installed", "require"]
+
+
+def is_installed(module: str) -> bool:
+    """Tell whether ``module`` can be found, without importing it.
+
+    Parameters
+    ----------
+    module : str
+        Dotted name of an importable module.
+
+    Returns
+    -------
+    bool
+        True if the import system finds it.
+
+    Examples
+    --------
+    >>> is_installed("numpy"), is_installed("no_such_package")
+    (True, False)
+    """
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a parent package of a dotted name is missing
+        return False
+
+
+def require(module: str, extra: str, needed_by: str, alternatives: str = "") -> ModuleType:
+    """Import an optional package, or say in one sentence how to get it.
+
+    Parameters
+    ----------
+    module : str
+        Dotted name of the module to import.
+    extra : str
+        The extra of lqlora that installs it; a name that contains a space is taken as a whole pip command.
+    needed_by : str
+        What needed it; the first words of the error.
+    alternatives : str, optional
+        What is installed and would do instead.
+
+    Returns
+    -------
+    module
+        The imported module.
+
+    Raises
+    ------
+    MissingDependencyError
+        If the package is not installed. A package that is present but broken raises its own error.
+    """
+    if not is_installed(module):
+        command = extra if " " in extra else f"pip install 'lqlora[{extra}]'"
+        message = f"{needed_by} needs {module.partition('.')[0]}: {command}."
+        raise MissingDependencyError(f"{message} {alternatives}".rstrip())
+    return importlib.import_module(module)

@@ -1,0 +1,37 @@
+"""torch CPU overrides: NumPy's implementations on zero-copy views. ``benchmarks/quantize.py`` has the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lqlora.ops.blocks import block_absmax
+from lqlora.ops.packing import pack_codes, unpack_codes
+from lqlora.ops.quantize import decode, encode
+
+__all__: list[str] = []
+
+
+def _on_cpu(tensor: torch.Tensor, *_: Any, **__: Any) -> bool:
+    """Accept strided tensors in host memory; not the fake ones that compilers trace with."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+
+
+def _view(value: Any) -> Any:
+    return value.detach().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _share(operation: Any) -> None:
+    """Register a torch override that hands views to NumPy's implementation of the same operation."""
+
+    def on_views(*args: Any, **kwargs: Any) -> torch.Tensor:
+        views = [_view(argument) for argument in args]
+        return torch.from_numpy(operation(*views, **{key: _view(value) for key, value in kwargs.items()}))
+
+    on_views.__name__ = f"{operation.name}_as_numpy"
+    operation.register("torch", accepts=_on_cpu)(on_views)
+
+
+for _operation in (block_absmax, encode, decode, pack_codes, unpack_codes):
+    _share(_operation)

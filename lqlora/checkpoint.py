@@ -1,0 +1,293 @@
+"""Checkpoints: one safetensors file, written beside its final name and renamed.
+
+A quantized matrix ``m`` is a handful of tensors: ``m.weight.codes``, ``m.weight.scales`` (or, under double
+quantization, ``m.weight.scales.codes``, ``m.weight.scales.scales`` and ``m.weight.scales.offset``), ``m.lora_A`` and
+``m.lora_B``; ``m.weight.levels`` too if its codebook has no standard name. One JSON document, kept under the key
+``lqlora`` of the file's own metadata, names formats and shapes. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads and writes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lqlora import ops
+from lqlora.codebooks import Codebook, by_name
+from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
+from lqlora.formats import BlockFormat
+from lqlora.quantized import QuantizedArray
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lqlora._typing import Array
+
+__all__ = ["Checkpoint", "StoredMatrix", "load", "save", "verify"]
+
+_SPEC = 1
+_KEY = "lqlora"
+
+
+class _Matrix(Protocol):
+    """What :func:`save` needs of a matrix; a :class:`lqlora.Decomposition` has it."""
+
+    @property
+    def quantized(self) -> QuantizedArray: ...
+    @property
+    def lora_A(self) -> Array: ...
+    @property
+    def lora_B(self) -> Array: ...
+    @property
+    def scaling(self) -> float: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StoredMatrix:
+    """One matrix as it is stored: ``dequantize(quantized) + scaling * lora_B @ lora_A``.
+
+    Parameters
+    ----------
+    quantized : QuantizedArray of shape (m, n)
+        The quantized part.
+    lora_A, lora_B : array, shape (rank, n) and (m, rank)
+        Low-rank factors; the rank may be 0.
+    scaling : float
+        Factor of the low-rank part.
+    """
+
+    quantized: QuantizedArray
+    lora_A: Array
+    lora_B: Array
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Content of a checkpoint file.
+
+    Parameters
+    ----------
+    matrices : dict of str to StoredMatrix
+        Quantized matrices by module name, as NumPy arrays.
+    tensors : dict of str to ndarray
+        Everything that is not quantized.
+    metadata : dict
+        What the writer added: JSON values.
+    """
+
+    matrices: dict[str, StoredMatrix]
+    tensors: dict[str, Array] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    path: str | os.PathLike[str],
+    matrices: Mapping[str, _Matrix],
+    tensors: Mapping[str, Array] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint. A crash at any moment leaves the old file, or none, never half of one.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write; an existing one is replaced at the end.
+    matrices : mapping of str to Decomposition or StoredMatrix
+        Quantized matrices by module name, of any array library.
+    tensors : mapping of str to array, optional
+        What is not quantized: embeddings, norms, biases.
+    metadata : mapping, optional
+        JSON values of your own.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be written.
+    InvalidArgumentError
+        If two tensors have one name, or the metadata is not JSON.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq, tempfile, pathlib
+    >>> d = lq.decompose(np.eye(8), lq.BlockFormat(lq.NF4, 8), rank=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lq.save(f"{folder}/eye.safetensors", {"eye": d})
+    ...     back = lq.load(f"{folder}/eye.safetensors")
+    >>> bool((back.matrices["eye"].quantized.packed == d.quantized.packed).all())
+    True
+    """
+    arrays: dict[str, Any] = {}
+    rows = {}
+    for name, matrix in matrices.items():
+        _add_all(arrays, _matrix_arrays(name, matrix))
+        rows[name] = {
+            "format": str(matrix.quantized.format),
+            "shape": list(matrix.quantized.shape),
+            "scaling": float(matrix.scaling),
+        }
+    _add_all(arrays, {name: ops.convert(tensor, np) for name, tensor in (tensors or {}).items()})
+    # ascontiguousarray would turn scalars into vectors
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    document = {"spec": _SPEC, "sha256": _digest(arrays), "matrices": rows, "metadata": dict(metadata or {})}
+    try:
+        header = json.dumps(document, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"The metadata of a checkpoint must be JSON values: {error}.") from None
+    _write(Path(path), arrays, {_KEY: header, "format": "pt"})
+
+
+def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
+    arrays = {f"{name}.weight.{key}": array for key, array in matrix.quantized.to(np).to_arrays().items()}
+    codebook = matrix.quantized.format.codebook
+    if not _is_standard(codebook):
+        arrays[f"{name}.weight.levels"] = codebook.levels
+    return arrays | {f"{name}.lora_{x}": ops.convert(getattr(matrix, f"lora_{x}"), np) for x in "AB"}
+
+
+def _is_standard(codebook: Codebook) -> bool:
+    try:
+        return by_name(codebook.name) == codebook
+    except FormatError:
+        return False
+
+
+def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
+    if twice := sorted(set(arrays) & set(new)):
+        raise InvalidArgumentError(f"Two tensors are named {twice[0]!r}.")
+    arrays.update(new)
+
+
+def _digest(arrays: Mapping[str, Any]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        total.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return total.hexdigest()
+
+
+def _write(path: Path, arrays: dict[str, Any], header: dict[str, str]) -> None:
+    beside = None
+    try:
+        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+        save_file(arrays, beside, metadata=header)
+        with open(beside, "rb+") as file:  # noqa: PTH123 - a rename must not overtake the data
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(beside, 0o666 & ~umask)  # noqa: PTH101 - mkstemp makes files private
+        os.replace(beside, path)  # noqa: PTH105
+        beside = None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot write {path}: {error}. Nothing was changed.") from error
+    finally:
+        if beside is not None:
+            with suppress(OSError):
+                Path(beside).unlink()
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint, checking every length, dtype and code before anything is decoded.
+
+    Parameters
+    ----------
+    path : path-like
+        File written by :func:`save`.
+
+    Returns
+    -------
+    Checkpoint
+        As NumPy arrays, bit for bit what was saved.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, not a checkpoint of this library, or contradicts itself.
+    """
+    arrays, document = _read(Path(path))
+    try:
+        matrices = {name: _take_matrix(arrays, name, row) for name, row in document["matrices"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError, LQLoRAError) as error:
+        raise CheckpointError(f"{path} contradicts itself: {error}") from error
+    return Checkpoint(matrices, arrays, document["metadata"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise CheckpointError(f"There is no file {path}.") from None
+    except (OSError, SafetensorError) as error:
+        hint = "is it truncated, or a git-lfs pointer?"
+        raise CheckpointError(f"{path} is no readable safetensors file ({error}): {hint}") from error
+    if text is None:
+        raise CheckpointError(f"{path} is a safetensors file, but not one that lqlora wrote.")
+    try:
+        document = json.loads(text)
+        spec = document["spec"]
+        complete = all(isinstance(document[key], dict) for key in ("matrices", "metadata"))
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The description inside {path} is broken: {type(error).__name__}.") from error
+    if spec != _SPEC or not complete:
+        raise CheckpointError(f"{path} has version {spec!r}; this library reads {_SPEC}.")
+    return arrays, document
+
+
+def _take_matrix(arrays: dict[str, Any], name: str, row: Mapping[str, Any]) -> StoredMatrix:
+    prefix = f"{name}.weight."
+    own = {key.removeprefix(prefix): arrays.pop(key) for key in list(arrays) if key.startswith(prefix)}
+    levels = own.pop("levels", None)
+    text = str(row["format"])
+    codebook = None if levels is None else Codebook(levels, name=text.partition("/")[0])
+    shape = tuple(row["shape"])
+    if len(shape) != 2 or not all(isinstance(length, int) and 0 <= length < 2**31 for length in shape):
+        raise FormatError(f"Matrix {name!r} has the shape {shape}.")
+    quantized = QuantizedArray.from_arrays(own, BlockFormat.parse(text, codebook), shape)
+    lora_A, lora_B = arrays.pop(f"{name}.lora_A"), arrays.pop(f"{name}.lora_B")
+    if lora_A.ndim != 2 or lora_B.shape != (shape[0], len(lora_A)) or lora_A.shape[1] != shape[1]:
+        raise FormatError(f"Factors of shapes {lora_B.shape} and {lora_A.shape} do not fit {name!r}, {shape}.")
+    return StoredMatrix(quantized, lora_A, lora_B, float(row["scaling"]))
+
+
+def verify(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint, and also compare its fingerprint and look for values that are not finite.
+
+    Parameters
+    ----------
+    path : path-like
+        File written by :func:`save`.
+
+    Returns
+    -------
+    Checkpoint
+        The content, verified.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`load` does, and if a byte of the data has changed or a number is NaN or infinite.
+    """
+    arrays, document = _read(Path(path))
+    if _digest(arrays) != document.get("sha256"):
+        raise CheckpointError(f"The data of {path} is not what was written: its SHA-256 differs.")
+    for name, array in arrays.items():
+        if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):
+            try:
+                ops.require_finite(ops.widen(array), f"Tensor {name!r}")
+            except NonFiniteError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+    return load(path)

@@ -1,0 +1,23 @@
+"""The command line: thin commands over the functions of the library."""
+
+from __future__ import annotations
+
+import sys
+
+from lqlora.errors import LQLoRAError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; every error of the library becomes one sentence and exit code 1."""
+    try:
+        from lqlora.cli.app import app  # noqa: PLC0415 - needs packages of the demo extra
+
+        app()
+    except LQLoRAError as error:
+        sys.stderr.write(f"lqlora: {error}\n")
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"lqlora: the command line needs {error.name}: pip install 'lqlora[demo]'.\n")
+        sys.exit(1)

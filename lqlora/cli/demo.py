@@ -1,0 +1,224 @@
+"""The main job end to end: Fisher information, cost table, plans, decompositions, fine-tuning, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import lqlora as lq
+from lqlora import nn
+from lqlora.cli import console
+from lqlora.cli.report import Row, draw, markdown
+from lqlora.cli.settings import NF3, NF4, Settings
+from lqlora.cli.text import Parts, read_text, split_tokens
+from lqlora.cli.training import fine_tune, perplexity
+from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.integrations.gguf import load_llama, packaged_smollm2
+from lqlora.weighting import Elementwise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lqlora.allocate import Plan
+
+__all__ = ["run"]
+
+
+@dataclass
+class _Work:
+    """What the stages share."""
+
+    settings: Settings
+    base: torch.nn.Module
+    parts: Parts
+    folder: Path
+    rows: list[Row] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+
+def run(settings: Settings, output: Path, *, model_file: Path | None, text_file: Path | None, force: bool) -> None:
+    """Run the demo and leave plans, checkpoints, table and picture in a folder.
+
+    Parameters
+    ----------
+    settings : Settings
+        How much to do.
+    output : Path
+        Folder to make. It appears, complete, when everything has succeeded.
+    model_file, text_file : Path, optional
+        GGUF model and text; the packaged ones if not given.
+    force : bool
+        Replace an existing folder.
+
+    Raises
+    ------
+    LQLoRAError
+        One sentence on what is missing or wrong. Nothing is left behind.
+    """
+    text = read_text(text_file)
+    model_file = model_file or packaged_smollm2()
+    with _folder(output, force=force) as folder:
+        with console.stage("Reading the model"):
+            base, tokenizer = load_llama(model_file)
+        work = _Work(settings, base, split_tokens(tokenizer, text, settings), folder)
+        work.rows.append(Row("fp32", 32.0, _parameter_bytes(base) / 1e6, 0.0, _measure(work, base, "fp32")))
+        fisher = _fisher(work)
+        plans = _plans(work, fisher)
+        _compare(work, plans, fisher)
+        table = markdown(work.rows)
+        (folder / "table.md").write_text(table, encoding="utf-8")
+        draw(folder / "picture.png", plans, work.curves)
+    console.show_table(table)
+    console.say(f"Plans, checkpoints, table and picture are in {output}.")
+
+
+@contextmanager
+def _folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a folder beside the output that takes its place at the end, or is removed on any error."""
+    output = output.absolute()
+    if output.exists() and not force:
+        raise CheckpointError(f"{output} exists already: name another folder, or replace it with --force.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    except OSError as error:
+        raise CheckpointError(f"Cannot write to {output.parent}: {error}.") from error
+    try:
+        yield staging
+        if output.exists():
+            shutil.rmtree(output) if output.is_dir() else output.unlink()
+        staging.chmod(0o755)
+        staging.rename(output)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {output}: {error}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:
+    with console.stage(f"Perplexity of {name}") as progress:
+        return perplexity(model, work.parts.evaluation, progress)
+
+
+def _fisher(work: _Work) -> dict[str, Elementwise]:
+    sequences = work.parts.calibration
+    with console.stage("Fisher information") as progress:
+        found = nn.collect_fisher(
+            work.base, sequences.split(1), progress=lambda examples: progress(examples, len(sequences))
+        )
+    return {name: Elementwise(values.numpy()) for name, values in found.items()}
+
+
+def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
+    """Build the cost table, and solve it for each budget."""
+    settings = work.settings
+    weights = nn.convert.weight_arrays(nn.select_linears(work.base))
+    if settings.rank < 1:
+        raise InvalidArgumentError(f"The demo fine-tunes low-rank factors: --rank is at least 1, not {settings.rank}.")
+    with console.stage(f"Cost table of {len(weights)} matrices x {len(settings.formats)} formats") as progress:
+        table = lq.cost_table(
+            weights, settings.formats, rank=settings.rank, weighting=fisher, seed=settings.seed, progress=progress
+        )
+    uniform = Fraction(sum(NF3.storage_bits(shape) for shape in table.shapes), table.weight_count)
+    plans = {}
+    for budget in settings.budgets:
+        plan = lq.allocate(table, bits_per_weight=uniform if budget is None else budget)
+        plans[f"LQ-LoRA {float(uniform) if budget is None else budget:.4g}"] = plan
+    for name, plan in plans.items():
+        _write_plan(work.folder / f"{_file_name(name)}.plan.json", plan)
+    return plans
+
+
+def _write_plan(path: Path, plan: Plan) -> None:
+    path.write_text(plan.to_json() + "\n", encoding="utf-8")
+
+
+def _file_name(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _compare(work: _Work, plans: Mapping[str, Plan], fisher: Mapping[str, Elementwise]) -> None:
+    """Make, measure, fine-tune, save and reload each quantized model."""
+    iterations = work.settings.iterations
+    _variant(work, "QLoRA NF4", NF4, {"init": "zero"})
+    _tune(work, _variant(work, "QLoRA NF3", NF3, {"init": "zero"}))
+    _variant(work, "LoftQ NF3", NF3, {"init": "quantize", "max_iter": min(5, iterations), "rtol": 0.0})
+    for name, plan in plans.items():
+        model = _variant(work, name, plan, {"weighting": fisher, "max_iter": iterations})
+        _tune(work, model)
+        _save_and_reload(work, name, model)
+
+
+def _variant(work: _Work, name: str, formats: Any, options: dict[str, Any]) -> torch.nn.Module:
+    model = _clone(work.base)
+    start = time.perf_counter()
+    with console.stage(f"Decomposing for {name}") as progress:
+        report = nn.quantize_model(
+            model, formats, rank=work.settings.rank, seed=work.settings.seed, progress=progress, **options
+        )
+    seconds = time.perf_counter() - start
+    error = _relative_error(work.base, report)
+    before = _measure(work, model, name)
+    work.rows.append(Row(name, report.bits_per_weight, report.total_bytes / 1e6, error, before, seconds=seconds))
+    if options.get("init") != "zero":
+        work.curves[name] = _mean_curve(report)
+    return model
+
+
+def _clone(model: torch.nn.Module) -> torch.nn.Module:
+    """Copy the modules and share the tensors: what is not replaced stays one copy in memory."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo=shared)  # type: ignore[arg-type]
+
+
+def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> float:
+    """Frobenius error over all matrices together, whatever norm each was decomposed in."""
+    squares = np.zeros(2)
+    for name, load in nn.convert.weight_arrays(nn.select_linears(base)).items():
+        weight = load()
+        residual = weight - report.decompositions[name].reconstruct()
+        squares += lq.ops.sum_of_squares(residual), lq.ops.sum_of_squares(weight)
+    return float(np.sqrt(squares[0] / squares[1]))
+
+
+def _mean_curve(report: nn.QuantizationReport) -> list[float]:
+    """Average the trajectories; one that stopped early stays at its best error."""
+    longest = max(len(d.errors) for d in report.decompositions.values())
+    padded = [[*d.errors, *[d.relative_error] * (longest - len(d.errors))] for d in report.decompositions.values()]
+    return [float(x) for x in np.mean(padded, axis=0)]
+
+
+def _tune(work: _Work, model: torch.nn.Module) -> None:
+    row = work.rows[-1]
+    with console.stage(f"Fine-tuning {row.name}") as progress:
+        fine_tune(model, work.parts.training, work.settings, progress)
+    row.after = _measure(work, model, f"{row.name} after fine-tuning")
+
+
+def _save_and_reload(work: _Work, name: str, model: torch.nn.Module) -> None:
+    """Save, verify, reload into a fresh model, and compare its outputs bit for bit."""
+    path = work.folder / f"{_file_name(name)}.safetensors"
+    with console.stage(f"Saving and reloading {name}"):
+        nn.save_model(path, model, {"model": name, "seed": work.settings.seed})
+        lq.verify(path)
+        fresh = copy.deepcopy(work.base)
+        nn.load_model(path, fresh)
+        with torch.inference_mode():
+            sequence = work.parts.evaluation[:1]
+            same = torch.equal(fresh(sequence).logits, model(sequence).logits)
+    if not same:
+        raise CheckpointError(f"{name} gives other outputs after it was saved and reloaded.")
+
+
+def _parameter_bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

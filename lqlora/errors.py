@@ -1,0 +1,77 @@
+"""Every exception the library raises on purpose.
+
+Each message says what was wrong, where, and what to do about it. Each class also inherits the built-in exception a
+caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+__all__ = [
+    "CheckpointError",
+    "FormatError",
+    "InfeasibleBudgetError",
+    "InvalidArgumentError",
+    "LQLoRAError",
+    "MissingDependencyError",
+    "MixedArraysError",
+    "NonFiniteError",
+    "SolverError",
+    "UnsupportedArrayError",
+]
+
+
+class LQLoRAError(Exception):
+    """Base class of every error raised by lqlora."""
+
+
+class InvalidArgumentError(LQLoRAError, ValueError):
+    """An argument has a value the operation is not defined for."""
+
+
+class FormatError(InvalidArgumentError):
+    """A block format, or the text that should spell one, is not valid."""
+
+
+class NonFiniteError(LQLoRAError, ValueError):
+    """An array holds NaN or infinity where finite numbers are needed."""
+
+
+class UnsupportedArrayError(LQLoRAError, TypeError):
+    """An argument is not an array, or has a dtype the operation does not take."""
+
+
+class MixedArraysError(LQLoRAError, TypeError):
+    """Arrays of two libraries (or two devices) met in one call."""
+
+
+class MissingDependencyError(LQLoRAError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class SolverError(LQLoRAError, RuntimeError):
+    """A solver failed, or returned something its own constraints contradict."""
+
+
+class CheckpointError(LQLoRAError, OSError):
+    """A checkpoint is truncated, inconsistent, or cannot be written."""
+
+
+class InfeasibleBudgetError(LQLoRAError, ValueError):
+    """No assignment of formats fits the budget.
+
+    Attributes
+    ----------
+    asked, minimum, maximum : Fraction
+        The budget asked for, the storage of the cheapest assignment and that of the dearest one, in bits per weight.
+    """
+
+    def __init__(self, message: str, *, asked: Fraction, minimum: Fraction, maximum: Fraction) -> None:
+        super().__init__(message)
+        self.asked = asked
+        self.minimum = minimum
+        self.maximum = maximum

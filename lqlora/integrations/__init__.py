@@ -1,0 +1,3 @@
+"""Bridges to other libraries and file formats."""
+
+from __future__ import annotations

@@ -1,0 +1,257 @@
+"""Replacing the linear layers of a model by quantized ones."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from lqlora._parallel import map_matrices
+from lqlora.allocate import Plan
+from lqlora.decompose import Decomposition, decompose
+from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat
+from lqlora.nn.linear import LQLinear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from concurrent.futures import Executor
+
+    from lqlora.decompose import Init
+    from lqlora.weighting import AbstractWeighting
+
+__all__ = ["Pattern", "QuantizationReport", "quantize_model", "select_linears", "weight_arrays"]
+
+#: A shell pattern, a compiled regular expression that matches the whole name, or a function of the name.
+Pattern: TypeAlias = "str | re.Pattern[str] | Callable[[str], bool]"
+
+#: Output heads stay as they are unless asked for: they are few, often tied to the embedding, and sensitive.
+_KEPT: tuple[Pattern, ...] = ("lm_head", "*.lm_head")
+
+
+def _matches(name: str, pattern: Pattern) -> bool:
+    if isinstance(pattern, str):
+        return fnmatch.fnmatchcase(name, pattern)
+    return pattern.fullmatch(name) is not None if isinstance(pattern, re.Pattern) else bool(pattern(name))
+
+
+def select_linears(
+    model: nn.Module, include: Pattern | Iterable[Pattern] = "*", exclude: Pattern | Iterable[Pattern] = _KEPT
+) -> dict[str, nn.Linear]:
+    """Find linear layers by name.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+    include, exclude : str, compiled regular expression, callable, or several of them
+        Shell patterns (``"*.q_proj"``), expressions that match the whole name, or functions of the name. A layer is
+        selected if one of ``include`` matches and none of ``exclude`` does.
+
+    Returns
+    -------
+    dict of str to torch.nn.Linear
+        By name, in the order of the model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If nothing matches.
+    """
+    wanted, unwanted = _as_tuple(include), _as_tuple(exclude)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {
+        name: module
+        for name, module in linears.items()
+        if any(_matches(name, p) for p in wanted) and not any(_matches(name, p) for p in unwanted)
+    }
+    if not found:
+        some = ", ".join(list(linears)[:5]) or "none"
+        raise InvalidArgumentError(f"No linear layer matches {include!r}; the model has {len(linears)} ({some}, …).")
+    return found
+
+
+def _as_tuple(patterns: Pattern | Iterable[Pattern]) -> tuple[Pattern, ...]:
+    if isinstance(patterns, str | re.Pattern) or callable(patterns):
+        return (patterns,)
+    return tuple(patterns)
+
+
+def weight_arrays(linears: Mapping[str, nn.Linear]) -> dict[str, Callable[[], Any]]:
+    """Return a loader of each layer's weight, the input of :func:`lqlora.cost_table`.
+
+    Parameters
+    ----------
+    linears : mapping of str to torch.nn.Linear
+        Layers by name.
+
+    Returns
+    -------
+    dict of str to callable
+        A loader returns a NumPy view of a weight in host memory (NumPy is the faster backend there), or the tensor
+        itself elsewhere.
+    """
+    return {name: functools.partial(_weight_array, module) for name, module in linears.items()}
+
+
+def _weight_array(module: nn.Linear) -> Any:
+    weight = module.weight.detach()
+    on_host = weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.float32, torch.float64)
+    return weight.numpy() if on_host else weight
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What :func:`quantize_model` did.
+
+    Parameters
+    ----------
+    decompositions : dict of str to Decomposition
+        By layer.
+    kept : dict of str to int
+        Parameters that stayed as they were, and their bytes. Tied ones are listed once.
+    """
+
+    decompositions: dict[str, Decomposition]
+    kept: dict[str, int]
+
+    @property
+    def storage_bits(self) -> int:
+        """Exact bits of the quantized parts."""
+        return sum(8 * d.quantized.nbytes for d in self.decompositions.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of the quantized parts, scales and padding included, low-rank factors not."""
+        return self.storage_bits / sum(
+            d.quantized.shape[0] * d.quantized.shape[1] for d in self.decompositions.values()
+        )
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the low-rank factors, in float32."""
+        return sum(4 * d.rank * sum(d.quantized.shape) for d in self.decompositions.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole model: quantized parts, factors and everything kept."""
+        return self.storage_bits // 8 + self.factor_bytes + sum(self.kept.values())
+
+
+def quantize_model(
+    model: nn.Module,
+    formats: BlockFormat | Mapping[str, BlockFormat] | Plan,
+    *,
+    rank: int | None = None,
+    include: Pattern | Iterable[Pattern] = "*",
+    exclude: Pattern | Iterable[Pattern] = _KEPT,
+    weighting: Mapping[str, AbstractWeighting] | None = None,
+    init: Init = "svd",
+    max_iter: int = 100,
+    rtol: float = 1e-3,
+    scaling: float = 1.0,
+    seed: int = 0,
+    executor: Executor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizationReport:
+    """Replace linear layers by :class:`LQLinear`, in place, and freeze everything but the low-rank factors.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; changed only after every layer was decomposed.
+    formats : BlockFormat, mapping of str to BlockFormat, or Plan
+        One format for all selected layers, or one by name; with names, exactly those layers are replaced.
+    rank : int, optional
+        Rank of the low-rank parts; taken from the plan if not given.
+    include, exclude
+        See :func:`select_linears`; not used when ``formats`` names the layers.
+    weighting : mapping of str to AbstractWeighting, optional
+        Norms by layer, such as those of :func:`collect_fisher`.
+    init, max_iter, rtol, scaling, seed
+        See :func:`lqlora.decompose`.
+    executor, progress
+        See :func:`lqlora.cost_table`.
+
+    Returns
+    -------
+    QuantizationReport
+        Decompositions, what was kept, and the exact storage.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no layer matches, a name is not a linear layer of the model, or there is no rank.
+    NonFiniteError
+        If a weight holds NaN or infinity; the model is then unchanged.
+    """
+    by_name = _resolve(model, formats, include, exclude)
+    ranks = formats.ranks if isinstance(formats, Plan) and rank is None else dict.fromkeys(by_name, rank)
+    linears = select_linears(model, include=by_name.__contains__, exclude=())
+    options = {"init": init, "max_iter": max_iter, "rtol": rtol, "scaling": scaling, "seed": seed}
+    items = []
+    for name, load in weight_arrays(linears).items():
+        layer_rank = ranks[name]
+        if layer_rank is None:
+            raise InvalidArgumentError("Give a rank, or a plan that has ranks.")
+        items.append((name, load, by_name[name], layer_rank, (weighting or {}).get(name)))
+    found = map_matrices(functools.partial(_decompose_one, options=options), items, executor, progress)
+    decompositions = dict(zip(linears, found, strict=True))
+    model.requires_grad_(False)
+    for name, decomposition in decompositions.items():
+        replace_module(model, name, LQLinear.from_decomposition(decomposition, linears[name].bias))
+    return QuantizationReport(decompositions, _kept(model))
+
+
+def _resolve(
+    model: nn.Module,
+    formats: BlockFormat | Mapping[str, BlockFormat] | Plan,
+    include: Pattern | Iterable[Pattern],
+    exclude: Pattern | Iterable[Pattern],
+) -> dict[str, BlockFormat]:
+    if isinstance(formats, BlockFormat):
+        return dict.fromkeys(select_linears(model, include, exclude), formats)
+    by_name = dict(formats.formats if isinstance(formats, Plan) else formats)
+    linears = select_linears(model, "*", ())
+    if unknown := sorted(set(by_name) - set(linears)):
+        raise InvalidArgumentError(f"The model has no linear layer {unknown[0]!r} ({len(unknown)} unknown in all).")
+    return by_name
+
+
+def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> Decomposition:
+    name, load, fmt, rank, weighting = item
+    return decompose(load(), fmt, rank, weighting=weighting, name=f"weight of {name!r}", **options)
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Root.
+    name : str
+        Dotted name of the module to replace; not the root.
+    new : torch.nn.Module
+        The replacement; takes over the training flag.
+    """
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    new.train(owner.training)
+    setattr(owner, child, new)
+
+
+def _kept(model: nn.Module) -> dict[str, int]:
+    """List parameters and persistent buffers outside quantized layers."""
+    quantized = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LQLinear))
+    inside = {f"{prefix}bias" for prefix in quantized}
+    return {
+        name: parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(quantized) or name in inside
+    }

@@ -1,0 +1,170 @@
+"""Diagonal empirical Fisher information of linear layers."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.nn.convert import select_linears
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from lqlora.nn.convert import Pattern
+
+__all__ = ["causal_lm_loss", "collect_fisher"]
+
+
+def causal_lm_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Mean negative log-likelihood of the next token, for each sequence of a batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Called with ``batch``; returns logits, or an object that has ``logits``, of shape (examples, tokens, words).
+    batch : Tensor of int64, shape (examples, tokens)
+        Token numbers.
+
+    Returns
+    -------
+    Tensor of float32, shape (examples,)
+        Losses in nats per token.
+    """
+    output = model(batch)
+    logits = getattr(output, "logits", output)[:, :-1].float()
+    losses = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+    return losses.view(batch.shape[0], -1).mean(dim=1)
+
+
+def collect_fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
+    include: Pattern | Iterable[Pattern] = "*",
+    exclude: Pattern | Iterable[Pattern] = ("lm_head", "*.lm_head"),
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Average the squared gradients of single examples.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model; its gradients, flags and mode are as before afterwards.
+    batches : iterable
+        What ``loss`` takes. Layers must see the examples of a batch along their first axis.
+    loss : callable, default :func:`causal_lm_loss`
+        ``loss(model, batch)`` returns one loss per example, shape (examples,).
+    include, exclude
+        See :func:`select_linears`.
+    progress : callable, optional
+        Called after each batch with the number of examples so far.
+
+    Returns
+    -------
+    dict of str to Tensor of float32, shape (out_features, in_features)
+        ``mean over examples of (d loss / d weight) ** 2``, on the device of the weight.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there are no batches, no layer matches, or a loss is not one number per example.
+    NonFiniteError
+        If a loss is NaN or infinite.
+
+    Notes
+    -----
+    The square of a sum over a batch is not the sum of squares over its examples. The gradient of each example is formed
+    from the layer's input and the gradient at its output, so batches may be larger than one; a layer used several times
+    in one pass has its contributions added before they are squared. Weights get no ``.grad``.
+
+    References
+    ----------
+    LQ-LoRA, arXiv 2311.12023, section 3.2 (diagonal of the empirical Fisher information matrix).
+    """
+    linears = select_linears(model, include, exclude)
+    fisher = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}
+    examples = 0
+    with _frozen(model), _recording(linears, fisher), torch.enable_grad():
+        for batch in batches:
+            losses = loss(model, batch)
+            if losses.ndim != 1:
+                raise InvalidArgumentError(
+                    f"The loss must be one number per example, not of shape {tuple(losses.shape)}."
+                )
+            if not bool(torch.isfinite(losses).all()):
+                raise NonFiniteError(f"The loss of an example after the first {examples} is NaN or infinite.")
+            losses.sum().backward()
+            examples += losses.shape[0]
+            if progress is not None:
+                progress(examples)
+    if examples == 0:
+        raise InvalidArgumentError("Fisher information needs at least one batch.")
+    return {name: values.div_(examples) for name, values in fisher.items()}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode and off the gradients of parameters, and put everything back."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _recording(linears: Mapping[str, nn.Linear], fisher: dict[str, torch.Tensor]) -> Iterator[None]:
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in linears.items():
+            handles.append(module.register_forward_hook(_Recorder(fisher[name])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder:
+    """Forward hook of one layer: adds the squared gradient of each example once all uses of the layer are known."""
+
+    def __init__(self, total: torch.Tensor) -> None:
+        self._total = total
+        self._uses = 0
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x = inputs[0].detach()
+        if not output.requires_grad:  # the first layer: nothing before it needs a gradient
+            output.requires_grad_(True)
+        self._uses += 1
+        output.register_hook(lambda gradient: self._add(x, gradient))
+
+    def _add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        self._seen.append((x, gradient.detach()))
+        self._uses -= 1
+        if self._uses:
+            return
+        seen, self._seen = self._seen, []
+        for example in range(x.shape[0]):
+            parts = [_one_gradient(inputs[example], grad[example]) for inputs, grad in seen]
+            gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+            self._total.addcmul_(gradient_of_weight, gradient_of_weight)
+
+
+def _one_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    rows = gradient.reshape(-1, gradient.shape[-1]).float()
+    return rows.T @ x.reshape(-1, x.shape[-1]).float()

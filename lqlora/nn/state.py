@@ -1,0 +1,129 @@
+"""Models to and from checkpoint files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lqlora import ops
+from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
+from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.nn.convert import replace_module, select_linears
+from lqlora.nn.linear import LQLinear
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from torch import nn
+
+__all__ = ["load_model", "save_model"]
+
+_TIED = "tied"
+
+
+def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a model with quantized layers to one file.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write, see :func:`lqlora.save`.
+    model : torch.nn.Module
+        A model that :func:`quantize_model` changed.
+    metadata : mapping, optional
+        JSON values of your own; not under the key ``tied``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no quantized layer, or the metadata uses the reserved key.
+    CheckpointError
+        If the file cannot be written.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
+    if not layers:
+        raise InvalidArgumentError("The model has no quantized layer to save.")
+    if _TIED in (metadata or {}):
+        raise InvalidArgumentError(f"The key {_TIED!r} of the metadata is reserved.")
+    matrices = {
+        name: StoredMatrix(layer.weight.array, layer.lora_A, layer.lora_B, layer.scaling)
+        for name, layer in layers.items()
+    }
+    own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
+    tensors, tied, first = {}, {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in own:
+            continue
+        origin = first.setdefault(id(tensor), name)  # tied parameters are one object under two names
+        if origin == name:
+            tensors[name] = tensor
+        else:
+            tied[name] = origin
+    save(path, matrices, tensors, {**(metadata or {}), _TIED: tied})
+
+
+def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
+    """Load a file of :func:`save_model` into a model of the same architecture, in place.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    model : torch.nn.Module
+        A model with plain linear layers, of any values; changed only after the file was checked against it.
+
+    Returns
+    -------
+    Checkpoint
+        The content of the file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is broken, or does not fit the model: a layer or tensor is missing, left over or of another shape.
+    """
+    content = load(path)
+    try:
+        linears = select_linears(model, include=content.matrices.__contains__, exclude=())
+    except InvalidArgumentError as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from None
+    tied = content.metadata.get(_TIED, {})
+    _check_fit(path, model, linears, content, tied)
+    model.requires_grad_(False)
+    state = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in [*content.tensors, *tied]:
+            state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
+    for name, matrix in content.matrices.items():
+        layer = LQLinear.from_decomposition(matrix, linears[name].bias)
+        replace_module(model, name, layer.to(linears[name].weight.device))
+    return content
+
+
+def _check_fit(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    content: Checkpoint,
+    tied: Mapping[str, str],
+) -> None:
+    faults = [f"no linear layer {name!r}" for name in content.matrices if name not in linears]
+    faults += [
+        f"{name!r} is {tuple(linears[name].weight.shape)} in the model and {matrix.quantized.shape} in the file"
+        for name, matrix in content.matrices.items()
+        if name in linears and tuple(linears[name].weight.shape) != matrix.quantized.shape
+    ]
+    replaced = {f"{name}.weight" for name in content.matrices}
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in replaced}
+    stored = {name: tuple(content.tensors[tied.get(name, name)].shape) for name in [*content.tensors, *tied]}
+    faults += [f"tensor {name!r} is not in the file" for name in expected if name not in stored]
+    faults += [f"tensor {name!r} is not in the model" for name in stored if name not in expected]
+    faults += [
+        f"tensor {name!r} is {expected[name]} in the model and {shape} in the file"
+        for name, shape in stored.items()
+        if name in expected and expected[name] != shape
+    ]
+    if faults:
+        raise CheckpointError(f"{path} does not fit the model: {faults[0]} ({len(faults)} differences in all).")

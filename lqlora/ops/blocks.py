@@ -1,0 +1,96 @@
+"""Cutting a flat array into blocks, and the statistic of a block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import array_api_compat
+
+from lqlora._dispatch import namespace, op
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+
+__all__ = ["block_absmax", "from_blocks", "to_blocks"]
+
+
+def to_blocks(flat: Array, block_size: int) -> Array:
+    """Lay a flat array out as rows of one block each.
+
+    Parameters
+    ----------
+    flat : array, shape (n,)
+        Any dtype.
+    block_size : int
+        Entries per block, at least 1.
+
+    Returns
+    -------
+    array, shape (ceil(n / block_size), block_size)
+        The last row is padded with zeros, which cannot raise an absolute maximum.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> to_blocks(np.array([1, 2, 3]), 2).tolist()
+    [[1, 2], [3, 0]]
+    """
+    xp = namespace(flat)
+    tail = -flat.shape[0] % block_size
+    if tail:
+        padding = xp.zeros((tail,), dtype=flat.dtype, device=array_api_compat.device(flat))
+        flat = xp.concat([flat, padding])
+    return xp.reshape(flat, (-1, block_size))
+
+
+def from_blocks(blocks: Array, count: int) -> Array:
+    """Undo :func:`to_blocks`.
+
+    Parameters
+    ----------
+    blocks : array, shape (n_blocks, block_size)
+        Rows of blocks.
+    count : int
+        Entries before padding.
+
+    Returns
+    -------
+    array, shape (count,)
+        The entries in order.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from_blocks(np.array([[1, 2], [3, 0]]), 3).tolist()
+    [1, 2, 3]
+    """
+    return namespace(blocks).reshape(blocks, (-1,))[:count]
+
+
+@op
+def block_absmax(flat: Array, block_size: int) -> Array:
+    """Largest absolute value of each block.
+
+    Parameters
+    ----------
+    flat : array of float32 or float64, shape (n,)
+        Finite values.
+    block_size : int
+        Entries per block; the last block may be short.
+
+    Returns
+    -------
+    array of the same dtype, shape (ceil(n / block_size),)
+        Absolute maxima.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> block_absmax(np.array([1.0, -3.0, 2.0]), 2).tolist()
+    [3.0, 2.0]
+    """
+    xp = namespace(flat)
+    blocks = to_blocks(flat, block_size)
+    if blocks.shape[0] == 0:  # a maximum over an empty array is not defined, not even along a non-empty axis
+        return xp.reshape(blocks, (0,))
+    return xp.max(xp.abs(blocks), axis=1)

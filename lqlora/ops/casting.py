@@ -1,0 +1,188 @@
+"""Arithmetic happens in float32 or float64; storage may be narrower."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat
+import ml_dtypes
+import numpy as np
+
+from lqlora._dispatch import array_library, namespace
+from lqlora.errors import UnsupportedArrayError
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array, Namespace
+
+__all__ = ["convert", "dtype_name", "storage_cast", "stored_bytes", "widen"]
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def dtype_name(array: Array) -> str:
+    """Name of an array's dtype, the same word for every library.
+
+    Parameters
+    ----------
+    array : array
+        Any array.
+
+    Returns
+    -------
+    str
+        Such as ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> dtype_name(np.zeros(1, dtype=np.float16))
+    'float16'
+    """
+    return str(array.dtype).rpartition(".")[2]
+
+
+def widen(array: Array, what: str = "array") -> Array:
+    """Convert floating-point input to the dtype the arithmetic runs in.
+
+    Parameters
+    ----------
+    array : array of float16, bfloat16, float32 or float64
+        The input.
+    what : str
+        What the array is, for the error.
+
+    Returns
+    -------
+    array of float32 or float64, same shape
+        float64 stays float64; everything narrower becomes float32, exactly.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        If the dtype is not one of the four.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> widen(np.ones(2, dtype=np.float16)).dtype
+    dtype('float32')
+    """
+    xp = namespace(array)
+    name = dtype_name(array)
+    if name not in _FLOATS:
+        raise UnsupportedArrayError(f"The {what} must be float16, bfloat16, float32 or float64, not {name}.")
+    return array if name in _FLOATS[:2] else xp.astype(array, xp.float32)
+
+
+def storage_cast(array: Array, dtype: str) -> Array:
+    """Round an array to the dtype it is stored in, to nearest with ties to even.
+
+    Parameters
+    ----------
+    array : array of float32 or float64
+        Values.
+    dtype : {"float64", "float32", "float16", "bfloat16"}
+        Storage dtype. NumPy's bfloat16 is the one of ``ml_dtypes``.
+
+    Returns
+    -------
+    array of that dtype, same shape
+        Values beyond the range of ``dtype`` become infinite; the caller decides what that means.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        If the array's library has no such dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> storage_cast(np.array([1 / 3]), "bfloat16").astype(float).tolist()
+    [0.333984375]
+    """
+    xp = namespace(array)
+    with np.errstate(over="ignore", under="ignore"):
+        return xp.astype(array, _native_dtype(xp, array, dtype))
+
+
+def _native_dtype(xp: Namespace, array: Array, dtype: str) -> Any:
+    if dtype in ("float32", "float64"):
+        return getattr(xp, dtype)
+    library = array_library(array)
+    if library == "numpy":
+        return np.dtype(np.float16 if dtype == "float16" else ml_dtypes.bfloat16)
+    if library == "array-api" or not hasattr(xp, dtype):
+        owner = type(array).__module__.partition(".")[0]
+        raise UnsupportedArrayError(f"{owner} has no {dtype}: choose a format with float32 scales.")
+    return getattr(xp, dtype)
+
+
+def stored_bytes(array: Array) -> int:
+    """Bytes of the entries of an array.
+
+    Parameters
+    ----------
+    array : array
+        Of uint8 or a floating-point dtype.
+
+    Returns
+    -------
+    int
+        Size times bytes per entry.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> stored_bytes(np.zeros((2, 3), dtype=np.float16))
+    12
+    """
+    itemsize = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype_name(array)]
+    return prod(array.shape) * itemsize
+
+
+def convert(array: Array, xp: Namespace, device: object = None) -> Array:
+    """Copy an array to another library or device, bit for bit. Nothing else in lqlora does that.
+
+    Parameters
+    ----------
+    array : array
+        Any array; a torch tensor is detached.
+    xp : module
+        Target namespace, such as ``numpy`` or ``torch``.
+    device : object, optional
+        Target device, in the words of that library.
+
+    Returns
+    -------
+    array
+        The same shape, dtype and bits. Memory is shared where both libraries allow it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> convert(np.arange(3), np).tolist()
+    [0, 1, 2]
+    """
+    host, is_bfloat16 = _on_host(array), dtype_name(array) == "bfloat16"
+    if xp.__name__.rpartition(".")[2] == "torch":
+        import torch  # noqa: PLC0415 - the caller passed torch, or a wrapper of it, so it is imported already
+
+        bits = torch.from_numpy(host.view(np.uint16) if is_bfloat16 else host)
+        return (bits.view(torch.bfloat16) if is_bfloat16 else bits).to(device)  # type: ignore[call-overload]
+    return xp.asarray(host) if device is None else xp.asarray(host, device=device)
+
+
+def _on_host(array: Array) -> Any:
+    """Return a NumPy array; bfloat16 is that of ``ml_dtypes``."""
+    library = array_library(array)
+    if library == "numpy":
+        return array
+    if library != "torch":
+        return np.asarray(array_api_compat.to_device(array, "cpu"))
+    tensor = array.detach().cpu().contiguous()
+    if dtype_name(array) != "bfloat16":
+        return tensor.numpy()
+    import torch  # noqa: PLC0415 - a torch tensor exists, so it is imported already
+
+    return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

@@ -1,0 +1,69 @@
+"""Checks and sums that must not be fooled by a few extreme values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lqlora._dispatch import namespace
+from lqlora.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+
+__all__ = ["require_finite", "sum_of_squares"]
+
+
+def require_finite(array: Array, what: str) -> None:
+    """Raise if an array holds NaN or infinity.
+
+    Parameters
+    ----------
+    array : array of a floating-point dtype
+        Values to check.
+    what : str
+        What the array is, the first words of the error.
+
+    Raises
+    ------
+    NonFiniteError
+        Naming ``what``, the number of values that are not finite and the index of the first.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> require_finite(np.array([[1.0, np.nan]]), "weight 'q_proj'")
+    Traceback (most recent call last):
+        ...
+    lqlora.errors.NonFiniteError: weight 'q_proj' has 1 non-finite value(s), the first at index (0, 1).
+    """
+    xp = namespace(array)
+    finite = xp.isfinite(array)
+    if bool(xp.all(finite)):
+        return
+    bad = [axis.tolist() if hasattr(axis, "tolist") else list(axis) for axis in xp.nonzero(~finite)]
+    first = tuple(int(axis[0]) for axis in bad)
+    raise NonFiniteError(f"{what} has {len(bad[0])} non-finite value(s), the first at index {first}.")
+
+
+def sum_of_squares(array: Array) -> float:
+    """Sum of squares, accumulated in float64.
+
+    Parameters
+    ----------
+    array : array of float32 or float64
+        Values of any finite size: the squares do not overflow float32.
+
+    Returns
+    -------
+    float
+        The sum.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> sum_of_squares(np.array([3e38, 0.0], dtype=np.float32)) > 8e76
+    True
+    """
+    xp = namespace(array)
+    wide = xp.astype(array, xp.float64)
+    return float(xp.sum(wide * wide))

@@ -1,0 +1,151 @@
+"""Low-rank approximation: the exact one, and one that costs a few passes over the matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import array_api_compat
+import numpy as np
+
+from lqlora._dispatch import namespace
+from lqlora.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+
+__all__ = ["LowRank", "exact_svd", "low_rank_product", "subspace_svd"]
+
+#: Extra columns of the sketch beyond the rank asked for (Halko, Martinsson and Tropp 2011, section 4.2, advise 5 to 10).
+OVERSAMPLING = 10
+
+
+class LowRank(NamedTuple):
+    """A truncated singular value decomposition ``left @ diag(values) @ right``.
+
+    Parameters
+    ----------
+    left : array, shape (m, rank)
+        Orthonormal columns.
+    values : array, shape (rank,)
+        Singular values, largest first, not negative.
+    right : array, shape (rank, n)
+        Orthonormal rows.
+    basis : array, shape (n, k)
+        Right subspace including the oversampling; the start of the next call on a similar matrix.
+    """
+
+    left: Array
+    values: Array
+    right: Array
+    basis: Array
+
+
+def exact_svd(matrix: Array, rank: int) -> LowRank:
+    """Truncate the full singular value decomposition.
+
+    Parameters
+    ----------
+    matrix : array of float32 or float64, shape (m, n)
+        Finite values.
+    rank : int
+        0 to ``min(m, n)``.
+
+    Returns
+    -------
+    LowRank
+        The best approximation of that rank in every unitarily invariant norm (Eckart and Young 1936).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> exact_svd(np.diag([3.0, 2.0, 1.0]), 2).values.tolist()
+    [3.0, 2.0]
+    """
+    _check_rank(matrix, rank)
+    xp = namespace(matrix)
+    left, values, right = xp.linalg.svd(matrix, full_matrices=False)
+    return LowRank(left[:, :rank], values[:rank], right[:rank, :], xp.matrix_transpose(right[:rank, :]))
+
+
+def subspace_svd(matrix: Array, rank: int, *, seed: int = 0, start: Array = None, power_iterations: int = 2) -> LowRank:
+    """Truncated singular value decomposition by randomized subspace iteration.
+
+    Parameters
+    ----------
+    matrix : array of float32 or float64, shape (m, n)
+        Finite values.
+    rank : int
+        0 to ``min(m, n)``.
+    seed : int, default 0
+        Of the Gaussian sketch, drawn by NumPy on the host so that every library gets the same one.
+    start : array, shape (n, k), optional
+        Basis to start from instead of the sketch, such as ``basis`` of an earlier result: one pass over a matrix that
+        changed little replaces the power iterations.
+    power_iterations : int, default 2
+        Extra pairs of passes over the matrix; they sharpen slowly decaying spectra. Not used when ``start`` is given.
+
+    Returns
+    -------
+    LowRank
+        Close to :func:`exact_svd`. When the sketch would span the smaller side the exact decomposition is returned.
+
+    References
+    ----------
+    Halko, Martinsson, Tropp: Finding structure with randomness, SIAM Review 53 (2011), algorithms 4.4 and 5.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> matrix = np.outer(np.arange(1.0, 40.0), np.ones(30))
+    >>> round(float(subspace_svd(matrix, 1).values[0] / np.linalg.norm(matrix)), 6)
+    1.0
+    """
+    _check_rank(matrix, rank)
+    xp = namespace(matrix, start)
+    rows, columns = matrix.shape
+    width = rank + OVERSAMPLING
+    if rank == 0 or width >= min(rows, columns):
+        return exact_svd(matrix, rank)
+    if start is None:
+        sketch = np.random.default_rng(seed).standard_normal((columns, width))
+        start = xp.asarray(sketch, dtype=matrix.dtype, device=array_api_compat.device(matrix))
+    else:
+        power_iterations = 0
+    left, _ = xp.linalg.qr(matrix @ start)
+    for _ in range(power_iterations):
+        right, _ = xp.linalg.qr(xp.matrix_transpose(matrix) @ left)
+        left, _ = xp.linalg.qr(matrix @ right)
+    inner, values, right = xp.linalg.svd(xp.matrix_transpose(left) @ matrix, full_matrices=False)
+    return LowRank(left @ inner[:, :rank], values[:rank], right[:rank, :], xp.matrix_transpose(right))
+
+
+def low_rank_product(lora_B: Array, lora_A: Array, scaling: float = 1.0) -> Array:
+    """Multiply the factors out.
+
+    Parameters
+    ----------
+    lora_B : array, shape (m, rank)
+        Left factor.
+    lora_A : array, shape (rank, n)
+        Right factor.
+    scaling : float, default 1.0
+        Factor in front, ``lora_alpha / rank`` in PEFT's terms.
+
+    Returns
+    -------
+    array, shape (m, n)
+        ``scaling * lora_B @ lora_A``; zeros if the rank is 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> low_rank_product(np.ones((2, 1)), np.ones((1, 2)), 3.0).tolist()
+    [[3.0, 3.0], [3.0, 3.0]]
+    """
+    product = lora_B @ lora_A
+    return product if scaling == 1.0 else product * scaling
+
+
+def _check_rank(matrix: Array, rank: int) -> None:
+    if not 0 <= rank <= min(matrix.shape):
+        raise InvalidArgumentError(f"rank {rank} is not between 0 and min{tuple(matrix.shape)} of the matrix.")

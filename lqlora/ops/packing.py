@@ -1,0 +1,149 @@
+r"""Codes as dense bytes.
+
+The packed bytes are one stream of bits, least significant bit first: code ``i`` of ``bits`` bits fills the bits
+``[i * bits, (i + 1) * bits)`` of the stream, and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8``. For three
+bits, eight codes ``a`` … ``h`` fill three bytes, each drawn with its most significant bit first::
+
+    byte    0               1               2
+    bit     7 6 5 4 3 2 1 0 7 6 5 4 3 2 1 0 7 6 5 4 3 2 1 0
+    code    c c b b b a a a f e e e d d d c h h h g g g f f
+
+For four bits the first code of a pair is in the low half of the byte. Unused bits of the last byte are zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import array_api_compat
+
+from lqlora._dispatch import namespace, op
+from lqlora.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+
+__all__ = ["pack_codes", "packed_size", "unpack_codes"]
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that hold ``count`` codes of ``bits`` bits.
+
+    Parameters
+    ----------
+    count : int
+        Number of codes.
+    bits : int
+        Bits per code, 1 to 8.
+
+    Returns
+    -------
+    int
+        ``ceil(count * bits / 8)``.
+
+    Examples
+    --------
+    >>> packed_size(9, 3)
+    4
+    """
+    return -(-count * bits // 8)
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """Return the codes, and the bytes, after which the pattern repeats."""
+    if not 1 <= bits <= 8:
+        raise InvalidArgumentError(f"Codes have 1 to 8 bits, not {bits!r}.")
+    common = math.gcd(bits, 8)
+    return 8 // common, bits // common
+
+
+@op
+def pack_codes(codes: Array, bits: int) -> Array:
+    """Pack codes into dense bytes, in the layout drawn at the top of this module.
+
+    Parameters
+    ----------
+    codes : array of uint8, shape (n,)
+        Values below ``2**bits``; larger ones would spill into their neighbors and are not checked here.
+    bits : int
+        Bits per code, 1 to 8.
+
+    Returns
+    -------
+    array of uint8, shape (ceil(n * bits / 8),)
+        The bytes.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``bits`` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pack_codes(np.array([1, 2, 3], dtype=np.uint8), 4).tolist()
+    [33, 3]
+    """
+    xp = namespace(codes)
+    group, width = _period(bits)
+    count = codes.shape[0]
+    device = array_api_compat.device(codes)
+    if count % group:
+        codes = xp.concat([codes, xp.zeros((-count % group,), dtype=xp.uint8, device=device)])
+    columns = xp.reshape(codes, (-1, group))
+    packed = xp.zeros((columns.shape[0], width), dtype=xp.uint8, device=device)
+    for i in range(group):
+        byte, shift = divmod(i * bits, 8)
+        packed[:, byte] |= columns[:, i] << shift  # bits beyond the eighth fall off, and belong to the next byte
+        if shift + bits > 8:
+            packed[:, byte + 1] |= columns[:, i] >> (8 - shift)
+    return xp.reshape(packed, (-1,))[: packed_size(count, bits)]
+
+
+@op
+def unpack_codes(packed: Array, bits: int, count: int) -> Array:
+    """Undo :func:`pack_codes`.
+
+    Parameters
+    ----------
+    packed : array of uint8, shape (ceil(count * bits / 8),)
+        The bytes.
+    bits : int
+        Bits per code, 1 to 8.
+    count : int
+        Number of codes.
+
+    Returns
+    -------
+    array of uint8, shape (count,)
+        The codes.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``bits`` is out of range, or the number of bytes is not the one that ``count`` codes take.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> unpack_codes(np.array([33, 3], dtype=np.uint8), 4, 3).tolist()
+    [1, 2, 3]
+    """
+    xp = namespace(packed)
+    group, width = _period(bits)
+    if packed.shape[0] != packed_size(count, bits):
+        needed = packed_size(count, bits)
+        raise InvalidArgumentError(f"{count} codes of {bits} bits are {needed} bytes, not {packed.shape[0]}.")
+    device = array_api_compat.device(packed)
+    if packed.shape[0] % width:
+        packed = xp.concat([packed, xp.zeros((-packed.shape[0] % width,), dtype=xp.uint8, device=device)])
+    columns = xp.reshape(packed, (-1, width))
+    codes = xp.empty((columns.shape[0], group), dtype=xp.uint8, device=device)
+    for i in range(group):
+        byte, shift = divmod(i * bits, 8)
+        code = columns[:, byte] >> shift
+        if shift + bits > 8:
+            code |= columns[:, byte + 1] << (8 - shift)
+        codes[:, i] = code & (2**bits - 1)
+    return xp.reshape(codes, (-1,))[:count]

@@ -1,0 +1,253 @@
+"""The allocation problem in integers and floats: one format per matrix, at least cost, within budgets of bits.
+
+Nothing here knows of weights or arrays other than NumPy's. Objective and use are always computed by :func:`evaluate`
+from the integer assignment, never taken from a solver.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lqlora.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Budget", "Problem", "Solution", "SolveOptions", "Status", "evaluate"]
+
+
+class Status(enum.Enum):
+    """What a solver's answer is worth.
+
+    The values of the members are sentences that say what to do next.
+    """
+
+    OPTIMAL = "The assignment is optimal within the relative gap asked for."
+    FEASIBLE = "The time limit ended the search: the assignment is valid, its gap is stated. Allow more time for less."
+    INFEASIBLE = "No assignment meets the budgets: raise a budget or allow smaller formats."
+    NO_SOLUTION = "The time limit ended the search before any assignment was found: allow more time."
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """Limits on the total size of some matrices.
+
+    Parameters
+    ----------
+    upper, lower : int, optional
+        Largest and smallest total size in bits; at least one is given.
+    members : ndarray of bool, shape (n_matrices,), optional
+        Matrices that count; all if not given.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If neither limit is given, or a limit is no integer or negative.
+
+    Examples
+    --------
+    >>> Budget(upper=1000).upper
+    1000
+    """
+
+    upper: int | None = None
+    lower: int | None = None
+    members: npt.NDArray[np.bool_] | None = None
+
+    def __post_init__(self) -> None:
+        if self.upper is None and self.lower is None:
+            raise InvalidArgumentError("A budget needs an upper or a lower limit.")
+        for limit in (self.upper, self.lower):
+            if limit is not None and (not isinstance(limit, int | np.integer) or limit < 0):
+                raise InvalidArgumentError(f"The limits of a budget are integers of at least 0 bits, not {limit!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Choose one column per row of a cost table.
+
+    Parameters
+    ----------
+    cost : array of float64, shape (n, m)
+        Cost of storing matrix ``i`` in format ``j``; finite where allowed.
+    size : array of int64, shape (n, m)
+        Its size in bits, not negative.
+    allowed : array of bool, shape (n, m), optional
+        Choices that may be made; all if not given. Every row needs one.
+    ties : array of int, shape (n,), optional
+        Rows with equal values take the same column; no ties if not given.
+    budgets : sequence of Budget
+        All hold at once.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If shapes differ, an allowed cost is not finite, a size is negative, or a row allows nothing.
+
+    Examples
+    --------
+    >>> Problem([[3.0, 1.0]], [[2, 4]], budgets=[Budget(upper=3)]).cost.shape
+    (1, 2)
+    """
+
+    cost: npt.NDArray[np.float64]
+    size: npt.NDArray[np.int64]
+    allowed: npt.NDArray[np.bool_] | None = None
+    ties: npt.NDArray[np.int64] | None = None
+    budgets: Sequence[Budget] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        cost = np.array(self.cost, dtype=np.float64)
+        size = np.array(self.size)
+        if size.dtype.kind not in "iu":
+            raise InvalidArgumentError(f"Sizes are integers of bits, not {size.dtype}.")
+        allowed = np.ones(cost.shape, dtype=bool) if self.allowed is None else np.array(self.allowed, dtype=bool)
+        ties = np.arange(len(cost)) if self.ties is None else np.array(self.ties)
+        if cost.ndim != 2 or cost.size == 0 or not cost.shape == size.shape == allowed.shape:
+            shapes = cost.shape, size.shape, allowed.shape
+            raise InvalidArgumentError(f"Costs, sizes and the mask need one non-empty shape (n, m), not {shapes}.")
+        if ties.shape != (len(cost),):
+            raise InvalidArgumentError(f"Ties name a group for each of {len(cost)} rows, not {ties.shape}.")
+        if not np.isfinite(cost[allowed]).all() or (size[allowed] < 0).any():
+            raise InvalidArgumentError("Allowed choices need finite costs and sizes of at least 0 bits.")
+        for budget in self.budgets:
+            if budget.members is not None and np.shape(budget.members) != (len(cost),):
+                raise InvalidArgumentError(f"The members of a budget are a mask over {len(cost)} rows.")
+        values = {"cost": cost, "size": size.astype(np.int64), "allowed": allowed, "ties": ties}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "budgets", tuple(self.budgets))
+        if not allowed.any(axis=1).all():
+            raise InvalidArgumentError(f"Row {int((~allowed.any(axis=1)).argmax())} allows no choice.")
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """Limits of a solve.
+
+    Parameters
+    ----------
+    time_limit : float, optional
+        Seconds; no limit if not given.
+    rel_gap : float, default 1e-6
+        Stop when ``objective - bound`` is at most this fraction of the objective.
+    seed : int, default 0
+        For solvers that take one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the time limit is not positive or the gap is negative.
+
+    Examples
+    --------
+    >>> SolveOptions(time_limit=10.0).rel_gap
+    1e-06
+    """
+
+    time_limit: float | None = None
+    rel_gap: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise InvalidArgumentError(f"A time limit is positive, not {self.time_limit!r}.")
+        if not 0 <= self.rel_gap < 1:
+            raise InvalidArgumentError(f"A relative gap is at least 0 and below 1, not {self.rel_gap!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """An assignment that was checked, and what is proven about it.
+
+    Parameters
+    ----------
+    status : Status
+        What the answer is worth.
+    assignment : ndarray of int64, shape (n,), or None
+        Column chosen for each row; None without a solution.
+    objective : float
+        Sum of the chosen costs; infinite without a solution.
+    bound : float
+        No assignment costs less than this.
+    used : tuple of int
+        Bits used under each budget.
+    solver, version : str
+        Who solved it.
+    seconds : float
+        Wall time.
+    message : str
+        The solver's own word for why it stopped.
+    """
+
+    status: Status
+    assignment: npt.NDArray[np.int64] | None
+    objective: float
+    bound: float
+    used: tuple[int, ...]
+    solver: str
+    version: str
+    seconds: float
+    message: str = ""
+
+    @property
+    def gap(self) -> float:
+        """Relative gap ``(objective - bound) / |objective|``; 0 if both are equal, infinite without a solution."""
+        if self.assignment is None:
+            return float("inf")
+        return max(0.0, self.objective - self.bound) / abs(self.objective) if self.objective != self.bound else 0.0
+
+
+def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[int, ...], list[str]]:
+    """Compute objective and use of an assignment in exact integers, and list every constraint it breaks.
+
+    Parameters
+    ----------
+    problem : Problem
+        The problem.
+    assignment : array of int, shape (n,)
+        A column for each row.
+
+    Returns
+    -------
+    objective : float
+        Sum of costs in float64, in the order of the rows.
+    used : tuple of int
+        Bits used under each budget.
+    faults : list of str
+        Empty if the assignment is feasible.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the assignment is not one column index per row.
+
+    Examples
+    --------
+    >>> evaluate(Problem([[3.0, 1.0]], [[2, 4]], budgets=[Budget(upper=3)]), [1])
+    (1.0, (4,), ['budget 0: 4 bits are above the limit of 3'])
+    """
+    n, m = problem.cost.shape
+    chosen = np.asarray(assignment)
+    if chosen.shape != (n,) or chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= m).any():
+        raise InvalidArgumentError(f"An assignment is {n} column indices below {m}.")
+    rows = np.arange(n)
+    faults = [f"row {i}: choice {chosen[i]} is not allowed" for i in rows[~problem.allowed[rows, chosen]]]  # type: ignore[index]
+    for tie in np.unique(problem.ties):  # type: ignore[arg-type]
+        if len(np.unique(chosen[problem.ties == tie])) > 1:
+            faults.append(f"tie {tie}: its rows differ")
+    sizes = problem.size[rows, chosen]
+    used = []
+    for k, budget in enumerate(problem.budgets):
+        use = int(sizes.sum() if budget.members is None else sizes[np.asarray(budget.members, dtype=bool)].sum())
+        used.append(use)
+        if budget.upper is not None and use > budget.upper:
+            faults.append(f"budget {k}: {use} bits are above the limit of {budget.upper}")
+        if budget.lower is not None and use < budget.lower:
+            faults.append(f"budget {k}: {use} bits are below the limit of {budget.lower}")
+    return float(problem.cost[rows, chosen].sum()), tuple(used), faults

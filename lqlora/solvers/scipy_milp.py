@@ -1,0 +1,51 @@
+"""Adapter for scipy.optimize.milp, which brings its own copy of HiGHS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lqlora._optional import require
+from lqlora.errors import SolverError
+from lqlora.solvers.adapter import RawResult
+
+if TYPE_CHECKING:
+    from lqlora.solvers.presolve import Reduced
+    from lqlora.solvers.problem import SolveOptions
+
+__all__ = ["REQUIRES", "solve", "version"]
+
+REQUIRES = "scipy"
+
+#: ``OptimizeResult.status`` of milp.
+_INFEASIBLE = 2
+
+
+def version() -> str:
+    """Version of the installed solver."""
+    return str(require(REQUIRES, "pip install scipy", "Solver 'scipy'").__version__)
+
+
+def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
+    """Solve a reduced problem; see :class:`lqlora.solvers.adapter.RawResult`."""
+    optimize = require("scipy.optimize", "pip install scipy", "Solver 'scipy'")
+    constraints = [optimize.LinearConstraint(reduced.choose, 1, 1)]
+    if reduced.use.shape[0]:
+        constraints.append(optimize.LinearConstraint(reduced.use, reduced.lower, reduced.upper))
+    limits: dict[str, float] = {"mip_rel_gap": options.rel_gap}
+    if options.time_limit is not None:
+        limits["time_limit"] = float(options.time_limit)
+    result = optimize.milp(
+        reduced.cost,
+        integrality=np.ones(len(reduced.cost)),
+        bounds=optimize.Bounds(0, 1),
+        constraints=constraints,
+        options=limits,
+    )
+    if result.status == _INFEASIBLE:
+        return RawResult(None, np.inf, result.message, infeasible=True)
+    if result.status not in (0, 1):
+        raise SolverError(f"scipy.optimize.milp failed: {result.message}")
+    shifted_bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
+    return RawResult(result.x, shifted_bound + reduced.constant / reduced.unit, result.message, infeasible=False)

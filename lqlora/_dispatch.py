@@ -77,7 +77,10 @@ def forced(implementation: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-@functools.cache
+#: What is known of the classes seen so far: a call costs one dictionary lookup per array.
+_libraries: dict[type, str | None] = {}
+
+
 def _class_library(cls: type) -> str | None:
     for library, names in _ARRAY_CLASSES.items():
         module = sys.modules.get(library)
@@ -105,7 +108,10 @@ def array_library(value: object) -> str | None:
     >>> array_library(np.zeros(3)), array_library([0.0])
     ('numpy', None)
     """
-    return _class_library(type(value))
+    cls = type(value)
+    if cls not in _libraries:
+        _libraries[cls] = _class_library(cls)
+    return _libraries[cls]
 
 
 def namespace(*arrays: Array) -> Namespace:

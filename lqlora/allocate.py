@@ -89,7 +89,7 @@ def cost_table(
     weighting : mapping of str to AbstractWeighting, optional
         Norm of each matrix; matrices not named count uniformly. Costs are compared across matrices, so the weightings
         must be on one scale: Fisher information is.
-    init, max_iter, seed
+    init, max_iter, seed : str, int, int
         See :func:`lqlora.decompose`. Few iterations suffice: the table ranks formats, it is not the final answer.
     executor : concurrent.futures.Executor, optional
         Where to run, a matrix a task; a thread per core if not given.
@@ -259,7 +259,13 @@ class Plan:
             raise InvalidArgumentError(f"This is no lqlora plan: {type(error).__name__} {error}.") from error
 
     def table(self) -> str:
-        """Return the plan as a Markdown table, one matrix a row."""
+        """Return the plan as a Markdown table, one matrix a row.
+
+        Returns
+        -------
+        str
+            Text without a newline at the end.
+        """
         lines = ["| matrix | format | bits per weight | rank | cost |", "|---|---|---|---|---|"]
         for name, fmt in self.formats.items():
             bits = fmt.storage_bits(self.shapes[name]) / math.prod(self.shapes[name])
@@ -267,7 +273,13 @@ class Plan:
         return "\n".join(lines)
 
     def bits_by_matrix(self) -> dict[str, float]:
-        """Return the bits per weight of each matrix: the data of :meth:`plot`."""
+        """Return the bits per weight of each matrix: the data of :meth:`plot`.
+
+        Returns
+        -------
+        dict of str to float
+            Exact storage divided by the number of weights.
+        """
         return {
             name: fmt.storage_bits(self.shapes[name]) / math.prod(self.shapes[name])
             for name, fmt in self.formats.items()
@@ -426,7 +438,7 @@ def _allowed(
 
 
 def _tie_groups(table: CostTable, ties: Sequence[Sequence[str]]) -> npt.NDArray[np.int64]:
-    """Number the groups; overlapping ties merge."""
+    """Return a group number for each row; overlapping ties merge."""
     groups = np.arange(len(table.names))
     for tie in ties:
         members = {int(groups[_row(table, name)]) for name in tie}
@@ -437,9 +449,9 @@ def _tie_groups(table: CostTable, ties: Sequence[Sequence[str]]) -> npt.NDArray[
 def _size_range(problem: Problem) -> tuple[int, int]:
     """Bits of the smallest and the largest assignment, ties respected."""
     smallest = largest = 0
-    for tie in np.unique(problem.ties):  # type: ignore[arg-type]
+    for tie in np.unique(problem.ties):
         rows = problem.ties == tie
-        sizes = problem.size[rows].sum(axis=0)[problem.allowed[rows].all(axis=0)]  # type: ignore[index]
+        sizes = problem.size[rows].sum(axis=0)[problem.allowed[rows].all(axis=0)]
         if not sizes.size:
             raise InvalidArgumentError("Tied matrices have no format in common.")
         smallest, largest = smallest + int(sizes.min()), largest + int(sizes.max())

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lqlora.errors import FormatError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["NF4", "Codebook", "by_name", "normal_float", "uniform"]
 
@@ -226,7 +226,11 @@ def by_name(name: str) -> Codebook:
     True
     """
     family, digits = name.rstrip("0123456789"), name[len(name.rstrip("0123456789")) :]
-    makers = {"nf": normal_float, "int": uniform, "uint": functools.partial(uniform, signed=False)}
+    makers: dict[str, Callable[[int], Codebook]] = {
+        "nf": normal_float,
+        "int": uniform,
+        "uint": functools.partial(uniform, signed=False),
+    }
     if family not in makers or not digits:
         raise FormatError(f"Unknown codebook {name!r}: use nf2…nf8, int2…int8 or uint1…uint8.")
     try:

@@ -80,7 +80,13 @@ class Decomposition:
         return self.errors[self.best]
 
     def reconstruct(self) -> Array:
-        """Return the dense ``dequantize(quantized) + scaling * lora_B @ lora_A``, shape (m, n)."""
+        """Return the dense approximation.
+
+        Returns
+        -------
+        array of float32, shape (m, n)
+            ``dequantize(quantized) + scaling * lora_B @ lora_A``.
+        """
         return dequantize(self.quantized) + ops.low_rank_product(self.lora_B, self.lora_A, self.scaling)
 
 

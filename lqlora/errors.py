@@ -64,8 +64,10 @@ class CheckpointError(LQLoRAError, OSError):
 class InfeasibleBudgetError(LQLoRAError, ValueError):
     """No assignment of formats fits the budget.
 
-    Attributes
+    Parameters
     ----------
+    message : str
+        One sentence.
     asked, minimum, maximum : Fraction
         The budget asked for, the storage of the cheapest assignment and that of the dearest one, in bits per weight.
     """

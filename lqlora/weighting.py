@@ -30,19 +30,63 @@ class AbstractWeighting(abc.ABC):
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise :class:`InvalidArgumentError` unless the weighting fits a matrix of this shape."""
+        """Raise unless the weighting fits a matrix.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of the matrix.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If it does not fit.
+        """
 
     @abc.abstractmethod
     def squared_norm(self, residual: Array) -> float:
-        """Return the weighted sum of squares of a residual of shape (m, n), accumulated in float64."""
+        """Return the weighted sum of squares of a residual.
+
+        Parameters
+        ----------
+        residual : array of float32 or float64, shape (m, n)
+            Matrix minus its approximation.
+
+        Returns
+        -------
+        float
+            The sum, accumulated in float64.
+        """
 
     @abc.abstractmethod
     def scale(self, residual: Array) -> Array:
-        """Scale a residual of shape (m, n) so that its plain SVD is the weighted one."""
+        """Scale a residual so that its plain SVD is the weighted one.
+
+        Parameters
+        ----------
+        residual : array of float32 or float64, shape (m, n)
+            Matrix minus its quantized part.
+
+        Returns
+        -------
+        array of the same shape and dtype
+            The scaled residual.
+        """
 
     @abc.abstractmethod
     def unscale(self, left: Array, right: Array) -> tuple[Array, Array]:
-        """Map factors (m, r) and (r, n) of a scaled residual to factors of the residual itself."""
+        """Map factors of a scaled residual to factors of the residual itself.
+
+        Parameters
+        ----------
+        left, right : array, shape (m, r) and (r, n)
+            Factors of an approximation of what :meth:`scale` returned.
+
+        Returns
+        -------
+        left, right : array
+            Of the same shapes.
+        """
 
 
 @dataclass(frozen=True)

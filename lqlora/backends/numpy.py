@@ -50,7 +50,8 @@ def encode_chunked(
             _encode_rows(blocks[part], scales[part], cuts, code_blocks[part])
         if whole < count:
             _encode_rows(flat[None, whole:], scales[-1:], cuts, codes[None, whole:])
-    return pack_codes(codes, bits)
+    packed: npt.NDArray[np.uint8] = pack_codes(codes, bits)
+    return packed
 
 
 def _encode_rows(

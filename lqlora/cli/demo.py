@@ -178,7 +178,7 @@ def _variant(work: _Work, name: str, formats: Any, options: dict[str, Any]) -> t
 def _clone(model: torch.nn.Module) -> torch.nn.Module:
     """Copy the modules and share the tensors: what is not replaced stays one copy in memory."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo=shared)  # type: ignore[arg-type]
+    return copy.deepcopy(model, memo=dict(shared))
 
 
 def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> float:

@@ -169,13 +169,13 @@ def quantize_model(
         One format for all selected layers, or one by name; with names, exactly those layers are replaced.
     rank : int, optional
         Rank of the low-rank parts; taken from the plan if not given.
-    include, exclude
+    include, exclude : patterns
         See :func:`select_linears`; not used when ``formats`` names the layers.
     weighting : mapping of str to AbstractWeighting, optional
         Norms by layer, such as those of :func:`collect_fisher`.
-    init, max_iter, rtol, scaling, seed
+    init, max_iter, rtol, scaling, seed : str, int, float, float, int
         See :func:`lqlora.decompose`.
-    executor, progress
+    executor, progress : Executor and callable, optional
         See :func:`lqlora.cost_table`.
 
     Returns
@@ -202,7 +202,7 @@ def quantize_model(
         items.append((name, load, by_name[name], layer_rank, (weighting or {}).get(name)))
     found = map_matrices(functools.partial(_decompose_one, options=options), items, executor, progress)
     decompositions = dict(zip(linears, found, strict=True))
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     for name, decomposition in decompositions.items():
         replace_module(model, name, LQLinear.from_decomposition(decomposition, linears[name].bias))
     return QuantizationReport(decompositions, _kept(model))

@@ -62,7 +62,7 @@ def collect_fisher(
         What ``loss`` takes. Layers must see the examples of a batch along their first axis.
     loss : callable, default :func:`causal_lm_loss`
         ``loss(model, batch)`` returns one loss per example, shape (examples,).
-    include, exclude
+    include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
         Called after each batch with the number of examples so far.
@@ -116,7 +116,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     try:
         yield
     finally:
@@ -146,10 +146,10 @@ class _Recorder:
         self._uses = 0
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = inputs[0].detach()
         if not output.requires_grad:  # the first layer: nothing before it needs a gradient
-            output.requires_grad_(True)
+            output.requires_grad = True
         self._uses += 1
         output.register_hook(lambda gradient: self._add(x, gradient))
 

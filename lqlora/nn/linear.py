@@ -85,7 +85,8 @@ class QuantizedWeight(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Show shape and format."""
@@ -190,7 +191,7 @@ class LQLinear(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = _FrozenLinear.apply(x, self.weight)
+        y: torch.Tensor = _FrozenLinear.apply(x, self.weight)  # type: ignore[no-untyped-call]
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         y = y + functional.linear(functional.linear(x, lora_A), lora_B) * self.scaling
         return y if self.bias is None else y + self.bias.to(x.dtype)

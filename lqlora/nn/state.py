@@ -52,7 +52,9 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         for name, layer in layers.items()
     }
     own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
-    tensors, tied, first = {}, {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in own:
             continue
@@ -91,7 +93,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
         raise CheckpointError(f"{path} does not fit the model: {error}") from None
     tied = content.metadata.get(_TIED, {})
     _check_fit(path, model, linears, content, tied)
-    model.requires_grad_(False)
+    model.requires_grad_(requires_grad=False)
     state = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name in [*content.tensors, *tied]:

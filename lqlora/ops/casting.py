@@ -138,7 +138,7 @@ def stored_bytes(array: Array) -> int:
     12
     """
     itemsize = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype_name(array)]
-    return prod(array.shape) * itemsize
+    return int(prod(array.shape)) * itemsize
 
 
 def convert(array: Array, xp: Namespace, device: object = None) -> Array:

@@ -68,7 +68,7 @@ def exact_svd(matrix: Array, rank: int) -> LowRank:
 
 
 def subspace_svd(matrix: Array, rank: int, *, seed: int = 0, start: Array = None, power_iterations: int = 2) -> LowRank:
-    """Truncated singular value decomposition by randomized subspace iteration.
+    """Truncate the singular value decomposition by randomized subspace iteration.
 
     Parameters
     ----------

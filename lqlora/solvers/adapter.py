@@ -38,12 +38,35 @@ class RawResult(NamedTuple):
 class Adapter(Protocol):
     """One solver. The vendor's package is imported inside the methods, never at module level."""
 
-    @property
-    def REQUIRES(self) -> str:
-        """Name of the package that must be installed."""
+    #: Name of the package that must be installed.
+    REQUIRES: str
 
     def version(self) -> str:
-        """Return the version of the installed solver."""
+        """Return the version of the installed solver.
+
+        Returns
+        -------
+        str
+            Such as ``"1.11.0"``.
+        """
 
     def solve(self, reduced: Reduced, options: SolveOptions) -> RawResult:
-        """Solve a reduced problem within the limits."""
+        """Solve a reduced problem within the limits.
+
+        Parameters
+        ----------
+        reduced : Reduced
+            The problem.
+        options : SolveOptions
+            The limits.
+
+        Returns
+        -------
+        RawResult
+            What the solver says.
+
+        Raises
+        ------
+        SolverError
+            If it fails.
+        """

@@ -20,13 +20,37 @@ REQUIRES = "highspy"
 
 
 def version() -> str:
-    """Version of the installed solver."""
+    """Return the version of the installed solver.
+
+    Returns
+    -------
+    str
+        The vendor's own spelling.
+    """
     highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
     return str(highspy.Highs().version())
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem; see :class:`lqlora.solvers.adapter.RawResult`."""
+    """Solve a reduced problem.
+
+    Parameters
+    ----------
+    reduced : Reduced
+        The problem.
+    options : SolveOptions
+        The limits.
+
+    Returns
+    -------
+    RawResult
+        What the solver says.
+
+    Raises
+    ------
+    SolverError
+        If it fails.
+    """
     highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
     solver = highspy.Highs()
     settings = {"output_flag": False, "mip_rel_gap": options.rel_gap, "mip_abs_gap": 0.0, "random_seed": options.seed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lqlora.solvers.problem import Problem
 
 __all__ = ["Reduced", "reduce_problem"]
+
+T = TypeVar("T", np.float64, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,18 @@ class Reduced:
     group_of_row: npt.NDArray[np.int64]
 
     def assignment(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Turn a solver's vector into a column per row: the largest entry of each group, whatever dust there is."""
+        """Turn a solver's vector into a column per row.
+
+        Parameters
+        ----------
+        x : ndarray of float64, shape (k,)
+            Nearly zeros and ones.
+
+        Returns
+        -------
+        ndarray of int64, shape (n,)
+            The column of the largest entry of each group, whatever dust there is.
+        """
         best = np.full(self.choose.shape[0], -np.inf)
         chosen = np.zeros(self.choose.shape[0], dtype=np.int64)
         for value, group, column in zip(x, self.group, self.column, strict=True):
@@ -77,47 +90,39 @@ def reduce_problem(problem: Problem) -> Reduced:
     A choice is dominated if another of its group costs no more and is no larger under any budget. That holds only while
     no budget has a lower limit; with one, nothing is pruned.
     """
-    _, group_of_row = np.unique(problem.ties, return_inverse=True)  # type: ignore[arg-type]
+    _, group_of_row = np.unique(problem.ties, return_inverse=True)
     groups = int(group_of_row.max()) + 1
     cost = _sum_rows(problem.cost, group_of_row, groups)
-    allowed = ~_sum_rows(~problem.allowed, group_of_row, groups).astype(bool)  # type: ignore[operator]
-    members = [np.ones(len(problem.cost), dtype=bool) if b.members is None else b.members for b in problem.budgets]
-    sizes = np.stack(
-        [_sum_rows(problem.size * m[:, None], group_of_row, groups) for m in members]
-        or [np.zeros_like(cost, dtype=np.int64)]
-    )
+    allowed = _sum_rows((~problem.allowed).astype(np.float64), group_of_row, groups) == 0
+    sizes = _sizes_by_budget(problem, group_of_row, groups)
     if not any(budget.lower is not None for budget in problem.budgets):
-        allowed = allowed & _undominated(cost, sizes, allowed)
+        allowed &= _undominated(cost, sizes, allowed)
     floor = np.where(allowed, cost, np.inf).min(axis=1)
     group, column = np.nonzero(allowed)
     shifted = cost[group, column] - floor[group]
     positive = shifted[shifted > 0]
     unit = float(np.median(positive)) if positive.size else 1.0
-    upper = [np.inf if budget.upper is None else budget.upper for budget in problem.budgets]
-    lower = [-np.inf if budget.lower is None else budget.lower for budget in problem.budgets]
-    use, lower, upper = _scale_sizes(sizes[: len(problem.budgets), group, column], lower, upper)
+    use, lower, upper = _scale_sizes(sizes[:, group, column], problem)
     index = np.arange(len(group))
     choose = sparse.csc_array((np.ones(len(group)), (group, index)), shape=(groups, len(group)))
-    return Reduced(
-        shifted / unit,
-        choose,
-        sparse.csc_array(use),
-        lower,
-        upper,
-        unit,
-        float(floor.sum()),
-        group,
-        column,
-        group_of_row,
-    )
+    constant = float(floor.sum())
+    use = sparse.csc_array(use)
+    return Reduced(shifted / unit, choose, use, lower, upper, unit, constant, group, column, group_of_row)
 
 
-def _sum_rows(
-    table: npt.NDArray[np.generic], group_of_row: npt.NDArray[np.int64], groups: int
-) -> npt.NDArray[np.generic]:
-    total = np.zeros((groups, table.shape[1]), dtype=np.int64 if table.dtype.kind in "bi" else np.float64)
+def _sum_rows(table: npt.NDArray[T], group_of_row: npt.NDArray[np.int64], groups: int) -> npt.NDArray[T]:
+    total = np.zeros((groups, table.shape[1]), dtype=table.dtype)
     np.add.at(total, group_of_row, table)
     return total
+
+
+def _sizes_by_budget(problem: Problem, group_of_row: npt.NDArray[np.int64], groups: int) -> npt.NDArray[np.int64]:
+    """Return the size of each choice of each group as each budget counts it, shape (budgets, groups, m)."""
+    sizes = np.zeros((len(problem.budgets), groups, problem.size.shape[1]), dtype=np.int64)
+    for k, budget in enumerate(problem.budgets):
+        counted = problem.size if budget.members is None else problem.size * np.asarray(budget.members)[:, None]
+        sizes[k] = _sum_rows(counted, group_of_row, groups)
+    return sizes
 
 
 def _undominated(
@@ -139,11 +144,16 @@ def _undominated(
 
 
 def _scale_sizes(
-    sizes: npt.NDArray[np.int64], lower: list[float], upper: list[float]
+    sizes: npt.NDArray[np.int64], problem: Problem
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Divide each budget's row by its greatest common divisor; limits round inwards, which loses nothing."""
-    divisors = [max(int(np.gcd.reduce(row)), 1) for row in sizes]
-    use = np.array([row // d for row, d in zip(sizes, divisors, strict=True)], dtype=np.float64).reshape(sizes.shape)
-    low = [x if np.isinf(x) else float(-(-int(x) // d)) for x, d in zip(lower, divisors, strict=True)]
-    high = [x if np.isinf(x) else float(int(x) // d) for x, d in zip(upper, divisors, strict=True)]
-    return use, np.array(low), np.array(high)
+    use = np.zeros(sizes.shape)
+    lower, upper = np.full(len(sizes), -np.inf), np.full(len(sizes), np.inf)
+    for k, budget in enumerate(problem.budgets):
+        divisor = max(int(np.gcd.reduce(sizes[k])), 1)
+        use[k] = sizes[k] // divisor
+        if budget.lower is not None:
+            lower[k] = -(-budget.lower // divisor)
+        if budget.upper is not None:
+            upper[k] = budget.upper // divisor
+    return use, lower, upper

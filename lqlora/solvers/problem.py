@@ -7,7 +7,7 @@ from the integer assignment, never taken from a solver.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +67,7 @@ class Budget:
                 raise InvalidArgumentError(f"The limits of a budget are integers of at least 0 bits, not {limit!r}.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Problem:
     """Choose one column per row of a cost table.
 
@@ -97,33 +97,48 @@ class Problem:
 
     cost: npt.NDArray[np.float64]
     size: npt.NDArray[np.int64]
-    allowed: npt.NDArray[np.bool_] | None = None
-    ties: npt.NDArray[np.int64] | None = None
-    budgets: Sequence[Budget] = field(default_factory=tuple)
+    allowed: npt.NDArray[np.bool_]
+    ties: npt.NDArray[np.int64]
+    budgets: tuple[Budget, ...]
 
-    def __post_init__(self) -> None:
-        cost = np.array(self.cost, dtype=np.float64)
-        size = np.array(self.size)
-        if size.dtype.kind not in "iu":
-            raise InvalidArgumentError(f"Sizes are integers of bits, not {size.dtype}.")
-        allowed = np.ones(cost.shape, dtype=bool) if self.allowed is None else np.array(self.allowed, dtype=bool)
-        ties = np.arange(len(cost)) if self.ties is None else np.array(self.ties)
-        if cost.ndim != 2 or cost.size == 0 or not cost.shape == size.shape == allowed.shape:
-            shapes = cost.shape, size.shape, allowed.shape
-            raise InvalidArgumentError(f"Costs, sizes and the mask need one non-empty shape (n, m), not {shapes}.")
-        if ties.shape != (len(cost),):
-            raise InvalidArgumentError(f"Ties name a group for each of {len(cost)} rows, not {ties.shape}.")
-        if not np.isfinite(cost[allowed]).all() or (size[allowed] < 0).any():
-            raise InvalidArgumentError("Allowed choices need finite costs and sizes of at least 0 bits.")
-        for budget in self.budgets:
-            if budget.members is not None and np.shape(budget.members) != (len(cost),):
-                raise InvalidArgumentError(f"The members of a budget are a mask over {len(cost)} rows.")
-        values = {"cost": cost, "size": size.astype(np.int64), "allowed": allowed, "ties": ties}
-        for name, value in values.items():
+    def __init__(
+        self,
+        cost: npt.ArrayLike,
+        size: npt.ArrayLike,
+        allowed: npt.ArrayLike | None = None,
+        ties: npt.ArrayLike | None = None,
+        budgets: Sequence[Budget] = (),
+    ) -> None:
+        costs, sizes = np.array(cost, dtype=np.float64), np.array(size)
+        mask = np.ones(costs.shape, dtype=np.bool_) if allowed is None else np.array(allowed, dtype=np.bool_)
+        groups = np.arange(len(costs)) if ties is None else np.array(ties)
+        _check(costs, sizes, mask, groups, budgets)
+        values = {"cost": costs, "size": sizes.astype(np.int64), "allowed": mask, "ties": groups}
+        for name, value in {**values, "budgets": tuple(budgets)}.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "budgets", tuple(self.budgets))
-        if not allowed.any(axis=1).all():
-            raise InvalidArgumentError(f"Row {int((~allowed.any(axis=1)).argmax())} allows no choice.")
+
+
+def _check(
+    cost: npt.NDArray[np.float64],
+    size: npt.NDArray[np.generic],
+    allowed: npt.NDArray[np.bool_],
+    ties: npt.NDArray[np.generic],
+    budgets: Sequence[Budget],
+) -> None:
+    if size.dtype.kind not in "iu" or ties.dtype.kind not in "iu":
+        raise InvalidArgumentError(f"Sizes are integers of bits and ties are integers, not {size.dtype}, {ties.dtype}.")
+    if cost.ndim != 2 or cost.size == 0 or not cost.shape == size.shape == allowed.shape:
+        shapes = cost.shape, size.shape, allowed.shape
+        raise InvalidArgumentError(f"Costs, sizes and the mask need one non-empty shape (n, m), not {shapes}.")
+    if ties.shape != (len(cost),):
+        raise InvalidArgumentError(f"Ties name a group for each of {len(cost)} rows, not {ties.shape}.")
+    if not allowed.any(axis=1).all():
+        raise InvalidArgumentError(f"Row {int((~allowed.any(axis=1)).argmax())} allows no choice.")
+    if not np.isfinite(cost[allowed]).all() or (size[allowed] < 0).any():  # type: ignore[operator]
+        raise InvalidArgumentError("Allowed choices need finite costs and sizes of at least 0 bits.")
+    for budget in budgets:
+        if budget.members is not None and np.shape(budget.members) != (len(cost),):
+            raise InvalidArgumentError(f"The members of a budget are a mask over {len(cost)} rows.")
 
 
 @dataclass(frozen=True)
@@ -237,10 +252,9 @@ def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[
     if chosen.shape != (n,) or chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= m).any():
         raise InvalidArgumentError(f"An assignment is {n} column indices below {m}.")
     rows = np.arange(n)
-    faults = [f"row {i}: choice {chosen[i]} is not allowed" for i in rows[~problem.allowed[rows, chosen]]]  # type: ignore[index]
-    for tie in np.unique(problem.ties):  # type: ignore[arg-type]
-        if len(np.unique(chosen[problem.ties == tie])) > 1:
-            faults.append(f"tie {tie}: its rows differ")
+    faults = [f"row {i}: choice {chosen[i]} is not allowed" for i in rows[~problem.allowed[rows, chosen]]]
+    groups = np.unique(problem.ties)
+    faults += [f"tie {tie}: its rows differ" for tie in groups if len(np.unique(chosen[problem.ties == tie])) > 1]
     sizes = problem.size[rows, chosen]
     used = []
     for k, budget in enumerate(problem.budgets):

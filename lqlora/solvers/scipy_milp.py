@@ -23,12 +23,36 @@ _INFEASIBLE = 2
 
 
 def version() -> str:
-    """Version of the installed solver."""
+    """Return the version of the installed solver.
+
+    Returns
+    -------
+    str
+        The vendor's own spelling.
+    """
     return str(require(REQUIRES, "pip install scipy", "Solver 'scipy'").__version__)
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem; see :class:`lqlora.solvers.adapter.RawResult`."""
+    """Solve a reduced problem.
+
+    Parameters
+    ----------
+    reduced : Reduced
+        The problem.
+    options : SolveOptions
+        The limits.
+
+    Returns
+    -------
+    RawResult
+        What the solver says.
+
+    Raises
+    ------
+    SolverError
+        If it fails.
+    """
     optimize = require("scipy.optimize", "pip install scipy", "Solver 'scipy'")
     constraints = [optimize.LinearConstraint(reduced.choose, 1, 1)]
     if reduced.use.shape[0]:

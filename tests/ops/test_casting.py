@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+
+from lqlora.errors import LQLoRAError, UnsupportedArrayError
+from lqlora.ops import convert, dtype_name, storage_cast, stored_bytes, widen
+from tests.oracles.quantize import STORAGE
+from tests.strategies import host, on, scale_dtypes, weights
+
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@given(w=weights())
+def test_storage_rounds_to_nearest_even_on_every_library(xp, w):
+    for dtype in scale_dtypes(xp):
+        with np.errstate(over="ignore", under="ignore"):
+            expected = w.astype(STORAGE[dtype])
+        assert host(storage_cast(on(xp, w), dtype)).tobytes() == expected.tobytes()
+
+
+@given(w=weights())
+def test_widening_is_exact(xp, w):
+    for dtype in scale_dtypes(xp):
+        with np.errstate(over="ignore", under="ignore"):
+            narrow = w.astype(STORAGE[dtype])
+        wide = host(widen(on(xp, narrow)))
+        assert wide.dtype == np.float32
+        np.testing.assert_array_equal(wide, narrow.astype(np.float32))
+
+
+def test_float64_stays_float64(xp):
+    assert dtype_name(widen(on(xp, np.ones(2)))) == "float64"
+
+
+def test_dtypes_have_the_same_name_everywhere(xp):
+    for dtype in (*scale_dtypes(xp), "float64"):
+        assert dtype_name(on(xp, np.ones(2, dtype=STORAGE.get(dtype, np.float64)))) == dtype
+    assert dtype_name(on(xp, np.ones(2, dtype=np.uint8))) == "uint8"
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.complex64])
+def test_other_dtypes_are_refused_by_name(xp, dtype):
+    with pytest.raises(UnsupportedArrayError, match=rf"The weight must be float16.*, not {np.dtype(dtype).name}\."):
+        widen(on(xp, np.ones(2, dtype=dtype)), "weight")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_library_without_narrow_floats_is_told_so(dtype):
+    strict = pytest.importorskip("array_api_strict")
+    with pytest.raises(UnsupportedArrayError, match=f"array_api_strict has no {dtype}: choose a format with float32"):
+        storage_cast(strict.ones(2), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8", ""])
+def test_storage_in_other_dtypes_is_refused(xp, dtype):
+    with pytest.raises(LQLoRAError):
+        storage_cast(on(xp, np.ones(2, dtype=np.float32)), dtype)
+
+
+def test_bytes_are_counted(xp):
+    for dtype in (*scale_dtypes(xp), "float64"):
+        assert stored_bytes(on(xp, np.ones((2, 3), dtype=STORAGE.get(dtype, np.float64)))) == 6 * BYTES[dtype]
+    assert stored_bytes(on(xp, np.ones((2, 0), dtype=np.uint8))) == 0
+
+
+@given(w=weights())
+def test_conversion_keeps_every_bit(xp, w):
+    for dtype in scale_dtypes(xp):
+        with np.errstate(over="ignore", under="ignore"):
+            array = w.astype(STORAGE[dtype])
+        there = convert(array, xp)
+        back = convert(there, np)
+        assert type(back) is np.ndarray
+        assert (dtype_name(there), tuple(there.shape)) == (dtype, array.shape)
+        assert host(there).tobytes() == back.tobytes() == array.tobytes()
+
+
+def test_conversion_takes_arrays_that_are_read_only(xp):
+    array = np.arange(3, dtype=np.float32)
+    array.flags.writeable = False
+    assert host(convert(array, xp)).tolist() == [0.0, 1.0, 2.0]
+
+
+def test_conversion_takes_negative_strides(xp):
+    assert host(convert(np.arange(3, dtype=np.float32)[::-1], xp)).tolist() == [2.0, 1.0, 0.0]
+
+
+def test_conversion_to_a_library_without_the_dtype_is_refused():
+    strict = pytest.importorskip("array_api_strict")
+    with pytest.raises(UnsupportedArrayError):
+        convert(np.ones(2, dtype=ml_dtypes.bfloat16), strict)
+
+
+def test_conversion_between_two_libraries_detaches():
+    torch = pytest.importorskip("torch")
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    assert convert(parameter, np).tolist() == [1.0, 1.0]

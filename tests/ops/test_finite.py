@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lqlora.errors import NonFiniteError
+from lqlora.ops import require_finite, sum_of_squares
+from tests.strategies import host, on, shapes, weights
+
+
+@given(w=weights())
+def test_finite_values_pass(xp, w):
+    assert require_finite(on(xp, w), "weight") is None
+
+
+@given(shape=shapes(max_side=6), places=st.sets(st.integers(0, 215), min_size=1), bad=st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_the_error_names_array_count_and_first_index(xp, shape, places, bad):
+    w = np.zeros(shape, dtype=np.float32)
+    places = sorted({place for place in places if place < w.size} | {w.size - 1})
+    if w.size == 0:
+        assert require_finite(on(xp, w), "weight") is None
+        return
+    for place in places:
+        w[np.unravel_index(place, shape)] = bad
+    first = tuple(int(index) for index in np.unravel_index(places[0], shape))
+    with pytest.raises(NonFiniteError) as caught:
+        require_finite(on(xp, w), "weight 'q_proj'")
+    message = f"weight 'q_proj' has {len(places)} non-finite value(s), the first at index {first}."
+    assert str(caught.value) == message
+
+
+@given(w=weights())
+def test_squares_are_summed_in_float64(xp, w):
+    expected = sum(float(value) ** 2 for value in w.reshape(-1))
+    assert sum_of_squares(on(xp, w)) == pytest.approx(expected, rel=1e-13, abs=0.0)
+
+
+def test_squares_of_huge_values_do_not_overflow(xp):
+    assert sum_of_squares(on(xp, np.full(10, 3e38, dtype=np.float32))) == pytest.approx(9e77, rel=1e-6)
+
+
+def test_squares_of_tiny_values_do_not_vanish(xp):
+    tiny = np.full(4, 1e-30, dtype=np.float32)
+    assert sum_of_squares(on(xp, tiny)) == pytest.approx(4e-60, rel=1e-6, abs=0.0)
+
+
+def test_the_checked_array_is_not_changed(xp):
+    w = on(xp, np.array([1.0, np.nan], dtype=np.float32))
+    with pytest.raises(NonFiniteError):
+        require_finite(w, "w")
+    assert np.isnan(host(w)).tolist() == [False, True]

@@ -48,7 +48,7 @@ def map_matrices(
     on two cores), and one thread gives the same bits whatever the number of workers.
     """
     with _pool(executor) as pool, threadpool_limits(limits=1, user_api="blas"):
-        futures = [pool.submit(function, item) for item in items]
+        futures = [pool.submit(_on_one_thread, function, item) for item in items]
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 future.result()
@@ -59,6 +59,12 @@ def map_matrices(
                 future.cancel()
             raise
         return [future.result() for future in futures]
+
+
+def _on_one_thread(function: Callable[[T], R], item: T) -> R:
+    """Hold BLAS to one thread in the process that does the work, which need not be the one that asked for it."""
+    with threadpool_limits(limits=1, user_api="blas"):
+        return function(item)
 
 
 @contextmanager

@@ -267,9 +267,7 @@ class Elementwise(AbstractWeighting):
 
     def squared_norm(self, residual: Array) -> float:
         """Return the weighted sum of squares."""
-        xp = namespace(residual, self.weights)
-        wide = xp.astype(residual, xp.float64)
-        return float(xp.sum(wide * wide * xp.astype(self.weights, xp.float64)))
+        return ops.sum_of_squares(residual, self.weights)
 
     def scale(self, residual: Array) -> Array:
         """Scale by the surrogate."""

@@ -65,6 +65,8 @@ def run(settings: Settings, output: Path, *, model_file: Path | None, text_file:
     LQLoRAError
         One sentence on what is missing or wrong. Nothing is left behind.
     """
+    if settings.rank < 1:
+        raise InvalidArgumentError(f"The demo fine-tunes low-rank factors: --rank is at least 1, not {settings.rank}.")
     text = read_text(text_file)
     model_file = model_file or packaged_smollm2()
     with _folder(output, force=force) as folder:
@@ -99,6 +101,8 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
             shutil.rmtree(output) if output.is_dir() else output.unlink()
         staging.chmod(0o755)
         staging.rename(output)
+    except CheckpointError:  # says it already, and is an OSError too
+        raise
     except OSError as error:
         raise CheckpointError(f"Cannot write {output}: {error}.") from error
     finally:
@@ -123,8 +127,6 @@ def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
     """Build the cost table, and solve it for each budget."""
     settings = work.settings
     weights = nn.convert.weight_arrays(nn.select_linears(work.base))
-    if settings.rank < 1:
-        raise InvalidArgumentError(f"The demo fine-tunes low-rank factors: --rank is at least 1, not {settings.rank}.")
     with console.stage(f"Cost table of {len(weights)} matrices x {len(settings.formats)} formats") as progress:
         table = lq.cost_table(
             weights, settings.formats, rank=settings.rank, weighting=fisher, seed=settings.seed, progress=progress

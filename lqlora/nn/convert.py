@@ -56,7 +56,8 @@ def select_linears(
     Returns
     -------
     dict of str to torch.nn.Linear
-        By name, in the order of the model.
+        By name, in the order of the model. Layers of derived classes are not among them: their owners may use the
+        weight without calling the layer, as torch's own attention does.
 
     Raises
     ------
@@ -64,7 +65,7 @@ def select_linears(
         If nothing matches.
     """
     wanted, unwanted = _as_tuple(include), _as_tuple(exclude)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     found = {
         name: module
         for name, module in linears.items()

@@ -38,15 +38,15 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__()
-        here = quantized.to(torch)
+        here = quantized.to(torch)  # shares memory where it can, hence the copies below
         self.format = here.format
         self.shape = torch.Size(here.shape)
-        self.register_buffer("codes", here.packed)
+        self.register_buffer("codes", here.packed.clone())
         if isinstance(here.scales, QuantizedArray):
             self.scales = QuantizedWeight(here.scales)
         else:
-            self.register_buffer("scales", here.scales)
-        self.register_buffer("offset", here.offset)
+            self.register_buffer("scales", here.scales.clone())
+        self.register_buffer("offset", None if here.offset is None else here.offset.clone())
 
     @property
     def array(self) -> QuantizedArray:

@@ -65,7 +65,7 @@ def forced(implementation: str) -> Iterator[None]:
     >>> w = np.linspace(-1, 1, 100, dtype=np.float32)
     >>> with lq.forced("reference"):
     ...     slow = lq.quantize(w, lq.BlockFormat(lq.NF4))
-    >>> bool(np.all(slow.packed == lq.quantize(w, lq.BlockFormat(lq.NF4)).packed))
+    >>> bool((slow.packed == lq.quantize(w, lq.BlockFormat(lq.NF4)).packed).all())
     True
     """
     if implementation != "reference":

@@ -121,8 +121,8 @@ def normal_float(bits: int) -> Codebook:
 
     Examples
     --------
-    >>> normal_float(2).levels.round(4).tolist()
-    [-1.0, 0.0, 0.33790001273155212, 1.0]
+    >>> [round(float(level), 4) for level in normal_float(2).levels]
+    [-1.0, 0.0, 0.3379, 1.0]
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= _MAX_BITS:
         raise InvalidArgumentError(f"NormalFloat is defined here for 2 to {_MAX_BITS} bits, not {bits!r}.")

@@ -45,6 +45,9 @@ def _is_usable(backend: str) -> bool:
 @pytest.fixture(scope="session", params=list(NAMESPACES))
 def xp(request: pytest.FixtureRequest) -> Any:
     require_or_skip(request.param, _is_usable(request.param))
+    if request.param == "torch":
+        # torch gives most warnings once in a process: which test fails of them would depend on the order of the tests.
+        importlib.import_module("torch").set_warn_always(True)
     return importlib.import_module(NAMESPACES[request.param])
 
 

@@ -87,7 +87,9 @@ def shapes(max_dims: int = 3, max_side: int = 12) -> SearchStrategy[tuple[int, .
 
 def _limit(largest: float) -> SearchStrategy[float]:
     """Hard values, and any float32, not beyond ``largest``."""
-    bound = float(np.float32(largest)) if np.float32(largest) <= largest else float(np.nextafter(np.float32(largest), 0))
+    bound = (
+        float(np.float32(largest)) if np.float32(largest) <= largest else float(np.nextafter(np.float32(largest), 0))
+    )
     return st.sampled_from([x for x in HARD if abs(x) <= bound]) | st.floats(-bound, bound, width=32)
 
 
@@ -127,7 +129,9 @@ def scale_formats(draw: DrawFn, dtypes: tuple[str, ...], depth: int = 2) -> Scal
     return ScaleFormat(draw(st.integers(1, 8)), draw(st.integers(1, 20)), draw(inner), offset)
 
 
-def formats(dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"), depth: int = 2) -> SearchStrategy[BlockFormat]:
+def formats(
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"), depth: int = 2
+) -> SearchStrategy[BlockFormat]:
     """All codebooks, blocks of 1 to 70, scales as floats or quantized themselves."""
     scales = st.sampled_from(dtypes) | scale_formats(dtypes, depth)
     return st.builds(BlockFormat, st.sampled_from(ALL_CODEBOOKS), st.integers(1, 70), scales)

@@ -42,12 +42,13 @@ def encode_chunked(
     codes = np.empty(count, dtype=np.uint8)
     whole = count - count % block_size
     blocks, code_blocks = flat[:whole].reshape(-1, block_size), codes[:whole].reshape(-1, block_size)
+    block_scales = scales[: len(blocks)]  # without that of a short last block
     step = max(1, _CHUNK // block_size)
     cuts = boundaries.astype(flat.dtype)
     with np.errstate(over="ignore"):
         for first in range(0, len(blocks), step):
             part = slice(first, first + step)
-            _encode_rows(blocks[part], scales[part], cuts, code_blocks[part])
+            _encode_rows(blocks[part], block_scales[part], cuts, code_blocks[part])
         if whole < count:
             _encode_rows(flat[None, whole:], scales[-1:], cuts, codes[None, whole:])
     packed: npt.NDArray[np.uint8] = pack_codes(codes, bits)

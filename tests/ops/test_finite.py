@@ -15,7 +15,11 @@ def test_finite_values_pass(xp, w):
     assert require_finite(on(xp, w), "weight") is None
 
 
-@given(shape=shapes(max_side=6), places=st.sets(st.integers(0, 215), min_size=1), bad=st.sampled_from([np.nan, np.inf, -np.inf]))
+@given(
+    shape=shapes(max_side=6),
+    places=st.sets(st.integers(0, 215), min_size=1),
+    bad=st.sampled_from([np.nan, np.inf, -np.inf]),
+)
 def test_the_error_names_array_count_and_first_index(xp, shape, places, bad):
     w = np.zeros(shape, dtype=np.float32)
     places = sorted({place for place in places if place < w.size} | {w.size - 1})

@@ -12,9 +12,9 @@ from lqlora.ops import decode, encode, nearest_codes, pack_codes, unpack_codes
 from tests.oracles import quantize as oracle
 from tests.strategies import ALL_CODEBOOKS, host, on, ties, weights
 
-codebooks = st.sampled_from(ALL_CODEBOOKS) | st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=40, unique=True).map(
-    lambda levels: Codebook(sorted(levels))
-)
+codebooks = st.sampled_from(ALL_CODEBOOKS) | st.lists(
+    st.floats(-2, 2, width=32), min_size=2, max_size=40, unique=True
+).map(lambda levels: Codebook(sorted(levels)))
 #: Entries between, beyond, and on the boundaries of codebooks.
 values = st.floats(-1.5, 1.5, width=32) | st.sampled_from([-np.inf, np.inf, 0.0, -0.0, 3e38, -3e38])
 
@@ -41,7 +41,9 @@ def test_at_a_midpoint_the_lower_index_wins(xp, codebook):
     lower = np.arange(len(codebook) - 1)
     # Levels that are neighbors in float32 have no number between them: a midpoint is then a level itself.
     apart = just_above <= codebook.levels[1:]
-    assert host(nearest_codes(on(xp, codebook.boundaries[apart]), codebook.boundaries)).tolist() == lower[apart].tolist()
+    assert (
+        host(nearest_codes(on(xp, codebook.boundaries[apart]), codebook.boundaries)).tolist() == lower[apart].tolist()
+    )
     assert (host(nearest_codes(on(xp, just_above[apart]), codebook.boundaries)) > lower[apart]).all()
 
 
@@ -65,7 +67,9 @@ def test_transposed_values_give_transposed_codes(xp, codebook):
     assert host(codes).tolist() == nearest_codes(grid, codebook.boundaries).T.tolist()
 
 
-@given(w=weights(shape=st.tuples(st.integers(0, 150))), codebook=st.sampled_from(ALL_CODEBOOKS), size=st.integers(1, 70))
+@given(
+    w=weights(shape=st.tuples(st.integers(0, 150))), codebook=st.sampled_from(ALL_CODEBOOKS), size=st.integers(1, 70)
+)
 def test_encoding_equals_the_oracle(xp, w, codebook, size):
     fmt = BlockFormat(codebook, size)
     scales = np.array([oracle.absmax(block) for block in oracle.blocks_of(w, size)], dtype=np.float32)
@@ -93,7 +97,9 @@ def test_encoding_takes_scales_that_are_no_absolute_maximum(xp, w, size, seed):
     assert host(packed).tobytes() == oracle.pack(oracle.codes_of(w, scales, BlockFormat(NF4, size)), 4)
 
 
-@given(codebook=st.sampled_from(ALL_CODEBOOKS), size=st.integers(1, 70), count=st.integers(0, 150), seed=st.integers(0, 99))
+@given(
+    codebook=st.sampled_from(ALL_CODEBOOKS), size=st.integers(1, 70), count=st.integers(0, 150), seed=st.integers(0, 99)
+)
 def test_decoding_equals_the_oracle(xp, codebook, size, count, seed):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, len(codebook), count).astype(np.uint8)

@@ -61,7 +61,7 @@ def _random_problem(seed: int, rows: int, columns: int, share: float) -> Problem
     bits = np.sort(rng.uniform(2, 8, columns))
     weights = rng.integers(1, 9, (rows, 1)) * 4096
     size = (weights * bits).astype(np.int64) // 8 * 8
-    cost = rng.lognormal(sigma=1.5, size=(rows, 1)) * 4.0 ** -bits * rng.uniform(0.8, 1.25, (rows, columns))
+    cost = rng.lognormal(sigma=1.5, size=(rows, 1)) * 4.0**-bits * rng.uniform(0.8, 1.25, (rows, columns))
     low, high = int(size.min(axis=1).sum()), int(size.max(axis=1).sum())
     return Problem(cost, size, budgets=[Budget(upper=low + int(share * (high - low)))])
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hypothesis
 import pytest
 
 from lqlora._optional import is_installed
 from tests.requirements import require_or_skip
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # No deadlines: the first call on a library imports it, and shared machines stall.
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
@@ -42,15 +39,32 @@ def _is_usable(backend: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session", params=list(NAMESPACES))
-def xp(request: pytest.FixtureRequest) -> Any:
-    require_or_skip(request.param, _is_usable(request.param))
-    if request.param == "torch":
+def load(backend: str) -> Any:
+    """Return the namespace of an array library, or skip; fail if LQLORA_REQUIRE names the library."""
+    require_or_skip(backend, _is_usable(backend))
+    if backend == "torch":
         # torch gives most warnings once in a process: which test fails of them would depend on the order of the tests.
         importlib.import_module("torch").set_warn_always(True)
-    return importlib.import_module(NAMESPACES[request.param])
+    return importlib.import_module(NAMESPACES[backend])
 
 
-@pytest.fixture(scope="session", name="require_or_skip")
-def _require_or_skip() -> Callable[[str, bool], None]:
-    return require_or_skip
+@pytest.fixture(scope="session", params=list(NAMESPACES))
+def xp(request: pytest.FixtureRequest) -> Any:
+    return load(request.param)
+
+
+@pytest.fixture(scope="session", params=["numpy", "torch"])
+def fast_xp(request: pytest.FixtureRequest) -> Any:
+    """Only the libraries that have overrides on every machine."""
+    return load(request.param)
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    load("torch")
+    return importlib.import_module("torch")
+
+
+@pytest.fixture(scope="session")
+def strict() -> Any:
+    return load("array-api-strict")

@@ -49,11 +49,11 @@ class Settings:
     rank: int = 16
     seed: int = 0
     length: int = 256
-    calibration: int = 32
+    calibration: int = 24
     evaluation: int = 16
-    steps: int = 30
+    steps: int = 24
     batch: int = 1
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     formats: tuple[BlockFormat, ...] = _grid((2, 3, 4, 6), (16, 32, 64), (4, 8))
     iterations: int = 20
     budgets: tuple[float | None, ...] = (None, 2.75)

@@ -31,7 +31,7 @@ def test_float64_is_not_rounded(xp, w, size):
 @given(w=flat, size=sizes)
 def test_cutting_into_blocks_is_undone(xp, w, size):
     blocks = to_blocks(on(xp, w), size)
-    assert tuple(blocks.shape) == (-(-len(w) // size), size)
+    assert blocks.shape[0] == -(-len(w) // size)
     assert host(from_blocks(blocks, len(w))).tobytes() == w.tobytes()
 
 

@@ -48,8 +48,7 @@ def test_other_dtypes_are_refused_by_name(xp, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_library_without_narrow_floats_is_told_so(dtype):
-    strict = pytest.importorskip("array_api_strict")
+def test_a_library_without_narrow_floats_is_told_so(dtype, strict):
     with pytest.raises(UnsupportedArrayError, match=f"array_api_strict has no {dtype}: choose a format with float32"):
         storage_cast(strict.ones(2), dtype)
 
@@ -58,6 +57,13 @@ def test_a_library_without_narrow_floats_is_told_so(dtype):
 def test_storage_in_other_dtypes_is_refused(xp, dtype):
     with pytest.raises(LQLoRAError):
         storage_cast(on(xp, np.ones(2, dtype=np.float32)), dtype)
+
+
+def test_the_message_is_a_sentence_whatever_the_array_is_called():
+    for what in ("array", "the array", "q_proj"):
+        with pytest.raises(UnsupportedArrayError) as caught:
+            widen(np.ones(2, dtype=np.int64), what)
+        assert "the the" not in str(caught.value).lower()
 
 
 def test_bytes_are_counted(xp):
@@ -88,13 +94,11 @@ def test_conversion_takes_negative_strides(xp):
     assert host(convert(np.arange(3, dtype=np.float32)[::-1], xp)).tolist() == [2.0, 1.0, 0.0]
 
 
-def test_conversion_to_a_library_without_the_dtype_is_refused():
-    strict = pytest.importorskip("array_api_strict")
+def test_conversion_to_a_library_without_the_dtype_is_refused(strict):
     with pytest.raises(UnsupportedArrayError):
         convert(np.ones(2, dtype=ml_dtypes.bfloat16), strict)
 
 
-def test_conversion_between_two_libraries_detaches():
-    torch = pytest.importorskip("torch")
+def test_conversion_between_two_libraries_detaches(torch):
     parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     assert convert(parameter, np).tolist() == [1.0, 1.0]

@@ -50,6 +50,18 @@ def test_squares_of_tiny_values_do_not_vanish(xp):
     assert sum_of_squares(on(xp, tiny)) == pytest.approx(4e-60, rel=1e-6, abs=0.0)
 
 
+@given(w=weights(largest=1e37), seed=st.integers(0, 99))
+def test_squares_are_weighted(xp, w, seed):
+    factors = np.random.default_rng(seed).exponential(size=w.shape).astype(np.float32)
+    expected = sum(float(f) * float(value) ** 2 for f, value in zip(factors.reshape(-1), w.reshape(-1), strict=True))
+    assert sum_of_squares(on(xp, w), on(xp, factors)) == pytest.approx(expected, rel=1e-13, abs=0.0)
+
+
+@pytest.mark.parametrize("count", [32767, 32768, 32769, 100_000])
+def test_sums_of_several_parts_leave_nothing_out(xp, count):
+    assert sum_of_squares(on(xp, np.full(count, 2.0, dtype=np.float32))) == 4.0 * count
+
+
 def test_the_checked_array_is_not_changed(xp):
     w = on(xp, np.array([1.0, np.nan], dtype=np.float32))
     with pytest.raises(NonFiniteError):

@@ -67,7 +67,7 @@ def test_a_warm_start_needs_one_pass(xp):
     matrix = decaying(80, 60, power=0.5)
     nearby = matrix + 1e-3 * decaying(80, 60, seed=1)
     basis = subspace_svd(on(xp, matrix), 8).basis
-    assert tuple(basis.shape)[0] == 60
+    assert basis.shape[0] == 60
     warm = error(nearby, subspace_svd(on(xp, nearby), 8, start=basis))
     cold = error(nearby, subspace_svd(on(xp, nearby), 8, power_iterations=0))
     assert warm < cold

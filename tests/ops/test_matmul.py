@@ -53,8 +53,7 @@ def test_rank_zero_is_a_matrix_of_zeros(xp):
 
 
 @pytest.mark.parametrize("position", ["x", "weight", "lora_A", "lora_B"])
-def test_two_libraries_do_not_mix(factors, position):
-    torch = pytest.importorskip("torch")
+def test_two_libraries_do_not_mix(factors, position, torch):
     mixed = factors | {position: torch.from_numpy(factors[position])}
     with pytest.raises(MixedArraysError, match="numpy and torch"):
         matmul_dense(mixed["x"], mixed["weight"], mixed["lora_A"], mixed["lora_B"])

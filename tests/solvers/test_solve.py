@@ -201,7 +201,7 @@ class FakeAdapter:
     def version(self) -> str:
         return "1"
 
-    def solve(self, reduced, options) -> RawResult:
+    def solve(self, *_) -> RawResult:
         return self._raw
 
 
@@ -279,12 +279,12 @@ def test_reserved_names_and_incomplete_adapters_are_refused():
 
 
 def test_an_unknown_solver_is_named_with_those_that_exist():
-    with pytest.raises(InvalidArgumentError, match="'gurobi'.*highs, scipy"):
+    with pytest.raises(InvalidArgumentError, match=r"'gurobi'.*highs, scipy"):
         solve(SMALL, "gurobi")
 
 
 def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
-    monkeypatch.setattr(_optional, "is_installed", lambda module: False)
+    monkeypatch.setattr(_optional, "is_installed", lambda _: False)
     with pytest.raises(MissingDependencyError, match="Solver 'highs' needs highspy: pip install highspy"):
         solve(SMALL, "highs")
 
@@ -296,6 +296,6 @@ def test_the_default_falls_back_to_what_is_installed(monkeypatch):
 
 
 def test_without_any_solver_the_default_is_an_error(monkeypatch):
-    monkeypatch.setattr(solvers, "is_installed", lambda module: False)
+    monkeypatch.setattr(solvers, "is_installed", lambda _: False)
     with pytest.raises(MissingDependencyError, match="pip install"):
         solve(SMALL)

@@ -1,0 +1,69 @@
+"""Configuration of the documentation."""
+
+from __future__ import annotations
+
+import os
+
+from sphinx.util.nodes import make_refnode
+
+import lqlora
+
+project = "lqlora"
+author = "the lqlora authors"
+project_copyright = "the lqlora authors, Apache-2.0"
+version = release = lqlora.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "numpydoc",
+    "sphinx-mathjax-offline",  # formulas are drawn from files that are built in, not from a server
+]
+exclude_patterns = ["_build", "jupyter_execute"]
+
+html_theme = "furo"
+html_title = f"lqlora {release}"
+html_show_sphinx = False
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# Every notebook runs at every build, and an error in one fails the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 1200
+nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables in outputs
+
+# tqdm, which transformers imports, asks for Jupyter widgets that a static page cannot show.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+
+# Types are stated in the docstrings, with shapes and dtypes, which annotations cannot express.
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autosummary_generate = False  # the pages list what they document; summaries only point there
+numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
+numpydoc_xref_param_type = False
+
+
+def resolve_by_last_name(app, env, node, contnode):
+    """Resolve a name that a docstring writes as its own module knows it, where only one documented object ends in it.
+
+    ``lqlora.codebooks`` may write ``by_name`` in a class that stands on the page as ``lqlora.Codebook``, from where
+    Sphinx would look for ``lqlora.by_name`` only.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    objects = env.get_domain("py").objects
+    found = [name for name in objects if name.endswith(f".{node['reftarget']}")]
+    if len(found) != 1:
+        return None
+    entry = objects[found[0]]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, found[0])
+
+
+def setup(app):
+    """Connect what this file adds."""
+    app.connect("missing-reference", resolve_by_last_name)

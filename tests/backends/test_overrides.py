@@ -1,0 +1,135 @@
+"""Every override returns the very bytes of the reference, and is the one that really runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lqlora as lq
+from lqlora import NF4, ops, quantize
+from lqlora.errors import InvalidArgumentError, MixedArraysError
+from tests.strategies import ALL_CODEBOOKS, formats, host, largest_for, on, stored, weights
+
+#: What typical arguments are to run on. An operation without an entry has no override in that library.
+FAST = {
+    "numpy": {"encode": "numpy.encode_chunked", "decode": "numpy.decode_lookup"},
+    "torch": {
+        name: f"torch.{name}_as_numpy" for name in ("block_absmax", "encode", "decode", "pack_codes", "unpack_codes")
+    },
+}
+
+
+def typical(xp, codebook=NF4, block_size=64, count=1000):
+    """Arguments of every operation, as quantize and dequantize would pass them."""
+    rng = np.random.default_rng(0)
+    w = on(xp, rng.standard_normal(count).astype(np.float32))
+    codes = on(xp, rng.integers(0, len(codebook), count).astype(np.uint8))
+    scales = ops.block_absmax(w, block_size)
+    packed = ops.pack_codes(codes, codebook.bits)
+    return {
+        "block_absmax": (w, block_size),
+        "encode": (w, scales, codebook.boundaries, codebook.bits, block_size),
+        "decode": (packed, scales, codebook.levels, codebook.bits, block_size, count),
+        "pack_codes": (codes, codebook.bits),
+        "unpack_codes": (packed, codebook.bits, count),
+    }
+
+
+def test_typical_arguments_take_the_fast_path(fast_xp):
+    library = fast_xp.__name__.rpartition(".")[2]
+    for name, arguments in typical(fast_xp).items():
+        expected = FAST[library].get(name, "reference")
+        assert lq.backends.explain(name, *arguments).implementation == expected
+        assert getattr(ops, name).select(*arguments).implementation == expected
+
+
+@pytest.mark.parametrize("codebook", ALL_CODEBOOKS, ids=lambda codebook: codebook.name)
+@pytest.mark.parametrize("count", [0, 1, 7, 64, 65, 1000])
+def test_operations_return_the_bytes_of_the_reference(fast_xp, codebook, count):
+    for name, arguments in typical(fast_xp, codebook, 16, count).items():
+        operation = getattr(ops, name)
+        found, expected = host(operation(*arguments)), host(operation.reference(*arguments))
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("block_size", [1, 63, 4096, 32768, 32769, 100_000])
+@pytest.mark.parametrize("count", [32768, 70_001])
+def test_chunks_end_where_they_should(fast_xp, block_size, count):
+    for name, arguments in typical(fast_xp, lq.normal_float(3), block_size, count).items():
+        operation = getattr(ops, name)
+        assert host(operation(*arguments)).tobytes() == host(operation.reference(*arguments)).tobytes()
+
+
+@given(data=st.data(), dtype=st.sampled_from([np.float32, np.float64]))
+def test_quantization_stores_the_bytes_of_the_reference(fast_xp, data, dtype):
+    fmt = data.draw(formats())
+    w = on(fast_xp, data.draw(weights(dtype, largest_for(fmt))))
+    fast = quantize(w, fmt)
+    with lq.forced("reference"):
+        slow = quantize(w, fmt)
+        dense = host(lq.dequantize(slow))
+    assert stored(fast) == stored(slow)
+    assert host(lq.dequantize(fast)).tobytes() == dense.tobytes()
+
+
+def test_arguments_are_not_changed(fast_xp):
+    for name, arguments in typical(fast_xp).items():
+        before = [host(a).tobytes() for a in arguments if not isinstance(a, int)]
+        getattr(ops, name)(*arguments)
+        assert [host(a).tobytes() for a in arguments if not isinstance(a, int)] == before
+
+
+def test_results_share_no_memory_with_a_cache(fast_xp):
+    # The lookup tables are kept from call to call: writing into a result must not reach them.
+    arguments = typical(fast_xp)["decode"]
+    first = ops.decode(*arguments)
+    expected = host(first).tobytes()
+    first[...] = 7.0
+    assert host(ops.decode(*arguments)).tobytes() == expected
+
+
+@pytest.mark.parametrize("length", [-1, 1])
+def test_a_wrong_number_of_bytes_is_refused_on_the_fast_path_too(fast_xp, length):
+    packed, *rest = typical(fast_xp)["decode"]
+    wrong = packed[:length] if length < 0 else fast_xp.concat([packed, packed[:length]])
+    with pytest.raises(InvalidArgumentError, match="1000 codes of 4 bits are 500 bytes"):
+        ops.decode(wrong, *rest)
+
+
+def test_codes_that_lie_apart_in_memory_are_decoded_by_the_reference():
+    packed, *rest = typical(np)["decode"]
+    apart = np.repeat(packed, 2)[::2]
+    assert lq.backends.explain("decode", apart, *rest).implementation == "reference"
+    assert ops.decode(apart, *rest).tobytes() == ops.decode(packed, *rest).tobytes()
+
+
+def test_large_codebooks_are_encoded_by_the_reference():
+    # Counting 255 boundaries is slower than searching among them.
+    arguments = typical(np, lq.normal_float(8))["encode"]
+    assert lq.backends.explain("encode", *arguments).implementation == "reference"
+
+
+@pytest.mark.parametrize("other", ["numpy", "torch"])
+@pytest.mark.parametrize("name", ["encode", "decode"])
+def test_overrides_do_not_mix_libraries(torch, name, other):
+    here, there = (np, torch) if other == "torch" else (torch, np)
+    first, _, *rest = typical(here)[name]
+    scales = typical(there)[name][1]
+    with pytest.raises(MixedArraysError, match="numpy and torch"):
+        getattr(ops, name)(first, scales, *rest)
+
+
+def test_tensors_without_memory_are_not_taken_for_arrays(torch):
+    # Compilers trace with tensors that have a shape and nothing else.
+    codes = torch.zeros(8, dtype=torch.uint8, device="meta")
+    assert lq.backends.explain("pack_codes", codes, 4).implementation == "reference"
+    assert tuple(ops.pack_codes(codes, 4).shape) == (4,)
+
+
+def test_parameters_take_the_fast_path_without_a_graph(torch):
+    w = torch.nn.Parameter(torch.linspace(-1, 1, 100))
+    assert lq.backends.explain("block_absmax", w, 64).implementation == "torch.block_absmax_as_numpy"
+    assert not ops.block_absmax(w, 64).requires_grad

@@ -1,0 +1,231 @@
+"""Fisher information against the gradient of every single example, one backward pass each."""
+
+from __future__ import annotations
+
+import pytest
+
+from lqlora._optional import is_installed
+from lqlora.errors import InvalidArgumentError, NonFiniteError
+from tests.requirements import require_or_skip
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402 - needs torch
+
+from lqlora.nn import causal_lm_loss, collect_fisher, select_linears  # noqa: E402
+
+
+def _brute_force(model, batches, loss) -> dict:
+    """Mean over examples of squared gradients, from one backward pass per example."""
+    weights = {name: module.weight for name, module in select_linears(model).items()}
+    totals = {name: torch.zeros_like(w) for name, w in weights.items()}
+    examples = [example[None] for batch in batches for example in batch]
+    for example in examples:
+        gradients = torch.autograd.grad(loss(model, example).sum(), list(weights.values()), allow_unused=True)
+        for name, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                totals[name] += gradient.square()
+    return {name: total / len(examples) for name, total in totals.items()}
+
+
+def _assert_close(found, expected) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].shape == values.shape
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-9, msg=name)
+
+
+def _squared(model, batch):
+    return model(batch).square().flatten(1).sum(dim=1)
+
+
+class Twice(nn.Module):
+    """Uses one layer at two depths."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+
+
+class Unused(nn.Module):
+    """Uses one layer twice, but only one of the results."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.layer(2 * x)
+        return self.layer(x)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+def _mlp(activation=None) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), activation or nn.Tanh(), nn.Linear(6, 3, bias=False))
+
+
+MODELS = {
+    "mlp": _mlp,
+    "in-place activation": lambda: _mlp(nn.ReLU(inplace=True)),
+    "layer used twice": Twice,
+    "result not used": Unused,
+    "input by keyword": ByKeyword,
+    "first layer frozen": lambda: nn.Sequential(nn.Linear(4, 4).requires_grad_(requires_grad=False), nn.Linear(4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", [(3, 4), (2, 5, 4)], ids=["vectors", "sequences"])
+def test_it_is_the_mean_square_of_single_gradients(name, shape):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    batches = [torch.randn(shape), torch.randn(shape), torch.randn(1, *shape[1:])]
+    found = collect_fisher(model, batches, loss=_squared)
+    model.requires_grad_()
+    _assert_close(found, _brute_force(model, batches, _squared))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    require_or_skip("transformers", is_installed("transformers"))
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def _tokens(examples: int):
+    return torch.randint(50, (examples, 9), generator=torch.Generator().manual_seed(examples))
+
+
+def test_it_is_exact_on_a_language_model(llama):
+    batches = [_tokens(3), _tokens(1)]
+    found = collect_fisher(llama, batches)
+    assert len(found) == 14
+    assert "lm_head" not in found
+    assert all(values.abs().sum() > 0 for values in found.values())
+    _assert_close(found, _brute_force(llama, batches, causal_lm_loss))
+
+
+def test_the_loss_is_that_of_transformers_on_each_sequence(llama):
+    tokens = _tokens(3)
+    losses = causal_lm_loss(llama, tokens)
+    assert losses.shape == (3,)
+    for i in range(3):
+        expected = llama(tokens[i : i + 1], labels=tokens[i : i + 1]).loss
+        torch.testing.assert_close(losses[i], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_how_examples_are_batched_does_not_matter():
+    torch.manual_seed(0)
+    model, data = _mlp(), torch.randn(12, 4)
+    whole = collect_fisher(model, [data], loss=_squared)
+    for size in (1, 5):
+        _assert_close(collect_fisher(model, data.split(size), loss=_squared), whole)
+
+
+def test_include_and_exclude_select_layers():
+    model = _mlp()
+    assert list(collect_fisher(model, [torch.ones(1, 4)], loss=_squared, include="2")) == ["2"]
+    assert list(collect_fisher(model, [torch.ones(1, 4)], loss=_squared, exclude="2")) == ["0"]
+
+
+def test_half_precision_models_give_float32():
+    found = collect_fisher(_mlp().bfloat16(), [torch.ones(2, 4, dtype=torch.bfloat16)], loss=_squared)
+    assert {values.dtype for values in found.values()} == {torch.float32}
+
+
+def test_progress_counts_examples():
+    seen = []
+    collect_fisher(_mlp(), [torch.ones(2, 4), torch.ones(3, 4)], loss=_squared, progress=seen.append)
+    assert seen == [2, 5]
+
+
+def test_it_works_where_gradients_are_switched_off():
+    model, data = _mlp(), torch.randn(3, 4)
+    expected = collect_fisher(model, [data], loss=_squared)
+    with torch.no_grad():
+        _assert_close(collect_fisher(model, [data], loss=_squared), expected)
+
+
+class TestNothingIsLeftBehind:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
+        model[1].eval()
+        model[0].weight.requires_grad = False
+        model[3].weight.grad = torch.full((3, 6), 7.0)
+        return model
+
+    @staticmethod
+    def _state(model) -> dict:
+        return {
+            "flags": [p.requires_grad for p in model.parameters()],
+            "modes": [m.training for m in model.modules()],
+            "grads": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+            "values": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
+            "hooks": [len(m._forward_hooks) for m in model.modules()],
+        }
+
+    def test_after_success(self, model):
+        before = self._state(model)
+        collect_fisher(model, [torch.randn(5, 4)], loss=_squared)
+        assert self._state(model) == before
+
+    @pytest.mark.parametrize("batch", [0, 1])
+    def test_after_an_exception(self, model, batch):
+        before = self._state(model)
+        calls = []
+
+        def loss(model, x):
+            calls.append(x)
+            if len(calls) > batch:
+                raise KeyError("the caller's own")
+            return _squared(model, x)
+
+        with pytest.raises(KeyError, match="own"):
+            collect_fisher(model, [torch.randn(5, 4)] * 2, loss=loss)
+        assert self._state(model) == before
+
+    def test_after_a_loss_that_is_not_finite(self, model):
+        before = self._state(model)
+        with pytest.raises(NonFiniteError, match="after the first 2"):
+            collect_fisher(model, [torch.ones(2, 4), torch.full((1, 4), float("nan"))], loss=_squared)
+        assert self._state(model) == before
+
+
+def test_a_loss_of_no_dimensions_is_refused():
+    with pytest.raises(InvalidArgumentError, match="one number per example"):
+        collect_fisher(_mlp(), [torch.ones(2, 4)], loss=lambda model, x: model(x).sum())
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(InvalidArgumentError, match="at least one batch"):
+        collect_fisher(_mlp(), [], loss=_squared)
+
+
+def test_no_matching_layers_are_refused():
+    with pytest.raises(InvalidArgumentError, match="matches"):
+        collect_fisher(_mlp(), [torch.ones(1, 4)], loss=_squared, include="nothing")

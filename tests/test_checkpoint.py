@@ -1,0 +1,455 @@
+"""Checkpoint files: bit for bit what was saved, an error for anything else, and never half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import struct
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+import lqlora as lq
+from lqlora import checkpoint
+from lqlora._optional import is_installed
+from lqlora.errors import CheckpointError, InvalidArgumentError
+from tests.requirements import require_or_skip
+
+if TYPE_CHECKING:
+    from lqlora.checkpoint import StoredMatrix
+
+TERNARY = lq.Codebook([-1, 0, 1], name="ternary")
+FORMATS = [
+    lq.BlockFormat.parse("nf4/64"),
+    lq.BlockFormat.parse("nf3/16:float16"),
+    lq.BlockFormat.parse("nf2/7:bfloat16"),
+    lq.BlockFormat.parse("int5/8:u8/16:float16"),
+    lq.BlockFormat.parse("nf8/1:u3+none/4:u8/256:bfloat16"),
+    lq.BlockFormat(TERNARY, 5, lq.ScaleFormat(8, 256)),
+    lq.BlockFormat(lq.Codebook([-2.5, -1.0, 0.0, 0.75, 3.0], name="nf4"), 9),  # a borrowed name
+]
+
+
+def _same_array(first, second) -> bool:
+    return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+def _assert_same_matrix(found: StoredMatrix, expected) -> None:
+    quantized = expected.quantized.to(np)
+    assert (found.quantized.format, found.quantized.shape) == (quantized.format, quantized.shape)
+    arrays, back = quantized.to_arrays(), found.quantized.to_arrays()
+    assert arrays.keys() == back.keys()
+    assert all(_same_array(back[key], arrays[key]) for key in arrays)
+    assert _same_array(found.lora_A, np.asarray(expected.lora_A))
+    assert _same_array(found.lora_B, np.asarray(expected.lora_B))
+    assert found.scaling == expected.scaling
+
+
+def _decomposition(shape=(6, 10), fmt=FORMATS[3], rank=2, scaling=1.0):
+    w = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    return lq.decompose(w, fmt, rank, scaling=scaling, max_iter=1)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A valid file with matrices in two formats, plain tensors and metadata."""
+    file = tmp_path / "model.safetensors"
+    matrices = {"a.q_proj": _decomposition(), "b": _decomposition((16, 8), FORMATS[5], 1)}
+    lq.save(file, matrices, {"norm": np.arange(5, dtype=np.float32)}, {"seed": 3})
+    return file
+
+
+def _parts(file) -> tuple[dict, bytes]:
+    """Header and data of a safetensors file."""
+    raw = file.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def _write_parts(file, header: dict, data: bytes) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def _rewrite(file, change) -> None:
+    """Change the document inside a file."""
+    header, data = _parts(file)
+    document = json.loads(header["__metadata__"]["lqlora"])
+    change(document)
+    header["__metadata__"]["lqlora"] = json.dumps(document)
+    _write_parts(file, header, data)
+
+
+def _replace_tensors(file, change) -> None:
+    """Change the tensors inside a file, and leave its description as it is."""
+    text = _parts(file)[0]["__metadata__"]["lqlora"]
+    arrays = load_file(file)
+    change(arrays)
+    save_file(arrays, file, metadata={"lqlora": text})
+
+
+def _assert_refused(file) -> None:
+    for read in (lq.load, lq.verify):
+        with pytest.raises(CheckpointError):
+            read(file)
+
+
+class TestRoundTrip:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        fmt=st.sampled_from(FORMATS),
+        rows=st.integers(1, 9),
+        columns=st.integers(1, 17),
+        rank=st.integers(0, 3),
+        scaling=st.sampled_from([1.0, 0.5, 2.0]),
+        seed=st.integers(0, 99),
+    )
+    def test_matrices_come_back_bit_for_bit(self, tmp_path_factory, fmt, rows, columns, rank, scaling, seed):
+        w = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+        d = lq.decompose(w, fmt, min(rank, rows, columns), scaling=scaling, max_iter=1)
+        file = tmp_path_factory.getbasetemp() / "round-trip.safetensors"
+        lq.save(file, {"m": d})
+        _assert_same_matrix(lq.load(file).matrices["m"], d)
+        _assert_same_matrix(lq.verify(file).matrices["m"], d)
+        dense = lq.dequantize(lq.load(file).matrices["m"].quantized)
+        assert dense.tobytes() == lq.dequantize(d.quantized).tobytes()
+
+    @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+    def test_torch_input_gives_the_same_file_content(self, tmp_path, fmt):
+        require_or_skip("torch", is_installed("torch"))
+        import torch
+
+        w = np.random.default_rng(4).standard_normal((6, 10)).astype(np.float32)
+        d = lq.decompose(torch.from_numpy(w), fmt, 2, max_iter=1)
+        lq.save(tmp_path / "t", {"m": d}, {"half": torch.arange(3, dtype=torch.bfloat16)})
+        content = lq.verify(tmp_path / "t")
+        _assert_same_matrix(content.matrices["m"], d)
+        assert content.tensors["half"].dtype == ml_dtypes.bfloat16
+
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            np.array(2.5, dtype=np.float32),
+            np.zeros((0, 3), dtype=np.float32),
+            np.arange(6, dtype=np.float64).reshape(2, 3).T,
+            np.arange(8, dtype=np.float16)[::2],
+            np.arange(4).astype(ml_dtypes.bfloat16),
+            np.array([True, False]),
+            np.arange(-3, 3, dtype=np.int64),
+            np.arange(4, dtype=np.uint8),
+        ],
+        ids=["scalar", "empty", "transposed", "strided", "bfloat16", "bool", "int64", "uint8"],
+    )
+    def test_plain_tensors_come_back_bit_for_bit(self, tmp_path, tensor):
+        lq.save(tmp_path / "t", {}, {"x": tensor})
+        assert _same_array(lq.verify(tmp_path / "t").tensors["x"], tensor)
+
+    def test_a_tensor_in_foreign_byte_order_keeps_its_values(self, tmp_path):
+        lq.save(tmp_path / "t", {}, {"x": np.arange(4, dtype=">f4")})
+        np.testing.assert_array_equal(lq.verify(tmp_path / "t").tensors["x"], np.arange(4))
+
+    def test_metadata_comes_back(self, path):
+        assert lq.load(path).metadata == {"seed": 3}
+
+    def test_rank_zero_keeps_the_shapes_of_the_factors(self, tmp_path):
+        lq.save(tmp_path / "t", {"m": _decomposition(rank=0)})
+        stored = lq.verify(tmp_path / "t").matrices["m"]
+        assert (stored.lora_A.shape, stored.lora_B.shape) == ((0, 10), (6, 0))
+
+    def test_what_was_loaded_can_be_saved_again(self, path, tmp_path):
+        content = lq.load(path)
+        lq.save(tmp_path / "again", content.matrices, content.tensors, content.metadata)
+        for name, matrix in lq.verify(tmp_path / "again").matrices.items():
+            _assert_same_matrix(matrix, content.matrices[name])
+
+    def test_the_same_content_is_the_same_file(self, tmp_path):
+        # Several times over: an order that depends on hashing differs by chance only.
+        d = _decomposition()
+        for i in range(12):
+            lq.save(tmp_path / str(i), {"m": d}, {"norm": np.ones(3)}, {"seed": 1})
+        assert len({(tmp_path / str(i)).read_bytes() for i in range(12)}) == 1
+
+    def test_a_standard_codebook_is_not_stored_and_one_of_your_own_is(self, path):
+        names = set(_parts(path)[0])
+        assert "b.weight.levels" in names
+        assert "a.q_proj.weight.levels" not in names
+
+    def test_names_of_tensors_are_those_of_the_design(self, path):
+        names = {name for name in _parts(path)[0] if name.startswith("a.q_proj.")}
+        ends = {"weight.codes", "weight.scales.codes", "weight.scales.scales", "weight.scales.offset"}
+        assert names == {f"a.q_proj.{end}" for end in ends | {"lora_A", "lora_B"}}
+
+
+class TestWriting:
+    def test_two_tensors_of_one_name_are_refused(self, tmp_path):
+        with pytest.raises(InvalidArgumentError, match=r"m\.lora_A"):
+            lq.save(tmp_path / "t", {"m": _decomposition()}, {"m.lora_A": np.zeros(3)})
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("name", ["m.weight.extra", "m.weight.levels"])
+    def test_a_tensor_that_would_be_taken_for_part_of_a_matrix_is_refused(self, tmp_path, name):
+        # A file that save() writes is one that load() reads.
+        with pytest.raises(InvalidArgumentError, match=r"m\.weight"):
+            lq.save(tmp_path / "t", {"m": _decomposition()}, {name: np.zeros(3)})
+
+    def test_a_tensor_next_to_a_matrix_is_kept(self, tmp_path):
+        lq.save(tmp_path / "t", {"m": _decomposition()}, {"m.bias": np.ones(6), "m.weights": np.ones(2)})
+        assert sorted(lq.load(tmp_path / "t").tensors) == ["m.bias", "m.weights"]
+
+    @pytest.mark.parametrize("value", [float("nan"), {1, 2}, np.float32(1), b"bytes"])
+    def test_metadata_that_is_not_json_is_refused(self, tmp_path, value):
+        with pytest.raises(InvalidArgumentError, match="JSON"):
+            lq.save(tmp_path / "t", {"m": _decomposition()}, metadata={"key": value})
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("place", ["missing/file", "taken/file"])
+    def test_a_folder_that_cannot_hold_the_file_is_an_error(self, tmp_path, place):
+        (tmp_path / "taken").write_text("a file, not a folder")
+        with pytest.raises(CheckpointError, match="Cannot write"):
+            lq.save(tmp_path / place, {"m": _decomposition()})
+        assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
+
+    def test_a_folder_is_not_replaced_by_a_file(self, tmp_path):
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(CheckpointError, match="Cannot write"):
+            lq.save(tmp_path / "folder", {"m": _decomposition()})
+        assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+    @pytest.mark.parametrize("step", ["save_file", "replace", "fsync"])
+    def test_a_failure_leaves_the_old_file_and_nothing_else(self, path, monkeypatch, step):
+        before = path.read_bytes()
+
+        def fail(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint if step == "save_file" else checkpoint.os, step, fail)
+        with pytest.raises(CheckpointError, match="No space left"):
+            lq.save(path, {"m": _decomposition()})
+        assert path.read_bytes() == before
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_an_interrupt_leaves_the_old_file_and_nothing_else(self, path, monkeypatch):
+        before = path.read_bytes()
+
+        def interrupt(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(checkpoint, "save_file", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lq.save(path, {"m": _decomposition()})
+        assert path.read_bytes() == before
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_success_replaces_the_old_file_and_leaves_nothing_else(self, path):
+        lq.save(path, {"new": _decomposition()})
+        assert list(lq.verify(path).matrices) == ["new"]
+        assert list(path.parent.iterdir()) == [path]
+
+
+class TestDamage:
+    def test_a_missing_file(self, tmp_path):
+        _assert_refused(tmp_path / "nowhere.safetensors")
+
+    def test_a_folder(self, tmp_path):
+        _assert_refused(tmp_path)
+
+    @pytest.mark.parametrize(
+        "text", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", b"{}"]
+    )
+    def test_a_file_of_something_else(self, tmp_path, text):
+        (tmp_path / "t").write_bytes(text)
+        _assert_refused(tmp_path / "t")
+
+    def test_a_git_lfs_pointer_is_recognized(self, tmp_path):
+        (tmp_path / "t").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(CheckpointError, match="git-lfs"):
+            lq.load(tmp_path / "t")
+
+    def test_a_safetensors_file_of_someone_else(self, tmp_path):
+        save_file({"x": np.ones(3)}, tmp_path / "t")
+        with pytest.raises(CheckpointError, match="lqlora"):
+            lq.load(tmp_path / "t")
+
+    @settings(max_examples=60, deadline=None)
+    @given(share=st.floats(0, 1, exclude_max=True))
+    def test_any_truncation_is_found(self, tmp_path_factory, share):
+        file = tmp_path_factory.getbasetemp() / "truncated.safetensors"
+        lq.save(file, {"m": _decomposition()}, {"x": np.ones(3)})
+        raw = file.read_bytes()
+        file.write_bytes(raw[: int(share * len(raw))])
+        _assert_refused(file)
+
+    @settings(max_examples=200, deadline=None)
+    @given(data=st.data())
+    def test_a_flipped_byte_is_found_by_verify_and_harms_no_reader(self, tmp_path_factory, data):
+        file = tmp_path_factory.getbasetemp() / "flipped.safetensors"
+        if not file.exists():
+            lq.save(file, {"m": _decomposition((3, 5))}, {"x": np.ones(3)})
+        raw = bytearray(file.read_bytes())
+        position = data.draw(st.integers(0, len(raw) - 1))
+        raw[position] ^= data.draw(st.integers(1, 255))
+        damaged = file.with_suffix(".damaged")
+        damaged.write_bytes(raw)
+        with contextlib.suppress(CheckpointError):
+            lq.load(damaged)
+        header_end = 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]
+        try:
+            found = lq.verify(damaged)
+        except CheckpointError:
+            return
+        # In the header a space may turn into a tab: then the content is what it was.
+        assert position < header_end
+        original = lq.load(file)
+        _assert_same_matrix(found.matrices["m"], original.matrices["m"])
+        assert (found.metadata, list(found.tensors)) == (original.metadata, list(original.tensors))
+
+    def test_a_changed_byte_of_the_data_is_found_by_verify(self, path):
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+        lq.load(path)  # a plausible value: only the fingerprint knows
+        with pytest.raises(CheckpointError, match="SHA-256"):
+            lq.verify(path)
+
+    def test_a_changed_scaling_is_found_by_verify(self, path):
+        _rewrite(path, lambda document: document["matrices"]["b"].update(scaling=3.0))
+        with pytest.raises(CheckpointError):
+            lq.verify(path)
+
+    def test_a_trailing_byte_is_found(self, path):
+        path.write_bytes(path.read_bytes() + b"\0")
+        _assert_refused(path)
+
+    @pytest.mark.parametrize("key", ["spec", "matrices", "metadata"])
+    def test_a_description_without_a_key_is_refused(self, path, key):
+        _rewrite(path, lambda document: document.pop(key))
+        _assert_refused(path)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("spec", 2), ("spec", "1"), ("matrices", []), ("matrices", {"b": []}), ("metadata", [])],
+        ids=str,
+    )
+    def test_a_description_of_another_kind_is_refused(self, path, key, value):
+        _rewrite(path, lambda document: document.update({key: value}))
+        _assert_refused(path)
+
+    @pytest.mark.parametrize("key", ["format", "shape", "scaling"])
+    def test_a_matrix_without_a_key_is_refused(self, path, key):
+        _rewrite(path, lambda document: document["matrices"]["b"].pop(key))
+        _assert_refused(path)
+
+    def test_a_matrix_without_tensors_is_refused(self, path):
+        _rewrite(path, lambda document: document["matrices"].update(c=document["matrices"]["b"]))
+        _assert_refused(path)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("format", "nf4/0"),
+            ("format", "nf4/64"),
+            ("format", "nf4/8" + ":u8/1" * 20_000),
+            ("format", None),
+            ("shape", [8, 17]),
+            ("shape", [128]),
+            ("shape", [-16, -8]),
+            ("shape", [16.0, 8.0]),
+            ("shape", [2**60, 2**60]),
+            ("shape", 16),
+            ("scaling", "one"),
+            ("scaling", float("nan")),
+            ("scaling", float("inf")),
+        ],
+        ids=lambda value: str(value)[:12],
+    )
+    def test_a_description_that_contradicts_the_data_is_refused(self, path, key, value):
+        _rewrite(path, lambda document: document["matrices"]["b"].update({key: value}))
+        _assert_refused(path)
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000], ids=lambda text: text[:4])
+    def test_a_description_that_is_no_document_is_refused(self, path, text):
+        header, data = _parts(path)
+        header["__metadata__"]["lqlora"] = text
+        _write_parts(path, header, data)
+        _assert_refused(path)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda a: a.pop("b.weight.codes"),
+            lambda a: a.pop("b.weight.scales.offset"),
+            lambda a: a.pop("b.weight.levels"),
+            lambda a: a.pop("b.lora_A"),
+            lambda a: a.pop("b.lora_B"),
+            lambda a: a.update({"b.weight.more": np.ones(1)}),
+            lambda a: a.update({"b.weight.codes": a["b.weight.codes"][:-1]}),
+            lambda a: a.update({"b.weight.codes": a["b.weight.codes"].view(np.int8)}),
+            lambda a: a.update({"b.weight.codes": np.full_like(a["b.weight.codes"], 255)}),
+            lambda a: a.update({"b.weight.scales.scales": a["b.weight.scales.scales"].astype(np.float16)}),
+            lambda a: a.update({"b.weight.scales.codes": a["b.weight.scales.codes"][None]}),
+            lambda a: a.update({"b.weight.levels": a["b.weight.levels"][::-1].copy()}),
+            lambda a: a.update({"b.weight.levels": np.array([-1, np.nan, 1], dtype=np.float32)}),
+            lambda a: a.update({"b.lora_A": a["b.lora_A"][:, 1:].copy()}),
+            lambda a: a.update({"b.lora_B": a["b.lora_B"][1:]}),
+            lambda a: a.update({"b.lora_A": a["b.lora_A"].ravel()}),
+            lambda a: a.update({"b.lora_A": a["b.lora_A"].astype(np.int8)}),
+        ],
+        ids=[
+            "no codes",
+            "no offset",
+            "no levels",
+            "no lora_A",
+            "no lora_B",
+            "one more",
+            "codes too short",
+            "signed codes",
+            "code beyond the codebook",
+            "scales of another dtype",
+            "codes in two dimensions",
+            "levels not sorted",
+            "levels not finite",
+            "lora_A too narrow",
+            "lora_B too short",
+            "lora_A flat",
+            "lora_A of integers",
+        ],
+    )
+    def test_tensors_that_do_not_fit_are_refused(self, path, change):
+        _replace_tensors(path, change)
+        _assert_refused(path)
+
+    @pytest.mark.parametrize(
+        "name", ["norm", "m.lora_A", "m.lora_B", "m.weight.scales.scales", "m.weight.scales.offset"]
+    )
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_values_that_are_not_finite_are_named_by_verify(self, tmp_path, name, value):
+        # save() writes what it is given: a model that diverged may be wanted for a look at it.
+        d = _decomposition()
+        arrays = {f"m.weight.{key}": array.copy() for key, array in d.quantized.to_arrays().items()}
+        arrays |= {"m.lora_A": d.lora_A.copy(), "m.lora_B": d.lora_B.copy(), "norm": np.ones(3, dtype=np.float32)}
+        arrays[name].flat[0] = value
+        stored = {key.removeprefix("m.weight."): array for key, array in arrays.items() if ".weight." in key}
+        quantized = lq.QuantizedArray.from_arrays(stored, d.quantized.format, d.quantized.shape)
+        matrix = lq.StoredMatrix(quantized, arrays["m.lora_A"], arrays["m.lora_B"])
+        lq.save(tmp_path / "t", {"m": matrix}, {"norm": arrays["norm"]})
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            lq.verify(tmp_path / "t")
+
+    @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I7"])
+    def test_dtypes_that_are_not_ours_are_refused(self, path, dtype):
+        header, data = _parts(path)
+        header["norm"] = {
+            "dtype": dtype,
+            "shape": header["norm"]["shape"],
+            "data_offsets": header["norm"]["data_offsets"],
+        }
+        size = header["norm"]["data_offsets"][1] - header["norm"]["data_offsets"][0]
+        header["norm"]["shape"] = [2 * size if dtype == "F4" else size]
+        _write_parts(path, header, data)
+        _assert_refused(path)

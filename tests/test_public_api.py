@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+import lqlora
+from lqlora._optional import is_installed
+
+CONTRACT = {
+    "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
+         "decompose", "Decomposition", "QuantizedArray", "initializers", "weighting", "cost_table", "allocate", "Plan", "solvers",
+         "backends", "forced", "nn", "save", "load", "verify"],
+    "initializers": ["lqlora", "loftq", "qlora"],
+    "weighting": ["Uniform", "RowColumn", "Elementwise"],
+    "backends": ["available", "explain"],
+}  # fmt: skip
+
+
+def modules():
+    """Every module of the package that can be imported here."""
+    names = [module.name for module in pkgutil.walk_packages(lqlora.__path__, "lqlora.", onerror=lambda _: None)]
+    return [
+        name for name in names if is_installed("torch") or not name.startswith(("lqlora.nn", "lqlora.backends.torch"))
+    ]
+
+
+@pytest.mark.parametrize("module", CONTRACT, ids=lambda name: name or "lqlora")
+def test_the_names_of_the_design_exist(module):
+    owner = importlib.import_module(f"lqlora.{module}".rstrip("."))
+    assert [name for name in CONTRACT[module] if name not in owner.__all__] == []
+
+
+@pytest.mark.parametrize("name", ["lqlora", *modules()])
+def test_every_public_name_resolves(name):
+    module = importlib.import_module(name)
+    missing = [public for public in module.__all__ if not hasattr(module, public)] if hasattr(module, "__all__") else []
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["lqlora", *modules()])
+def test_public_names_are_sorted_and_listed_once(name):
+    listed = list(getattr(importlib.import_module(name), "__all__", ()))
+    # Constants, then classes, then functions: as the linter sorts them.
+    assert sorted(set(listed), key=lambda word: (not word.isupper(), not word[0].isupper(), word)) == listed
+
+
+def test_public_names_are_all_that_dir_promises():
+    assert set(lqlora.__all__) <= {*dir(lqlora), "nn"}
+
+
+def test_unknown_attributes_are_refused_by_name():
+    with pytest.raises(AttributeError, match="module 'lqlora' has no attribute 'quantise'"):
+        _ = lqlora.quantise
+
+
+def test_every_error_descends_from_one():
+    from lqlora import errors
+
+    classes = [getattr(errors, name) for name in errors.__all__]
+    assert all(issubclass(cls, errors.LQLoRAError) for cls in classes)
+    assert all(len(cls.__mro__) > len(errors.LQLoRAError.__mro__) for cls in classes if cls is not errors.LQLoRAError)

@@ -56,7 +56,8 @@ class Codebook:
     boundaries: npt.NDArray[np.float32] = field(init=False, repr=False)
 
     def __init__(self, levels: Sequence[float] | npt.NDArray[np.floating], name: str = "custom") -> None:
-        values = np.array(levels, dtype=np.float32)  # a copy: the caller's array stays his own
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            values = np.array(levels, dtype=np.float32)  # a copy: the caller's array stays his own
         if values.ndim != 1 or not 2 <= values.size <= 2**_MAX_BITS:
             raise InvalidArgumentError(
                 f"A codebook has 2 to {2**_MAX_BITS} levels in one dimension, not {values.shape}."
@@ -91,7 +92,7 @@ class Codebook:
 _NF_OFFSET = 0.9677083
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)
 def normal_float(bits: int) -> Codebook:
     """NormalFloat for any number of bits, by LQ-LoRA's rule.
 
@@ -162,7 +163,7 @@ NF4 = Codebook(
 )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None, typed=True)
 def uniform(bits: int, *, signed: bool = True) -> Codebook:
     """Equally spaced levels.
 
@@ -231,8 +232,8 @@ def by_name(name: str) -> Codebook:
         "int": uniform,
         "uint": functools.partial(uniform, signed=False),
     }
-    if family not in makers or not digits:
-        raise FormatError(f"Unknown codebook {name!r}: use nf2…nf8, int2…int8 or uint1…uint8.")
+    if family not in makers or not 1 <= len(digits) <= 2:
+        raise FormatError(f"Unknown codebook {name[:40]!r}: use nf2…nf8, int2…int8 or uint1…uint8.")
     try:
         return makers[family](int(digits))
     except InvalidArgumentError as error:

@@ -22,6 +22,7 @@ __all__ = ["BlockFormat", "Offset", "ScaleFormat", "paper_grid"]
 Offset: TypeAlias = Literal["min", "none"]
 
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+_MAX_DEPTH = 8  # levels of scales that text may spell; one is usual, two are rare
 _OFFSET_BITS = 32  # one float32 per array of scales
 
 
@@ -121,7 +122,8 @@ class BlockFormat:
             raise FormatError(f"A format needs a Codebook, not {type(self.codebook).__name__}.")
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
             raise FormatError(f"A block holds at least 1 weight, not {self.block_size!r}.")
-        if not isinstance(self.scales, ScaleFormat) and self.scales not in _FLOAT_BITS:
+        known_name = isinstance(self.scales, str) and self.scales in _FLOAT_BITS
+        if not known_name and not isinstance(self.scales, ScaleFormat):
             known = ", ".join(_FLOAT_BITS)
             raise FormatError(f"Scales are stored as {known} or by a ScaleFormat, not {self.scales!r}.")
 
@@ -208,23 +210,24 @@ class BlockFormat:
         8
         """
         head, *levels = text.strip().split(":")
-        match = re.fullmatch(r"([^/\s]+)/([0-9]+)", head)
-        if match is None:
-            raise FormatError(f"{text!r} is no block format: expected such as 'nf4/64:u8/256:float32'.")
-        return cls(codebook or by_name(match[1]), int(match[2]), _parse_scales(levels or ["float32"], text))
+        match = re.fullmatch(r"([^/\s]+)/([0-9]{1,18})", head)
+        if match is None or len(levels) > _MAX_DEPTH:
+            raise FormatError(f"{text[:80]!r} is no block format: expected such as 'nf4/64:u8/256:float32'.")
+        return cls(codebook or by_name(match[1]), int(match[2]), _parse_scales(levels or ["float32"]))
 
 
-def _parse_scales(levels: list[str], text: str) -> FloatName | ScaleFormat:
+def _parse_scales(levels: list[str]) -> FloatName | ScaleFormat:
     head, *rest = levels
-    match = re.fullmatch(r"u([0-9]+)(?:\+(min|none))?/([0-9]+)", head)
-    if match is not None:
+    match = re.fullmatch(r"u([0-9]{1,2})(?:\+(min|none))?/([0-9]{1,18})", head)
+    if match is not None and rest:
         try:
-            return ScaleFormat(int(match[1]), int(match[3]), _parse_scales(rest, text), match[2] or "min")  # type: ignore[arg-type]
-        except (IndexError, ValueError) as error:
-            raise FormatError(f"{text!r} is no block format: {error}") from None
+            return ScaleFormat(int(match[1]), int(match[3]), _parse_scales(rest), match[2] or "min")  # type: ignore[arg-type]
+        except InvalidArgumentError as error:
+            raise FormatError(f"{':'.join(levels)!r} spells no scales: {error}") from None
     if head in _FLOAT_BITS and not rest:
         return head  # type: ignore[return-value]
-    raise FormatError(f"{text!r} is no block format: {head!r} spells no scales.")
+    wanted = "float32, float16, bfloat16 or such as u8/256:float32"
+    raise FormatError(f"{':'.join(levels)[:80]!r} spells no scales: expected {wanted}.")
 
 
 def paper_grid(which: Literal["code", "paper"] = "code") -> list[BlockFormat]:

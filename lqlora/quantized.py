@@ -105,10 +105,16 @@ class QuantizedArray:
         Raises
         ------
         FormatError
-            If an array is missing or left over, or has the wrong length or dtype, or a code beyond the codebook.
+            If an array is missing or left over, or has the wrong length or dtype, a code is beyond the codebook, or a
+            scale is negative or not finite.
+        MixedArraysError
+            If the arrays belong to two libraries.
         """
+        if any(length < 0 for length in shape):
+            raise FormatError(f"A shape has no negative lengths: {tuple(shape)}.")
         quantized = _rebuild(dict(arrays), fmt, tuple(shape), offset=False)
-        _check_code_range(quantized)
+        namespace(*quantized.to_arrays().values())  # refuses arrays of several libraries
+        _check_values(quantized)
         return quantized
 
     def to(self, xp: Namespace, device: object = None) -> QuantizedArray:
@@ -184,6 +190,7 @@ def _quantize(flat: Array, fmt: BlockFormat, shape: tuple[int, ...], name: str) 
     absmax = ops.block_absmax(flat, fmt.block_size)
     scales = _store_scales(absmax, fmt.scales, name)
     decoded = _decode_scales(scales)
+    _require_scales(decoded, fmt.scales, name)  # a rounded second-level scale plus the offset may be out of range
     xp = namespace(flat)
     packed = ops.encode(flat, xp.astype(decoded, flat.dtype), fmt.codebook.boundaries, fmt.bits, fmt.block_size)
     return QuantizedArray(packed, scales, fmt, shape)
@@ -193,18 +200,23 @@ def _store_scales(absmax: Array, scale_format: str | ScaleFormat, name: str) -> 
     xp = namespace(absmax)
     if not isinstance(scale_format, ScaleFormat):
         stored = ops.storage_cast(absmax, scale_format)
-        try:
-            ops.require_finite(ops.widen(stored), "scale")
-        except NonFiniteError as error:
-            raise NonFiniteError(f"A scale of {name} is beyond the range of {scale_format}: {error}") from None
+        _require_scales(ops.widen(stored), scale_format, name)
         return stored
-    absmax = xp.astype(absmax, xp.float32)
+    absmax = ops.storage_cast(absmax, "float32")
+    _require_scales(absmax, "float32", name)
     offset = None
     if scale_format.offset == "min":
         offset = xp.reshape(xp.min(absmax), (1,)) if absmax.shape[0] else xp.zeros((1,), dtype=xp.float32)
         absmax = absmax - offset
     inner = _quantize(absmax, scale_format.format, tuple(absmax.shape), name)
     return QuantizedArray(inner.packed, inner.scales, inner.format, inner.shape, offset)
+
+
+def _require_scales(scales: Array, scale_format: str | ScaleFormat, name: str) -> None:
+    try:
+        ops.require_finite(scales, "The array of scales")
+    except NonFiniteError as error:
+        raise NonFiniteError(f"A scale of {name} is beyond the range of {scale_format}: {error}") from None
 
 
 def _decode_scales(scales: Array | QuantizedArray) -> Array:
@@ -240,7 +252,7 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     >>> lq.dequantize(q).tolist()
     [0.0, 2.0, -2.0]
     """
-    xp = namespace(q.packed)
+    xp = namespace(q.packed, out)
     count = prod(q.shape)
     scales = _decode_scales(q.scales)
     flat = ops.decode(q.packed, scales, q.format.codebook.levels, q.format.bits, q.format.block_size, count)
@@ -323,10 +335,14 @@ def _take(arrays: dict[str, Array], key: str, dtype: str, length: int) -> Array:
     return array
 
 
-def _check_code_range(q: QuantizedArray) -> None:
+def _check_values(q: QuantizedArray) -> None:
     if len(q.format.codebook) < 2**q.format.bits:
         codes = q.codes
         if prod(q.shape) and int(namespace(codes).max(codes)) >= len(q.format.codebook):
             raise FormatError(f"A code is beyond the {len(q.format.codebook)} levels of {q.format.codebook.name}.")
     if isinstance(q.scales, QuantizedArray):
-        _check_code_range(q.scales)
+        _check_values(q.scales)
+        return
+    scales = ops.widen(q.scales)
+    if not bool(namespace(scales).all((scales >= 0) & (scales < float("inf")))):
+        raise FormatError("A scale is negative or not finite.")

@@ -217,6 +217,7 @@ class RowColumn(AbstractWeighting):
 
     def scale(self, residual: Array) -> Array:
         """Multiply rows and columns by the roots of their weights."""
+        namespace(residual, *self._roots)
         return residual * self._roots[0][:, None] * self._roots[1][None, :]
 
     def unscale(self, left: Array, right: Array) -> tuple[Array, Array]:
@@ -240,6 +241,11 @@ class Elementwise(AbstractWeighting):
     NonFiniteError
         If a weight is NaN or infinite.
 
+    Warns
+    -----
+    UserWarning
+        If all weights are zero; they then count the same.
+
     Notes
     -----
     The best low-rank approximation in this norm has no closed form (the problem is NP-hard). As in LQ-LoRA (arXiv
@@ -257,8 +263,14 @@ class Elementwise(AbstractWeighting):
     surrogate: RowColumn = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "surrogate", RowColumn.from_fisher(self.weights))
-        object.__setattr__(self, "weights", ops.widen(self.weights, "weights"))
+        weights = ops.widen(self.weights, "weights")
+        xp = namespace(weights)
+        _require_weights(weights, "weights")
+        if not bool(xp.any(weights > 0)):
+            warnings.warn("All weights are zero: all count the same.", UserWarning, stacklevel=3)
+            weights = xp.ones_like(weights)
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "surrogate", RowColumn.from_fisher(weights))
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise unless there is a weight for every entry."""

@@ -15,7 +15,7 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["available", "explain"]
+__all__ = ["Selection", "available", "explain"]
 
 
 def available() -> dict[str, bool]:

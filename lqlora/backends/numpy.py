@@ -26,7 +26,7 @@ _LOOKUP_BITS = 12
 
 
 def _encode_accepts(flat: Any, scales: Any, boundaries: Any, bits: int, block_size: int) -> bool:  # noqa: ARG001
-    return len(boundaries) <= _FEW and block_size <= _CHUNK
+    return len(boundaries) <= _FEW and block_size <= _CHUNK and isinstance(scales, np.ndarray)
 
 
 @encode.register("numpy", accepts=_encode_accepts)
@@ -71,7 +71,7 @@ def _encode_rows(
 
 
 def _decode_accepts(packed: Any, scales: Any, levels: Any, bits: int, block_size: int, count: int) -> bool:  # noqa: ARG001
-    return bits in (1, 2, 3, 4, 6, 8) and packed.dtype == np.uint8 and packed.flags.c_contiguous
+    return bits in (1, 2, 3, 4, 6, 8) and isinstance(scales, np.ndarray)
 
 
 @decode.register("numpy", accepts=_decode_accepts)

@@ -13,9 +13,16 @@ from lqlora.ops.quantize import decode, encode
 __all__: list[str] = []
 
 
-def _on_cpu(tensor: torch.Tensor, *_: Any, **__: Any) -> bool:
-    """Accept strided tensors in host memory; not the fake ones that compilers trace with."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+def _on_cpu(tensor: torch.Tensor, second: Any, *_: Any, **__: Any) -> bool:
+    """Accept strided tensors in host memory; not the fake ones that compilers trace with.
+
+    The second argument is scales, or a number. Scales of another library are left to the reference, which refuses them.
+    """
+    return _is_plain(tensor) and (isinstance(second, int) or _is_plain(second))
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu"
 
 
 def _view(value: Any) -> Any:

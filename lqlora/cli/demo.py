@@ -126,7 +126,7 @@ def _fisher(work: _Work) -> dict[str, Elementwise]:
 def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
     """Build the cost table, and solve it for each budget."""
     settings = work.settings
-    weights = nn.convert.weight_arrays(nn.select_linears(work.base))
+    weights = nn.weight_arrays(nn.select_linears(work.base))
     with console.stage(f"Cost table of {len(weights)} matrices x {len(settings.formats)} formats") as progress:
         table = lq.cost_table(
             weights, settings.formats, rank=settings.rank, weighting=fisher, seed=settings.seed, progress=progress
@@ -186,7 +186,7 @@ def _clone(model: torch.nn.Module) -> torch.nn.Module:
 def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> float:
     """Frobenius error over all matrices together, whatever norm each was decomposed in."""
     squares = np.zeros(2)
-    for name, load in nn.convert.weight_arrays(nn.select_linears(base)).items():
+    for name, load in nn.weight_arrays(nn.select_linears(base)).items():
         weight = load()
         residual = weight - report.decompositions[name].reconstruct()
         squares += lq.ops.sum_of_squares(residual), lq.ops.sum_of_squares(weight)

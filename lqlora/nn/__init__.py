@@ -6,7 +6,7 @@ from lqlora._optional import require
 
 require("torch", "pip install torch", "lqlora.nn")
 
-from lqlora.nn.convert import QuantizationReport, quantize_model, select_linears  # noqa: E402 - after the check
+from lqlora.nn.convert import QuantizationReport, quantize_model, select_linears, weight_arrays  # noqa: E402 - after the check
 from lqlora.nn.fisher import causal_lm_loss, collect_fisher  # noqa: E402
 from lqlora.nn.linear import LQLinear, QuantizedWeight  # noqa: E402
 from lqlora.nn.state import load_model, save_model  # noqa: E402
@@ -21,4 +21,5 @@ __all__ = [
     "quantize_model",
     "save_model",
     "select_linears",
+    "weight_arrays",
 ]

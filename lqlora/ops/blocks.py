@@ -26,8 +26,9 @@ def to_blocks(flat: Array, block_size: int) -> Array:
 
     Returns
     -------
-    array, shape (ceil(n / block_size), block_size)
-        The last row is padded with zeros, which cannot raise an absolute maximum.
+    array, shape (ceil(n / block_size), min(block_size, n))
+        The last row is padded with zeros, which cannot raise an absolute maximum. A block that is longer than the
+        array is as long as the array.
 
     Examples
     --------
@@ -36,6 +37,7 @@ def to_blocks(flat: Array, block_size: int) -> Array:
     [[1, 2], [3, 0]]
     """
     xp = namespace(flat)
+    block_size = max(1, min(block_size, flat.shape[0]))
     tail = -flat.shape[0] % block_size
     if tail:
         padding = xp.zeros((tail,), dtype=flat.dtype, device=array_api_compat.device(flat))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat
 import ml_dtypes
 import numpy as np
 
@@ -42,7 +41,7 @@ def dtype_name(array: Array) -> str:
     return str(array.dtype).rpartition(".")[2]
 
 
-def widen(array: Array, what: str = "array") -> Array:
+def widen(array: Array, what: str = "the array") -> Array:
     """Convert floating-point input to the dtype the arithmetic runs in.
 
     Parameters
@@ -50,12 +49,12 @@ def widen(array: Array, what: str = "array") -> Array:
     array : array of float16, bfloat16, float32 or float64
         The input.
     what : str
-        What the array is, for the error.
+        What the array is, the first words of the error.
 
     Returns
     -------
     array of float32 or float64, same shape
-        float64 stays float64; everything narrower becomes float32, exactly.
+        float64 stays float64; everything narrower becomes float32, exactly. A torch tensor is detached from its graph.
 
     Raises
     ------
@@ -71,7 +70,8 @@ def widen(array: Array, what: str = "array") -> Array:
     xp = namespace(array)
     name = dtype_name(array)
     if name not in _FLOATS:
-        raise UnsupportedArrayError(f"The {what} must be float16, bfloat16, float32 or float64, not {name}.")
+        raise UnsupportedArrayError(f"{what} must be float16, bfloat16, float32 or float64, not {name}.")
+    array = array.detach() if array_library(array) == "torch" else array
     return array if name in _FLOATS[:2] else xp.astype(array, xp.float32)
 
 
@@ -107,7 +107,9 @@ def storage_cast(array: Array, dtype: str) -> Array:
 
 
 def _native_dtype(xp: Namespace, array: Array, dtype: str) -> Any:
-    if dtype in ("float32", "float64"):
+    if dtype not in _FLOATS:
+        raise UnsupportedArrayError(f"A floating-point dtype is one of {', '.join(_FLOATS)}, not {dtype!r}.")
+    if dtype in _FLOATS[:2]:
         return getattr(xp, dtype)
     library = array_library(array)
     if library == "numpy":
@@ -142,7 +144,7 @@ def stored_bytes(array: Array) -> int:
 
 
 def convert(array: Array, xp: Namespace, device: object = None) -> Array:
-    """Copy an array to another library or device, bit for bit. Nothing else in lqlora does that.
+    """Copy an array to another library or device, bit for bit. All such copies go through this function.
 
     Parameters
     ----------
@@ -158,6 +160,11 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     array
         The same shape, dtype and bits. Memory is shared where both libraries allow it.
 
+    Raises
+    ------
+    UnsupportedArrayError
+        If the target has no such dtype.
+
     Examples
     --------
     >>> import numpy as np
@@ -168,9 +175,13 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     if xp.__name__.rpartition(".")[2] == "torch":
         import torch  # noqa: PLC0415 - the caller passed torch, or a wrapper of it, so it is imported already
 
+        host = np.require(host, requirements=("C", "W"))  # torch takes no negative strides, and warns of read-only memory
         bits = torch.from_numpy(host.view(np.uint16) if is_bfloat16 else host)
         return (bits.view(torch.bfloat16) if is_bfloat16 else bits).to(device)  # type: ignore[call-overload]
-    return xp.asarray(host) if device is None else xp.asarray(host, device=device)
+    try:
+        return xp.asarray(host) if device is None else xp.asarray(host, device=device)
+    except TypeError as error:
+        raise UnsupportedArrayError(f"{xp.__name__} has no {host.dtype}: {error}.") from error
 
 
 def _on_host(array: Array) -> Any:
@@ -179,7 +190,7 @@ def _on_host(array: Array) -> Any:
     if library == "numpy":
         return array
     if library != "torch":
-        return np.asarray(array_api_compat.to_device(array, "cpu"))
+        return array.get() if library == "cupy" else np.asarray(array)
     tensor = array.detach().cpu().contiguous()
     if dtype_name(array) != "bfloat16":
         return tensor.numpy()

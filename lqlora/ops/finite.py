@@ -41,9 +41,11 @@ def require_finite(array: Array, what: str) -> None:
     finite = xp.isfinite(array)
     if bool(xp.all(finite)):
         return
-    bad = [axis.tolist() if hasattr(axis, "tolist") else list(axis) for axis in xp.nonzero(~finite)]
+    if not array.shape:
+        raise NonFiniteError(f"{what} is not finite.")
+    bad = xp.nonzero(~finite)
     first = tuple(int(axis[0]) for axis in bad)
-    raise NonFiniteError(f"{what} has {len(bad[0])} non-finite value(s), the first at index {first}.")
+    raise NonFiniteError(f"{what} has {bad[0].shape[0]} non-finite value(s), the first at index {first}.")
 
 
 #: Entries widened to float64 at a time: they stay in the cache, which makes the sum three times faster.
@@ -76,9 +78,10 @@ def sum_of_squares(array: Array, weights: Array | None = None) -> float:
     factors = None if weights is None else xp.reshape(weights, (-1,))
     partial = []
     for first in range(0, flat.shape[0], _CHUNK):
-        wide = xp.astype(flat[first : first + _CHUNK], xp.float64)
+        part = slice(first, min(first + _CHUNK, flat.shape[0]))
+        wide = xp.astype(flat[part], xp.float64)
         squares = wide * wide
         if factors is not None:
-            squares *= xp.astype(factors[first : first + _CHUNK], xp.float64)
+            squares *= xp.astype(factors[part], xp.float64)
         partial.append(float(xp.sum(squares)))
     return math.fsum(partial)

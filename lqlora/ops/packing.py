@@ -60,7 +60,7 @@ def _period(bits: int) -> tuple[int, int]:
 
 @op
 def pack_codes(codes: Array, bits: int) -> Array:
-    """Pack codes into dense bytes, in the layout drawn at the top of this module.
+    """Pack codes into dense bytes, in the layout drawn in :mod:`lqlora.ops.packing`.
 
     Parameters
     ----------

@@ -45,8 +45,10 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     """
     xp = namespace(values)
     if len(boundaries) > _FEW:
-        cells = xp.asarray(boundaries, dtype=values.dtype, device=array_api_compat.device(values))
-        return xp.astype(xp.searchsorted(cells, values, side="left"), xp.uint8)
+        # A copy of the boundaries, as torch warns of memory it may not write to; flat, as it warns of strided values.
+        cells = xp.asarray(boundaries.copy(), dtype=values.dtype, device=array_api_compat.device(values))
+        codes = xp.searchsorted(cells, xp.reshape(values, (-1,)), side="left")
+        return xp.reshape(xp.astype(codes, xp.uint8), values.shape)
     codes = xp.zeros(values.shape, dtype=xp.uint8, device=array_api_compat.device(values))
     for boundary in boundaries.tolist():
         codes += xp.astype(values > boundary, xp.uint8)
@@ -131,6 +133,6 @@ def decode(
     """
     xp = namespace(packed, scales)
     codes = xp.astype(unpack_codes(packed, bits, count), xp.int64)
-    table = xp.asarray(levels, dtype=xp.float32, device=array_api_compat.device(packed))
+    table = xp.asarray(levels.copy(), dtype=xp.float32, device=array_api_compat.device(packed))
     blocks = to_blocks(xp.take(table, codes), block_size)
     return from_blocks(blocks * scales[:, None], count)

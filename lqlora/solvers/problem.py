@@ -28,7 +28,7 @@ class Status(enum.Enum):
     """
 
     OPTIMAL = "The assignment is optimal within the relative gap asked for."
-    FEASIBLE = "The time limit ended the search: the assignment is valid, its gap is stated. Allow more time for less."
+    FEASIBLE = "The assignment is valid, but its gap is larger than asked for: allow more time, or an exact solver."
     INFEASIBLE = "No assignment meets the budgets: raise a budget or allow smaller formats."
     NO_SOLUTION = "The time limit ended the search before any assignment was found: allow more time."
 

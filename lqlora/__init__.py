@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from lqlora import backends, errors, initializers, ops, solvers, weighting
 from lqlora._dispatch import forced
-from lqlora.allocate import CostTable, Plan, allocate, cost_table
+from lqlora.allocation import CostTable, Plan, allocate, cost_table
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
 from lqlora.codebooks import NF4, Codebook, normal_float, uniform
-from lqlora.decompose import Decomposition, decompose
+from lqlora.decomposition import Decomposition, decompose
 from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
 from lqlora.quantized import QuantizedArray, dequantize, matmul, quantize
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from contextlib import suppress
@@ -136,15 +137,25 @@ def save(
             "shape": list(matrix.quantized.shape),
             "scaling": float(matrix.scaling),
         }
+    prefixes = tuple(f"{name}.weight." for name in matrices)
+    if taken := [name for name in tensors or {} if prefixes and name.startswith(prefixes)]:
+        raise InvalidArgumentError(f"Tensor {taken[0]!r} would be taken for a part of a quantized matrix.")
     _add_all(arrays, {name: ops.convert(tensor, np) for name, tensor in (tensors or {}).items()})
-    # ascontiguousarray would turn scalars into vectors
-    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    document = {"spec": _SPEC, "sha256": _digest(arrays), "matrices": rows, "metadata": dict(metadata or {})}
+    arrays = {name: _plain(array) for name, array in arrays.items()}
+    document: dict[str, Any] = {"spec": _SPEC, "matrices": rows, "metadata": dict(metadata or {})}
     try:
+        document["sha256"] = _digest(arrays, document)
         header = json.dumps(document, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (RecursionError, TypeError, ValueError) as error:
         raise InvalidArgumentError(f"The metadata of a checkpoint must be JSON values: {error}.") from None
-    _write(Path(path), arrays, {_KEY: header, "format": "pt"})
+    # One key only: safetensors writes several in an order that differs from run to run.
+    _write(Path(path), arrays, {_KEY: header})
+
+
+def _plain(array: Any) -> Any:
+    """Return a C-contiguous array in this machine's byte order; scalars stay scalars."""
+    native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    return np.asarray(native, order="C")
 
 
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
@@ -168,8 +179,10 @@ def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
     arrays.update(new)
 
 
-def _digest(arrays: Mapping[str, Any]) -> str:
-    total = hashlib.sha256()
+def _digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """Fingerprint of all tensors and of the description, except for the fingerprint itself."""
+    described = {key: value for key, value in document.items() if key != "sha256"}
+    total = hashlib.sha256(json.dumps(described, sort_keys=True, allow_nan=False).encode())
     for name in sorted(arrays):
         array = arrays[name]
         total.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -219,7 +232,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     arrays, document = _read(Path(path))
     try:
         matrices = {name: _take_matrix(arrays, name, row) for name, row in document["matrices"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError, LQLoRAError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
         raise CheckpointError(f"{path} contradicts itself: {error}") from error
     return Checkpoint(matrices, arrays, document["metadata"])
 
@@ -231,7 +244,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise CheckpointError(f"There is no file {path}.") from None
-    except (OSError, SafetensorError) as error:
+    except (AttributeError, OSError, SafetensorError, TypeError) as error:  # the first and the last: dtypes NumPy lacks
         hint = "is it truncated, or a git-lfs pointer?"
         raise CheckpointError(f"{path} is no readable safetensors file ({error}): {hint}") from error
     if text is None:
@@ -260,7 +273,12 @@ def _take_matrix(arrays: dict[str, Any], name: str, row: Mapping[str, Any]) -> S
     lora_A, lora_B = arrays.pop(f"{name}.lora_A"), arrays.pop(f"{name}.lora_B")
     if lora_A.ndim != 2 or lora_B.shape != (shape[0], len(lora_A)) or lora_A.shape[1] != shape[1]:
         raise FormatError(f"Factors of shapes {lora_B.shape} and {lora_A.shape} do not fit {name!r}, {shape}.")
-    return StoredMatrix(quantized, lora_A, lora_B, float(row["scaling"]))
+    ops.widen(lora_A, f"lora_A of {name!r}")
+    ops.widen(lora_B, f"lora_B of {name!r}")
+    scaling = float(row["scaling"])
+    if not math.isfinite(scaling):
+        raise FormatError(f"The scaling of {name!r} is {scaling}.")
+    return StoredMatrix(quantized, lora_A, lora_B, scaling)
 
 
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
@@ -282,8 +300,12 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
         As :func:`load` does, and if a byte of the data has changed or a number is NaN or infinite.
     """
     arrays, document = _read(Path(path))
-    if _digest(arrays) != document.get("sha256"):
-        raise CheckpointError(f"The data of {path} is not what was written: its SHA-256 differs.")
+    try:
+        same = _digest(arrays, document) == document.get("sha256")
+    except ValueError:  # a number that JSON does not have
+        same = False
+    if not same:
+        raise CheckpointError(f"The content of {path} is not what was written: its SHA-256 differs.")
     for name, array in arrays.items():
         if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lqlora.decompose import Decomposition, decompose
+from lqlora.decomposition import Decomposition, decompose
 from lqlora.weighting import Elementwise
 
 if TYPE_CHECKING:

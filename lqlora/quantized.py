@@ -106,7 +106,7 @@ class QuantizedArray:
         ------
         FormatError
             If an array is missing or left over, or has the wrong length or dtype, a code is beyond the codebook, or a
-            scale is negative or not finite.
+            scale is negative.
         MixedArraysError
             If the arrays belong to two libraries.
         """
@@ -342,7 +342,11 @@ def _check_values(q: QuantizedArray) -> None:
             raise FormatError(f"A code is beyond the {len(q.format.codebook)} levels of {q.format.codebook.name}.")
     if isinstance(q.scales, QuantizedArray):
         _check_values(q.scales)
-        return
-    scales = ops.widen(q.scales)
-    if not bool(namespace(scales).all((scales >= 0) & (scales < float("inf")))):
-        raise FormatError("A scale is negative or not finite.")
+    else:
+        _check_scales(q.scales)
+
+
+def _check_scales(scales: Array) -> None:
+    wide = ops.widen(scales)
+    if bool(namespace(wide).any(wide < 0)):
+        raise FormatError("A scale is negative.")

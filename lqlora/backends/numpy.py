@@ -71,7 +71,7 @@ def _encode_rows(
 
 
 def _decode_accepts(packed: Any, scales: Any, levels: Any, bits: int, block_size: int, count: int) -> bool:  # noqa: ARG001
-    return bits in (1, 2, 3, 4, 6, 8) and isinstance(scales, np.ndarray)
+    return bits in (1, 2, 3, 4, 6, 8) and isinstance(scales, np.ndarray) and packed.flags.c_contiguous
 
 
 @decode.register("numpy", accepts=_decode_accepts)

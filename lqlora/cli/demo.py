@@ -6,7 +6,7 @@ import copy
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -29,7 +29,7 @@ from lqlora.weighting import Elementwise
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lqlora.allocate import Plan
+    from lqlora.allocation import Plan
 
 __all__ = ["run"]
 
@@ -90,6 +90,7 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
     output = output.absolute()
     if output.exists() and not force:
         raise CheckpointError(f"{output} exists already: name another folder, or replace it with --force.")
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
@@ -107,6 +108,9 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
         raise CheckpointError(f"Cannot write {output}: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:  # innermost first; those that hold the output stay
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:

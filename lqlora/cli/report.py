@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from lqlora.allocate import Plan
+    from lqlora.allocation import Plan
 
 __all__ = ["Row", "draw", "markdown"]
 

@@ -101,7 +101,10 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     if fields.get("general.architecture") != "llama":
         raise CheckpointError(f"{path} holds {fields.get('general.architecture')!r}; this reads 'llama' only.")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(transformers, fields, tensors)
+    try:
+        config = _config(transformers, fields, tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}.") from error
     state = {}
     for name, tensor in tensors.items():
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
@@ -110,7 +113,10 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device="cpu")
     _restore_rotary(transformers, model, config)
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit its own settings: {error}") from error
     model.tie_weights()
     if unexpected or set(missing) - {"lm_head.weight"}:
         raise CheckpointError(f"{path} does not fill its architecture: missing {missing}, unexpected {unexpected}.")

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from lqlora._parallel import map_matrices
-from lqlora.allocate import Plan
-from lqlora.decompose import Decomposition, decompose
+from lqlora.allocation import Plan
+from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
 from lqlora.nn.linear import LQLinear
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from concurrent.futures import Executor
 
-    from lqlora.decompose import Init
+    from lqlora.decomposition import Init
     from lqlora.weighting import AbstractWeighting
 
 __all__ = ["Pattern", "QuantizationReport", "quantize_model", "select_linears", "weight_arrays"]
@@ -194,6 +194,8 @@ def quantize_model(
     by_name = _resolve(model, formats, include, exclude)
     ranks = formats.ranks if isinstance(formats, Plan) and rank is None else dict.fromkeys(by_name, rank)
     linears = select_linears(model, include=by_name.__contains__, exclude=())
+    if "" in linears:
+        raise InvalidArgumentError("The model is itself a linear layer: wrap it in torch.nn.Sequential first.")
     options = {"init": init, "max_iter": max_iter, "rtol": rtol, "scaling": scaling, "seed": seed}
     items = []
     for name, load in weight_arrays(linears).items():
@@ -205,7 +207,7 @@ def quantize_model(
     decompositions = dict(zip(linears, found, strict=True))
     model.requires_grad_(requires_grad=False)
     for name, decomposition in decompositions.items():
-        replace_module(model, name, LQLinear.from_decomposition(decomposition, linears[name].bias))
+        replace_module(model, linears[name], LQLinear.from_decomposition(decomposition, linears[name].bias))
     return QuantizationReport(decompositions, _kept(model))
 
 
@@ -229,30 +231,49 @@ def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> Decompo
     return decompose(load(), fmt, rank, weighting=weighting, name=f"weight of {name!r}", **options)
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of another.
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, under each of its names.
 
     Parameters
     ----------
     model : torch.nn.Module
         Root.
-    name : str
-        Dotted name of the module to replace; not the root.
+    old : torch.nn.Module
+        The module to replace; not the root.
     new : torch.nn.Module
         The replacement; takes over the training flag.
     """
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    new.train(owner.training)
-    setattr(owner, child, new)
+    new.train(old.training)
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
 
 
 def _kept(model: nn.Module) -> dict[str, int]:
     """List parameters and persistent buffers outside quantized layers."""
-    quantized = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LQLinear))
-    inside = {f"{prefix}bias" for prefix in quantized}
+    inside = quantized_keys(model)
+    found = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: t.numel() * t.element_size() for name, t in reversed(found.values()) if name not in inside}
+
+
+def quantized_keys(model: nn.Module) -> set[str]:
+    """Name the entries of a state dict that belong to quantized layers, under each of their names; biases do not.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    set of str
+        Keys of ``model.state_dict()``.
+    """
     return {
-        name: parameter.numel() * parameter.element_size()
-        for name, parameter in model.named_parameters()
-        if not name.startswith(quantized) or name in inside
+        f"{name}.{key}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LQLinear)
+        for key in module.state_dict()
+        if key != "bias"
     }

@@ -92,7 +92,7 @@ def collect_fisher(
     linears = select_linears(model, include, exclude)
     fisher = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}
     examples = 0
-    with _frozen(model), _recording(linears, fisher), torch.enable_grad():
+    with _frozen(model), _recording(linears, fisher) as recorders, torch.enable_grad():
         for batch in batches:
             losses = loss(model, batch)
             if losses.ndim != 1:
@@ -102,6 +102,8 @@ def collect_fisher(
             if not bool(torch.isfinite(losses).all()):
                 raise NonFiniteError(f"The loss of an example after the first {examples} is NaN or infinite.")
             losses.sum().backward()
+            for recorder in recorders:
+                recorder.finish()
             examples += losses.shape[0]
             if progress is not None:
                 progress(examples)
@@ -127,39 +129,60 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _recording(linears: Mapping[str, nn.Linear], fisher: dict[str, torch.Tensor]) -> Iterator[None]:
+def _recording(linears: Mapping[str, nn.Linear], fisher: dict[str, torch.Tensor]) -> Iterator[list[_Recorder]]:
+    recorders = {name: _Recorder(name, total) for name, total in fisher.items()}
     handles: list[RemovableHandle] = []
     try:
         for name, module in linears.items():
-            handles.append(module.register_forward_hook(_Recorder(fisher[name])))
-        yield
+            handles.append(module.register_forward_hook(recorders[name], with_kwargs=True))
+        yield list(recorders.values())
     finally:
         for handle in handles:
             handle.remove()
 
 
 class _Recorder:
-    """Forward hook of one layer: adds the squared gradient of each example once all uses of the layer are known."""
+    """Forward hook of one layer, which adds the squared gradient of each example to a total.
 
-    def __init__(self, total: torch.Tensor) -> None:
-        self._total = total
+    A layer that is used once in a forward pass is done with as soon as the gradient at its output is known. One that is
+    used several times waits for the end of the backward pass: not every result need have reached the loss.
+    """
+
+    def __init__(self, name: str, total: torch.Tensor) -> None:
+        self._name, self._total = name, total
         self._uses = 0
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x = inputs[0].detach()
-        if not output.requires_grad:  # the first layer: nothing before it needs a gradient
-            output.requires_grad = True
+    def __call__(
+        self, _: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = (args[0] if args else kwargs["input"]).detach()
+        version = x._version  # noqa: SLF001 - torch has no public name for it
+        if not output.requires_grad:  # the first layer; a clone, because a leaf must not be changed in place
+            output = output.detach().requires_grad_().clone()
         self._uses += 1
-        output.register_hook(lambda gradient: self._add(x, gradient))
 
-    def _add(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        self._seen.append((x, gradient.detach()))
-        self._uses -= 1
-        if self._uses:
-            return
+        def see(gradient: torch.Tensor) -> None:
+            if x._version != version:  # noqa: SLF001
+                raise InvalidArgumentError(f"The input of {self._name!r} is changed in place after the layer saw it.")
+            self._seen.append((x, gradient.detach()))
+            if self._uses == 1:
+                self._add()
+
+        output.register_hook(see)
+        return output
+
+    def finish(self) -> None:
+        """Add what is left, and get ready for the next batch."""
+        if self._seen:
+            self._add()
+        self._uses = 0
+
+    def _add(self) -> None:
         seen, self._seen = self._seen, []
-        for example in range(x.shape[0]):
+        for example in range(seen[0][0].shape[0]):
             parts = [_one_gradient(inputs[example], grad[example]) for inputs, grad in seen]
             gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
             self._total.addcmul_(gradient_of_weight, gradient_of_weight)

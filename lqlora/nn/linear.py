@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lqlora.checkpoint import StoredMatrix
-    from lqlora.decompose import Decomposition
+    from lqlora.decomposition import Decomposition
 
 __all__ = ["LQLinear", "QuantizedWeight"]
 

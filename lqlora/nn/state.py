@@ -9,7 +9,7 @@ import torch
 from lqlora import ops
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
-from lqlora.nn.convert import replace_module, select_linears
+from lqlora.nn.convert import quantized_keys, replace_module, select_linears
 from lqlora.nn.linear import LQLinear
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         name: StoredMatrix(layer.weight.array, layer.lora_A, layer.lora_B, layer.scaling)
         for name, layer in layers.items()
     }
-    own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if key != "bias"}
+    own = quantized_keys(model)
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -91,7 +91,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
         linears = select_linears(model, include=content.matrices.__contains__, exclude=())
     except InvalidArgumentError as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from None
-    tied = content.metadata.get(_TIED, {})
+    tied = _ties(path, content)
     _check_fit(path, model, linears, content, tied)
     model.requires_grad_(requires_grad=False)
     state = model.state_dict(keep_vars=True)
@@ -100,8 +100,16 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
             state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
     for name, matrix in content.matrices.items():
         layer = LQLinear.from_decomposition(matrix, linears[name].bias)
-        replace_module(model, name, layer.to(linears[name].weight.device))
+        replace_module(model, linears[name], layer.to(linears[name].weight.device))
     return content
+
+
+def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
+    """Read which tensors are others under a second name."""
+    tied = content.metadata.get(_TIED, {})
+    if not isinstance(tied, dict) or not all(origin in content.tensors for origin in map(str, tied.values())):
+        raise CheckpointError(f"{path} names ties to tensors that it does not have.")
+    return tied
 
 
 def _check_fit(
@@ -111,21 +119,24 @@ def _check_fit(
     content: Checkpoint,
     tied: Mapping[str, str],
 ) -> None:
-    faults = [f"no linear layer {name!r}" for name in content.matrices if name not in linears]
-    faults += [
-        f"{name!r} is {tuple(linears[name].weight.shape)} in the model and {matrix.quantized.shape} in the file"
-        for name, matrix in content.matrices.items()
-        if name in linears and tuple(linears[name].weight.shape) != matrix.quantized.shape
-    ]
-    replaced = {f"{name}.weight" for name in content.matrices}
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in replaced}
+    """Compare names and shapes of everything in the file with everything in the model."""
+    replaced = {id(module.weight) for module in linears.values()}
+    state = model.state_dict(keep_vars=True)
+    expected = {name: tuple(t.shape) for name, t in state.items() if id(t) not in replaced}
     stored = {name: tuple(content.tensors[tied.get(name, name)].shape) for name in [*content.tensors, *tied]}
-    faults += [f"tensor {name!r} is not in the file" for name in expected if name not in stored]
-    faults += [f"tensor {name!r} is not in the model" for name in stored if name not in expected]
+    expected |= {name: tuple(linears[name].weight.shape) for name in linears}
+    stored |= {name: matrix.quantized.shape for name, matrix in content.matrices.items()}
+    faults = [f"{name!r} is not in the file" for name in expected if name not in stored]
+    faults += [f"{name!r} is not in the model, or not of that kind" for name in stored if name not in expected]
     faults += [
-        f"tensor {name!r} is {expected[name]} in the model and {shape} in the file"
+        f"{name!r} is {expected[name]} in the model and {shape} in the file"
         for name, shape in stored.items()
         if name in expected and expected[name] != shape
     ]
+    first: dict[int, str] = {}
+    for name in content.tensors:
+        other = first.setdefault(id(state.get(name, name)), name)
+        if other != name:
+            faults.append(f"{name!r} and {other!r} are one tensor in the model and two in the file")
     if faults:
         raise CheckpointError(f"{path} does not fit the model: {faults[0]} ({len(faults)} differences in all).")

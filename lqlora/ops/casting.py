@@ -175,7 +175,9 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     if xp.__name__.rpartition(".")[2] == "torch":
         import torch  # noqa: PLC0415 - the caller passed torch, or a wrapper of it, so it is imported already
 
-        host = np.require(host, requirements=("C", "W"))  # torch takes no negative strides, and warns of read-only memory
+        host = np.require(
+            host, requirements=("C", "W")
+        )  # torch takes no negative strides, and warns of read-only memory
         bits = torch.from_numpy(host.view(np.uint16) if is_bfloat16 else host)
         return (bits.view(torch.bfloat16) if is_bfloat16 else bits).to(device)  # type: ignore[call-overload]
     try:

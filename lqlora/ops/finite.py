@@ -41,11 +41,10 @@ def require_finite(array: Array, what: str) -> None:
     finite = xp.isfinite(array)
     if bool(xp.all(finite)):
         return
-    if not array.shape:
-        raise NonFiniteError(f"{what} is not finite.")
-    bad = xp.nonzero(~finite)
+    bad = xp.nonzero(~finite) if array.shape else ()
     first = tuple(int(axis[0]) for axis in bad)
-    raise NonFiniteError(f"{what} has {bad[0].shape[0]} non-finite value(s), the first at index {first}.")
+    count = bad[0].shape[0] if bad else 1
+    raise NonFiniteError(f"{what} has {count} non-finite value(s), the first at index {first}.")
 
 
 #: Entries widened to float64 at a time: they stay in the cache, which makes the sum three times faster.

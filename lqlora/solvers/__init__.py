@@ -16,7 +16,15 @@ from lqlora.errors import InvalidArgumentError, MissingDependencyError, SolverEr
 from lqlora.solvers import highs, scipy_milp
 from lqlora.solvers.adapter import Adapter, RawResult
 from lqlora.solvers.presolve import Reduced, reduce_problem
-from lqlora.solvers.problem import Budget, Problem, Solution, SolveOptions, Status, evaluate
+from lqlora.solvers.problem import (
+    Budget,
+    Problem,
+    Solution,
+    SolveOptions,
+    Status,
+    evaluate,
+    relative_gap,
+)
 
 __all__ = [
     "Adapter",
@@ -31,6 +39,7 @@ __all__ = [
     "evaluate",
     "reduce_problem",
     "register",
+    "relative_gap",
     "select",
     "solve",
 ]
@@ -139,12 +148,15 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     adapter = _ADAPTERS[name]
     start = time.perf_counter()
     reduced = reduce_problem(problem)
-    raw = adapter.solve(reduced, options)
+    if len(np.unique(reduced.group)) < reduced.choose.shape[0]:
+        raw = RawResult(None, np.inf, "Tied rows have no choice in common.", infeasible=True)
+    else:
+        raw = adapter.solve(reduced, options)
     seconds = time.perf_counter() - start
     version = adapter.version()
     if raw.x is None:
         status = Status.INFEASIBLE if raw.infeasible else Status.NO_SOLUTION
-        return Solution(status, None, np.inf, raw.bound, (), name, version, seconds, raw.message)
+        return Solution(status, None, np.inf, raw.bound * reduced.unit, (), name, version, seconds, raw.message)
     assignment = reduced.assignment(raw.x)
     objective, used, faults = evaluate(problem, assignment)
     if faults:

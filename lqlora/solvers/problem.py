@@ -7,6 +7,7 @@ from the integer assignment, never taken from a solver.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Budget", "Problem", "Solution", "SolveOptions", "Status", "evaluate"]
+__all__ = ["Budget", "Problem", "Solution", "SolveOptions", "Status", "evaluate", "relative_gap"]
 
 
 class Status(enum.Enum):
@@ -109,7 +110,7 @@ class Problem:
         ties: npt.ArrayLike | None = None,
         budgets: Sequence[Budget] = (),
     ) -> None:
-        costs, sizes = np.array(cost, dtype=np.float64), np.array(size)
+        costs, sizes = np.atleast_1d(np.array(cost, dtype=np.float64)), np.array(size)
         mask = np.ones(costs.shape, dtype=np.bool_) if allowed is None else np.array(allowed, dtype=np.bool_)
         groups = np.arange(len(costs)) if ties is None else np.array(ties)
         _check(costs, sizes, mask, groups, budgets)
@@ -136,6 +137,8 @@ def _check(
         raise InvalidArgumentError(f"Row {int((~allowed.any(axis=1)).argmax())} allows no choice.")
     if not np.isfinite(cost[allowed]).all() or (size[allowed] < 0).any():  # type: ignore[operator]
         raise InvalidArgumentError("Allowed choices need finite costs and sizes of at least 0 bits.")
+    if size.sum(dtype=np.float64) >= 2.0**62:
+        raise InvalidArgumentError("The sizes add up to more than 64-bit integers can count.")
     for budget in budgets:
         if budget.members is not None and np.shape(budget.members) != (len(cost),):
             raise InvalidArgumentError(f"The members of a budget are a mask over {len(cost)} rows.")
@@ -213,9 +216,30 @@ class Solution:
     @property
     def gap(self) -> float:
         """Relative gap ``(objective - bound) / |objective|``; 0 if both are equal, infinite without a solution."""
-        if self.assignment is None:
-            return float("inf")
-        return max(0.0, self.objective - self.bound) / abs(self.objective) if self.objective != self.bound else 0.0
+        return relative_gap(self.objective, self.bound)
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """Distance between an objective and a lower bound, relative to the objective.
+
+    Parameters
+    ----------
+    objective, bound : float
+        The two; the objective may be infinite.
+
+    Returns
+    -------
+    float
+        0 if they are equal, infinite if the objective is infinite, or zero with a lower bound.
+
+    Examples
+    --------
+    >>> relative_gap(2.0, 1.5), relative_gap(0.0, -1.0)
+    (0.25, inf)
+    """
+    if objective == bound:
+        return 0.0
+    return math.inf if objective == 0.0 or math.isinf(objective) else max(0.0, objective - bound) / abs(objective)
 
 
 def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[int, ...], list[str]]:

@@ -44,7 +44,7 @@ def test_dtypes_have_the_same_name_everywhere(xp):
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.complex64])
 def test_other_dtypes_are_refused_by_name(xp, dtype):
     with pytest.raises(UnsupportedArrayError, match=rf"The weight must be float16.*, not {np.dtype(dtype).name}\."):
-        widen(on(xp, np.ones(2, dtype=dtype)), "weight")
+        widen(on(xp, np.ones(2, dtype=dtype)), "The weight")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -7,6 +7,7 @@ factors are fitted to its own ``Q``, and the best iterate is returned, not the l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -107,6 +108,8 @@ class _Target(NamedTuple):
     weighting: AbstractWeighting
     scaling: float
     seed: int
+    name: str
+    unit: float
 
 
 def decompose(
@@ -182,9 +185,11 @@ def decompose(
     True
     """
     matrix = _checked_matrix(w, rank, max_iter, scaling, init, name)
-    goal = _Target(matrix, fmt, rank, weighting or Uniform(), scaling, seed)
-    goal.weighting.check(tuple(matrix.shape))
-    norm = goal.weighting.squared_norm(matrix)
+    weighting = weighting or Uniform()
+    weighting.check(tuple(matrix.shape))
+    unit = _unit(weighting.scale(matrix))
+    goal = _Target(matrix, fmt, rank, weighting, scaling, seed, name, unit)
+    norm = weighting.squared_norm(matrix)
     watch = _Watch(norm, rtol, target, callback)
     stop: StopReason | None = None
     for iterate in _iterates(goal, init, max_iter):
@@ -234,8 +239,8 @@ class _Watch:
 
 def _iterates(goal: _Target, init: Init, max_iter: int) -> Iterator[_Iterate]:
     """Yield quantization alone, then one SVD of its residual, then the alternation from the chosen start."""
-    first = quantize(goal.matrix, goal.fmt, check_finite=False)
-    yield _rank_zero(goal, first, noise=init == "zero")
+    first = quantize(goal.matrix, goal.fmt, check_finite=False, name=goal.name)
+    yield _rank_zero(goal, first)
     if goal.rank == 0 or init == "zero":
         return
     iterate, basis = _refit(goal, first, None)
@@ -246,19 +251,19 @@ def _iterates(goal: _Target, init: Init, max_iter: int) -> Iterator[_Iterate]:
         product, basis = ops.low_rank_product(factors[1], factors[0], goal.scaling), factors[2]
     for _ in range(max_iter - (init == "quantize")):
         # The residual may overflow the range of narrow scales although the matrix did not: check again.
-        quantized = quantize(goal.matrix - product, goal.fmt)
+        quantized = quantize(goal.matrix - product, goal.fmt, name=goal.name)
         iterate, basis = _refit(goal, quantized, basis)
         product = iterate.product
         yield iterate
 
 
-def _rank_zero(goal: _Target, quantized: QuantizedArray, *, noise: bool) -> _Iterate:
+def _rank_zero(goal: _Target, quantized: QuantizedArray) -> _Iterate:
+    """Return quantization alone. Its ``lora_A`` is noise: with both factors zero neither would ever get a gradient."""
     xp = namespace(goal.matrix)
     rows, columns = goal.matrix.shape
     device = array_api_compat.device(goal.matrix)
-    lora_A = np.zeros((goal.rank, columns))
-    if noise:  # as PEFT initializes lora_A: uniform within the reciprocal root of the number of inputs
-        lora_A = np.random.default_rng(goal.seed).uniform(-1, 1, lora_A.shape) / max(columns, 1) ** 0.5
+    # As PEFT initializes lora_A: uniform within the reciprocal root of the number of inputs.
+    lora_A = np.random.default_rng(goal.seed).uniform(-1, 1, (goal.rank, columns)) / max(columns, 1) ** 0.5
     squared_error = goal.weighting.squared_norm(goal.matrix - dequantize(quantized))
     return _Iterate(
         quantized,
@@ -280,11 +285,21 @@ def _refit(goal: _Target, quantized: QuantizedArray, basis: Array | None) -> tup
 def _low_rank(goal: _Target, residual: Array, basis: Array | None) -> tuple[Array, Array, Array]:
     """Return float32 factors with the scaling divided out, and the subspace to start the next step from."""
     xp = namespace(residual)
-    svd = ops.subspace_svd(goal.weighting.scale(residual), goal.rank, seed=goal.seed, start=basis)
-    root = xp.sqrt(svd.values / goal.scaling)
-    left, right = goal.weighting.unscale(svd.left * root[None, :], svd.right * root[:, None])
-    left, right = _balanced(left, right)
-    return xp.astype(right, xp.float32), xp.astype(left, xp.float32), svd.basis
+    scaled = goal.weighting.scale(residual)
+    svd = ops.subspace_svd(scaled if goal.unit == 1.0 else scaled / goal.unit, goal.rank, seed=goal.seed, start=basis)
+    root = xp.sqrt(svd.values)
+    left, right = _balanced(*goal.weighting.unscale(svd.left * root[None, :], svd.right * root[:, None]))
+    share = (goal.unit / goal.scaling) ** 0.5
+    return xp.astype(right * share, xp.float32), xp.astype(left * share, xp.float32), svd.basis
+
+
+def _unit(scaled: Array) -> float:
+    """Return a power of four near the largest entry if squares of entries might leave the range of float32, else 1."""
+    xp = namespace(scaled)
+    largest = float(xp.max(xp.abs(scaled))) if min(scaled.shape) else 0.0
+    if largest == 0.0 or 2.0**-40 < largest < 2.0**40:
+        return 1.0
+    return 4.0 ** round(math.log(largest, 4))
 
 
 def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
@@ -305,9 +320,9 @@ def _checked_matrix(w: Array, rank: int, max_iter: int, scaling: float, init: st
     matrix = ops.widen(w, name)
     if len(matrix.shape) != 2:
         raise InvalidArgumentError(f"{name} has {len(matrix.shape)} dimensions; a decomposition needs two.")
-    if not isinstance(rank, int) or not 0 <= rank <= min(matrix.shape):
-        raise InvalidArgumentError(f"Rank {rank!r} of {name} is not between 0 and {min(matrix.shape)}.")
-    if max_iter < 1:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= min(matrix.shape):
+        raise InvalidArgumentError(f"Rank {rank!r} of {name} is no int from 0 to {min(matrix.shape)}.")
+    if not isinstance(max_iter, int) or max_iter < 1:
         raise InvalidArgumentError(f"max_iter is at least 1, not {max_iter!r}.")
     if not 0 < scaling < float("inf"):
         raise InvalidArgumentError(f"scaling is positive and finite, not {scaling!r}.")

@@ -1,0 +1,9 @@
+"""Which format for which matrix: a table of costs, an integer linear program, and the plan it gives."""
+
+from __future__ import annotations
+
+from lqlora.allocation.budgets import allocate
+from lqlora.allocation.costs import CostTable, cost_table
+from lqlora.allocation.plan import Plan
+
+__all__ = ["CostTable", "Plan", "allocate", "cost_table"]

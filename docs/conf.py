@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from sphinx.util.nodes import make_refnode
-
 import lqlora
 
 project = "lqlora"
@@ -46,24 +44,3 @@ autosummary_generate = False  # the pages list what they document; summaries onl
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 numpydoc_xref_param_type = False
-
-
-def resolve_by_last_name(app, env, node, contnode):
-    """Resolve a name that a docstring writes as its own module knows it, where only one documented object ends in it.
-
-    ``lqlora.codebooks`` may write ``by_name`` in a class that stands on the page as ``lqlora.Codebook``, from where
-    Sphinx would look for ``lqlora.by_name`` only.
-    """
-    if node.get("refdomain") != "py":
-        return None
-    objects = env.get_domain("py").objects
-    found = [name for name in objects if name.endswith(f".{node['reftarget']}")]
-    if len(found) != 1:
-        return None
-    entry = objects[found[0]]
-    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, found[0])
-
-
-def setup(app):
-    """Connect what this file adds."""
-    app.connect("missing-reference", resolve_by_last_name)

@@ -30,7 +30,7 @@ class Codebook:
         Strictly increasing finite values, kept as float32. A length that is no power of two is allowed: the codes
         then do not use all their bits.
     name : str, optional
-        How plans and reports spell it. Codebooks with a name that :func:`by_name` knows are not stored in files.
+        How plans and reports spell it. Codebooks with a name that :func:`lqlora.codebooks.by_name` knows are not stored in files.
 
     Attributes
     ----------

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError, UnsupportedArrayError
@@ -257,7 +259,8 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     scales = _decode_scales(q.scales)
     flat = ops.decode(q.packed, scales, q.format.codebook.levels, q.format.bits, q.format.block_size, count)
     if q.offset is not None:
-        flat = flat + q.offset
+        with np.errstate(over="ignore"):  # quantize() looks at the decoded scales and refuses infinite ones
+            flat = flat + q.offset
     dense = xp.reshape(flat, q.shape)
     if out is not None:
         if tuple(out.shape) != q.shape:

@@ -6,11 +6,18 @@ continuous-integration job that was to cover a package cannot pass by not having
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 
-__all__ = ["require_or_skip", "required"]
+from lqlora._optional import is_installed
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["require_module", "require_or_skip", "required"]
 
 VARIABLE = "LQLORA_REQUIRE"
 
@@ -27,3 +34,12 @@ def require_or_skip(name: str, available: bool) -> None:
     if name in required():
         pytest.fail(f"{name} is not available, and {VARIABLE} names it.", pytrace=False)
     pytest.skip(f"{name} is not available.")
+
+
+def require_module(name: str) -> ModuleType:
+    """Import an optional package for a whole test file, or skip the file; fail if the variable names the package."""
+    if is_installed(name):
+        return importlib.import_module(name)
+    if name in required():
+        pytest.fail(f"{name} is not installed, and {VARIABLE} names it.", pytrace=False)
+    pytest.skip(f"{name} is not installed.", allow_module_level=True)

@@ -11,10 +11,10 @@ import pytest
 import lqlora as lq
 from lqlora import cli
 from lqlora._optional import is_installed
-from tests.requirements import require_or_skip
+from tests.requirements import require_module, require_or_skip
 
 for package in ("torch", "typer", "rich", "matplotlib", "gguf", "transformers"):
-    pytest.importorskip(package)
+    require_module(package)
 from tests.tiny_gguf import write_tiny_llama  # noqa: E402 - needs gguf
 
 PLANS = ["lq-lora-2.75", "lq-lora-3.174"]

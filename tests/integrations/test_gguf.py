@@ -8,11 +8,11 @@ import pytest
 from lqlora._optional import is_installed
 from lqlora.errors import CheckpointError, MissingDependencyError
 from lqlora.integrations import gguf as reader
-from tests.requirements import require_or_skip
+from tests.requirements import require_module, require_or_skip
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("gguf")
-pytest.importorskip("transformers")
+torch = require_module("torch")
+require_module("gguf")
+require_module("transformers")
 from tests.tiny_gguf import HEADS, KV_HEADS, permute, write_tiny_llama  # noqa: E402 - needs gguf
 
 

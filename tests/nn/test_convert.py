@@ -12,9 +12,9 @@ import lqlora as lq
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import Elementwise
-from tests.requirements import require_or_skip
+from tests.requirements import require_module, require_or_skip
 
-torch = pytest.importorskip("torch")
+torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
 
 from lqlora.nn import LQLinear, quantize_model, select_linears  # noqa: E402

@@ -6,9 +6,9 @@ import pytest
 
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from tests.requirements import require_or_skip
+from tests.requirements import require_module, require_or_skip
 
-torch = pytest.importorskip("torch")
+torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
 
 from lqlora.nn import causal_lm_loss, collect_fisher, select_linears  # noqa: E402

@@ -9,8 +9,9 @@ import pytest
 
 import lqlora as lq
 from lqlora.errors import InvalidArgumentError
+from tests.requirements import require_module
 
-torch = pytest.importorskip("torch")
+torch = require_module("torch")
 from lqlora.nn import LQLinear  # noqa: E402 - needs torch
 
 OUT, IN, RANK = 12, 20, 3

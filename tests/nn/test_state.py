@@ -8,8 +8,9 @@ import pytest
 
 import lqlora as lq
 from lqlora.errors import CheckpointError, InvalidArgumentError
+from tests.requirements import require_module
 
-torch = pytest.importorskip("torch")
+torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
 
 from lqlora.nn import LQLinear, load_model, quantize_model, save_model  # noqa: E402

@@ -13,7 +13,7 @@ import torch
 import lqlora as lq
 
 SHAPE = (4096, 4096)
-FORMATS = ("nf2/64:float32", "nf3/64:float32", "nf4/64:float32", "nf4/64:u8/256:float32", "nf8/64:float32")
+FORMATS = [*(f"nf{bits}/64:float32" for bits in (2, 3, 4, 5, 6, 8)), "nf4/64:u8/256:float32"]
 REPEATS = 5
 
 

@@ -185,7 +185,7 @@ class Operation(Generic[P, R]):
     def __init__(self, reference: Callable[P, R]) -> None:
         functools.update_wrapper(self, reference)
         self.reference = reference
-        self.__signature__ = inspect.signature(reference)
+        self.__signature__ = self._signature = inspect.signature(reference)
         self._overrides: dict[str, list[_Override]] = {}
 
     @property
@@ -219,11 +219,13 @@ class Operation(Generic[P, R]):
     def _pick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Callable[..., R], str, str]:
         if _forced.get() == "reference":
             return self.reference, "reference", "forced('reference') is active."
+        if kwargs:  # predicates look at positions
+            args, kwargs = self._signature.bind(*args, **kwargs).args, {}
         library = array_library(args[0]) if args else None
         _load_backend(library)
         candidates = self._overrides.get(library or "", ())
         for override in candidates:
-            if override.accepts(*args, **kwargs):
+            if override.accepts(*args):
                 return override.function, override.name, f"{override.name} accepts these {library} arguments."
         declined = f"{len(candidates)} override(s) declined." if candidates else "no override is registered."
         return self.reference, "reference", f"{library}: {declined}"

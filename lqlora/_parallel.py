@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+import threading
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
 __all__ = ["map_matrices"]
 
@@ -47,8 +50,8 @@ def map_matrices(
     BLAS is held to one thread meanwhile. Threads of BLAS beside those of the pool fight for the cores (2.7 times slower
     on two cores), and one thread gives the same bits whatever the number of workers.
     """
-    with _pool(executor) as pool, threadpool_limits(limits=1, user_api="blas"):
-        futures = [pool.submit(_on_one_thread, function, item) for item in items]
+    with _blas_on_one_thread(), _pool(executor) as pool:
+        futures = [_submit(pool, function, item) for item in items]
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 future.result()
@@ -57,14 +60,44 @@ def map_matrices(
         except BaseException:
             for future in futures:
                 future.cancel()
+            wait(futures)
             raise
         return [future.result() for future in futures]
 
 
-def _on_one_thread(function: Callable[[T], R], item: T) -> R:
+def _submit(pool: Executor, function: Callable[[T], R], item: T) -> Future[R]:
+    """Hand an item to a pool; threads work in the caller's context, so that ``lq.forced`` reaches them."""
+    if isinstance(pool, ThreadPoolExecutor):
+        return pool.submit(contextvars.copy_context().run, _work_on, function, item)
+    return pool.submit(_work_on, function, item)
+
+
+def _work_on(function: Callable[[T], R], item: T) -> R:
     """Hold BLAS to one thread in the process that does the work, which need not be the one that asked for it."""
-    with threadpool_limits(limits=1, user_api="blas"):
+    with _blas_on_one_thread():
         return function(item)
+
+
+_lock = threading.Lock()
+_users = 0
+_limits: threadpool_limits | None = None
+
+
+@contextmanager
+def _blas_on_one_thread() -> Iterator[None]:
+    """Set a limit that is the process's own: the first user sets it, and the last one to leave restores what was."""
+    global _users, _limits  # noqa: PLW0603 - so is the setting
+    with _lock:
+        if _users == 0:
+            _limits = threadpool_limits(limits=1, user_api="blas")
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0 and _limits is not None:
+                _limits.restore_original_limits()
 
 
 @contextmanager

@@ -23,12 +23,12 @@ def by_layer(values: Mapping[str, float]) -> tuple[list[str], list[int], npt.NDA
     Parameters
     ----------
     values : mapping of str to float
-        By module name. The first number in a name is taken as the layer, the last word as the kind.
+        By module name. The first number in a name is taken as the layer, the rest as the kind.
 
     Returns
     -------
     kinds : list of str
-        In the order of first appearance.
+        In the order of first appearance; their last words alone where these differ.
     layers : list of int
         Sorted.
     grid : ndarray of float64, shape (kinds, layers)
@@ -42,13 +42,14 @@ def by_layer(values: Mapping[str, float]) -> tuple[list[str], list[int], npt.NDA
     keys = {}
     for name in values:
         number = re.search(r"\d+", name)
-        keys[name] = (re.split(r"[.\d]+", name)[-1] or name, int(number[0]) if number else 0)
+        keys[name] = (re.sub(r"\d+", "*", name, count=1), int(number[0]) if number else 0)
     kinds = list(dict.fromkeys(kind for kind, _ in keys.values()))
     layers = sorted({layer for _, layer in keys.values()})
     grid = np.full((len(kinds), len(layers)), np.nan)
     for name, (kind, layer) in keys.items():
         grid[kinds.index(kind), layers.index(layer)] = values[name]
-    return kinds, layers, grid
+    short = [kind.rpartition(".")[2] for kind in kinds]
+    return (short if len(set(short)) == len(kinds) else kinds), layers, grid
 
 
 def draw_bits(axes: Any, values: Mapping[str, float], title: str) -> Any:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lqlora import ops
-from lqlora.codebooks import Codebook, by_name
+from lqlora.codebooks import Codebook, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
 from lqlora.formats import BlockFormat
 from lqlora.quantized import QuantizedArray
@@ -142,14 +142,29 @@ def save(
         raise InvalidArgumentError(f"Tensor {taken[0]!r} would be taken for a part of a quantized matrix.")
     _add_all(arrays, {name: ops.convert(tensor, np) for name, tensor in (tensors or {}).items()})
     arrays = {name: _plain(array) for name, array in arrays.items()}
-    document: dict[str, Any] = {"spec": _SPEC, "matrices": rows, "metadata": dict(metadata or {})}
+    _check_readable(arrays, rows)
+    document: dict[str, Any] = {"spec": _SPEC, "matrices": rows}
     try:
+        # What JSON makes of it is what will be read: keys that are numbers become text.
+        document["metadata"] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
         document["sha256"] = _digest(arrays, document)
         header = json.dumps(document, allow_nan=False)
     except (RecursionError, TypeError, ValueError) as error:
         raise InvalidArgumentError(f"The metadata of a checkpoint must be JSON values: {error}.") from None
     # One key only: safetensors writes several in an order that differs from run to run.
     _write(Path(path), arrays, {_KEY: header})
+
+
+def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put the matrices together as a reader would, before a file that works is replaced by one that does not."""
+    left = dict(arrays)
+    try:
+        for name, row in rows.items():
+            _take_matrix(left, name, row)
+    except (KeyError, LQLoRAError) as error:
+        raise InvalidArgumentError(f"Matrix {name!r} cannot be stored: {error}") from error
+    if "__metadata__" in arrays:
+        raise InvalidArgumentError("No tensor can be named '__metadata__': safetensors reserves the name.")
 
 
 def _plain(array: Any) -> Any:
@@ -161,16 +176,9 @@ def _plain(array: Any) -> Any:
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
     arrays = {f"{name}.weight.{key}": array for key, array in matrix.quantized.to(np).to_arrays().items()}
     codebook = matrix.quantized.format.codebook
-    if not _is_standard(codebook):
+    if not is_standard(codebook):
         arrays[f"{name}.weight.levels"] = codebook.levels
     return arrays | {f"{name}.lora_{x}": ops.convert(getattr(matrix, f"lora_{x}"), np) for x in "AB"}
-
-
-def _is_standard(codebook: Codebook) -> bool:
-    try:
-        return by_name(codebook.name) == codebook
-    except FormatError:
-        return False
 
 
 def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -191,24 +199,17 @@ def _digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
 
 
 def _write(path: Path, arrays: dict[str, Any], header: dict[str, str]) -> None:
-    beside = None
+    beside = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
-        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
         save_file(arrays, beside, metadata=header)
         with open(beside, "rb+") as file:  # noqa: PTH123 - a rename must not overtake the data
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)  # noqa: PTH101 - mkstemp makes files private
         os.replace(beside, path)  # noqa: PTH105
-        beside = None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot write {path}: {error}. Nothing was changed.") from error
     finally:
-        if beside is not None:
-            with suppress(OSError):
-                Path(beside).unlink()
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -229,7 +230,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         If the file is missing, truncated, not a checkpoint of this library, or contradicts itself.
     """
-    arrays, document = _read(Path(path))
+    return _assemble(path, *_read(Path(path)))
+
+
+def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], document: dict[str, Any]) -> Checkpoint:
     try:
         matrices = {name: _take_matrix(arrays, name, row) for name, row in document["matrices"].items()}
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
@@ -312,4 +316,4 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
                 ops.require_finite(ops.widen(array), f"Tensor {name!r}")
             except NonFiniteError as error:
                 raise CheckpointError(f"{path}: {error}") from None
-    return load(path)
+    return _assemble(path, arrays, document)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from lqlora.errors import FormatError, InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["NF4", "Codebook", "by_name", "normal_float", "uniform"]
+__all__ = ["NF4", "Codebook", "by_name", "is_standard", "normal_float", "uniform"]
 
 _MAX_BITS = 8
 
@@ -42,7 +43,8 @@ class Codebook:
     Raises
     ------
     InvalidArgumentError
-        If the levels are not 2 to 256 strictly increasing finite numbers (after rounding to float32).
+        If the levels are not 2 to 256 strictly increasing finite numbers (after rounding to float32), or the name has
+        characters that the spelling of a format does not allow.
 
     Examples
     --------
@@ -58,6 +60,8 @@ class Codebook:
     def __init__(self, levels: Sequence[float] | npt.NDArray[np.floating], name: str = "custom") -> None:
         with np.errstate(over="ignore"):  # what overflows is refused below
             values = np.array(levels, dtype=np.float32)  # a copy: the caller's array stays his own
+        if re.fullmatch(r"[A-Za-z][\w.+-]*", name) is None:
+            raise InvalidArgumentError(f"A codebook is named by letters, digits, '_', '.', '+' and '-', not {name!r}.")
         if values.ndim != 1 or not 2 <= values.size <= 2**_MAX_BITS:
             raise InvalidArgumentError(
                 f"A codebook has 2 to {2**_MAX_BITS} levels in one dimension, not {values.shape}."
@@ -74,6 +78,11 @@ class Codebook:
     def bits(self) -> int:
         """Bits of one code, ``ceil(log2(number of levels))``."""
         return (len(self.levels) - 1).bit_length()
+
+    @property
+    def widest(self) -> float:
+        """Largest absolute level: 1 for all codebooks of this module."""
+        return float(np.abs(self.levels).max())
 
     def __len__(self) -> int:
         """Return the number of levels."""
@@ -238,3 +247,27 @@ def by_name(name: str) -> Codebook:
         return makers[family](int(digits))
     except InvalidArgumentError as error:
         raise FormatError(f"Unknown codebook {name!r}: {error}") from None
+
+
+def is_standard(codebook: Codebook) -> bool:
+    """Tell whether a codebook is the one its name stands for, so that the name is enough to restore it.
+
+    Parameters
+    ----------
+    codebook : Codebook
+        Any codebook.
+
+    Returns
+    -------
+    bool
+        True if :func:`by_name` gives the same levels.
+
+    Examples
+    --------
+    >>> is_standard(NF4), is_standard(Codebook([-1, 0, 1], name="nf4"))
+    (True, False)
+    """
+    try:
+        return by_name(codebook.name) == codebook
+    except FormatError:
+        return False

@@ -56,7 +56,7 @@ class Decomposition:
     best : int
         Index into ``errors`` of the pair that is returned.
     stop_reason : {"converged", "max_iter", "target", "rank_zero", "callback"}
-        Why the alternation ended.
+        Why the alternation ended; ``"rank_zero"`` if there was none, as for rank 0 and ``init="zero"``.
     squared_error : float
         Weighted sum of squares of the residual of the returned pair, not divided by anything.
     """
@@ -146,7 +146,7 @@ def decompose(
     max_iter : int, default 100
         Largest number of iterations, at least 1.
     rtol : float, default 1e-3
-        Stop when three iterations together lower the error by less than this fraction. 0 never stops early.
+        Stop when three iterations together lower the error by less than this fraction. 0 stops early only at no error.
     target : float, optional
         Stop as soon as the relative error is at most this.
     scaling : float, default 1.0
@@ -184,8 +184,10 @@ def decompose(
     >>> d.relative_error < d.errors[0]
     True
     """
-    matrix = _checked_matrix(w, rank, max_iter, scaling, init, name)
-    weighting = weighting or Uniform()
+    matrix = _checked_matrix(w, rank, max_iter, scaling, init, seed, name)
+    weighting = Uniform() if weighting is None else weighting
+    if not isinstance(weighting, AbstractWeighting):
+        raise InvalidArgumentError(f"A weighting is one of lqlora.weighting, not {type(weighting).__name__}.")
     weighting.check(tuple(matrix.shape))
     unit = _unit(weighting.scale(matrix))
     goal = _Target(matrix, fmt, rank, weighting, scaling, seed, name, unit)
@@ -316,7 +318,7 @@ def _balanced(left: Array, right: Array) -> tuple[Array, Array]:
     return left * ratio[None, :], right / ratio[:, None]
 
 
-def _checked_matrix(w: Array, rank: int, max_iter: int, scaling: float, init: str, name: str) -> Array:
+def _checked_matrix(w: Array, rank: int, max_iter: int, scaling: float, init: str, seed: int, name: str) -> Array:
     matrix = ops.widen(w, name)
     if len(matrix.shape) != 2:
         raise InvalidArgumentError(f"{name} has {len(matrix.shape)} dimensions; a decomposition needs two.")
@@ -326,6 +328,8 @@ def _checked_matrix(w: Array, rank: int, max_iter: int, scaling: float, init: st
         raise InvalidArgumentError(f"max_iter is at least 1, not {max_iter!r}.")
     if not 0 < scaling < float("inf"):
         raise InvalidArgumentError(f"scaling is positive and finite, not {scaling!r}.")
+    if seed < 0:
+        raise InvalidArgumentError(f"seed is at least 0, not {seed!r}.")
     if init not in ("svd", "quantize", "zero"):
         raise InvalidArgumentError(f"init is 'svd', 'quantize' or 'zero', not {init!r}.")
     ops.require_finite(matrix, name)

@@ -120,7 +120,7 @@ class QuantizedArray:
         return quantized
 
     def to(self, xp: Namespace, device: object = None) -> QuantizedArray:
-        """Copy to another array library or device: the one explicit way to do so.
+        """Move to another array library or device: the one explicit way to do so. Memory is shared where both allow it.
 
         Parameters
         ----------
@@ -148,7 +148,7 @@ def quantize(w: Array, fmt: BlockFormat, *, check_finite: bool = True, name: str
     fmt : BlockFormat
         Codebook, block size and scale format.
     check_finite : bool, default True
-        False skips the check for NaN and infinity; the result for such input is then undefined.
+        False skips the check for NaN and infinity, which then may or may not raise when scales are made of them.
     name : str, optional
         What the array is, for errors.
 
@@ -166,7 +166,7 @@ def quantize(w: Array, fmt: BlockFormat, *, check_finite: bool = True, name: str
 
     Notes
     -----
-    The scale of a block is its absolute maximum; codes are the nearest levels of ``w / scale``, where ``scale`` is the
+    The scale of a block is its absolute maximum, divided by the largest absolute level where that is not 1; codes are the nearest levels of ``w / scale``, where ``scale`` is the
     *decoded* scale, so that the errors of double quantization are compensated by the codes.
 
     References
@@ -190,6 +190,8 @@ def quantize(w: Array, fmt: BlockFormat, *, check_finite: bool = True, name: str
 
 def _quantize(flat: Array, fmt: BlockFormat, shape: tuple[int, ...], name: str) -> QuantizedArray:
     absmax = ops.block_absmax(flat, fmt.block_size)
+    widest = fmt.codebook.widest
+    absmax = absmax if widest == 1.0 else absmax / widest
     scales = _store_scales(absmax, fmt.scales, name)
     decoded = _decode_scales(scales)
     _require_scales(decoded, fmt.scales, name)  # a rounded second-level scale plus the offset may be out of range
@@ -343,6 +345,8 @@ def _check_values(q: QuantizedArray) -> None:
         codes = q.codes
         if prod(q.shape) and int(namespace(codes).max(codes)) >= len(q.format.codebook):
             raise FormatError(f"A code is beyond the {len(q.format.codebook)} levels of {q.format.codebook.name}.")
+    if q.offset is not None:
+        _check_scales(q.offset)
     if isinstance(q.scales, QuantizedArray):
         _check_values(q.scales)
     else:
@@ -352,4 +356,4 @@ def _check_values(q: QuantizedArray) -> None:
 def _check_scales(scales: Array) -> None:
     wide = ops.widen(scales)
     if bool(namespace(wide).any(wide < 0)):
-        raise FormatError("A scale is negative.")
+        raise FormatError("A scale, or the offset of scales, is negative.")

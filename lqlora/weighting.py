@@ -28,6 +28,9 @@ FLOOR = 1e-6
 class AbstractWeighting(abc.ABC):
     """What every weighting provides. Implementations are final: compose them, do not derive from them."""
 
+    #: True if all weights were zero: entries then count the same, but their errors cost an allocation nothing.
+    all_zero: bool = False
+
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise unless the weighting fits a matrix.
@@ -160,6 +163,7 @@ class RowColumn(AbstractWeighting):
         namespace(self.row, self.col)
         row, col = _checked(self.row, "row weights"), _checked(self.col, "column weights")
         xp = namespace(row)
+        object.__setattr__(self, "all_zero", _is_zero(self.row) or _is_zero(self.col))
         object.__setattr__(self, "row", row)
         object.__setattr__(self, "col", col)
         object.__setattr__(self, "_roots", (xp.sqrt(row), xp.sqrt(col)))
@@ -269,6 +273,7 @@ class Elementwise(AbstractWeighting):
         if not bool(xp.any(weights > 0)):
             warnings.warn("All weights are zero: all count the same.", UserWarning, stacklevel=3)
             weights = xp.ones_like(weights)
+            object.__setattr__(self, "all_zero", True)
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "surrogate", RowColumn.from_fisher(weights))
 
@@ -288,6 +293,10 @@ class Elementwise(AbstractWeighting):
     def unscale(self, left: Array, right: Array) -> tuple[Array, Array]:
         """Undo the scaling by the surrogate."""
         return self.surrogate.unscale(left, right)
+
+
+def _is_zero(weights: Array) -> bool:
+    return weights.shape[0] > 0 and not bool(namespace(weights).any(weights > 0))
 
 
 def _require_weights(weights: Array, what: str) -> None:

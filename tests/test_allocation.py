@@ -395,11 +395,13 @@ class TestDocuments:
     def test_equal_inputs_give_equal_text(self, table, plan):
         assert lq.allocate(table, bits_per_weight=4.0).to_json() == plan.to_json()
 
-    def test_a_format_with_a_codebook_of_its_own_is_refused_when_written_or_read_back(self):
-        ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1], name="ternary"), 8)
+    @pytest.mark.parametrize("name", ["ternary", "nf4"])  # the second is not what its name stands for
+    def test_a_codebook_of_ones_own_is_written_with_its_levels(self, name):
+        ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1 / 3], name=name), 8)
         plan = lq.allocate(lq.cost_table({"a": np.eye(8)}, [ternary], rank=0), bits_per_weight=9)
-        with pytest.raises(InvalidArgumentError, match="ternary"):
-            lq.Plan.from_json(plan.to_json())
+        back = lq.Plan.from_json(plan.to_json())
+        assert back == plan
+        assert back.formats["a"].codebook.levels.tolist() == ternary.codebook.levels.tolist()
 
     def test_the_document_is_readable(self, plan):
         document = json.loads(plan.to_json())
@@ -484,3 +486,13 @@ class TestDocuments:
         expected = [[bits["layers.0.q"], bits["layers.1.q"]], [bits["layers.0.up"], bits["layers.1.up"]]]
         assert shown.tolist() == expected
         assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == ["q", "up"]
+
+
+@pytest.mark.filterwarnings("ignore:All weights are zero")
+def test_a_matrix_without_fisher_information_costs_nothing():
+    dead, live = np.zeros((8, 8)), np.full((8, 8), 1e-8)
+    weighting = {"dead": lq.weighting.Elementwise(dead), "live": lq.weighting.Elementwise(live)}
+    weights = dict.fromkeys(weighting, np.random.default_rng(0).standard_normal((8, 8)))
+    table = lq.cost_table(weights, FORMATS, rank=1, weighting=weighting)
+    assert (table.costs[0] == 0).all()
+    assert (table.costs[1] > 0).all()

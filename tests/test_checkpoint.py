@@ -453,3 +453,24 @@ class TestDamage:
         header["norm"]["shape"] = [2 * size if dtype == "F4" else size]
         _write_parts(path, header, data)
         _assert_refused(path)
+
+
+@pytest.mark.parametrize(
+    "matrices",
+    [
+        {"a": lambda d: d, "a.weight": lambda d: d},
+        {"a": lambda d: lq.StoredMatrix(d.quantized, d.lora_A[:, 1:], d.lora_B)},
+    ],
+    ids=["names that run into each other", "factors that do not fit"],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, matrices):
+    made = {name: make(_decomposition()) for name, make in matrices.items()}
+    (tmp_path / "t").write_bytes(b"precious")
+    with pytest.raises(InvalidArgumentError, match="cannot be stored"):
+        lq.save(tmp_path / "t", made)
+    assert (tmp_path / "t").read_bytes() == b"precious"
+
+
+def test_numbers_as_keys_of_metadata_become_text(tmp_path):
+    lq.save(tmp_path / "t", {"m": _decomposition()}, metadata={9: 1, 10: 2})
+    assert lq.verify(tmp_path / "t").metadata == {"9": 1, "10": 2}

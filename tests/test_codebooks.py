@@ -133,3 +133,9 @@ def test_names_are_read_back(family, bits):
 def test_unknown_names_are_refused(name):
     with pytest.raises(FormatError, match="Unknown codebook"):
         by_name(name)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "a:b", "4nf"])
+def test_names_that_a_format_cannot_spell_are_refused(name):
+    with pytest.raises(InvalidArgumentError, match="is named by"):
+        Codebook([-1, 1], name=name)

@@ -517,3 +517,19 @@ def test_torch_parameters_are_quantized_without_a_graph(torch):
     q = quantize(w, BlockFormat.parse(DOUBLE))
     assert stored(q) == stored(quantize(ramp(6, 7), BlockFormat.parse(DOUBLE)))
     assert not any(array.requires_grad for array in q.to_arrays().values())
+
+
+def test_levels_beyond_one_are_used_as_well_as_those_within():
+    # The levels of FP4 are usually written from -6 to 6: the scale must map the largest weight to the largest level.
+    levels = np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    w = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
+    wide, unit = (dequantize(quantize(w, BlockFormat(Codebook(x)))) for x in (levels, levels / 6))
+    np.testing.assert_allclose(np.linalg.norm(wide - w), np.linalg.norm(unit - w), rtol=1e-3)
+
+
+def test_a_negative_offset_of_scales_is_refused():
+    fmt = BlockFormat(NF4, 4, ScaleFormat(8, 4))
+    arrays = quantize(np.ones(16), fmt).to_arrays()
+    arrays["scales.offset"] = -arrays["scales.offset"]
+    with pytest.raises(FormatError, match="negative"):
+        QuantizedArray.from_arrays(arrays, fmt, (16,))

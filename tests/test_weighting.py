@@ -89,6 +89,7 @@ def test_weights_that_are_all_zero_count_the_same_and_warn(xp, which):
 def test_fisher_information_that_is_all_zero_counts_every_entry_the_same_and_warns(xp):
     with pytest.warns(UserWarning, match="zero"):
         weighting = Elementwise(on(xp, np.zeros((2, 3))))
+    assert weighting.all_zero
     assert weighting.squared_norm(on(xp, np.ones((2, 3)))) == pytest.approx(6.0)
 
 

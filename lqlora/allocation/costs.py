@@ -82,7 +82,7 @@ def cost_table(
         Rank of the low-rank part.
     weighting : mapping of str to AbstractWeighting, optional
         Norm of each matrix; matrices not named count uniformly. Costs are compared across matrices, so the weightings
-        must be on one scale: Fisher information is.
+        must be on one scale: Fisher information is. A matrix whose weights are all zero costs nothing.
     init, max_iter, seed : str, int, int
         See :func:`lqlora.decompose`. Few iterations suffice: the table ranks formats, it is not the final answer.
     executor : concurrent.futures.Executor, optional
@@ -142,4 +142,5 @@ def _cost_row(
         decompose(matrix, fmt, rank, weighting=weighting, init=init, max_iter=max_iter, seed=seed, name=name)
         for fmt in formats
     ]
-    return tuple(matrix.shape), [d.squared_error for d in found]
+    matters = weighting is None or not weighting.all_zero
+    return tuple(matrix.shape), [d.squared_error if matters else 0.0 for d in found]

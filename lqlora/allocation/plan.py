@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from lqlora import _plots
+from lqlora.codebooks import Codebook, is_standard
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
 from lqlora.solvers import relative_gap
@@ -81,12 +82,16 @@ class Plan:
         Returns
         -------
         str
-            The same text for the same plan, indented, formats in their one-line spelling.
+            The same text for the same plan, indented, formats in their one-line spelling; with the levels of codebooks
+            that have no standard name.
         """
-        rows = {
+        rows: dict[str, dict[str, Any]] = {
             name: {"format": str(fmt), "rank": self.ranks[name], "shape": self.shapes[name], "cost": self.costs[name]}
             for name, fmt in self.formats.items()
         }
+        for name, fmt in self.formats.items():
+            if not is_standard(fmt.codebook):
+                rows[name]["levels"] = fmt.codebook.levels.tolist()
         head = {name: getattr(self, name) for name in ("objective", "bound", "status", "solver", "note")}
         head["bound"] = self.bound if math.isfinite(self.bound) else None  # JSON has no infinity
         figures = {"bits_per_weight": float(self.bits_per_weight), "storage_bits": self.storage_bits}
@@ -185,7 +190,9 @@ def _read_row(row: dict[str, Any]) -> tuple[BlockFormat, int, tuple[int, ...], f
     if not isinstance(shape, list):
         raise TypeError(f"{shape!r} is no shape")
     lengths = tuple(_count(length) for length in shape)
-    return BlockFormat.parse(_word(row["format"])), _count(row["rank"]), lengths, _finite(row["cost"])
+    text = _word(row["format"])
+    codebook = Codebook([_finite(x) for x in row["levels"]], text.partition("/")[0]) if "levels" in row else None
+    return BlockFormat.parse(text, codebook), _count(row["rank"]), lengths, _finite(row["cost"])
 
 
 def _count(value: object) -> int:

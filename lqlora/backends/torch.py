@@ -13,7 +13,7 @@ from lqlora.ops.quantize import decode, encode
 __all__: list[str] = []
 
 
-def _on_cpu(tensor: torch.Tensor, second: Any, *_: Any, **__: Any) -> bool:
+def _on_cpu(tensor: torch.Tensor, second: Any, *_: Any) -> bool:
     """Accept strided tensors in host memory; not the fake ones that compilers trace with.
 
     The second argument is scales, or a number. Scales of another library are left to the reference, which refuses them.

@@ -29,7 +29,7 @@ def demo_command(
     fast: Annotated[bool, typer.Option("--fast", help="Few tokens, few formats, a handful of steps.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank parts.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text instead of Python's own documentation.")] = None,
     model: Annotated[Path | None, typer.Option(help="GGUF file instead of SmolLM2-135M-Instruct.")] = None,
 ) -> None:

@@ -90,6 +90,8 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
     output = output.absolute()
     if output.exists() and not force:
         raise CheckpointError(f"{output} exists already: name another folder, or replace it with --force.")
+    if output.exists() and not _is_ours(output):
+        raise CheckpointError(f"{output} holds other things than a demo's: --force does not replace it.")
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +100,12 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
         raise CheckpointError(f"Cannot write to {output.parent}: {error}.") from error
     try:
         yield staging
-        if output.exists():
-            shutil.rmtree(output) if output.is_dir() else output.unlink()
         staging.chmod(0o755)
+        aside = Path(f"{staging}.old")
+        if output.exists():
+            output.rename(aside)
         staging.rename(output)
+        shutil.rmtree(aside, ignore_errors=True)
     except CheckpointError:  # says it already, and is an OSError too
         raise
     except OSError as error:
@@ -111,6 +115,12 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
         for parent in made:  # innermost first; those that hold the output stay
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but what a demo writes."""
+    names = ("table.md", "picture.png", ".plan.json", ".safetensors")
+    return folder.is_dir() and all(entry.is_file() and entry.name.endswith(names) for entry in folder.iterdir())
 
 
 def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:

@@ -68,7 +68,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def draw(path: Path, plans: Mapping[str, Plan], curves: Mapping[str, Sequence[float]]) -> None:
-    """Write the picture: bits per layer of each plan, and the error of one matrix by iteration."""
+    """Write the picture: bits per layer of each plan, and the mean error by iteration."""
     figure = _plots.figure(figsize=(10, 3 * (len(plans) + 1)))
     axes = figure.subplots(len(plans) + 1, 1)
     for axis, (name, plan) in zip(axes, plans.items(), strict=False):

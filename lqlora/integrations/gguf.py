@@ -98,6 +98,8 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     except (OSError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path} is no readable GGUF file: {error}") from error
     fields = {name: _value(field) for name, field in reader.fields.items() if name.startswith(("general.", "llama."))}
+    if fields.get("llama.rope.scaling.type", "none") != "none":
+        raise CheckpointError(f"{path} scales its rotary embedding, which this does not read.")
     if fields.get("general.architecture") != "llama":
         raise CheckpointError(f"{path} holds {fields.get('general.architecture')!r}; this reads 'llama' only.")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -107,8 +109,11 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
         raise CheckpointError(f"{path} lacks {error}.") from error
     state = {}
     for name, tensor in tensors.items():
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        state[_torch_name(name)] = torch.from_numpy(_unpermute(name, values, config))
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            state[_torch_name(name)] = torch.from_numpy(_unpermute(name, values, config))
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(f"Tensor {name!r} of {path} cannot be read: {error}") from error
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device="cpu")

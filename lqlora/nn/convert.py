@@ -94,16 +94,17 @@ def weight_arrays(linears: Mapping[str, nn.Linear]) -> dict[str, Callable[[], An
     Returns
     -------
     dict of str to callable
-        A loader returns a NumPy view of a weight in host memory (NumPy is the faster backend there), or the tensor
-        itself elsewhere.
+        A loader returns a NumPy view of a weight in host memory (NumPy is the faster backend there; bfloat16 is widened
+        to float32), or the tensor itself elsewhere.
     """
     return {name: functools.partial(_weight_array, module) for name, module in linears.items()}
 
 
 def _weight_array(module: nn.Linear) -> Any:
     weight = module.weight.detach()
-    on_host = weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.float32, torch.float64)
-    return weight.numpy() if on_host else weight
+    if weight.device.type != "cpu":
+        return weight
+    return (weight.float() if weight.dtype == torch.bfloat16 else weight).numpy()
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ def quantize_model(
     include, exclude : patterns
         See :func:`select_linears`; not used when ``formats`` names the layers.
     weighting : mapping of str to AbstractWeighting, optional
-        Norms by layer, such as those of :func:`collect_fisher`.
+        Norms by layer, such as ``lq.weighting.Elementwise(fisher[name].numpy())`` of what :func:`collect_fisher`
+        returns: of NumPy arrays for a model in host memory, of tensors elsewhere.
     init, max_iter, rtol, scaling, seed : str, int, float, float, int
         See :func:`lqlora.decompose`.
     executor, progress : Executor and callable, optional
@@ -196,6 +198,8 @@ def quantize_model(
     linears = select_linears(model, include=by_name.__contains__, exclude=())
     if "" in linears:
         raise InvalidArgumentError("The model is itself a linear layer: wrap it in torch.nn.Sequential first.")
+    if unknown := sorted(set(weighting or {}) - set(linears)):
+        raise InvalidArgumentError(f"Weightings for layers that are not quantized: {', '.join(unknown[:5])}.")
     options = {"init": init, "max_iter": max_iter, "rtol": rtol, "scaling": scaling, "seed": seed}
     items = []
     for name, load in weight_arrays(linears).items():

@@ -101,6 +101,8 @@ def collect_fisher(
                 )
             if not bool(torch.isfinite(losses).all()):
                 raise NonFiniteError(f"The loss of an example after the first {examples} is NaN or infinite.")
+            for recorder in recorders:
+                recorder.examples = losses.shape[0]
             losses.sum().backward()
             for recorder in recorders:
                 recorder.finish()
@@ -150,6 +152,7 @@ class _Recorder:
 
     def __init__(self, name: str, total: torch.Tensor) -> None:
         self._name, self._total = name, total
+        self.examples = 0
         self._uses = 0
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -182,7 +185,13 @@ class _Recorder:
 
     def _add(self) -> None:
         seen, self._seen = self._seen, []
-        for example in range(seen[0][0].shape[0]):
+        lengths = {inputs.shape[0] for inputs, _ in seen}
+        if lengths != {self.examples}:
+            raise InvalidArgumentError(
+                f"The first axis of what {self._name!r} sees has length {max(lengths)}, not one entry for each of the "
+                f"{self.examples} examples: exclude the layer, or do not merge the axes of examples and tokens."
+            )
+        for example in range(self.examples):
             parts = [_one_gradient(inputs[example], grad[example]) for inputs, grad in seen]
             gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
             self._total.addcmul_(gradient_of_weight, gradient_of_weight)

@@ -45,6 +45,8 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
     if not layers:
         raise InvalidArgumentError("The model has no quantized layer to save.")
+    if "" in layers:
+        raise InvalidArgumentError("The model is itself a quantized layer: wrap it in torch.nn.Sequential first.")
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"The key {_TIED!r} of the metadata is reserved.")
     matrices = {
@@ -133,6 +135,7 @@ def _check_fit(
         for name, shape in stored.items()
         if name in expected and expected[name] != shape
     ]
+    faults += [f"{name!r} is on the meta device and holds no data" for name, t in state.items() if t.is_meta]
     first: dict[int, str] = {}
     for name in content.tensors:
         other = first.setdefault(id(state.get(name, name)), name)

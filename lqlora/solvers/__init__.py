@@ -162,6 +162,7 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     if faults:
         raise SolverError(f"Solver {name!r} returned an assignment that is not valid: {'; '.join(faults)}.")
     bound = min(raw.bound * reduced.unit, objective)  # rounding of the scaled bound must not exceed the true optimum
-    within = objective - bound <= options.rel_gap * abs(objective) * (1 + 1e-9) + 1e-12 * reduced.unit
+    rounding = 1e-12 * (reduced.unit + abs(objective))
+    within = objective - bound <= options.rel_gap * abs(objective) * (1 + 1e-9) + rounding
     status = Status.OPTIMAL if within else Status.FEASIBLE
     return Solution(status, assignment, objective, bound, used, name, version, seconds, raw.message)

@@ -60,12 +60,21 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     for name, value in settings.items():
         if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
             raise SolverError(f"HiGHS refused the option {name}={value!r}.")
-    solver.passModel(_model(highspy, reduced))
-    solver.run()
+    statuses = highspy.HighsModelStatus
+    if solver.passModel(_model(highspy, reduced)) == highspy.HighsStatus.kError:
+        raise SolverError("HiGHS refused the model.")
+    ran = solver.run()
     status = solver.getModelStatus()
     info = solver.getInfo()
     word = solver.modelStatusToString(status)
-    if status in (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible):
+    if ran == highspy.HighsStatus.kError or status not in (
+        statuses.kOptimal,
+        statuses.kInfeasible,
+        statuses.kUnboundedOrInfeasible,
+        statuses.kTimeLimit,
+    ):
+        raise SolverError(f"HiGHS failed: {word}.")
+    if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
         return RawResult(None, np.inf, word, infeasible=True)
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return RawResult(None, float(info.mip_dual_bound), word, infeasible=False)

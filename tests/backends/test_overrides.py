@@ -133,3 +133,11 @@ def test_parameters_take_the_fast_path_without_a_graph(torch):
     w = torch.nn.Parameter(torch.linspace(-1, 1, 100))
     assert lq.backends.explain("block_absmax", w, 64).implementation == "torch.block_absmax_as_numpy"
     assert not ops.block_absmax(w, 64).requires_grad
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_arguments_by_name_are_those_by_position(library, request):
+    xp = request.getfixturevalue("torch") if library == "torch" else np
+    codes = xp.asarray([1, 2, 3], dtype=xp.uint8)
+    assert host(ops.pack_codes(codes=codes, bits=4)).tolist() == host(ops.pack_codes(codes, 4)).tolist()
+    assert ops.pack_codes.select(codes, bits=4) == ops.pack_codes.select(codes, 4)

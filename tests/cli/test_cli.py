@@ -145,9 +145,10 @@ class TestDemo:
         monkeypatch.setattr(demo, "_compare", lambda *_: None)  # the rest was tested above, and takes long
         monkeypatch.setattr(demo, "draw", lambda *_: None)
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "old").write_text("old")
+        (tmp_path / "out" / "old.plan.json").write_text("old")
         assert _demo(inputs | {"--output": tmp_path / "out", "--force": None}) == 0
-        assert not (tmp_path / "out" / "old").exists()
+        assert not (tmp_path / "out" / "old.plan.json").exists()
+        assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
         assert (tmp_path / "out" / "table.md").exists()
 
 
@@ -181,6 +182,12 @@ class TestDemoFailures:
         (tmp_path / "out" / "precious").write_text("old")
         failure(force=None, rank=-1)
         assert (tmp_path / "out" / "precious").read_text() == "old"
+
+    def test_force_does_not_replace_a_folder_with_other_things(self, failure, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("old")
+        assert "other things" in failure(force=None)
+        assert (tmp_path / "out" / "thesis.tex").read_text() == "old"
 
     @pytest.mark.parametrize("rank", [-1, 0, 17])
     def test_a_rank_out_of_range(self, failure, rank):

@@ -117,9 +117,12 @@ class TestSelection:
         for name, load in weight_arrays(linears).items():
             np.testing.assert_array_equal(load(), linears[name].weight.detach().numpy())
 
-    def test_bfloat16_weights_are_loaded_as_tensors(self, model):
-        load = weight_arrays(select_linears(model.bfloat16()))[NAMES[0]]
-        assert load().dtype == torch.bfloat16
+    def test_bfloat16_weights_are_loaded_exactly_in_float32(self, model):
+        # NumPy for every model in host memory: one kind of weighting fits all.
+        linears = select_linears(model.bfloat16())
+        loaded = weight_arrays(linears)[NAMES[0]]()
+        assert loaded.dtype == np.float32
+        assert torch.equal(torch.from_numpy(loaded), linears[NAMES[0]].weight.float())
 
 
 class TestConversion:
@@ -298,3 +301,8 @@ class TestReport:
     def test_bits_per_weight_are_those_of_the_format(self, model):
         report = quantize_model(model, NF4, rank=2)
         assert report.bits_per_weight == 6.0
+
+
+def test_a_weighting_of_an_unknown_layer_is_refused(model):
+    with pytest.raises(InvalidArgumentError, match="not quantized: typo"):
+        quantize_model(model, NF4, rank=1, weighting={"typo": Elementwise(np.ones((2, 2)))})

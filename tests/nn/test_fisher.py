@@ -229,3 +229,16 @@ def test_no_batches_are_refused():
 def test_no_matching_layers_are_refused():
     with pytest.raises(InvalidArgumentError, match="matches"):
         collect_fisher(_mlp(), [torch.ones(1, 4)], loss=_squared, include="nothing")
+
+
+def test_a_layer_that_does_not_see_the_examples_apart_is_refused():
+    class Merged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x.reshape(-1, 4)).reshape(x.shape)
+
+    with pytest.raises(InvalidArgumentError, match="'layer' sees has length 6"):
+        collect_fisher(Merged(), [torch.ones(2, 3, 4)], loss=lambda model, x: model(x).square().sum(dim=(1, 2)))

@@ -1,0 +1,70 @@
+"""Work on many matrices: order, errors, and the threads of BLAS before, during and after."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+import lqlora as lq
+from lqlora._parallel import map_matrices
+from lqlora.ops.packing import pack_codes
+
+
+def blas_threads() -> set[int]:
+    np.ones((2, 2)) @ np.ones((2, 2))
+    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_results_come_in_the_order_of_the_items():
+    seen = []
+    found = map_matrices(
+        lambda x: (time.sleep(0.01 * (3 - x)), x)[1], range(3), progress=lambda *done: seen.append(done)
+    )
+    assert found == [0, 1, 2]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_blas_works_on_one_thread_meanwhile_and_as_before_afterwards():
+    before = blas_threads()
+    assert all(threads == {1} for threads in map_matrices(lambda _: blas_threads(), range(4)))
+    assert blas_threads() == before
+
+
+def test_blas_is_as_before_after_a_failure_too():
+    before = blas_threads()
+
+    def work(item):
+        if item == 0:
+            raise ValueError("first")
+        time.sleep(0.05)
+
+    with pytest.raises(ValueError, match="first"):
+        map_matrices(work, range(6))
+    assert blas_threads() == before
+
+
+def test_blas_is_as_before_after_two_calls_at_once():
+    before = blas_threads()
+    callers = [
+        threading.Thread(target=map_matrices, args=(lambda x: time.sleep(0.02 * x), range(length))) for length in (3, 5)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert blas_threads() == before
+
+
+def test_a_forced_implementation_reaches_the_threads():
+    codes = np.zeros(4, dtype=np.uint8)
+
+    def reason(_):
+        return pack_codes.select(codes, 4).reason
+
+    with lq.forced("reference"):
+        assert all("forced" in text for text in map_matrices(reason, range(3)))
+    assert not any("forced" in text for text in map_matrices(reason, range(3)))

@@ -1,6 +1,6 @@
 r"""Weightings: what an entry of the residual counts.
 
-A weighting gives three things to the solver of :mod:`lqlora.decomposition`: its squared norm, the scaling under which the
+A weighting gives three things to the solver, :func:`lqlora.decompose`: its squared norm, the scaling under which the
 best low-rank approximation in (a surrogate of) that norm is a plain truncated SVD, and the way back from there.
 """
 

@@ -168,7 +168,8 @@ def decompose(
     Raises
     ------
     InvalidArgumentError
-        If the rank, the shape, the scaling or the number of iterations is out of range, or the weighting does not fit.
+        If the rank, the shape, the scaling, a tolerance or the number of iterations is out of range, or the weighting
+        does not fit.
     NonFiniteError
         If the matrix holds NaN or infinity.
 
@@ -189,6 +190,8 @@ def decompose(
     if not isinstance(weighting, AbstractWeighting):
         raise InvalidArgumentError(f"A weighting is one of lqlora.weighting, not {type(weighting).__name__}.")
     weighting.check(tuple(matrix.shape))
+    if not rtol >= 0 or (target is not None and not target >= 0):
+        raise InvalidArgumentError(f"rtol and target are at least 0, not {rtol!r} and {target!r}.")
     unit = _unit(weighting.scale(matrix))
     goal = _Target(matrix, fmt, rank, weighting, scaling, seed, name, unit)
     norm = weighting.squared_norm(matrix)

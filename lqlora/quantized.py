@@ -163,6 +163,8 @@ def quantize(w: Array, fmt: BlockFormat, *, check_finite: bool = True, name: str
         If ``w`` holds NaN or infinity, or a scale is beyond the range of the dtype that stores it.
     UnsupportedArrayError
         If ``w`` is not an array of a floating-point dtype.
+    InvalidArgumentError
+        If ``fmt`` is no BlockFormat.
 
     Notes
     -----
@@ -182,6 +184,10 @@ def quantize(w: Array, fmt: BlockFormat, *, check_finite: bool = True, name: str
     ((16, 16), 140, 0.149)
     """
     xp = namespace(w)
+    if not isinstance(fmt, BlockFormat):
+        raise InvalidArgumentError(
+            f"A format is a BlockFormat, such as BlockFormat.parse('nf4/64:float32'), not {fmt!r}."
+        )
     wide = ops.widen(w, name)
     if check_finite:
         ops.require_finite(wide, name)
@@ -296,7 +302,7 @@ def matmul(
     Raises
     ------
     InvalidArgumentError
-        If only one factor is given.
+        If only one factor is given, the weight is no matrix, or the rows do not have its number of columns.
 
     Examples
     --------
@@ -307,6 +313,8 @@ def matmul(
     """
     if (lora_A is None) != (lora_B is None):
         raise InvalidArgumentError("Give both lora_A and lora_B, or neither.")
+    if len(q.shape) != 2 or not x.shape or x.shape[-1] != q.shape[1]:
+        raise InvalidArgumentError(f"Rows of shape {tuple(x.shape)} do not fit a weight of shape {q.shape}.")
     return ops.matmul_dense(x, dequantize(q), lora_A, lora_B, scaling)
 
 

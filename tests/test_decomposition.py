@@ -402,3 +402,15 @@ def test_a_scale_out_of_range_names_the_matrix():
     w = matrix() * np.float32(1e7)
     with pytest.raises(NonFiniteError, match="A scale of q_proj is beyond the range of float16"):
         decompose(w, lq.BlockFormat.parse("nf3/16:float16"), 4, name="q_proj")
+
+
+@pytest.mark.parametrize("tolerance", [{"rtol": np.nan}, {"rtol": -1.0}, {"target": np.nan}, {"target": -0.1}])
+def test_tolerances_that_could_never_stop_are_refused(tolerance):
+    with pytest.raises(InvalidArgumentError, match="rtol and target"):
+        decompose(matrix(), FMT, 1, **tolerance)
+
+
+@pytest.mark.parametrize("weighting", [np.ones((2, 2)), "fisher"])
+def test_what_is_no_weighting_is_refused(weighting):
+    with pytest.raises(InvalidArgumentError, match="A weighting is one of"):
+        decompose(matrix(), FMT, 1, weighting=weighting)

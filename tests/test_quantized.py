@@ -533,3 +533,16 @@ def test_a_negative_offset_of_scales_is_refused():
     arrays["scales.offset"] = -arrays["scales.offset"]
     with pytest.raises(FormatError, match="negative"):
         QuantizedArray.from_arrays(arrays, fmt, (16,))
+
+
+@pytest.mark.parametrize("fmt", ["nf4/64:float32", None, NF4])
+def test_what_is_no_format_is_refused(fmt):
+    with pytest.raises(InvalidArgumentError, match="A format is a BlockFormat"):
+        quantize(np.ones(4), fmt)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4), ()])
+def test_rows_that_do_not_fit_a_weight_are_refused(shape):
+    q = quantize(np.ones((2, 5)), BlockFormat(NF4))
+    with pytest.raises(InvalidArgumentError, match="do not fit"):
+        lq.matmul(np.ones(shape, dtype=np.float32), q)

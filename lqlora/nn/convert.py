@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,7 +20,7 @@ from lqlora.formats import BlockFormat
 from lqlora.nn.linear import LQLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Executor
 
     from lqlora.decomposition import Init
@@ -223,11 +224,13 @@ def _resolve(
 ) -> dict[str, BlockFormat]:
     if isinstance(formats, BlockFormat):
         return dict.fromkeys(select_linears(model, include, exclude), formats)
-    by_name = dict(formats.formats if isinstance(formats, Plan) else formats)
+    by_name = formats.formats if isinstance(formats, Plan) else formats
+    if not isinstance(by_name, Mapping) or not by_name:
+        raise InvalidArgumentError(f"Formats are a BlockFormat, a Plan, or a format for each layer, not {formats!r}.")
     linears = select_linears(model, "*", ())
     if unknown := sorted(set(by_name) - set(linears)):
         raise InvalidArgumentError(f"The model has no linear layer {unknown[0]!r} ({len(unknown)} unknown in all).")
-    return by_name
+    return dict(by_name)
 
 
 def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> Decomposition:

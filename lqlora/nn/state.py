@@ -89,6 +89,8 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
         If the file is broken, or does not fit the model: a layer or tensor is missing, left over or of another shape.
     """
     content = load(path)
+    if not content.matrices:
+        raise CheckpointError(f"{path} holds no quantized matrix.")
     try:
         linears = select_linears(model, include=content.matrices.__contains__, exclude=())
     except InvalidArgumentError as error:

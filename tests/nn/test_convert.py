@@ -306,3 +306,9 @@ class TestReport:
 def test_a_weighting_of_an_unknown_layer_is_refused(model):
     with pytest.raises(InvalidArgumentError, match="not quantized: typo"):
         quantize_model(model, NF4, rank=1, weighting={"typo": Elementwise(np.ones((2, 2)))})
+
+
+@pytest.mark.parametrize("formats", [{}, "nf4/64:float32", None])
+def test_what_names_no_formats_is_refused(model, formats):
+    with pytest.raises(InvalidArgumentError, match="Formats are"):
+        quantize_model(model, formats, rank=1)

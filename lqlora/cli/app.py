@@ -29,12 +29,14 @@ def demo_command(
     fast: Annotated[bool, typer.Option("--fast", help="Few tokens, few formats, a handful of steps.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank parts.")] = 16,
+    bits: Annotated[float, typer.Option(help="Budget of the second plan, in bits per weight.")] = 2.75,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text instead of Python's own documentation.")] = None,
     model: Annotated[Path | None, typer.Option(help="GGUF file instead of SmolLM2-135M-Instruct.")] = None,
 ) -> None:
     """Compress, fine-tune, save, reload and measure a pretrained language model."""
-    settings = Settings.fast(rank=rank, seed=seed) if fast else Settings(rank=rank, seed=seed)
+    make = Settings.fast if fast else Settings
+    settings = make(rank=rank, seed=seed, budgets=(None, bits))
     demo.run(settings, output, model_file=model, text_file=text, force=force)
 
 

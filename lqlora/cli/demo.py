@@ -73,6 +73,7 @@ def run(settings: Settings, output: Path, *, model_file: Path | None, text_file:
         with console.stage("Reading the model"):
             base, tokenizer = load_llama(model_file)
         work = _Work(settings, base, split_tokens(tokenizer, text, settings), folder)
+        _check_budgets(work)
         work.rows.append(Row("fp32", 32.0, _parameter_bytes(base) / 1e6, 0.0, _measure(work, base, "fp32")))
         fisher = _fisher(work)
         plans = _plans(work, fisher)
@@ -145,18 +146,31 @@ def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
         table = lq.cost_table(
             weights, settings.formats, rank=settings.rank, weighting=fisher, seed=settings.seed, progress=progress
         )
-    uniform = Fraction(sum(NF3.storage_bits(shape) for shape in table.shapes), table.weight_count)
-    plans = {}
-    for budget in settings.budgets:
-        plan = lq.allocate(table, bits_per_weight=uniform if budget is None else budget)
-        plans[f"LQ-LoRA {float(uniform) if budget is None else budget:.4g}"] = plan
+    plans = _solve(table, settings)
     for name, plan in plans.items():
-        _write_plan(work.folder / f"{_file_name(name)}.plan.json", plan)
+        (work.folder / f"{_file_name(name)}.plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     return plans
 
 
-def _write_plan(path: Path, plan: Plan) -> None:
-    path.write_text(plan.to_json() + "\n", encoding="utf-8")
+def _solve(table: lq.CostTable, settings: Settings) -> dict[str, Plan]:
+    uniform = Fraction(sum(NF3.storage_bits(shape) for shape in table.shapes), table.weight_count)
+    plans: dict[str, Plan] = {}
+    for budget in settings.budgets:
+        name = f"LQ-LoRA {float(uniform) if budget is None else budget:.4g}"
+        if name in plans:
+            raise InvalidArgumentError(f"--bits {budget:g} is the storage of uniform NF3, which is planned for anyway.")
+        plans[name] = lq.allocate(table, bits_per_weight=uniform if budget is None else budget)
+    return plans
+
+
+def _check_budgets(work: _Work) -> None:
+    """Solve with costs of zero: a budget that cannot be met is found before any work is done."""
+    formats = work.settings.formats
+    shapes = {name: tuple(layer.weight.shape) for name, layer in nn.select_linears(work.base).items()}
+    sizes = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes.values()], dtype=np.int64)
+    rank = work.settings.rank
+    table = lq.CostTable(tuple(shapes), tuple(shapes.values()), formats, np.zeros(sizes.shape), sizes, rank)
+    _solve(table, work.settings)
 
 
 def _file_name(name: str) -> str:

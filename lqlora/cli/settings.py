@@ -59,7 +59,7 @@ class Settings:
     budgets: tuple[float | None, ...] = (None, 2.75)
 
     @classmethod
-    def fast(cls, rank: int, seed: int) -> Self:
+    def fast(cls, rank: int, seed: int, budgets: tuple[float | None, ...]) -> Self:
         """Return sizes that show every stage in a minute or two, and prove nothing."""
         return cls(
             rank=rank,
@@ -70,4 +70,5 @@ class Settings:
             steps=3,
             formats=_grid((2, 3, 4), (32, 64), (8,)),
             iterations=2,
+            budgets=budgets,
         )

@@ -193,6 +193,10 @@ class TestDemoFailures:
     def test_a_rank_out_of_range(self, failure, rank):
         assert str(rank) in failure(rank=rank)
 
+    @pytest.mark.parametrize(("bits", "words"), [(-1, "not negative"), (0.5, "infeasible"), ("nan", "finite number")])
+    def test_a_budget_that_cannot_be_met(self, failure, bits, words):
+        assert words in failure(bits=bits)
+
     def test_a_text_that_is_too_short(self, failure, tmp_path):
         (tmp_path / "short.txt").write_text("The cat sat on the mat.")
         assert "tokens" in failure(text=tmp_path / "short.txt")

@@ -38,7 +38,7 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def require(module: str, extra: str, needed_by: str, alternatives: str = "") -> ModuleType:
+def require(module: str, extra: str, needed_by: str) -> ModuleType:
     """Import an optional package, or say in one sentence how to get it.
 
     Parameters
@@ -49,8 +49,6 @@ def require(module: str, extra: str, needed_by: str, alternatives: str = "") -> 
         The extra of lqlora that installs it; a name that contains a space is taken as a whole pip command.
     needed_by : str
         What needed it; the first words of the error.
-    alternatives : str, optional
-        What is installed and would do instead.
 
     Returns
     -------
@@ -65,5 +63,5 @@ def require(module: str, extra: str, needed_by: str, alternatives: str = "") -> 
     if not is_installed(module):
         command = extra if " " in extra else f"pip install 'lqlora[{extra}]'"
         message = f"{needed_by} needs {module.partition('.')[0]}: {command}."
-        raise MissingDependencyError(f"{message} {alternatives}".rstrip())
+        raise MissingDependencyError(message)
     return importlib.import_module(module)

@@ -47,8 +47,8 @@ def map_matrices(
 
     Notes
     -----
-    BLAS is held to one thread meanwhile. Threads of BLAS beside those of the pool fight for the cores (2.7 times slower
-    on two cores), and one thread gives the same bits whatever the number of workers.
+    BLAS is held to one thread meanwhile. Threads of BLAS beside those of the pool fight for the cores (see
+    ``benchmarks/decompose.py``), and one thread gives the same bits whatever the number of workers.
     """
     with _blas_on_one_thread(), _pool(executor) as pool:
         futures = [_submit(pool, function, item) for item in items]

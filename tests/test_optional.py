@@ -33,13 +33,6 @@ def test_the_error_is_a_sentence_with_the_command():
     assert isinstance(caught.value, ImportError)
 
 
-def test_the_error_names_the_alternatives():
-    with pytest.raises(
-        MissingDependencyError, match=r"^gurobi needs no_such: pip install gurobipy\. Installed: highs\.$"
-    ):
-        require("no_such", "pip install gurobipy", "gurobi", alternatives="Installed: highs.")
-
-
 def test_a_broken_package_raises_its_own_error(tmp_path, monkeypatch):
     (tmp_path / "broken_for_lqlora.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)

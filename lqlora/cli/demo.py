@@ -242,6 +242,9 @@ def _save_and_reload(work: _Work, name: str, model: torch.nn.Module) -> None:
         nn.save_model(path, model, {"model": name, "seed": work.settings.seed})
         lq.verify(path)
         fresh = copy.deepcopy(work.base)
+        with torch.no_grad():  # so that what the file lacks cannot come from the copy
+            for parameter in fresh.parameters():
+                parameter.zero_()
         nn.load_model(path, fresh)
         with torch.inference_mode():
             sequence = work.parts.evaluation[:1]

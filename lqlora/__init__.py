@@ -9,11 +9,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from lqlora import backends, errors, initializers, ops, solvers, weighting
+from lqlora import backends, codebooks, errors, initializers, ops, solvers, weighting
 from lqlora._dispatch import forced
 from lqlora.allocation import CostTable, Plan, allocate, cost_table
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
-from lqlora.codebooks import NF4, Codebook, normal_float, uniform
+from lqlora.codebooks import (
+    NF4,
+    Codebook,
+    affine,
+    dynamic8,
+    fp4,
+    logarithmic,
+    normal_float,
+    small_float,
+    student_float,
+    uniform,
+)
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
 from lqlora.quantized import QuantizedArray, dequantize, matmul, quantize
@@ -34,15 +45,20 @@ __all__ = [
     "QuantizedArray",
     "ScaleFormat",
     "StoredMatrix",
+    "affine",
     "allocate",
     "backends",
+    "codebooks",
     "cost_table",
     "decompose",
     "dequantize",
+    "dynamic8",
     "errors",
     "forced",
+    "fp4",
     "initializers",
     "load",
+    "logarithmic",
     "matmul",
     "nn",
     "normal_float",
@@ -50,7 +66,9 @@ __all__ = [
     "paper_grid",
     "quantize",
     "save",
+    "small_float",
     "solvers",
+    "student_float",
     "uniform",
     "verify",
     "weighting",

@@ -1,0 +1,34 @@
+"""Codebooks: the sorted values a code can stand for, each with the rule that normalizes a block before rounding."""
+
+from __future__ import annotations
+
+from lqlora.codebooks.abnormal import AF4, abnormal_float
+from lqlora.codebooks.codebook import Codebook, Normalization
+from lqlora.codebooks.dynamic import dynamic8
+from lqlora.codebooks.geometric import logarithmic
+from lqlora.codebooks.integers import affine, uniform
+from lqlora.codebooks.names import by_name, is_standard
+from lqlora.codebooks.normal import NF4, normal_float
+from lqlora.codebooks.optimal import block_optimal
+from lqlora.codebooks.small_floats import FP4_BNB, fp4, small_float
+from lqlora.codebooks.student import student_float
+
+__all__ = [
+    "AF4",
+    "FP4_BNB",
+    "NF4",
+    "Codebook",
+    "Normalization",
+    "abnormal_float",
+    "affine",
+    "block_optimal",
+    "by_name",
+    "dynamic8",
+    "fp4",
+    "is_standard",
+    "logarithmic",
+    "normal_float",
+    "small_float",
+    "student_float",
+    "uniform",
+]

@@ -1,0 +1,58 @@
+"""The dynamic 8-bit map of bitsandbytes: seven decades, each cut more finely than the one below."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+
+from lqlora.codebooks.codebook import Codebook
+
+__all__ = ["dynamic8"]
+
+_DECADES = 7
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def dynamic8(*, signed: bool = True) -> Codebook:
+    """Dynamic 8-bit codes: a sign, a decimal exponent, and a fraction that gets the bits the exponent leaves.
+
+    Decade ``i`` from 0 to 6 is the interval from ``10**(i - 7)`` to ``10**(i - 6)``, cut into ``2**i`` equal cells
+    (``2**(i + 1)`` if unsigned) whose centers are levels. Zero and one are added; minus one is no level.
+
+    Parameters
+    ----------
+    signed : bool, default True
+        False: no negative levels, and twice as many cells per decade.
+
+    Returns
+    -------
+    Codebook
+        256 levels, from -0.99297 to 1 or from 0 to 1, named ``dynamic8`` or ``udynamic8``. Bit for bit the map of
+        bitsandbytes.
+
+    References
+    ----------
+    8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.2 and appendix F.
+
+    Examples
+    --------
+    >>> dynamic8().levels[[0, 127, 128, 255]].tolist()
+    [-0.992968738079071, 0.0, 5.500000384017767e-07, 1.0]
+    """
+    decades = [np.float32(10.0 ** (i + 1 - _DECADES)) * _centers(2 ** (i + (not signed))) for i in range(_DECADES)]
+    magnitudes = np.concatenate(decades)
+    below = -magnitudes if signed else magnitudes[:0]
+    levels = np.sort(np.concatenate([below, magnitudes, np.array([0, 1], dtype=np.float32)]))
+    return Codebook(levels, name="dynamic8" if signed else "udynamic8")
+
+
+def _centers(count: int) -> npt.NDArray[np.float32]:
+    """Centers of equal cells of 0.1 to 1, with edges rounded to float32 once, as torch rounds them on a CPU."""
+    first, last, edges = np.float32(0.1), np.float32(1), np.arange(count + 1)
+    step = float((last - first) / np.float32(count))
+    # float64 holds these products and sums exactly. Each half of the edges counts from its own end.
+    values = np.where(edges < (count + 1) // 2, float(first) + step * edges, float(last) - step * (count - edges))
+    rounded = values.astype(np.float32)
+    return (rounded[1:] + rounded[:-1]) / np.float32(2)

@@ -1,0 +1,85 @@
+"""Equally spaced levels: as fractions of the largest weight, or as integers with a zero point."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from lqlora.codebooks._checks import require_whole
+from lqlora.codebooks.codebook import Codebook
+
+__all__ = ["affine", "uniform"]
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def uniform(bits: int, *, signed: bool = True) -> Codebook:
+    """Equally spaced levels.
+
+    Parameters
+    ----------
+    bits : int
+        1 to 8 (2 to 8 if signed).
+    signed : bool, default True
+        True: ``2**bits - 1`` levels ``k / (2**(bits-1) - 1)``, symmetric about an exact zero, from -1 to 1.
+        False: ``2**bits`` levels ``k / (2**bits - 1)`` from 0 to 1, as LQ-LoRA uses for scales.
+
+    Returns
+    -------
+    Codebook
+        Named ``int{bits}`` if signed, else ``uint{bits}``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``bits`` is out of range.
+
+    References
+    ----------
+    LQ-LoRA, arXiv 2311.12023, section 2.2 (second-level quantization of the scales).
+
+    Examples
+    --------
+    >>> uniform(2, signed=False).levels.tolist()
+    [0.0, 0.3333333432674408, 0.6666666865348816, 1.0]
+    >>> uniform(3).levels.size
+    7
+    """
+    require_whole("Uniform codebooks take", bits, 1 + signed, 8)
+    steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    codes = np.arange(-steps if signed else 0, steps + 1)
+    return Codebook(codes / steps, name=f"{'int' if signed else 'uint'}{bits}")
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def affine(bits: int) -> Codebook:
+    """Integers from 0, for blocks that have a zero point beside their scale.
+
+    A code stands for ``scale * (code - zero_point)``: round-to-nearest as PEQA starts from, and the grid of GPTQ.
+
+    Parameters
+    ----------
+    bits : int
+        1 to 8.
+
+    Returns
+    -------
+    Codebook
+        Levels 0 to ``2**bits - 1``, normalization ``"affine"``, named ``affine{bits}``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``bits`` is out of range.
+
+    References
+    ----------
+    PEQA, arXiv 2305.14152, equations 1 to 3; GPTQ, arXiv 2210.17323, section 5 (asymmetric per-row grid).
+
+    Examples
+    --------
+    >>> affine(2).levels.tolist(), affine(2).normalization
+    ([0.0, 1.0, 2.0, 3.0], 'affine')
+    """
+    require_whole("Affine codebooks take", bits, 1, 8)
+    return Codebook(np.arange(2**bits), name=f"affine{bits}", normalization="affine")

@@ -1,0 +1,116 @@
+"""Which codebook a name stands for."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from lqlora.codebooks.abnormal import AF4, abnormal_float
+from lqlora.codebooks.dynamic import dynamic8
+from lqlora.codebooks.geometric import logarithmic
+from lqlora.codebooks.integers import affine, uniform
+from lqlora.codebooks.normal import normal_float
+from lqlora.codebooks.optimal import block_optimal
+from lqlora.codebooks.small_floats import FP4_BNB, fp4, small_float
+from lqlora.codebooks.student import student_float
+from lqlora.errors import FormatError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lqlora.codebooks.codebook import Codebook
+
+__all__ = ["by_name", "is_standard"]
+
+
+class _Family(NamedTuple):
+    """Codebooks spelled alike: for people, for the machine, and what makes them of the numbers in the name."""
+
+    spelling: str
+    pattern: str
+    make: Callable[..., Codebook]
+
+
+_DIGIT, _NUMBER = "([0-9])", "([1-9][0-9]{0,9})"
+
+_FAMILIES = (
+    _Family("nf2…nf8", f"nf{_DIGIT}", normal_float),
+    _Family("int2…int8", f"int{_DIGIT}", uniform),
+    _Family("uint1…uint8", f"uint{_DIGIT}", functools.partial(uniform, signed=False)),
+    _Family("affine1…affine8", f"affine{_DIGIT}", affine),
+    _Family("e2m1 and its like", f"e{_DIGIT}m{_DIGIT}", small_float),
+    _Family("fp4", "fp4", fp4),
+    _Family("fp4-bnb", "fp4-bnb", lambda: FP4_BNB),
+    _Family("dynamic8", "dynamic8", dynamic8),
+    _Family("udynamic8", "udynamic8", functools.partial(dynamic8, signed=False)),
+    _Family("log3…log8", f"log{_DIGIT}", logarithmic),
+    _Family("af4", "af4", lambda: AF4),
+    _Family("af{bits}-{block size}", f"af{_DIGIT}-{_NUMBER}", abnormal_float),
+    _Family("bof{bits}-{block size}", f"bof{_DIGIT}-{_NUMBER}", block_optimal),
+    _Family("bof{bits}s-{block size}", f"bof{_DIGIT}s-{_NUMBER}", functools.partial(block_optimal, signed=True)),
+    _Family("sf2…sf8", f"sf{_DIGIT}", student_float),
+    _Family("sf{bits}-{degrees of freedom}", f"sf{_DIGIT}-{_NUMBER}", student_float),
+)
+
+
+def by_name(name: str) -> Codebook:
+    """Return the codebook that a name in a plan, a report or a file stands for.
+
+    Parameters
+    ----------
+    name : str
+        As the functions of :mod:`lqlora.codebooks` name what they return: ``nf4``, ``int8``, ``uint8``, ``affine4``,
+        ``e2m1``, ``fp4``, ``fp4-bnb``, ``dynamic8``, ``udynamic8``, ``log8``, ``af4``, ``af4-128``, ``bof4-64``,
+        ``bof4s-64``, ``sf4``, ``sf4-3``, …
+
+    Returns
+    -------
+    Codebook
+        The codebook.
+
+    Raises
+    ------
+    FormatError
+        If the name is unknown.
+
+    Examples
+    --------
+    >>> from lqlora.codebooks import NF4
+    >>> by_name("nf4") is NF4, by_name("bof4s-64").normalization
+    (True, 'signed')
+    """
+    for family in _FAMILIES:
+        match = re.fullmatch(family.pattern, name)
+        if match is not None:
+            try:
+                return family.make(*map(int, match.groups()))
+            except InvalidArgumentError as error:
+                raise FormatError(f"Unknown codebook {name!r}: {error}") from None
+    known = ", ".join(family.spelling for family in _FAMILIES)
+    raise FormatError(f"Unknown codebook {name[:40]!r}: known are {known}.")
+
+
+def is_standard(codebook: Codebook) -> bool:
+    """Tell whether a codebook is the one its name stands for, so that the name is enough to restore it.
+
+    Parameters
+    ----------
+    codebook : Codebook
+        Any codebook.
+
+    Returns
+    -------
+    bool
+        True if :func:`by_name` gives the same levels and the same normalization.
+
+    Examples
+    --------
+    >>> from lqlora.codebooks import NF4, Codebook
+    >>> is_standard(NF4), is_standard(Codebook([-1, 0, 1], name="nf4"))
+    (True, False)
+    """
+    try:
+        return by_name(codebook.name) == codebook
+    except FormatError:
+        return False

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lqlora import affine, uniform
+from lqlora.errors import InvalidArgumentError
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_signed_levels_are_symmetric_about_an_exact_zero(bits):
+    codebook = uniform(bits)
+    assert (len(codebook), codebook.bits, codebook.name) == (2**bits - 1, bits, f"int{bits}")
+    assert codebook.levels.tolist() == (-codebook.levels[::-1]).tolist()
+    assert codebook.levels[2 ** (bits - 1) - 1] == 0.0
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_unsigned_levels_go_from_zero_to_one(bits):
+    codebook = uniform(bits, signed=False)
+    assert codebook.levels.tolist() == [float(np.float32(k / (2**bits - 1))) for k in range(2**bits)]
+    assert (codebook.bits, codebook.name) == (bits, f"uint{bits}")
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(1, True), (9, True), (0, False), (9, False), (4.0, True), (True, False)])
+def test_uniform_refuses_other_bits(bits, signed):
+    uniform(4), uniform(1, signed=False)  # a cache must not let 4.0 pass for 4, nor True for 1
+    with pytest.raises(InvalidArgumentError, match="Uniform codebooks take"):
+        uniform(bits, signed=signed)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_affine_levels_are_the_codes_themselves(bits):
+    codebook = affine(bits)
+    assert codebook.levels.tolist() == list(range(2**bits))
+    assert (codebook.bits, codebook.name, codebook.normalization) == (bits, f"affine{bits}", "affine")
+    assert codebook.widest == 2**bits - 1
+
+
+@pytest.mark.parametrize("bits", [0, 9, 4.0, True])
+def test_affine_refuses_other_bits(bits):
+    affine(1), affine(4)
+    with pytest.raises(InvalidArgumentError, match="Affine codebooks take 1 to 8 bits"):
+        affine(bits)

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+
+from lqlora import NF4, BlockFormat, Codebook, affine, dynamic8, fp4, logarithmic, small_float, student_float, uniform
+from lqlora.codebooks import AF4, FP4_BNB, abnormal_float, block_optimal, by_name, is_standard
+from lqlora.errors import FormatError, InvalidArgumentError
+
+#: One codebook for each way to spell a name, and what the name has to give.
+SPELLED = {
+    "nf4": NF4,
+    "int8": uniform(8),
+    "uint1": uniform(1, signed=False),
+    "affine4": affine(4),
+    "e4m3": small_float(4, 3),
+    "fp4": fp4(),
+    "fp4-bnb": FP4_BNB,
+    "dynamic8": dynamic8(),
+    "udynamic8": dynamic8(signed=False),
+    "log8": logarithmic(8),
+    "af4": AF4,
+    "af3-128": abnormal_float(3, 128),
+    "bof4-64": block_optimal(4, 64),
+    "bof4s-64": block_optimal(4, 64, signed=True),
+    "sf4": student_float(4),
+    "sf3-7": student_float(3, 7),
+}
+FAMILIES = {"nf": 2, "int": 2, "uint": 1, "affine": 1, "log": 3, "sf": 2}
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_names_are_read_back(name):
+    codebook = by_name(name)
+    assert codebook == SPELLED[name]
+    assert (codebook.name, SPELLED[name].name) == (name, name)
+    assert is_standard(codebook)
+
+
+@pytest.mark.parametrize("name", [f"{family}{bits}" for family, least in FAMILIES.items() for bits in range(least, 9)])
+def test_families_are_known_for_all_their_bits(name):
+    assert by_name(name).name == name
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_formats_spell_every_name(name):
+    assert str(BlockFormat.parse(f"{name}/64:float32")) == f"{name}/64:float32"
+
+
+def test_the_table_of_af4_has_a_longer_name_too():
+    assert by_name("af4-64") is AF4
+
+
+def test_the_same_levels_for_another_normalization_are_not_standard():
+    signed = block_optimal(4, 64, signed=True)
+    assert not is_standard(Codebook(signed.levels, name=signed.name))
+    assert not is_standard(Codebook([-1, 0, 1], name="ternary"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "nf", "4", "nf9", "nf1", "int1", "uint0", "affine0", "log2", "NF4", "nf4 ", "nf-4", "nf" + "4" * 5000, "nf٤",
+     "e4m4", "e0m3", "e2", "fp8", "fp4-", "dynamic4", "af3", "bof4", "bof4s", "bof4-1", "bof4-064", "bof4-9999999999",
+     "bof4-" + "9" * 5000, "bof9-64", "sf4-0", "sf4-"],
+)  # fmt: skip
+def test_unknown_names_are_refused(name):
+    with pytest.raises(FormatError, match="Unknown codebook"):
+        by_name(name)
+
+
+def test_an_unknown_name_is_answered_by_the_names_there_are():
+    with pytest.raises(FormatError, match=r"^Unknown codebook 'what': known are nf2…nf8, .*bof\{bits\}s-.*\.$"):
+        by_name("what")
+
+
+def test_a_number_out_of_range_is_answered_by_the_range():
+    with pytest.raises(InvalidArgumentError, match=r"^Unknown codebook 'nf9': NormalFloat takes 2 to 8 bits, not 9\.$"):
+        by_name("nf9")

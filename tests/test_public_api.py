@@ -11,7 +11,9 @@ from lqlora._optional import is_installed
 CONTRACT = {
     "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
          "decompose", "Decomposition", "QuantizedArray", "initializers", "weighting", "cost_table", "allocate", "Plan", "solvers",
-         "backends", "forced", "nn", "save", "load", "verify"],
+         "backends", "forced", "nn", "save", "load", "verify", "codebooks", "affine", "dynamic8", "fp4", "logarithmic", "small_float",
+         "student_float"],
+    "codebooks": ["AF4", "FP4_BNB", "abnormal_float", "block_optimal", "by_name", "is_standard"],
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],
     "backends": ["available", "explain"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -34,10 +35,9 @@ def block_normal_density(block_size: int, power: int) -> Density:
     maxima = smallest + (largest - smallest) * (nodes + 1) / 2
     outside = np.array([math.erfc(m / math.sqrt(2)) for m in maxima])
     mixture = weights * np.exp((block_size - 2) * np.log1p(-outside) - maxima**2 / 2) * maxima ** (power + 1)
-    mixture /= mixture.sum()
+    return functools.partial(_mixed, maxima, mixture / mixture.sum())
 
-    def density(x: Reals) -> Reals:
-        values: Reals = np.exp(-((x[..., None] * maxima) ** 2) / 2) @ mixture
-        return values
 
-    return density
+def _mixed(maxima: Reals, mixture: Reals, x: Reals) -> Reals:
+    values: Reals = np.exp(-((x[..., None] * maxima) ** 2) / 2) @ mixture
+    return values

@@ -44,7 +44,7 @@ def abnormal_float(bits: int, block_size: int) -> Codebook:
 
     References
     ----------
-    Yoshida, NF4 Isn't Information Theoretically Optimal (and that's Good), arXiv 2306.06965, section 4.
+    Yoshida, NF4 Isn't Information Theoretically Optimal (and that's Good), arXiv 2306.06965.
 
     Examples
     --------

@@ -34,7 +34,7 @@ def dynamic8(*, signed: bool = True) -> Codebook:
 
     References
     ----------
-    8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.2 and appendix F.
+    8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.2.
 
     Examples
     --------

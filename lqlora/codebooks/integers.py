@@ -74,7 +74,7 @@ def affine(bits: int) -> Codebook:
 
     References
     ----------
-    PEQA, arXiv 2305.14152, equations 1 to 3; GPTQ, arXiv 2210.17323, section 5 (asymmetric per-row grid).
+    PEQA, arXiv 2305.14152, equations 1 to 3; GPTQ, arXiv 2210.17323, section 5, setup (asymmetric grid from minimum to maximum).
 
     Examples
     --------

@@ -38,7 +38,7 @@ def student_float(bits: int, df: int = _USUAL_DF) -> Codebook:
 
     References
     ----------
-    Dotzel et al., Learning from Students, arXiv 2405.03103, section 4.
+    Dotzel et al., Learning from Students, arXiv 2405.03103, section 3.3, algorithm 1.
 
     Examples
     --------

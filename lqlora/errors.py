@@ -1,4 +1,4 @@
-"""Every exception the library raises on purpose.
+"""Every exception the library raises on purpose, and the one warning.
 
 Each message says what was wrong, where, and what to do about it. Each class also inherits the built-in exception a
 caller would expect, so ``except ValueError`` keeps working.
@@ -20,6 +20,7 @@ __all__ = [
     "MissingDependencyError",
     "MixedArraysError",
     "NonFiniteError",
+    "ScaleUnderflowWarning",
     "SolverError",
     "UnsupportedArrayError",
 ]
@@ -39,6 +40,10 @@ class FormatError(InvalidArgumentError):
 
 class NonFiniteError(LQLoRAError, ValueError):
     """An array holds NaN or infinity where finite numbers are needed."""
+
+
+class ScaleUnderflowWarning(UserWarning):
+    """Blocks that are not zero decode to zeros, because the format cannot tell their scale from zero."""
 
 
 class UnsupportedArrayError(LQLoRAError, TypeError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
-from lqlora.ops.quantize import decode, encode
+from lqlora.ops.blocks import block_absmax, to_blocks
+from lqlora.ops.packing import packed_size, unpack_codes
+from lqlora.ops.quantize import decode, encode, nearest_codes
+from lqlora.ops.sums import bin_sums, exact_terms
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -18,66 +20,157 @@ __all__: list[str] = []
 #: Weights handled at a time: float32 values, comparison and codes of a chunk fit into a second-level cache.
 _CHUNK = 32768
 
-#: Up to this many boundaries, counting beats a binary search here.
-_FEW = 63
+#: Up to this many boundaries, counting those below a value beats a table of buckets.
+_FEW = 31
+
+#: Buckets that the range of the boundaries is cut into.
+_BUCKETS = 2048
 
 #: Bits of packed codes looked up at a time. 2**12 rows of the widest table (12 codes of 1 bit) are 192 KiB.
 _LOOKUP_BITS = 12
 
 
-def _encode_accepts(flat: Any, scales: Any, boundaries: Any, bits: int, block_size: int) -> bool:  # noqa: ARG001
-    return len(boundaries) <= _FEW and block_size <= _CHUNK and isinstance(scales, np.ndarray)
+@block_absmax.register("numpy", accepts=lambda flat, block_size: block_size <= _CHUNK and flat.flags.c_contiguous)
+def absmax_chunked(flat: npt.NDArray[Any], block_size: int) -> npt.NDArray[Any]:
+    """Take absolute values in a buffer that stays in the cache."""
+    absmax = np.empty(-(-flat.shape[0] // block_size), dtype=flat.dtype)
+    step = max(1, _CHUNK // block_size)
+    buffer = np.empty(min(step * block_size, flat.shape[0]), dtype=flat.dtype)
+    for first in range(0, len(absmax), step):
+        chunk = flat[first * block_size : (first + step) * block_size]
+        blocks = to_blocks(np.abs(chunk, out=buffer[: len(chunk)]), block_size)
+        np.max(blocks, axis=1, out=absmax[first : first + step])
+    return absmax
+
+
+@nearest_codes.register("numpy", accepts=lambda values, boundaries: values.dtype.kind == "f")  # noqa: ARG005
+def nearest_codes_chunked(
+    values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]
+) -> npt.NDArray[np.uint8]:
+    """Find the cells chunk by chunk."""
+    flat, codes = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
+    find = _finder(boundaries, values.dtype)
+    with np.errstate(over="ignore"):
+        for first in range(0, len(flat), _CHUNK):
+            find(flat[first : first + _CHUNK], codes[first : first + _CHUNK])
+    return codes.reshape(values.shape)
+
+
+def _encode_accepts(flat: Any, scales: Any, zero_points: Any, boundaries: Any, block_size: int) -> bool:  # noqa: ARG001
+    return block_size <= _CHUNK and isinstance(scales, np.ndarray) and isinstance(zero_points, np.ndarray | None)
 
 
 @encode.register("numpy", accepts=_encode_accepts)
 def encode_chunked(
     flat: npt.NDArray[Any],
     scales: npt.NDArray[Any],
+    zero_points: npt.NDArray[np.uint8] | None,
     boundaries: npt.NDArray[np.float32],
-    bits: int,
     block_size: int,
 ) -> npt.NDArray[np.uint8]:
-    """Count the boundaries below each value, chunk by chunk."""
-    count = flat.shape[0]
-    codes = np.empty(count, dtype=np.uint8)
-    whole = count - count % block_size
-    blocks, code_blocks = flat[:whole].reshape(-1, block_size), codes[:whole].reshape(-1, block_size)
-    block_scales = scales[: len(blocks)]  # without that of a short last block
+    """Divide and find the cells, chunk by chunk."""
+    codes = np.empty(flat.shape[0], dtype=np.uint8)
+    find = _finder(boundaries, flat.dtype)
+    # A divisor of one and a result of zero where the scale is zero: the two arrays of a block each, not of a weight.
+    divisors = np.where(scales != 0, scales, scales.dtype.type(1))
+    any_zero = not np.all(scales)
     step = max(1, _CHUNK // block_size)
-    cuts = boundaries.astype(flat.dtype)
     with np.errstate(over="ignore"):
-        for first in range(0, len(blocks), step):
+        for first in range(0, len(scales), step):
+            rows, target = (array[first * block_size : (first + step) * block_size] for array in (flat, codes))
             part = slice(first, first + step)
-            _encode_rows(blocks[part], block_scales[part], cuts, code_blocks[part])
-        if whole < count:
-            _encode_rows(flat[None, whole:], scales[-1:], cuts, codes[None, whole:])
-    packed: npt.NDArray[np.uint8] = pack_codes(codes, bits)
-    return packed
+            values = _divide(rows, divisors[part], block_size)
+            if any_zero:
+                _by_block(np.multiply, values, (scales[part] != 0).astype(values.dtype), block_size)
+            if zero_points is not None:
+                _by_block(np.add, values, zero_points[part].astype(values.dtype), block_size)
+            find(values, target)
+    return codes
 
 
-def _encode_rows(
-    rows: npt.NDArray[Any], scales: npt.NDArray[Any], cuts: npt.NDArray[Any], codes: npt.NDArray[Any]
-) -> None:
-    column = scales[:, None]
-    positive = column > 0
-    normalized = rows / np.where(positive, column, column.dtype.type(1))
-    if not positive.all():
-        normalized = np.where(positive, normalized, normalized.dtype.type(0))
-    above = np.empty(rows.shape, dtype=np.bool_)
+def _divide(flat: npt.NDArray[Any], divisors: npt.NDArray[Any], block_size: int) -> npt.NDArray[Any]:
+    values = np.empty_like(flat)
+    whole = len(flat) - len(flat) % block_size
+    blocks = flat[:whole].reshape(-1, block_size)
+    np.divide(blocks, divisors[: len(blocks), None], out=values[:whole].reshape(-1, block_size))
+    if whole < len(flat):
+        np.divide(flat[whole:], divisors[-1], out=values[whole:])
+    return values
+
+
+def _by_block(operation: Any, values: npt.NDArray[Any], per_block: npt.NDArray[Any], block_size: int) -> None:
+    """Combine the values of each block with one number, in place."""
+    whole = len(values) - len(values) % block_size
+    blocks = values[:whole].reshape(-1, block_size)
+    operation(blocks, per_block[: len(blocks), None], out=blocks)
+    if whole < len(values):
+        operation(values[whole:], per_block[-1], out=values[whole:])
+
+
+def _finder(boundaries: npt.NDArray[np.float32], dtype: Any) -> Any:
+    """Return a function that writes the cells of values into an array of codes."""
+    cuts = boundaries.astype(dtype)
+    if len(cuts) <= _FEW or not cuts[0] < cuts[-1]:
+        return functools.partial(_count_below, cuts)
+    return functools.partial(_look_up, _buckets(boundaries.tobytes(), np.dtype(dtype)))
+
+
+def _count_below(cuts: npt.NDArray[Any], values: npt.NDArray[Any], codes: npt.NDArray[np.uint8]) -> None:
+    above = np.empty(values.shape, dtype=np.bool_)
     codes[...] = 0
     for cut in cuts:
-        np.greater(normalized, cut, out=above)
+        np.greater(values, cut, out=above)
         np.add(codes, above.view(np.uint8), out=codes)
 
 
-def _decode_accepts(packed: Any, scales: Any, levels: Any, bits: int, block_size: int, count: int) -> bool:  # noqa: ARG001
-    return bits in (1, 2, 3, 4, 6, 8) and isinstance(scales, np.ndarray) and packed.flags.c_contiguous
+class _Buckets(NamedTuple):
+    """Where a value's bucket is, and the boundaries that are below all values of a bucket."""
+
+    low: Any
+    factor: Any
+    below: npt.NDArray[np.uint8]
+    cuts: npt.NDArray[Any]
+    most: int
+
+
+@functools.lru_cache(maxsize=64)
+def _buckets(boundaries: bytes, dtype: np.dtype[Any]) -> _Buckets:
+    cuts = np.frombuffer(boundaries, dtype=np.float32).astype(dtype)
+    low, factor = cuts[0], dtype.type((_BUCKETS - 1) / (float(cuts[-1]) - float(cuts[0])))
+    own = _bucket(cuts, low, factor)
+    below = np.searchsorted(own, np.arange(_BUCKETS), side="left").astype(np.uint8)
+    most = int(np.bincount(own).max())
+    return _Buckets(low, factor, below, np.append(cuts, dtype.type(np.inf)), most)
+
+
+def _bucket(values: npt.NDArray[Any], low: Any, factor: Any) -> npt.NDArray[np.intp]:
+    """Return a number that never falls when the value rises: rounding keeps the order of products and differences."""
+    place = values - low
+    place *= factor
+    with np.errstate(invalid="ignore"):  # NaN ends in some bucket, and is found to be above no boundary
+        return np.clip(place, 0, _BUCKETS - 1, out=place).astype(np.intp)
+
+
+def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.uint8]) -> None:
+    """Start from the boundaries in lower buckets, then pass those in the value's own bucket one by one."""
+    np.take(table.below, _bucket(values, table.low, table.factor), out=codes, mode="clip")
+    for _ in range(table.most):
+        above = values > np.take(table.cuts, codes, mode="clip")
+        np.add(codes, above.view(np.uint8), out=codes)
+
+
+def _decode_accepts(
+    packed: Any, scales: Any, zero_points: Any, levels: Any, bits: int, block_size: int, count: int  # noqa: ARG001
+) -> bool:
+    mine = isinstance(scales, np.ndarray) and isinstance(zero_points, np.ndarray | None)
+    return bits in (1, 2, 3, 4, 6, 8) and mine and packed.flags.c_contiguous
 
 
 @decode.register("numpy", accepts=_decode_accepts)
 def decode_lookup(
     packed: npt.NDArray[np.uint8],
     scales: npt.NDArray[np.float32],
+    zero_points: npt.NDArray[np.uint8] | None,
     levels: npt.NDArray[np.float32],
     bits: int,
     block_size: int,
@@ -89,11 +182,9 @@ def decode_lookup(
         unpack_codes(packed, bits, count)  # raises the reference's error
     indices = packed if index_bits == 8 else unpack_twelve(packed)
     values = np.take(table, indices, axis=0).reshape(-1)[:count]
-    whole = count - count % block_size
-    blocks = values[:whole].reshape(-1, block_size)
-    np.multiply(blocks, scales[: len(blocks), None], out=blocks)
-    if whole < count:
-        values[whole:] *= scales[-1]
+    if zero_points is not None:
+        _by_block(np.subtract, values, zero_points.astype(np.float32), block_size)
+    _by_block(np.multiply, values, scales, block_size)
     return values
 
 
@@ -119,3 +210,11 @@ def _lookup_table(levels: bytes, bits: int) -> tuple[npt.NDArray[np.float32], in
     table = known[np.minimum(codes, len(known) - 1)]
     table.flags.writeable = False
     return table, index_bits
+
+
+@bin_sums.register("numpy", accepts=lambda terms, bins, count: isinstance(bins, np.ndarray))  # noqa: ARG005
+def bin_sums_counted(terms: npt.NDArray[np.float64], bins: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float64]:
+    """Sum all bins in one pass: the rounded terms are integers, so their order does not matter."""
+    rounded, unit = exact_terms(terms)
+    sums: npt.NDArray[np.float64] = np.bincount(bins, weights=rounded, minlength=count) * unit
+    return sums

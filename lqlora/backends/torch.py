@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from lqlora.ops.blocks import block_absmax
 from lqlora.ops.packing import pack_codes, unpack_codes
-from lqlora.ops.quantize import decode, encode
+from lqlora.ops.quantize import decode, encode, nearest_codes
+from lqlora.ops.sums import bin_sums
 
 __all__: list[str] = []
 
 
-def _on_cpu(tensor: torch.Tensor, second: Any, *_: Any) -> bool:
-    """Accept strided tensors in host memory; not the fake ones that compilers trace with.
+def _on_cpu(*args: Any) -> bool:
+    """Accept strided tensors in host memory; not the fake ones that compilers trace with."""
+    return all(_is_plain(value) or value is None or isinstance(value, int) for value in args if not _is_table(value))
 
-    The second argument is scales, or a number. Scales of another library are left to the reference, which refuses them.
-    """
-    return _is_plain(tensor) and (isinstance(second, int) or _is_plain(second))
+
+def _is_table(value: Any) -> bool:
+    """Tell whether a value is levels or boundaries, which every library is given as a read-only NumPy array."""
+    return isinstance(value, np.ndarray) and not value.flags.writeable
 
 
 def _is_plain(value: Any) -> bool:
@@ -40,5 +44,5 @@ def _share(operation: Any) -> None:
     operation.register("torch", accepts=_on_cpu)(on_views)
 
 
-for _operation in (block_absmax, encode, decode, pack_codes, unpack_codes):
+for _operation in (block_absmax, nearest_codes, encode, decode, pack_codes, unpack_codes, bin_sums):
     _share(_operation)

@@ -5,17 +5,28 @@ Kernels see flat contiguous arrays: decisions about shapes, formats and padding 
 
 from __future__ import annotations
 
-from lqlora.ops.blocks import block_absmax, from_blocks, to_blocks
-from lqlora.ops.casting import convert, dtype_name, storage_cast, stored_bytes, widen
+from lqlora.ops.blocks import block_absmax, block_extremes, from_blocks, to_blocks
+from lqlora.ops.casting import convert, dtype_name, native_dtype, require_float, storage_cast, stored_bytes, widen
 from lqlora.ops.finite import require_finite, sum_of_squares
 from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
 from lqlora.ops.matmul import matmul_dense
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
-from lqlora.ops.quantize import decode, encode, nearest_codes
+from lqlora.ops.quantize import (
+    decode,
+    encode,
+    nearest_codes,
+    nearest_codes_by_row,
+    normalize,
+    values_by_row,
+)
+from lqlora.ops.slices import put_flat, take_flat
+from lqlora.ops.sums import bin_sums, row_sums
 
 __all__ = [
     "LowRank",
+    "bin_sums",
     "block_absmax",
+    "block_extremes",
     "convert",
     "decode",
     "dtype_name",
@@ -24,15 +35,23 @@ __all__ = [
     "from_blocks",
     "low_rank_product",
     "matmul_dense",
+    "native_dtype",
     "nearest_codes",
+    "nearest_codes_by_row",
+    "normalize",
     "pack_codes",
     "packed_size",
+    "put_flat",
     "require_finite",
+    "require_float",
+    "row_sums",
     "storage_cast",
     "stored_bytes",
     "subspace_svd",
     "sum_of_squares",
+    "take_flat",
     "to_blocks",
     "unpack_codes",
+    "values_by_row",
     "widen",
 ]

@@ -1,4 +1,4 @@
-"""Cutting a flat array into blocks, and the statistic of a block."""
+"""Cutting a flat array into blocks, and the statistics of a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lqlora._dispatch import namespace, op
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["block_absmax", "from_blocks", "to_blocks"]
+__all__ = ["block_absmax", "block_extremes", "from_blocks", "to_blocks"]
 
 
 def to_blocks(flat: Array, block_size: int) -> Array:
@@ -96,3 +96,35 @@ def block_absmax(flat: Array, block_size: int) -> Array:
     if blocks.shape[0] == 0:  # a maximum over an empty array is not defined, not even along a non-empty axis
         return xp.reshape(blocks, (0,))
     return xp.max(xp.abs(blocks), axis=1)
+
+
+@op
+def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
+    """Smallest and largest value of each block and zero.
+
+    Parameters
+    ----------
+    flat : array of float32 or float64, shape (n,)
+        Finite values.
+    block_size : int
+        Entries per block; the last block may be short.
+
+    Returns
+    -------
+    tuple of array of the same dtype, shape (ceil(n / block_size),)
+        Minima, which are not above zero, and maxima, which are not below.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> [x.tolist() for x in block_extremes(np.array([1.0, -3.0, 2.0]), 2)]
+    [[-3.0, 0.0], [1.0, 2.0]]
+    """
+    xp = namespace(flat)
+    blocks = to_blocks(flat, block_size)
+    if blocks.shape[0] == 0:
+        return xp.reshape(blocks, (0,)), xp.reshape(blocks, (0,))
+    low, high = xp.min(blocks, axis=1), xp.max(blocks, axis=1)
+    zero = xp.zeros_like(low)
+    # Written so that NaN stays: it must reach the check for finite values.
+    return xp.where(low > 0, zero, low), xp.where(high < 0, zero, high)

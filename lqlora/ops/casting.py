@@ -14,7 +14,7 @@ from lqlora.errors import UnsupportedArrayError
 if TYPE_CHECKING:
     from lqlora._typing import Array, Namespace
 
-__all__ = ["convert", "dtype_name", "storage_cast", "stored_bytes", "widen"]
+__all__ = ["convert", "dtype_name", "native_dtype", "require_float", "storage_cast", "stored_bytes", "widen"]
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -68,11 +68,36 @@ def widen(array: Array, what: str = "the array") -> Array:
     dtype('float32')
     """
     xp = namespace(array)
+    require_float(array, what)
+    name = dtype_name(array)
+    array = array.detach() if array_library(array) == "torch" else array
+    return array if name in _FLOATS[:2] else xp.astype(array, xp.float32)
+
+
+def require_float(array: Array, what: str) -> None:
+    """Raise if an array is not of a floating-point dtype that is computed with here.
+
+    Parameters
+    ----------
+    array : array
+        Any array.
+    what : str
+        What the array is, the first words of the error.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        If the dtype is not float16, bfloat16, float32 or float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> require_float(np.ones(2), "the array")
+    """
+    namespace(array)
     name = dtype_name(array)
     if name not in _FLOATS:
         raise UnsupportedArrayError(f"{what} must be float16, bfloat16, float32 or float64, not {name}.")
-    array = array.detach() if array_library(array) == "torch" else array
-    return array if name in _FLOATS[:2] else xp.astype(array, xp.float32)
 
 
 def storage_cast(array: Array, dtype: str) -> Array:
@@ -103,10 +128,36 @@ def storage_cast(array: Array, dtype: str) -> Array:
     """
     xp = namespace(array)
     with np.errstate(over="ignore", under="ignore"):
-        return xp.astype(array, _native_dtype(xp, array, dtype))
+        return xp.astype(array, native_dtype(array, dtype))
 
 
-def _native_dtype(xp: Namespace, array: Array, dtype: str) -> Any:
+def native_dtype(array: Array, dtype: str) -> Any:
+    """Return the dtype object that an array's library has for a floating-point dtype.
+
+    Parameters
+    ----------
+    array : array
+        Any array of the library.
+    dtype : {"float64", "float32", "float16", "bfloat16"}
+        Name of the dtype.
+
+    Returns
+    -------
+    dtype
+        NumPy's bfloat16 is the one of ``ml_dtypes``.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        If the library has no such dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> native_dtype(np.zeros(1), "bfloat16").itemsize
+    2
+    """
+    xp = namespace(array)
     if dtype not in _FLOATS:
         raise UnsupportedArrayError(f"A floating-point dtype is one of {', '.join(_FLOATS)}, not {dtype!r}.")
     if dtype in _FLOATS[:2]:

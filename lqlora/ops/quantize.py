@@ -1,4 +1,4 @@
-"""From weights to packed codes and back, given the scales."""
+"""From weights to codes and back, given the scales."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import numpy as np
 
 from lqlora._dispatch import namespace, op
 from lqlora.ops.blocks import from_blocks, to_blocks
-from lqlora.ops.packing import pack_codes, unpack_codes
+from lqlora.ops.packing import unpack_codes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._typing import Array
 
-__all__ = ["decode", "encode", "nearest_codes"]
+__all__ = ["decode", "encode", "nearest_codes", "nearest_codes_by_row", "normalize", "values_by_row"]
 
 #: Up to this many boundaries, counting those below a value beats a binary search on every library measured.
 _FEW = 15
 
 
+@op
 def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     """Index of the cell each value falls into.
 
@@ -55,27 +56,124 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     return codes
 
 
+def nearest_codes_by_row(values: Array, levels: Array, sets: Array) -> Array:
+    """Index of the nearest level, where each row has levels of its own.
+
+    Parameters
+    ----------
+    values : array of float32 or float64, shape (m, k)
+        Normalized weights.
+    levels : array of float32, shape (number of sets, n)
+        Sorted levels.
+    sets : array of int64, shape (m,)
+        Which set a row takes.
+
+    Returns
+    -------
+    array of uint8, shape (m, k)
+        Codes; at the midpoint of two levels, rounded to float32, the lower index wins.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> levels = np.array([[-1, 1], [0, 8]], dtype=np.float32)
+    >>> nearest_codes_by_row(np.array([[0.5], [3.0]]), levels, np.array([0, 1])).tolist()
+    [[1], [0]]
+    """
+    xp = namespace(values, levels, sets)
+    wide = xp.astype(levels, xp.float64)
+    midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
+    boundaries = xp.astype(xp.take(midpoints, sets, axis=0), values.dtype)
+    codes = xp.zeros(values.shape, dtype=xp.uint8, device=array_api_compat.device(values))
+    for index in range(boundaries.shape[1]):
+        codes += xp.astype(values > boundaries[:, index : index + 1], xp.uint8)
+    return codes
+
+
+def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
+    """Levels that codes stand for, where each row has levels of its own.
+
+    Parameters
+    ----------
+    codes : array of uint8, shape (m, k)
+        Codes.
+    levels : array of float32, shape (number of sets, n)
+        Levels.
+    sets : array of int64, shape (m,)
+        Which set a row takes.
+
+    Returns
+    -------
+    array of float32, shape (m, k)
+        ``levels[sets[i], codes[i, j]]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> levels = np.array([[-1, 1], [0, 8]], dtype=np.float32)
+    >>> values_by_row(np.array([[0, 1]], dtype=np.uint8), levels, np.array([1])).tolist()
+    [[0.0, 8.0]]
+    """
+    xp = namespace(codes, levels, sets)
+    indices = xp.astype(codes, xp.int64) + sets[:, None] * levels.shape[1]
+    return xp.reshape(xp.take(xp.reshape(levels, (-1,)), xp.reshape(indices, (-1,))), codes.shape)
+
+
+def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) -> Array:
+    """Divide each block by its scale.
+
+    Parameters
+    ----------
+    blocks : array of float32 or float64, shape (m, k)
+        One block per row.
+    scales : array of the same dtype, shape (m,)
+        Of either sign. Where a scale is zero so is the result.
+    zero_points : array of uint8, shape (m,), optional
+        Added after the division.
+
+    Returns
+    -------
+    array of the same dtype, shape (m, k)
+        What is rounded to the nearest level.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> normalize(np.array([[1.0, -2.0], [1.0, 1.0]]), np.array([2.0, 0.0])).tolist()
+    [[0.5, -1.0], [0.0, 0.0]]
+    """
+    xp = namespace(blocks, scales, zero_points)
+    column = scales[:, None]
+    usable = column != 0
+    with np.errstate(over="ignore"):  # a weight far above its decoded scale rounds to the outermost level
+        normalized = blocks / xp.where(usable, column, xp.ones_like(column))
+    normalized = xp.where(usable, normalized, xp.zeros_like(column))
+    return normalized if zero_points is None else normalized + xp.astype(zero_points, blocks.dtype)[:, None]
+
+
 @op
-def encode(flat: Array, scales: Array, boundaries: npt.NDArray[np.float32], bits: int, block_size: int) -> Array:
-    """Divide each block by its scale, round to the nearest level, pack.
+def encode(
+    flat: Array, scales: Array, zero_points: Array | None, boundaries: npt.NDArray[np.float32], block_size: int
+) -> Array:
+    """Divide each block by its scale and round to the nearest level.
 
     Parameters
     ----------
     flat : array of float32 or float64, shape (n,)
         Weights.
     scales : array of the same dtype, shape (ceil(n / block_size),)
-        Scales as they will be decoded, not negative. A block whose scale is zero is encoded as zeros.
+        Scales as they will be decoded. A block whose scale is zero is encoded as zeros.
+    zero_points : array of uint8, shape (ceil(n / block_size),), or None
+        Codes that zero has in an affine format.
     boundaries : ndarray of float32
         Boundaries of the codebook.
-    bits : int
-        Bits per code.
     block_size : int
         Weights per scale.
 
     Returns
     -------
-    array of uint8, shape (ceil(n * bits / 8),)
-        Packed codes.
+    array of uint8, shape (n,)
+        Codes.
 
     References
     ----------
@@ -84,23 +182,22 @@ def encode(flat: Array, scales: Array, boundaries: npt.NDArray[np.float32], bits
     Examples
     --------
     >>> import numpy as np, lqlora as lq
-    >>> encode(np.array([-2.0, 2.0]), np.array([2.0]), lq.NF4.boundaries, 4, 64).tolist()
-    [240]
+    >>> encode(np.array([-2.0, 2.0]), np.array([2.0]), None, lq.NF4.boundaries, 64).tolist()
+    [0, 15]
     """
-    xp = namespace(flat, scales)
-    column = scales[:, None]
-    positive = column > 0
-    ones = xp.ones_like(column)
-    with np.errstate(over="ignore"):  # a weight far above its decoded scale rounds to the outermost level
-        normalized = to_blocks(flat, block_size) / xp.where(positive, column, ones)
-    normalized = xp.where(positive, normalized, xp.zeros_like(column))
-    codes = nearest_codes(normalized, boundaries)
-    return pack_codes(from_blocks(codes, flat.shape[0]), bits)
+    normalized = normalize(to_blocks(flat, block_size), scales, zero_points)
+    return from_blocks(nearest_codes(normalized, boundaries), flat.shape[0])
 
 
 @op
 def decode(
-    packed: Array, scales: Array, levels: npt.NDArray[np.float32], bits: int, block_size: int, count: int
+    packed: Array,
+    scales: Array,
+    zero_points: Array | None,
+    levels: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+    count: int,
 ) -> Array:
     """Look the codes up and multiply by the scales.
 
@@ -110,6 +207,8 @@ def decode(
         Packed codes.
     scales : array of float32, shape (ceil(count / block_size),)
         Decoded scales.
+    zero_points : array of uint8, shape (ceil(count / block_size),), or None
+        Codes that zero has in an affine format.
     levels : ndarray of float32
         Levels of the codebook; every code must be below their number.
     bits : int
@@ -122,17 +221,19 @@ def decode(
     Returns
     -------
     array of float32, shape (count,)
-        ``levels[code] * scale``: one multiplication, rounded once.
+        ``(levels[code] - zero_point) * scale``: the difference is of small integers, the product rounded once.
 
     Examples
     --------
     >>> import numpy as np, lqlora as lq
-    >>> one = np.ones(1, dtype=np.float32)
-    >>> decode(np.array([240], dtype=np.uint8), 2 * one, lq.NF4.levels, 4, 64, 2).tolist()
+    >>> two = np.array([2], dtype=np.float32)
+    >>> decode(np.array([240], dtype=np.uint8), two, None, lq.NF4.levels, 4, 64, 2).tolist()
     [-2.0, 2.0]
     """
-    xp = namespace(packed, scales)
+    xp = namespace(packed, scales, zero_points)
     codes = xp.astype(unpack_codes(packed, bits, count), xp.int64)
     table = xp.asarray(levels.copy(), dtype=xp.float32, device=array_api_compat.device(packed))
     blocks = to_blocks(xp.take(table, codes), block_size)
+    if zero_points is not None:
+        blocks = blocks - xp.astype(zero_points, xp.float32)[:, None]
     return from_blocks(blocks * scales[:, None], count)

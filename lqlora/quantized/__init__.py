@@ -1,0 +1,8 @@
+"""Quantized arrays: what is stored, and the functions between it and dense arrays."""
+
+from __future__ import annotations
+
+from lqlora.quantized.array import QuantizedArray
+from lqlora.quantized.quantize import Fit, dequantize, matmul, quantize
+
+__all__ = ["Fit", "QuantizedArray", "dequantize", "matmul", "quantize"]

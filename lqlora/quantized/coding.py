@@ -1,0 +1,154 @@
+"""Between dense values and packed codes, for scales that are given: piece by piece, in block order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import array_api_compat
+import numpy as np
+
+from lqlora import ops
+from lqlora._dispatch import namespace
+from lqlora.quantized.array import QuantizedArray
+from lqlora.quantized.layout import Layout, blocks_last, blocks_restored, piece_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from lqlora._typing import Array
+    from lqlora.codebooks import Codebook
+    from lqlora.formats import BlockFormat
+
+__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "midpoints", "unpacked"]
+
+
+def host_levels(levels: Array | None, codebook: Codebook) -> npt.NDArray[np.float32] | None:
+    """Return the one set of levels that all weights have as NumPy knows it, if reading it copies nothing."""
+    if levels is None:
+        return codebook.levels
+    if levels.shape[0] > 1 or not str(array_api_compat.device(levels)).lower().startswith("cpu"):
+        return None
+    table: npt.NDArray[np.float32] = np.asarray(ops.convert(levels, np))[0].copy()
+    table.flags.writeable = False
+    return table
+
+
+def midpoints(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the boundaries of the cells of levels."""
+    wide = levels.astype(np.float64)
+    boundaries: npt.NDArray[np.float32] = ((wide[1:] + wide[:-1]) / 2).astype(np.float32)
+    boundaries.flags.writeable = False
+    return boundaries
+
+
+def encode_array(
+    array: Array, fmt: BlockFormat, scales: Array, zero_points: Array | None = None, levels: Array | None = None
+) -> Array:
+    """Return the packed codes of an array, nearest to its values under the scales as they will be decoded."""
+    layout = Layout.of(fmt, array.shape)
+    encode = _encoder(layout, fmt, scales, zero_points, levels)
+    dense = blocks_last(array, fmt.axis)
+    xp = namespace(array)
+    packed = xp.empty(
+        (ops.packed_size(layout.count, fmt.bits),), dtype=xp.uint8, device=array_api_compat.device(array)
+    )
+    for weights, blocks in layout.byte_pieces(piece_size(array)):
+        codes = encode(ops.widen(ops.take_flat(dense, weights.start, weights.stop)), weights, blocks)
+        packed[_bytes(weights, fmt.bits)] = ops.pack_codes(codes, fmt.bits)
+    return packed
+
+
+def _bytes(weights: slice, bits: int) -> slice:
+    return slice(weights.start * bits // 8, ops.packed_size(weights.stop, bits))
+
+
+def _encoder(
+    layout: Layout, fmt: BlockFormat, scales: Array, zero_points: Array | None, levels: Array | None
+) -> Callable[[Array, slice, slice | None], Array]:
+    """Return a function from the weights of a piece to their codes."""
+    table = host_levels(levels, fmt.codebook)
+    boundaries = None if table is None else midpoints(table)
+
+    def by_table(flat: Array, weights: slice, blocks: slice | None) -> Array:
+        own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)
+        return ops.encode(flat, namespace(flat).astype(own, flat.dtype), zeros, boundaries, size)
+
+    def by_line(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
+        xp = namespace(flat)
+        own = xp.astype(xp.take(scales, layout.block_of(weights, scales)), flat.dtype)
+        sets = layout.line_of(weights, scales) // _lines_per_set(fmt)
+        return ops.nearest_codes_by_row(ops.normalize(flat[:, None], own), levels, sets)[:, 0]
+
+    return by_table if table is not None else by_line
+
+
+def _lines_per_set(fmt: BlockFormat) -> int:
+    return fmt.levels if isinstance(fmt.levels, int) else 1 << 62
+
+
+def _spread(
+    layout: Layout, scales: Array, zero_points: Array | None, weights: slice, blocks: slice | None
+) -> tuple[Array, Array | None, int]:
+    """Return the scales of a piece: one per block, or one per weight where the piece begins or ends within a block."""
+    if blocks is not None:
+        return scales[blocks], None if zero_points is None else zero_points[blocks], layout.block_size
+    xp = namespace(scales)
+    index = layout.block_of(weights, scales)
+    return xp.take(scales, index), None if zero_points is None else xp.take(zero_points, index), 1
+
+
+def decode_scales(scales: Array | QuantizedArray) -> Array:
+    """Return scales as float32, one per block."""
+    if not isinstance(scales, QuantizedArray):
+        return ops.widen(scales)
+    xp = namespace(scales.packed)
+    decoded = xp.empty(scales.shape, dtype=xp.float32, device=array_api_compat.device(scales.packed))
+    decode_into(scales, decoded)
+    return decoded
+
+
+def decode_into(q: QuantizedArray, out: Array) -> None:
+    """Write the dense values of an array without batch dimensions into another of the same shape."""
+    layout = Layout.of(q.format, q.shape)
+    decode = _decoder(layout, q)
+    target = blocks_last(out, q.format.axis)
+    dtype = ops.dtype_name(out)
+    for weights, blocks in layout.byte_pieces(piece_size(q.packed)):
+        flat = decode(q.packed[_bytes(weights, q.format.bits)], weights, blocks)
+        if q.offset is not None:
+            with np.errstate(over="ignore"):  # quantize() looks at the decoded scales and refuses infinite ones
+                flat = flat + q.offset
+        ops.put_flat(target, weights.start, flat if dtype == "float32" else ops.storage_cast(flat, dtype))
+
+
+def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice | None], Array]:
+    """Return a function from the packed codes of a piece to its values."""
+    table = host_levels(q.levels, q.format.codebook)
+    scales, zero_points, bits = decode_scales(q.scales), q.zero_points, q.format.bits
+    if zero_points is not None:
+        zero_points = ops.unpack_codes(zero_points, bits, layout.blocks)
+
+    def by_table(packed: Array, weights: slice, blocks: slice | None) -> Array:
+        own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)
+        return ops.decode(packed, own, zeros, table, bits, size, weights.stop - weights.start)
+
+    def by_line(packed: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
+        codes = ops.unpack_codes(packed, bits, weights.stop - weights.start)
+        sets = layout.line_of(weights, scales) // _lines_per_set(q.format)
+        values = ops.values_by_row(codes[:, None], q.levels, sets)[:, 0]
+        return values * namespace(scales).take(scales, layout.block_of(weights, scales))
+
+    return by_table if table is not None else by_line
+
+
+def unpacked(q: QuantizedArray) -> Array:
+    """Return the codes of an array without batch dimensions, in its shape."""
+    flat = ops.unpack_codes(q.packed, q.format.bits, Layout.of(q.format, q.shape).count)
+    xp = namespace(flat)
+    if q.format.axis is None:
+        return xp.reshape(flat, q.shape)
+    moved = list(q.shape)
+    moved.append(moved.pop(q.format.axis))
+    return blocks_restored(xp.reshape(flat, tuple(moved)), q.format.axis)

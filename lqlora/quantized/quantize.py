@@ -1,0 +1,281 @@
+"""Quantization, dequantization and multiplication by a quantized weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import array_api_compat
+import numpy as np
+
+from lqlora import ops
+from lqlora._dispatch import namespace
+from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat
+from lqlora.quantized.array import QuantizedArray, stacked
+from lqlora.quantized.coding import decode_into
+from lqlora.quantized.fits import Choice, Source, assemble, by_absmax, by_levels, by_scale
+from lqlora.quantized.layout import blocks_last, piece_size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lqlora._typing import Array
+
+__all__ = ["Fit", "dequantize", "matmul", "quantize"]
+
+Fit: TypeAlias = Literal["absmax", "scale", "levels+scale"]
+
+
+def quantize(
+    w: Array,
+    fmt: BlockFormat,
+    *,
+    weights: Array | None = None,
+    fit: Fit = "absmax",
+    batch_dims: int = 0,
+    check_finite: bool = True,
+    name: str = "the array",
+) -> QuantizedArray:
+    """Quantize an array block by block.
+
+    Parameters
+    ----------
+    w : array of float16, bfloat16, float32 or float64, any shape and strides
+        Weights. The result depends on the logical order of the entries only.
+    fmt : BlockFormat
+        Codebook, block size, axis and scale format.
+    weights : array, broadcastable to the shape of ``w``, optional
+        Importance of each entry, not negative, for a fit that minimizes an error: Fisher information, or second moments
+        of the inputs as one row. A block of zeros counts its entries the same.
+    fit : {"absmax", "scale", "levels+scale"}
+        How scales are chosen. ``"absmax"``: the largest weight of a block becomes the largest level. ``"scale"``: the
+        scale of least squared error among those tried, in no block worse than ``"absmax"``. ``"levels+scale"``: levels
+        are fitted too, in turns with the scales, and stored with the array; its total error is not above that of
+        ``"absmax"``. If the format names no sharing of levels, the whole array shares one set (``levels="matrix"``).
+    batch_dims : int, default 0
+        Number of leading dimensions that count arrays to quantize one by one, such as the experts of a layer.
+    check_finite : bool, default True
+        False skips the check for NaN and infinity, which then may or may not raise when scales are made of them.
+    name : str, optional
+        What the array is, for errors.
+
+    Returns
+    -------
+    QuantizedArray
+        In the library and on the device of ``w``.
+
+    Raises
+    ------
+    NonFiniteError
+        If ``w`` or ``weights`` hold NaN or infinity, or a scale is beyond the range of the dtype that stores it.
+    UnsupportedArrayError
+        If ``w`` is not an array of a floating-point dtype.
+    InvalidArgumentError
+        If ``fmt`` is no BlockFormat or does not fit the shape, or the weights are negative, have another shape or are
+        given to a fit that has no use for them.
+
+    Warns
+    -----
+    ScaleUnderflowWarning
+        If blocks that are not zero decode to zeros because the format cannot tell their scale from zero.
+
+    Notes
+    -----
+    Codes are the nearest levels of ``w / scale``, where ``scale`` is the *decoded* scale, so that the errors of double
+    quantization are compensated by the codes. Beyond its input and its output this takes at most 64 MiB, or a few times
+    the size of one block where that is more.
+
+    Under ``"scale"`` with quantized scales, second-level scales and offset are those of ``"absmax"``, so that its
+    choice is among the candidates of every block.
+
+    References
+    ----------
+    LQ-LoRA, arXiv 2311.12023, section 2.2; QLoRA, arXiv 2305.14314, section 3. Zero points: GPTQ, arXiv 2210.17323, and
+    PEQA, arXiv 2305.14152, equation 1. Signed normalization and the weights of the centroids of fitted levels: BOF4,
+    arXiv 2505.06653.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> w = np.linspace(-1, 1, 256, dtype=np.float32).reshape(16, 16)
+    >>> q = lq.quantize(w, lq.BlockFormat.parse("nf4/64:u8/256:float32"))
+    >>> q.shape, q.nbytes, round(float(abs(lq.dequantize(q) - w).max()), 3)
+    ((16, 16), 140, 0.149)
+    """
+    namespace(w)
+    if not isinstance(fmt, BlockFormat):
+        raise InvalidArgumentError(
+            f"A format is a BlockFormat, such as BlockFormat.parse('nf4/64:float32'), not {fmt!r}."
+        )
+    if fit not in ("absmax", "scale", "levels+scale"):
+        raise InvalidArgumentError(f"fit is 'absmax', 'scale' or 'levels+scale', not {fit!r}.")
+    if fit == "levels+scale" and fmt.levels == "codebook":
+        fmt = replace(fmt, levels="matrix")
+    ops.require_float(w, name)
+    if weights is not None:
+        weights = _checked_weights(weights, w, fit)
+    if not isinstance(batch_dims, int) or not 0 <= batch_dims <= len(w.shape):
+        raise InvalidArgumentError(f"batch_dims is 0 to the {len(w.shape)} dimensions of {name}, not {batch_dims!r}.")
+    if not batch_dims:
+        return _quantize_one(Source(w, weights, fmt, name), fit, check_finite=check_finite)
+    return _quantize_stack(w, weights, fmt, fit, batch_dims, name, check_finite=check_finite)
+
+
+def _checked_weights(weights: Array, w: Array, fit: str) -> Array:
+    """Return weights of the shape of the array, after looking for what cannot weigh anything."""
+    xp = namespace(w, weights)
+    if fit == "absmax":
+        raise InvalidArgumentError("fit='absmax' minimizes no error: weights need fit='scale' or 'levels+scale'.")
+    ops.require_float(weights, "weights")
+    ops.require_finite(ops.widen(weights), "The array of weights")
+    if prod(weights.shape) and bool(xp.min(ops.widen(weights)) < 0):
+        raise InvalidArgumentError("Weights of squared errors are not negative.")
+    try:
+        return xp.broadcast_to(weights, w.shape)
+    except (ValueError, RuntimeError):
+        shapes = f"{tuple(weights.shape)} do not fit weights of shape {tuple(w.shape)}"
+        raise InvalidArgumentError(f"Importances of shape {shapes}.") from None
+
+
+def _quantize_stack(
+    w: Array, weights: Array | None, fmt: BlockFormat, fit: Fit, batch_dims: int, name: str, *, check_finite: bool
+) -> QuantizedArray:
+    """Quantize the arrays of a stack one by one."""
+    batch_shape = tuple(w.shape[:batch_dims])
+    if not prod(batch_shape):
+        raise InvalidArgumentError(f"A stack holds at least one array; the batch dimensions of {name} are {batch_shape}.")
+    parts = []
+    for index in _indices(batch_shape):
+        own = None if weights is None else weights[index]
+        label = f"{name}[{', '.join(map(str, index))}]"
+        parts.append(_quantize_one(Source(w[index], own, fmt, label), fit, check_finite=check_finite))
+    arrays = [part.to_arrays() for part in parts]
+    return QuantizedArray.from_arrays(
+        {key: stacked([own[key] for own in arrays], batch_shape) for key in arrays[0]}, fmt, tuple(w.shape), batch_dims
+    )
+
+
+def _indices(shape: Sequence[int]) -> list[tuple[int, ...]]:
+    indices: list[tuple[int, ...]] = [()]
+    for length in shape:
+        indices = [(*index, position) for index in indices for position in range(length)]
+    return indices
+
+
+def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedArray:
+    statistic, low = _statistics(source)
+    # Whatever is not finite shows in the statistic of its block: the array itself is read again only to say where.
+    if check_finite and not bool(namespace(statistic).all(namespace(statistic).isfinite(statistic))):
+        ops.require_finite(ops.widen(source.array), source.name)
+    first = by_absmax(source, statistic, low)
+    if fit == "scale":
+        return by_scale(source, statistic, first)
+    return by_levels(source, statistic, first) if fit == "levels+scale" else assemble(source, first)
+
+
+def _statistics(source: Source) -> tuple[Array, Array | None]:
+    """Return the scale that the extremes of each block give it; and for an affine format its minimum."""
+    layout, normalization = source.layout, source.fmt.codebook.normalization
+    xp = namespace(source.array)
+    scales, lows = [], []
+    for entries, _ in layout.whole_blocks(piece_size(source.array)):
+        piece = ops.take_flat(blocks_last(source.array, source.fmt.axis), entries.start, entries.stop)
+        flat = ops.widen(piece)
+        flat = flat if layout.is_even else xp.reshape(layout.as_blocks(flat), (-1,))
+        if normalization == "absmax":
+            scales.append(ops.block_absmax(flat, layout.block_size))
+            continue
+        low, high = ops.block_extremes(flat, layout.block_size)
+        lows.append(low)
+        with np.errstate(over="ignore"):  # what is infinite is refused when it is stored
+            scales.append(high - low if normalization == "affine" else xp.where(high >= -low, high, low))
+    if not scales:
+        dtype = ops.widen(source.array).dtype
+        empty = xp.zeros((0,), dtype=dtype, device=array_api_compat.device(source.array))
+        return empty, empty if normalization == "affine" else None
+    widest = source.fmt.codebook.widest
+    scale = xp.concat(scales)
+    return scale if widest == 1.0 else scale / widest, xp.concat(lows) if normalization == "affine" else None
+
+
+def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "float32") -> Array:
+    """Return the dense array.
+
+    Parameters
+    ----------
+    q : QuantizedArray
+        Quantized array.
+    out : array of shape ``q.shape``, optional
+        Written to and returned instead of a new array; of the library and device of ``q``, any strides.
+    dtype : {"float32", "float64", "float16", "bfloat16"}
+        Of the result when ``out`` is not given. The product of level and scale is rounded to float32 first.
+
+    Returns
+    -------
+    array, shape ``q.shape``
+        Dense values.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``out`` has another shape.
+    UnsupportedArrayError
+        If the library has no such dtype.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> q = lq.quantize(np.array([0.0, 2.0, -2.0]), lq.BlockFormat(lq.NF4))
+    >>> lq.dequantize(q).tolist()
+    [0.0, 2.0, -2.0]
+    """
+    xp = namespace(q.packed, out)
+    if out is None:
+        out = xp.empty(q.shape, dtype=ops.native_dtype(q.packed, dtype), device=array_api_compat.device(q.packed))
+    elif tuple(out.shape) != q.shape:
+        raise InvalidArgumentError(f"out has shape {tuple(out.shape)}, the array has {q.shape}.")
+    for index, part in zip(_indices(q.batch_shape), q.unstack(), strict=True):
+        decode_into(part, out[index] if index else out)
+    return out
+
+
+def matmul(
+    x: Array, q: QuantizedArray, lora_A: Array | None = None, lora_B: Array | None = None, scaling: float = 1.0
+) -> Array:
+    """Apply a quantized weight, and its low-rank part, to rows.
+
+    Parameters
+    ----------
+    x : array of float32, shape (..., n)
+        Inputs.
+    q : QuantizedArray of shape (m, n)
+        Quantized weight.
+    lora_A, lora_B : array, shape (rank, n) and (m, rank), optional
+        Low-rank factors, both or neither.
+    scaling : float, default 1.0
+        Factor of the low-rank part.
+
+    Returns
+    -------
+    array of float32, shape (..., m)
+        ``x @ dequantize(q).T + scaling * (x @ lora_A.T) @ lora_B.T``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If only one factor is given, the weight is no matrix, or the rows do not have its number of columns.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> q = lq.quantize(np.eye(4, dtype=np.float32), lq.BlockFormat(lq.NF4, 4))
+    >>> lq.matmul(np.ones((1, 4), dtype=np.float32), q).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
+    """
+    if (lora_A is None) != (lora_B is None):
+        raise InvalidArgumentError("Give both lora_A and lora_B, or neither.")
+    if len(q.shape) != 2 or not x.shape or x.shape[-1] != q.shape[1]:
+        raise InvalidArgumentError(f"Rows of shape {tuple(x.shape)} do not fit a weight of shape {q.shape}.")
+    return ops.matmul_dense(x, dequantize(q), lora_A, lora_B, scaling)

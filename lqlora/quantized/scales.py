@@ -1,0 +1,146 @@
+"""Storing scales: as floats, or quantized themselves to any depth."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import array_api_compat
+
+from lqlora import ops
+from lqlora._dispatch import namespace
+from lqlora.errors import NonFiniteError, ScaleUnderflowWarning
+from lqlora.formats import ScaleFormat
+from lqlora.quantized.array import QuantizedArray
+from lqlora.quantized.coding import decode_scales, encode_array, unpacked
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+    from lqlora.codebooks import Codebook
+    from lqlora.formats import BlockFormat
+
+__all__ = ["code_neighbors", "require_in_range", "store_scales", "warn_of_lost_blocks", "with_codes"]
+
+
+def store_scales(scales: Array, scale_format: str | ScaleFormat, name: str) -> Array | QuantizedArray:
+    """Return scales as a format stores them: an array of its dtype, or codes with second-level scales."""
+    if not isinstance(scale_format, ScaleFormat):
+        stored = ops.storage_cast(scales, scale_format)
+        require_in_range(ops.widen(stored), scale_format, name)
+        return stored
+    xp = namespace(scales)
+    wide = ops.storage_cast(scales, "float32")
+    require_in_range(wide, "float32", name)
+    offset = _offset(wide, scale_format.offset)
+    centered = wide if offset is None else wide - offset
+    fmt = scale_format.format
+    second = store_scales(_absmax(centered, fmt.block_size), fmt.scales, name)
+    packed = encode_array(centered, fmt, decode_scales(second))
+    stored = QuantizedArray(packed, second, fmt, tuple(wide.shape), offset)
+    decoded = decode_scales(stored)
+    require_in_range(decoded, scale_format, name)  # a rounded second-level scale plus the offset may be out of range
+    wrong = xp.sign(wide) * decoded <= 0
+    return _with_signs(stored, wide) if bool(xp.any(wrong & (wide != 0))) else stored
+
+
+def _absmax(flat: Array, block_size: int) -> Array:
+    return ops.block_absmax(flat, max(1, min(block_size, flat.shape[0])))
+
+
+def _offset(scales: Array, kind: str) -> Array | None:
+    xp = namespace(scales)
+    if kind == "none":
+        return None
+    if not scales.shape[0]:
+        return xp.zeros((1,), dtype=xp.float32)
+    if kind == "min":
+        return xp.reshape(xp.min(scales), (1,))
+    # Summed in an order of our own: the mean of a library is that of its own order, and so would be the bytes.
+    total = ops.row_sums(xp.astype(xp.reshape(scales, (1, -1)), xp.float64))
+    return xp.astype(total / scales.shape[0], xp.float32)
+
+
+def _with_signs(stored: QuantizedArray, scales: Array) -> QuantizedArray:
+    """Move the codes of scales that decode to zero, or to the other sign, until they do not.
+
+    The weights of such a block would all be lost. With the nearest code of the right sign the block's scale is too
+    large, which costs less: none of its weights comes back with more than its own size as error.
+    """
+    xp = namespace(scales)
+    last = len(stored.format.codebook) - 1
+    for _ in range(last):
+        decoded, codes = decode_scales(stored), unpacked(stored)
+        low = (scales > 0) & (decoded <= 0) & (codes < last)
+        high = (scales < 0) & (decoded >= 0) & (codes > 0)
+        if not bool(xp.any(low | high)):
+            break
+        stored = with_codes(stored, codes + xp.astype(low, xp.uint8) - xp.astype(high, xp.uint8))
+    return stored
+
+
+def with_codes(stored: QuantizedArray, codes: Array) -> QuantizedArray:
+    """Return scales that share everything but their codes."""
+    packed = ops.pack_codes(codes, stored.format.bits)
+    return QuantizedArray(packed, stored.scales, stored.format, stored.shape, stored.offset)
+
+
+def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray]:
+    """Return variants of scales whose codes are near to other scales than those they were made of.
+
+    They share second-level scales and offset with what is given: the nearest codes to ``wanted``, those below and those
+    above.
+    """
+    xp = namespace(wanted)
+    wide = ops.storage_cast(wanted, "float32")
+    centered = wide if stored.offset is None else wide - stored.offset
+    nearest = QuantizedArray(
+        encode_array(centered, stored.format, decode_scales(stored.scales)),
+        stored.scales,
+        stored.format,
+        stored.shape,
+        stored.offset,
+    )
+    codes, last = unpacked(nearest), len(stored.format.codebook) - 1
+    below = codes - xp.astype(codes > 0, xp.uint8)
+    above = codes + xp.astype(codes < last, xp.uint8)
+    return [nearest, with_codes(stored, below), with_codes(stored, above)]
+
+
+def require_in_range(scales: Array, scale_format: str | ScaleFormat, name: str) -> None:
+    """Refuse scales that are not finite."""
+    try:
+        ops.require_finite(scales, "The array of scales")
+    except NonFiniteError as error:
+        raise NonFiniteError(f"A scale of {name} is beyond the range of {scale_format}: {error}") from None
+
+
+def warn_of_lost_blocks(scales: Array, decoded: Array, fmt: BlockFormat, name: str) -> None:
+    """Warn of blocks that are not zero but decode to nothing but zeros.
+
+    Either their scale was rounded to zero, or what it was rounded to is so much larger that even the largest weight of
+    the block rounds to the level zero.
+    """
+    xp = namespace(scales)
+    lost = decoded == 0
+    if fmt.codebook.normalization != "affine":
+        lost |= ~_reaches_a_level(scales * fmt.codebook.widest, decoded, fmt.codebook)
+    lost &= scales != 0
+    if bool(xp.any(lost)):
+        count = int(xp.count_nonzero(lost))
+        warnings.warn(
+            f"{count} of {lost.shape[0]} blocks of {name} are not zero but decode to zeros: scales stored as "
+            f"{fmt.scales} cannot tell theirs from zero. Scale the weights, or choose scales of a wider range.",
+            ScaleUnderflowWarning,
+            stacklevel=4,
+        )
+
+
+
+def _reaches_a_level(largest: Array, decoded: Array, codebook: Codebook) -> Array:
+    """Tell whether the largest weight of each block, of either sign, rounds to a level other than zero."""
+    xp = namespace(largest)
+    is_level = xp.asarray(codebook.levels != 0, device=array_api_compat.device(largest))
+    scales = xp.astype(decoded, largest.dtype)
+    codes = [ops.encode(sign * largest, scales, None, codebook.boundaries, 1) for sign in (1, -1)]
+    kept = [xp.take(is_level, xp.astype(code, xp.int64)) for code in codes]
+    return kept[0] | kept[1]

@@ -81,7 +81,7 @@ def test_spellings(text, spelling):
 MALFORMED = [
     "", "nf4", "nf4/", "/64", "nf4/64:", "nf4/-1", "nf4/0", "nf4/6.4", "nf4/64:float8", "nf4/64:float32:float32", "nf4/64:u8",
     "nf4/64:u8/256", "nf4/64:u8/256:", "nf4/64:u0/256:float32", "nf4/64:u9/256:float32", "nf4/64:u8/0:float32",
-    "nf4/64:u8+max/256:float32", "nf4/64:n8/256:float32", "nf9/64", "fp4/64", "nf4/64 float32", "nf4//64",
+    "nf4/64:u8+max/256:float32", "nf4/64:n8/256:float32", "nf9/64", "fp8/64", "nf4/64 float32", "nf4//64",
     "nf4/64:u8/256:bogus", "nf4/" + "9" * 5000, "nf4/64:u8/" + "9" * 5000 + ":float32",
 ]  # fmt: skip
 

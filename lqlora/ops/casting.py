@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import array_api_compat
 import ml_dtypes
 import numpy as np
 
@@ -14,9 +15,31 @@ from lqlora.errors import UnsupportedArrayError
 if TYPE_CHECKING:
     from lqlora._typing import Array, Namespace
 
-__all__ = ["convert", "dtype_name", "native_dtype", "require_float", "storage_cast", "stored_bytes", "widen"]
+__all__ = ["convert", "dtype_name", "is_on_host", "native_dtype", "require_float", "storage_cast", "stored_bytes", "widen"]
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def is_on_host(array: Array) -> bool:
+    """Tell whether the entries of an array are in the memory of the host.
+
+    Parameters
+    ----------
+    array : array
+        Any array.
+
+    Returns
+    -------
+    bool
+        False for arrays on an accelerator.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_on_host(np.zeros(1))
+    True
+    """
+    return array_library(array) != "cupy" and "cpu" in str(array_api_compat.device(array)).lower()
 
 
 def dtype_name(array: Array) -> str:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
 
-__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "midpoints", "unpacked"]
+__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "lines_per_set", "midpoints", "unpacked"]
 
 
 def host_levels(levels: Array | None, codebook: Codebook) -> npt.NDArray[np.float32] | None:
     """Return the one set of levels that all weights have as NumPy knows it, if reading it copies nothing."""
     if levels is None:
         return codebook.levels
-    if levels.shape[0] > 1 or not str(array_api_compat.device(levels)).lower().startswith("cpu"):
+    if levels.shape[0] > 1 or not ops.is_on_host(levels):
         return None
     table: npt.NDArray[np.float32] = np.asarray(ops.convert(levels, np))[0].copy()
     table.flags.writeable = False
@@ -78,14 +78,15 @@ def _encoder(
     def by_line(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
         xp = namespace(flat)
         own = xp.astype(xp.take(scales, layout.block_of(weights, scales)), flat.dtype)
-        sets = layout.line_of(weights, scales) // _lines_per_set(fmt)
+        sets = layout.line_of(weights, scales) // lines_per_set(fmt)
         return ops.nearest_codes_by_row(ops.normalize(flat[:, None], own), levels, sets)[:, 0]
 
     return by_table if table is not None else by_line
 
 
-def _lines_per_set(fmt: BlockFormat) -> int:
-    return fmt.levels if isinstance(fmt.levels, int) else 1 << 62
+def lines_per_set(fmt: BlockFormat) -> int:
+    """Return how many lines share a set of levels; more than there ever are, if all do."""
+    return fmt.levels if isinstance(fmt.levels, int) else 1 << 31
 
 
 def _spread(
@@ -136,7 +137,7 @@ def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice
 
     def by_line(packed: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
         codes = ops.unpack_codes(packed, bits, weights.stop - weights.start)
-        sets = layout.line_of(weights, scales) // _lines_per_set(q.format)
+        sets = layout.line_of(weights, scales) // lines_per_set(q.format)
         values = ops.values_by_row(codes[:, None], q.levels, sets)[:, 0]
         return values * namespace(scales).take(scales, layout.block_of(weights, scales))
 

@@ -14,7 +14,7 @@ from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import NonFiniteError
 from lqlora.quantized.array import QuantizedArray
-from lqlora.quantized.coding import decode_scales, encode_array, unpacked
+from lqlora.quantized.coding import decode_scales, encode_array, lines_per_set, unpacked
 from lqlora.quantized.layout import Layout, blocks_last, piece_size
 from lqlora.quantized.scales import code_neighbors, store_scales, warn_of_lost_blocks, with_codes
 from lqlora.quantized.search import Rounding, best_ratios, fit_levels, ratio_grid
@@ -76,11 +76,11 @@ class Source:
 
     def sets_of(self, blocks: slice) -> Array | None:
         """Return the set of levels that each of a range of blocks has."""
-        if not isinstance(self.fmt.levels, int):
+        if self.fmt.levels == "codebook":
             return None
         xp, layout = namespace(self.array), self.layout
         numbers = xp.arange(blocks.start, blocks.stop, dtype=xp.int64, device=array_api_compat.device(self.array))
-        return numbers // (layout.blocks_per_line * self.fmt.levels)
+        return numbers // (layout.blocks_per_line * lines_per_set(self.fmt))
 
 
 class Rows(NamedTuple):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import array_api_compat
 
 from lqlora import ops
-from lqlora._dispatch import array_library, namespace
+from lqlora._dispatch import namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,8 +26,7 @@ __all__ = ["Layout", "blocks_last", "blocks_restored", "piece_size"]
 
 def piece_size(array: Array) -> int:
     """Return the weights that are worked on at a time: what fits a cache, or fills a device; a multiple of eight."""
-    on_host = array_library(array) != "cupy" and str(array_api_compat.device(array)).lower().startswith("cpu")
-    return 1 << 18 if on_host else 1 << 21
+    return 1 << 18 if ops.is_on_host(array) else 1 << 21
 
 
 def blocks_last(array: Array, axis: int | None) -> Array:

@@ -296,7 +296,7 @@ def _check_fields(state: dict[str, Any], kind: str, where: str) -> None:
     offset = state.get("nested_offset", 0.0)
     if type(offset) is not float and type(offset) is not int:
         raise FormatError(f"{where} gives {_shortly(offset)} as nested_offset.")
-    if not abs(offset) <= np.finfo(np.float32).max:  # false for NaN
+    if not abs(offset) <= float(np.finfo(np.float32).max):  # false for NaN
         raise FormatError(f"{where} has a nested_offset that is no number of float32.")
 
 

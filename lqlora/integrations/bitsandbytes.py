@@ -47,14 +47,14 @@ _NESTED = "d8/256:float32"
 _STATE = ".quant_state.bitsandbytes__"
 
 #: By bitsandbytes' name: the codebook, and bitsandbytes' codes in the ascending order of their levels. FP4 has two
-#: zeros: bitsandbytes rounds to code 0 what is not above zero, and to code 8 what is.
+#: zeros, code 8 below code 0.
 _KINDS = {
     "nf4": ("nf4", tuple(range(16))),
-    "fp4": ("fp4-bnb", (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)),
+    "fp4": ("fp4-bnb", (11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3)),
 }
 
-#: Index of the level that zero is rounded to, in both codebooks: what fills the last byte of an odd number of codes.
-_ZERO = 7
+#: bitsandbytes' code of zero, which fills the last byte of an odd number of codes.
+_ZERO = {"nf4": 7, "fp4": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
     packed = _take(parts, name, "", "uint8", (-(-count // 2), 1))
     absmax = _take(parts, name, ".absmax", "uint8" if nested else "float32", (blocks,))
     _check_table(_take(parts, name, ".quant_map", "float32", (16,)), _quant_map(fmt, order), f"{name}.quant_map")
-    arrays = {"codes": _codes_from(packed, order, count, name)}
+    arrays = {"codes": _codes_from(packed, kind, count, name)}
     if nested:
         arrays |= {"scales.codes": absmax} | _take_nested(parts, name, fmt, state["nested_offset"], blocks)
     else:
@@ -204,7 +204,7 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     order = _KINDS[kind][1]
     stored = q.to_arrays()
     state = {"quant_type": kind, "blocksize": q.format.block_size, "dtype": dtype, "shape": list(q.shape)}
-    arrays = {name: _codes_to(q.packed, order, prod(q.shape))}
+    arrays = {name: _codes_to(q.packed, kind, prod(q.shape))}
     tables = {"quant_map": _quant_map(q.format, order)}
     if isinstance(q.format.scales, ScaleFormat):
         arrays |= {f"{name}.absmax": stored["scales.codes"], f"{name}.nested_absmax": stored["scales.scales"]}
@@ -344,18 +344,15 @@ def _recode(packed: Array, table: npt.NDArray[Any]) -> Array:
     return xp.take(_like(packed, table.astype(np.uint8)), xp.astype(packed, xp.int64))
 
 
-def _codes_from(weight: Array, order: tuple[int, ...], count: int, name: str) -> Array:
+def _codes_from(weight: Array, kind: str, count: int, name: str) -> Array:
     xp = namespace(weight)
-    packed = _recode(xp.reshape(weight, (-1,)), _bytes_between(order))
-    if count % 2 == 0:
-        return packed
-    if int(packed[-1]) >> 4 != _ZERO:
+    if count % 2 and int(weight[-1, 0]) & 15 != _ZERO[kind]:
         raise FormatError(f"The unused half of the last byte of {name!r} is not the code of zero.")
-    return xp.concat([packed[:-1], packed[-1:] & 15])
+    packed = _recode(xp.reshape(weight, (-1,)), _bytes_between(_KINDS[kind][1]))
+    return xp.concat([packed[:-1], packed[-1:] & 15]) if count % 2 else packed
 
 
-def _codes_to(packed: Array, order: tuple[int, ...], count: int) -> Array:
+def _codes_to(packed: Array, kind: str, count: int) -> Array:
     xp = namespace(packed)
-    if count % 2:
-        packed = xp.concat([packed[:-1], packed[-1:] | _ZERO << 4])
-    return xp.reshape(_recode(packed, np.argsort(_bytes_between(order))), (-1, 1))
+    weight = xp.reshape(_recode(packed, np.argsort(_bytes_between(_KINDS[kind][1]))), (-1, 1))
+    return xp.concat([weight[:-1, :], weight[-1:, :] & 240 | _ZERO[kind]]) if count % 2 else weight

@@ -46,6 +46,12 @@ def bits(array):
     return (array + array.dtype.type(0)).tobytes()
 
 
+def codes(tensors):
+    """Codes of a weight. Of the two zeros of FP4, bitsandbytes takes another on a CPU than on a GPU."""
+    array = np.array(oracle.codes_of(tensors))
+    return np.where(array == 8, 0, array) if oracle.state_of(tensors)["quant_type"] == "fp4" else array
+
+
 def described(tensors, **changes):
     """Return the tensors with other fields in their description."""
     (key,) = (key for key in tensors if "quant_state" in key)
@@ -96,7 +102,9 @@ class TestWhatBitsandbytesWrote:
 def test_this_library_finds_the_codes_and_scales_that_bitsandbytes_wrote(case):
     weight = from_bitsandbytes(written(case))
     again = lq.quantize(floats(case, "source"), weight.quantized.format)
-    assert_same_tensors(to_bitsandbytes(again, dtype=weight.dtype), written(case))
+    found, expected = to_bitsandbytes(again, dtype=weight.dtype), written(case)
+    np.testing.assert_array_equal(codes(found), codes(expected))
+    assert_same_tensors(found | {"weight": expected["weight"]}, expected)
 
 
 def test_the_fixture_has_every_kind_and_a_negative_scale():
@@ -416,7 +424,7 @@ class TestAgainstThePackage:
             np.maximum(here["weight.absmax"], np.float32(1e-38)),
             np.maximum(tensors["weight.absmax"], np.float32(1e-38)),
         )
-        differ = np.flatnonzero(np.array(oracle.codes_of(here)) != np.array(oracle.codes_of(tensors)))
+        differ = np.flatnonzero(codes(here) != codes(tensors))
         # It multiplies by the reciprocal of the scale, which is rounded twice.
         scaled = w.reshape(-1)[differ] / here["weight.absmax"][differ // block_size]
         ties = fmt.codebook.boundaries
@@ -432,10 +440,7 @@ class TestAgainstThePackage:
         there_offset, offset = (oracle.state_of(side)["nested_offset"] for side in (tensors, here))
         assert offset == pytest.approx(there_offset, rel=1e-6)
         # It looks codes up for 65,536 equally spaced values, so a code is that of a value up to 2**-16 away.
-        levels = here["weight.nested_quant_map"].astype(np.float64)
-        codes = here["weight.absmax"], tensors["weight.absmax"]
-        second = np.repeat(tensors["weight.nested_absmax"], 256)[: len(codes[0])].astype(np.float64)
         absmax = np.abs(np.append(w, np.zeros(-w.size % block_size)).reshape(-1, block_size)).max(axis=1)
-        scaled = (absmax - there_offset) / np.where(second > 0, second, 1)
-        errors = [np.abs(levels[side] - scaled)[second > 0] for side in codes]
-        assert np.all(np.abs(errors[0] - errors[1]) <= 2**-15 + 1e-5)
+        ours, theirs = (np.abs(oracle.scales_of(side) - absmax) for side in (here, tensors))
+        second = np.repeat(tensors["weight.nested_absmax"], 256)[: len(absmax)]
+        assert np.all(np.abs(ours - theirs) <= 2**-15 * second + 2e-6 * absmax.max())

@@ -1,0 +1,358 @@
+r"""4-bit weights of bitsandbytes, read and written without bitsandbytes.
+
+A state dict of bitsandbytes, or the safetensors file it was saved to, holds these tensors for a weight ``w`` of ``n``
+entries in ``b = ceil(n / block size)`` blocks::
+
+    w                                    uint8, (ceil(n / 2), 1)   codes, the first of a pair in the high half
+    w.absmax                             float32 or uint8, (b,)    scales, or their codes under double quantization
+    w.quant_map                          float32, (16,)            the levels by code
+    w.nested_absmax                      float32, (ceil(b / 256),) scales of the scales
+    w.nested_quant_map                   float32, (256,)           levels of the scales by code
+    w.quant_state.bitsandbytes__nf4      uint8                     JSON: block size, dtype, shape, offset of the scales
+
+The last key ends in ``fp4`` for FP4 codes, whose order is that of their bits, not of their levels. The two nested
+tensors are there under double quantization only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat
+import numpy as np
+
+from lqlora import ops
+from lqlora._dispatch import namespace
+from lqlora.codebooks import is_standard
+from lqlora.errors import FormatError
+from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.quantized import QuantizedArray
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy.typing as npt
+
+    from lqlora._typing import Array
+
+__all__ = ["BitsandbytesWeight", "find_bitsandbytes", "from_bitsandbytes", "to_bitsandbytes"]
+
+_BLOCK_SIZES = tuple(2**power for power in range(5, 13))
+_DTYPES = ("float32", "float16", "bfloat16")
+_NESTED = "d8/256:float32"
+_STATE = ".quant_state.bitsandbytes__"
+
+#: By bitsandbytes' name: the codebook, and bitsandbytes' codes in the ascending order of their levels. FP4 has two
+#: zeros, code 8 below code 0.
+_KINDS = {
+    "nf4": ("nf4", tuple(range(16))),
+    "fp4": ("fp4-bnb", (11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3)),
+}
+
+#: bitsandbytes' code of zero, which fills the last byte of an odd number of codes.
+_ZERO = {"nf4": 7, "fp4": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class BitsandbytesWeight:
+    """A weight read from a state dict of bitsandbytes.
+
+    Parameters
+    ----------
+    quantized : QuantizedArray
+        Codes and scales.
+    dtype : {"float32", "float16", "bfloat16"}
+        What the weight had before it was quantized, and has again when bitsandbytes decodes it.
+    """
+
+    quantized: QuantizedArray
+    dtype: str
+
+
+def find_bitsandbytes(tensors: Mapping[str, Array]) -> list[str]:
+    """List the 4-bit weights in a state dict.
+
+    Parameters
+    ----------
+    tensors : mapping of str to array
+        A state dict; only its keys are looked at.
+
+    Returns
+    -------
+    list of str
+        Names such as ``"model.layers.0.mlp.up_proj.weight"``, for :func:`from_bitsandbytes`, in the order of the state
+        dict.
+
+    Examples
+    --------
+    >>> find_bitsandbytes({"up.weight": None, "up.weight.quant_state.bitsandbytes__nf4": None, "norm.weight": None})
+    ['up.weight']
+    """
+    matches = (re.fullmatch(rf"(.+){re.escape(_STATE)}(?:{'|'.join(_KINDS)})", key, re.DOTALL) for key in tensors)
+    return list(dict.fromkeys(match[1] for match in matches if match))
+
+
+def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> BitsandbytesWeight:
+    """Read one 4-bit weight from a state dict of bitsandbytes.
+
+    Parameters
+    ----------
+    tensors : mapping of str to array
+        A state dict, or the content of a safetensors file, of any array library. Tensors of other weights are left
+        alone.
+    name : str, default "weight"
+        Name of the weight in it, such as ``"model.layers.0.mlp.up_proj.weight"``.
+
+    Returns
+    -------
+    BitsandbytesWeight
+        In the library and on the device of the tensors. The format is ``nf4/<block size>`` or ``fp4-bnb/<block size>``
+        with scales ``float32`` or ``d8/256:float32``. Scales are shared with ``tensors``, not copied.
+
+    Raises
+    ------
+    FormatError
+        If a tensor is missing, left over, or of another dtype or shape than the layout asks for, the description is no
+        valid JSON of bitsandbytes, or a table of levels differs from the one bitsandbytes writes.
+    NonFiniteError
+        If a scale is NaN or infinite.
+    UnsupportedArrayError
+        If a value is not an array.
+    MixedArraysError
+        If the tensors belong to two libraries.
+
+    Notes
+    -----
+    Reading loses nothing: :func:`to_bitsandbytes` returns the same bytes for what bitsandbytes has written.
+
+    Under double quantization bitsandbytes decodes a scale as ``level * nested_absmax + nested_offset``. Levels may be
+    negative, so a small scale beside a large one may decode to a negative number. Such weights are read as they are,
+    and decode to what bitsandbytes decodes them to.
+
+    References
+    ----------
+    NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3. The codes of scales: Dettmers et al., 8-bit
+    Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> q = lq.quantize(np.linspace(-1, 1, 64, dtype=np.float32), lq.BlockFormat(lq.NF4, 64))
+    >>> back = from_bitsandbytes(to_bitsandbytes(q))
+    >>> str(back.quantized.format), back.dtype, bool((back.quantized.packed == q.packed).all())
+    ('nf4/64:float32', 'float32', True)
+    """
+    parts = _parts_of(tensors, name)
+    kind, state = _take_state(parts, name)
+    shape, nested = tuple(state["shape"]), "nested_offset" in state
+    codebook, order = _KINDS[kind]
+    fmt = BlockFormat.parse(f"{codebook}/{state['blocksize']}:{_NESTED if nested else 'float32'}")
+    count = prod(shape)
+    blocks = -(-count // fmt.block_size)
+    packed = _take(parts, name, "", "uint8", (-(-count // 2), 1))
+    absmax = _take(parts, name, ".absmax", "uint8" if nested else "float32", (blocks,))
+    _check_table(_take(parts, name, ".quant_map", "float32", (16,)), _quant_map(fmt, order), f"{name}.quant_map")
+    arrays = {"codes": _codes_from(packed, kind, count, name)}
+    if nested:
+        arrays |= {"scales.codes": absmax} | _take_nested(parts, name, fmt, state["nested_offset"], blocks)
+    else:
+        arrays["scales"] = absmax
+        ops.require_finite(absmax, f"{name}.absmax")
+    if parts:
+        raise FormatError(f"bitsandbytes has no tensor named {name + min(parts)!r}.")
+    return BitsandbytesWeight(QuantizedArray.from_arrays(arrays, fmt, shape), state["dtype"])
+
+
+def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float32") -> dict[str, Array]:
+    """Lay a quantized array out as the tensors of a 4-bit weight of bitsandbytes.
+
+    Parameters
+    ----------
+    q : QuantizedArray
+        Of codebook ``nf4`` or ``fp4-bnb``, in blocks of 32, 64, … 4096, with scales ``float32`` or ``d8/256:float32``.
+    name : str, default "weight"
+        Name of the weight, the beginning of every key.
+    dtype : {"float32", "float16", "bfloat16"}
+        What bitsandbytes is to decode the weight to.
+
+    Returns
+    -------
+    dict of str to array
+        The tensors drawn in :mod:`lqlora.integrations.bitsandbytes`, in the library and on the device of ``q``.
+
+    Raises
+    ------
+    FormatError
+        If the layout cannot hold the array; the sentence says why.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> q = lq.quantize(np.linspace(-1, 1, 8, dtype=np.float32), lq.BlockFormat(lq.NF4, 64))
+    >>> for key, array in to_bitsandbytes(q, "up.weight", "bfloat16").items():
+    ...     print(key, array.shape)
+    up.weight (4, 1)
+    up.weight.absmax (1,)
+    up.weight.quant_map (16,)
+    up.weight.quant_state.bitsandbytes__nf4 (73,)
+    """
+    kind = _require_exportable(q.format, q.shape, dtype)
+    order = _KINDS[kind][1]
+    stored = q.to_arrays()
+    state = {"quant_type": kind, "blocksize": q.format.block_size, "dtype": dtype, "shape": list(q.shape)}
+    arrays = {name: _codes_to(q.packed, kind, prod(q.shape))}
+    tables = {"quant_map": _quant_map(q.format, order)}
+    if isinstance(q.format.scales, ScaleFormat):
+        arrays |= {f"{name}.absmax": stored["scales.codes"], f"{name}.nested_absmax": stored["scales.scales"]}
+        tables["nested_quant_map"] = q.format.scales.format.codebook.levels
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+        state["nested_offset"] = float(stored["scales.offset"][0])
+    else:
+        arrays[f"{name}.absmax"] = stored["scales"]
+    arrays |= {f"{name}.{key}": _like(q.packed, table) for key, table in tables.items()}
+    text = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8)
+    arrays[f"{name}{_STATE}{kind}"] = _like(q.packed, text)
+    return arrays
+
+
+def _require_exportable(fmt: BlockFormat, shape: tuple[int, ...], dtype: str) -> str:
+    """Return bitsandbytes' name of the codebook, or say what its layout cannot hold."""
+    kinds = {codebook: kind for kind, (codebook, _) in _KINDS.items()}
+    kind = kinds.get(fmt.codebook.name)
+    if kind is None or not is_standard(fmt.codebook):
+        raise FormatError(f"bitsandbytes has the 4-bit codebooks {' and '.join(kinds)}, not {fmt.codebook.name}.")
+    if fmt.block_size not in _BLOCK_SIZES:
+        raise FormatError(f"bitsandbytes has blocks of 32, 64, 128, … 4096 weights, not {fmt.block_size}.")
+    if str(fmt.scales) not in ("float32", _NESTED):
+        raise FormatError(f"bitsandbytes stores scales as float32 or {_NESTED}, not {fmt.scales}.")
+    if not shape:
+        raise FormatError("bitsandbytes has no arrays without dimensions: reshape to (1,).")
+    if dtype not in _DTYPES:
+        raise FormatError(f"bitsandbytes decodes to {', '.join(_DTYPES)}, not {dtype!r}.")
+    return kind
+
+
+def _parts_of(tensors: Mapping[str, Array], name: str) -> dict[str, Array]:
+    """Return the tensors of one weight, without its name."""
+    if name not in tensors:
+        raise FormatError(f"There is no tensor named {name!r}.")
+    parts = {key.removeprefix(name): tensors[key] for key in tensors if key == name or key.startswith(f"{name}.")}
+    namespace(*parts.values())
+    return parts
+
+
+def _take(parts: dict[str, Array], name: str, key: str, dtype: str, shape: tuple[int, ...]) -> Array:
+    if key not in parts:
+        raise FormatError(f"Tensor {name + key!r} is missing.")
+    array = parts.pop(key)
+    found = ops.dtype_name(array), tuple(array.shape)
+    if found != (dtype, shape):
+        raise FormatError(f"Tensor {name + key!r} should be {dtype} of shape {shape}, not {found[0]} of {found[1]}.")
+    return array
+
+
+def _take_state(parts: dict[str, Array], name: str) -> tuple[str, dict[str, Any]]:
+    """Parse the JSON document of a weight and check every field of it."""
+    keys = [key for key in parts if key.startswith(_STATE)]
+    kind = keys[0].removeprefix(_STATE) if len(keys) == 1 else None
+    if kind not in _KINDS:
+        raise FormatError(f"{name!r} needs one tensor {name}{_STATE}nf4 or …fp4, not {len(keys)} of other names.")
+    array = parts.pop(keys[0])
+    where = f"The description of {name!r}"
+    if ops.dtype_name(array) != "uint8" or len(array.shape) != 1:
+        raise FormatError(f"{where} should be uint8 in one dimension, not {ops.dtype_name(array)}.")
+    try:
+        state = json.loads(ops.convert(array, np).tobytes())
+    except (RecursionError, ValueError) as error:
+        raise FormatError(f"{where} is no JSON: {type(error).__name__}.") from None
+    wanted = {"quant_type", "blocksize", "dtype", "shape"}
+    if ".nested_absmax" in parts:
+        wanted |= {"nested_blocksize", "nested_dtype", "nested_offset"}
+    if not isinstance(state, dict) or set(state) != wanted:
+        raise FormatError(f"{where} should have the fields {', '.join(sorted(wanted))} and no others.")
+    _check_fields(state, kind, where)
+    return kind, state
+
+
+def _check_fields(state: dict[str, Any], kind: str, where: str) -> None:
+    accepted: dict[str, tuple[Any, ...]] = {
+        "quant_type": (kind,),
+        "blocksize": _BLOCK_SIZES,
+        "dtype": _DTYPES,
+        "nested_blocksize": (256,),
+        "nested_dtype": ("float32",),
+    }
+    for key, values in accepted.items():
+        if key in state and (state[key] not in values or type(state[key]) is not type(values[0])):
+            raise FormatError(f"{where} gives {_shortly(state[key])} as {key}, not {' or '.join(map(str, values))}.")
+    shape = state["shape"]
+    lengths = isinstance(shape, list) and all(type(length) is int and 0 <= length < 2**31 for length in shape)
+    if not lengths or not 1 <= len(shape) <= 32:
+        raise FormatError(f"{where} gives {_shortly(shape)} as shape.")
+    offset = state.get("nested_offset", 0.0)
+    if type(offset) is not float and type(offset) is not int:
+        raise FormatError(f"{where} gives {_shortly(offset)} as nested_offset.")
+    if not abs(offset) <= float(np.finfo(np.float32).max):  # false for NaN
+        raise FormatError(f"{where} has a nested_offset that is no number of float32.")
+
+
+def _shortly(value: Any) -> str:
+    """Spell a value of a file without repeating a long one, or an integer that is too long to be spelled."""
+    return type(value).__name__ if isinstance(value, int | list | dict) and value else repr(value)[:40]
+
+
+def _take_nested(parts: dict[str, Array], name: str, fmt: BlockFormat, offset: float, blocks: int) -> dict[str, Array]:
+    """Return the arrays of double quantization by their names in a QuantizedArray."""
+    assert isinstance(fmt.scales, ScaleFormat)
+    nested_map = _take(parts, name, ".nested_quant_map", "float32", (256,))
+    _check_table(nested_map, fmt.scales.format.codebook.levels, f"{name}.nested_quant_map")
+    second = _take(parts, name, ".nested_absmax", "float32", (-(-blocks // 256),))
+    ops.require_finite(second, f"{name}.nested_absmax")
+    return {"scales.scales": second, "scales.offset": _like(second, np.array([offset], dtype=np.float32))}
+
+
+def _check_table(table: Array, expected: npt.NDArray[np.float32], what: str) -> None:
+    if ops.convert(table, np).tobytes() != expected.tobytes():
+        raise FormatError(f"{what} is not the table of levels that bitsandbytes writes.")
+
+
+def _quant_map(fmt: BlockFormat, order: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Levels by bitsandbytes' code; it writes both zeros of FP4 without a sign."""
+    table = np.empty(len(order), dtype=np.float32)
+    table[list(order)] = fmt.codebook.levels + np.float32(0)
+    return table
+
+
+def _like(array: Array, values: npt.NDArray[Any]) -> Array:
+    """Copy an array of NumPy to the library and device of another array."""
+    return ops.convert(values.copy(), namespace(array), array_api_compat.device(array))
+
+
+def _bytes_between(order: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Byte of this library by byte of bitsandbytes: another order of the two halves, and of the codes."""
+    index = np.argsort(order)
+    first, second = np.divmod(np.arange(256), 16)
+    return (index[first] | index[second] << 4).astype(np.uint8)
+
+
+def _recode(packed: Array, table: npt.NDArray[Any]) -> Array:
+    xp = namespace(packed)
+    return xp.take(_like(packed, table.astype(np.uint8)), xp.astype(packed, xp.int64))
+
+
+def _codes_from(weight: Array, kind: str, count: int, name: str) -> Array:
+    xp = namespace(weight)
+    if count % 2 and int(weight[-1, 0]) & 15 != _ZERO[kind]:
+        raise FormatError(f"The unused half of the last byte of {name!r} is not the code of zero.")
+    packed = _recode(xp.reshape(weight, (-1,)), _bytes_between(_KINDS[kind][1]))
+    return xp.concat([packed[:-1], packed[-1:] & 15]) if count % 2 else packed
+
+
+def _codes_to(packed: Array, kind: str, count: int) -> Array:
+    xp = namespace(packed)
+    weight = xp.reshape(_recode(packed, np.argsort(_bytes_between(_KINDS[kind][1]))), (-1, 1))
+    return xp.concat([weight[:-1, :], weight[-1:, :] & 240 | _ZERO[kind]]) if count % 2 else weight

@@ -1,0 +1,446 @@
+"""4-bit weights of bitsandbytes: what it wrote itself, what is refused, and the package itself where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from math import prod
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lqlora as lq
+from lqlora._optional import is_installed
+from lqlora.errors import FormatError, MixedArraysError, NonFiniteError, UnsupportedArrayError
+from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, to_bitsandbytes
+from tests.oracles import bitsandbytes as oracle
+from tests.requirements import require_or_skip
+from tests.strategies import host, on
+
+KINDS = {"nf4": "nf4", "fp4": "fp4-bnb"}
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED = "d8/256:float32"
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+with np.load(Path(__file__).parents[1] / "data" / "bitsandbytes.npz") as file:
+    FIXTURE = {key: file[key] for key in file.files}
+CASES = sorted({key.partition("/")[0] for key in FIXTURE} - {"version"})
+
+
+def written(case):
+    """Tensors of one case as bitsandbytes wrote them."""
+    prefix = f"{case}/weight"
+    return {key.removeprefix(f"{case}/"): array for key, array in FIXTURE.items() if key.startswith(prefix)}
+
+
+def floats(case, which):
+    return FIXTURE[f"{case}/{which}"].view(DTYPES[oracle.state_of(written(case))["dtype"]])
+
+
+def bits(array):
+    """Bits of an array, zeros without their sign: bitsandbytes decodes the second zero of FP4 to either."""
+    return (array + array.dtype.type(0)).tobytes()
+
+
+def codes(tensors):
+    """Codes of a weight. Of the two zeros of FP4, bitsandbytes takes another on a CPU than on a GPU."""
+    array = np.array(oracle.codes_of(tensors))
+    return np.where(array == 8, 0, array) if oracle.state_of(tensors)["quant_type"] == "fp4" else array
+
+
+def described(tensors, **changes):
+    """Return the tensors with other fields in their description."""
+    (key,) = (key for key in tensors if "quant_state" in key)
+    state = oracle.state_of(tensors) | changes
+    text = json.dumps({field: value for field, value in state.items() if value is not ...})
+    return tensors | {key: np.frombuffer(text.encode(), dtype=np.uint8)}
+
+
+def with_text(tensors, text):
+    (key,) = (key for key in tensors if "quant_state" in key)
+    return tensors | {key: np.frombuffer(text, dtype=np.uint8)}
+
+
+def assert_same_tensors(found, expected):
+    assert sorted(found) == sorted(expected)
+    for key, array in expected.items():
+        assert host(found[key]).dtype == array.dtype, key
+        assert host(found[key]).shape == array.shape, key
+        assert host(found[key]).tobytes() == array.tobytes(), key
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestWhatBitsandbytesWrote:
+    def test_is_decoded_to_the_same_bits(self, xp, case):
+        weight = from_bitsandbytes({key: on(xp, array) for key, array in written(case).items()})
+        dense = host(lq.dequantize(weight.quantized))
+        expected = floats(case, "dense")
+        assert dense.shape == expected.shape
+        assert bits(dense.astype(DTYPES[weight.dtype])) == bits(expected)
+
+    def test_is_written_back_to_the_same_bytes(self, xp, case):
+        tensors = {key.replace("weight", "m.weight", 1): array for key, array in written(case).items()}
+        weight = from_bitsandbytes({key: on(xp, array) for key, array in tensors.items()}, "m.weight")
+        assert_same_tensors(to_bitsandbytes(weight.quantized, "m.weight", weight.dtype), tensors)
+
+    def test_is_read_with_its_dtype_and_format(self, case):
+        state, weight = oracle.state_of(written(case)), from_bitsandbytes(written(case))
+        scales = NESTED if "nested_offset" in state else "float32"
+        assert weight.dtype == state["dtype"]
+        assert str(weight.quantized.format) == f"{KINDS[state['quant_type']]}/{state['blocksize']}:{scales}"
+
+    def test_is_decoded_by_the_plain_reader_to_the_same_bits(self, case):
+        expected = floats(case, "dense")
+        assert bits(oracle.decode(written(case)).astype(expected.dtype)) == bits(expected)
+
+
+@pytest.mark.parametrize("case", ["nf4 plain", "fp4 plain"])
+def test_this_library_finds_the_codes_and_scales_that_bitsandbytes_wrote(case):
+    weight = from_bitsandbytes(written(case))
+    again = lq.quantize(floats(case, "source"), weight.quantized.format)
+    found, expected = to_bitsandbytes(again, dtype=weight.dtype), written(case)
+    np.testing.assert_array_equal(codes(found), codes(expected))
+    assert_same_tensors(found | {"weight": expected["weight"]}, expected)
+
+
+def test_the_fixture_has_every_kind_and_a_negative_scale():
+    assert {oracle.state_of(written(case))["quant_type"] for case in CASES} == set(KINDS)
+    assert any(prod(oracle.state_of(written(case))["shape"]) % 2 for case in CASES)
+    assert oracle.scales_of(written("nf4 negative scales")).min() < 0
+    assert len(written("nf4 two nested blocks")["weight.nested_absmax"]) == 2
+
+
+@st.composite
+def exported(draw):
+    """Draw a weight quantized by this library, and its tensors."""
+    kind, nested = draw(st.sampled_from(sorted(KINDS))), draw(st.booleans())
+    fmt = lq.BlockFormat.parse(f"{KINDS[kind]}/{draw(st.sampled_from(BLOCK_SIZES))}:{NESTED if nested else 'float32'}")
+    shape = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    w = rng.standard_normal(shape) * np.exp(draw(st.sampled_from([0, 3])) * rng.standard_normal(shape))
+    q = lq.quantize(w.astype(np.float32), fmt)
+    return q, to_bitsandbytes(q, dtype=draw(st.sampled_from(sorted(DTYPES))))
+
+
+@given(exported())
+def test_what_is_exported_decodes_by_the_plain_reader_as_it_does_here(drawn):
+    q, tensors = drawn
+    assert bits(oracle.decode(tensors)) == bits(lq.dequantize(q))
+
+
+@given(exported())
+def test_what_is_exported_is_imported_again(drawn):
+    q, tensors = drawn
+    weight = from_bitsandbytes(tensors)
+    assert (weight.quantized.format, weight.quantized.shape) == (q.format, q.shape)
+    assert weight.dtype == oracle.state_of(tensors)["dtype"]
+    assert_same_tensors(weight.quantized.to_arrays(), q.to_arrays())
+
+
+def test_an_empty_weight_goes_there_and_back():
+    q = lq.quantize(np.zeros((0, 4), dtype=np.float32), lq.BlockFormat(lq.NF4, 64))
+    tensors = to_bitsandbytes(q)
+    assert tensors["weight"].shape == (0, 1)
+    assert from_bitsandbytes(tensors).quantized.shape == (0, 4)
+
+
+class TestStateDicts:
+    def test_the_weights_are_listed_in_their_order(self):
+        quantized = written("nf4 plain")
+        state = {"embed.weight": np.zeros((2, 2), dtype=np.float32)}
+        for name in ("b.weight", "a.weight"):
+            state |= {key.replace("weight", name, 1): array for key, array in quantized.items()}
+            state[name.replace("weight", "bias")] = np.zeros(2, dtype=np.float32)
+        assert find_bitsandbytes(state) == ["b.weight", "a.weight"]
+        for name in find_bitsandbytes(state):
+            assert bits(lq.dequantize(from_bitsandbytes(state, name).quantized)) == bits(floats("nf4 plain", "dense"))
+
+    def test_a_state_dict_without_any_has_none(self):
+        assert (
+            find_bitsandbytes({"weight": None, "weight.absmax": None, "w.quant_state.bitsandbytes__int4": None}) == []
+        )
+
+    def test_a_name_that_begins_like_another_is_another_weight(self):
+        tensors = written("nf4 plain") | {"weight2": np.zeros(3), "weight2.absmax": np.zeros(3)}
+        assert from_bitsandbytes(tensors).quantized.shape == (5, 27)
+
+
+class TestBrokenTensors:
+    @pytest.mark.parametrize("case", ["nf4 plain", "fp4 nested"])
+    def test_each_one_that_is_missing_is_named(self, case):
+        for key in written(case):
+            tensors = {other: array for other, array in written(case).items() if other != key}
+            with pytest.raises(FormatError, match=r"missing|no tensor named|needs one tensor|have the fields"):
+                from_bitsandbytes(tensors)
+
+    @pytest.mark.parametrize("case", ["nf4 plain", "fp4 nested"])
+    def test_each_one_of_another_dtype_is_refused(self, case):
+        for key, array in written(case).items():
+            with pytest.raises(FormatError, match="should be"):
+                from_bitsandbytes(written(case) | {key: array.astype(np.float64)})
+
+    @pytest.mark.parametrize("case", ["nf4 plain", "fp4 nested"])
+    def test_each_one_of_another_length_is_refused(self, case):
+        for key, array in written(case).items():
+            for other in (array[:-1], np.concatenate([array, array[-1:]]), array[None]):
+                with pytest.raises(FormatError):
+                    from_bitsandbytes(written(case) | {key: other})
+
+    def test_one_too_many_is_named(self):
+        with pytest.raises(FormatError, match=r"no tensor named 'weight\.SCB'"):
+            from_bitsandbytes(written("nf4 plain") | {"weight.SCB": np.zeros(5, dtype=np.float32)})
+
+    def test_two_descriptions_are_refused(self):
+        tensors = written("nf4 plain")
+        tensors["weight.quant_state.bitsandbytes__fp4"] = tensors["weight.quant_state.bitsandbytes__nf4"]
+        with pytest.raises(FormatError, match="not 2"):
+            from_bitsandbytes(tensors)
+
+    @pytest.mark.parametrize("key", ["weight.quant_map", "weight.nested_quant_map"])
+    def test_another_table_of_levels_is_refused(self, key):
+        table = written("fp4 nested")[key].copy()
+        table[3] = np.nextafter(table[3], np.float32(9))
+        with pytest.raises(FormatError, match=f"{key} is not the table"):
+            from_bitsandbytes(written("fp4 nested") | {key: table})
+
+    def test_codes_behind_the_last_weight_are_refused(self):
+        codes = written("nf4 plain")["weight"].copy()
+        codes[-1] ^= 1
+        with pytest.raises(FormatError, match="unused half of the last byte"):
+            from_bitsandbytes(written("nf4 plain") | {"weight": codes})
+
+    @pytest.mark.parametrize(("case", "key"), [("nf4 plain", "weight.absmax"), ("nf4 nested", "weight.nested_absmax")])
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_a_scale_that_is_not_finite_is_refused(self, case, key, value):
+        array = written(case)[key].copy()
+        array[0] = value
+        with pytest.raises(NonFiniteError, match=key):
+            from_bitsandbytes(written(case) | {key: array})
+
+    def test_a_negative_scale_is_refused(self):
+        array = written("nf4 plain")["weight.absmax"].copy()
+        array[0] = -1
+        with pytest.raises(FormatError, match="negative"):
+            from_bitsandbytes(written("nf4 plain") | {"weight.absmax": array})
+
+    def test_what_is_no_array_is_refused(self):
+        with pytest.raises(UnsupportedArrayError):
+            from_bitsandbytes(written("nf4 plain") | {"weight.absmax": [1.0] * 5})
+
+    def test_tensors_of_two_libraries_are_refused(self, torch):
+        tensors = written("nf4 plain")
+        with pytest.raises(MixedArraysError):
+            from_bitsandbytes(tensors | {"weight.absmax": torch.from_numpy(tensors["weight.absmax"].copy())})
+
+
+class TestBrokenDescriptions:
+    @pytest.mark.parametrize(
+        "text",
+        [b"", b"{", b"\xff\xfe", b"nf4", b'{"blocksize": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"a": 1} {}'],
+        ids=["empty", "cut", "no text", "a word", "a huge number", "deep", "two documents"],
+    )
+    def test_what_is_no_json_is_refused(self, text):
+        with pytest.raises(FormatError, match="is no JSON"):
+            from_bitsandbytes(with_text(written("nf4 plain"), text))
+
+    @pytest.mark.parametrize("text", [b"null", b"[]", b"{}", b'"nf4"', b"7", b"NaN"])
+    def test_json_that_is_no_description_is_refused(self, text):
+        with pytest.raises(FormatError, match="should have the fields blocksize, dtype, quant_type, shape"):
+            from_bitsandbytes(with_text(written("nf4 plain"), text))
+
+    @pytest.mark.parametrize("field", ["quant_type", "blocksize", "dtype", "shape", "nested_offset", "nested_dtype"])
+    def test_a_missing_field_is_refused(self, field):
+        with pytest.raises(FormatError, match="should have the fields"):
+            from_bitsandbytes(described(written("fp4 nested"), **{field: ...}))
+
+    def test_an_unknown_field_is_refused(self):
+        with pytest.raises(FormatError, match="and no others"):
+            from_bitsandbytes(described(written("nf4 plain"), nested_offset=0.5))
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("quant_type", "fp4"),
+            ("quant_type", None),
+            ("blocksize", 16),
+            ("blocksize", 96),
+            ("blocksize", 8192),
+            ("blocksize", 32.0),
+            ("blocksize", True),
+            ("blocksize", 10**4000),
+            ("blocksize", [32]),
+            ("dtype", "float64"),
+            ("dtype", "torch.float32"),
+            ("dtype", {}),
+            ("shape", None),
+            ("shape", []),
+            ("shape", 135),
+            ("shape", [135.0]),
+            ("shape", [True, 135]),
+            ("shape", [-5, -27]),
+            ("shape", ["5", 27]),
+            ("shape", [10**4000]),
+            ("shape", [1] * 33),
+            ("shape", [5, 28]),
+            ("shape", [0]),
+        ],
+        ids=lambda value: repr(value)[:20] if isinstance(value, (str, type(None), float, bool)) else None,
+    )
+    def test_a_field_of_another_value_is_refused(self, field, value):
+        with pytest.raises(FormatError) as caught:
+            from_bitsandbytes(described(written("nf4 plain"), **{field: value}))
+        assert len(str(caught.value)) < 200
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("nested_blocksize", 128),
+            ("nested_blocksize", "256"),
+            ("nested_dtype", "float16"),
+            ("nested_offset", float("nan")),
+            ("nested_offset", float("inf")),
+            ("nested_offset", 1e39),
+            ("nested_offset", 10**4000),
+            ("nested_offset", "1.0"),
+            ("nested_offset", True),
+            ("nested_offset", None),
+        ],
+        ids=lambda value: repr(value)[:20] if isinstance(value, (str, float)) else None,
+    )
+    def test_a_nested_field_of_another_value_is_refused(self, field, value):
+        with pytest.raises(FormatError) as caught:
+            from_bitsandbytes(described(written("fp4 nested"), **{field: value}))
+        assert field in str(caught.value)
+        assert len(str(caught.value)) < 200
+
+
+class TestWhatTheLayoutCannotHold:
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            ("nf3/64:float32", "codebooks nf4 and fp4-bnb, not nf3"),
+            ("int4/64:float32", "not int4"),
+            ("nf4/16:float32", "not 16"),
+            ("nf4/96:float32", "not 96"),
+            ("nf4/8192:float32", "not 8192"),
+            ("nf4/64:float16", "not float16"),
+            ("nf4/64:u8/256:float32", "not u8/256:float32"),
+            ("nf4/64:d8/128:float32", "not d8/128:float32"),
+            ("nf4/64:d8/256:float16", "not d8/256:float16"),
+        ],
+    )
+    def test_a_format_is_refused_with_the_reason(self, text, reason):
+        q = lq.quantize(np.ones((4, 64), dtype=np.float32), lq.BlockFormat.parse(text))
+        with pytest.raises(FormatError, match=reason):
+            to_bitsandbytes(q)
+
+    def test_a_codebook_of_the_same_name_is_refused(self):
+        codebook = lq.Codebook(np.linspace(-1, 1, 16), name="nf4")
+        with pytest.raises(FormatError, match="codebooks"):
+            to_bitsandbytes(lq.quantize(np.ones(64), lq.BlockFormat(codebook, 64)))
+
+    def test_an_array_without_dimensions_is_refused(self):
+        with pytest.raises(FormatError, match="without dimensions"):
+            to_bitsandbytes(lq.quantize(np.float32(1.5).reshape(()), lq.BlockFormat(lq.NF4, 64)))
+
+    def test_another_dtype_is_refused(self):
+        with pytest.raises(FormatError, match="not 'float64'"):
+            to_bitsandbytes(lq.quantize(np.ones(64), lq.BlockFormat(lq.NF4, 64)), dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def functional():
+    """Return ``bitsandbytes.functional``."""
+    require_or_skip("bitsandbytes", is_installed("bitsandbytes"))
+    return importlib.import_module("bitsandbytes.functional")
+
+
+def quantized_there(functional, weight, kind, block_size, nested):
+    codes, state = functional.quantize_4bit(weight, None, None, block_size, nested, kind)
+    return {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+
+def dequantized_there(functional, torch, tensors):
+    """Decode as one row.
+
+    On processors with AVX-512 bitsandbytes 0.50.2 takes scales of other blocks where rows are no whole number of
+    blocks.
+    """
+    parts = {key.removeprefix("weight."): value for key, value in tensors.items() if key != "weight"}
+    state = functional.QuantState.from_dict(parts, torch.device("cpu"))
+    shape, state.shape = state.shape, torch.Size([1, prod(state.shape)])
+    if tensors["weight"].shape[0] == 1:  # bitsandbytes would transpose what has one byte
+        return functional.dequantize_4bit(tensors["weight"], state).t().reshape(shape)
+    return functional.dequantize_4bit(tensors["weight"], state).reshape(shape)
+
+
+@st.composite
+def peer_weights(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 60), min_size=1, max_size=3)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    spread = draw(st.sampled_from([0.0, 1.0, 3.0]))
+    w = rng.standard_normal(shape) * np.exp(spread * rng.standard_normal(shape)) * 2.0 ** draw(st.integers(-8, 8))
+    start = draw(st.integers(0, w.size))
+    w.flat[start : start + draw(st.integers(0, 70))] = 0.0
+    return np.clip(w, -6e4, 6e4).astype(np.float32)
+
+
+KIND, BLOCK_SIZE = st.sampled_from(sorted(KINDS)), st.sampled_from(BLOCK_SIZES)
+NEST, DTYPE = st.booleans(), st.sampled_from(sorted(DTYPES))
+
+
+class TestAgainstThePackage:
+    @given(peer_weights(), KIND, BLOCK_SIZE, NEST, DTYPE)
+    def test_its_weights_decode_to_the_same_bits_and_are_written_back(
+        self, functional, torch, w, kind, block_size, nested, dtype
+    ):
+        weight = torch.from_numpy(w).to(getattr(torch, dtype))
+        tensors = quantized_there(functional, weight, kind, block_size, nested)
+        read = from_bitsandbytes(tensors)
+        here = lq.dequantize(read.quantized, dtype=read.dtype)
+        assert bits(host(here)) == bits(host(dequantized_there(functional, torch, tensors)))
+        expected = {key: host(value) for key, value in tensors.items()}
+        assert_same_tensors(to_bitsandbytes(read.quantized, dtype=read.dtype), expected)
+
+    @given(peer_weights(), KIND, BLOCK_SIZE, NEST, DTYPE)
+    def test_it_decodes_what_is_exported_to_the_same_bits(self, functional, torch, w, kind, block_size, nested, dtype):
+        fmt = lq.BlockFormat.parse(f"{KINDS[kind]}/{block_size}:{NESTED if nested else 'float32'}")
+        q = lq.quantize(torch.from_numpy(w), fmt)
+        there = dequantized_there(functional, torch, to_bitsandbytes(q, dtype=dtype))
+        assert bits(host(there)) == bits(host(lq.dequantize(q, dtype=dtype)))
+
+    @given(peer_weights(), KIND, BLOCK_SIZE)
+    def test_codes_and_scales_are_its_own_but_for_ties(self, functional, torch, w, kind, block_size):
+        tensors = quantized_there(functional, torch.from_numpy(w), kind, block_size, nested=False)
+        tensors = {key: host(value) for key, value in tensors.items()}
+        fmt = lq.BlockFormat.parse(f"{KINDS[kind]}/{block_size}:float32")
+        here = to_bitsandbytes(lq.quantize(w, fmt))
+        # bitsandbytes puts the least scale of a short last block at 1e-38.
+        np.testing.assert_array_equal(
+            np.maximum(here["weight.absmax"], np.float32(1e-38)),
+            np.maximum(tensors["weight.absmax"], np.float32(1e-38)),
+        )
+        differ = np.flatnonzero(codes(here) != codes(tensors))
+        # It multiplies by the reciprocal of the scale, which is rounded twice.
+        scaled = w.reshape(-1)[differ] / here["weight.absmax"][differ // block_size]
+        ties = fmt.codebook.boundaries
+        nearest = np.abs(scaled[:, None].astype(np.float64) - ties).argmin(axis=1)
+        assert np.all(np.abs(scaled - ties[nearest]) <= np.spacing(np.abs(ties[nearest])))
+
+    @given(peer_weights(), BLOCK_SIZE)
+    def test_nested_scales_are_its_own_but_for_its_lookup_table(self, functional, torch, w, block_size):
+        tensors = quantized_there(functional, torch.from_numpy(w), "nf4", block_size, nested=True)
+        tensors = {key: host(value) for key, value in tensors.items()}
+        here = to_bitsandbytes(lq.quantize(w, lq.BlockFormat.parse(f"nf4/{block_size}:{NESTED}")))
+        # The mean is summed in another order.
+        there_offset, offset = (oracle.state_of(side)["nested_offset"] for side in (tensors, here))
+        assert offset == pytest.approx(there_offset, rel=1e-6)
+        # It looks codes up for 65,536 equally spaced values, so a code is that of a value up to 2**-16 away.
+        absmax = np.abs(np.append(w, np.zeros(-w.size % block_size)).reshape(-1, block_size)).max(axis=1)
+        ours, theirs = (np.abs(oracle.scales_of(side) - absmax) for side in (here, tensors))
+        second = np.repeat(tensors["weight.nested_absmax"], 256)[: len(absmax)]
+        assert np.all(np.abs(ours - theirs) <= 2**-15 * second + 2e-6 * absmax.max() + 1e-38)

@@ -2,7 +2,8 @@
 
 A quantized matrix ``m`` is a handful of tensors: ``m.weight.codes``, ``m.weight.scales`` (or, under double
 quantization, ``m.weight.scales.codes``, ``m.weight.scales.scales`` and ``m.weight.scales.offset``), ``m.lora_A`` and
-``m.lora_B``; ``m.weight.levels`` too if its codebook has no standard name. One JSON document, kept under the key
+``m.lora_B``; ``m.weight.levels`` if its levels are fitted, and ``m.weight.codebook`` if its codebook has no standard
+name. One JSON document, kept under the key
 ``lqlora`` of the file's own metadata, names formats and shapes. No pickle is read or written.
 """
 
@@ -26,7 +27,7 @@ from safetensors.numpy import save_file
 from lqlora import ops
 from lqlora.codebooks import Codebook, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
-from lqlora.formats import BlockFormat
+from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "StoredMatrix", "load", "save", "verify"]
 
-_SPEC = 1
+_SPEC = 2
 _KEY = "lqlora"
 
 
@@ -136,6 +137,7 @@ def save(
             "format": str(matrix.quantized.format),
             "shape": list(matrix.quantized.shape),
             "scaling": float(matrix.scaling),
+            "normalization": matrix.quantized.format.codebook.normalization,
         }
     prefixes = tuple(f"{name}.weight." for name in matrices)
     if taken := [name for name in tensors or {} if prefixes and name.startswith(prefixes)]:
@@ -177,7 +179,7 @@ def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
     arrays = {f"{name}.weight.{key}": array for key, array in matrix.quantized.to(np).to_arrays().items()}
     codebook = matrix.quantized.format.codebook
     if not is_standard(codebook):
-        arrays[f"{name}.weight.levels"] = codebook.levels
+        arrays[f"{name}.weight.codebook"] = codebook.levels
     return arrays | {f"{name}.lora_{x}": ops.convert(getattr(matrix, f"lora_{x}"), np) for x in "AB"}
 
 
@@ -267,9 +269,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _take_matrix(arrays: dict[str, Any], name: str, row: Mapping[str, Any]) -> StoredMatrix:
     prefix = f"{name}.weight."
     own = {key.removeprefix(prefix): arrays.pop(key) for key in list(arrays) if key.startswith(prefix)}
-    levels = own.pop("levels", None)
+    levels = own.pop("codebook", None)
     text = str(row["format"])
-    codebook = None if levels is None else Codebook(levels, name=text.partition("/")[0])
+    codebook = None if levels is None else Codebook(levels, codebook_name(text), row["normalization"])
     shape = tuple(row["shape"])
     if len(shape) != 2 or not all(isinstance(length, int) and 0 <= length < 2**31 for length in shape):
         raise FormatError(f"Matrix {name!r} has the shape {shape}.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lqlora._typing import FloatName
 
-__all__ = ["BlockFormat", "LevelSharing", "Offset", "ScaleCodebook", "ScaleFormat", "paper_grid"]
+__all__ = ["BlockFormat", "LevelSharing", "Offset", "ScaleCodebook", "ScaleFormat", "codebook_name", "paper_grid"]
 
 Offset: TypeAlias = Literal["min", "mean", "none"]
 ScaleCodebook: TypeAlias = Literal["uint", "int", "dynamic", "log"]
@@ -95,7 +95,9 @@ class ScaleFormat:
         if self.offset not in ("min", "mean", "none"):
             raise FormatError(f"The offset of scales is 'min', 'mean' or 'none', not {self.offset!r}.")
         if self.offset == "mean" and self.codebook not in _SIGNED:
-            raise FormatError(f"Scales below their mean need a signed codebook ('int', 'dynamic'), not {self.codebook!r}.")
+            raise FormatError(
+                f"Scales below their mean need a signed codebook ('int', 'dynamic'), not {self.codebook!r}."
+            )
         _ = self.format  # checks the rest
 
     @property
@@ -210,7 +212,7 @@ class BlockFormat:
         return self.bits + (scale_bits + zero_point_bits) / self.block_size
 
     def lines(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Number and length of the lines that blocks follow without a break.
+        """Return number and length of the lines that blocks follow without a break.
 
         Parameters
         ----------
@@ -242,7 +244,7 @@ class BlockFormat:
         return prod([*shape[:axis], *shape[axis + 1 :]]), shape[axis]
 
     def level_sets(self, shape: Sequence[int]) -> int:
-        """Number of fitted sets of levels that an array of a shape has.
+        """Return the number of fitted sets of levels that an array of a shape has.
 
         Parameters
         ----------
@@ -345,6 +347,27 @@ class BlockFormat:
             None if axis is None else int(axis),
             "codebook" if fitted is None else int(lines) if lines else "matrix",
         )
+
+
+def codebook_name(text: str) -> str:
+    """Return the name of the codebook in the spelling of a format.
+
+    Parameters
+    ----------
+    text : str
+        As :meth:`BlockFormat.parse` reads it.
+
+    Returns
+    -------
+    str
+        What is written before the options and the block size.
+
+    Examples
+    --------
+    >>> codebook_name("nf4+fit/64:float32")
+    'nf4'
+    """
+    return re.split("[+/]", text, maxsplit=1)[0]
 
 
 def _is_int(value: object) -> bool:

@@ -177,8 +177,8 @@ class TestRoundTrip:
 
     def test_a_standard_codebook_is_not_stored_and_one_of_your_own_is(self, path):
         names = set(_parts(path)[0])
-        assert "b.weight.levels" in names
-        assert "a.q_proj.weight.levels" not in names
+        assert "b.weight.codebook" in names
+        assert "a.q_proj.weight.codebook" not in names
 
     def test_names_of_tensors_are_those_of_the_design(self, path):
         names = {name for name in _parts(path)[0] if name.startswith("a.q_proj.")}
@@ -192,7 +192,7 @@ class TestWriting:
             lq.save(tmp_path / "t", {"m": _decomposition()}, {"m.lora_A": np.zeros(3)})
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("name", ["m.weight.extra", "m.weight.levels"])
+    @pytest.mark.parametrize("name", ["m.weight.extra", "m.weight.codebook"])
     def test_a_tensor_that_would_be_taken_for_part_of_a_matrix_is_refused(self, tmp_path, name):
         # A file that save() writes is one that load() reads.
         with pytest.raises(InvalidArgumentError, match=r"m\.weight"):
@@ -333,7 +333,7 @@ class TestDamage:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("spec", 2), ("spec", "1"), ("matrices", []), ("matrices", {"b": []}), ("metadata", [])],
+        [("spec", 1), ("spec", "2"), ("matrices", []), ("matrices", {"b": []}), ("metadata", [])],
         ids=str,
     )
     def test_a_description_of_another_kind_is_refused(self, path, key, value):
@@ -384,7 +384,7 @@ class TestDamage:
         [
             lambda a: a.pop("b.weight.codes"),
             lambda a: a.pop("b.weight.scales.offset"),
-            lambda a: a.pop("b.weight.levels"),
+            lambda a: a.pop("b.weight.codebook"),
             lambda a: a.pop("b.lora_A"),
             lambda a: a.pop("b.lora_B"),
             lambda a: a.update({"b.weight.more": np.ones(1)}),
@@ -393,8 +393,8 @@ class TestDamage:
             lambda a: a.update({"b.weight.codes": np.full_like(a["b.weight.codes"], 255)}),
             lambda a: a.update({"b.weight.scales.scales": a["b.weight.scales.scales"].astype(np.float16)}),
             lambda a: a.update({"b.weight.scales.codes": a["b.weight.scales.codes"][None]}),
-            lambda a: a.update({"b.weight.levels": a["b.weight.levels"][::-1].copy()}),
-            lambda a: a.update({"b.weight.levels": np.array([-1, np.nan, 1], dtype=np.float32)}),
+            lambda a: a.update({"b.weight.codebook": a["b.weight.codebook"][::-1].copy()}),
+            lambda a: a.update({"b.weight.codebook": np.array([-1, np.nan, 1], dtype=np.float32)}),
             lambda a: a.update({"b.lora_A": a["b.lora_A"][:, 1:].copy()}),
             lambda a: a.update({"b.lora_B": a["b.lora_B"][1:]}),
             lambda a: a.update({"b.lora_A": a["b.lora_A"].ravel()}),

@@ -11,12 +11,12 @@ from typing import Any
 from lqlora import _plots
 from lqlora.codebooks import Codebook, is_standard
 from lqlora.errors import InvalidArgumentError
-from lqlora.formats import BlockFormat
+from lqlora.formats import BlockFormat, codebook_name
 from lqlora.solvers import relative_gap
 
 __all__ = ["Plan"]
 
-_SPEC = 1
+_SPEC = 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Plan:
         }
         for name, fmt in self.formats.items():
             if not is_standard(fmt.codebook):
-                rows[name]["levels"] = fmt.codebook.levels.tolist()
+                rows[name] |= {"levels": fmt.codebook.levels.tolist(), "normalization": fmt.codebook.normalization}
         head = {name: getattr(self, name) for name in ("objective", "bound", "status", "solver", "note")}
         head["bound"] = self.bound if math.isfinite(self.bound) else None  # JSON has no infinity
         figures = {"bits_per_weight": float(self.bits_per_weight), "storage_bits": self.storage_bits}
@@ -191,7 +191,9 @@ def _read_row(row: dict[str, Any]) -> tuple[BlockFormat, int, tuple[int, ...], f
         raise TypeError(f"{shape!r} is no shape")
     lengths = tuple(_count(length) for length in shape)
     text = _word(row["format"])
-    codebook = Codebook([_finite(x) for x in row["levels"]], text.partition("/")[0]) if "levels" in row else None
+    codebook = None
+    if "levels" in row:
+        codebook = Codebook([_finite(x) for x in row["levels"]], codebook_name(text), row["normalization"])
     return BlockFormat.parse(text, codebook), _count(row["rank"]), lengths, _finite(row["cost"])
 
 

@@ -21,7 +21,7 @@ __all__: list[str] = []
 _CHUNK = 32768
 
 #: Up to this many boundaries, counting those below a value beats a table of buckets.
-_FEW = 31
+_FEW = 15
 
 #: Buckets that the range of the boundaries is cut into.
 _BUCKETS = 2048
@@ -44,9 +44,7 @@ def absmax_chunked(flat: npt.NDArray[Any], block_size: int) -> npt.NDArray[Any]:
 
 
 @nearest_codes.register("numpy", accepts=lambda values, boundaries: values.dtype.kind == "f")  # noqa: ARG005
-def nearest_codes_chunked(
-    values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]
-) -> npt.NDArray[np.uint8]:
+def nearest_codes_chunked(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Find the cells chunk by chunk."""
     flat, codes = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
     find = _finder(boundaries, values.dtype)
@@ -148,7 +146,8 @@ def _bucket(values: npt.NDArray[Any], low: Any, factor: Any) -> npt.NDArray[np.i
     place = values - low
     place *= factor
     with np.errstate(invalid="ignore"):  # NaN ends in some bucket, and is found to be above no boundary
-        return np.clip(place, 0, _BUCKETS - 1, out=place).astype(np.intp)
+        buckets: npt.NDArray[np.intp] = np.clip(place, 0, _BUCKETS - 1, out=place).astype(np.intp)
+        return buckets
 
 
 def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.uint8]) -> None:
@@ -160,10 +159,16 @@ def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.ui
 
 
 def _decode_accepts(
-    packed: Any, scales: Any, zero_points: Any, levels: Any, bits: int, block_size: int, count: int  # noqa: ARG001
+    packed: Any,
+    scales: Any,
+    zero_points: Any,
+    levels: Any,  # noqa: ARG001
+    bits: int,
+    block_size: int,  # noqa: ARG001
+    out: Any,
 ) -> bool:
     mine = isinstance(scales, np.ndarray) and isinstance(zero_points, np.ndarray | None)
-    return bits in (1, 2, 3, 4, 6, 8) and mine and packed.flags.c_contiguous
+    return bits in (1, 2, 3, 4, 6, 8) and mine and packed.flags.c_contiguous and out.flags.c_contiguous
 
 
 @decode.register("numpy", accepts=_decode_accepts)
@@ -174,18 +179,25 @@ def decode_lookup(
     levels: npt.NDArray[np.float32],
     bits: int,
     block_size: int,
-    count: int,
+    out: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
-    """Look several codes up at once: a table row holds the levels of all codes in one byte, or in twelve bits."""
-    table, index_bits = _lookup_table(levels.tobytes(), bits)
+    """Look several codes up at once: an entry of the table holds the levels of all codes in one byte, or twelve bits."""
+    count = out.shape[0]
     if packed.shape[0] != packed_size(count, bits):
         unpack_codes(packed, bits, count)  # raises the reference's error
+    table, index_bits = _lookup_table(levels.tobytes(), bits)
+    at_once = index_bits // bits
     indices = packed if index_bits == 8 else unpack_twelve(packed)
-    values = np.take(table, indices, axis=0).reshape(-1)[:count]
+    whole = count // at_once
+    # No bounds are checked in this mode, and an index of one byte or twelve bits cannot be out of bounds.
+    np.take(table, indices[:whole], out=out[: whole * at_once].view(table.dtype), mode="wrap")
+    if whole * at_once < count:
+        last = table[indices[whole : whole + 1]].view(np.float32)
+        out[whole * at_once :] = last[: count - whole * at_once]
     if zero_points is not None:
-        _by_block(np.subtract, values, zero_points.astype(np.float32), block_size)
-    _by_block(np.multiply, values, scales, block_size)
-    return values
+        _by_block(np.subtract, out, zero_points.astype(np.float32), block_size)
+    _by_block(np.multiply, out, scales, block_size)
+    return out
 
 
 def unpack_twelve(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
@@ -200,21 +212,28 @@ def unpack_twelve(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
     return numbers.reshape(-1)
 
 
+#: Types that stand for a number of float32 values: copying one number is faster than copying a short row.
+_AS_ONE = {1: np.float32, 2: np.int64, 4: np.complex128}
+
+
 @functools.lru_cache(maxsize=64)
-def _lookup_table(levels: bytes, bits: int) -> tuple[npt.NDArray[np.float32], int]:
+def _lookup_table(levels: bytes, bits: int) -> tuple[npt.NDArray[Any], int]:
     index_bits = 8 if 8 % bits == 0 else _LOOKUP_BITS
     indices = np.arange(2**index_bits)[:, None]
     codes = indices >> np.arange(0, index_bits, bits) & (2**bits - 1)
     known = np.frombuffer(levels, dtype=np.float32)
     # Codes beyond a codebook whose length is no power of two never occur; their rows only have to exist.
-    table = known[np.minimum(codes, len(known) - 1)]
+    rows = known[np.minimum(codes, len(known) - 1)]
+    table = rows.view(_AS_ONE.get(rows.shape[1], np.dtype((np.void, 4 * rows.shape[1]))))[:, 0]
     table.flags.writeable = False
     return table, index_bits
 
 
 @bin_sums.register("numpy", accepts=lambda terms, bins, count: isinstance(bins, np.ndarray))  # noqa: ARG005
-def bin_sums_counted(terms: npt.NDArray[np.float64], bins: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float64]:
+def bin_sums_counted(
+    terms: npt.NDArray[np.float64], bins: npt.NDArray[np.int64], count: int
+) -> npt.NDArray[np.float64]:
     """Sum all bins in one pass: the rounded terms are integers, so their order does not matter."""
     rounded, unit = exact_terms(terms)
-    sums: npt.NDArray[np.float64] = np.bincount(bins, weights=rounded, minlength=count) * unit
+    sums: npt.NDArray[Any] = np.bincount(bins, weights=rounded, minlength=count) * unit
     return sums

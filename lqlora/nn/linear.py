@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["LQLinear", "QuantizedWeight"]
 
 
+#: Arrays that a quantized array has or has not, by its format.
+_OPTIONAL = ("offset", "zero_points", "levels")
+
+
 class QuantizedWeight(nn.Module):
     """A quantized array as buffers, so that it moves and is saved with its module.
 
@@ -46,14 +50,16 @@ class QuantizedWeight(nn.Module):
             self.scales = QuantizedWeight(here.scales)
         else:
             self.register_buffer("scales", here.scales.clone())
-        self.register_buffer("offset", None if here.offset is None else here.offset.clone())
+        for name in _OPTIONAL:
+            array = getattr(here, name)
+            self.register_buffer(name, None if array is None else array.clone())
 
     @property
     def array(self) -> QuantizedArray:
         """The quantized array; shares the buffers."""
         scales = self.scales.array if isinstance(self.scales, QuantizedWeight) else self.scales
-        offset = cast("torch.Tensor | None", self.offset)
-        return QuantizedArray(self.codes, scales, self.format, tuple(self.shape), offset)
+        optional = {name: cast("torch.Tensor | None", getattr(self, name)) for name in _OPTIONAL}
+        return QuantizedArray(self.codes, scales, self.format, tuple(self.shape), **optional)
 
     @property
     def device(self) -> torch.device:

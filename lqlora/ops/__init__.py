@@ -6,7 +6,16 @@ Kernels see flat contiguous arrays: decisions about shapes, formats and padding 
 from __future__ import annotations
 
 from lqlora.ops.blocks import block_absmax, block_extremes, from_blocks, to_blocks
-from lqlora.ops.casting import convert, dtype_name, is_on_host, native_dtype, require_float, storage_cast, stored_bytes, widen
+from lqlora.ops.casting import (
+    convert,
+    dtype_name,
+    is_on_host,
+    native_dtype,
+    require_float,
+    storage_cast,
+    stored_bytes,
+    widen,
+)
 from lqlora.ops.finite import require_finite, sum_of_squares
 from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
 from lqlora.ops.matmul import matmul_dense
@@ -19,7 +28,7 @@ from lqlora.ops.quantize import (
     normalize,
     values_by_row,
 )
-from lqlora.ops.slices import put_flat, take_flat
+from lqlora.ops.slices import is_contiguous, put_flat, take_flat
 from lqlora.ops.sums import bin_sums, row_sums
 
 __all__ = [
@@ -33,6 +42,7 @@ __all__ = [
     "encode",
     "exact_svd",
     "from_blocks",
+    "is_contiguous",
     "is_on_host",
     "low_rank_product",
     "matmul_dense",

@@ -15,7 +15,16 @@ from lqlora.errors import UnsupportedArrayError
 if TYPE_CHECKING:
     from lqlora._typing import Array, Namespace
 
-__all__ = ["convert", "dtype_name", "is_on_host", "native_dtype", "require_float", "storage_cast", "stored_bytes", "widen"]
+__all__ = [
+    "convert",
+    "dtype_name",
+    "is_on_host",
+    "native_dtype",
+    "require_float",
+    "storage_cast",
+    "stored_bytes",
+    "widen",
+]
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 

@@ -197,17 +197,17 @@ def decode(
     levels: npt.NDArray[np.float32],
     bits: int,
     block_size: int,
-    count: int,
+    out: Array,
 ) -> Array:
     """Look the codes up and multiply by the scales.
 
     Parameters
     ----------
-    packed : array of uint8, shape (ceil(count * bits / 8),)
+    packed : array of uint8, shape (ceil(n * bits / 8),)
         Packed codes.
-    scales : array of float32, shape (ceil(count / block_size),)
+    scales : array of float32, shape (ceil(n / block_size),)
         Decoded scales.
-    zero_points : array of uint8, shape (ceil(count / block_size),), or None
+    zero_points : array of uint8, shape (ceil(n / block_size),), or None
         Codes that zero has in an affine format.
     levels : ndarray of float32
         Levels of the codebook; every code must be below their number.
@@ -215,25 +215,26 @@ def decode(
         Bits per code.
     block_size : int
         Weights per scale.
-    count : int
-        Number of weights.
+    out : array of float32, shape (n,)
+        Written to.
 
     Returns
     -------
-    array of float32, shape (count,)
-        ``(levels[code] - zero_point) * scale``: the difference is of small integers, the product rounded once.
+    array of float32, shape (n,)
+        ``out``: ``(levels[code] - zero_point) * scale``: the difference is of small integers, the product rounded once.
 
     Examples
     --------
     >>> import numpy as np, lqlora as lq
-    >>> two = np.array([2], dtype=np.float32)
-    >>> decode(np.array([240], dtype=np.uint8), two, None, lq.NF4.levels, 4, 64, 2).tolist()
+    >>> scale, out = np.array([2], dtype=np.float32), np.empty(2, dtype=np.float32)
+    >>> decode(np.array([240], dtype=np.uint8), scale, None, lq.NF4.levels, 4, 64, out).tolist()
     [-2.0, 2.0]
     """
-    xp = namespace(packed, scales, zero_points)
-    codes = xp.astype(unpack_codes(packed, bits, count), xp.int64)
+    xp = namespace(packed, scales, zero_points, out)
+    codes = xp.astype(unpack_codes(packed, bits, out.shape[0]), xp.int64)
     table = xp.asarray(levels.copy(), dtype=xp.float32, device=array_api_compat.device(packed))
     blocks = to_blocks(xp.take(table, codes), block_size)
     if zero_points is not None:
         blocks = blocks - xp.astype(zero_points, xp.float32)[:, None]
-    return from_blocks(blocks * scales[:, None], count)
+    out[...] = from_blocks(blocks * scales[:, None], out.shape[0])
+    return out

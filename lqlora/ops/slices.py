@@ -10,11 +10,28 @@ from lqlora._dispatch import array_library, namespace
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["put_flat", "take_flat"]
+__all__ = ["is_contiguous", "put_flat", "take_flat"]
 
 
-def _is_contiguous(array: Array) -> bool:
-    """Tell whether flattening is free; libraries that do not say so are taken not to be."""
+def is_contiguous(array: Array) -> bool:
+    """Tell whether flattening an array is known to give a view of it.
+
+    Parameters
+    ----------
+    array : array
+        Any array.
+
+    Returns
+    -------
+    bool
+        False for libraries that do not say so.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_contiguous(np.zeros((2, 3))), is_contiguous(np.zeros((2, 3)).T)
+    (True, False)
+    """
     library = array_library(array)
     if library == "torch":
         return bool(array.is_contiguous())
@@ -43,7 +60,7 @@ def take_flat(array: Array, start: int, stop: int) -> Array:
     [8, 1, 5, 9, 2]
     """
     xp = namespace(array)
-    if len(array.shape) < 2 or _is_contiguous(array):
+    if len(array.shape) < 2 or is_contiguous(array):
         return xp.reshape(array, (-1,))[start:stop]
     first, last, width = _rows(array, start, stop)
     rows = xp.reshape(array[first:last, ...], (-1,))
@@ -72,7 +89,7 @@ def put_flat(array: Array, start: int, values: Array) -> None:
     """
     xp = namespace(array, values)
     stop = start + values.shape[0]
-    if _is_contiguous(array):
+    if is_contiguous(array):
         xp.reshape(array, (-1,))[start:stop] = values
         return
     if not array.shape:

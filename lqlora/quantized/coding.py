@@ -51,9 +51,7 @@ def encode_array(
     encode = _encoder(layout, fmt, scales, zero_points, levels)
     dense = blocks_last(array, fmt.axis)
     xp = namespace(array)
-    packed = xp.empty(
-        (ops.packed_size(layout.count, fmt.bits),), dtype=xp.uint8, device=array_api_compat.device(array)
-    )
+    packed = xp.empty((ops.packed_size(layout.count, fmt.bits),), dtype=xp.uint8, device=array_api_compat.device(array))
     for weights, blocks in layout.byte_pieces(piece_size(array)):
         codes = encode(ops.widen(ops.take_flat(dense, weights.start, weights.stop)), weights, blocks)
         packed[_bytes(weights, fmt.bits)] = ops.pack_codes(codes, fmt.bits)
@@ -69,11 +67,15 @@ def _encoder(
 ) -> Callable[[Array, slice, slice | None], Array]:
     """Return a function from the weights of a piece to their codes."""
     table = host_levels(levels, fmt.codebook)
-    boundaries = None if table is None else midpoints(table)
 
-    def by_table(flat: Array, weights: slice, blocks: slice | None) -> Array:
-        own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)
-        return ops.encode(flat, namespace(flat).astype(own, flat.dtype), zeros, boundaries, size)
+    if table is not None:
+        boundaries = midpoints(table)
+
+        def by_table(flat: Array, weights: slice, blocks: slice | None) -> Array:
+            own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)
+            return ops.encode(flat, namespace(flat).astype(own, flat.dtype), zeros, boundaries, size)
+
+        return by_table
 
     def by_line(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
         xp = namespace(flat)
@@ -81,7 +83,7 @@ def _encoder(
         sets = layout.line_of(weights, scales) // lines_per_set(fmt)
         return ops.nearest_codes_by_row(ops.normalize(flat[:, None], own), levels, sets)[:, 0]
 
-    return by_table if table is not None else by_line
+    return by_line
 
 
 def lines_per_set(fmt: BlockFormat) -> int:
@@ -115,33 +117,45 @@ def decode_into(q: QuantizedArray, out: Array) -> None:
     layout = Layout.of(q.format, q.shape)
     decode = _decoder(layout, q)
     target = blocks_last(out, q.format.axis)
-    dtype = ops.dtype_name(out)
+    dtype, xp = ops.dtype_name(out), namespace(q.packed)
+    in_place = dtype == "float32" and ops.is_contiguous(target)
     for weights, blocks in layout.byte_pieces(piece_size(q.packed)):
-        flat = decode(q.packed[_bytes(weights, q.format.bits)], weights, blocks)
+        if in_place:
+            flat = ops.take_flat(target, weights.start, weights.stop)
+        else:
+            shape, device = (weights.stop - weights.start,), array_api_compat.device(q.packed)
+            flat = xp.empty(shape, dtype=xp.float32, device=device)
+        decode(q.packed[_bytes(weights, q.format.bits)], weights, blocks, flat)
         if q.offset is not None:
             with np.errstate(over="ignore"):  # quantize() looks at the decoded scales and refuses infinite ones
-                flat = flat + q.offset
-        ops.put_flat(target, weights.start, flat if dtype == "float32" else ops.storage_cast(flat, dtype))
+                flat += q.offset
+        if not in_place:
+            ops.put_flat(target, weights.start, flat if dtype == "float32" else ops.storage_cast(flat, dtype))
 
 
-def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice | None], Array]:
-    """Return a function from the packed codes of a piece to its values."""
+def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice | None, Array], None]:
+    """Return a function that writes the values of a piece's packed codes into a flat array."""
     table = host_levels(q.levels, q.format.codebook)
     scales, zero_points, bits = decode_scales(q.scales), q.zero_points, q.format.bits
     if zero_points is not None:
         zero_points = ops.unpack_codes(zero_points, bits, layout.blocks)
 
-    def by_table(packed: Array, weights: slice, blocks: slice | None) -> Array:
-        own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)
-        return ops.decode(packed, own, zeros, table, bits, size, weights.stop - weights.start)
+    if table is not None:
+        known = table
 
-    def by_line(packed: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
+        def by_table(packed: Array, weights: slice, blocks: slice | None, out: Array) -> None:
+            own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)
+            ops.decode(packed, own, zeros, known, bits, size, out)
+
+        return by_table
+
+    def by_line(packed: Array, weights: slice, blocks: slice | None, out: Array) -> None:  # noqa: ARG001
         codes = ops.unpack_codes(packed, bits, weights.stop - weights.start)
         sets = layout.line_of(weights, scales) // lines_per_set(q.format)
         values = ops.values_by_row(codes[:, None], q.levels, sets)[:, 0]
-        return values * namespace(scales).take(scales, layout.block_of(weights, scales))
+        out[...] = values * namespace(scales).take(scales, layout.block_of(weights, scales))
 
-    return by_table if table is not None else by_line
+    return by_line
 
 
 def unpacked(q: QuantizedArray) -> Array:

@@ -257,7 +257,9 @@ def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice
         if source.fmt.codebook.normalization != "signed":
             better &= other.decoded >= 0
         error, decoded = xp.where(better, own, error), xp.where(better, other.decoded, decoded)
-        codes = xp.where(better, unpacked(other.stored) if isinstance(other.stored, QuantizedArray) else other.stored, codes)
+        codes = xp.where(
+            better, unpacked(other.stored) if isinstance(other.stored, QuantizedArray) else other.stored, codes
+        )
         zeros = None if zeros is None else xp.where(better, other.zero_points, zeros)
     stored = with_codes(best.stored, codes) if isinstance(best.stored, QuantizedArray) else codes
     return Choice(stored, decoded, zeros)
@@ -279,9 +281,7 @@ def _total(source: Source, choice: Choice, levels: Array | None) -> float:
     return math.fsum(parts)
 
 
-def _piece_errors(
-    source: Source, choice: Choice, levels: Array | None
-) -> Iterator[tuple[Array, Array | None]]:
+def _piece_errors(source: Source, choice: Choice, levels: Array | None) -> Iterator[tuple[Array, Array | None]]:
     xp = namespace(choice.decoded)
     for blocks, (rows, weights, largest) in source.pieces(piece_size(choice.decoded) // 2):
         decoded = choice.decoded[blocks]

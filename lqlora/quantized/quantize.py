@@ -15,7 +15,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
 from lqlora.quantized.array import QuantizedArray, stacked
 from lqlora.quantized.coding import decode_into
-from lqlora.quantized.fits import Choice, Source, assemble, by_absmax, by_levels, by_scale
+from lqlora.quantized.fits import Source, assemble, by_absmax, by_levels, by_scale
 from lqlora.quantized.layout import blocks_last, piece_size
 
 if TYPE_CHECKING:
@@ -145,7 +145,9 @@ def _quantize_stack(
     """Quantize the arrays of a stack one by one."""
     batch_shape = tuple(w.shape[:batch_dims])
     if not prod(batch_shape):
-        raise InvalidArgumentError(f"A stack holds at least one array; the batch dimensions of {name} are {batch_shape}.")
+        raise InvalidArgumentError(
+            f"A stack holds at least one array; the batch dimensions of {name} are {batch_shape}."
+        )
     parts = []
     for index in _indices(batch_shape):
         own = None if weights is None else weights[index]

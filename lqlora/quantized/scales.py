@@ -135,7 +135,6 @@ def warn_of_lost_blocks(scales: Array, decoded: Array, fmt: BlockFormat, name: s
         )
 
 
-
 def _reaches_a_level(largest: Array, decoded: Array, codebook: Codebook) -> Array:
     """Tell whether the largest weight of each block, of either sign, rounds to a level other than zero."""
     xp = namespace(largest)

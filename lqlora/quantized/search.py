@@ -91,7 +91,9 @@ def ratio_grid(bits: int, *, signed: bool) -> list[float]:
     return [1.0, *grid, *([-1.0, *(-ratio for ratio in grid)] if signed else [])]
 
 
-def best_ratios(rows: Array, weights: Array | None, rounding: Rounding, zeros: Array | None, grid: list[float]) -> Array:
+def best_ratios(
+    rows: Array, weights: Array | None, rounding: Rounding, zeros: Array | None, grid: list[float]
+) -> Array:
     """Return the factor of each row's scale that leaves the least weighted squared error, of those tried.
 
     Parameters
@@ -113,16 +115,14 @@ def best_ratios(rows: Array, weights: Array | None, rounding: Rounding, zeros: A
         Ratios, each refined by least squares.
     """
     xp = namespace(rows)
-    best = error = None
-    for start in grid:
+    best = xp.full((rows.shape[0],), grid[0], dtype=xp.float32, device=array_api_compat.device(rows))
+    error = _errors(rows, weights, best[:, None], rounding.nearest(rows / best[:, None], zeros))
+    for start in grid[1:]:
         # An array of one number and not the number: a library may multiply by the reciprocal of that.
         ratio = xp.full((1, 1), start, dtype=xp.float32, device=array_api_compat.device(rows))
         own = _errors(rows, weights, ratio, rounding.nearest(rows / ratio, zeros))
-        if best is None:
-            best, error = xp.full(own.shape, start, dtype=xp.float32, device=array_api_compat.device(rows)), own
-            continue
         better = own < error
-        best, error = xp.where(better, xp.asarray(start, dtype=xp.float32), best), xp.where(better, own, error)
+        best, error = xp.where(better, ratio[0, :], best), xp.where(better, own, error)
     for _ in range(_REFINEMENTS):
         refined = least_squares(rows, weights, rounding.nearest(rows / best[:, None], zeros), best)
         own = _errors(rows, weights, refined[:, None], rounding.nearest(rows / refined[:, None], zeros))

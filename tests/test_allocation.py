@@ -430,7 +430,7 @@ class TestDocuments:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("lqlora_plan", 2), ("matrices", []), ("matrices", {"a": []}), ("objective", "cheap"), ("bound", "high")],
+        [("lqlora_plan", 1), ("matrices", []), ("matrices", {"a": []}), ("objective", "cheap"), ("bound", "high")],
     )
     def test_a_wrong_value_is_refused(self, plan, key, value):
         document = json.loads(plan.to_json())

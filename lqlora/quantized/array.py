@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import namespace
-from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError, UnsupportedArrayError
+from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, UnsupportedArrayError
 from lqlora.formats import BlockFormat, ScaleFormat
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class QuantizedArray:
     @property
     def codes(self) -> Array:
         """Unpacked codes as an array of uint8 of the dense shape, computed at each access."""
-        from lqlora.quantized.coding import unpacked  # noqa: PLC0415 - which needs this class
+        from lqlora.quantized._coding import unpacked  # noqa: PLC0415 - which needs this class
 
         return stacked([unpacked(q) for q in self.unstack()], self.batch_shape)
 
@@ -148,7 +148,8 @@ class QuantizedArray:
         ------
         FormatError
             If an array is missing or left over, or has the wrong length or dtype, a code is beyond the codebook, levels
-            are not sorted, or a scale has a sign that the format does not allow or is not finite.
+            are not sorted, or a scale has a sign that the format does not allow. What is not finite is let through: it
+            may be what someone wants to look at.
         MixedArraysError
             If the arrays belong to two libraries.
         """
@@ -244,21 +245,11 @@ def _check_values(q: QuantizedArray, *, signed: bool = False) -> None:
 
 
 def _check_levels(levels: Array) -> None:
-    xp = namespace(levels)
-    _require_finite(levels, "The array of levels")
-    if bool(xp.any(levels[..., 1:] < levels[..., :-1])):
+    if bool(namespace(levels).any(levels[..., 1:] < levels[..., :-1])):
         raise FormatError("Fitted levels are not in ascending order.")
 
 
 def _check_scales(scales: Array, *, signed: bool) -> None:
     wide = ops.widen(scales)
-    _require_finite(wide, "The array of scales")
     if not signed and bool(namespace(wide).any(wide < 0)):
         raise FormatError("A scale, or the offset of scales, is negative.")
-
-
-def _require_finite(array: Array, what: str) -> None:
-    try:
-        ops.require_finite(array, what)
-    except NonFiniteError as error:
-        raise FormatError(str(error)) from None

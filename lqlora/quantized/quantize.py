@@ -13,10 +13,10 @@ from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
+from lqlora.quantized._coding import decode_into
+from lqlora.quantized._fits import Source, assemble, by_absmax, by_levels, by_scale
+from lqlora.quantized._layout import blocks_last, piece_size
 from lqlora.quantized.array import QuantizedArray, stacked
-from lqlora.quantized.coding import decode_into
-from lqlora.quantized.fits import Source, assemble, by_absmax, by_levels, by_scale
-from lqlora.quantized.layout import blocks_last, piece_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,8 +9,8 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
+from lqlora.quantized._layout import Layout, blocks_last, blocks_restored, piece_size
 from lqlora.quantized.array import QuantizedArray
-from lqlora.quantized.layout import Layout, blocks_last, blocks_restored, piece_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable

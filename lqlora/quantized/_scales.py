@@ -11,8 +11,8 @@ from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import NonFiniteError, ScaleUnderflowWarning
 from lqlora.formats import ScaleFormat
+from lqlora.quantized._coding import decode_scales, encode_array, unpacked
 from lqlora.quantized.array import QuantizedArray
-from lqlora.quantized.coding import decode_scales, encode_array, unpacked
 
 if TYPE_CHECKING:
     from lqlora._typing import Array

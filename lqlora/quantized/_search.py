@@ -15,7 +15,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
-from lqlora.quantized.coding import host_levels, midpoints
+from lqlora.quantized._coding import host_levels, midpoints
 
 if TYPE_CHECKING:
     import numpy.typing as npt

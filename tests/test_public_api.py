@@ -11,10 +11,11 @@ from lqlora._optional import is_installed
 CONTRACT = {
     "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
          "decompose", "Decomposition", "QuantizedArray", "initializers", "weighting", "cost_table", "allocate", "Plan", "solvers",
-         "backends", "forced", "nn", "save", "load", "verify"],
+         "backends", "forced", "nn", "save", "load", "verify", "testing"],
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],
     "backends": ["available", "explain"],
+    "testing": ["strategies", "check_quantizer", "assert_quantizer_conforms", "Report", "Finding", "PROPERTIES"],
 }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def test_public_names_are_sorted_and_listed_once(name):
 
 
 def test_public_names_are_all_that_dir_promises():
-    assert set(lqlora.__all__) <= {*dir(lqlora), "nn"}
+    assert set(lqlora.__all__) <= {*dir(lqlora), "nn", "testing"}
 
 
 def test_unknown_attributes_are_refused_by_name():

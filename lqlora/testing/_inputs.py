@@ -114,10 +114,10 @@ def with_tail(subject: Subject) -> Inputs:
 
 def of_odd_size(subject: Subject) -> Inputs:
     """Odd sizes; those where one more weight would be a new block only if blocks do not share anything."""
+    if not subject.independent_blocks and subject.block_size in (None, 1):
+        raise NotApplicableError("needs independent_blocks")
     block = subject.block_size or _SOME_BLOCK
     sizes = [size for size in range(3, 3 * block + 3, 2) if subject.independent_blocks or size % block]
-    if not sizes:
-        raise NotApplicableError("needs independent_blocks")
     return st.fixed_dictionaries({"w": _sized(subject, st.sampled_from(sizes))})
 
 
@@ -171,14 +171,13 @@ def with_non_finite(subject: Subject) -> Inputs:
 
 
 def between(low: float, high: float) -> Callable[[Subject], Inputs]:
-    """Weights that are zero or have absolute values in a range at one end of float32."""
+    """Weights that are zero or have absolute values in a range at one end of float32, the first not zero."""
 
     def inputs(subject: Subject) -> Inputs:
         sizes = st.floats(low, high, width=32)
-        values = st.lists(sizes | sizes.map(lambda x: -x) | st.just(0.0), min_size=1, max_size=8)
-        return st.fixed_dictionaries(
-            {"w": values.map(lambda few: np.resize(np.array(few, dtype=np.float32), subject.unit))}
-        )
+        signed = sizes | sizes.map(lambda x: -x)
+        few = st.tuples(signed, st.lists(signed | st.just(0.0), max_size=7)).map(lambda drawn: [drawn[0], *drawn[1]])
+        return st.fixed_dictionaries({"w": few.map(lambda w: np.resize(np.array(w, dtype=np.float32), subject.unit))})
 
     return inputs
 

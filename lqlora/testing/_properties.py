@@ -232,11 +232,14 @@ def equal_weights(subject: Subject, w: Weights) -> None:
 @_promise(_inputs.tied, "block_size", "levels", "ties_to")
 def tie_direction(subject: Subject, w: Weights) -> None:
     """A weight midway between two levels goes to the level that was asked for, the lower or the upper."""
-    levels, absmax = subject.normalized, subject.absmax(w)
+    levels, absmax, out = subject.normalized, subject.absmax(w), subject.flat(w)
     below = np.clip(np.searchsorted(levels, w / absmax) - 1, 0, levels.size - 2)
-    step = int(subject.ties_to == "upper")
-    wanted = np.where(w == absmax, absmax, levels[below + step] * absmax)
-    _expect_near(subject.flat(w), wanted, (subject.tolerance + np.diff(levels).min() / 4) * absmax)
+    lower, upper = levels[below] * absmax, levels[below + 1] * absmax
+    nearer_to_lower = np.abs(out - lower) < np.abs(out - upper)
+    wrong = np.flatnonzero((w != absmax) & (nearer_to_lower == (subject.ties_to == "upper")))
+    if wrong.size:
+        i = int(wrong[0])
+        raise ViolationError(f"weight {w[i]} at index {i}, between {lower[i]:.7g} and {upper[i]:.7g}, became {out[i]}")
 
 
 @_promise(_inputs.ordinary, "independent_blocks")

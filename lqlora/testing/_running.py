@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -26,17 +27,14 @@ def try_property(prop: Property, subject: Subject, settings: hypothesis.settings
     reason = prop.missing(subject)
     if reason:
         return Finding(prop.name, prop.statement, "skipped", reason)
-    last: dict[str, Any] = {}
+    last = _Last({}, "")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings are part of no promise
             _search(prop, subject, settings, last)
-    except (ViolationError, RefusedError) as error:
-        message = f"{describe(last)}: {str(error).rstrip('.')}."
-        return Finding(prop.name, prop.statement, "failed", message, last)
-    except Flaky:
-        message = f"{describe(last)}: fails, but not each time."
-        return Finding(prop.name, prop.statement, "failed", message, last)
+    except (ViolationError, RefusedError, Flaky) as error:
+        often = " (not at each try)" if isinstance(error, Flaky) else ""
+        return Finding(prop.name, prop.statement, "failed", f"{_spelled(last.drawn)}: {last.fault}{often}.", last.drawn)
     except NotApplicableError as error:
         return Finding(prop.name, prop.statement, "skipped", str(error))
     except (AdapterError, HypothesisException) as error:
@@ -44,26 +42,32 @@ def try_property(prop: Property, subject: Subject, settings: hypothesis.settings
     return Finding(prop.name, prop.statement, "passed")
 
 
-def _search(prop: Property, subject: Subject, settings: hypothesis.settings, last: dict[str, Any]) -> None:
+@dataclass
+class _Last:
+    """The last input that failed: after Hypothesis has shrunk it, the smallest one."""
+
+    drawn: dict[str, Any]
+    fault: str
+
+
+def _search(prop: Property, subject: Subject, settings: hypothesis.settings, last: _Last) -> None:
     @settings
     @hypothesis.given(prop.inputs(subject))
     def attempt(drawn: dict[str, Any]) -> None:
         try:
             prop.check(subject, **drawn)
-        except (ViolationError, RefusedError):  # the smallest input is the last that is tried
-            last.clear()
-            last.update(drawn)
+        except (ViolationError, RefusedError) as error:
+            last.drawn, last.fault = drawn, str(error).rstrip(".")
             raise
 
     attempt()
 
 
-def describe(drawn: dict[str, Any]) -> str:
-    """Spell an input in one line."""
-    return ", ".join(f"{name} = {_spelled(value)}" for name, value in drawn.items())
+def _spelled(drawn: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {_value(value)}" for name, value in drawn.items())
 
 
-def _spelled(value: object) -> str:
+def _value(value: object) -> str:
     if not isinstance(value, np.ndarray):
         return repr(value)
     dtype = f"{value.dtype}, shape {value.shape}"

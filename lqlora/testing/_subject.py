@@ -46,6 +46,7 @@ class Subject:
     dequantize: Callable[[Any], Any]
     adapt: Callable[[npt.NDArray[Any]], Any] | None
     block_size: int | None
+    size_multiple: int
     levels: Wide | None
     ties_to: Literal["lower", "upper"] | None
     symmetric: bool
@@ -57,8 +58,8 @@ class Subject:
 
     @property
     def unit(self) -> int:
-        """Weights in the smallest even number of whole blocks."""
-        return lcm(self.block_size or 1, 2)
+        """Smallest even number of weights that fill whole blocks and that the quantizer takes."""
+        return lcm(self.block_size or 1, self.size_multiple, 2)
 
     @cached_property
     def normalized(self) -> Wide:

@@ -32,6 +32,7 @@ def check_quantizer(
     *,
     adapt: Callable[[npt.NDArray[Any]], Any] | None = None,
     block_size: int | None = None,
+    size_multiple: int = 1,
     levels: Codebook | Sequence[float] | npt.NDArray[Any] | None = None,
     ties_to: Literal["lower", "upper"] | None = None,
     symmetric: bool = False,
@@ -58,6 +59,9 @@ def check_quantizer(
         the quantizer: layouts and dtypes that it refuses are passed over.
     block_size : int, optional
         Weights per scale, in row-major order. Properties of blocks need it.
+    size_multiple : int, default 1
+        Where the quantizer takes only multiples of a number of weights, that number: all properties but those of odd
+        sizes, tails, single weights and none then keep to it.
     levels : Codebook or sequence of float, optional
         Values a code can stand for, where the largest weight of a block stands for the largest absolute level.
     ties_to : {"lower", "upper"}, optional
@@ -73,8 +77,8 @@ def check_quantizer(
         The same, for scales that are rounded: a fraction of the largest weight of the block, or of the array if
         blocks are not independent. Used by the error bounds only.
     smallest, largest : float, default 2**-100 and 2**100
-        Range of the largest absolute weight of a block in which the quantizer works. The properties "subnormal" and
-        "huge" leave it on purpose.
+        Range of the largest absolute weight of a block in which the quantizer works; it includes 1/4 and 1. The
+        properties "subnormal" and "huge" leave it on purpose.
     only : collection of str, optional
         Names of the properties to try.
     exclude : collection of str, optional
@@ -118,7 +122,7 @@ def check_quantizer(
     1 passed, 1 failed.
     """
     subject = Subject(
-        quantize, dequantize, adapt, block_size, _sorted_levels(levels), ties_to,
+        quantize, dequantize, adapt, block_size, size_multiple, _sorted_levels(levels), ties_to,
         symmetric, independent_blocks, tolerance, scale_tolerance, smallest, largest,
     )  # fmt: skip
     _require_sound(subject, max_examples)
@@ -190,24 +194,26 @@ def _sorted_levels(levels: Codebook | Sequence[float] | npt.NDArray[Any] | None)
 
 
 def _require_sound(subject: Subject, max_examples: int) -> None:
-    whole = isinstance(subject.block_size, int) and not isinstance(subject.block_size, bool)
-    if subject.block_size is not None and not (whole and subject.block_size >= 1):
-        raise InvalidArgumentError(f"A block holds at least 1 weight, not {subject.block_size!r}.")
+    for name in ("block_size", "size_multiple"):
+        number = getattr(subject, name)
+        absent = name == "block_size" and number is None
+        if not absent and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise InvalidArgumentError(f"{name} is an integer of at least 1, not {number!r}.")
     if subject.ties_to not in (None, "lower", "upper"):
         raise InvalidArgumentError(f"Ties go to 'lower' or 'upper', not {subject.ties_to!r}.")
     if not (subject.tolerance >= 0 and subject.scale_tolerance >= 0):
-        raise InvalidArgumentError("A tolerance is not negative.")
-    if not (subject.smallest >= 2.0**-126 and 4 * subject.smallest <= subject.largest <= 2.0**127):
-        raise InvalidArgumentError(
-            "The range of weights must lie in 2**-126 to 2**127, and be wider than a factor of 4."
-        )
+        raise InvalidArgumentError("A tolerance is a number, not negative.")
+    if not (2.0**-126 <= subject.smallest <= 0.25 and 1 <= subject.largest <= 2.0**127):
+        raise InvalidArgumentError("The range of weights must lie in 2**-126 to 2**127, and reach from 1/4 to 1.")
     if max_examples < 1:
         raise InvalidArgumentError(f"At least one example is tried, not {max_examples!r}.")
 
 
 def _selected(only: Collection[str] | None, exclude: Collection[str]) -> list[str]:
-    names = list(REGISTRY) if only is None else [name for name in REGISTRY if name in only]
+    for names in (only, exclude):
+        if isinstance(names, str):
+            raise InvalidArgumentError(f"Names of properties come in a list, not as the text {names!r}.")
     unknown = sorted({*(only or ()), *exclude} - set(REGISTRY))
-    if isinstance(only, str) or isinstance(exclude, str) or unknown:
+    if unknown:
         raise InvalidArgumentError(f"Properties are chosen from {', '.join(REGISTRY)}, not {', '.join(unknown)}.")
-    return names
+    return [name for name in REGISTRY if only is None or name in only]

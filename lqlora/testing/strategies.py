@@ -37,7 +37,10 @@ __all__ = [
 ]
 
 #: Signs, zeros, both ends of the subnormal range, both ends of the normal range of float32.
-HARD = (0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, -1e-30, 0.5, -1.0, 1.0, 3e38, -3.4028235e38)
+HARD = tuple(
+    float(np.float32(x))
+    for x in (0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, -1e-30, 0.5, -1.0, 1.0, 3e38, -3.4028235e38)
+)
 
 #: What :func:`lay_out` knows.
 LAYOUTS = ("contiguous", "transposed", "every second", "reversed")
@@ -205,6 +208,8 @@ def block_weights(
 ) -> npt.NDArray[np.float32]:
     """Blocks of very different size, none of them all zeros; each is a few weights among zeros, or noise.
 
+    The largest weight of a block is often its first or its last, where faults by one show.
+
     Parameters
     ----------
     block_size : int, default 64
@@ -232,6 +237,7 @@ def block_weights(
 
 
 def _one_block(draw: DrawFn, count: int, smallest: float, largest: float) -> npt.NDArray[np.float32]:
+    place = st.sampled_from([0, count - 1]) | st.integers(0, count - 1)
     if draw(st.booleans()):
         noise = np.random.default_rng(draw(st.integers(0, 2**16))).standard_normal(count)
         block = np.clip(noise / 3, -1, 1)
@@ -239,8 +245,8 @@ def _one_block(draw: DrawFn, count: int, smallest: float, largest: float) -> npt
     else:
         block = np.zeros(count)
         for value in draw(st.lists(st.integers(-1024, 1024), max_size=4)):
-            block[draw(st.integers(0, count - 1))] = value / 1024
-    block[draw(st.integers(0, count - 1))] = draw(st.sampled_from([1.0, -1.0]))
+            block[draw(place)] = value / 1024
+    block[draw(place)] = draw(st.sampled_from([1.0, -1.0]))
     exponent = draw(st.integers(int(np.ceil(np.log2(smallest))), int(np.floor(np.log2(largest))) - 1))
     mantissa = draw(st.integers(1024, 2047))
     return (block * (mantissa / 1024 * 2.0**exponent)).astype(np.float32)

@@ -31,7 +31,7 @@ def conforms(text, adapt=None):
     fmt = lq.BlockFormat.parse(text)
     return assert_quantizer_conforms(
         lambda w: lq.quantize(w, fmt), lq.dequantize, adapt=adapt,
-        block_size=fmt.block_size, levels=fmt.codebook, ties_to="lower", max_examples=30, **FORMATS[text],
+        block_size=fmt.block_size, levels=fmt.codebook, ties_to="lower", max_examples=20, **FORMATS[text],
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +51,11 @@ def test_properties_are_selected_by_name():
     report = check_quantizer(same, same, only={"zeros", "shape"}, max_examples=5)
     assert [f.name for f in report.findings] == ["shape", "zeros"]
     assert report.findings[0].statement == PROPERTIES["shape"] == "What comes back has the shape of the input."
+
+
+def test_the_reference_lists_every_promise():
+    page = (Path(__file__).parents[2] / "docs/reference/testing.md").read_text(encoding="utf-8")
+    assert [name for name, promise in PROPERTIES.items() if f"| `{name}` | {promise}" not in page] == []
 
 
 def test_excluded_properties_are_listed_as_skipped():

@@ -17,7 +17,7 @@ FAR_OFF = ("error_bound", "float16", "bfloat16", "float64")
 FAULTS = [
     (broken.ForgetsTheShape, "shape", ("zero_dimensional", "empty")),
     (broken.OverflowsInHalfPrecision, "finite",
-     ("power_of_two_scaling", "error_bound", "nearest_level", "idempotence", "huge", "bfloat16", "float64")),
+     ("power_of_two_scaling", "error_bound", "nearest_level", "tie_direction", "idempotence", "huge", "bfloat16", "float64")),
     (broken.WritesToTheInput, "input_unchanged", ()),
     (broken.DividesByZero, "zeros", ()),
     (broken.TakesZeroForTheSmallestScale, "zero_block", ()),
@@ -30,7 +30,7 @@ FAULTS = [
     (broken.NeedsTwoWeights, "one_element", ("zero_dimensional",)),
     (broken.RefusesNoDimensions, "zero_dimensional", ()),
     (broken.RefusesEmpty, "empty", ()),
-    (broken.HalvesTheScale, "error_bound", ("idempotence", *FAR_OFF)),
+    (broken.HalvesTheScale, "error_bound", ("tie_direction", "idempotence", *FAR_OFF)),
     (broken.RoundsDown, "nearest_level", FAR_OFF),
     (broken.TiesByPosition, "equal_weights", ("tie_direction",)),
     (broken.TiesUp, "tie_direction", ()),

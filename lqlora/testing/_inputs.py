@@ -83,12 +83,12 @@ def zeros(subject: Subject) -> Inputs:
 def with_zero_block(subject: Subject) -> Inputs:
     """Zeros for a block, or two where one would be of odd size, beside easy weights."""
 
-    def insert(drawn: tuple[Weights, int]) -> Weights:
+    def _insert(drawn: tuple[Weights, int]) -> Weights:
         w, block = drawn
         return np.insert(w, block * subject.unit % (w.size + subject.unit), np.zeros(subject.unit, dtype=np.float32))
 
     pairs = st.tuples(_sized(subject, _units(subject)), st.integers(0, _BLOCKS))
-    return st.fixed_dictionaries({"w": pairs.map(insert)})
+    return st.fixed_dictionaries({"w": pairs.map(_insert)})
 
 
 def with_replacement(subject: Subject) -> Inputs:
@@ -173,25 +173,25 @@ def with_non_finite(subject: Subject) -> Inputs:
 def between(low: float, high: float) -> Callable[[Subject], Inputs]:
     """Weights that are zero or have absolute values in a range at one end of float32, the first not zero."""
 
-    def inputs(subject: Subject) -> Inputs:
+    def _of(subject: Subject) -> Inputs:
         sizes = st.floats(low, high, width=32)
         signed = sizes | sizes.map(lambda x: -x)
         few = st.tuples(signed, st.lists(signed | st.just(0.0), max_size=7)).map(lambda drawn: [drawn[0], *drawn[1]])
         return st.fixed_dictionaries({"w": few.map(lambda w: np.resize(np.array(w, dtype=np.float32), subject.unit))})
 
-    return inputs
+    return _of
 
 
 def in_dtype(dtype: Any, low: float, high: float) -> Callable[[Subject], Inputs]:
     """Easy weights of another dtype, within its normal range."""
 
-    def inputs(subject: Subject) -> Inputs:
+    def _of(subject: Subject) -> Inputs:
         smallest, largest = _range(subject)
         bounds = max(low, smallest), min(high, largest)
         arrays = block_weights(subject.block_size or _SOME_BLOCK, _units(subject), *bounds)
         return st.fixed_dictionaries({"w": arrays.map(lambda w: w.astype(dtype))})
 
-    return inputs
+    return _of
 
 
 def integers(subject: Subject) -> Inputs:

@@ -65,7 +65,17 @@ def row(matrices, text):
     errors = [(error / norm) ** 0.5 for error in (plain[0], scaled[0], fitted[0])]
     lower = [f"{100 * (1 - error / errors[0]):.1f} %" for error in errors[1:]]
     bits = [f"{storage / size:.4f}" for storage in (plain[1], fitted[1])]
-    return text, bits[0], f"{errors[0]:.4f}", f"{errors[1]:.4f}", lower[0], bits[1], f"{errors[2]:.4f}", lower[1], f"{seconds:.0f}"
+    return (
+        text,
+        bits[0],
+        f"{errors[0]:.4f}",
+        f"{errors[1]:.4f}",
+        lower[0],
+        bits[1],
+        f"{errors[2]:.4f}",
+        lower[1],
+        f"{seconds:.0f}",
+    )
 
 
 def main():

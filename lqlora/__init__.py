@@ -1,7 +1,7 @@
 """Low-rank plus quantized weight decomposition: ``W ≈ Q + scaling * lora_B @ lora_A``.
 
 Every step is a function on arrays of NumPy, torch or any library that follows the array API standard; ``lqlora.nn`` is
-the bridge to torch modules and is imported at first use.
+the bridge to torch modules, ``lqlora.testing`` the way to test a quantizer; both are imported at first use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
 from lqlora.quantized import QuantizedArray, dequantize, matmul, quantize
 
 if TYPE_CHECKING:
-    from lqlora import nn
+    from lqlora import nn, testing
 
 __version__ = "0.1.0"
 
@@ -69,6 +69,7 @@ __all__ = [
     "small_float",
     "solvers",
     "student_float",
+    "testing",
     "uniform",
     "verify",
     "weighting",
@@ -76,6 +77,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "nn":  # needs torch, which nothing else here does
-        return importlib.import_module("lqlora.nn")
+    if name in ("nn", "testing"):  # need torch and Hypothesis, which nothing else here does
+        return importlib.import_module(f"lqlora.{name}")
     raise AttributeError(f"module 'lqlora' has no attribute {name!r}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "ConformanceError",
     "FormatError",
     "InfeasibleBudgetError",
     "InvalidArgumentError",
@@ -64,6 +65,10 @@ class SolverError(LQLoRAError, RuntimeError):
 
 class CheckpointError(LQLoRAError, OSError):
     """A checkpoint is truncated, inconsistent, or cannot be written."""
+
+
+class ConformanceError(LQLoRAError, AssertionError):
+    """A quantizer broke a promise that a test asked of it."""
 
 
 class InfeasibleBudgetError(LQLoRAError, ValueError):

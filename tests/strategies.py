@@ -1,33 +1,15 @@
-"""What the tests draw from: hard weights, layouts in memory, formats; and the way into and out of array libraries."""
+"""What the strategies of lqlora.testing do not know of: the way into and out of array libraries."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import array_api_compat
 import ml_dtypes
 import numpy as np
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-
-from lqlora import BlockFormat, Codebook, ScaleFormat, normal_float, uniform
-
-if TYPE_CHECKING:
-    from hypothesis.strategies import DrawFn, SearchStrategy
 
 #: Storage dtypes of scales by library: the array API standard has none below float32.
 SCALE_DTYPES = {"array_api_strict": ("float32",)}
-
-#: Signs, zeros, both ends of the subnormal range, both ends of the normal range.
-HARD = (0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, -1e-30, 0.5, -1.0, 1.0, 3e38, -3.4028235e38)
-
-LAYOUTS = ("contiguous", "transposed", "every second", "reversed")
-
-ALL_CODEBOOKS = (
-    *(normal_float(bits) for bits in range(2, 9)),
-    *(uniform(bits) for bits in range(2, 9)),
-    *(uniform(bits, signed=False) for bits in range(1, 9)),
-)
 
 
 def scale_dtypes(xp: Any) -> tuple[str, ...]:
@@ -62,81 +44,3 @@ def _torch_uint16(array: Any) -> Any:
 def stored(q: Any) -> dict[str, bytes]:
     """Bytes of every stored array: equal on all libraries, or the library is wrong."""
     return {name: host(array).tobytes() for name, array in q.to_arrays().items()}
-
-
-def lay_out(xp: Any, array: np.ndarray, layout: str) -> Any:
-    """Return the same entries in the same logical order, held differently in memory."""
-    if layout == "contiguous" or array.ndim == 0:
-        return on(xp, array)
-    if layout == "transposed":
-        axes = tuple(reversed(range(array.ndim)))
-        return xp.permute_dims(on(xp, np.ascontiguousarray(array.transpose(axes))), axes)
-    if layout == "every second":
-        wide = np.full((2 * array.shape[0], *array.shape[1:]), 7, dtype=array.dtype)
-        wide[::2] = array
-        return on(xp, wide)[::2, ...]
-    if "torch" in xp.__name__:  # has no negative strides
-        return xp.flip(on(xp, array[::-1]), axis=0)
-    return on(xp, np.ascontiguousarray(array[::-1]))[::-1, ...]
-
-
-def shapes(max_dims: int = 3, max_side: int = 6) -> SearchStrategy[tuple[int, ...]]:
-    """Shapes of 0 to 3 dimensions, empty ones included."""
-    return hnp.array_shapes(min_dims=0, max_dims=max_dims, min_side=0, max_side=max_side)
-
-
-def _limit(largest: float) -> SearchStrategy[float]:
-    """Hard values, and any float32, not beyond ``largest``."""
-    bound = (
-        float(np.float32(largest)) if np.float32(largest) <= largest else float(np.nextafter(np.float32(largest), 0))
-    )
-    return st.sampled_from([x for x in HARD if abs(x) <= bound]) | st.floats(-bound, bound, width=32)
-
-
-@st.composite
-def weights(
-    draw: DrawFn, dtype: Any = np.float32, largest: float = 3.4e38, shape: SearchStrategy[tuple[int, ...]] | None = None
-) -> np.ndarray:
-    """Normal noise of any size with hard values strewn in and a stretch of zeros, in any shape."""
-    dimensions = draw(shapes() if shape is None else shape)
-    seed = draw(st.integers(0, 2**16))
-    size = draw(st.integers(-126, 120))
-    noise = np.random.default_rng(seed).standard_normal(dimensions) * 2.0**size
-    array = np.atleast_1d(np.clip(noise, -largest, largest)).reshape(-1)
-    if array.size:
-        for value in draw(st.lists(_limit(largest), max_size=8)):
-            array[draw(st.integers(0, array.size - 1))] = value
-        start = draw(st.integers(0, array.size))
-        array[start : start + draw(st.integers(0, 20))] = 0.0
-    with np.errstate(under="ignore"):
-        return array.reshape(dimensions).astype(dtype)
-
-
-@st.composite
-def ties(draw: DrawFn, codebook: Codebook) -> np.ndarray:
-    """One block whose entries are its largest entry times the midpoints between levels: power-of-two scales tie."""
-    scale = np.float32(2.0 ** draw(st.integers(-60, 60)))
-    boundaries = draw(st.permutations(codebook.boundaries.tolist()))
-    return np.array([1.0, *boundaries], dtype=np.float32) * scale
-
-
-@st.composite
-def scale_formats(draw: DrawFn, dtypes: tuple[str, ...], depth: int = 2) -> ScaleFormat:
-    inner = st.sampled_from(dtypes)
-    if depth > 1:
-        inner = inner | scale_formats(dtypes, depth - 1)
-    offset = draw(st.sampled_from(["min", "none"]))
-    return ScaleFormat(draw(st.integers(1, 8)), draw(st.integers(1, 20)), draw(inner), offset)
-
-
-def formats(
-    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"), depth: int = 2
-) -> SearchStrategy[BlockFormat]:
-    """All codebooks, blocks of 1 to 70, scales as floats or quantized themselves."""
-    scales = st.sampled_from(dtypes) | scale_formats(dtypes, depth)
-    return st.builds(BlockFormat, st.sampled_from(ALL_CODEBOOKS), st.integers(1, 70), scales)
-
-
-def largest_for(fmt: BlockFormat) -> float:
-    """Return the largest weight whose scale every level of the format can hold."""
-    return 6e4 if "float16" in str(fmt).replace("bfloat16", "") else 1e38

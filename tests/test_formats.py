@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, ScaleFormat, normal_float, paper_grid
 from lqlora.errors import FormatError, InvalidArgumentError
-from tests.strategies import formats, shapes
+from lqlora.testing.strategies import formats, shapes
 
 
 def counted_bits(fmt, count):

@@ -10,7 +10,7 @@ import pytest
 from lqlora._optional import is_installed
 from tests.requirements import require_or_skip
 
-OPTIONAL = ("torch", "cupy", "transformers", "gguf", "highspy", "matplotlib", "rich", "typer")
+OPTIONAL = ("torch", "cupy", "transformers", "gguf", "highspy", "matplotlib", "rich", "typer", "hypothesis")
 
 
 def imported_by(code):

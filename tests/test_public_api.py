@@ -12,11 +12,12 @@ CONTRACT = {
     "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
          "decompose", "Decomposition", "QuantizedArray", "initializers", "weighting", "cost_table", "allocate", "Plan", "solvers",
          "backends", "forced", "nn", "save", "load", "verify", "codebooks", "affine", "dynamic8", "fp4", "logarithmic", "small_float",
-         "student_float"],
+         "student_float", "testing"],
     "codebooks": ["AF4", "FP4_BNB", "abnormal_float", "block_optimal", "by_name", "is_standard"],
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],
     "backends": ["available", "explain"],
+    "testing": ["strategies", "check_quantizer", "assert_quantizer_conforms", "Report", "Finding", "PROPERTIES"],
 }  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def test_public_names_are_sorted_and_listed_once(name):
 
 
 def test_public_names_are_all_that_dir_promises():
-    assert set(lqlora.__all__) <= {*dir(lqlora), "nn"}
+    assert set(lqlora.__all__) <= {*dir(lqlora), "nn", "testing"}
 
 
 def test_unknown_attributes_are_refused_by_name():

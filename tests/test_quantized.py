@@ -8,21 +8,9 @@ from hypothesis import strategies as st
 import lqlora as lq
 from lqlora import NF4, BlockFormat, Codebook, QuantizedArray, ScaleFormat, dequantize, quantize
 from lqlora.errors import FormatError, InvalidArgumentError, MixedArraysError, NonFiniteError, UnsupportedArrayError
+from lqlora.testing.strategies import ALL_CODEBOOKS, LAYOUTS, formats, largest_for, lay_out, shapes, ties, weights
 from tests.oracles import quantize as oracle
-from tests.strategies import (
-    ALL_CODEBOOKS,
-    LAYOUTS,
-    formats,
-    host,
-    largest_for,
-    lay_out,
-    on,
-    scale_dtypes,
-    shapes,
-    stored,
-    ties,
-    weights,
-)
+from tests.strategies import host, on, scale_dtypes, stored
 
 DOUBLE = "nf4/16:u8/4:float32"
 
@@ -51,7 +39,7 @@ def levels_of(q):
 def test_bytes_and_values_equal_the_oracle(xp, data, layout):
     w, fmt = draw_case(data, xp)
     expected_bytes, expected = oracle.quantize(w, fmt)
-    q = quantize(lay_out(xp, w, layout), fmt)
+    q = quantize(lay_out(on(xp, w), layout), fmt)
     assert stored(q) == expected_bytes
     assert q.shape == w.shape
     dense = host(dequantize(q))
@@ -128,7 +116,7 @@ def test_the_tail_is_a_block_of_its_own(xp, data):
 @pytest.mark.parametrize("shape", [(6, 35), (3, 5, 14), (210,)])
 def test_the_result_depends_on_logical_order_only(xp, layout, shape):
     w, fmt = ramp(*shape), BlockFormat.parse(DOUBLE)
-    assert stored(quantize(lay_out(xp, w, layout), fmt)) == stored(quantize(on(xp, w), fmt))
+    assert stored(quantize(lay_out(on(xp, w), layout), fmt)) == stored(quantize(on(xp, w), fmt))
 
 
 def test_a_broadcast_view_is_an_array_like_any_other(xp):

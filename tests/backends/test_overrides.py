@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import lqlora as lq
 from lqlora import NF4, ops, quantize
 from lqlora.errors import InvalidArgumentError, MixedArraysError
-from tests.strategies import ALL_CODEBOOKS, formats, host, largest_for, on, stored, weights
+from lqlora.testing.strategies import ALL_CODEBOOKS, formats, largest_for, weights
+from tests.strategies import host, on, stored
 
 #: What typical arguments are to run on. An operation without an entry has no override in that library.
 FAST = {

@@ -127,6 +127,8 @@ def exported(draw):
 
 
 @given(exported())
+# What a mean offset loses of small blocks is warned of, and is not what is tested here.
+@pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 def test_what_is_exported_decodes_by_the_plain_reader_as_it_does_here(drawn):
     q, tensors = drawn
     assert bits(oracle.decode(tensors)) == bits(lq.dequantize(q))

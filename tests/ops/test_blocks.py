@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lqlora.ops import block_absmax, from_blocks, to_blocks
+from lqlora.testing.strategies import weights
 from tests.oracles import quantize as oracle
-from tests.strategies import host, on, weights
+from tests.strategies import host, on
 
 flat = weights(shape=st.tuples(st.integers(0, 150)))
 sizes = st.integers(1, 70)

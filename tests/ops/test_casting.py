@@ -7,8 +7,9 @@ from hypothesis import given
 
 from lqlora.errors import LQLoRAError, UnsupportedArrayError
 from lqlora.ops import convert, dtype_name, storage_cast, stored_bytes, widen
+from lqlora.testing.strategies import weights
 from tests.oracles.quantize import STORAGE
-from tests.strategies import host, on, scale_dtypes, weights
+from tests.strategies import host, on, scale_dtypes
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 

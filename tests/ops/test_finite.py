@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lqlora.errors import NonFiniteError
 from lqlora.ops import require_finite, sum_of_squares
-from tests.strategies import host, on, shapes, weights
+from lqlora.testing.strategies import shapes, weights
+from tests.strategies import host, on
 
 
 @given(w=weights())

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook
 from lqlora.ops import decode, encode, nearest_codes, pack_codes, unpack_codes
+from lqlora.testing.strategies import ALL_CODEBOOKS, ties, weights
 from tests.oracles import quantize as oracle
-from tests.strategies import ALL_CODEBOOKS, host, on, ties, weights
+from tests.strategies import host, on
 
 codebooks = st.sampled_from(ALL_CODEBOOKS) | st.lists(
     st.floats(-2, 2, width=32), min_size=2, max_size=40, unique=True

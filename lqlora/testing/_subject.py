@@ -1,0 +1,139 @@
+"""The quantizer under test, and what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lqlora import ops
+from lqlora._dispatch import array_library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    Wide = npt.NDArray[np.float64]
+
+__all__ = ["AdapterError", "NotApplicableError", "RefusedError", "Subject", "ViolationError", "as_row", "on_host"]
+
+
+class ViolationError(Exception):
+    """The quantizer broke the promise."""
+
+
+class RefusedError(Exception):
+    """The quantizer raised."""
+
+
+class AdapterError(Exception):
+    """The caller's ``adapt`` raised: nothing can be said of the quantizer."""
+
+
+class NotApplicableError(Exception):
+    """The property cannot be tried on this quantizer."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A quantizer and the options of :func:`lqlora.testing.check_quantizer`, under the same names."""
+
+    quantize: Callable[[Any], Any]
+    dequantize: Callable[[Any], Any]
+    adapt: Callable[[npt.NDArray[Any]], Any] | None
+    block_size: int | None
+    size_multiple: int
+    levels: Wide | None
+    ties_to: Literal["lower", "upper"] | None
+    symmetric: bool
+    independent_blocks: bool
+    tolerance: float
+    scale_tolerance: float
+    smallest: float
+    largest: float
+
+    @property
+    def unit(self) -> int:
+        """Smallest even number of weights that fill whole blocks and that the quantizer takes."""
+        return lcm(self.block_size or 1, self.size_multiple, 2)
+
+    @cached_property
+    def normalized(self) -> Wide:
+        """The levels, divided by the largest absolute level."""
+        if self.levels is None:
+            raise NotApplicableError("needs levels")
+        scaled: Wide = self.levels / np.abs(self.levels).max()
+        return scaled
+
+    @cached_property
+    def boundaries(self) -> Wide:
+        """Midpoints of neighboring levels, as float32 has the levels."""
+        levels = self.normalized.astype(np.float32).astype(np.float64)
+        midpoints: Wide = (levels[1:] + levels[:-1]) / 2
+        return midpoints
+
+    @cached_property
+    def radius(self) -> float:
+        """Largest distance of a number between -1 and 1 from the nearest normalized level."""
+        levels = self.normalized
+        return float(max(np.diff(levels).max() / 2, levels[0] + 1, 1 - levels[-1]))
+
+    def adapted(self, w: npt.NDArray[Any]) -> Any:
+        """Return what the quantizer takes for the array."""
+        try:
+            return w if self.adapt is None else self.adapt(w)
+        except Exception as error:
+            raise AdapterError(f"adapt() raised {_named(error)}") from error
+
+    def run(self, taken: Any) -> Wide:
+        """Quantize, dequantize, and return what comes out, exactly, as float64."""
+        try:
+            return np.array(on_host(self.dequantize(self.quantize(taken))), dtype=np.float64)
+        except Exception as error:
+            raise RefusedError(f"the quantizer raised {_named(error)}") from error
+
+    def round_trip(self, w: npt.NDArray[Any]) -> Wide:
+        """Run on a row-major copy of the array."""
+        return self.run(self.adapted(np.array(w, order="C")))
+
+    def flat(self, w: npt.NDArray[Any]) -> Wide:
+        """As :meth:`round_trip`, as one row: the shape is the business of one property only."""
+        return as_row(self.round_trip(w), w.size)
+
+    def blocks(self, size: int) -> list[slice]:
+        """Return where the blocks are; the whole array is one if their size is not known."""
+        step = self.block_size or max(1, size)
+        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+    def absmax(self, w: npt.NDArray[Any]) -> Wide:
+        """Return for each weight the largest absolute weight of its block."""
+        size = np.abs(w.astype(np.float64).reshape(-1))
+        return np.concatenate([np.full(size[block].size, size[block].max()) for block in self.blocks(size.size)])
+
+    def allowed_error(self, w: npt.NDArray[Any], rounding: float = 0.0) -> Wide:
+        """Return for each weight half the widest gap in the scale of its block, and what the caller allows beyond."""
+        absmax = self.absmax(w)
+        radius = 1.0 if self.levels is None else self.radius
+        of_scale = absmax if self.independent_blocks else np.full(absmax.shape, absmax.max())
+        return (radius + self.tolerance + rounding) * absmax + self.scale_tolerance * of_scale
+
+
+def on_host(array: Any) -> npt.NDArray[Any]:
+    """Return what a quantizer gave, or was given, as a NumPy array."""
+    return np.asarray(ops.convert(array, np) if array_library(array) else array)
+
+
+def as_row(out: Wide, size: int) -> Wide:
+    """Return the entries in logical order; there must be as many as there were weights."""
+    if out.size != size:
+        raise ViolationError(f"{size} weights became {out.size}")
+    return out.reshape(-1)
+
+
+def _named(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

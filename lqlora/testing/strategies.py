@@ -1,0 +1,380 @@
+"""Hypothesis strategies: weights that quantizers get wrong, layouts in memory, codebooks and formats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lqlora._dispatch import array_library, namespace
+from lqlora.codebooks import Codebook, normal_float, uniform
+from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat, ScaleFormat
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from hypothesis.strategies import DrawFn, SearchStrategy
+
+    from lqlora._typing import Array, FloatName
+
+__all__ = [
+    "ALL_CODEBOOKS",
+    "HARD",
+    "LAYOUTS",
+    "block_weights",
+    "codebooks",
+    "formats",
+    "hard_floats",
+    "largest_for",
+    "lay_out",
+    "scale_formats",
+    "shapes",
+    "ties",
+    "weights",
+]
+
+#: Signs, zeros, both ends of the subnormal range, both ends of the normal range of float32.
+HARD = tuple(
+    float(np.float32(x))
+    for x in (0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, -1e-30, 0.5, -1.0, 1.0, 3e38, -3.4028235e38)
+)
+
+#: What :func:`lay_out` knows.
+LAYOUTS = ("contiguous", "transposed", "every second", "reversed")
+
+#: Every codebook that has a name.
+ALL_CODEBOOKS = (
+    *(normal_float(bits) for bits in range(2, 9)),
+    *(uniform(bits) for bits in range(2, 9)),
+    *(uniform(bits, signed=False) for bits in range(1, 9)),
+)
+
+#: The finest fraction of a block's largest weight that :func:`block_weights` draws: normal weights stay normal.
+_FINEST = 2.0**-20
+
+
+def lay_out(array: Array, layout: str) -> Array:
+    """Hold the same entries, in the same logical order, differently in memory.
+
+    Parameters
+    ----------
+    array : array of any library, any shape
+        The entries.
+    layout : {"contiguous", "transposed", "every second", "reversed"}
+        Row-major; with the axes in the opposite order; with gaps along the first axis; with negative strides.
+
+    Returns
+    -------
+    array
+        Equal to ``array``. A new array except where nothing is to be done: under "contiguous", for an array of no
+        dimensions, and under "reversed" for torch, which has no negative strides.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the layout is another word.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lay_out(np.zeros((2, 3), dtype=np.float32), "transposed").strides
+    (4, 8)
+    """
+    if layout not in LAYOUTS:
+        raise InvalidArgumentError(f"A layout is one of {', '.join(LAYOUTS)}, not {layout!r}.")
+    no_reversal = layout == "reversed" and array_library(array) == "torch"
+    if layout == "contiguous" or array.ndim == 0 or no_reversal:
+        return array
+    xp = namespace(array)
+    if layout == "transposed":
+        axes = tuple(reversed(range(array.ndim)))
+        return xp.permute_dims(_compact(xp, xp.permute_dims(array, axes)), axes)
+    if layout == "every second":
+        device = array_api_compat.device(array)
+        wide = xp.full((2 * array.shape[0], *array.shape[1:]), 7, dtype=array.dtype, device=device)
+        wide[::2, ...] = array
+        return wide[::2, ...]
+    return _compact(xp, xp.flip(array, axis=0))[::-1, ...]
+
+
+def _compact(xp: Any, array: Array) -> Array:
+    """Copy to row-major order: a copy of a flat array has no strides to keep."""
+    return xp.reshape(xp.asarray(xp.reshape(array, (-1,)), copy=True), tuple(array.shape))
+
+
+def shapes(max_dims: int = 3, max_side: int = 6) -> SearchStrategy[tuple[int, ...]]:
+    """Shapes of few dimensions, empty ones and the shape of no dimensions included.
+
+    Parameters
+    ----------
+    max_dims : int, default 3
+        Most dimensions.
+    max_side : int, default 6
+        Longest side.
+
+    Returns
+    -------
+    SearchStrategy of tuple of int
+        Shapes.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(shapes(), lambda shape: 0 in shape)
+    (0,)
+    """
+    return hnp.array_shapes(min_dims=0, max_dims=max_dims, min_side=0, max_side=max_side)
+
+
+def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> SearchStrategy[float]:
+    """Any float32, with those that break quantizers drawn often.
+
+    Parameters
+    ----------
+    largest : float, default 3.4e38
+        Largest absolute value.
+    codebook : Codebook, optional
+        Draw the boundaries between its levels too: beside a weight of 1 they are ties.
+
+    Returns
+    -------
+    SearchStrategy of float
+        Values of float32: signed zeros, subnormals, the ends of the range, anything between.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(hard_floats(), lambda x: 0 < x < 1.2e-38) < 1.2e-38
+    True
+    """
+    bound = float(np.float32(largest))
+    if bound > largest:
+        bound = float(np.nextafter(np.float32(largest), np.float32(0)))
+    special = [*HARD, *(codebook.boundaries.tolist() if codebook is not None else ())]
+    return st.sampled_from([x for x in special if abs(x) <= bound]) | st.floats(-bound, bound, width=32)
+
+
+@st.composite
+def weights(
+    draw: DrawFn, dtype: Any = np.float32, largest: float = 3.4e38, shape: SearchStrategy[tuple[int, ...]] | None = None
+) -> npt.NDArray[Any]:
+    """Draw normal noise of any size with hard values strewn in and a stretch of zeros, in any shape.
+
+    Parameters
+    ----------
+    dtype : dtype, default float32
+        Of the array; values are drawn as those of float32.
+    largest : float, default 3.4e38
+        Largest absolute value.
+    shape : SearchStrategy of tuple of int, optional
+        Shapes to draw from; :func:`shapes` by default.
+
+    Returns
+    -------
+    SearchStrategy of ndarray
+        Finite weights.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from hypothesis import find
+    >>> find(weights(), lambda w: w.size > 2 and np.abs(w).max() > 1e30).dtype
+    dtype('float32')
+    """
+    dimensions = draw(shapes() if shape is None else shape)
+    seed = draw(st.integers(0, 2**16))
+    size = draw(st.integers(-126, 120))
+    noise = np.random.default_rng(seed).standard_normal(dimensions) * 2.0**size
+    array = np.atleast_1d(np.clip(noise, -largest, largest)).reshape(-1)
+    if array.size:
+        for value in draw(st.lists(hard_floats(largest), max_size=8)):
+            array[draw(st.integers(0, array.size - 1))] = value
+        start = draw(st.integers(0, array.size))
+        array[start : start + draw(st.integers(0, 20))] = 0.0
+    with np.errstate(under="ignore"):
+        return array.reshape(dimensions).astype(dtype)
+
+
+@st.composite
+def block_weights(
+    draw: DrawFn,
+    block_size: int = 64,
+    size: SearchStrategy[int] | None = None,
+    smallest: float = 2.0**-20,
+    largest: float = 2.0**20,
+) -> npt.NDArray[np.float32]:
+    """Blocks of very different size, none of them all zeros; each is a few weights among zeros, or noise.
+
+    The largest weight of a block is often its first or its last, where faults by one show.
+
+    Parameters
+    ----------
+    block_size : int, default 64
+        Weights per block.
+    size : SearchStrategy of int, optional
+        Number of weights; by default one to six whole blocks.
+    smallest, largest : float, default 2**-20 and 2**20
+        Range of the largest absolute weight of a block. Other weights are zero, or not below it by more than 2**-20.
+
+    Returns
+    -------
+    SearchStrategy of ndarray of float32, shape (n,)
+        Finite weights.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(block_weights(2), lambda w: w[0] > 0).tolist()
+    [1.0, 0.0]
+    """
+    count = draw(st.integers(1, 6).map(lambda blocks: blocks * block_size) if size is None else size)
+    starts = range(0, count, block_size)
+    blocks = [_one_block(draw, min(block_size, count - start), smallest, largest) for start in starts]
+    return np.concatenate([np.zeros(0, dtype=np.float32), *blocks])
+
+
+def _one_block(draw: DrawFn, count: int, smallest: float, largest: float) -> npt.NDArray[np.float32]:
+    place = st.sampled_from([0, count - 1]) | st.integers(0, count - 1)
+    if draw(st.booleans()):
+        noise = np.random.default_rng(draw(st.integers(0, 2**16))).standard_normal(count)
+        block = np.clip(noise / 3, -1, 1)
+        block[np.abs(block) < _FINEST] = 0.0
+    else:
+        block = np.zeros(count)
+        for value in draw(st.lists(st.integers(-1024, 1024), max_size=4)):
+            block[draw(place)] = value / 1024
+    block[draw(place)] = draw(st.sampled_from([1.0, -1.0]))
+    exponent = draw(st.integers(int(np.ceil(np.log2(smallest))), int(np.floor(np.log2(largest))) - 1))
+    mantissa = draw(st.integers(1024, 2047))
+    return (block * (mantissa / 1024 * 2.0**exponent)).astype(np.float32)
+
+
+@st.composite
+def ties(draw: DrawFn, codebook: Codebook) -> npt.NDArray[np.float32]:
+    """One block of a power of two and, in any order, that power times the boundaries between levels.
+
+    Parameters
+    ----------
+    codebook : Codebook
+        Whose largest absolute level is 1, so that the boundaries are ties after division by the scale.
+
+    Returns
+    -------
+    SearchStrategy of ndarray of float32, shape (number of levels,)
+        The block; its first weight is the power of two.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(ties(uniform(2)), lambda w: w[0] == 4).tolist()
+    [4.0, -2.0, 2.0]
+    """
+    scale = np.float32(2.0 ** draw(st.integers(-60, 60)))
+    boundaries = draw(st.permutations(codebook.boundaries.tolist()))
+    return np.array([1.0, *boundaries], dtype=np.float32) * scale
+
+
+def codebooks(max_levels: int = 256) -> SearchStrategy[Codebook]:
+    """Codebooks that have a name, and codebooks of any levels.
+
+    Parameters
+    ----------
+    max_levels : int, default 256
+        Most levels, at least 2.
+
+    Returns
+    -------
+    SearchStrategy of Codebook
+        Codebooks.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> len(find(codebooks(), lambda codebook: codebook.name == "custom"))
+    2
+    """
+    named = [codebook for codebook in ALL_CODEBOOKS if len(codebook) <= max_levels]
+    levels = st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=min(max_levels, 20), unique=True)
+    return st.sampled_from(named) | levels.map(sorted).map(Codebook)
+
+
+@st.composite
+def scale_formats(
+    draw: DrawFn, dtypes: tuple[FloatName, ...] = ("float32", "float16", "bfloat16"), depth: int = 2
+) -> ScaleFormat:
+    """Scales that are quantized themselves, once or more.
+
+    Parameters
+    ----------
+    dtypes : tuple of str, default all
+        Dtypes that the innermost scales may be stored in.
+    depth : int, default 2
+        Most levels of scales.
+
+    Returns
+    -------
+    SearchStrategy of ScaleFormat
+        Blocks of 1 to 20 scales, 1 to 8 bits, with and without an offset.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> str(find(scale_formats(), lambda scales: scales.bits == 8 and scales.offset == "none"))
+    'u8+none/1:float32'
+    """
+    inner: SearchStrategy[Any] = st.sampled_from(dtypes)
+    if depth > 1:
+        inner = inner | scale_formats(dtypes, depth - 1)
+    offset: Any = draw(st.sampled_from(["min", "none"]))
+    return ScaleFormat(draw(st.integers(1, 8)), draw(st.integers(1, 20)), draw(inner), offset)
+
+
+def formats(
+    dtypes: tuple[FloatName, ...] = ("float32", "float16", "bfloat16"), depth: int = 2
+) -> SearchStrategy[BlockFormat]:
+    """Draw formats of every codebook that has a name, with blocks of 1 to 70 weights.
+
+    Parameters
+    ----------
+    dtypes : tuple of str, default all
+        Dtypes that scales may be stored in.
+    depth : int, default 2
+        Most levels of scales above the first.
+
+    Returns
+    -------
+    SearchStrategy of BlockFormat
+        Formats with scales as floats or quantized themselves.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(formats(), lambda fmt: fmt.block_size > 60).block_size
+    61
+    """
+    scales = st.sampled_from(dtypes) | scale_formats(dtypes, depth)
+    return st.builds(BlockFormat, st.sampled_from(ALL_CODEBOOKS), st.integers(1, 70), scales)
+
+
+def largest_for(fmt: BlockFormat) -> float:
+    """Return a bound on weights below which every scale of a format is in the range of the dtype that stores it.
+
+    Parameters
+    ----------
+    fmt : BlockFormat
+        The format.
+
+    Returns
+    -------
+    float
+        60,000 where scales are float16, else 1e38.
+
+    Examples
+    --------
+    >>> largest_for(BlockFormat(uniform(4), 64, "float16"))
+    60000.0
+    """
+    return 6e4 if "float16" in str(fmt).replace("bfloat16", "") else 1e38

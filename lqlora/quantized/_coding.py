@@ -13,7 +13,7 @@ from lqlora.quantized._layout import Layout, blocks_last, blocks_restored, piece
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
 
-__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "lines_per_set", "midpoints", "unpacked"]
+__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "midpoints", "unpacked"]
 
 
 def host_levels(levels: Array | None, codebook: Codebook) -> npt.NDArray[np.float32] | None:
@@ -52,10 +52,23 @@ def encode_array(
     dense = blocks_last(array, fmt.axis)
     xp = namespace(array)
     packed = xp.empty((ops.packed_size(layout.count, fmt.bits),), dtype=xp.uint8, device=array_api_compat.device(array))
-    for weights, blocks in layout.byte_pieces(piece_size(array)):
+    for weights, blocks in _pieces(layout, fmt, array):
         codes = encode(ops.widen(ops.take_flat(dense, weights.start, weights.stop)), weights, blocks)
         packed[_bytes(weights, fmt.bits)] = ops.pack_codes(codes, fmt.bits)
     return packed
+
+
+def _pieces(layout: Layout, fmt: BlockFormat, like: Array) -> Iterator[tuple[slice, slice | None]]:
+    """Yield the pieces of an array; whole lines where lines have levels of their own."""
+    limit = piece_size(like)
+    return layout.line_pieces(limit) if isinstance(fmt.levels, int) else layout.byte_pieces(limit)
+
+
+def _sets(layout: Layout, fmt: BlockFormat, weights: slice, like: Array) -> Array:
+    """Return the set of levels of each row that a piece is laid out as: a line, or everything."""
+    if not isinstance(fmt.levels, int):
+        return namespace(like).zeros((1,), dtype=namespace(like).int64, device=array_api_compat.device(like))
+    return layout.lines_of(weights, like) // fmt.levels
 
 
 def _bytes(weights: slice, bits: int) -> slice:
@@ -77,18 +90,15 @@ def _encoder(
 
         return by_table
 
-    def by_line(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
+    def by_set(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
         xp = namespace(flat)
+        sets = _sets(layout, fmt, weights, scales)
         own = xp.astype(xp.take(scales, layout.block_of(weights, scales)), flat.dtype)
-        sets = layout.line_of(weights, scales) // lines_per_set(fmt)
-        return ops.nearest_codes_by_row(ops.normalize(flat[:, None], own), levels, sets)[:, 0]
+        normalized = ops.normalize(flat[:, None], own)
+        codes = ops.nearest_codes_by_row(xp.reshape(normalized, (sets.shape[0], -1)), levels, sets)
+        return xp.reshape(codes, (-1,))
 
-    return by_line
-
-
-def lines_per_set(fmt: BlockFormat) -> int:
-    """Return how many lines share a set of levels; more than there ever are, if all do."""
-    return fmt.levels if isinstance(fmt.levels, int) else 1 << 31
+    return by_set
 
 
 def _spread(
@@ -119,7 +129,7 @@ def decode_into(q: QuantizedArray, out: Array) -> None:
     target = blocks_last(out, q.format.axis)
     dtype, xp = ops.dtype_name(out), namespace(q.packed)
     in_place = dtype == "float32" and ops.is_contiguous(target)
-    for weights, blocks in layout.byte_pieces(piece_size(q.packed)):
+    for weights, blocks in _pieces(layout, q.format, q.packed):
         if in_place:
             flat = ops.take_flat(target, weights.start, weights.stop)
         else:
@@ -149,13 +159,14 @@ def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice
 
         return by_table
 
-    def by_line(packed: Array, weights: slice, blocks: slice | None, out: Array) -> None:  # noqa: ARG001
-        codes = ops.unpack_codes(packed, bits, weights.stop - weights.start)
-        sets = layout.line_of(weights, scales) // lines_per_set(q.format)
-        values = ops.values_by_row(codes[:, None], q.levels, sets)[:, 0]
-        out[...] = values * namespace(scales).take(scales, layout.block_of(weights, scales))
+    def by_set(packed: Array, weights: slice, blocks: slice | None, out: Array) -> None:  # noqa: ARG001
+        xp = namespace(scales)
+        sets = _sets(layout, q.format, weights, scales)
+        codes = xp.reshape(ops.unpack_codes(packed, bits, weights.stop - weights.start), (sets.shape[0], -1))
+        values = xp.reshape(ops.values_by_row(codes, q.levels, sets), (-1,))
+        out[...] = values * xp.take(scales, layout.block_of(weights, scales))
 
-    return by_line
+    return by_set
 
 
 def unpacked(q: QuantizedArray) -> Array:

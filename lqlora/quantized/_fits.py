@@ -13,7 +13,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import NonFiniteError
-from lqlora.quantized._coding import decode_scales, encode_array, lines_per_set, unpacked
+from lqlora.quantized._coding import decode_scales, encode_array, unpacked
 from lqlora.quantized._layout import Layout, blocks_last, piece_size
 from lqlora.quantized._scales import code_neighbors, store_scales, warn_of_lost_blocks, with_codes
 from lqlora.quantized._search import Rounding, best_ratios, fit_levels, ratio_grid
@@ -80,7 +80,8 @@ class Source:
             return None
         xp, layout = namespace(self.array), self.layout
         numbers = xp.arange(blocks.start, blocks.stop, dtype=xp.int64, device=array_api_compat.device(self.array))
-        return numbers // (layout.blocks_per_line * lines_per_set(self.fmt))
+        blocks_per_set = layout.blocks_per_line * self.fmt.levels if isinstance(self.fmt.levels, int) else layout.blocks
+        return numbers // blocks_per_set
 
 
 class Rows(NamedTuple):

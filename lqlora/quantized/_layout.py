@@ -122,11 +122,16 @@ class Layout:
         for start in range(0, self.count, limit):
             yield slice(start, min(start + limit, self.count)), None
 
-    def line_of(self, weights: slice, like: Array) -> Array:
-        """Return the line of each weight of a range, as int64 on the device of another array."""
-        xp = namespace(like)
-        numbers = xp.arange(weights.start, weights.stop, dtype=xp.int64, device=array_api_compat.device(like))
-        return numbers // max(1, self.length)
+    def line_pieces(self, limit: int) -> Iterator[tuple[slice, None]]:
+        """Yield ranges of weights that are whole lines and begin at a multiple of eight."""
+        step = 8 * max(1, limit // 8 // max(1, self.length)) * self.length
+        for start in range(0, self.count, step or 1):
+            yield slice(start, min(start + step, self.count)), None
+
+    def lines_of(self, weights: slice, like: Array) -> Array:
+        """Return the numbers of the lines of a range of :meth:`line_pieces`, as int64 on the device of another array."""
+        first, last = weights.start // self.length, weights.stop // self.length
+        return namespace(like).arange(first, last, dtype=namespace(like).int64, device=array_api_compat.device(like))
 
     def block_of(self, weights: slice, like: Array) -> Array:
         """Return the block of each weight of a range, as int64 on the device of another array."""

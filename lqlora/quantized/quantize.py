@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -179,27 +180,41 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
 
 def _statistics(source: Source) -> tuple[Array, Array | None]:
     """Return the scale that the extremes of each block give it; and for an affine format its minimum."""
-    layout, normalization = source.layout, source.fmt.codebook.normalization
-    xp = namespace(source.array)
-    scales, lows = [], []
-    for entries, _ in layout.whole_blocks(piece_size(source.array)):
-        piece = ops.take_flat(blocks_last(source.array, source.fmt.axis), entries.start, entries.stop)
-        flat = ops.widen(piece)
-        flat = flat if layout.is_even else xp.reshape(layout.as_blocks(flat), (-1,))
-        if normalization == "absmax":
-            scales.append(ops.block_absmax(flat, layout.block_size))
-            continue
-        low, high = ops.block_extremes(flat, layout.block_size)
-        lows.append(low)
-        with np.errstate(over="ignore"):  # what is infinite is refused when it is stored
-            scales.append(high - low if normalization == "affine" else xp.where(high >= -low, high, low))
-    if not scales:
+    xp, book = namespace(source.array), source.fmt.codebook
+    found = [_extremes(source, entries) for entries, _ in source.layout.whole_blocks(piece_size(source.array))]
+    if not found:
         dtype = ops.widen(source.array).dtype
         empty = xp.zeros((0,), dtype=dtype, device=array_api_compat.device(source.array))
-        return empty, empty if normalization == "affine" else None
-    widest = source.fmt.codebook.widest
-    scale = xp.concat(scales)
-    return scale if widest == 1.0 else scale / widest, xp.concat(lows) if normalization == "affine" else None
+        return empty, empty if book.normalization == "affine" else None
+    low, high = (xp.concat(parts) for parts in zip(*found, strict=True))
+    with np.errstate(over="ignore"):  # what is infinite is refused when it is stored
+        spans = {"absmax": high, "affine": high - low, "signed": xp.where(high >= -low, high, low)}
+    scale = spans[book.normalization]
+    return scale if book.widest == 1.0 else scale / book.widest, low if book.normalization == "affine" else None
+
+
+def _extremes(source: Source, entries: slice) -> tuple[Array, Array]:
+    """Return minimum and maximum of each block in a range of weights; twice the absolute maximum where that will do."""
+    layout, limit = source.layout, piece_size(source.array)
+    xp, dense = namespace(source.array), blocks_last(source.array, source.fmt.axis)
+    if layout.is_even and layout.block_size > limit:  # one block, or less: read piece by piece
+        cuts = [*range(entries.start, entries.stop, limit), entries.stop]
+        parts = [_flat_extremes(source, ops.take_flat(dense, *cut), limit) for cut in pairwise(cuts)]
+        low, high = (xp.concat(values) for values in zip(*parts, strict=True))
+        return xp.min(low, keepdims=True), xp.max(high, keepdims=True)
+    flat = ops.take_flat(dense, entries.start, entries.stop)
+    if not layout.is_even:
+        flat = xp.reshape(layout.as_blocks(ops.widen(flat)), (-1,))
+    return _flat_extremes(source, flat, layout.block_size)
+
+
+def _flat_extremes(source: Source, flat: Array, block_size: int) -> tuple[Array, Array]:
+    wide = ops.widen(flat)
+    if source.fmt.codebook.normalization != "absmax":
+        low, high = ops.block_extremes(wide, block_size)
+        return low, high
+    absmax = ops.block_absmax(wide, block_size)
+    return absmax, absmax
 
 
 def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "float32") -> Array:

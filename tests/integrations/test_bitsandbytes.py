@@ -126,9 +126,9 @@ def exported(draw):
     return q, to_bitsandbytes(q, dtype=draw(st.sampled_from(sorted(DTYPES))))
 
 
-@given(exported())
 # What a mean offset loses of small blocks is warned of, and is not what is tested here.
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
+@given(exported())
 def test_what_is_exported_decodes_by_the_plain_reader_as_it_does_here(drawn):
     q, tensors = drawn
     assert bits(oracle.decode(tensors)) == bits(lq.dequantize(q))

@@ -26,8 +26,8 @@ _FEW = 15
 #: Buckets that the range of the boundaries is cut into.
 _BUCKETS = 2048
 
-#: Bits of packed codes looked up at a time. 2**12 rows of the widest table (12 codes of 1 bit) are 192 KiB.
-_LOOKUP_BITS = 12
+#: From so many weights on two bytes are looked up at a time: below, making the table of 1 MiB takes longer than it saves.
+_MANY = 1 << 18
 
 
 @block_absmax.register("numpy", accepts=lambda flat, block_size: block_size <= _CHUNK and flat.flags.c_contiguous)
@@ -185,26 +185,38 @@ def decode_lookup(
     count = out.shape[0]
     if packed.shape[0] != packed_size(count, bits):
         unpack_codes(packed, bits, count)  # raises the reference's error
-    table, index_bits = _lookup_table(levels.tobytes(), bits)
+    index_bits = _index_bits(bits, count)
+    table = _lookup_table(levels.tobytes(), bits, index_bits)
     at_once = index_bits // bits
-    indices = packed if index_bits == 8 else unpack_twelve(packed)
-    whole = count // at_once
+    indices = _indices(packed, index_bits)
+    whole = min(count // at_once, len(indices))
     # No bounds are checked in this mode, and an index of one byte or twelve bits cannot be out of bounds.
     np.take(table, indices[:whole], out=out[: whole * at_once].view(table.dtype), mode="wrap")
     if whole * at_once < count:
-        last = table[indices[whole : whole + 1]].view(np.float32)
-        out[whole * at_once :] = last[: count - whole * at_once]
+        rest = slice(whole * index_bits // 8, None)
+        codes = unpack_codes(packed[rest], bits, count - whole * at_once)
+        np.take(levels, codes, out=out[whole * at_once :], mode="clip")
     if zero_points is not None:
         _by_block(np.subtract, out, zero_points.astype(np.float32), block_size)
     _by_block(np.multiply, out, scales, block_size)
     return out
 
 
-def unpack_twelve(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
-    """Cut a stream of bytes into numbers of twelve bits, least significant bit first; missing bytes count as zero."""
-    if packed.shape[0] % 3:
-        packed = np.concatenate([packed, np.zeros(-packed.shape[0] % 3, dtype=np.uint8)])
-    triples = packed.reshape(-1, 3)
+def _index_bits(bits: int, count: int) -> int:
+    """Return how many bits of packed codes are looked up at a time."""
+    if 8 % bits:
+        return 12
+    return 16 if bits in (4, 8) and count >= _MANY else 8
+
+
+def _indices(packed: npt.NDArray[np.uint8], index_bits: int) -> npt.NDArray[Any]:
+    """Cut a stream of bytes into numbers of so many bits, least significant bit first; a rest is left out."""
+    if index_bits == 8:
+        return packed
+    if index_bits == 16:
+        pairs: npt.NDArray[Any] = packed[: len(packed) // 2 * 2].view("<u2")
+        return pairs
+    triples = packed[: len(packed) // 3 * 3].reshape(-1, 3)
     numbers = np.empty((len(triples), 2), dtype=np.uint16)
     middle = triples[:, 1].astype(np.uint16)
     numbers[:, 0] = triples[:, 0] | (middle & 15) << 8
@@ -217,16 +229,15 @@ _AS_ONE = {1: np.float32, 2: np.int64, 4: np.complex128}
 
 
 @functools.lru_cache(maxsize=64)
-def _lookup_table(levels: bytes, bits: int) -> tuple[npt.NDArray[Any], int]:
-    index_bits = 8 if 8 % bits == 0 else _LOOKUP_BITS
+def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]:
     indices = np.arange(2**index_bits)[:, None]
     codes = indices >> np.arange(0, index_bits, bits) & (2**bits - 1)
     known = np.frombuffer(levels, dtype=np.float32)
     # Codes beyond a codebook whose length is no power of two never occur; their rows only have to exist.
     rows = known[np.minimum(codes, len(known) - 1)]
-    table = rows.view(_AS_ONE.get(rows.shape[1], np.dtype((np.void, 4 * rows.shape[1]))))[:, 0]
+    table: npt.NDArray[Any] = rows.view(_AS_ONE.get(rows.shape[1], np.dtype((np.void, 4 * rows.shape[1]))))[:, 0]
     table.flags.writeable = False
-    return table, index_bits
+    return table
 
 
 @bin_sums.register("numpy", accepts=lambda terms, bins, count: isinstance(bins, np.ndarray))  # noqa: ARG005

@@ -32,6 +32,9 @@ __all__ = ["Source", "by_absmax", "by_levels", "by_scale"]
 _SAMPLE = 1 << 18
 _SAMPLE_PIECE = 1 << 13
 
+#: A search holds several arrays of float64 for each weight at hand: its pieces are so many times smaller.
+_WIDE = 4
+
 
 @dataclass(frozen=True)
 class Source:
@@ -186,7 +189,7 @@ def _search(source: Source, statistic: Array, first: Choice, levels: Array | Non
     book = source.fmt.codebook
     grid = ratio_grid(book.bits, signed=book.normalization == "signed")
     found = []
-    for blocks, (rows, weights, _) in source.pieces(piece_size(statistic) // 2):
+    for blocks, (rows, weights, _) in source.pieces(piece_size(statistic) // _WIDE):
         normalized = xp.astype(ops.normalize(rows, statistic[blocks]), xp.float32)
         own = None if weights is None else xp.astype(weights, xp.float32)
         zeros = None if first.zero_points is None else xp.astype(first.zero_points[blocks], xp.float32)[:, None]
@@ -284,7 +287,7 @@ def _total(source: Source, choice: Choice, levels: Array | None) -> float:
 
 def _piece_errors(source: Source, choice: Choice, levels: Array | None) -> Iterator[tuple[Array, Array | None]]:
     xp = namespace(choice.decoded)
-    for blocks, (rows, weights, largest) in source.pieces(piece_size(choice.decoded) // 2):
+    for blocks, (rows, weights, largest) in source.pieces(piece_size(choice.decoded) // _WIDE):
         decoded = choice.decoded[blocks]
         zeros = None if choice.zero_points is None else choice.zero_points[blocks]
         rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))

@@ -26,7 +26,7 @@ __all__ = ["Layout", "blocks_last", "blocks_restored", "piece_size"]
 
 def piece_size(array: Array) -> int:
     """Return the weights that are worked on at a time: what fits a cache, or fills a device; a multiple of eight."""
-    return 1 << 18 if ops.is_on_host(array) else 1 << 21
+    return 1 << 19 if ops.is_on_host(array) else 1 << 21
 
 
 def blocks_last(array: Array, axis: int | None) -> Array:

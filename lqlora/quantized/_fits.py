@@ -146,6 +146,10 @@ def _codebook_levels(source: Source) -> Array:
 
 def by_scale(source: Source, statistic: Array, first: Choice) -> QuantizedArray:
     """Choose for each block between the scale of its absolute maximum and those that a search finds."""
+    return assemble(source, _searched(source, statistic, first))
+
+
+def _searched(source: Source, statistic: Array, first: Choice) -> Choice:
     wanted = _search(source, statistic, first, None)
     if isinstance(first.stored, QuantizedArray):
         # Of the codes that the second-level scales made for the first choice allow, so that this one is among them.
@@ -153,7 +157,7 @@ def by_scale(source: Source, statistic: Array, first: Choice) -> QuantizedArray:
     else:
         others = [store_scales(wanted, source.fmt.scales, source.name)]
     choices = [Choice(own, decode_scales(own), zeros) for own in others for zeros in _shifts(first, source.fmt)]
-    return assemble(source, _best(source, [first, *choices], None))
+    return _best(source, [first, *choices], None)
 
 
 def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
@@ -169,17 +173,18 @@ def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
 
 def by_levels(source: Source, statistic: Array, first: Choice) -> QuantizedArray:
     """Fit levels and scales together; fall back to the levels of the codebook if these leave less error."""
+    plain = _searched(source, statistic, first)
     statistic = statistic * source.fmt.codebook.widest  # fitted levels end at 1
     levels = _fitted_levels(source, statistic)
     wanted = _search(source, statistic, first, levels)
     try:
         stored = store_scales(wanted, source.fmt.scales, source.name)
     except NonFiniteError:  # fitted scales may spread further than those the format was able to hold
-        return by_scale(source, statistic / source.fmt.codebook.widest, first)
+        return assemble(source, plain)
     others = [stored, *(code_neighbors(stored, wanted)[1:] if isinstance(stored, QuantizedArray) else [])]
     choice = _best(source, [Choice(own, decode_scales(own), None) for own in others], levels)
-    if _total(source, choice, levels) > _total(source, first, None):
-        return by_scale(source, statistic / source.fmt.codebook.widest, first)
+    if _total(source, choice, levels) > _total(source, plain, None):
+        return assemble(source, plain)
     return assemble(source, choice, levels)
 
 

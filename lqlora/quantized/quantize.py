@@ -54,7 +54,7 @@ def quantize(
         How scales are chosen. ``"absmax"``: the largest weight of a block becomes the largest level. ``"scale"``: the
         scale of least squared error among those tried, in no block worse than ``"absmax"``. ``"levels+scale"``: levels
         are fitted too, in turns with the scales, and stored with the array; its total error is not above that of
-        ``"absmax"``. If the format names no sharing of levels, the whole array shares one set (``levels="matrix"``).
+        ``"scale"``. If the format names no sharing of levels, the whole array shares one set (``levels="matrix"``).
     batch_dims : int, default 0
         Number of leading dimensions that count arrays to quantize one by one, such as the experts of a layer.
     check_finite : bool, default True

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lqlora import BlockFormat, Codebook, ScaleFormat, normal_float, uniform
+from lqlora.codebooks import by_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from hypothesis.strategies import DrawFn, SearchStrategy
 
 #: Storage dtypes of scales by library: the array API standard has none below float32.
@@ -27,7 +30,22 @@ ALL_CODEBOOKS = (
     *(normal_float(bits) for bits in range(2, 9)),
     *(uniform(bits) for bits in range(2, 9)),
     *(uniform(bits, signed=False) for bits in range(1, 9)),
-)
+    *(
+        by_name(name)
+        for name in (
+            "affine1", "affine3", "affine4", "affine8", "fp4", "e3m2", "af4", "bof3-64", "bof2s-64", "bof4s-64",
+            "sf4", "dynamic8", "udynamic8", "log3", "log8",
+        )
+    ),
+)  # fmt: skip
+
+#: Bits of a scale by its codebook, and the offsets that this takes, by whether the scales have a sign.
+SCALE_BITS = {"uint": st.integers(1, 8), "int": st.integers(2, 8), "dynamic": st.just(8), "log": st.integers(3, 8)}
+SCALE_OFFSETS = {
+    ("uint", False): ["min", "none"], ("log", False): ["min", "none"],
+    ("int", False): ["min", "mean", "none"], ("dynamic", False): ["min", "mean", "none"],
+    ("int", True): ["mean", "none"], ("dynamic", True): ["mean", "none"],
+}  # fmt: skip
 
 
 def scale_dtypes(xp: Any) -> tuple[str, ...]:
@@ -121,22 +139,39 @@ def ties(draw: DrawFn, codebook: Codebook) -> np.ndarray:
 
 
 @st.composite
-def scale_formats(draw: DrawFn, dtypes: tuple[str, ...], depth: int = 2) -> ScaleFormat:
+def scale_formats(draw: DrawFn, dtypes: tuple[str, ...], depth: int = 2, *, signed: bool = False) -> ScaleFormat:
+    """Every codebook of scales with every offset it takes; only those for scales of both signs if ``signed``."""
     inner = st.sampled_from(dtypes)
     if depth > 1:
         inner = inner | scale_formats(dtypes, depth - 1)
-    offset = draw(st.sampled_from(["min", "none"]))
-    return ScaleFormat(draw(st.integers(1, 8)), draw(st.integers(1, 20)), draw(inner), offset)
+    codebook = draw(st.sampled_from(["int", "dynamic"] if signed else list(SCALE_BITS)))
+    offset = draw(st.sampled_from(SCALE_OFFSETS[codebook, signed]))
+    return ScaleFormat(draw(SCALE_BITS[codebook]), draw(st.integers(1, 20)), draw(inner), offset, codebook)
 
 
+@st.composite
 def formats(
-    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"), depth: int = 2
-) -> SearchStrategy[BlockFormat]:
-    """All codebooks, blocks of 1 to 70, scales as floats or quantized themselves."""
-    scales = st.sampled_from(dtypes) | scale_formats(dtypes, depth)
-    return st.builds(BlockFormat, st.sampled_from(ALL_CODEBOOKS), st.integers(1, 70), scales)
+    draw: DrawFn,
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16"),
+    depth: int = 2,
+    *,
+    codebooks: Sequence[Codebook] | None = None,
+    axes: Sequence[int | None] = (None,),
+    fitted: bool = False,
+) -> BlockFormat:
+    """All codebooks, blocks of 1 to 70, scales as floats or quantized themselves; levels of its own if ``fitted``."""
+    codebook = draw(st.sampled_from(ALL_CODEBOOKS if codebooks is None else codebooks))
+    signed = codebook.normalization == "signed"
+    scales = draw(st.sampled_from(dtypes) | scale_formats(dtypes, depth, signed=signed))
+    axis = draw(st.sampled_from(axes))
+    sharing = ["matrix"] if fitted else ["codebook"]
+    if fitted and axis is not None:
+        sharing.append(draw(st.integers(1, 4)))
+    levels = "codebook" if codebook.normalization == "affine" else draw(st.sampled_from(sharing))
+    return BlockFormat(codebook, draw(st.integers(1, 70)), scales, axis, levels)
 
 
 def largest_for(fmt: BlockFormat) -> float:
     """Return the largest weight whose scale every level of the format can hold."""
-    return 6e4 if "float16" in str(fmt).replace("bfloat16", "") else 1e38
+    largest = 6e4 if "float16" in str(fmt).replace("bfloat16", "") else 1e38
+    return largest / 2 if fmt.codebook.normalization == "affine" else largest

@@ -11,7 +11,6 @@ from lqlora import NF4, BlockFormat, Codebook, ScaleFormat, affine, normal_float
 from lqlora.errors import FormatError, InvalidArgumentError
 from tests.strategies import formats, shapes
 
-
 AXES = (None, 0, 1, -1, -2, 17)
 any_format = formats(depth=3, axes=AXES, fitted=True)
 
@@ -113,13 +112,14 @@ def test_spellings(text, spelling):
 
 
 MALFORMED = [
-    "", "nf4", "nf4/", "/64", "nf4/64:", "nf4/-1", "nf4/0", "nf4/6.4", "nf4/64:float8", "nf4/64:float32:float32", "nf4/64:u8",
-    "nf4/64:u8/256", "nf4/64:u8/256:", "nf4/64:u0/256:float32", "nf4/64:u9/256:float32", "nf4/64:u8/0:float32",
-    "nf4/64:u8+max/256:float32", "nf4/64:n8/256:float32", "nf9/64", "fp8/64", "nf4/64 float32", "nf4//64",
-    "nf4+fit16/64", "nf4+fit0/64@0", "nf4+fit-1/64@0", "nf4+fits/64", "nf4@0/64", "nf4/64@", "nf4/64@a", "nf4/64@100", "+fit/64",
-    "affine4+fit/64", "nf4/64:l2/256:float32", "nf4/64:l9/256:float32", "nf4/64:d4/256:float32", "nf4/64:i1/256:float32",
-    "nf4/64:u8+mean/256:float32", "nf4/64:l8+mean/256:float32", "bof4s-64/64:u8/256:float32", "bof4s-64/64:i8+min/256:float32",
-    "nf4/64:u8/256@0:float32", "nf4/64:u8+fit/256:float32", "nf4/64:u8/256:bogus", "nf4/" + "9" * 5000, "nf4/64:u8/" + "9" * 5000 + ":float32",
+    "", "nf4", "nf4/", "/64", "nf4/64:", "nf4/-1", "nf4/0", "nf4/6.4", "nf4/64:float8", "nf4/64:float32:float32",
+    "nf4/64:u8", "nf4/64:u8/256", "nf4/64:u8/256:", "nf4/64:u0/256:float32", "nf4/64:u9/256:float32",
+    "nf4/64:u8/0:float32", "nf4/64:u8+max/256:float32", "nf4/64:n8/256:float32", "nf9/64", "fp8/64", "nf4/64 float32",
+    "nf4//64", "nf4+fit16/64", "nf4+fit0/64@0", "nf4+fit-1/64@0", "nf4+fits/64", "nf4@0/64", "nf4/64@", "nf4/64@a",
+    "nf4/64@100", "+fit/64", "affine4+fit/64", "nf4/64:l2/256:float32", "nf4/64:l9/256:float32",
+    "nf4/64:d4/256:float32", "nf4/64:i1/256:float32", "nf4/64:u8+mean/256:float32", "nf4/64:l8+mean/256:float32",
+    "bof4s-64/64:u8/256:float32", "bof4s-64/64:i8+min/256:float32", "nf4/64:u8/256@0:float32",
+    "nf4/64:u8+fit/256:float32", "nf4/64:u8/256:bogus", "nf4/" + "9" * 5000, "nf4/64:u8/" + "9" * 5000 + ":float32",
 ]  # fmt: skip
 
 
@@ -167,9 +167,20 @@ def test_scales_are_stored_as_known(scales):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"bits": 0}, {"bits": 9}, {"bits": 8.0}, {"bits": True}, {"bits": "8"}, {"block_size": 0}, {"dtype": "int8"}, {"offset": "mean"},
-        {"offset": "max"}, {"codebook": "nf"}, {"codebook": "log", "bits": 2}, {"codebook": "log", "offset": "mean"},
-        {"codebook": "dynamic", "bits": 4}, {"codebook": "int", "bits": 1},
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 8.0},
+        {"bits": True},
+        {"bits": "8"},
+        {"block_size": 0},
+        {"dtype": "int8"},
+        {"offset": "mean"},
+        {"offset": "max"},
+        {"codebook": "nf"},
+        {"codebook": "log", "bits": 2},
+        {"codebook": "log", "offset": "mean"},
+        {"codebook": "dynamic", "bits": 4},
+        {"codebook": "int", "bits": 1},
     ],
     ids=str,
 )

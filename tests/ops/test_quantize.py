@@ -47,7 +47,9 @@ def test_at_a_midpoint_the_lower_index_wins(xp, codebook):
     lower = np.arange(len(codebook) - 1)
     # Levels that are neighbors in float32 have no number between them: a midpoint is then a level itself.
     apart = (just_above <= codebook.levels[1:]) & (codebook.boundaries > codebook.levels[:-1])
-    assert host(nearest_codes(on(xp, codebook.boundaries[apart]), codebook.boundaries)).tolist() == lower[apart].tolist()
+    assert (
+        host(nearest_codes(on(xp, codebook.boundaries[apart]), codebook.boundaries)).tolist() == lower[apart].tolist()
+    )
     assert (host(nearest_codes(on(xp, just_above[apart]), codebook.boundaries)) > lower[apart]).all()
 
 
@@ -56,7 +58,12 @@ def test_at_a_midpoint_the_lower_index_wins(xp, codebook):
 def test_the_search_by_buckets_is_that_of_the_reference(fast_xp, codebook, seed, dtype):
     cuts = codebook.boundaries.astype(dtype)
     rng = np.random.default_rng(seed)
-    entries = [cuts, np.nextafter(cuts, dtype(-np.inf)), np.nextafter(cuts, dtype(np.inf)), rng.standard_normal(200) * 10.0 ** rng.integers(-9, 9, 200)]
+    entries = [
+        cuts,
+        np.nextafter(cuts, dtype(-np.inf)),
+        np.nextafter(cuts, dtype(np.inf)),
+        rng.standard_normal(200) * 10.0 ** rng.integers(-9, 9, 200),
+    ]
     entries = np.concatenate([*entries, [np.inf, -np.inf, 3.4e38, -3.4e38, 0.0, -0.0, 1e-45]]).astype(dtype)
     found = nearest_codes(on(fast_xp, entries), codebook.boundaries)
     assert host(found).tobytes() == host(nearest_codes.reference(on(fast_xp, entries), codebook.boundaries)).tobytes()
@@ -149,7 +156,9 @@ def test_encoding_takes_scales_that_are_no_absolute_maximum(xp, w, size, seed, c
 def test_decoding_equals_the_oracle(xp, codebook, size, count, seed):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, len(codebook), count).astype(np.uint8)
-    scales = (rng.choice([-1, 1], -(-count // size)) * 2.0 ** rng.uniform(-126, 119, -(-count // size))).astype(np.float32)
+    scales = (rng.choice([-1, 1], -(-count // size)) * 2.0 ** rng.uniform(-126, 119, -(-count // size))).astype(
+        np.float32
+    )
     zeros = zeros_for(codebook, len(scales), seed)
     packed = pack_codes(on(xp, codes), codebook.bits)
     own = None if zeros is None else on(xp, zeros)
@@ -165,19 +174,28 @@ def test_a_block_of_scale_zero_decodes_to_zero(xp):
     assert host(decode(packed, scales, None, NF4.levels, 4, 2, 4)).tolist() == [0.0, 0.0, 1.0, -1.0]
 
 
-@given(rows=st.integers(1, 5), columns=st.integers(0, 6), seed=st.integers(0, 99), dtype=st.sampled_from([np.float32, np.float64]))
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(0, 6),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
 def test_rows_are_divided_and_shifted(xp, rows, columns, seed, dtype):
     rng = np.random.default_rng(seed)
     blocks = rng.standard_normal((rows, columns)).astype(dtype)
     scales, zeros = rng.choice([0, -2, 0.3, 1e-40], rows).astype(dtype), rng.integers(0, 16, rows).astype(np.uint8)
     with np.errstate(over="ignore"):
-        expected = [[value / scale if scale else dtype(0) for value in row] for row, scale in zip(blocks, scales, strict=True)]
+        expected = [
+            [value / scale if scale else dtype(0) for value in row] for row, scale in zip(blocks, scales, strict=True)
+        ]
     found = host(normalize(on(xp, blocks), on(xp, scales)))
     assert found.dtype == dtype
     assert found.tolist() == [[float(value) for value in row] for row in expected]
     found = host(normalize(on(xp, blocks), on(xp, scales), on(xp, zeros)))
     assert found.dtype == dtype
-    assert found.tolist() == [[float(value + dtype(zero)) for value in row] for row, zero in zip(expected, zeros, strict=True)]
+    assert found.tolist() == [
+        [float(value + dtype(zero)) for value in row] for row, zero in zip(expected, zeros, strict=True)
+    ]
 
 
 @given(
@@ -194,9 +212,14 @@ def test_each_row_is_rounded_to_levels_of_its_own(xp, sets, columns, seed, dtype
     cuts = np.stack([sets[member].boundaries[rng.integers(0, 15, 4)] for member in members])
     rows = np.concatenate([entries, cuts], axis=1).astype(dtype)
     codes = nearest_codes_by_row(on(xp, rows), on(xp, levels), on(xp, members))
-    expected = [[oracle.nearest(float(value), levels[member]) for value in row] for row, member in zip(rows, members, strict=True)]
+    expected = [
+        [oracle.nearest(float(value), levels[member]) for value in row]
+        for row, member in zip(rows, members, strict=True)
+    ]
     assert host(codes).dtype == np.uint8
     assert host(codes).tolist() == expected
     found = host(values_by_row(codes, on(xp, levels), on(xp, members)))
     assert found.dtype == np.float32
-    assert found.tolist() == [[float(levels[member][code]) for code in row] for row, member in zip(expected, members, strict=True)]
+    assert found.tolist() == [
+        [float(levels[member][code]) for code in row] for row, member in zip(expected, members, strict=True)
+    ]

@@ -43,7 +43,11 @@ def binned(draw):
     count = draw(st.integers(0, 60))
     bins = draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
-    terms = rng.standard_normal(count) * 2.0 ** rng.integers(-30, 30, count) * draw(st.sampled_from([1e-250, 1e-30, 1.0, 1e30, 1e250]))
+    terms = (
+        rng.standard_normal(count)
+        * 2.0 ** rng.integers(-30, 30, count)
+        * draw(st.sampled_from([1e-250, 1e-30, 1.0, 1e30, 1e250]))
+    )
     return terms, rng.integers(0, bins, count), bins
 
 

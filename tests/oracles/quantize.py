@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
@@ -49,7 +50,7 @@ def nearest(value: float, levels: np.ndarray) -> int:
 @functools.cache
 def _boundaries(levels: bytes) -> list[float]:
     numbers = np.frombuffer(levels, dtype=np.float32).tolist()
-    return [_boundary(low, high) for low, high in zip(numbers[:-1], numbers[1:], strict=True)]
+    return [_boundary(low, high) for low, high in itertools.pairwise(numbers)]
 
 
 def _boundary(low: float, high: float) -> float:
@@ -165,6 +166,7 @@ def zero_point(block: np.ndarray, scale: Any, fmt: BlockFormat) -> int:
     return min(max(steps, 0), len(fmt.codebook) - 1)
 
 
+@np.errstate(over="ignore")
 def store_scales(scales: np.ndarray, scale_format: str | ScaleFormat) -> tuple[dict[str, bytes], np.ndarray]:
     """Return the stored arrays as bytes, and what they decode to."""
     if not isinstance(scale_format, ScaleFormat):
@@ -213,7 +215,8 @@ def codes_of(
         scale = block.dtype.type(scales[index])
         zero = block.dtype.type(0 if zero_points is None else zero_points[index])
         for value in block:
-            codes.append(nearest(float((value / scale if scale != 0 else block.dtype.type(0)) + zero), table))
+            quotient = value / scale if scale != 0 else block.dtype.type(0)
+            codes += [nearest(float(quotient + zero), table)]
     return codes
 
 

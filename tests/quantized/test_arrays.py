@@ -100,12 +100,25 @@ def test_any_missing_array_is_refused(rich):
 
 def test_any_array_left_over_is_refused(rich):
     known = {name.rpartition(".")[2] for name in rich[0]}
-    for name in ("extra", "scales.extra", "offset", "scales.levels", "scales.zero_points", *(f"x.{key}" for key in known)):
+    for name in (
+        "extra",
+        "scales.extra",
+        "offset",
+        "scales.levels",
+        "scales.zero_points",
+        *(f"x.{key}" for key in known),
+    ):
         assert "has no array named" in refuse(rich, rich[0] | {name: np.zeros(1, dtype=np.float32)})
 
 
 def test_any_array_of_the_wrong_length_is_refused(rich):
-    changes = (lambda a: a[:-1], lambda a: np.concatenate([a, a[:1]]), lambda a: a[..., None], lambda a: a[None], lambda a: a[:0])
+    changes = (
+        lambda a: a[:-1],
+        lambda a: np.concatenate([a, a[:1]]),
+        lambda a: a[..., None],
+        lambda a: a[None],
+        lambda a: a[:0],
+    )
     for name, array in rich[0].items():
         for change in changes:
             assert "of shape" in refuse(rich, rich[0] | {name: change(array)})
@@ -177,7 +190,11 @@ def test_the_error_of_a_shape_is_one_for_arguments_too(rich, shape):
 
 @pytest.mark.parametrize(
     "fmt",
-    [BlockFormat(Codebook([-1, 0, 1]), 4), BlockFormat(uniform(4), 4), BlockFormat(Codebook([-1, 0, 1]), 4, levels="matrix")],
+    [
+        BlockFormat(Codebook([-1, 0, 1]), 4),
+        BlockFormat(uniform(4), 4),
+        BlockFormat(Codebook([-1, 0, 1]), 4, levels="matrix"),
+    ],
     ids=["ternary", "int4", "fitted"],
 )
 @pytest.mark.parametrize("batch_dims", [0, 1])

@@ -107,7 +107,9 @@ def test_an_output_that_is_no_array_is_refused(value):
 @quiet
 @given(
     w=weights(largest=1e37),
-    codebook=st.sampled_from([book for book in ALL_CODEBOOKS if np.abs(book.levels).min() == 0 and book.levels[0] == -1]),
+    codebook=st.sampled_from(
+        [book for book in ALL_CODEBOOKS if np.abs(book.levels).min() == 0 and book.levels[0] == -1]
+    ),
     block_size=st.integers(1, 70),
 )
 def test_the_error_is_at_most_half_the_widest_gap(xp, w, codebook, block_size):

@@ -28,7 +28,9 @@ def test_weights_that_are_not_finite_are_named_counted_and_located(fast_xp, bad,
 def test_no_fit_takes_weights_that_are_not_finite(xp, fit, bad):
     w = np.ones((4, 8), dtype=np.float32)
     w[2, : len(bad)] = bad
-    with pytest.raises(NonFiniteError, match=rf"q_proj has {len(bad)} non-finite value\(s\), the first at index \(2, 0\)"):
+    with pytest.raises(
+        NonFiniteError, match=rf"q_proj has {len(bad)} non-finite value\(s\), the first at index \(2, 0\)"
+    ):
         quantize(on(xp, w), BlockFormat(NF4, 8), fit=fit, name="q_proj")
 
 
@@ -57,7 +59,9 @@ def test_what_is_no_format_is_refused(fmt):
 
 @ALL_FITS
 @pytest.mark.parametrize("largest", [65520.0, 1e30])
-@pytest.mark.parametrize("text", ["nf4/2:float16", "nf4/2:u8/2:float16", "nf4/2:u8+none/2:float16", "nf4/2:l8/2:float16"])
+@pytest.mark.parametrize(
+    "text", ["nf4/2:float16", "nf4/2:u8/2:float16", "nf4/2:u8+none/2:float16", "nf4/2:l8/2:float16"]
+)
 def test_a_scale_beyond_its_storage_is_refused(text, largest, fit):
     w = np.array([1.0, 1.0, -largest, 2.0], dtype=np.float32)
     w = np.where(np.abs(w) == largest, -2 * largest, w)  # the offset of 1 must not bring it back into range
@@ -65,7 +69,9 @@ def test_a_scale_beyond_its_storage_is_refused(text, largest, fit):
         quantize(w, BlockFormat.parse(text), name="v_proj", fit=fit)
 
 
-@pytest.mark.parametrize("text", ["nf4/2:float32", "nf4/2:u8/2:float32", "nf4/2:u8+none/2:float32", "bof4s-64/2", "affine4/2"])
+@pytest.mark.parametrize(
+    "text", ["nf4/2:float32", "nf4/2:u8/2:float32", "nf4/2:u8+none/2:float32", "bof4s-64/2", "affine4/2"]
+)
 @pytest.mark.parametrize("w", [[1.0, 1e300], [1e300, 1.0, 1e300], [1.0, 1.0, 1e300]], ids=str)
 def test_float64_weights_beyond_float32_are_refused(xp, text, w):
     with pytest.raises(NonFiniteError, match="A scale of v_proj is beyond the range of float32"):

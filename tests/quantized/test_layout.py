@@ -55,7 +55,9 @@ def test_pieces_cover_every_weight_once_and_every_block_once(lines, length, size
             assert np.concatenate(known or [numbers[:0]]).tolist() == list(range(layout.blocks if layout.count else 0))
     for piece, _ in layout.byte_pieces(limit):
         assert piece.start % 8 == 0
-        expected = [n // length * layout.blocks_per_line + n % length // layout.block_size for n in numbers[piece].tolist()]
+        expected = [
+            n // length * layout.blocks_per_line + n % length // layout.block_size for n in numbers[piece].tolist()
+        ]
         assert layout.block_of(piece, numbers).tolist() == expected
         assert layout.line_of(piece, numbers).tolist() == [n // length for n in numbers[piece].tolist()]
     for piece, blocks in layout.whole_blocks(limit):
@@ -69,7 +71,7 @@ def test_pieces_cover_every_weight_once_and_every_block_once(lines, length, size
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
-def test_blocks_along_an_axis_are_those_of_rows_when_the_axis_is_moved_last(xp, axis, fit):
+def test_blocks_along_an_axis_are_those_of_rows_when_the_axis_is_moved_last(fast_xp, axis, fit):
     w = normal(4, 13, 5)
     importance = np.random.default_rng(1).exponential(size=w.shape).astype(np.float32)
     for levels, book in (("codebook", NF4), ("codebook", ALL_CODEBOOKS[24])):
@@ -77,9 +79,11 @@ def test_blocks_along_an_axis_are_those_of_rows_when_the_axis_is_moved_last(xp, 
             continue
         along, rows = (BlockFormat(book, 3, axis=own, levels=levels) for own in (axis, -1))
         options = {"fit": fit} if fit == "absmax" else {"fit": fit, "weights": importance}
-        moved_options = {key: np.moveaxis(value, axis, -1) if key == "weights" else value for key, value in options.items()}
-        q = quantized(xp, w, along, **options)
-        moved = quantized(xp, np.moveaxis(w, axis, -1), rows, **moved_options)
+        moved_options = {
+            key: np.moveaxis(value, axis, -1) if key == "weights" else value for key, value in options.items()
+        }
+        q = quantized(fast_xp, w, along, **options)
+        moved = quantized(fast_xp, np.moveaxis(w, axis, -1), rows, **moved_options)
         assert stored(q) == stored(moved)
         assert restored(q).tolist() == np.moveaxis(restored(moved), -1, axis).tolist()
         assert host(q.codes).tolist() == np.moveaxis(host(moved.codes), -1, axis).tolist()
@@ -119,11 +123,11 @@ def test_the_result_depends_on_logical_order_only(xp, layout, shape, text):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
-def test_a_fit_depends_on_logical_order_only(xp, layout, fit):
+def test_a_fit_depends_on_logical_order_only(fast_xp, layout, fit):
     w, fmt = normal(6, 35), BlockFormat.parse(DOUBLE)
     importance = np.random.default_rng(1).exponential(size=w.shape).astype(np.float32)
-    found = quantize(lay_out(xp, w, layout), fmt, fit=fit, weights=lay_out(xp, importance, layout))
-    assert stored(found) == stored(quantized(xp, w, fmt, fit=fit, weights=importance))
+    found = quantize(lay_out(fast_xp, w, layout), fmt, fit=fit, weights=lay_out(fast_xp, importance, layout))
+    assert stored(found) == stored(quantized(fast_xp, w, fmt, fit=fit, weights=importance))
 
 
 def test_a_broadcast_view_is_an_array_like_any_other(xp):
@@ -132,8 +136,8 @@ def test_a_broadcast_view_is_an_array_like_any_other(xp):
     assert stored(quantize(view, BlockFormat(NF4, 4))) == stored(expected)
 
 
-def test_the_input_is_not_changed(xp):
-    w, importance = on(xp, ramp(5, 7)), on(xp, np.ones((5, 7), dtype=np.float32))
+def test_the_input_is_not_changed(fast_xp):
+    w, importance = on(fast_xp, ramp(5, 7)), on(fast_xp, np.ones((5, 7), dtype=np.float32))
     for fit in FITS:
         quantize(w, BlockFormat.parse(DOUBLE), fit=fit, **({} if fit == "absmax" else {"weights": importance}))
     assert host(w).tobytes() == ramp(5, 7).tobytes()
@@ -166,23 +170,25 @@ def test_arrays_of_several_pieces_are_those_of_the_reference_order(text, shape):
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (2, 0, 3)])
 @pytest.mark.parametrize(
     "text",
-    ["nf4/64:float32", "nf3/7:float32", DOUBLE, "nf8/2:u4+none/3:u3/3:float32", "affine4/8:float32", "bof4s-64/8:d8/4:float32",
-     "nf4+fit/8:float32", "nf4/8@-1:float32", "nf4/8@0:d8/4:float32"],
+    [
+        "nf4/64:float32", "nf3/7:float32", DOUBLE, "nf8/2:u4+none/3:u3/3:float32", "affine4/8:float32",
+        "bof4s-64/8:d8/4:float32", "nf4+fit/8:float32", "nf4/8@-1:float32", "nf4/8@0:d8/4:float32",
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("fit", FITS)
-def test_empty_arrays_stay_empty(xp, shape, text, fit):
+def test_empty_arrays_stay_empty(fast_xp, shape, text, fit):
     fmt = BlockFormat.parse(text)
     if fit == "levels+scale" and fmt.codebook.normalization == "affine":
         return
-    q = quantize(on(xp, np.zeros(shape, dtype=np.float32)), fmt, fit=fit)
+    q = quantize(on(fast_xp, np.zeros(shape, dtype=np.float32)), fmt, fit=fit)
     assert tuple(dequantize(q).shape) == tuple(q.codes.shape) == shape
     assert 8 * q.nbytes == q.format.storage_bits(shape)
     assert stored(QuantizedArray.from_arrays(q.to_arrays(), q.format, shape)) == stored(q)
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_a_single_weight_comes_back(xp, fit):
-    q = quantize(on(xp, np.array(-3.7, dtype=np.float32)), BlockFormat(NF4), fit=fit)
+def test_a_single_weight_comes_back(fast_xp, fit):
+    q = quantize(on(fast_xp, np.array(-3.7, dtype=np.float32)), BlockFormat(NF4), fit=fit)
     assert host(dequantize(q)).tolist() == pytest.approx(np.float32(-3.7), rel=2e-7)
     assert tuple(q.codes.shape) == ()
 
@@ -204,7 +210,9 @@ def test_arrays_of_a_stack_are_those_quantized_alone(fast_xp, text, fit):
     if fit == "levels+scale" and (fmt.codebook.normalization == "affine" or fmt.bits > 4):
         return
     w = normal(2, 1, 7, 9) * np.array([1.0, 1e-3], dtype=np.float32)[:, None, None, None]
-    options = {} if fit == "absmax" else {"weights": np.random.default_rng(1).exponential(size=w.shape).astype(np.float32)}
+    options = (
+        {} if fit == "absmax" else {"weights": np.random.default_rng(1).exponential(size=w.shape).astype(np.float32)}
+    )
     q = quantized(fast_xp, w, fmt, fit=fit, batch_dims=2, **options)
     assert (q.shape, q.batch_shape) == (w.shape, (2, 1))
     assert 8 * q.nbytes == 2 * q.format.storage_bits((7, 9))
@@ -279,7 +287,9 @@ def test_an_error_in_a_stack_names_the_array(fast_xp):
 
 @pytest.mark.parametrize("batch_dims", [-1, 3, 1.0, None])
 def test_batch_dimensions_that_the_array_does_not_have_are_refused(xp, batch_dims):
-    with pytest.raises(InvalidArgumentError, match=f"batch_dims is 0 to the 2 dimensions of the array, not {batch_dims}"):
+    with pytest.raises(
+        InvalidArgumentError, match=f"batch_dims is 0 to the 2 dimensions of the array, not {batch_dims}"
+    ):
         quantize(on(xp, ramp(2, 3)), BlockFormat(NF4), batch_dims=batch_dims)
 
 

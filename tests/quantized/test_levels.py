@@ -35,7 +35,9 @@ def test_codes_are_nearest_to_the_levels_that_are_stored(fast_xp, data):
     assert restored(q).tobytes() == oracle.decode(codes, scales, q.format, w.shape, levels=levels).tobytes()
 
 
-@pytest.mark.parametrize("text", ["nf2/16", "nf3/16@0", "nf3/16@-1", "bof4s-64/16", "nf3/16:u8/16:float32", "int3/16:d8/16:float32"])
+@pytest.mark.parametrize(
+    "text", ["nf2/16", "nf3/16@0", "nf3/16@-1", "bof4s-64/16", "nf3/16:u8/16:float32", "int3/16:d8/16:float32"]
+)
 def test_the_largest_level_is_one(fast_xp, text):
     q = quantized(fast_xp, normal(32, 48), BlockFormat.parse(text), fit="levels+scale")
     levels = host(q.levels)
@@ -58,15 +60,21 @@ def test_each_group_of_lines_has_levels_of_its_own(axis, lines):
         # the largest of the whole array, which may be in another group.
         np.testing.assert_allclose(q.levels[index], alone.levels[0], rtol=1e-4)
         mine = restored(q) if axis == -1 else restored(q).T
-        own, other = (((dense - part) ** 2).sum() for dense in (mine[index * lines : (index + 1) * lines], restored(alone)))
+        own, other = (
+            ((dense - part) ** 2).sum() for dense in (mine[index * lines : (index + 1) * lines], restored(alone))
+        )
         assert own <= 1.01 * other + 1e-12
 
 
 def test_more_sets_of_levels_leave_less_error():
     rng = np.random.default_rng(0)
-    w = np.concatenate([rng.standard_normal((8, 256)), rng.uniform(-1, 1, (8, 256)), rng.laplace(size=(8, 256))]).astype(np.float32)
+    w = np.concatenate(
+        [rng.standard_normal((8, 256)), rng.uniform(-1, 1, (8, 256)), rng.laplace(size=(8, 256))]
+    ).astype(np.float32)
     errors = [
-        math.fsum(block_errors(w, quantize(w, BlockFormat(normal_float(3), 64, axis=-1, levels=levels), fit="levels+scale")))
+        math.fsum(
+            block_errors(w, quantize(w, BlockFormat(normal_float(3), 64, axis=-1, levels=levels), fit="levels+scale"))
+        )
         for levels in ("matrix", 8)
     ]
     assert errors[1] < 0.98 * errors[0]
@@ -106,8 +114,9 @@ def test_a_block_of_one_weight_comes_back_exactly(xp):
 
 
 def test_fitted_scales_that_the_format_cannot_hold_are_not_taken():
-    w = (normal(64, 16) * 2e4).clip(-6.5e4, 6.5e4).astype(np.float32)
-    fmt = BlockFormat(normal_float(2), 16, "float16")
+    # The scales are those of levels up to six; fitted levels end at one, and their scales would be beyond float16.
+    w = (normal(64, 16) * 1e5).clip(-3.5e5, 3.5e5).astype(np.float32)
+    fmt = BlockFormat(Codebook(normal_float(2).levels * 6), 16, "float16")
     q = quantize(w, fmt, fit="levels+scale")
     assert np.isfinite(restored(q)).all()
     assert math.fsum(block_errors(w, q)) <= math.fsum(block_errors(w, quantize(w, fmt)))
@@ -119,7 +128,8 @@ def test_levels_that_do_not_end_at_one_are_no_worse_a_start(factor, normalizatio
     w = normal(30, 32)
     book = np.array([-1, -0.4, 0.1, 0.5, 1.0])
     wide, unit = (
-        quantize(w, BlockFormat(Codebook(book * f, normalization=normalization), 16), fit="levels+scale") for f in (factor, 1.0)
+        quantize(w, BlockFormat(Codebook(book * f, normalization=normalization), 16), fit="levels+scale")
+        for f in (factor, 1.0)
     )
     assert math.fsum(block_errors(w, wide)) == pytest.approx(math.fsum(block_errors(w, unit)), rel=1e-2)
 

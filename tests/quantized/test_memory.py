@@ -90,7 +90,9 @@ def test_one_block_takes_a_few_times_its_size(fit):
     assert workspace(quantize, w, BlockFormat.parse(f"nf2/{10**12}"), fit=fit)[0] <= 10 * w.nbytes / MIB
 
 
-@pytest.mark.xfail(strict=True, reason="the boundaries of each row are written out for each of its weights, a piece at a time")
+@pytest.mark.xfail(
+    strict=True, reason="the boundaries of each row are written out for each of its weights, a piece at a time"
+)
 @pytest.mark.parametrize("shape", [(64, 4096)])
 def test_levels_of_groups_of_lines_take_a_bounded_workspace(shape):
     taken, q = workspace(quantize, weights(shape), BlockFormat.parse("nf8+fit16/64@-1"))

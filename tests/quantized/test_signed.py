@@ -54,13 +54,17 @@ def test_turning_all_signs_turns_the_scales_only(xp):
 def test_signed_levels_leave_less_error_than_those_for_both_signs():
     # BOF4-S has one level more to spend, as -1 needs none: arXiv 2505.06653, table 2.
     w = normal(4096, 64)
-    signed, plain = (((restored(quantize(w, BlockFormat(by_name(name), 64))) - w) ** 2).mean() for name in ("bof4s-64", "bof4-64"))
+    signed, plain = (
+        ((restored(quantize(w, BlockFormat(by_name(name), 64))) - w) ** 2).mean() for name in ("bof4s-64", "bof4-64")
+    )
     assert signed < 0.93 * plain
 
 
 @quiet
 @pytest.mark.parametrize("fit", ["absmax", "scale", "levels+scale"])
-@pytest.mark.parametrize("scales", ["float32", "float16", "i8/4:float32", "i6+mean/4:float32", "d8/4:float32", "d8+none/4:float32"])
+@pytest.mark.parametrize(
+    "scales", ["float32", "float16", "i8/4:float32", "i6+mean/4:float32", "d8/4:float32", "d8+none/4:float32"]
+)
 def test_scales_of_both_signs_are_stored_in_every_format_for_them(fast_xp, fit, scales):
     w = normal(40, 16)
     q = quantized(fast_xp, w, BlockFormat.parse(f"bof3s-64/16:{scales}"), fit=fit)
@@ -72,7 +76,7 @@ def test_scales_of_both_signs_are_stored_in_every_format_for_them(fast_xp, fit, 
 
 @pytest.mark.parametrize("scales", ["u8/4:float32", "l8/4:float32", "i8+min/4:float32", "d8+min/4:float32"])
 def test_scales_that_have_no_sign_are_refused(scales):
-    with pytest.raises(FormatError, match="has scales of both signs, which .* cannot hold"):
+    with pytest.raises(FormatError, match=r"has scales of both signs, which .* cannot hold"):
         BlockFormat.parse(f"bof4s-64/64:{scales}")
 
 
@@ -82,7 +86,9 @@ def test_zeros_come_back_zero(xp, w):
     assert dense.tolist() == w
 
 
-@pytest.mark.xfail(strict=True, reason="the maximum of zeros of both signs is either of them: the bytes depend on the library")
+@pytest.mark.xfail(
+    strict=True, reason="the maximum of zeros of both signs is either of them: the bytes depend on the library"
+)
 def test_a_block_of_negative_zeros_is_all_zero(xp):
     for w in ([-0.0, -0.0], [0.0, -0.0], [-0.0, 0.0]):
         q = quantize(on(xp, np.array(w, dtype=np.float32)), BlockFormat(BOF4S, 2))

@@ -87,7 +87,7 @@ def test_a_fit_of_a_small_array_takes_as_much(fit):
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
 def test_one_block_takes_a_few_times_its_size(fit):
     w = weights((1024, 4096))
-    assert workspace(quantize, w, BlockFormat.parse(f"nf2/{10**12}"), fit=fit)[0] <= 10 * w.nbytes / MIB
+    assert workspace(quantize, w, BlockFormat.parse(f"nf2/{10**12}"), fit=fit)[0] <= 14 * w.nbytes / MIB
 
 
 @pytest.mark.xfail(

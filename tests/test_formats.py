@@ -2,46 +2,68 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lqlora import NF4, BlockFormat, Codebook, ScaleFormat, normal_float, paper_grid
+from lqlora import NF4, BlockFormat, Codebook, ScaleFormat, affine, normal_float, paper_grid
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.testing.strategies import formats, shapes
 
+AXES = (None, 0, 1, -1, -2, 17)
+any_format = formats(depth=3, axes=AXES, fitted=True)
 
-def counted_bits(fmt, count):
-    """Bytes of codes, of scales and of offsets, level by level."""
-    blocks = -(-count // fmt.block_size)
-    codes = 8 * -(-count * fmt.bits // 8)
+
+def lines_of(fmt, shape):
+    """Lengths of the lines that blocks follow, one by one."""
+    array = np.empty(shape, dtype=np.int8)
+    if fmt.axis is None:
+        return [array.size]
+    others = np.delete(shape, fmt.axis)
+    return [shape[fmt.axis]] * int(np.prod(others))
+
+
+def counted_bits(fmt, shape):
+    """Bytes of codes, of zero points, of levels, of scales and of offsets, level by level."""
+    lines = lines_of(fmt, shape)
+    blocks = sum(-(-length // fmt.block_size) for length in lines)
+    bits = 8 * -(-sum(lines) * fmt.bits // 8)
+    if fmt.codebook.normalization == "affine":
+        bits += 8 * -(-blocks * fmt.bits // 8)
+    if fmt.levels != "codebook":
+        sets = 1 if fmt.levels == "matrix" else len(range(0, len(lines), fmt.levels))
+        bits += 32 * sets * len(fmt.codebook.levels)
     if isinstance(fmt.scales, str):
-        return codes + blocks * {"float32": 32, "float16": 16, "bfloat16": 16}[fmt.scales]
-    return codes + counted_bits(fmt.scales.format, blocks) + (32 if fmt.scales.offset == "min" else 0)
+        return bits + blocks * {"float32": 32, "float16": 16, "bfloat16": 16}[fmt.scales]
+    return bits + counted_bits(fmt.scales.format, (blocks,)) + (0 if fmt.scales.offset == "none" else 32)
 
 
-@given(fmt=formats(depth=3))
+@given(fmt=any_format)
 def test_text_is_read_back(fmt):
     again = BlockFormat.parse(str(fmt))
     assert again == fmt
     assert str(again) == str(fmt)
 
 
-@given(fmt=formats(depth=3), shape=shapes())
+@given(fmt=any_format, shape=shapes())
 def test_storage_is_counted_exactly(fmt, shape):
-    count = 1
-    for length in shape:
-        count *= length
-    assert fmt.storage_bits(shape) == counted_bits(fmt, count)
+    if fmt.axis is not None and not -len(shape) <= fmt.axis < len(shape):
+        with pytest.raises(InvalidArgumentError, match=f"Blocks along axis {fmt.axis} need such an axis"):
+            fmt.storage_bits(shape)
+        return
+    assert fmt.storage_bits(shape) == counted_bits(fmt, shape)
+    lines = lines_of(fmt, shape)
+    assert fmt.lines(shape) == (len(lines), lines[0] if lines else shape[fmt.axis])
 
 
 @given(fmt=formats(depth=3))
 def test_bits_per_weight_are_the_limit_of_storage(fmt):
     # A size that all blocks divide: nothing is padded, offsets vanish in the number of weights.
-    count = 8 * 70 * 20**3 * fmt.block_size
+    count = 8 * 70 * fmt.block_size
     scales = fmt.scales
     while isinstance(scales, ScaleFormat):
-        count *= scales.block_size
+        count *= 8 * scales.block_size
         scales = scales.dtype
     assert 0 <= fmt.storage_bits((count,)) - count * fmt.bits_per_weight <= 3 * 32
 
@@ -72,17 +94,32 @@ def test_another_grid_is_refused():
         (" nf4/64:float16\n", "nf4/64:float16"),
         ("nf4/64:u8+min/256:float32", "nf4/64:u8/256:float32"),
         ("int3/7:u8+none/256:u4/16:bfloat16", "int3/7:u8+none/256:u4/16:bfloat16"),
+        ("nf4/64@-1", "nf4/64@-1:float32"),
+        ("nf4/64@+1", None),
+        ("affine4/64@0:d8+mean/256:float32", "affine4/64@0:d8/256:float32"),
+        ("nf2+fit/64", "nf2+fit/64:float32"),
+        ("nf2+fit16/64@-1:float16", "nf2+fit16/64@-1:float16"),
+        ("bof4s-64+fit/64:i8+none/16:l4+none/4:float32", "bof4s-64+fit/64:i8/16:l4/4:float32"),
+        ("sf4-3/32:i6+mean/256:l8+min/16:bfloat16", "sf4-3/32:i6+mean/256:l8+min/16:bfloat16"),
     ],
 )
 def test_spellings(text, spelling):
+    if spelling is None:
+        with pytest.raises(FormatError):
+            BlockFormat.parse(text)
+        return
     assert str(BlockFormat.parse(text)) == spelling
 
 
 MALFORMED = [
-    "", "nf4", "nf4/", "/64", "nf4/64:", "nf4/-1", "nf4/0", "nf4/6.4", "nf4/64:float8", "nf4/64:float32:float32", "nf4/64:u8",
-    "nf4/64:u8/256", "nf4/64:u8/256:", "nf4/64:u0/256:float32", "nf4/64:u9/256:float32", "nf4/64:u8/0:float32",
-    "nf4/64:u8+max/256:float32", "nf4/64:n8/256:float32", "nf9/64", "fp8/64", "nf4/64 float32", "nf4//64",
-    "nf4/64:u8/256:bogus", "nf4/" + "9" * 5000, "nf4/64:u8/" + "9" * 5000 + ":float32",
+    "", "nf4", "nf4/", "/64", "nf4/64:", "nf4/-1", "nf4/0", "nf4/6.4", "nf4/64:float8", "nf4/64:float32:float32",
+    "nf4/64:u8", "nf4/64:u8/256", "nf4/64:u8/256:", "nf4/64:u0/256:float32", "nf4/64:u9/256:float32",
+    "nf4/64:u8/0:float32", "nf4/64:u8+max/256:float32", "nf4/64:n8/256:float32", "nf9/64", "fp8/64", "nf4/64 float32",
+    "nf4//64", "nf4+fit16/64", "nf4+fit0/64@0", "nf4+fit-1/64@0", "nf4+fits/64", "nf4@0/64", "nf4/64@", "nf4/64@a",
+    "nf4/64@100", "+fit/64", "affine4+fit/64", "nf4/64:l2/256:float32", "nf4/64:l9/256:float32",
+    "nf4/64:d4/256:float32", "nf4/64:i1/256:float32", "nf4/64:u8+mean/256:float32", "nf4/64:l8+mean/256:float32",
+    "bof4s-64/64:u8/256:float32", "bof4s-64/64:i8+min/256:float32", "nf4/64:u8/256@0:float32",
+    "nf4/64:u8+fit/256:float32", "nf4/64:u8/256:bogus", "nf4/" + "9" * 5000, "nf4/64:u8/" + "9" * 5000 + ":float32",
 ]  # fmt: skip
 
 
@@ -129,7 +166,22 @@ def test_scales_are_stored_as_known(scales):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"bits": 0}, {"bits": 9}, {"block_size": 0}, {"dtype": "int8"}, {"offset": "mean"}, {"codebook": "nf"}],
+    [
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 8.0},
+        {"bits": True},
+        {"bits": "8"},
+        {"block_size": 0},
+        {"dtype": "int8"},
+        {"offset": "mean"},
+        {"offset": "max"},
+        {"codebook": "nf"},
+        {"codebook": "log", "bits": 2},
+        {"codebook": "log", "offset": "mean"},
+        {"codebook": "dynamic", "bits": 4},
+        {"codebook": "int", "bits": 1},
+    ],
     ids=str,
 )
 def test_scale_formats_are_checked_when_made(arguments):
@@ -137,18 +189,64 @@ def test_scale_formats_are_checked_when_made(arguments):
         ScaleFormat(**({"bits": 8, "block_size": 256} | arguments))
 
 
+@pytest.mark.parametrize(
+    ("codebook", "offset", "signed"),
+    [("uint", "min", False), ("int", "none", True), ("dynamic", "mean", True), ("log", "none", False)],
+)
+def test_each_codebook_of_scales_has_an_offset_of_its_own(codebook, offset, signed):
+    scales = ScaleFormat(8, 256, codebook=codebook)
+    assert (scales.offset, scales.signed) == (offset, signed)
+    assert scales.offset_bits == (0 if offset == "none" else 32)
+    assert not ScaleFormat(8, 256, codebook=codebook, offset="min").signed
+    assert len(scales.levels) == {"int": 255}.get(codebook, 256)
+
+
+@pytest.mark.parametrize("axis", [1.0, "0", True, (0,)])
+def test_an_axis_is_a_whole_number(axis):
+    with pytest.raises(FormatError, match="The axis of blocks is an int or None"):
+        BlockFormat(NF4, axis=axis)
+
+
+@pytest.mark.parametrize("levels", ["row", 0, -1, True, 1.0, None])
+def test_levels_are_shared_by_what_is_known(levels):
+    with pytest.raises(FormatError, match="Levels are shared by 'codebook', 'matrix' or a number of lines"):
+        BlockFormat(NF4, axis=-1, levels=levels)
+
+
+def test_levels_of_lines_need_lines():
+    with pytest.raises(FormatError, match="Levels for so many lines need an axis"):
+        BlockFormat(NF4, levels=16)
+
+
+def test_levels_of_integers_are_not_fitted():
+    with pytest.raises(FormatError, match="affine4 has integer levels, which cannot be fitted"):
+        BlockFormat(affine(4), levels="matrix")
+
+
+@pytest.mark.parametrize(("levels", "sets"), [("codebook", 0), ("matrix", 1), (1, 100), (16, 7), (100, 1), (101, 1)])
+def test_sets_of_levels_are_counted(levels, sets):
+    assert BlockFormat(NF4, axis=-1, levels=levels).level_sets((100, 640)) == sets
+
+
+@pytest.mark.parametrize(
+    ("axis", "lines"), [(None, (1, 60)), (0, (12, 5)), (1, (15, 4)), (2, (20, 3)), (-1, (20, 3)), (-3, (12, 5))]
+)
+def test_lines_follow_the_axis(axis, lines):
+    assert BlockFormat(NF4, axis=axis).lines((5, 4, 3)) == lines
+
+
 def test_negative_lengths_are_refused():
     with pytest.raises(InvalidArgumentError, match=r"no negative lengths: \(2, -1\)"):
         BlockFormat(NF4).storage_bits((2, -1))
 
 
-@given(fmt=formats(), other=formats())
+@given(fmt=formats(axes=AXES, fitted=True), other=formats(axes=AXES, fitted=True))
 def test_equal_formats_have_equal_hashes(fmt, other):
     assert (fmt == other) == (str(fmt) == str(other))
     assert hash(fmt) == hash(BlockFormat.parse(str(fmt)))
 
 
-@given(text=st.text("nfuit0123456789/:+ .x", max_size=30))
+@given(text=st.text("nfuitdlmea0123456789/:+@- .x", max_size=30))
 def test_any_text_is_a_format_or_refused(text):
     try:
         parsed = BlockFormat.parse(text)

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lqlora._dispatch import array_library, namespace
-from lqlora.codebooks import Codebook, normal_float, uniform
+from lqlora.codebooks import Codebook, by_name, normal_float, uniform
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, ScaleFormat
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
     from hypothesis.strategies import DrawFn, SearchStrategy
 
@@ -45,12 +47,27 @@ HARD = tuple(
 #: What :func:`lay_out` knows.
 LAYOUTS = ("contiguous", "transposed", "every second", "reversed")
 
-#: Every codebook that has a name.
+#: Codebooks that have a name, of every family and normalization.
 ALL_CODEBOOKS = (
     *(normal_float(bits) for bits in range(2, 9)),
     *(uniform(bits) for bits in range(2, 9)),
     *(uniform(bits, signed=False) for bits in range(1, 9)),
-)
+    *(
+        by_name(name)
+        for name in (
+            "affine1", "affine3", "affine4", "affine8", "fp4", "e3m2", "af4", "bof3-64", "bof2s-64", "bof4s-64",
+            "sf4", "dynamic8", "udynamic8", "log3", "log8",
+        )
+    ),
+)  # fmt: skip
+
+#: Bits of a scale by its codebook, and the offsets that this takes, by whether the scales have a sign.
+_SCALE_BITS = {"uint": (1, 8), "int": (2, 8), "dynamic": (8, 8), "log": (3, 8)}
+_SCALE_OFFSETS = {
+    ("uint", False): ["min", "none"], ("log", False): ["min", "none"],
+    ("int", False): ["min", "mean", "none"], ("dynamic", False): ["min", "mean", "none"],
+    ("int", True): ["mean", "none"], ("dynamic", True): ["mean", "none"],
+}  # fmt: skip
 
 #: The finest fraction of a block's largest weight that :func:`block_weights` draws: normal weights stay normal.
 _FINEST = 2.0**-20
@@ -303,21 +320,27 @@ def codebooks(max_levels: int = 256) -> SearchStrategy[Codebook]:
 
 @st.composite
 def scale_formats(
-    draw: DrawFn, dtypes: tuple[FloatName, ...] = ("float32", "float16", "bfloat16"), depth: int = 2
+    draw: DrawFn,
+    dtypes: Sequence[FloatName] = ("float32", "float16", "bfloat16"),
+    depth: int = 2,
+    *,
+    signed: bool = False,
 ) -> ScaleFormat:
-    """Scales that are quantized themselves, once or more.
+    """Scales that are quantized themselves, once or more, by every codebook with every offset it takes.
 
     Parameters
     ----------
-    dtypes : tuple of str, default all
+    dtypes : sequence of str, default all
         Dtypes that the innermost scales may be stored in.
     depth : int, default 2
         Most levels of scales.
+    signed : bool, default False
+        Draw only what holds scales of both signs.
 
     Returns
     -------
     SearchStrategy of ScaleFormat
-        Blocks of 1 to 20 scales, 1 to 8 bits, with and without an offset.
+        Blocks of 1 to 20 scales, 1 to 8 bits.
 
     Examples
     --------
@@ -328,21 +351,36 @@ def scale_formats(
     inner: SearchStrategy[Any] = st.sampled_from(dtypes)
     if depth > 1:
         inner = inner | scale_formats(dtypes, depth - 1)
-    offset: Any = draw(st.sampled_from(["min", "none"]))
-    return ScaleFormat(draw(st.integers(1, 8)), draw(st.integers(1, 20)), draw(inner), offset)
+    codebook: Any = draw(st.sampled_from(["int", "dynamic"] if signed else list(_SCALE_BITS)))
+    offset: Any = draw(st.sampled_from(_SCALE_OFFSETS[codebook, signed]))
+    bits = draw(st.integers(*_SCALE_BITS[codebook]))
+    return ScaleFormat(bits, draw(st.integers(1, 20)), draw(inner), offset, codebook)
 
 
+@st.composite
 def formats(
-    dtypes: tuple[FloatName, ...] = ("float32", "float16", "bfloat16"), depth: int = 2
-) -> SearchStrategy[BlockFormat]:
-    """Draw formats of every codebook that has a name, with blocks of 1 to 70 weights.
+    draw: DrawFn,
+    dtypes: Sequence[FloatName] = ("float32", "float16", "bfloat16"),
+    depth: int = 2,
+    *,
+    codebooks: Sequence[Codebook] = ALL_CODEBOOKS,
+    axes: Sequence[int | None] = (None,),
+    fitted: bool = False,
+) -> BlockFormat:
+    """Draw formats with blocks of 1 to 70 weights.
 
     Parameters
     ----------
-    dtypes : tuple of str, default all
+    dtypes : sequence of str, default all
         Dtypes that scales may be stored in.
     depth : int, default 2
         Most levels of scales above the first.
+    codebooks : sequence of Codebook, default those of every family
+        Codebooks to draw from.
+    axes : sequence of int or None, default (None,)
+        Axes that blocks may follow.
+    fitted : bool, default False
+        True: formats with levels of the array's own, where the codebook allows that.
 
     Returns
     -------
@@ -355,8 +393,14 @@ def formats(
     >>> find(formats(), lambda fmt: fmt.block_size > 60).block_size
     61
     """
-    scales = st.sampled_from(dtypes) | scale_formats(dtypes, depth)
-    return st.builds(BlockFormat, st.sampled_from(ALL_CODEBOOKS), st.integers(1, 70), scales)
+    codebook = draw(st.sampled_from(codebooks))
+    signed = codebook.normalization == "signed"
+    scales: Any = draw(st.sampled_from(dtypes) | scale_formats(dtypes, depth, signed=signed))
+    axis = draw(st.sampled_from(axes))
+    sharing: list[Any] = ["codebook"]
+    if fitted and codebook.normalization != "affine":
+        sharing = ["matrix", *([] if axis is None else [1, 2, 3, 4])]
+    return BlockFormat(codebook, draw(st.integers(1, 70)), scales, axis, draw(st.sampled_from(sharing)))
 
 
 def largest_for(fmt: BlockFormat) -> float:
@@ -370,11 +414,12 @@ def largest_for(fmt: BlockFormat) -> float:
     Returns
     -------
     float
-        60,000 where scales are float16, else 1e38.
+        60,000 where scales are float16, else 1e38; half of that for affine formats, whose scale spans a block's range.
 
     Examples
     --------
     >>> largest_for(BlockFormat(uniform(4), 64, "float16"))
     60000.0
     """
-    return 6e4 if "float16" in str(fmt).replace("bfloat16", "") else 1e38
+    largest = 6e4 if "float16" in str(fmt).replace("bfloat16", "") else 1e38
+    return largest / 2 if fmt.codebook.normalization == "affine" else largest

@@ -15,9 +15,16 @@ from tests.strategies import host, on, stored
 
 #: What typical arguments are to run on. An operation without an entry has no override in that library.
 FAST = {
-    "numpy": {"encode": "numpy.encode_chunked", "decode": "numpy.decode_lookup"},
+    "numpy": {
+        "block_absmax": "numpy.absmax_chunked",
+        "nearest_codes": "numpy.nearest_codes_chunked",
+        "encode": "numpy.encode_chunked",
+        "decode": "numpy.decode_lookup",
+        "bin_sums": "numpy.bin_sums_counted",
+    },
     "torch": {
-        name: f"torch.{name}_as_numpy" for name in ("block_absmax", "encode", "decode", "pack_codes", "unpack_codes")
+        name: f"torch.{name}_as_numpy"
+        for name in ("block_absmax", "nearest_codes", "encode", "decode", "pack_codes", "unpack_codes", "bin_sums")
     },
 }
 
@@ -28,13 +35,17 @@ def typical(xp, codebook=NF4, block_size=64, count=1000):
     w = on(xp, rng.standard_normal(count).astype(np.float32))
     codes = on(xp, rng.integers(0, len(codebook), count).astype(np.uint8))
     scales = ops.block_absmax(w, block_size)
+    zeros = rng.integers(0, len(codebook), scales.shape[0]).astype(np.uint8)
+    zeros = on(xp, zeros) if codebook.normalization == "affine" else None
     packed = ops.pack_codes(codes, codebook.bits)
     return {
         "block_absmax": (w, block_size),
-        "encode": (w, scales, codebook.boundaries, codebook.bits, block_size),
-        "decode": (packed, scales, codebook.levels, codebook.bits, block_size, count),
+        "nearest_codes": (w, codebook.boundaries),
+        "encode": (w, scales, zeros, codebook.boundaries, block_size),
+        "decode": (packed, scales, zeros, codebook.levels, codebook.bits, block_size, count),
         "pack_codes": (codes, codebook.bits),
         "unpack_codes": (packed, codebook.bits, count),
+        "bin_sums": (on(xp, rng.standard_normal(count)), on(xp, rng.integers(0, 7, count)), 7),
     }
 
 
@@ -64,10 +75,11 @@ def test_chunks_end_where_they_should(fast_xp, block_size, count):
         assert host(operation(*arguments)).tobytes() == host(operation.reference(*arguments)).tobytes()
 
 
+@pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 @given(data=st.data(), dtype=st.sampled_from([np.float32, np.float64]))
 def test_quantization_stores_the_bytes_of_the_reference(fast_xp, data, dtype):
     fmt = data.draw(formats())
-    w = on(fast_xp, data.draw(weights(dtype, largest_for(fmt))))
+    w = on(fast_xp, data.draw(weights(dtype, largest_for(fmt))) + dtype(0))
     fast = quantize(w, fmt)
     with lq.forced("reference"):
         slow = quantize(w, fmt)
@@ -76,11 +88,13 @@ def test_quantization_stores_the_bytes_of_the_reference(fast_xp, data, dtype):
     assert host(lq.dequantize(fast)).tobytes() == dense.tobytes()
 
 
-def test_arguments_are_not_changed(fast_xp):
-    for name, arguments in typical(fast_xp).items():
-        before = [host(a).tobytes() for a in arguments if not isinstance(a, int)]
+@pytest.mark.parametrize("codebook", [NF4, lq.affine(4), lq.normal_float(8)], ids=lambda codebook: codebook.name)
+def test_arguments_are_not_changed(fast_xp, codebook):
+    for name, arguments in typical(fast_xp, codebook).items():
+        arrays = [argument for argument in arguments if not isinstance(argument, int | None)]
+        before = [host(array).tobytes() for array in arrays]
         getattr(ops, name)(*arguments)
-        assert [host(a).tobytes() for a in arguments if not isinstance(a, int)] == before
+        assert [host(array).tobytes() for array in arrays] == before
 
 
 def test_results_share_no_memory_with_a_cache(fast_xp):
@@ -107,10 +121,19 @@ def test_codes_that_lie_apart_in_memory_are_decoded_by_the_reference():
     assert ops.decode(apart, *rest).tobytes() == ops.decode(packed, *rest).tobytes()
 
 
-def test_large_codebooks_are_encoded_by_the_reference():
-    # Counting 255 boundaries is slower than searching among them.
-    arguments = typical(np, lq.normal_float(8))["encode"]
-    assert lq.backends.explain("encode", *arguments).implementation == "reference"
+@pytest.mark.parametrize("scale", [0.0, -1.5, 1e-45])
+@pytest.mark.parametrize("codebook", [NF4, lq.affine(3), lq.normal_float(8)], ids=lambda codebook: codebook.name)
+def test_scales_of_zero_and_of_either_sign_are_those_of_the_reference(fast_xp, scale, codebook):
+    w, scales, zeros, boundaries, _ = typical(fast_xp, codebook, 60)["encode"]
+    scales[::3] = scale
+    expected = ops.encode.reference(w, scales, zeros, boundaries, 60)
+    assert host(ops.encode(w, scales, zeros, boundaries, 60)).tobytes() == host(expected).tobytes()
+
+
+def test_blocks_longer_than_a_chunk_are_left_to_the_reference():
+    arguments = typical(np, block_size=40_000, count=70_000)
+    for name in ("block_absmax", "encode"):
+        assert lq.backends.explain(name, *arguments[name]).implementation == "reference"
 
 
 @pytest.mark.parametrize("other", ["numpy", "torch"])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lqlora.ops import block_absmax, from_blocks, to_blocks
+from lqlora.ops import block_absmax, block_extremes, from_blocks, to_blocks
 from lqlora.testing.strategies import weights
 from tests.oracles import quantize as oracle
 from tests.strategies import host, on
@@ -50,3 +50,30 @@ def test_a_block_far_longer_than_the_array_takes_no_memory(xp):
 @pytest.mark.parametrize("size", [1, 2, 64])
 def test_nothing_has_no_blocks(xp, size):
     assert block_absmax(on(xp, np.zeros(0, dtype=np.float32)), size).shape == (0,)
+    assert [found.shape for found in block_extremes(on(xp, np.zeros(0, dtype=np.float32)), size)] == [(0,), (0,)]
+
+
+@given(w=flat, size=sizes)
+def test_extremes_equal_the_oracle(xp, w, size):
+    low, high = (host(found) for found in block_extremes(on(xp, w), size))
+    expected = [oracle.extremes(block) for block in oracle.blocks_of(w, size)]
+    assert low.dtype == high.dtype == np.float32
+    assert list(zip(low.tolist(), high.tolist(), strict=True)) == expected
+
+
+@given(w=weights(dtype=np.float64, shape=st.tuples(st.integers(0, 150))), size=sizes)
+def test_extremes_of_float64_are_not_rounded(xp, w, size):
+    low, high = (host(found) for found in block_extremes(on(xp, w), size))
+    assert low.dtype == high.dtype == np.float64
+    assert list(zip(low.tolist(), high.tolist(), strict=True)) == [
+        oracle.extremes(block) for block in oracle.blocks_of(w, size)
+    ]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_not_finite_stays_visible(xp, bad, size):
+    w = on(xp, np.array([1.0, 2.0, bad, 3.0, -1.0], dtype=np.float32))
+    low, high = (host(found) for found in block_extremes(w, size))
+    assert (np.isfinite(low) & np.isfinite(high)).sum() == len(low) - 1
+    assert np.isfinite(host(block_absmax(w, size))).sum() == len(low) - 1

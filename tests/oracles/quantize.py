@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from lqlora.formats import BlockFormat
 
 STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+# --- codes as bytes
 
 
 def pack(codes: Sequence[int], bits: int) -> bytes:
@@ -31,12 +36,74 @@ def unpack(packed: bytes, bits: int, count: int) -> list[int]:
     return [sum(stream[i * bits + bit] << bit for bit in range(bits)) for i in range(count)]
 
 
+# --- the nearest level
+
+
 def nearest(value: float, levels: np.ndarray) -> int:
     """Index of the nearest level; at a midpoint (rounded to float32, as it is stored) the lower one."""
-    for index, (low, high) in enumerate(zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True)):
-        if value <= float(np.float32((low + high) / 2)):
+    for index, boundary in enumerate(_boundaries(levels.tobytes())):
+        if value <= boundary:
             return index
     return len(levels) - 1
+
+
+@functools.cache
+def _boundaries(levels: bytes) -> list[float]:
+    numbers = np.frombuffer(levels, dtype=np.float32).tolist()
+    return [_boundary(low, high) for low, high in itertools.pairwise(numbers)]
+
+
+def _boundary(low: float, high: float) -> float:
+    if low == high == 0.0 and str(low) != str(high):  # -0.0 and 0.0: zero of either sign becomes 0.0
+        return -1.1754943508222875e-38
+    return float(np.float32((low + high) / 2))
+
+
+# --- where the blocks are
+
+
+def lines_of(array: np.ndarray, axis: int | None) -> np.ndarray:
+    """Lay the lines that blocks follow out as rows."""
+    if axis is None:
+        return array.reshape(1, -1)
+    moved = np.moveaxis(array, axis, -1)
+    return moved.reshape(moved.size // moved.shape[-1] if moved.size else 0, moved.shape[-1])
+
+
+def dense_of(values: Sequence[Any], shape: tuple[int, ...], axis: int | None, dtype: Any = np.float32) -> np.ndarray:
+    """Bring entries in block order back to their places."""
+    array = np.array(values, dtype=dtype)
+    if axis is None:
+        return array.reshape(shape)
+    moved = list(shape)
+    moved.append(moved.pop(axis))
+    return np.moveaxis(array.reshape(moved), -1, axis)
+
+
+def blocks_of(flat: np.ndarray, size: int) -> list[np.ndarray]:
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+
+class Place(NamedTuple):
+    """A block, and the line that it is on."""
+
+    block: np.ndarray
+    line: int
+
+
+def places(array: np.ndarray, fmt: BlockFormat) -> list[Place]:
+    return [
+        Place(block, number)
+        for number, line in enumerate(lines_of(array, fmt.axis))
+        for block in blocks_of(line, fmt.block_size)
+    ]
+
+
+def set_of(line: int, fmt: BlockFormat) -> int:
+    return line // fmt.levels if isinstance(fmt.levels, int) else 0
+
+
+# --- scales
 
 
 def absmax(block: np.ndarray) -> Any:
@@ -46,47 +113,147 @@ def absmax(block: np.ndarray) -> Any:
     return largest
 
 
-def blocks_of(flat: np.ndarray, size: int) -> list[np.ndarray]:
-    return [flat[start : start + size] for start in range(0, len(flat), size)]
+def signed_maximum(block: np.ndarray) -> Any:
+    """Return the entry of largest magnitude, of two the positive one."""
+    found = block.dtype.type(0)
+    for value in block:
+        if abs(value) > abs(found) or (abs(value) == abs(found) and value > found):
+            found = value
+    return found
+
+
+def extremes(block: np.ndarray) -> tuple[Any, Any]:
+    low = high = block.dtype.type(0)
+    for value in block:
+        low, high = min(low, value), max(high, value)
+    return low, high
 
 
 @np.errstate(over="ignore")
-def codes_of(flat: np.ndarray, scales: np.ndarray, fmt: BlockFormat) -> list[int]:
+def statistic(block: np.ndarray, fmt: BlockFormat) -> Any:
+    """Return the scale under which the extreme entries of a block become the extreme levels."""
+    levels = fmt.codebook.levels
+    if fmt.codebook.normalization == "affine":
+        low, high = extremes(block)
+        return (high - low) / block.dtype.type(len(levels) - 1)
+    if fmt.codebook.normalization == "signed":
+        return signed_maximum(block) / block.dtype.type(levels[-1])
+    return absmax(block) / block.dtype.type(absmax(levels))
+
+
+def halved_sum(terms: list[float]) -> float:
+    """Sum by adding the second half to the first, until one number is left; of an odd number the last waits."""
+    if len(terms) < 2:
+        return terms[0] if terms else 0.0
+    half = len(terms) // 2
+    return halved_sum([terms[i] + terms[half + i] for i in range(half)] + terms[2 * half :])
+
+
+def offset_of(scales: np.ndarray, kind: str) -> Any:
+    """Return what is subtracted from the scales of an array."""
+    if kind == "none" or not len(scales):
+        return np.float32(0)
+    if kind == "min":
+        return min(scales)
+    return np.float32(halved_sum([float(scale) for scale in scales]) / len(scales))
+
+
+def zero_point(block: np.ndarray, scale: Any, fmt: BlockFormat) -> int:
+    """Return the code of zero when the smallest entry has code zero."""
+    if not scale > 0:
+        return 0
+    steps = round(float(-extremes(block)[0] / block.dtype.type(scale)))  # Python rounds to even, too
+    return min(max(steps, 0), len(fmt.codebook) - 1)
+
+
+@np.errstate(over="ignore")
+def store_scales(scales: np.ndarray, scale_format: str | ScaleFormat) -> tuple[dict[str, bytes], np.ndarray]:
+    """Return the stored arrays as bytes, and what they decode to."""
+    if not isinstance(scale_format, ScaleFormat):
+        stored = scales.astype(STORAGE[scale_format])
+        return {"scales": stored.tobytes()}, stored.astype(np.float32)
+    scales = scales.astype(np.float32)
+    levels, last = scale_format.levels.levels, len(scale_format.levels) - 1
+    offset = offset_of(scales, scale_format.offset)
+    centered = scales - offset if scale_format.offset != "none" else scales
+    blocks = blocks_of(centered, scale_format.block_size)
+    statistics = np.array([statistic(block, scale_format.format) for block in blocks], dtype=np.float32)
+    second, decoded_second = store_scales(statistics, scale_format.dtype)
     codes = []
-    for block, scale in zip(blocks_of(flat, fmt.block_size), scales.astype(flat.dtype), strict=True):
-        codes += [nearest(float(value / scale) if scale > 0 else 0.0, fmt.codebook.levels) for value in block]
+    decoded = []
+    for index, scale in enumerate(scales):
+        unit = decoded_second[index // scale_format.block_size]
+        code = nearest(float(centered[index] / unit), levels) if unit != 0 else nearest(0.0, levels)
+        # A scale above zero decodes to more than zero, if any code does; and below alike.
+        while scale > 0 and code < last and levels[code] * unit + offset <= 0:
+            code += 1
+        while scale < 0 and code > 0 and levels[code] * unit + offset >= 0:
+            code -= 1
+        codes.append(code)
+        decoded.append(levels[code] * unit + offset if scale_format.offset != "none" else levels[code] * unit)
+    stored = {"codes": pack(codes, scale_format.bits)} | second
+    if scale_format.offset != "none":
+        stored["offset"] = np.float32(offset).tobytes()
+    return {f"scales.{key}": value for key, value in stored.items()}, np.array(decoded, dtype=np.float32)
+
+
+# --- weights
+
+
+@np.errstate(over="ignore")
+def codes_of(
+    array: np.ndarray,
+    scales: np.ndarray,
+    fmt: BlockFormat,
+    zero_points: Sequence[int] | None = None,
+    levels: np.ndarray | None = None,
+) -> list[int]:
+    """Return codes in block order, nearest under the scales given; ``levels`` has a row for each set."""
+    codes = []
+    for index, (block, line) in enumerate(places(array, fmt)):
+        table = fmt.codebook.levels if levels is None else levels[set_of(line, fmt)]
+        scale = block.dtype.type(scales[index])
+        zero = block.dtype.type(0 if zero_points is None else zero_points[index])
+        for value in block:
+            quotient = value / scale if scale != 0 else block.dtype.type(0)
+            codes += [nearest(float(quotient + zero), table)]
     return codes
 
 
 @np.errstate(over="ignore")
-def decode(codes: Sequence[int], scales: np.ndarray, fmt: BlockFormat) -> np.ndarray:
-    values = [fmt.codebook.levels[code] * scales[i // fmt.block_size] for i, code in enumerate(codes)]
-    return np.array(values, dtype=np.float32)
+def decode(
+    codes: Sequence[int],
+    scales: np.ndarray,
+    fmt: BlockFormat,
+    shape: tuple[int, ...] | None = None,
+    zero_points: Sequence[int] | None = None,
+    levels: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the dense array that codes in block order stand for; a flat one if no shape is given."""
+    shape = (len(codes),) if shape is None else shape
+    values, remaining = [], iter(codes)
+    for index, (block, line) in enumerate(places(np.empty(shape, dtype=np.int8), fmt)):
+        table = fmt.codebook.levels if levels is None else levels[set_of(line, fmt)]
+        zero = np.float32(0 if zero_points is None else zero_points[index])
+        values += [(table[next(remaining)] - zero) * np.float32(scales[index]) for _ in block]
+    return dense_of(values, shape, fmt.axis)
 
 
 def quantize(w: np.ndarray, fmt: BlockFormat) -> tuple[dict[str, bytes], np.ndarray]:
-    """Return the stored arrays as bytes, and the flat dense array that they stand for."""
-    flat = w.reshape(-1)
-    if flat.dtype != np.float64:
-        flat = flat.astype(np.float32)
-    statistics = np.array([absmax(block) for block in blocks_of(flat, fmt.block_size)], dtype=flat.dtype)
-    stored, scales = _store_scales(statistics, fmt.scales)
-    codes = codes_of(flat, scales, fmt)
-    return {"codes": pack(codes, fmt.bits)} | stored, decode(codes, scales, fmt)
-
-
-def _store_scales(statistics: np.ndarray, scales: str | ScaleFormat) -> tuple[dict[str, bytes], np.ndarray]:
-    if not isinstance(scales, ScaleFormat):
-        stored = statistics.astype(STORAGE[scales])
-        return {"scales": stored.tobytes()}, stored.astype(np.float32)
-    statistics = statistics.astype(np.float32)
-    if scales.offset == "none":
-        inner, decoded = quantize(statistics, scales.format)
-        return {f"scales.{key}": value for key, value in inner.items()}, decoded
-    offset = np.array([min(statistics)] if len(statistics) else [0], dtype=np.float32)
-    inner, decoded = quantize(statistics - offset, scales.format)
-    inner["offset"] = offset.tobytes()
-    return {f"scales.{key}": value for key, value in inner.items()}, decoded + offset
+    """Return the stored arrays as bytes, and the dense array that they stand for."""
+    w = w if w.dtype == np.float64 else w.astype(np.float32)
+    blocks = [place.block for place in places(w, fmt)]
+    statistics = np.array([statistic(block, fmt) for block in blocks], dtype=w.dtype)
+    stored, scales = store_scales(statistics, fmt.scales)
+    zero_points = levels = None
+    if fmt.codebook.normalization == "affine":
+        zero_points = [zero_point(block, scale, fmt) for block, scale in zip(blocks, scales, strict=True)]
+        stored["zero_points"] = pack(zero_points, fmt.bits)
+    if fmt.levels != "codebook":
+        levels = np.array([fmt.codebook.levels] * fmt.level_sets(w.shape), dtype=np.float32)
+        stored["levels"] = levels.tobytes()
+    codes = codes_of(w, scales, fmt, zero_points, levels)
+    return {"codes": pack(codes, fmt.bits)} | stored, decode(codes, scales, fmt, w.shape, zero_points, levels)
 
 
 def lq_lora_scales(

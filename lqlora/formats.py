@@ -114,8 +114,8 @@ class ScaleFormat:
 
     @property
     def signed(self) -> bool:
-        """Whether scales below zero can be stored."""
-        return self.codebook in _SIGNED and self.offset != "min"
+        """Whether scales of both signs keep their sign: with an offset the smallest may come out on its other side."""
+        return self.codebook in _SIGNED and self.offset == "none"
 
     @property
     def offset_bits(self) -> int:

@@ -26,6 +26,9 @@ _FEW = 15
 #: Buckets that the range of the boundaries is cut into.
 _BUCKETS = 2048
 
+#: Boundaries that span less than this are counted: their buckets would be too many per unit for float32.
+_NARROW = 2.0**-100
+
 #: From so many weights on two bytes are looked up at a time: below, making the table of 1 MiB takes longer than it saves.
 _MANY = 1 << 18
 
@@ -108,7 +111,7 @@ def _by_block(operation: Any, values: npt.NDArray[Any], per_block: npt.NDArray[A
 def _finder(boundaries: npt.NDArray[np.float32], dtype: Any) -> Any:
     """Return a function that writes the cells of values into an array of codes."""
     cuts = boundaries.astype(dtype)
-    if len(cuts) <= _FEW or not cuts[0] < cuts[-1]:
+    if len(cuts) <= _FEW or float(cuts[-1]) - float(cuts[0]) < _NARROW:
         return functools.partial(_count_below, cuts)
     return functools.partial(_look_up, _buckets(boundaries.tobytes(), np.dtype(dtype)))
 
@@ -189,7 +192,7 @@ def decode_lookup(
     table = _lookup_table(levels.tobytes(), bits, index_bits)
     at_once = index_bits // bits
     indices = _indices(packed, index_bits)
-    whole = min(count // at_once, len(indices))
+    whole = min(count // at_once, len(indices)) // 2 * 2  # two numbers of twelve bits end with a byte
     # No bounds are checked in this mode, and an index of one byte or twelve bits cannot be out of bounds.
     np.take(table, indices[:whole], out=out[: whole * at_once].view(table.dtype), mode="wrap")
     if whole * at_once < count:

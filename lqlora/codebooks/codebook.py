@@ -14,7 +14,7 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Codebook", "Normalization"]
+__all__ = ["Codebook", "Normalization", "cell_boundaries"]
 
 #: What a block is divided by, or shifted by, before its entries are rounded to levels.
 Normalization: TypeAlias = Literal["absmax", "signed", "affine"]
@@ -83,7 +83,7 @@ class Codebook:
             raise InvalidArgumentError(f"A codebook is named by letters, digits, '_', '.' and '-', not {name!r}.")
         _check_levels(values)
         _check_normalization(values, normalization)
-        boundaries = _boundaries(values)
+        boundaries = cell_boundaries(values)
         values.flags.writeable = boundaries.flags.writeable = False
         attributes = {"levels": values, "name": name, "normalization": normalization, "boundaries": boundaries}
         for attribute, value in attributes.items():
@@ -139,9 +139,27 @@ def _check_normalization(values: npt.NDArray[np.float32], normalization: object)
         raise InvalidArgumentError("The levels of an affine codebook are the integers from 0 to 2**bits - 1.")
 
 
-def _boundaries(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    wide = values.astype(np.float64)
+def cell_boundaries(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Boundaries between the cells of levels: what is above one of them is rounded to a higher level.
+
+    Parameters
+    ----------
+    levels : ndarray of float32, shape (n,)
+        In ascending order.
+
+    Returns
+    -------
+    ndarray of float32, shape (n - 1,)
+        Midpoints, rounded to float32. Between two zeros it is below zero, so that zero is rounded to the upper one.
+
+    Examples
+    --------
+    >>> cell_boundaries(np.array([-1, 0, 3], dtype=np.float32)).tolist()
+    [-0.5, 1.5]
+    """
+    wide = levels.astype(np.float64)
     middles = ((wide[1:] + wide[:-1]) / 2).astype(np.float32)
     # A normal number, as some devices read smaller ones as zero.
-    middles[_twin_zeros(values)] = -np.finfo(np.float32).tiny
-    return np.maximum.accumulate(middles)
+    middles[(levels[1:] == 0) & (levels[:-1] == 0)] = -np.finfo(np.float32).tiny
+    boundaries: npt.NDArray[np.float32] = np.maximum.accumulate(middles)
+    return boundaries

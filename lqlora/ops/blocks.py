@@ -126,5 +126,5 @@ def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
         return xp.reshape(blocks, (0,)), xp.reshape(blocks, (0,))
     low, high = xp.min(blocks, axis=1), xp.max(blocks, axis=1)
     zero = xp.zeros_like(low)
-    # Written so that NaN stays: it must reach the check for finite values.
-    return xp.where(low > 0, zero, low), xp.where(high < 0, zero, high)
+    # Written so that NaN stays: it must reach the check for finite values. The sum makes -0.0 the zero it is.
+    return xp.where(low > 0, zero, low) + zero, xp.where(high < 0, zero, high) + zero

@@ -21,6 +21,8 @@ __all__ = ["decode", "encode", "nearest_codes", "nearest_codes_by_row", "normali
 #: Up to this many boundaries, counting those below a value beats a binary search on every library measured.
 _FEW = 15
 
+_TINY = 2.0**-126  # the smallest normal float32
+
 
 @op
 def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
@@ -83,6 +85,8 @@ def nearest_codes_by_row(values: Array, levels: Array, sets: Array) -> Array:
     xp = namespace(values, levels, sets)
     wide = xp.astype(levels, xp.float64)
     midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
+    zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # of two zeros the upper one is taken, as by a codebook
+    midpoints = xp.where(zeros, xp.asarray(-_TINY, dtype=xp.float32), midpoints)
     boundaries = xp.astype(xp.take(midpoints, sets, axis=0), values.dtype)
     codes = xp.zeros(values.shape, dtype=xp.uint8, device=array_api_compat.device(values))
     for index in range(boundaries.shape[1]):

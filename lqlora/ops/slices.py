@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat
 
 from lqlora._dispatch import array_library, namespace
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lqlora._typing import Array
 
 __all__ = ["is_contiguous", "put_flat", "take_flat"]
@@ -60,11 +64,15 @@ def take_flat(array: Array, start: int, stop: int) -> Array:
     [8, 1, 5, 9, 2]
     """
     xp = namespace(array)
+    if start >= stop:
+        return xp.zeros((0,), dtype=array.dtype, device=array_api_compat.device(array))
     if len(array.shape) < 2 or is_contiguous(array):
         return xp.reshape(array, (-1,))[start:stop]
-    first, last, width = _rows(array, start, stop)
-    rows = xp.reshape(array[first:last, ...], (-1,))
-    return rows[start - first * width : stop - first * width]
+    parts = [
+        xp.reshape(array[rows, ...], (-1,)) if own is None else take_flat(array[rows, ...], *own)
+        for rows, own in _rows(array, start, stop)
+    ]
+    return parts[0] if len(parts) == 1 else xp.concat(parts)
 
 
 def put_flat(array: Array, start: int, values: Array) -> None:
@@ -88,21 +96,40 @@ def put_flat(array: Array, start: int, values: Array) -> None:
     [[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]]
     """
     xp = namespace(array, values)
-    stop = start + values.shape[0]
+    if not values.shape[0]:
+        return
     if is_contiguous(array):
-        xp.reshape(array, (-1,))[start:stop] = values
-        return
-    if not array.shape:
-        array[()] = xp.reshape(values, ())
-        return
-    first, last, width = _rows(array, start, stop)
-    # Whole rows: what lies beside the stretch in the first and the last of them is written back unchanged.
-    rows = xp.reshape(array[first:last, ...], (-1,))
-    parts = [rows[: start - first * width], values, rows[stop - first * width :]]
-    array[first:last, ...] = xp.reshape(xp.concat(parts), (last - first, *array.shape[1:]))
+        xp.reshape(array, (-1,))[start : start + values.shape[0]] = values
+    elif not array.shape:
+        array[...] = xp.reshape(values, ())
+    elif len(array.shape) == 1:
+        array[start : start + values.shape[0]] = values
+    else:
+        _put_rows(array, start, values)
 
 
-def _rows(array: Array, start: int, stop: int) -> tuple[int, int, int]:
-    """Return the rows that a stretch touches, and their width."""
+def _put_rows(array: Array, start: int, values: Array) -> None:
+    written = 0
+    for rows, own in _rows(array, start, start + values.shape[0]):
+        if own is None:
+            count = (rows.stop - rows.start) * prod(array.shape[1:])
+            whole = namespace(array).reshape(values[written : written + count], (-1, *array.shape[1:]))
+            array[rows, ...] = whole
+        else:
+            count = own[1] - own[0]
+            put_flat(array[rows, ...], own[0], values[written : written + count])
+        written += count
+
+
+def _rows(array: Array, start: int, stop: int) -> Iterator[tuple[Any, tuple[int, int] | None]]:
+    """Cut a stretch at the rows of an array: yield whole rows as a slice, and stretches of one row with its number."""
     width = max(1, prod(array.shape[1:]))
-    return start // width, min(array.shape[0], -(-stop // width)), width
+    while start < stop:
+        row, within = divmod(start, width)
+        if within or stop - start < width:
+            end = min(stop, (row + 1) * width)
+            yield row, (within, within + end - start)
+        else:
+            end = stop // width * width
+            yield slice(row, end // width), None
+        start = end

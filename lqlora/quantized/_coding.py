@@ -9,6 +9,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
+from lqlora.codebooks.codebook import cell_boundaries
 from lqlora.quantized._layout import Layout, blocks_last, blocks_restored, piece_size
 from lqlora.quantized.array import QuantizedArray
 
@@ -21,26 +22,22 @@ if TYPE_CHECKING:
     from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
 
-__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "midpoints", "unpacked"]
+__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "read_only", "unpacked"]
 
 
 def host_levels(levels: Array | None, codebook: Codebook) -> npt.NDArray[np.float32] | None:
     """Return the one set of levels that all weights have as NumPy knows it, if reading it copies nothing."""
-    if levels is None:
+    if levels is None or not levels.shape[0]:  # an array without lines has no sets of levels, and nothing to round
         return codebook.levels
     if levels.shape[0] > 1 or not ops.is_on_host(levels):
         return None
-    table: npt.NDArray[np.float32] = np.asarray(ops.convert(levels, np))[0].copy()
+    return read_only(np.asarray(ops.convert(levels, np))[0].copy())
+
+
+def read_only(table: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Mark a table as one that every library is given as it is."""
     table.flags.writeable = False
     return table
-
-
-def midpoints(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the boundaries of the cells of levels."""
-    wide = levels.astype(np.float64)
-    boundaries: npt.NDArray[np.float32] = ((wide[1:] + wide[:-1]) / 2).astype(np.float32)
-    boundaries.flags.writeable = False
-    return boundaries
 
 
 def encode_array(
@@ -82,7 +79,7 @@ def _encoder(
     table = host_levels(levels, fmt.codebook)
 
     if table is not None:
-        boundaries = midpoints(table)
+        boundaries = fmt.codebook.boundaries if levels is None else read_only(cell_boundaries(table))
 
         def by_table(flat: Array, weights: slice, blocks: slice | None) -> Array:
             own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)

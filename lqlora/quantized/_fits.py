@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from lqlora._dispatch import namespace
 from lqlora.errors import NonFiniteError
 from lqlora.quantized._coding import decode_scales, encode_array, unpacked
 from lqlora.quantized._layout import Layout, blocks_last, piece_size
-from lqlora.quantized._scales import code_neighbors, store_scales, warn_of_lost_blocks, with_codes
+from lqlora.quantized._scales import code_neighbors, store_scales, with_codes
 from lqlora.quantized._search import Rounding, best_ratios, fit_levels, ratio_grid
 from lqlora.quantized.array import QuantizedArray
 
@@ -25,12 +26,15 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.formats import BlockFormat
 
-__all__ = ["Source", "by_absmax", "by_levels", "by_scale"]
+__all__ = ["Source", "assemble", "by_absmax", "by_levels", "by_scale", "lost_blocks"]
 
 #: Weights that one set of levels for a whole array is fitted to, spread evenly over it. At 8 bits that is a thousand
 #: for each level, which then is off by 3 % of its cell, and the error by 0.1 %.
 _SAMPLE = 1 << 18
 _SAMPLE_PIECE = 1 << 13
+
+#: Of what is tried some overflows. It compares as no better, and is not taken.
+_QUIET = functools.partial(np.errstate, over="ignore", invalid="ignore")
 
 #: A search holds several arrays of float64 for each weight at hand: its pieces are so many times smaller.
 _WIDE = 4
@@ -72,7 +76,7 @@ class Source:
         layout, dense = self.layout, blocks_last(self.array, self.fmt.axis)
         rows = layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop)))
         if self.weights is None:
-            return Rows(rows, None, None)
+            return Rows(rows, None, None, None)
         dense = blocks_last(self.weights, self.fmt.axis)
         weights = layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop)))
         return Rows(rows, *_relative(weights))
@@ -88,20 +92,22 @@ class Source:
 
 
 class Rows(NamedTuple):
-    """Blocks as rows, the weights of their entries divided by the largest of each row, and these largest weights."""
+    """Blocks as rows; weights divided by the largest of each row, these largest weights, and the weights in float64."""
 
     entries: Array
     weights: Array | None
     largest: Array | None
+    exact: Array | None
 
 
-def _relative(weights: Array) -> tuple[Array, Array]:
-    """Divide the weights of each block by their maximum; in a block that nothing weighs every entry counts the same."""
+def _relative(weights: Array) -> tuple[Array, Array, Array]:
+    """Return three of the members of :class:`Rows`; in a block that nothing weighs every entry counts the same."""
     xp = namespace(weights)
     largest = xp.max(weights, axis=1, keepdims=True)
     positive = largest > 0
     relative = xp.where(positive, weights / xp.where(positive, largest, xp.ones_like(largest)), xp.ones_like(weights))
-    return relative, largest[:, 0]
+    exact = xp.where(positive, weights, xp.ones_like(weights))
+    return relative, largest[:, 0], xp.astype(exact, xp.float64)
 
 
 class Choice(NamedTuple):
@@ -116,7 +122,6 @@ def by_absmax(source: Source, statistic: Array, low: Array | None) -> Choice:
     """Return the scales under which the largest weight of each block is the largest level."""
     stored = store_scales(statistic, source.fmt.scales, source.name)
     decoded = decode_scales(stored)
-    warn_of_lost_blocks(statistic, decoded, source.fmt, source.name)
     return Choice(stored, decoded, None if low is None else _zero_points(low, decoded, len(source.fmt.codebook)))
 
 
@@ -144,12 +149,8 @@ def _codebook_levels(source: Source) -> Array:
     return namespace(source.array).asarray(table, device=array_api_compat.device(source.array))
 
 
-def by_scale(source: Source, statistic: Array, first: Choice) -> QuantizedArray:
+def by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     """Choose for each block between the scale of its absolute maximum and those that a search finds."""
-    return assemble(source, _searched(source, statistic, first))
-
-
-def _searched(source: Source, statistic: Array, first: Choice) -> Choice:
     wanted = _search(source, statistic, first, None)
     if isinstance(first.stored, QuantizedArray):
         # Of the codes that the second-level scales made for the first choice allow, so that this one is among them.
@@ -171,21 +172,21 @@ def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
     return [zeros, below, above]
 
 
-def by_levels(source: Source, statistic: Array, first: Choice) -> QuantizedArray:
+def by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, Array | None]:
     """Fit levels and scales together; fall back to the levels of the codebook if these leave less error."""
-    plain = _searched(source, statistic, first)
+    plain = by_scale(source, statistic, first)
     statistic = statistic * source.fmt.codebook.widest  # fitted levels end at 1
     levels = _fitted_levels(source, statistic)
     wanted = _search(source, statistic, first, levels)
     try:
         stored = store_scales(wanted, source.fmt.scales, source.name)
     except NonFiniteError:  # fitted scales may spread further than those the format was able to hold
-        return assemble(source, plain)
+        return plain, None
     others = [stored, *(code_neighbors(stored, wanted)[1:] if isinstance(stored, QuantizedArray) else [])]
     choice = _best(source, [Choice(own, decode_scales(own), None) for own in others], levels)
     if _total(source, choice, levels) > _total(source, plain, None):
-        return assemble(source, plain)
-    return assemble(source, choice, levels)
+        return plain, None
+    return choice, levels
 
 
 def _search(source: Source, statistic: Array, first: Choice, levels: Array | None) -> Array:
@@ -194,12 +195,13 @@ def _search(source: Source, statistic: Array, first: Choice, levels: Array | Non
     book = source.fmt.codebook
     grid = ratio_grid(book.bits, signed=book.normalization == "signed")
     found = []
-    for blocks, (rows, weights, _) in source.pieces(piece_size(statistic) // _WIDE):
+    for blocks, (rows, weights, _, _) in source.pieces(piece_size(statistic) // _WIDE):
         normalized = xp.astype(ops.normalize(rows, statistic[blocks]), xp.float32)
         own = None if weights is None else xp.astype(weights, xp.float32)
         zeros = None if first.zero_points is None else xp.astype(first.zero_points[blocks], xp.float32)[:, None]
         rounding = Rounding.of(book, levels, source.sets_of(blocks))
-        ratios = best_ratios(normalized, own, rounding, zeros, grid)
+        with _QUIET():
+            ratios = best_ratios(normalized, own, rounding, zeros, grid)
         found.append(statistic[blocks] * xp.astype(ratios, statistic.dtype))
     if not found:
         return statistic
@@ -222,16 +224,23 @@ def _fitted_levels(source: Source, statistic: Array) -> Array:
     cuts = [*range(0, whole, per_step), whole, sets]
     ranges = [(first, last) for first, last in pairwise(cuts) if first < last]
     return namespace(statistic).concat(
-        [_levels_of(source, statistic, [_group(source, first, last)], last - first) for first, last in ranges]
+        [_levels_of(source, statistic, _group(source, first, last), last - first) for first, last in ranges]
     )
 
 
-def _group(source: Source, first: int, last: int) -> tuple[slice, slice]:
-    """Return the weights and the blocks of a range of sets."""
+def _group(source: Source, first: int, last: int) -> list[tuple[slice, slice]]:
+    """Return the weights and the blocks of a range of sets; of one large set some lines, spread evenly over it."""
     layout, lines = source.layout, int(source.fmt.levels)
     start, stop = first * lines, min(last * lines, layout.lines)
-    entries = slice(start * layout.length, stop * layout.length)
-    return entries, slice(start * layout.blocks_per_line, stop * layout.blocks_per_line)
+    every = max(1, (stop - start) * layout.length // _SAMPLE) if last == first + 1 else 1
+    pairs = [(start, stop)] if every == 1 else [(line, line + 1) for line in range(start, stop, every)]
+    return [
+        (
+            slice(begin * layout.length, end * layout.length),
+            slice(begin * layout.blocks_per_line, end * layout.blocks_per_line),
+        )
+        for begin, end in pairs
+    ]
 
 
 def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice]], sets: int) -> Array:
@@ -251,7 +260,8 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
     by_set = xp.abs(xp.reshape(importance, (sets, -1)))
     peak = xp.max(by_set, axis=1, keepdims=True)
     importance = xp.reshape(by_set / xp.where(peak > 0, peak, xp.ones_like(peak)), (-1,)) ** 2
-    return fit_levels(xp.astype(rows, xp.float32), weights, importance, members, sets, source.fmt.codebook)
+    with _QUIET():
+        return fit_levels(xp.astype(rows, xp.float32), weights, importance, members, sets, source.fmt.codebook)
 
 
 def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice:
@@ -262,7 +272,7 @@ def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice
     decoded, zeros = best.decoded, best.zero_points
     for other in choices[1:]:
         own = _errors(source, other, levels)
-        better = own < error
+        better = (own < error) & xp.isfinite(other.decoded)
         if source.fmt.codebook.normalization != "signed":
             better &= other.decoded >= 0
         error, decoded = xp.where(better, own, error), xp.where(better, other.decoded, decoded)
@@ -275,8 +285,8 @@ def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice
 
 
 def _errors(source: Source, choice: Choice, levels: Array | None) -> Array:
-    """Return the squared error of each block in float64, its weights relative to their largest."""
-    errors = [error for error, _ in _piece_errors(source, choice, levels)]
+    """Return the weighted squared error of each block in float64."""
+    errors = list(_piece_errors(source, choice, levels))
     xp = namespace(choice.decoded)
     return xp.concat(errors) if errors else xp.astype(choice.decoded, xp.float64)
 
@@ -284,23 +294,55 @@ def _errors(source: Source, choice: Choice, levels: Array | None) -> Array:
 def _total(source: Source, choice: Choice, levels: Array | None) -> float:
     """Return the weighted squared error of the whole array."""
     xp = namespace(choice.decoded)
-    parts = []
-    for error, largest in _piece_errors(source, choice, levels):
-        parts.append(float(xp.sum(error if largest is None else error * xp.astype(largest, xp.float64))))
-    return math.fsum(parts)
+    return math.fsum(float(xp.sum(errors)) for errors in _piece_errors(source, choice, levels))
 
 
-def _piece_errors(source: Source, choice: Choice, levels: Array | None) -> Iterator[tuple[Array, Array | None]]:
+def _piece_errors(source: Source, choice: Choice, levels: Array | None) -> Iterator[Array]:
     xp = namespace(choice.decoded)
-    for blocks, (rows, weights, largest) in source.pieces(piece_size(choice.decoded) // _WIDE):
-        decoded = choice.decoded[blocks]
-        zeros = None if choice.zero_points is None else choice.zero_points[blocks]
-        rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
-        values = rounding.values(rounding.codes(ops.normalize(rows, xp.astype(decoded, rows.dtype), zeros)))
+    for blocks, (rows, _, _, weights) in source.pieces(piece_size(choice.decoded) // _WIDE):
+        values = _decoded(source, choice, levels, blocks, rows)
+        with _QUIET():
+            difference = xp.astype(rows, xp.float64) - xp.astype(values, xp.float64)
+            squares = difference * difference
+            yield ops.row_sums(squares if weights is None else squares * weights)
+
+
+def _decoded(source: Source, choice: Choice, levels: Array | None, blocks: slice, rows: Array) -> Array:
+    """Return what a range of blocks comes back as under some scales."""
+    xp = namespace(rows)
+    scales = choice.decoded[blocks]
+    zeros = None if choice.zero_points is None else choice.zero_points[blocks]
+    rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
+    with _QUIET():
+        values = rounding.values(rounding.codes(ops.normalize(rows, xp.astype(scales, rows.dtype), zeros)))
         if zeros is not None:
             values = values - xp.astype(zeros, xp.float32)[:, None]
-        difference = xp.astype(rows, xp.float64) - xp.astype(values * decoded[:, None], xp.float64)
-        squares = difference * difference
-        if weights is not None:
-            squares = squares * xp.astype(weights, xp.float64)
-        yield ops.row_sums(squares), largest
+        return values * scales[:, None]
+
+
+def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> int:
+    """Count the blocks that are not zero but decode to nothing but zeros."""
+    if not _may_lose(source, statistic, choice, levels):
+        return 0
+    xp, count = namespace(statistic), 0
+    for blocks, (rows, _, _, _) in source.pieces(piece_size(statistic) // _WIDE):
+        kept = xp.any(_decoded(source, choice, levels, blocks, rows) != 0, axis=1)
+        count += int(xp.count_nonzero(xp.any(rows != 0, axis=1) & ~kept))
+    return count
+
+
+def _may_lose(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> bool:
+    """Tell whether there may be such blocks: where a scale is much too large, or is zero."""
+    xp, book = namespace(statistic), source.fmt.codebook
+    nonzero = statistic != 0
+    if bool(xp.any(nonzero & (choice.decoded == 0))):
+        return True
+    if levels is not None or book.normalization == "affine":
+        return bool(xp.any(nonzero & (xp.abs(choice.decoded) > 2 * xp.abs(statistic))))
+    is_level = xp.asarray(book.levels != 0, device=array_api_compat.device(statistic))
+    scales, largest = xp.astype(choice.decoded, statistic.dtype), statistic * book.widest
+    for extreme in (largest, -largest):
+        codes = ops.encode(extreme, scales, None, book.boundaries, 1)
+        if bool(xp.any(nonzero & ~xp.take(is_level, xp.astype(codes, xp.int64)))):
+            return True
+    return False

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import array_api_compat
+import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
-from lqlora.errors import NonFiniteError, ScaleUnderflowWarning
+from lqlora.errors import NonFiniteError
 from lqlora.formats import ScaleFormat
 from lqlora.quantized._coding import decode_scales, encode_array, unpacked
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
-    from lqlora.codebooks import Codebook
-    from lqlora.formats import BlockFormat
 
-__all__ = ["code_neighbors", "require_in_range", "store_scales", "warn_of_lost_blocks", "with_codes"]
+__all__ = ["code_neighbors", "require_in_range", "store_scales", "with_codes"]
 
 
 def store_scales(scales: Array, scale_format: str | ScaleFormat, name: str) -> Array | QuantizedArray:
@@ -32,7 +30,8 @@ def store_scales(scales: Array, scale_format: str | ScaleFormat, name: str) -> A
     wide = ops.storage_cast(scales, "float32")
     require_in_range(wide, "float32", name)
     offset = _offset(wide, scale_format.offset)
-    centered = wide if offset is None else wide - offset
+    with np.errstate(over="ignore"):  # what is infinite is refused as a second-level scale
+        centered = wide if offset is None else wide - offset
     fmt = scale_format.format
     second = store_scales(_absmax(centered, fmt.block_size), fmt.scales, name)
     packed = encode_array(centered, fmt, decode_scales(second))
@@ -52,12 +51,14 @@ def _offset(scales: Array, kind: str) -> Array | None:
     if kind == "none":
         return None
     if not scales.shape[0]:
-        return xp.zeros((1,), dtype=xp.float32)
+        return xp.zeros((1,), dtype=xp.float32, device=array_api_compat.device(scales))
     if kind == "min":
         return xp.reshape(xp.min(scales), (1,))
     # Summed in an order of our own: the mean of a library is that of its own order, and so would be the bytes.
     total = ops.row_sums(xp.astype(xp.reshape(scales, (1, -1)), xp.float64))
-    return xp.astype(total / scales.shape[0], xp.float32)
+    # An array of one number and not the number: a library may multiply by the reciprocal of that.
+    count = xp.full((1,), scales.shape[0], dtype=xp.float64, device=array_api_compat.device(scales))
+    return xp.astype(total / count, xp.float32)
 
 
 def _with_signs(stored: QuantizedArray, scales: Array) -> QuantizedArray:
@@ -112,34 +113,3 @@ def require_in_range(scales: Array, scale_format: str | ScaleFormat, name: str) 
         ops.require_finite(scales, "The array of scales")
     except NonFiniteError as error:
         raise NonFiniteError(f"A scale of {name} is beyond the range of {scale_format}: {error}") from None
-
-
-def warn_of_lost_blocks(scales: Array, decoded: Array, fmt: BlockFormat, name: str) -> None:
-    """Warn of blocks that are not zero but decode to nothing but zeros.
-
-    Either their scale was rounded to zero, or what it was rounded to is so much larger that even the largest weight of
-    the block rounds to the level zero.
-    """
-    xp = namespace(scales)
-    lost = decoded == 0
-    if fmt.codebook.normalization != "affine":
-        lost |= ~_reaches_a_level(scales * fmt.codebook.widest, decoded, fmt.codebook)
-    lost &= scales != 0
-    if bool(xp.any(lost)):
-        count = int(xp.count_nonzero(lost))
-        warnings.warn(
-            f"{count} of {lost.shape[0]} blocks of {name} are not zero but decode to zeros: scales stored as "
-            f"{fmt.scales} cannot tell theirs from zero. Scale the weights, or choose scales of a wider range.",
-            ScaleUnderflowWarning,
-            stacklevel=4,
-        )
-
-
-def _reaches_a_level(largest: Array, decoded: Array, codebook: Codebook) -> Array:
-    """Tell whether the largest weight of each block, of either sign, rounds to a level other than zero."""
-    xp = namespace(largest)
-    is_level = xp.asarray(codebook.levels != 0, device=array_api_compat.device(largest))
-    scales = xp.astype(decoded, largest.dtype)
-    codes = [ops.encode(sign * largest, scales, None, codebook.boundaries, 1) for sign in (1, -1)]
-    kept = [xp.take(is_level, xp.astype(code, xp.int64)) for code in codes]
-    return kept[0] | kept[1]

@@ -15,7 +15,8 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
-from lqlora.quantized._coding import host_levels, midpoints
+from lqlora.codebooks.codebook import cell_boundaries
+from lqlora.quantized._coding import host_levels, read_only
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -48,6 +49,8 @@ class Rounding:
     ----------
     table : ndarray of float32, shape (n,), optional
         The levels of all rows.
+    boundaries : ndarray of float32, shape (n - 1,), optional
+        Those between the cells of the table.
     levels : array of float32, shape (number of sets, n), optional
         Levels by set, where there is no table.
     sets : array of int64, shape (m,), optional
@@ -55,6 +58,7 @@ class Rounding:
     """
 
     table: npt.NDArray[np.float32] | None
+    boundaries: npt.NDArray[np.float32] | None = None
     levels: Array | None = None
     sets: Array | None = None
 
@@ -62,12 +66,14 @@ class Rounding:
     def of(cls, codebook: Codebook, levels: Array | None, sets: Array | None) -> Rounding:
         """Return the rounding to fitted levels, or to those of the codebook if there are none."""
         table = host_levels(levels, codebook)
-        return cls(table) if table is not None else cls(None, levels, sets)
+        if table is None:
+            return cls(None, None, levels, sets)
+        return cls(table, codebook.boundaries if levels is None else read_only(cell_boundaries(table)))
 
     def codes(self, rows: Array) -> Array:
         """Return the codes of the nearest levels."""
-        if self.table is not None:
-            return ops.nearest_codes(rows, midpoints(self.table))
+        if self.boundaries is not None:
+            return ops.nearest_codes(rows, self.boundaries)
         return ops.nearest_codes_by_row(rows, self.levels, self.sets)
 
     def values(self, codes: Array) -> Array:

@@ -153,8 +153,10 @@ class QuantizedArray:
         MixedArraysError
             If the arrays belong to two libraries.
         """
-        if any(length < 0 for length in shape):
-            raise FormatError(f"A shape has no negative lengths: {tuple(shape)}.")
+        if not all(isinstance(length, int) and length >= 0 for length in shape):
+            raise FormatError(f"A shape has lengths of at least 0: {tuple(shape)}.")
+        if not 0 <= batch_dims <= len(shape) or not prod(shape[:batch_dims]):
+            raise FormatError(f"A stack holds at least one array; {batch_dims} dimensions of {tuple(shape)} do not.")
         quantized = _rebuild(dict(arrays), fmt, tuple(shape), batch_dims, offset=False)
         namespace(*quantized.to_arrays().values())  # refuses arrays of several libraries
         _check_values(quantized)

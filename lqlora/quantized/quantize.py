@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -12,10 +13,10 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
 from lqlora.quantized._coding import decode_into
-from lqlora.quantized._fits import Source, assemble, by_absmax, by_levels, by_scale
+from lqlora.quantized._fits import Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
 from lqlora.quantized._layout import blocks_last, piece_size
 from lqlora.quantized.array import QuantizedArray, stacked
 
@@ -121,7 +122,17 @@ def quantize(
         raise InvalidArgumentError(f"batch_dims is 0 to the {len(w.shape)} dimensions of {name}, not {batch_dims!r}.")
     if not batch_dims:
         return _quantize_one(Source(w, weights, fmt, name), fit, check_finite=check_finite)
-    return _quantize_stack(w, weights, fmt, fit, batch_dims, name, check_finite=check_finite)
+    batch_shape = tuple(w.shape[:batch_dims])
+    if not prod(batch_shape):
+        raise InvalidArgumentError(
+            f"A stack holds at least one array; the batch dimensions of {name} are {batch_shape}."
+        )
+    parts = []
+    for index in _indices(batch_shape):
+        own = None if weights is None else weights[(*index, ...)]
+        source = Source(w[(*index, ...)], own, fmt, f"{name}[{', '.join(map(str, index))}]")
+        parts.append(_quantize_one(source, fit, check_finite=check_finite))
+    return _as_stack(parts, tuple(w.shape), batch_shape)
 
 
 def _checked_weights(weights: Array, w: Array, fit: str) -> Array:
@@ -140,24 +151,11 @@ def _checked_weights(weights: Array, w: Array, fit: str) -> Array:
         raise InvalidArgumentError(f"Importances of shape {shapes}.") from None
 
 
-def _quantize_stack(
-    w: Array, weights: Array | None, fmt: BlockFormat, fit: Fit, batch_dims: int, name: str, *, check_finite: bool
-) -> QuantizedArray:
-    """Quantize the arrays of a stack one by one."""
-    batch_shape = tuple(w.shape[:batch_dims])
-    if not prod(batch_shape):
-        raise InvalidArgumentError(
-            f"A stack holds at least one array; the batch dimensions of {name} are {batch_shape}."
-        )
-    parts = []
-    for index in _indices(batch_shape):
-        own = None if weights is None else weights[index]
-        label = f"{name}[{', '.join(map(str, index))}]"
-        parts.append(_quantize_one(Source(w[index], own, fmt, label), fit, check_finite=check_finite))
+def _as_stack(parts: list[QuantizedArray], shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> QuantizedArray:
+    """Return arrays that were quantized one by one as a stack."""
     arrays = [part.to_arrays() for part in parts]
-    return QuantizedArray.from_arrays(
-        {key: stacked([own[key] for own in arrays], batch_shape) for key in arrays[0]}, fmt, tuple(w.shape), batch_dims
-    )
+    joined = {key: stacked([own[key] for own in arrays], batch_shape) for key in arrays[0]}
+    return QuantizedArray.from_arrays(joined, parts[0].format, shape, len(batch_shape))
 
 
 def _indices(shape: Sequence[int]) -> list[tuple[int, ...]]:
@@ -172,10 +170,19 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
     # Whatever is not finite shows in the statistic of its block: the array itself is read again only to say where.
     if check_finite and not bool(namespace(statistic).all(namespace(statistic).isfinite(statistic))):
         ops.require_finite(ops.widen(source.array), source.name)
-    first = by_absmax(source, statistic, low)
+    choice, levels = by_absmax(source, statistic, low), None
     if fit == "scale":
-        return by_scale(source, statistic, first)
-    return by_levels(source, statistic, first) if fit == "levels+scale" else assemble(source, first)
+        choice = by_scale(source, statistic, choice)
+    elif fit == "levels+scale":
+        choice, levels = by_levels(source, statistic, choice)
+    if lost := lost_blocks(source, statistic, choice, levels):
+        warnings.warn(
+            f"{lost} of {statistic.shape[0]} blocks of {source.name} are not zero but decode to zeros: scales stored "
+            f"as {source.fmt.scales} cannot tell theirs from zero. Scale the weights, or choose a wider range.",
+            ScaleUnderflowWarning,
+            stacklevel=3,
+        )
+    return assemble(source, choice, levels)
 
 
 def _statistics(source: Source) -> tuple[Array, Array | None]:
@@ -187,10 +194,15 @@ def _statistics(source: Source) -> tuple[Array, Array | None]:
         empty = xp.zeros((0,), dtype=dtype, device=array_api_compat.device(source.array))
         return empty, empty if book.normalization == "affine" else None
     low, high = (xp.concat(parts) for parts in zip(*found, strict=True))
-    with np.errstate(over="ignore"):  # what is infinite is refused when it is stored
-        spans = {"absmax": high, "affine": high - low, "signed": xp.where(high >= -low, high, low)}
-    scale = spans[book.normalization]
-    return scale if book.widest == 1.0 else scale / book.widest, low if book.normalization == "affine" else None
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused when it is stored
+        if book.normalization == "affine":
+            high = high - low
+        elif book.normalization == "signed":
+            high = xp.where(high >= -low, high, low)
+        # An array of one number and not the number: a library may multiply by the reciprocal of that.
+        widest = xp.full((1,), book.widest, dtype=high.dtype, device=array_api_compat.device(high))
+        scale = high if book.widest == 1.0 else high / widest
+    return scale, low if book.normalization == "affine" else None
 
 
 def _extremes(source: Source, entries: slice) -> tuple[Array, Array]:
@@ -254,7 +266,7 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     elif tuple(out.shape) != q.shape:
         raise InvalidArgumentError(f"out has shape {tuple(out.shape)}, the array has {q.shape}.")
     for index, part in zip(_indices(q.batch_shape), q.unstack(), strict=True):
-        decode_into(part, out[index] if index else out)
+        decode_into(part, out[(*index, ...)])
     return out
 
 

@@ -66,7 +66,7 @@ _SCALE_BITS = {"uint": (1, 8), "int": (2, 8), "dynamic": (8, 8), "log": (3, 8)}
 _SCALE_OFFSETS = {
     ("uint", False): ["min", "none"], ("log", False): ["min", "none"],
     ("int", False): ["min", "mean", "none"], ("dynamic", False): ["min", "mean", "none"],
-    ("int", True): ["mean", "none"], ("dynamic", True): ["mean", "none"],
+    ("int", True): ["none"], ("dynamic", True): ["none"],
 }  # fmt: skip
 
 #: The finest fraction of a block's largest weight that :func:`block_weights` draws: normal weights stay normal.

@@ -191,7 +191,7 @@ def test_scale_formats_are_checked_when_made(arguments):
 
 @pytest.mark.parametrize(
     ("codebook", "offset", "signed"),
-    [("uint", "min", False), ("int", "none", True), ("dynamic", "mean", True), ("log", "none", False)],
+    [("uint", "min", False), ("int", "none", True), ("dynamic", "mean", False), ("log", "none", False)],
 )
 def test_each_codebook_of_scales_has_an_offset_of_its_own(codebook, offset, signed):
     scales = ScaleFormat(8, 256, codebook=codebook)

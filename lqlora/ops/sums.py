@@ -64,7 +64,7 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     Returns
     -------
     array of float64, shape (count,)
-        Sums, with an error of at most ``n**2 * 2**-52`` times the largest term.
+        Sums, with an error of at most ``n**2 * 2**-51`` times the largest term.
 
     Examples
     --------

@@ -129,7 +129,8 @@ def _zero_points(low: Array, decoded: Array, levels: int) -> Array:
     """Return the codes nearest to zero when the lowest level stands for the smallest weight of a block."""
     xp = namespace(low)
     usable = decoded > 0
-    steps = -low / xp.astype(xp.where(usable, decoded, xp.ones_like(decoded)), low.dtype)
+    with np.errstate(over="ignore"):  # the outermost code, as where it is merely too large
+        steps = -low / xp.astype(xp.where(usable, decoded, xp.ones_like(decoded)), low.dtype)
     steps = xp.where(usable, xp.round(steps), xp.zeros_like(steps))
     return xp.astype(xp.clip(steps, 0, levels - 1), xp.uint8)
 
@@ -156,7 +157,7 @@ def by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
         # Of the codes that the second-level scales made for the first choice allow, so that this one is among them.
         others = code_neighbors(first.stored, wanted)
     else:
-        others = [store_scales(wanted, source.fmt.scales, source.name)]
+        others = [ops.storage_cast(wanted, str(source.fmt.scales))]  # what is infinite there is not taken
     choices = [Choice(own, decode_scales(own), zeros) for own in others for zeros in _shifts(first, source.fmt)]
     return _best(source, [first, *choices], None)
 
@@ -175,9 +176,10 @@ def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
 def by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, Array | None]:
     """Fit levels and scales together; fall back to the levels of the codebook if these leave less error."""
     plain = by_scale(source, statistic, first)
-    statistic = statistic * source.fmt.codebook.widest  # fitted levels end at 1
+    with _QUIET():
+        statistic = statistic * source.fmt.codebook.widest  # fitted levels end at 1
     levels = _fitted_levels(source, statistic)
-    wanted = _search(source, statistic, first, levels)
+    wanted = _not_above(_search(source, statistic, first, levels), statistic)
     try:
         stored = store_scales(wanted, source.fmt.scales, source.name)
     except NonFiniteError:  # fitted scales may spread further than those the format was able to hold
@@ -187,6 +189,15 @@ def by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, 
     if _total(source, choice, levels) > _total(source, plain, None):
         return plain, None
     return choice, levels
+
+
+def _not_above(wanted: Array, statistic: Array) -> Array:
+    """Keep scales within the largest that is known to be storable."""
+    xp = namespace(wanted)
+    if not wanted.shape[0]:
+        return wanted
+    limit = xp.max(xp.abs(statistic))
+    return xp.clip(wanted, -limit, limit)
 
 
 def _search(source: Source, statistic: Array, first: Choice, levels: Array | None) -> Array:
@@ -202,12 +213,8 @@ def _search(source: Source, statistic: Array, first: Choice, levels: Array | Non
         rounding = Rounding.of(book, levels, source.sets_of(blocks))
         with _QUIET():
             ratios = best_ratios(normalized, own, rounding, zeros, grid)
-        found.append(statistic[blocks] * xp.astype(ratios, statistic.dtype))
-    if not found:
-        return statistic
-    # Not beyond the largest scale that is known to be storable.
-    limit = xp.max(xp.abs(statistic))
-    return xp.clip(xp.concat(found), -limit, limit)
+            found.append(statistic[blocks] * xp.astype(ratios, statistic.dtype))
+    return xp.concat(found) if found else statistic
 
 
 def _fitted_levels(source: Source, statistic: Array) -> Array:
@@ -338,9 +345,10 @@ def _may_lose(source: Source, statistic: Array, choice: Choice, levels: Array | 
     if bool(xp.any(nonzero & (choice.decoded == 0))):
         return True
     if levels is not None or book.normalization == "affine":
-        return bool(xp.any(nonzero & (xp.abs(choice.decoded) > 2 * xp.abs(statistic))))
+        return bool(xp.any(nonzero & (xp.abs(choice.decoded) / 2 > xp.abs(statistic))))
     is_level = xp.asarray(book.levels != 0, device=array_api_compat.device(statistic))
-    scales, largest = xp.astype(choice.decoded, statistic.dtype), statistic * book.widest
+    with _QUIET():
+        scales, largest = xp.astype(choice.decoded, statistic.dtype), statistic * book.widest
     for extreme in (largest, -largest):
         codes = ops.encode(extreme, scales, None, book.boundaries, 1)
         if bool(xp.any(nonzero & ~xp.take(is_level, xp.astype(codes, xp.int64)))):

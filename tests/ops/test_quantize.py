@@ -77,8 +77,7 @@ def test_nan_has_some_code(xp, codebook):
     assert codes[1] == oracle.nearest(1.0, codebook.levels)
 
 
-@pytest.mark.xfail(strict=True, reason="buckets per unit overflow float32")
-@pytest.mark.parametrize("step", [1e-45, 1e-40, 1e-38])
+@pytest.mark.parametrize("step", [2.0**-149, 1e-40, 1e-38])
 def test_many_levels_within_a_tiny_range_are_told_apart(step):
     codebook = Codebook(np.arange(40) * step)
     codes = nearest_codes(np.array(codebook.levels), codebook.boundaries)
@@ -163,7 +162,9 @@ def test_decoding_equals_the_oracle(xp, codebook, size, count, seed):
     zeros = zeros_for(codebook, len(scales), seed)
     packed = pack_codes(on(xp, codes), codebook.bits)
     own = None if zeros is None else on(xp, zeros)
-    found = decode(packed, on(xp, scales), own, codebook.levels, codebook.bits, size, count)
+    out = on(xp, np.full(count, 9, dtype=np.float32))
+    found = decode(packed, on(xp, scales), own, codebook.levels, codebook.bits, size, out)
+    assert found is out or host(found).tobytes() == host(out).tobytes()
     expected = oracle.decode(codes.tolist(), scales, BlockFormat(codebook, size), zero_points=zeros)
     assert host(found).tobytes() == expected.tobytes()
 
@@ -172,7 +173,8 @@ def test_a_block_of_scale_zero_decodes_to_zero(xp):
     w = on(xp, np.array([0.0, -0.0, 1.0, -1.0], dtype=np.float32))
     scales = on(xp, np.array([0.0, 1.0], dtype=np.float32))
     packed = pack_codes(encode(w, scales, None, NF4.boundaries, 2), 4)
-    assert host(decode(packed, scales, None, NF4.levels, 4, 2, 4)).tolist() == [0.0, 0.0, 1.0, -1.0]
+    out = on(xp, np.full(4, 9, dtype=np.float32))
+    assert host(decode(packed, scales, None, NF4.levels, 4, 2, out)).tolist() == [0.0, 0.0, 1.0, -1.0]
 
 
 @given(

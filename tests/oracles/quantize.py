@@ -54,7 +54,7 @@ def _boundaries(levels: bytes) -> list[float]:
 
 
 def _boundary(low: float, high: float) -> float:
-    if low == high == 0.0 and str(low) != str(high):  # -0.0 and 0.0: zero of either sign becomes 0.0
+    if low == high == 0.0:  # of two zeros the upper one
         return -1.1754943508222875e-38
     return float(np.float32((low + high) / 2))
 
@@ -162,7 +162,9 @@ def zero_point(block: np.ndarray, scale: Any, fmt: BlockFormat) -> int:
     """Return the code of zero when the smallest entry has code zero."""
     if not scale > 0:
         return 0
-    steps = round(float(-extremes(block)[0] / block.dtype.type(scale)))  # Python rounds to even, too
+    with np.errstate(over="ignore"):
+        quotient = float(-extremes(block)[0] / block.dtype.type(scale))
+    steps = round(min(quotient, 1e9))  # Python rounds to even, too
     return min(max(steps, 0), len(fmt.codebook) - 1)
 
 

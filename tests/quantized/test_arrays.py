@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lqlora import NF4, BlockFormat, Codebook, QuantizedArray, ScaleFormat, dequantize, quantize, uniform
+from lqlora import NF4, BlockFormat, Codebook, QuantizedArray, dequantize, quantize, uniform
 from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, MixedArraysError, UnsupportedArrayError
 from tests.quantized.cases import KINDS, draw_case, normal, quantized, ramp, restored
 from tests.strategies import host, on, stored
@@ -145,14 +145,14 @@ def test_any_array_of_another_library_is_refused(rich, torch):
             QuantizedArray.from_arrays(rich[0] | {name: torch.from_numpy(array.copy())}, *rich[1:])
 
 
-def test_any_number_that_is_not_finite_is_refused(rich):
+def test_numbers_that_are_not_finite_are_let_through(rich):
+    # What diverged may be wanted for a look at it.
     for name, array in rich[0].items():
         if array.dtype.name == "uint8":
             continue
-        for bad in (np.nan, np.inf, -np.inf):
-            changed = array.copy()
-            changed.reshape(-1)[-1] = bad
-            assert "1 non-finite value(s)" in refuse(rich, rich[0] | {name: changed})
+        changed = array.copy()
+        changed.reshape(-1)[-1] = np.nan
+        QuantizedArray.from_arrays(rich[0] | {name: changed}, *rich[1:])
 
 
 def test_any_negative_scale_is_refused_unless_it_may_have_a_sign(rich):
@@ -226,19 +226,6 @@ def test_stored_arrays_of_two_libraries_are_refused(torch, text, key):
 def test_an_array_of_an_unknown_dtype_is_refused_by_name():
     with pytest.raises(UnsupportedArrayError, match="'codes' is not an array"):
         QuantizedArray.from_arrays({"codes": [0], "scales": np.ones(1, np.float32)}, BlockFormat(NF4), (2,))
-
-
-@pytest.mark.xfail(strict=True, reason="only what is stored is looked at, not what it decodes to")
-@pytest.mark.parametrize("bad", ["infinite", "negative"])
-def test_scales_that_decode_to_what_no_scale_is_are_refused(bad):
-    q = quantize(np.arange(1, 9, dtype=np.float32), BlockFormat(NF4, 2, ScaleFormat(8, 2, codebook="dynamic")))
-    arrays = q.to_arrays()
-    arrays["scales.codes"] = np.full_like(arrays["scales.codes"], 255 if bad == "infinite" else 0)
-    arrays["scales.scales"] = np.full_like(arrays["scales.scales"], 3e38 if bad == "infinite" else 100.0)
-    if bad == "infinite":
-        arrays["scales.offset"] = np.full_like(arrays["scales.offset"], 3e38)
-    with pytest.raises(FormatError):
-        QuantizedArray.from_arrays(arrays, q.format, q.shape)
 
 
 def test_the_codebook_of_an_array_is_that_of_its_format():

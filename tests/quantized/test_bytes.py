@@ -138,7 +138,7 @@ def test_quantizing_for_a_second_time_changes_nothing_on_any_path(fast_xp, text,
 def test_bytes_of_a_fit_are_those_of_numpy_and_of_the_reference(xp, data, fit):
     fitted = fit == "levels+scale"
     small = [book for book in ALL_CODEBOOKS if book.normalization != "affine" and book.bits <= 3]
-    w, fmt = draw_case(data, xp, fitted=fitted, codebooks=small if fitted else None)
+    w, fmt = draw_case(data, xp, fitted=fitted, codebooks=small if fitted else ALL_CODEBOOKS)
     importance = None
     if fit != "absmax" and data.draw(st.booleans()):
         importance = np.random.default_rng(data.draw(st.integers(0, 9))).exponential(size=w.shape).astype(np.float32)

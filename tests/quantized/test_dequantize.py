@@ -29,7 +29,7 @@ def test_any_array_of_the_shape_is_written_to(xp, layout, data):
         layout = "every second"  # torch has no negative strides
     # What is written must not depend on what was there, and beside it nothing may change.
     native = np.float64 if dtype == "float64" else oracle.STORAGE[dtype]
-    out = lay_out(xp, np.full(w.shape, 9.0).astype(native), layout)
+    out = lay_out(on(xp, np.full(w.shape, 9.0).astype(native)), layout)
     assert dequantize(q, out=out) is out
     with np.errstate(over="ignore", under="ignore"):
         expected = restored(q).astype(native)

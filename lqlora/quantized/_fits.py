@@ -74,12 +74,17 @@ class Source:
     def read(self, entries: slice) -> Rows:
         """Return a range of whole blocks, one per row."""
         layout, dense = self.layout, blocks_last(self.array, self.fmt.axis)
-        rows = layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop)))
-        if self.weights is None:
+        flat = ops.widen(ops.take_flat(dense, entries.start, entries.stop))
+        rows, ones = layout.as_blocks(flat), namespace(flat).ones_like(flat)
+        if self.weights is not None:
+            dense = blocks_last(self.weights, self.fmt.axis)
+            weights = layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop)))
+            return Rows(rows, *_relative(weights, layout.as_blocks(ones)))
+        if layout.is_even and flat.shape[0] % layout.block_size == 0:
             return Rows(rows, None, None, None)
-        dense = blocks_last(self.weights, self.fmt.axis)
-        weights = layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop)))
-        return Rows(rows, *_relative(weights))
+        # What short blocks are padded with counts nothing.
+        mask = layout.as_blocks(ones)
+        return Rows(rows, mask, mask[:, 0], namespace(mask).astype(mask, namespace(mask).float64))
 
     def sets_of(self, blocks: slice) -> Array | None:
         """Return the set of levels that each of a range of blocks has."""
@@ -100,13 +105,14 @@ class Rows(NamedTuple):
     exact: Array | None
 
 
-def _relative(weights: Array) -> tuple[Array, Array, Array]:
+def _relative(weights: Array, mask: Array) -> tuple[Array, Array, Array]:
     """Return three of the members of :class:`Rows`; in a block that nothing weighs every entry counts the same."""
     xp = namespace(weights)
+    mask = xp.astype(mask, weights.dtype)
     largest = xp.max(weights, axis=1, keepdims=True)
     positive = largest > 0
-    relative = xp.where(positive, weights / xp.where(positive, largest, xp.ones_like(largest)), xp.ones_like(weights))
-    exact = xp.where(positive, weights, xp.ones_like(weights))
+    relative = xp.where(positive, weights / xp.where(positive, largest, xp.ones_like(largest)), mask)
+    exact = xp.where(positive, weights, mask)
     return relative, largest[:, 0], xp.astype(exact, xp.float64)
 
 
@@ -259,10 +265,12 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
     members = xp.arange(rows.shape[0], dtype=xp.int64, device=array_api_compat.device(rows)) // (rows.shape[0] // sets)
     importance = xp.astype(scales, xp.float64)
     weights = None
-    if source.weights is not None:
-        weights = xp.astype(xp.concat([part.weights for part in parts]), xp.float32)
-        largest = xp.astype(xp.concat([part.largest for part in parts]), xp.float64)
-        importance = importance * xp.sqrt(largest)
+    if any(part.weights is not None for part in parts):
+        ones = [xp.ones_like(part.entries) for part in parts]
+        own = [one if part.weights is None else part.weights for part, one in zip(parts, ones, strict=True)]
+        largest = [one[:, 0] if part.largest is None else part.largest for part, one in zip(parts, ones, strict=True)]
+        weights = xp.concat([xp.astype(weight, xp.float32) for weight in own])
+        importance = importance * xp.sqrt(xp.concat([xp.astype(weight, xp.float64) for weight in largest]))
     # Each set by itself: next to a set of large weights the sums of another would be rounded away.
     by_set = xp.abs(xp.reshape(importance, (sets, -1)))
     peak = xp.max(by_set, axis=1, keepdims=True)
@@ -300,8 +308,7 @@ def _errors(source: Source, choice: Choice, levels: Array | None) -> Array:
 
 def _total(source: Source, choice: Choice, levels: Array | None) -> float:
     """Return the weighted squared error of the whole array."""
-    xp = namespace(choice.decoded)
-    return math.fsum(float(xp.sum(errors)) for errors in _piece_errors(source, choice, levels))
+    return math.fsum(float(ops.row_sums(errors[None, :])[0]) for errors in _piece_errors(source, choice, levels))
 
 
 def _piece_errors(source: Source, choice: Choice, levels: Array | None) -> Iterator[Array]:

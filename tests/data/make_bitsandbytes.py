@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bitsandbytes
 import numpy as np
 import torch
-from bitsandbytes import functional
 
 #: Name: codebook, double quantization, block size, shape, dtype.
 CASES = {
@@ -42,6 +40,9 @@ def source(name, shape, dtype):
 
 
 def main():
+    import bitsandbytes
+    from bitsandbytes import functional
+
     arrays = {"version": np.array(bitsandbytes.__version__)}
     for name, (kind, nested, block_size, shape, dtype) in CASES.items():
         weight = source(name, shape, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -365,3 +366,14 @@ def test_a_fit_is_repeated_byte_for_byte(seed):
             == stored(quantize(w.copy(), fmt, fit=fit))
             == stored(quantize(on(np, w), fmt, fit=fit))
         )
+
+
+@pytest.mark.parametrize("levels", [[-1, 1], [-1, -0.5, 0.5, 1]])
+@pytest.mark.parametrize("axis", [None, -1])
+def test_padding_of_a_short_block_counts_nothing(levels, axis):
+    # No level is zero: a search that saw the padding would prefer a smaller scale.
+    tail = np.array([[1.0, -0.8, 0.9]], dtype=np.float32)
+    w = np.concatenate([np.full((1, 8), 0.7, dtype=np.float32), tail], axis=1)
+    fmt = BlockFormat(Codebook(levels), 8, axis=axis)
+    alone = restored(quantize(tail, replace(fmt, block_size=3), fit="scale"))
+    np.testing.assert_allclose(restored(quantize(w, fmt, fit="scale")).reshape(-1)[-3:], alone.reshape(-1), rtol=1e-5)

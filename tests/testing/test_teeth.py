@@ -68,10 +68,14 @@ def test_a_fault_is_found_by_the_property_named_for_it(fault, name, also):
     assert check(fault, only=[name, *also]).failed == tuple(p for p in PROPERTIES if p == name or p in also)
 
 
+#: What finds a fault only if the weights drawn happen to show it.
+SOMETIMES = {broken.SharesAScale: ["idempotence"]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "name", "also"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
 def test_a_fault_is_found_by_no_other_property(fault, name, also):
-    assert set(check(fault).failed) == {name, *also}
+    assert {name, *also} <= set(check(fault).failed) <= {name, *also, *SOMETIMES.get(fault, ())}
 
 
 def test_a_quantizer_that_remembers_is_found():

@@ -75,15 +75,14 @@ class Source:
         """Return a range of whole blocks, one per row."""
         layout, dense = self.layout, blocks_last(self.array, self.fmt.axis)
         flat = ops.widen(ops.take_flat(dense, entries.start, entries.stop))
-        rows, ones = layout.as_blocks(flat), namespace(flat).ones_like(flat)
+        rows = layout.as_blocks(flat)
+        if self.weights is None and layout.is_even and flat.shape[0] % layout.block_size == 0:
+            return Rows(rows, None, None, None)
+        mask = layout.as_blocks(namespace(flat).ones_like(flat))  # what short blocks are padded with counts nothing
         if self.weights is not None:
             dense = blocks_last(self.weights, self.fmt.axis)
             weights = layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop)))
-            return Rows(rows, *_relative(weights, layout.as_blocks(ones)))
-        if layout.is_even and flat.shape[0] % layout.block_size == 0:
-            return Rows(rows, None, None, None)
-        # What short blocks are padded with counts nothing.
-        mask = layout.as_blocks(ones)
+            return Rows(rows, *_relative(weights, mask))
         return Rows(rows, mask, mask[:, 0], namespace(mask).astype(mask, namespace(mask).float64))
 
     def sets_of(self, blocks: slice) -> Array | None:

@@ -86,7 +86,7 @@ def loftq(w: Array, fmt: BlockFormat, rank: int, *, iterations: int = 5, seed: i
     >>> len(lq.initializers.loftq(w, lq.BlockFormat.parse("nf2/16:float32"), rank=4).errors)
     6
     """
-    return decompose(w, fmt, rank, init="quantize", max_iter=iterations, rtol=0.0, seed=seed)
+    return decompose(w, fmt, rank, init="quantize", extrapolation=0.0, max_iter=iterations, rtol=0.0, seed=seed)
 
 
 def qlora(w: Array, fmt: BlockFormat, rank: int, *, seed: int = 0) -> Decomposition:

@@ -20,23 +20,23 @@ OVERSAMPLING = 10
 
 
 class LowRank(NamedTuple):
-    """A truncated singular value decomposition ``left @ diag(values) @ right``.
+    """A truncated singular value decomposition ``left @ right``.
 
     Parameters
     ----------
     left : array, shape (m, rank)
         Orthonormal columns.
+    right : array, shape (rank, n)
+        ``left.T @ matrix``: orthogonal rows whose norms are the singular values.
     values : array, shape (rank,)
         Singular values, largest first, not negative.
-    right : array, shape (rank, n)
-        Orthonormal rows.
     basis : array, shape (n, k)
         Right subspace including the oversampling; the start of the next call on a similar matrix.
     """
 
     left: Array
-    values: Array
     right: Array
+    values: Array
     basis: Array
 
 
@@ -55,6 +55,11 @@ def exact_svd(matrix: Array, rank: int) -> LowRank:
     LowRank
         The best approximation of that rank in every unitarily invariant norm (Eckart and Young 1936).
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the rank is out of range.
+
     Examples
     --------
     >>> import numpy as np
@@ -64,10 +69,13 @@ def exact_svd(matrix: Array, rank: int) -> LowRank:
     _check_rank(matrix, rank)
     xp = namespace(matrix)
     left, values, right = xp.linalg.svd(matrix, full_matrices=False)
-    return LowRank(left[:, :rank], values[:rank], right[:rank, :], xp.matrix_transpose(right[:rank, :]))
+    left, values, right = left[:, :rank], values[:rank], right[:rank, :]
+    return LowRank(left, values[:, None] * right, values, xp.matrix_transpose(right))
 
 
-def subspace_svd(matrix: Array, rank: int, *, seed: int = 0, start: Array = None, power_iterations: int = 2) -> LowRank:
+def subspace_svd(
+    matrix: Array, rank: int, *, seed: int = 0, start: Array | None = None, power_iterations: int | None = None
+) -> LowRank:
     """Truncate the singular value decomposition by randomized subspace iteration.
 
     Parameters
@@ -79,15 +87,25 @@ def subspace_svd(matrix: Array, rank: int, *, seed: int = 0, start: Array = None
     seed : int, default 0
         Of the Gaussian sketch, drawn by NumPy on the host so that every library gets the same one.
     start : array, shape (n, k), optional
-        Basis to start from instead of the sketch, such as ``basis`` of an earlier result: one pass over a matrix that
-        changed little replaces the power iterations.
-    power_iterations : int, default 2
-        Extra pairs of passes over the matrix; they sharpen slowly decaying spectra. Not used when ``start`` is given.
+        Basis to start from instead of the sketch, such as ``basis`` of an earlier result.
+    power_iterations : int, optional
+        Extra pairs of passes over the matrix; they sharpen slowly decaying spectra. 2 if not given, or 0 from a start:
+        two passes over a matrix that changed little do what six do from scratch.
 
     Returns
     -------
     LowRank
         Close to :func:`exact_svd`. When the sketch would span the smaller side the exact decomposition is returned.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the rank is out of range.
+
+    Notes
+    -----
+    The small factorization at the end is one of a Gram matrix in float64, which is as wide as the rank. Its eigenvalues
+    are exact to 1e-16 of the largest, so singular values are to 1e-8 of the largest.
 
     References
     ----------
@@ -106,17 +124,31 @@ def subspace_svd(matrix: Array, rank: int, *, seed: int = 0, start: Array = None
     width = rank + OVERSAMPLING
     if rank == 0 or width >= min(rows, columns):
         return exact_svd(matrix, rank)
+    if power_iterations is None:
+        power_iterations = 2 if start is None else 0
     if start is None:
         sketch = np.random.default_rng(seed).standard_normal((columns, width))
         start = xp.asarray(sketch, dtype=matrix.dtype, device=array_api_compat.device(matrix))
-    else:
-        power_iterations = 0
     left, _ = xp.linalg.qr(matrix @ start)
     for _ in range(power_iterations):
-        right, _ = xp.linalg.qr(xp.matrix_transpose(matrix) @ left)
-        left, _ = xp.linalg.qr(matrix @ right)
-    inner, values, right = xp.linalg.svd(xp.matrix_transpose(left) @ matrix, full_matrices=False)
-    return LowRank(left @ inner[:, :rank], values[:rank], right[:rank, :], xp.matrix_transpose(right))
+        start, _ = xp.linalg.qr(xp.matrix_transpose(matrix) @ left)
+        left, _ = xp.linalg.qr(matrix @ start)
+    return _within(matrix, left, rank, start)
+
+
+def _within(matrix: Array, left: Array, rank: int, start: Array) -> LowRank:
+    """Return the best approximation whose columns are in a subspace: the method of Rayleigh and Ritz."""
+    xp = namespace(matrix)
+    small = xp.matrix_transpose(left) @ matrix
+    wide = xp.astype(small, xp.float64)
+    squares, rotation = xp.linalg.eigh(wide @ xp.matrix_transpose(wide))
+    values = xp.astype(xp.sqrt(xp.clip(xp.flip(squares), 0.0)), matrix.dtype)
+    rotation = xp.astype(xp.flip(rotation, axis=1), matrix.dtype)
+    right = xp.matrix_transpose(rotation) @ small
+    # What the matrix maps to nothing keeps its old direction, so that a later matrix can find it again.
+    lost = (values == 0)[:, None]
+    basis = xp.where(lost, xp.matrix_transpose(start), right / xp.where(lost, xp.ones_like(right), values[:, None]))
+    return LowRank(left @ rotation[:, :rank], right[:rank, :], values[:rank], xp.matrix_transpose(basis))
 
 
 def low_rank_product(lora_B: Array, lora_A: Array, scaling: float = 1.0) -> Array:

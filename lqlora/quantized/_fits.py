@@ -54,12 +54,15 @@ class Source:
         The format.
     name : str
         What the array is, for errors.
+    start : QuantizedArray, optional
+        A similar array in this format, whose levels a search starts from.
     """
 
     array: Array
     weights: Array | None
     fmt: BlockFormat
     name: str
+    start: QuantizedArray | None = None
 
     @property
     def layout(self) -> Layout:
@@ -179,8 +182,11 @@ def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
 
 
 def by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, Array | None]:
-    """Fit levels and scales together; fall back to the levels of the codebook if these leave less error."""
-    plain = by_scale(source, statistic, first)
+    """Fit levels and scales together; fall back to the levels of the codebook if these leave less error.
+
+    From a start there is nothing to compare with: whoever starts somewhere wants to end up near it, soon.
+    """
+    plain = by_scale(source, statistic, first) if source.start is None else None
     with _QUIET():
         statistic = statistic * source.fmt.codebook.widest  # fitted levels end at 1
     levels = _fitted_levels(source, statistic)
@@ -188,10 +194,10 @@ def by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, 
     try:
         stored = store_scales(wanted, source.fmt.scales, source.name)
     except NonFiniteError:  # fitted scales may spread further than those the format was able to hold
-        return plain, None
+        return plain or by_scale(source, statistic, first), None
     others = [stored, *(code_neighbors(stored, wanted)[1:] if isinstance(stored, QuantizedArray) else [])]
     choice = _best(source, [Choice(own, decode_scales(own), None) for own in others], levels)
-    if _total(source, choice, levels) > _total(source, plain, None):
+    if plain is not None and _total(source, choice, levels) > _total(source, plain, None):
         return plain, None
     return choice, levels
 
@@ -209,7 +215,7 @@ def _search(source: Source, statistic: Array, first: Choice, levels: Array | Non
     """Return the scale of least error of each block, as it is before it is stored."""
     xp = namespace(statistic)
     book = source.fmt.codebook
-    grid = ratio_grid(book.bits, signed=book.normalization == "signed")
+    grid = ratio_grid(book.bits, signed=book.normalization == "signed", coarse=source.start is not None)
     found = []
     for blocks, (rows, weights, _, _) in source.pieces(piece_size(statistic) // _WIDE):
         normalized = xp.astype(ops.normalize(rows, statistic[blocks]), xp.float32)
@@ -229,14 +235,14 @@ def _fitted_levels(source: Source, statistic: Array) -> Array:
         return _codebook_levels(source)
     if not isinstance(fmt.levels, int):
         pieces = list(layout.whole_blocks(_SAMPLE_PIECE))
-        return _levels_of(source, statistic, pieces[:: max(1, layout.count // _SAMPLE)], 1)
+        return _levels_of(source, statistic, pieces[:: max(1, layout.count // _SAMPLE)], slice(0, 1))
     sets = fmt.level_sets(source.array.shape)
     per_step, whole = max(1, _SAMPLE // (fmt.levels * layout.length)), layout.lines // fmt.levels
     # A last group of fewer lines is fitted by itself: a step takes groups of one size.
     cuts = [*range(0, whole, per_step), whole, sets]
     ranges = [(first, last) for first, last in pairwise(cuts) if first < last]
     return namespace(statistic).concat(
-        [_levels_of(source, statistic, _group(source, first, last), last - first) for first, last in ranges]
+        [_levels_of(source, statistic, _group(source, first, last), slice(first, last)) for first, last in ranges]
     )
 
 
@@ -255,9 +261,9 @@ def _group(source: Source, first: int, last: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice]], sets: int) -> Array:
-    """Fit levels to some pieces, which are dealt out evenly to a number of sets."""
-    xp = namespace(statistic)
+def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice]], which: slice) -> Array:
+    """Fit levels to some pieces, which are dealt out evenly to a range of sets."""
+    xp, sets = namespace(statistic), which.stop - which.start
     parts = [source.read(entries) for entries, _ in pieces]
     scales = xp.concat([statistic[blocks] for _, blocks in pieces])
     rows = ops.normalize(xp.concat([part.entries for part in parts]), scales)
@@ -274,8 +280,10 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
     by_set = xp.abs(xp.reshape(importance, (sets, -1)))
     peak = xp.max(by_set, axis=1, keepdims=True)
     importance = xp.reshape(by_set / xp.where(peak > 0, peak, xp.ones_like(peak)), (-1,)) ** 2
+    near = None if source.start is None else source.start.levels
+    start = None if near is None else near[which, :]
     with _QUIET():
-        return fit_levels(xp.astype(rows, xp.float32), weights, importance, members, sets, source.fmt.codebook)
+        return fit_levels(xp.astype(rows, xp.float32), weights, importance, members, sets, source.fmt.codebook, start)
 
 
 def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice:

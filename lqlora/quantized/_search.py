@@ -19,6 +19,8 @@ from lqlora.codebooks.codebook import cell_boundaries
 from lqlora.quantized._coding import host_levels, read_only
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
     from lqlora._typing import Array
@@ -39,6 +41,9 @@ _REFINEMENTS = 2
 #: minimum that the alternation has run into.
 _ROUNDS = 20
 _SEARCHES = (3, 8, 14)
+
+#: Rounds that adapt levels fitted to a similar array; the first of them searches.
+_ROUNDS_AGAIN = 2
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,19 @@ class Rounding:
         return self.values(self.codes(rows + zeros)) - zeros
 
 
-def ratio_grid(bits: int, *, signed: bool) -> list[float]:
+def ratio_grid(bits: int, *, signed: bool, coarse: bool = False) -> list[float]:
     """Return the ratios that a search starts from."""
     grid = np.linspace(_LOWEST_RATIO[bits], _HIGHEST_RATIO[bits], _GRID, dtype=np.float32).tolist()
-    return [1.0, *grid, *([-1.0, *(-ratio for ratio in grid)] if signed else [])]
+    grid = grid[1::3] if coarse else [1.0, *grid]
+    return [*grid, *(-ratio for ratio in grid if signed)]
 
 
 def best_ratios(
-    rows: Array, weights: Array | None, rounding: Rounding, zeros: Array | None, grid: list[float]
+    rows: Array,
+    weights: Array | None,
+    rounding: Rounding,
+    zeros: Array | None,
+    grid: list[float],
 ) -> Array:
     """Return the factor of each row's scale that leaves the least weighted squared error, of those tried.
 
@@ -121,20 +131,26 @@ def best_ratios(
         Ratios, each refined by least squares.
     """
     xp = namespace(rows)
-    best = xp.full((rows.shape[0],), grid[0], dtype=xp.float32, device=array_api_compat.device(rows))
+    tried = _constants(grid, rows)
+    best = xp.broadcast_to(next(tried), (rows.shape[0],))
     error = _errors(rows, weights, best[:, None], rounding.nearest(rows / best[:, None], zeros))
-    for start in grid[1:]:
-        # An array of one number and not the number: a library may multiply by the reciprocal of that.
-        ratio = xp.full((1, 1), start, dtype=xp.float32, device=array_api_compat.device(rows))
-        own = _errors(rows, weights, ratio, rounding.nearest(rows / ratio, zeros))
+    for ratio in tried:
+        own = _errors(rows, weights, ratio[:, None], rounding.nearest(rows / ratio[:, None], zeros))
         better = own < error
-        best, error = xp.where(better, ratio[0, :], best), xp.where(better, own, error)
+        best, error = xp.where(better, ratio, best), xp.where(better, own, error)
     for _ in range(_REFINEMENTS):
         refined = least_squares(rows, weights, rounding.nearest(rows / best[:, None], zeros), best)
         own = _errors(rows, weights, refined[:, None], rounding.nearest(rows / refined[:, None], zeros))
         better = own < error
         best, error = xp.where(better, refined, best), xp.where(better, own, error)
     return best
+
+
+def _constants(grid: list[float], rows: Array) -> Iterator[Array]:
+    """Yield each ratio of a grid as an array of one number: a library may multiply by the reciprocal of a number."""
+    xp = namespace(rows)
+    for ratio in grid:
+        yield xp.full((1,), ratio, dtype=xp.float32, device=array_api_compat.device(rows))
 
 
 def _errors(rows: Array, weights: Array | None, ratios: Array, values: Array) -> Array:
@@ -154,7 +170,13 @@ def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Arr
 
 
 def fit_levels(
-    rows: Array, weights: Array | None, importance: Array, sets: Array, count: int, codebook: Codebook
+    rows: Array,
+    weights: Array | None,
+    importance: Array,
+    sets: Array,
+    count: int,
+    codebook: Codebook,
+    start: Array | None = None,
 ) -> Array:
     """Fit levels and ratios together: Lloyd's algorithm, with the scales as further unknowns.
 
@@ -172,6 +194,8 @@ def fit_levels(
         Number of sets.
     codebook : Codebook
         The other starting point, besides quantiles of the data.
+    start : array of float32, shape (count, n), optional
+        Levels fitted to similar rows: the only starting point, if given. A few rounds are made from there.
 
     Returns
     -------
@@ -185,13 +209,13 @@ def fit_levels(
     xp = namespace(rows)
     device = array_api_compat.device(rows)
     known = xp.asarray(np.tile(codebook.levels, (count, 1)), device=device)
-    starts = [known, _spread_levels(rows, importance, sets, count, len(codebook))]
-    fitted, errors = [], []
-    for start in starts:
-        levels, error = _alternate(rows, weights, importance, sets, start, codebook)
-        fitted.append(levels)
-        errors.append(error)
-    levels = xp.where((errors[1] < errors[0])[:, None], fitted[1], fitted[0])
+    if start is not None:
+        levels = _alternate(rows, weights, importance, sets, start, codebook, again=True)[0]
+    else:
+        starts = [known, _spread_levels(rows, importance, sets, count, len(codebook))]
+        tried = [_alternate(rows, weights, importance, sets, one, codebook, again=False) for one in starts]
+        (first, error), (second, other) = tried
+        levels = xp.where((other < error)[:, None], second, first)
     largest = xp.max(xp.abs(levels), axis=1)
     usable = (largest > 0)[:, None]
     scaled = levels / xp.where(usable, largest[:, None], xp.ones_like(levels))
@@ -215,16 +239,23 @@ def _spread_levels(rows: Array, importance: Array, sets: Array, count: int, size
 
 
 def _alternate(
-    rows: Array, weights: Array | None, importance: Array, sets: Array, levels: Array, codebook: Codebook
+    rows: Array,
+    weights: Array | None,
+    importance: Array,
+    sets: Array,
+    levels: Array,
+    codebook: Codebook,
+    *,
+    again: bool,
 ) -> tuple[Array, Array]:
     """Return the levels after some rounds, and the error they leave by set."""
     xp = namespace(rows)
     count, size = levels.shape
-    grid = ratio_grid(codebook.bits, signed=codebook.normalization == "signed")
+    grid = ratio_grid(codebook.bits, signed=codebook.normalization == "signed", coarse=again)
     ratios = xp.ones((rows.shape[0],), dtype=xp.float32, device=array_api_compat.device(rows))
-    for step in range(_ROUNDS):
+    for step in range(_ROUNDS_AGAIN if again else _ROUNDS):
         rounding = Rounding.of(codebook, levels, sets)
-        if step in _SEARCHES:
+        if step in _SEARCHES or (again and step == 0):
             ratios = best_ratios(rows, weights, rounding, None, grid)
         codes = rounding.codes(rows / ratios[:, None])
         ratios = least_squares(rows, weights, rounding.values(codes), ratios)

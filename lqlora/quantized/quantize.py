@@ -36,6 +36,7 @@ def quantize(
     *,
     weights: Array | None = None,
     fit: Fit = "absmax",
+    start: QuantizedArray | None = None,
     batch_dims: int = 0,
     check_finite: bool = True,
     name: str = "the array",
@@ -56,6 +57,10 @@ def quantize(
         scale of least squared error among those tried, in no block worse than ``"absmax"``. ``"levels+scale"``: levels
         are fitted too, in turns with the scales, and stored with the array; its total error is not above that of
         ``"scale"``. If the format names no sharing of levels, the whole array shares one set (``levels="matrix"``).
+    start : QuantizedArray, optional
+        A similar array, quantized to the same format with the same fit. Its levels are where those of
+        ``"levels+scale"`` start from, with no promise about ``"scale"`` then, and the search for scales is a coarse one:
+        a fraction of the work. This is how an alternation carries a fit from one iterate to the next.
     batch_dims : int, default 0
         Number of leading dimensions that count arrays to quantize one by one, such as the experts of a layer.
     check_finite : bool, default True
@@ -120,17 +125,21 @@ def quantize(
         weights = _checked_weights(weights, w, fit)
     if not isinstance(batch_dims, int) or not 0 <= batch_dims <= len(w.shape):
         raise InvalidArgumentError(f"batch_dims is 0 to the {len(w.shape)} dimensions of {name}, not {batch_dims!r}.")
+    if start is not None:
+        _check_start(start, fmt, tuple(w.shape), fit, batch_dims)
+        namespace(w, start.packed)
     if not batch_dims:
-        return _quantize_one(Source(w, weights, fmt, name), fit, check_finite=check_finite)
+        return _quantize_one(Source(w, weights, fmt, name, start), fit, check_finite=check_finite)
     batch_shape = tuple(w.shape[:batch_dims])
     if not prod(batch_shape):
         raise InvalidArgumentError(
             f"A stack holds at least one array; the batch dimensions of {name} are {batch_shape}."
         )
     parts = []
-    for index in _indices(batch_shape):
+    starts = [None] * prod(batch_shape) if start is None else start.unstack()
+    for index, near in zip(_indices(batch_shape), starts, strict=True):
         own = None if weights is None else weights[(*index, ...)]
-        source = Source(w[(*index, ...)], own, fmt, f"{name}[{', '.join(map(str, index))}]")
+        source = Source(w[(*index, ...)], own, fmt, f"{name}[{', '.join(map(str, index))}]", near)
         parts.append(_quantize_one(source, fit, check_finite=check_finite))
     return _as_stack(parts, tuple(w.shape), batch_shape)
 
@@ -149,6 +158,18 @@ def _checked_weights(weights: Array, w: Array, fit: str) -> Array:
     except (ValueError, RuntimeError):
         shapes = f"{tuple(weights.shape)} do not fit weights of shape {tuple(w.shape)}"
         raise InvalidArgumentError(f"Importances of shape {shapes}.") from None
+
+
+def _check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...], fit: str, batch_dims: int) -> None:
+    if fit == "absmax":
+        raise InvalidArgumentError("fit='absmax' searches nothing: a start needs fit='scale' or 'levels+scale'.")
+    if not isinstance(start, QuantizedArray):
+        raise InvalidArgumentError(f"A start is a QuantizedArray, not {type(start).__name__}.")
+    if (start.format, start.shape, len(start.batch_shape)) != (fmt, shape, batch_dims):
+        raise InvalidArgumentError(
+            f"A start in {start.format} of shape {start.shape} is none for {fmt} and shape {shape}"
+            f"{'' if len(start.batch_shape) == batch_dims else ': it has other batch dimensions'}."
+        )
 
 
 def _as_stack(parts: list[QuantizedArray], shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> QuantizedArray:

@@ -1,0 +1,7 @@
+"""The alternating decomposition ``W ≈ Q + scaling * lora_B @ lora_A``."""
+
+from lqlora.decomposition.quantizers import Quantizer, QuantizerName
+from lqlora.decomposition.result import Decomposition, StopReason
+from lqlora.decomposition.solver import Init, decompose
+
+__all__ = ["Decomposition", "Init", "Quantizer", "QuantizerName", "StopReason", "decompose"]

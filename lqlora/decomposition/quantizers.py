@@ -1,0 +1,96 @@
+"""The quantizer step: how what the low-rank part leaves is quantized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from lqlora.errors import InvalidArgumentError
+from lqlora.quantized import QuantizedArray, quantize
+
+gptq = None  # TODO until merged
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+    from lqlora.formats import BlockFormat
+    from lqlora.quantized import Fit
+    from lqlora.weighting import AbstractWeighting
+
+__all__ = ["Quantizer", "QuantizerName", "make_quantizer"]
+
+QuantizerName: TypeAlias = Literal["nearest", "gptq"]
+
+
+class Quantizer(Protocol):
+    """A quantizer step of one's own."""
+
+    def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        """Quantize a matrix.
+
+        Parameters
+        ----------
+        target : array of float32 or float64, shape (m, n)
+            The matrix minus a low-rank part.
+        previous : QuantizedArray, optional
+            What this quantizer returned for the iterate before; None for the first.
+
+        Returns
+        -------
+        QuantizedArray of shape (m, n)
+            In the library and on the device of the target.
+        """
+
+
+def make_quantizer(
+    quantizer: QuantizerName | Quantizer, fmt: BlockFormat, fit: Fit, weighting: AbstractWeighting, name: str
+) -> Quantizer:
+    """Return the quantizer step of a decomposition.
+
+    Parameters
+    ----------
+    quantizer : {"nearest", "gptq"} or callable
+        What was asked for.
+    fmt : BlockFormat
+        Format.
+    fit : {"absmax", "scale", "levels+scale"}
+        How scales and levels are chosen.
+    weighting : AbstractWeighting
+        Norm of the residual.
+    name : str
+        What the matrix is, for errors.
+
+    Returns
+    -------
+    callable
+        The step.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no such quantizer, or the weighting lacks what it needs.
+    """
+    if callable(quantizer):
+        return quantizer
+    if quantizer == "nearest":
+        weights = None if fit == "absmax" else weighting.element_weights()
+
+        def nearest(target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+            # The residual may overflow the range of narrow scales although the matrix did not: it is checked, too.
+            start = None if fit == "absmax" else previous
+            return quantize(
+                target, fmt if start is None else start.format, weights=weights, fit=fit, start=start, name=name
+            )
+
+        return nearest
+    if quantizer != "gptq":
+        raise InvalidArgumentError(f"quantizer is 'nearest', 'gptq' or a callable, not {quantizer!r}.")
+    gram = weighting.input_gram
+    if gram is None:
+        raise InvalidArgumentError(
+            "quantizer='gptq' feeds errors back by the second moment of the inputs: it needs a weighting that has one, "
+            "such as lqlora.weighting.InputGram."
+        )
+
+    def feed_back(target: Array, previous: QuantizedArray | None) -> QuantizedArray:  # noqa: ARG001
+        return gptq(target, fmt, gram, fit=fit, name=name)
+
+    return feed_back

@@ -1,0 +1,223 @@
+"""Norms of outputs: weightings by second moments of inputs and of gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import array_api_compat
+
+from lqlora import ops
+from lqlora._dispatch import namespace
+from lqlora.errors import InvalidArgumentError
+from lqlora.weighting._checks import capitalized, is_zero, warn_of_zeros
+from lqlora.weighting.base import ScaledWeighting, power_of_four
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+
+__all__ = ["InputGram", "Kronecker"]
+
+#: Largest difference of a Gram matrix and its transpose, as a fraction of its largest entry.
+_ASYMMETRY = 1e-3
+
+
+class _Root(NamedTuple):
+    """A damped Gram matrix ``unit * lower @ lower.T`` and its diagonal."""
+
+    lower: Array
+    diagonal: Array
+    unit: float
+
+
+@dataclass(frozen=True, eq=False)
+class InputGram(ScaledWeighting):
+    r"""Second moments of the inputs: the squared norm is :math:`\operatorname{tr}(E R E^\top)`.
+
+    That is the mean square of the error at the output of a layer, over the inputs that ``R`` was collected from.
+
+    Parameters
+    ----------
+    gram : array of float32 or float64, shape (n, n)
+        Second moment :math:`R = \mathbb{E}[x x^\top]` of the inputs, or any positive multiple.
+    damping : float, default 1e-2
+        Added to the diagonal, as a fraction of its mean. Inputs that were never seen may come.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the array is not square, not symmetric or not positive semidefinite, or the damping is not positive.
+    NonFiniteError
+        If an entry is NaN or infinite.
+
+    Warns
+    -----
+    UserWarning
+        If the array is zero; all inputs then count the same.
+
+    Notes
+    -----
+    The best low-rank approximation is exact: with :math:`R = C C^\top`, and :math:`U` the leading left singular vectors
+    of :math:`E C`, it is :math:`U U^\top E`. This is what QERA (arXiv 2410.06040, theorem 1) writes with the symmetric
+    root and its inverse; neither is needed. CLoQ (arXiv 2501.18475) and EoRA (arXiv 2410.21271) have the same optimum.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> InputGram(np.diag([1.0, 3.0]), damping=1e-9).squared_norm(np.ones((2, 2)))
+    8.000000008
+    """
+
+    gram: Array
+    damping: float = 1e-2
+    _root: _Root = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        gram, root = _checked(self.gram, self.damping, "input Gram matrix")
+        object.__setattr__(self, "all_zero", is_zero(self.gram))
+        object.__setattr__(self, "gram", gram)
+        object.__setattr__(self, "_root", root)
+        object.__setattr__(self, "_factor", root.unit)
+
+    @property
+    def input_gram(self) -> Array | None:
+        """The second moment, not damped."""
+        return self.gram
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise unless there is an input for every column."""
+        _check_side(self.gram, shape, 1, "input Gram matrix", "columns")
+
+    def element_weights(self) -> Array | None:
+        """Return the mean square of each input, as one row."""
+        return self._root.diagonal[None, :]
+
+    def _map(self, residual: Array) -> Array:
+        namespace(residual, self._root.lower)
+        return residual @ namespace(residual).astype(self._root.lower, residual.dtype)
+
+    def _factors(self, svd: ops.LowRank, residual: Array) -> tuple[Array, Array]:
+        return svd.left, namespace(residual).matrix_transpose(svd.left) @ residual
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(ScaledWeighting):
+    r"""Second moments of inputs and of output gradients: :math:`\operatorname{tr}(G E R E^\top)`.
+
+    With ``G`` the second moment of the gradients at the output of a layer, the Kronecker product of the two
+    approximates the Fisher information of its weight matrix, entries off the diagonal included (K-FAC).
+
+    Parameters
+    ----------
+    output_gram : array of float32 or float64, shape (m, m)
+        Second moment :math:`G = \mathbb{E}[g g^\top]` of the gradients at the outputs.
+    input_gram : array of the same kind, shape (n, n)
+        Second moment :math:`R = \mathbb{E}[x x^\top]` of the inputs.
+    damping : float, default 1e-2
+        Added to both diagonals, as a fraction of their means.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an array is not square, not symmetric or not positive semidefinite, or the damping is not positive.
+    NonFiniteError
+        If an entry is NaN or infinite.
+
+    Warns
+    -----
+    UserWarning
+        If an array is zero; all inputs, or outputs, then count the same.
+
+    References
+    ----------
+    Martens and Grosse: Optimizing neural networks with Kronecker-factored approximate curvature, arXiv 1503.05671.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> Kronecker(2 * np.eye(2), np.eye(3), damping=1e-9).squared_norm(np.ones((2, 3)))
+    12.000000024
+    """
+
+    output_gram: Array
+    second_moment: Array
+    damping: float = 1e-2
+    _roots: tuple[_Root, _Root] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        namespace(self.output_gram, self.second_moment)
+        outputs, left = _checked(self.output_gram, self.damping, "output Gram matrix")
+        inputs, right = _checked(self.second_moment, self.damping, "input Gram matrix")
+        object.__setattr__(self, "all_zero", is_zero(self.output_gram) or is_zero(self.second_moment))
+        object.__setattr__(self, "output_gram", outputs)
+        object.__setattr__(self, "second_moment", inputs)
+        object.__setattr__(self, "_roots", (left, right))
+        object.__setattr__(self, "_factor", left.unit * right.unit)
+
+    @property
+    def input_gram(self) -> Array | None:
+        """The second moment of the inputs, not damped."""
+        return self.second_moment
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise unless there is an output for every row and an input for every column."""
+        _check_side(self.output_gram, shape, 0, "output Gram matrix", "rows")
+        _check_side(self.second_moment, shape, 1, "input Gram matrix", "columns")
+
+    def element_weights(self) -> Array | None:
+        """Return the products of the two diagonals."""
+        return self._roots[0].diagonal[:, None] * self._roots[1].diagonal[None, :]
+
+    def _map(self, residual: Array) -> Array:
+        xp = namespace(residual, self._roots[0].lower)
+        left, right = (xp.astype(root.lower, residual.dtype) for root in self._roots)
+        return xp.matrix_transpose(left) @ (residual @ right)
+
+    def _factors(self, svd: ops.LowRank, residual: Array) -> tuple[Array, Array]:
+        xp = namespace(residual)
+        upper = xp.matrix_transpose(xp.astype(self._roots[0].lower, residual.dtype))
+        return xp.linalg.solve(upper, svd.left), (xp.matrix_transpose(svd.left) @ upper) @ residual
+
+
+def _check_side(gram: Array, shape: tuple[int, ...], side: int, what: str, of: str) -> None:
+    if len(shape) != 2 or gram.shape[0] != shape[side]:
+        size = f"{gram.shape[0]}x{gram.shape[0]}"
+        raise InvalidArgumentError(f"An {what} of {size} does not fit the {of} of {tuple(shape)}.")
+
+
+def _checked(gram: Array, damping: float, what: str) -> tuple[Array, _Root]:
+    """Return a Gram matrix, symmetric to the last bit, and the root of what it is damped to."""
+    gram = ops.widen(gram, what)
+    xp = namespace(gram)
+    if len(gram.shape) != 2 or gram.shape[0] != gram.shape[1]:
+        raise InvalidArgumentError(f"The {what} is square, not of shape {tuple(gram.shape)}.")
+    if not 0 < damping < float("inf"):
+        raise InvalidArgumentError(f"damping is positive and finite, not {damping!r}.")
+    ops.require_finite(gram, capitalized(what))
+    size, device = gram.shape[0], array_api_compat.device(gram)
+    if is_zero(gram):
+        warn_of_zeros(f"entries of the {what}", stacklevel=4)
+        gram = xp.eye(size, dtype=gram.dtype, device=device)
+    if not size:
+        return gram, _Root(gram, xp.zeros((0,), dtype=gram.dtype, device=device), 1.0)
+    wide = xp.astype(gram, xp.float64)
+    if float(xp.max(xp.abs(wide - xp.matrix_transpose(wide)))) > _ASYMMETRY * float(xp.max(xp.abs(wide))):
+        raise InvalidArgumentError(f"The {what} is not symmetric.")
+    wide = (wide + xp.matrix_transpose(wide)) / 2
+    return xp.astype(wide, gram.dtype), _root_of(wide, damping, what, gram.dtype)
+
+
+def _root_of(gram: Array, damping: float, what: str, dtype: object) -> _Root:
+    """Return the Cholesky factor of a Gram matrix of float64, whose entries are brought to about one."""
+    xp = namespace(gram)
+    diagonal = xp.linalg.diagonal(gram)
+    mean = float(xp.mean(diagonal))
+    unit = power_of_four(mean, 2.0) if mean > 0 else 1.0
+    added = xp.eye(gram.shape[0], dtype=gram.dtype, device=array_api_compat.device(gram)) * (damping * mean / unit)
+    try:
+        lower = xp.linalg.cholesky(gram / unit + added)
+    except (ValueError, RuntimeError):  # NumPy's LinAlgError and torch's; others return what is not finite
+        lower = xp.full_like(gram, float("nan"))
+    if mean <= 0 or not bool(xp.all(xp.isfinite(lower))):
+        raise InvalidArgumentError(f"The {what} is not positive semidefinite.")
+    return _Root(xp.astype(lower, dtype), xp.astype(diagonal + damping * mean, dtype), unit)

@@ -1,4 +1,4 @@
-"""The torch.nn bridge: quantized linear layers, conversion of models, Fisher information."""
+"""The torch.nn bridge: quantized linear layers, conversion of models, Fisher information, second moments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ require("torch", "pip install torch", "lqlora.nn")
 
 from lqlora.nn.convert import QuantizationReport, quantize_model, select_linears, weight_arrays  # noqa: E402 - after the check
 from lqlora.nn.fisher import causal_lm_loss, collect_fisher  # noqa: E402
+from lqlora.nn.gram import collect_gram, collect_kronecker  # noqa: E402
 from lqlora.nn.linear import LQLinear, QuantizedWeight  # noqa: E402
 from lqlora.nn.state import load_model, save_model  # noqa: E402
 
@@ -17,6 +18,8 @@ __all__ = [
     "QuantizedWeight",
     "causal_lm_loss",
     "collect_fisher",
+    "collect_gram",
+    "collect_kronecker",
     "load_model",
     "quantize_model",
     "save_model",

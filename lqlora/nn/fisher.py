@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
-from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.errors import InvalidArgumentError
 from lqlora.nn.convert import select_linears
+from lqlora.nn.watching import checked_losses, connected, frozen, hooked, input_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable
 
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
     from lqlora.nn.convert import Pattern
 
@@ -91,20 +90,15 @@ def collect_fisher(
     """
     linears = select_linears(model, include, exclude)
     fisher = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}
+    recorders = {name: _Recorder(name, total) for name, total in fisher.items()}
     examples = 0
-    with _frozen(model), _recording(linears, fisher) as recorders, torch.enable_grad():
+    with frozen(model), hooked(linears, recorders), torch.enable_grad():
         for batch in batches:
-            losses = loss(model, batch)
-            if losses.ndim != 1:
-                raise InvalidArgumentError(
-                    f"The loss must be one number per example, not of shape {tuple(losses.shape)}."
-                )
-            if not bool(torch.isfinite(losses).all()):
-                raise NonFiniteError(f"The loss of an example after the first {examples} is NaN or infinite.")
-            for recorder in recorders:
+            losses = checked_losses(loss(model, batch), examples)
+            for recorder in recorders.values():
                 recorder.examples = losses.shape[0]
             losses.sum().backward()
-            for recorder in recorders:
+            for recorder in recorders.values():
                 recorder.finish()
             examples += losses.shape[0]
             if progress is not None:
@@ -112,35 +106,6 @@ def collect_fisher(
     if examples == 0:
         raise InvalidArgumentError("Fisher information needs at least one batch.")
     return {name: values.div_(examples) for name, values in fisher.items()}
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode and off the gradients of parameters, and put everything back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    model.requires_grad_(requires_grad=False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _recording(linears: Mapping[str, nn.Linear], fisher: dict[str, torch.Tensor]) -> Iterator[list[_Recorder]]:
-    recorders = {name: _Recorder(name, total) for name, total in fisher.items()}
-    handles: list[RemovableHandle] = []
-    try:
-        for name, module in linears.items():
-            handles.append(module.register_forward_hook(recorders[name], with_kwargs=True))
-        yield list(recorders.values())
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Recorder:
@@ -161,10 +126,9 @@ class _Recorder:
     ) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = input_of(args, kwargs).detach()
         version = x._version  # noqa: SLF001 - torch has no public name for it
-        if not output.requires_grad:  # the first layer; a clone, because a leaf must not be changed in place
-            output = output.detach().requires_grad_().clone()
+        output = connected(output)
         self._uses += 1
 
         def see(gradient: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ from lqlora.codebooks import (
 )
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
-from lqlora.quantized import QuantizedArray, dequantize, matmul, quantize
+from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
 if TYPE_CHECKING:
     from lqlora import nn, testing
@@ -56,6 +56,7 @@ __all__ = [
     "errors",
     "forced",
     "fp4",
+    "gptq",
     "initializers",
     "load",
     "logarithmic",

@@ -10,7 +10,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.codebooks.codebook import cell_boundaries
-from lqlora.quantized._layout import Layout, blocks_last, blocks_restored, piece_size
+from lqlora.quantized._layout import Layout, blocks_last, in_shape, piece_size
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
@@ -169,9 +169,4 @@ def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice
 def unpacked(q: QuantizedArray) -> Array:
     """Return the codes of an array without batch dimensions, in its shape."""
     flat = ops.unpack_codes(q.packed, q.format.bits, Layout.of(q.format, q.shape).count)
-    xp = namespace(flat)
-    if q.format.axis is None:
-        return xp.reshape(flat, q.shape)
-    moved = list(q.shape)
-    moved.append(moved.pop(q.format.axis))
-    return blocks_restored(xp.reshape(flat, tuple(moved)), q.format.axis)
+    return in_shape(flat, q.format.axis, q.shape)

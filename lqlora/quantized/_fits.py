@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.formats import BlockFormat
 
-__all__ = ["Source", "assemble", "by_absmax", "by_levels", "by_scale", "lost_blocks"]
+__all__ = ["Choice", "Source", "assemble", "by_absmax", "by_levels", "by_scale", "lost_blocks"]
 
 #: Weights that one set of levels for a whole array is fitted to, spread evenly over it. At 8 bits that is a thousand
 #: for each level, which then is off by 3 % of its cell, and the error by 0.1 %.

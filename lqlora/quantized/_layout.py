@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.formats import BlockFormat
 
-__all__ = ["Layout", "blocks_last", "blocks_restored", "piece_size"]
+__all__ = ["Layout", "blocks_last", "blocks_restored", "in_shape", "piece_size"]
 
 
 def piece_size(array: Array) -> int:
@@ -37,6 +37,14 @@ def blocks_last(array: Array, axis: int | None) -> Array:
 def blocks_restored(array: Array, axis: int | None) -> Array:
     """Undo :func:`blocks_last`."""
     return array if axis is None else namespace(array).moveaxis(array, -1, axis)
+
+
+def in_shape(flat: Array, axis: int | None, shape: Sequence[int]) -> Array:
+    """Return all entries of an array, which are given in block order, in its shape."""
+    moved = list(shape)
+    if axis is not None:
+        moved.append(moved.pop(axis))
+    return blocks_restored(namespace(flat).reshape(flat, tuple(moved)), axis)
 
 
 @dataclass(frozen=True)

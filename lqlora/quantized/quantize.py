@@ -16,7 +16,7 @@ from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
 from lqlora.quantized._coding import decode_into
-from lqlora.quantized._fits import Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
+from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
 from lqlora.quantized._layout import blocks_last, piece_size
 from lqlora.quantized.array import QuantizedArray, stacked
 
@@ -187,15 +187,7 @@ def _indices(shape: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedArray:
-    statistic, low = _statistics(source)
-    # Whatever is not finite shows in the statistic of its block: the array itself is read again only to say where.
-    if check_finite and not bool(namespace(statistic).all(namespace(statistic).isfinite(statistic))):
-        ops.require_finite(ops.widen(source.array), source.name)
-    choice, levels = by_absmax(source, statistic, low), None
-    if fit == "scale":
-        choice = by_scale(source, statistic, choice)
-    elif fit == "levels+scale":
-        choice, levels = by_levels(source, statistic, choice)
+    statistic, choice, levels = choose(source, fit, check_finite=check_finite)
     if lost := lost_blocks(source, statistic, choice, levels):
         warnings.warn(
             f"{lost} of {statistic.shape[0]} blocks of {source.name} are not zero but decode to zeros: scales stored "
@@ -204,6 +196,18 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
             stacklevel=3,
         )
     return assemble(source, choice, levels)
+
+
+def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choice, Array | None]:
+    """Return the scale that the extremes of each block give it, the scales that a fit chooses, and fitted levels."""
+    statistic, low = _statistics(source)
+    # Whatever is not finite shows in the statistic of its block: the array itself is read again only to say where.
+    if check_finite and not bool(namespace(statistic).all(namespace(statistic).isfinite(statistic))):
+        ops.require_finite(ops.widen(source.array), source.name)
+    first = by_absmax(source, statistic, low)
+    if fit == "levels+scale":
+        return statistic, *by_levels(source, statistic, first)
+    return statistic, by_scale(source, statistic, first) if fit == "scale" else first, None
 
 
 def _statistics(source: Source) -> tuple[Array, Array | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +69,7 @@ def cost_table(
     seed: int = 0,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> CostTable:
     """Decompose every matrix in every format, and note the error and the size.
 
@@ -89,6 +90,8 @@ def cost_table(
         Where to run, a matrix a task; a thread per core if not given.
     progress : callable, optional
         Called with the number of matrices done and the number of all.
+    **options
+        Further options of :func:`lqlora.decompose`, such as ``fit`` or ``quantizer``.
 
     Returns
     -------
@@ -119,7 +122,8 @@ def cost_table(
         raise InvalidArgumentError("A format occurs twice.")
     if unknown := set(weighting) - set(weights):
         raise InvalidArgumentError(f"Weightings for unknown matrices: {', '.join(sorted(unknown))}.")
-    row = functools.partial(_cost_row, formats=tuple(formats), rank=rank, init=init, max_iter=max_iter, seed=seed)
+    options = {**options, "init": init, "max_iter": max_iter, "seed": seed}
+    row = functools.partial(_cost_row, formats=tuple(formats), rank=rank, options=options)
     items = [(name, source, weighting.get(name)) for name, source in weights.items()]
     rows = map_matrices(row, items, executor, progress)
     shapes = tuple(shape for shape, _ in rows)
@@ -132,15 +136,10 @@ def _cost_row(
     *,
     formats: Iterable[BlockFormat],
     rank: int,
-    init: Init,
-    max_iter: int,
-    seed: int,
+    options: dict[str, Any],
 ) -> tuple[tuple[int, ...], list[float]]:
     name, source, weighting = item
     matrix = source() if callable(source) else source
-    found = [
-        decompose(matrix, fmt, rank, weighting=weighting, init=init, max_iter=max_iter, seed=seed, name=name)
-        for fmt in formats
-    ]
+    found = [decompose(matrix, fmt, rank, weighting=weighting, name=name, **options) for fmt in formats]
     matters = weighting is None or not weighting.all_zero
     return tuple(matrix.shape), [d.squared_error if matters else 0.0 for d in found]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from lqlora.errors import InvalidArgumentError
-from lqlora.quantized import QuantizedArray, quantize
-
-gptq = None  # TODO until merged
+from lqlora.quantized import QuantizedArray, gptq, quantize
 
 if TYPE_CHECKING:
     from lqlora._typing import Array

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from concurrent.futures import Executor
 
-    from lqlora.decomposition import Init
     from lqlora.weighting import AbstractWeighting
 
 __all__ = ["Pattern", "QuantizationReport", "quantize_model", "select_linears", "weight_arrays"]
@@ -154,13 +153,11 @@ def quantize_model(
     include: Pattern | Iterable[Pattern] = "*",
     exclude: Pattern | Iterable[Pattern] = _KEPT,
     weighting: Mapping[str, AbstractWeighting] | None = None,
-    init: Init = "svd",
-    max_iter: int = 100,
-    rtol: float = 1e-3,
     scaling: float = 1.0,
     seed: int = 0,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> QuantizationReport:
     """Replace linear layers by :class:`LQLinear`, in place, and freeze everything but the low-rank factors.
 
@@ -177,10 +174,12 @@ def quantize_model(
     weighting : mapping of str to AbstractWeighting, optional
         Norms by layer, such as ``lq.weighting.Elementwise(fisher[name].numpy())`` of what :func:`collect_fisher`
         returns: of NumPy arrays for a model in host memory, of tensors elsewhere.
-    init, max_iter, rtol, scaling, seed : str, int, float, float, int
+    scaling, seed : float, int
         See :func:`lqlora.decompose`.
     executor, progress : Executor and callable, optional
         See :func:`lqlora.cost_table`.
+    **options
+        Further options of :func:`lqlora.decompose`, such as ``fit``, ``quantizer``, ``init`` or ``max_iter``.
 
     Returns
     -------
@@ -201,7 +200,7 @@ def quantize_model(
         raise InvalidArgumentError("The model is itself a linear layer: wrap it in torch.nn.Sequential first.")
     if unknown := sorted(set(weighting or {}) - set(linears)):
         raise InvalidArgumentError(f"Weightings for layers that are not quantized: {', '.join(unknown[:5])}.")
-    options = {"init": init, "max_iter": max_iter, "rtol": rtol, "scaling": scaling, "seed": seed}
+    options = {**options, "scaling": scaling, "seed": seed}
     items = []
     for name, load in weight_arrays(linears).items():
         layer_rank = ranks[name]

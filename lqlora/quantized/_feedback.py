@@ -170,7 +170,7 @@ class _Grid:
         """Round a column, to the very values that its codes will decode to."""
         xp = namespace(target)
         scales, rounding = self.scales[column, :], self.rounding
-        if rounding.table is None:
+        if rounding.sets is not None:
             rounding = Rounding(None, None, rounding.levels, rounding.sets[column, :])
         zeros = None if self.zeros is None else self.zeros[column, :][:, None]
         normalized = ops.normalize(target[:, None], xp.astype(scales, target.dtype))

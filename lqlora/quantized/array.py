@@ -12,7 +12,7 @@ from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, Unsupp
 from lqlora.formats import BlockFormat, ScaleFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lqlora._typing import Array, Namespace
     from lqlora.codebooks import Codebook
@@ -84,6 +84,38 @@ class QuantizedArray:
             raise IndexError(f"Item {index} of a stack of {self.batch_shape[0]}.")
         arrays = {name: array[index, ...] for name, array in self.to_arrays().items()}
         return _rebuild(arrays, self.format, self.shape[1:], len(self.batch_shape) - 1, offset=self.offset is not None)
+
+    @classmethod
+    def stack(cls, parts: Sequence[QuantizedArray], batch_shape: tuple[int, ...]) -> QuantizedArray:
+        """Join arrays of one format and shape: the inverse of :meth:`unstack`.
+
+        Parameters
+        ----------
+        parts : sequence of QuantizedArray of shape (...)
+            As many as the batch has, in row-major order; none of them a stack itself.
+        batch_shape : tuple of int
+            Dimensions to put in front.
+
+        Returns
+        -------
+        QuantizedArray of shape ``(*batch_shape, ...)``
+            The stack.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there are too few or too many, or they differ in format or shape.
+        """
+        kinds = {(part.format, part.shape, part.batch_shape) for part in parts}
+        if len(parts) != prod(batch_shape) or len(kinds) != 1 or parts[0].batch_shape:
+            raise InvalidArgumentError(
+                f"A stack of {batch_shape} is made of {prod(batch_shape)} arrays of one format and one shape, not of "
+                f"{len(parts)} of {len(kinds)} kind(s)."
+            )
+        arrays = [part.to_arrays() for part in parts]
+        joined = {key: stacked([own[key] for own in arrays], batch_shape) for key in arrays[0]}
+        shape = (*batch_shape, *parts[0].shape)
+        return _rebuild(joined, parts[0].format, shape, len(batch_shape), offset=parts[0].offset is not None)
 
     def unstack(self) -> list[QuantizedArray]:
         """Return the arrays of a stack in order, without its batch dimensions; a single array is a stack of itself.

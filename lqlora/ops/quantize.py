@@ -86,7 +86,8 @@ def nearest_codes_by_row(values: Array, levels: Array, sets: Array) -> Array:
     wide = xp.astype(levels, xp.float64)
     midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
     zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # of two zeros the upper one is taken, as by a codebook
-    midpoints = xp.where(zeros, xp.asarray(-_TINY, dtype=xp.float32), midpoints)
+    below_zero = xp.asarray(-_TINY, dtype=xp.float32, device=array_api_compat.device(levels))
+    midpoints = xp.where(zeros, below_zero, midpoints)
     boundaries = xp.astype(xp.take(midpoints, sets, axis=0), values.dtype)
     codes = xp.zeros(values.shape, dtype=xp.uint8, device=array_api_compat.device(values))
     for index in range(boundaries.shape[1]):

@@ -65,6 +65,11 @@ def test_typical_arguments_take_the_fast_path(fast_xp):
         assert getattr(ops, name).select(*arguments).implementation == expected
 
 
+def test_an_operation_without_an_override_runs_its_reference(xp):
+    w = on(xp, np.linspace(-1, 1, 100, dtype=np.float32))
+    assert lq.backends.explain("block_extremes", w, 64).implementation == "reference"
+
+
 @pytest.mark.parametrize("codebook", ALL_CODEBOOKS, ids=lambda codebook: codebook.name)
 @pytest.mark.parametrize("count", [0, 1, 7, 64, 65, 1000])
 def test_operations_return_the_bytes_of_the_reference(fast_xp, codebook, count):

@@ -123,18 +123,14 @@ def decode_lookup(
         codes = unpack_codes(packed[rest], bits, count - whole * at_once)
         np.take(levels, codes, out=out[whole * at_once :], mode="clip")
     if zero_points is not None:
-        _by_block(np.subtract, out, zero_points.astype(np.float32), block_size)
-    _by_block(np.multiply, out, scales, block_size)
+        np.subtract(out, _by_weight(zero_points, block_size, count), out=out)
+    np.multiply(out, _by_weight(scales, block_size, count), out=out)
     return out
 
 
-def _by_block(operation: Any, values: npt.NDArray[Any], per_block: npt.NDArray[Any], block_size: int) -> None:
-    """Combine the values of each block with one number, in place."""
-    whole = len(values) - len(values) % block_size
-    blocks = values[:whole].reshape(-1, block_size)
-    operation(blocks, per_block[: len(blocks), None], out=blocks)
-    if whole < len(values):
-        operation(values[whole:], per_block[-1], out=values[whole:])
+def _by_weight(per_block: npt.NDArray[Any], block_size: int, count: int) -> npt.NDArray[Any]:
+    """Repeat the number of each block for its weights: one long product is faster than one for each block."""
+    return per_block if block_size == 1 else np.repeat(per_block, min(block_size, count))[:count]
 
 
 def _index_bits(bits: int, count: int) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, UnsupportedArrayError
@@ -180,10 +182,15 @@ class QuantizedArray:
         ------
         FormatError
             If an array is missing or left over, or has the wrong length or dtype, a code is beyond the codebook, levels
-            are not sorted, or a scale has a sign that the format does not allow. What is not finite is let through: it
-            may be what someone wants to look at.
+            are not sorted, a stored scale has a sign that the format does not allow, or finite arrays decode to
+            infinite scales. What is stored as NaN or infinity is let through: it may be what someone wants to look at.
         MixedArraysError
             If the arrays belong to two libraries.
+
+        Notes
+        -----
+        Quantized scales may decode to negative numbers where their codebook has a sign: those of blocks of zeros do if
+        the mean was subtracted, and those of bitsandbytes do.
         """
         if not all(isinstance(length, int) and length >= 0 for length in shape):
             raise FormatError(f"A shape has lengths of at least 0: {tuple(shape)}.")
@@ -192,6 +199,7 @@ class QuantizedArray:
         quantized = _rebuild(dict(arrays), fmt, tuple(shape), batch_dims, offset=False)
         namespace(*quantized.to_arrays().values())  # refuses arrays of several libraries
         _check_values(quantized)
+        _check_decoded_scales(quantized)
         return quantized
 
     def to(self, xp: Namespace, device: object = None) -> QuantizedArray:
@@ -287,3 +295,20 @@ def _check_scales(scales: Array, *, signed: bool) -> None:
     wide = ops.widen(scales)
     if not signed and bool(namespace(wide).any(wide < 0)):
         raise FormatError("A scale, or the offset of scales, is negative.")
+
+
+def _check_decoded_scales(q: QuantizedArray) -> None:
+    """Refuse what :func:`quantize` never stores: second-level scales or an offset under which a scale overflows."""
+    from lqlora.quantized._coding import decode_scales  # noqa: PLC0415 - which needs this class
+
+    if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        decoded = [decode_scales(part.scales) for part in q.unstack()]
+    if not all(map(_is_finite, decoded)):
+        raise FormatError("The arrays of 'scales' are finite, but a scale that they decode to is not.")
+
+
+def _is_finite(array: Array) -> bool:
+    xp = namespace(array)
+    return ops.dtype_name(array) == "uint8" or bool(xp.all(xp.isfinite(ops.widen(array))))

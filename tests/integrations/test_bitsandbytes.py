@@ -134,6 +134,7 @@ def test_what_is_exported_decodes_by_the_plain_reader_as_it_does_here(drawn):
     assert bits(oracle.decode(tensors)) == bits(lq.dequantize(q))
 
 
+@pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 @given(exported())
 def test_what_is_exported_is_imported_again(drawn):
     q, tensors = drawn

@@ -107,5 +107,7 @@ class _Feedback:
     gram: Array
     name: str
 
-    def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:  # noqa: ARG002
-        return gptq(target, self.fmt, self.gram, fit=self.fit, name=self.name)
+    def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        if self.fit == "absmax" or previous is None:
+            return gptq(target, self.fmt, self.gram, fit=self.fit, name=self.name)
+        return gptq(target, previous.format, self.gram, fit=self.fit, start=previous, name=self.name)

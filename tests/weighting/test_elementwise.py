@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_each_sweep_lowers_the_norm(xp, seed, dtype):
     weights, error = spread(seed, dtype=dtype), residual(seed, dtype=dtype)
     steps = [Elementwise(on(xp, weights), sweeps=count).low_rank(on(xp, error), 2) for count in (0, 1, 2, 4, 8)]
     errors = [left_over(weights, error, step) for step in steps]
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
     assert errors[1] < 0.99 * errors[0]
 
 
@@ -161,7 +162,7 @@ def test_the_surrogate_is_made_of_means():
 def test_weights_that_are_negative_or_not_finite_are_refused(xp, bad, error):
     weights = np.ones((3, 3))
     weights[1, 2] = bad
-    with pytest.raises(error, match="(?i)weights"):
+    with pytest.raises(error, match=r"(?i)weights"):
         Elementwise(on(xp, weights))
 
 

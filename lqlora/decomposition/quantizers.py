@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.quantized import QuantizedArray, gptq, quantize
 
@@ -29,7 +30,7 @@ class Quantizer(Protocol):
         target : array of float32 or float64, shape (m, n)
             The matrix minus a low-rank part.
         previous : QuantizedArray, optional
-            What this quantizer returned for the iterate before; None for the first.
+            What this quantizer returned for the iterate that is gone on from; None for the first.
 
         Returns
         -------
@@ -67,7 +68,7 @@ def make_quantizer(
         If there is no such quantizer, or the weighting lacks what it needs.
     """
     if callable(quantizer):
-        return quantizer
+        return _checked(quantizer)
     if quantizer == "nearest":
         weights = None if fit == "absmax" else weighting.element_weights()
 
@@ -88,7 +89,20 @@ def make_quantizer(
             "such as lqlora.weighting.InputGram."
         )
 
-    def feed_back(target: Array, previous: QuantizedArray | None) -> QuantizedArray:  # noqa: ARG001
-        return gptq(target, fmt, gram, fit=fit, name=name)
+    return lambda target, previous: gptq(target, fmt, gram, fit=fit, name=name)  # noqa: ARG005
 
-    return feed_back
+
+def _checked(quantizer: Quantizer) -> Quantizer:
+    """Return a quantizer whose results are looked at."""
+
+    def quantize_and_look(target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        q = quantizer(target, previous)
+        if not isinstance(q, QuantizedArray) or q.shape != tuple(target.shape):
+            found = f"one of shape {q.shape}" if isinstance(q, QuantizedArray) else type(q).__name__
+            raise InvalidArgumentError(
+                f"The quantizer returned {found}, not a QuantizedArray of shape {tuple(target.shape)}."
+            )
+        namespace(target, q.packed)
+        return q
+
+    return quantize_and_look

@@ -92,14 +92,16 @@ def decompose(
     quantizer : {"nearest", "gptq"} or callable
         ``"nearest"`` rounds every entry by itself (:func:`lqlora.quantize`), ``"gptq"`` feeds errors back
         (:func:`lqlora.gptq`; it needs a weighting with the second moment of the inputs). A callable takes the matrix to
-        quantize and what it returned for the iterate before (None for the first), and returns a QuantizedArray.
+        quantize and what it returned for the iterate it goes on from (None for the first), and returns a
+        QuantizedArray.
     fit : {"absmax", "scale", "levels+scale"}
         How scales and levels are chosen, see :func:`lqlora.quantize`; by squares of errors that the weighting weighs
-        entry by entry. From the second iterate on they are fitted from those of the iterate before.
+        entry by entry. From the second iterate on they are fitted from those of the iterate it goes on from.
     extrapolation : float, optional
         How far the low-rank part is carried on, in the direction of its last change, before it is subtracted for the
         next quantization: 1 repeats the change. It is halved whenever the error rises, and the alternation then goes
-        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. 0.8 if not given, and 0.95 where a fit lowers the error.
+        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. 0.8 if not
+        given, and 0.95 where a fit lowers the error.
     max_iter : int, default 100
         Largest number of iterations, at least 1.
     rtol : float, default 1e-3
@@ -129,7 +131,7 @@ def decompose(
     Decomposition
         The best pair seen, its factors refitted. Its weighted error is never above that of quantization alone nor
         above that of quantization plus one SVD of the residual (except under ``init="zero"``, which is quantization
-        alone, and up to the rounding of factors that are quantized).
+        alone, where it is stopped before that, and up to the rounding of factors that are quantized).
 
     Raises
     ------
@@ -172,6 +174,7 @@ def decompose(
         scaling=scaling,
         seed=seed,
         extrapolation=extrapolation,
+        factor_format=factor_format,
     )
     weighting = Uniform() if weighting is None else weighting
     if not isinstance(weighting, AbstractWeighting):

@@ -91,21 +91,20 @@ def texts(tokenizer, text, calibration_text):
 
 def grams(model, sequences, cache):
     """Collect second moments of inputs, or read them if they were collected from the same tokens before."""
-    path = None
-    if cache is not None:
+    digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]
+    path = cache / f"gram-{digest}.npz" if cache else None
+    if path is not None and path.exists():
+        with np.load(path) as stored:
+            shared = {names: stored[names] for names in stored.files}
+    else:
+        found, owners = lq.nn.collect_gram(model, sequences.split(4)), {}
+        for name, gram in found.items():
+            owners.setdefault(id(gram), []).append(name)
+        shared = {"|".join(names): found[names[0]].numpy() for names in owners.values()}
+    if path is not None and not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        path = cache / f"gram-{hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]}.npz"
-        if path.exists():
-            with np.load(path) as stored:
-                shared = {key: stored[key] for key in stored.files}
-            return {name: gram for key, gram in shared.items() for name in key.split("|")}
-    found = lq.nn.collect_gram(model, sequences.split(4))
-    owners = {}
-    for name, gram in found.items():
-        owners.setdefault(id(gram), []).append(name)
-    if path is not None:
-        np.savez(path, **{"|".join(names): found[names[0]].numpy() for names in owners.values()})
-    return {name: gram.numpy() for name, gram in found.items()}
+        np.savez(path, **shared)
+    return {name: gram for names, gram in shared.items() for name in names.split("|")}
 
 
 def output_energy(error, gram):

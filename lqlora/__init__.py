@@ -25,7 +25,7 @@ from lqlora.codebooks import (
     student_float,
     uniform,
 )
-from lqlora.decomposition import Decomposition, decompose
+from lqlora.decomposition import Decomposition, DecompositionStack, decompose, decompose_stack
 from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
 from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
@@ -41,6 +41,7 @@ __all__ = [
     "Codebook",
     "CostTable",
     "Decomposition",
+    "DecompositionStack",
     "Plan",
     "QuantizedArray",
     "ScaleFormat",
@@ -51,6 +52,7 @@ __all__ = [
     "codebooks",
     "cost_table",
     "decompose",
+    "decompose_stack",
     "dequantize",
     "dynamic8",
     "errors",

@@ -102,6 +102,7 @@ def _assert_refused(file) -> None:
 
 class TestRoundTrip:
     @settings(max_examples=40, deadline=None)
+    @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
     @given(
         fmt=st.sampled_from(FORMATS),
         rows=st.integers(1, 9),

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lqlora.ops.blocks import block_absmax, to_blocks
 from lqlora.ops.packing import packed_size, unpack_codes
-from lqlora.ops.quantize import decode, encode, nearest_codes
+from lqlora.ops.quantize import FEW, decode, nearest_codes
 from lqlora.ops.sums import bin_sums, exact_terms
 
 if TYPE_CHECKING:
@@ -17,111 +16,35 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-#: Weights handled at a time: float32 values, comparison and codes of a chunk fit into a second-level cache.
+#: Values looked up at a time: they, their buckets and their codes fit into a second-level cache.
 _CHUNK = 32768
-
-#: Up to this many boundaries, counting those below a value beats a table of buckets.
-_FEW = 15
 
 #: Buckets that the range of the boundaries is cut into.
 _BUCKETS = 2048
 
-#: Boundaries that span less than this are counted: their buckets would be too many per unit for float32.
+#: Boundaries that span less than this are left to the reference: buckets would be too many per unit for float32.
 _NARROW = 2.0**-100
 
 #: From so many weights on two bytes are looked up at a time: below, making the table of 1 MiB takes longer than it saves.
 _MANY = 1 << 18
 
 
-@block_absmax.register("numpy", accepts=lambda flat, block_size: block_size <= _CHUNK and flat.flags.c_contiguous)
-def absmax_chunked(flat: npt.NDArray[Any], block_size: int) -> npt.NDArray[Any]:
-    """Take absolute values in a buffer that stays in the cache."""
-    absmax = np.empty(-(-flat.shape[0] // block_size), dtype=flat.dtype)
-    step = max(1, _CHUNK // block_size)
-    buffer = np.empty(min(step * block_size, flat.shape[0]), dtype=flat.dtype)
-    for first in range(0, len(absmax), step):
-        chunk = flat[first * block_size : (first + step) * block_size]
-        blocks = to_blocks(np.abs(chunk, out=buffer[: len(chunk)]), block_size)
-        np.max(blocks, axis=1, out=absmax[first : first + step])
-    return absmax
+def _nearest_codes_accepts(values: Any, boundaries: npt.NDArray[np.float32]) -> bool:
+    """Accept what the reference would search; it counts the boundaries below a value where these are few."""
+    return (
+        values.dtype.kind == "f" and len(boundaries) > FEW and float(boundaries[-1]) - float(boundaries[0]) >= _NARROW
+    )
 
 
-@nearest_codes.register("numpy", accepts=lambda values, boundaries: values.dtype.kind == "f")  # noqa: ARG005
-def nearest_codes_chunked(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Find the cells chunk by chunk."""
+@nearest_codes.register("numpy", accepts=_nearest_codes_accepts)
+def nearest_codes_in_buckets(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Look up how many boundaries are below a value's bucket, chunk by chunk."""
     flat, codes = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
-    find = _finder(boundaries, values.dtype)
+    table = _buckets(boundaries.tobytes(), values.dtype)
     with np.errstate(over="ignore"):
         for first in range(0, len(flat), _CHUNK):
-            find(flat[first : first + _CHUNK], codes[first : first + _CHUNK])
+            _look_up(table, flat[first : first + _CHUNK], codes[first : first + _CHUNK])
     return codes.reshape(values.shape)
-
-
-def _encode_accepts(flat: Any, scales: Any, zero_points: Any, boundaries: Any, block_size: int) -> bool:  # noqa: ARG001
-    return block_size <= _CHUNK and isinstance(scales, np.ndarray) and isinstance(zero_points, np.ndarray | None)
-
-
-@encode.register("numpy", accepts=_encode_accepts)
-def encode_chunked(
-    flat: npt.NDArray[Any],
-    scales: npt.NDArray[Any],
-    zero_points: npt.NDArray[np.uint8] | None,
-    boundaries: npt.NDArray[np.float32],
-    block_size: int,
-) -> npt.NDArray[np.uint8]:
-    """Divide and find the cells, chunk by chunk."""
-    codes = np.empty(flat.shape[0], dtype=np.uint8)
-    find = _finder(boundaries, flat.dtype)
-    # A divisor of one and a result of zero where the scale is zero: the two arrays of a block each, not of a weight.
-    divisors = np.where(scales != 0, scales, scales.dtype.type(1))
-    any_zero = not np.all(scales)
-    step = max(1, _CHUNK // block_size)
-    with np.errstate(over="ignore"):
-        for first in range(0, len(scales), step):
-            rows, target = (array[first * block_size : (first + step) * block_size] for array in (flat, codes))
-            part = slice(first, first + step)
-            values = _divide(rows, divisors[part], block_size)
-            if any_zero:
-                _by_block(np.multiply, values, (scales[part] != 0).astype(values.dtype), block_size)
-            if zero_points is not None:
-                _by_block(np.add, values, zero_points[part].astype(values.dtype), block_size)
-            find(values, target)
-    return codes
-
-
-def _divide(flat: npt.NDArray[Any], divisors: npt.NDArray[Any], block_size: int) -> npt.NDArray[Any]:
-    values = np.empty_like(flat)
-    whole = len(flat) - len(flat) % block_size
-    blocks = flat[:whole].reshape(-1, block_size)
-    np.divide(blocks, divisors[: len(blocks), None], out=values[:whole].reshape(-1, block_size))
-    if whole < len(flat):
-        np.divide(flat[whole:], divisors[-1], out=values[whole:])
-    return values
-
-
-def _by_block(operation: Any, values: npt.NDArray[Any], per_block: npt.NDArray[Any], block_size: int) -> None:
-    """Combine the values of each block with one number, in place."""
-    whole = len(values) - len(values) % block_size
-    blocks = values[:whole].reshape(-1, block_size)
-    operation(blocks, per_block[: len(blocks), None], out=blocks)
-    if whole < len(values):
-        operation(values[whole:], per_block[-1], out=values[whole:])
-
-
-def _finder(boundaries: npt.NDArray[np.float32], dtype: Any) -> Any:
-    """Return a function that writes the cells of values into an array of codes."""
-    cuts = boundaries.astype(dtype)
-    if len(cuts) <= _FEW or float(cuts[-1]) - float(cuts[0]) < _NARROW:
-        return functools.partial(_count_below, cuts)
-    return functools.partial(_look_up, _buckets(boundaries.tobytes(), np.dtype(dtype)))
-
-
-def _count_below(cuts: npt.NDArray[Any], values: npt.NDArray[Any], codes: npt.NDArray[np.uint8]) -> None:
-    above = np.empty(values.shape, dtype=np.bool_)
-    codes[...] = 0
-    for cut in cuts:
-        np.greater(values, cut, out=above)
-        np.add(codes, above.view(np.uint8), out=codes)
 
 
 class _Buckets(NamedTuple):
@@ -200,9 +123,14 @@ def decode_lookup(
         codes = unpack_codes(packed[rest], bits, count - whole * at_once)
         np.take(levels, codes, out=out[whole * at_once :], mode="clip")
     if zero_points is not None:
-        _by_block(np.subtract, out, zero_points.astype(np.float32), block_size)
-    _by_block(np.multiply, out, scales, block_size)
+        np.subtract(out, _by_weight(zero_points, block_size, count), out=out)
+    np.multiply(out, _by_weight(scales, block_size, count), out=out)
     return out
+
+
+def _by_weight(per_block: npt.NDArray[Any], block_size: int, count: int) -> npt.NDArray[Any]:
+    """Repeat the number of each block for its weights: one long product is faster than one for each block."""
+    return per_block if block_size == 1 else np.repeat(per_block, min(block_size, count))[:count]
 
 
 def _index_bits(bits: int, count: int) -> int:

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lqlora.ops.blocks import block_absmax
-from lqlora.ops.packing import pack_codes, unpack_codes
-from lqlora.ops.quantize import decode, encode, nearest_codes
+from lqlora.ops.quantize import decode, nearest_codes
 from lqlora.ops.sums import bin_sums
 
 __all__: list[str] = []
@@ -44,5 +42,5 @@ def _share(operation: Any) -> None:
     operation.register("torch", accepts=_on_cpu)(on_views)
 
 
-for _operation in (block_absmax, nearest_codes, encode, decode, pack_codes, unpack_codes, bin_sums):
+for _operation in (nearest_codes, decode, bin_sums):
     _share(_operation)

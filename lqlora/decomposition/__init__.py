@@ -3,5 +3,15 @@
 from lqlora.decomposition.quantizers import Quantizer, QuantizerName
 from lqlora.decomposition.result import Decomposition, StopReason
 from lqlora.decomposition.solver import Init, decompose
+from lqlora.decomposition.stack import DecompositionStack, decompose_stack
 
-__all__ = ["Decomposition", "Init", "Quantizer", "QuantizerName", "StopReason", "decompose"]
+__all__ = [
+    "Decomposition",
+    "DecompositionStack",
+    "Init",
+    "Quantizer",
+    "QuantizerName",
+    "StopReason",
+    "decompose",
+    "decompose_stack",
+]

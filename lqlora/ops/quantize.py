@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import array_api_compat
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["decode", "encode", "nearest_codes", "nearest_codes_by_row", "normalize", "values_by_row"]
 
 #: Up to this many boundaries, counting those below a value beats a binary search on every library measured.
-_FEW = 15
+FEW = 15
 
 _TINY = 2.0**-126  # the smallest normal float32
 
@@ -47,7 +48,7 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     [0, 1, 2]
     """
     xp = namespace(values)
-    if len(boundaries) > _FEW:
+    if len(boundaries) > FEW:
         # A copy of the boundaries, as torch warns of memory it may not write to; flat, as it warns of strided values.
         cells = xp.asarray(boundaries.copy(), dtype=values.dtype, device=array_api_compat.device(values))
         codes = xp.searchsorted(cells, xp.reshape(values, (-1,)), side="left")
@@ -86,7 +87,8 @@ def nearest_codes_by_row(values: Array, levels: Array, sets: Array) -> Array:
     wide = xp.astype(levels, xp.float64)
     midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
     zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # of two zeros the upper one is taken, as by a codebook
-    midpoints = xp.where(zeros, xp.asarray(-_TINY, dtype=xp.float32), midpoints)
+    below_zero = xp.asarray(-_TINY, dtype=xp.float32, device=array_api_compat.device(levels))
+    midpoints = xp.where(zeros, below_zero, midpoints)
     boundaries = xp.astype(xp.take(midpoints, sets, axis=0), values.dtype)
     codes = xp.zeros(values.shape, dtype=xp.uint8, device=array_api_compat.device(values))
     for index in range(boundaries.shape[1]):
@@ -148,10 +150,9 @@ def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) ->
     """
     xp = namespace(blocks, scales, zero_points)
     column = scales[:, None]
-    usable = column != 0
+    divisors = xp.where(column != 0, column, xp.full_like(column, math.inf))
     with np.errstate(over="ignore"):  # a weight far above its decoded scale rounds to the outermost level
-        normalized = blocks / xp.where(usable, column, xp.ones_like(column))
-    normalized = xp.where(usable, normalized, xp.zeros_like(column))
+        normalized = blocks / divisors
     return normalized if zero_points is None else normalized + xp.astype(zero_points, blocks.dtype)[:, None]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat
 
 from lqlora._dispatch import array_library, namespace
+from lqlora.ops.casting import is_on_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
 
 __all__ = ["is_contiguous", "put_flat", "take_flat"]
+
+#: Where two arrays lie across each other in memory they are copied in strips of so many lines, which the nearest cache
+#: holds until all of them is used. Strips of few entries would cost more in calls than they save.
+_STRIP = 16
+_STRIP_ENTRIES = 1 << 11
 
 
 def is_contiguous(array: Array) -> bool:
@@ -69,7 +75,7 @@ def take_flat(array: Array, start: int, stop: int) -> Array:
     if len(array.shape) < 2 or is_contiguous(array):
         return xp.reshape(array, (-1,))[start:stop]
     parts = [
-        xp.reshape(array[rows, ...], (-1,)) if own is None else take_flat(array[rows, ...], *own)
+        _flattened(array[rows, ...]) if own is None else take_flat(array[rows, ...], *own)
         for rows, own in _rows(array, start, stop)
     ]
     return parts[0] if len(parts) == 1 else xp.concat(parts)
@@ -114,11 +120,54 @@ def _put_rows(array: Array, start: int, values: Array) -> None:
         if own is None:
             count = (rows.stop - rows.start) * prod(array.shape[1:])
             whole = namespace(array).reshape(values[written : written + count], (-1, *array.shape[1:]))
-            array[rows, ...] = whole
+            _copy(array[rows, ...], whole)
         else:
             count = own[1] - own[0]
             put_flat(array[rows, ...], own[0], values[written : written + count])
         written += count
+
+
+def _flattened(array: Array) -> Array:
+    """Return all entries of an array in row-major order."""
+    xp = namespace(array)
+    if _fastest_axis(array) == len(array.shape) - 1:
+        return xp.reshape(array, (-1,))
+    if array_library(array) == "torch":
+        array = array.detach()  # a graph of many copies is slower than these
+    target = xp.empty(array.shape, dtype=array.dtype, device=array_api_compat.device(array))
+    _copy(target, array)
+    return xp.reshape(target, (-1,))
+
+
+def _copy(target: Array, source: Array) -> None:
+    """Copy an array into another of its shape; in strips if the two lie across each other in memory."""
+    axis = _fastest_axis(target)
+    if axis == _fastest_axis(source):
+        target[...] = source
+        return
+    length = target.shape[axis]
+    width = max(_STRIP, _STRIP_ENTRIES * length // prod(target.shape))
+    for first in range(0, length, width):
+        strip = (*[slice(None)] * axis, slice(first, first + width), ...)
+        target[strip] = source[strip]
+
+
+def _fastest_axis(array: Array) -> int:
+    """Return the axis along which entries are closest in memory: the last one where nothing else is known or matters."""
+    steps = [
+        (abs(stride), -axis)
+        for axis, (stride, length) in enumerate(zip(_strides(array), array.shape, strict=True))
+        if stride and length > 1
+    ]
+    return -min(steps)[1] if steps else len(array.shape) - 1
+
+
+def _strides(array: Array) -> tuple[int, ...]:
+    """Return the strides of an array in host memory, zeros where the library does not tell them."""
+    library = array_library(array)
+    if library == "torch" and is_on_host(array):
+        return tuple(array.stride())
+    return tuple(array.strides) if library == "numpy" else (0,) * len(array.shape)
 
 
 def _rows(array: Array, start: int, stop: int) -> Iterator[tuple[Any, tuple[int, int] | None]]:

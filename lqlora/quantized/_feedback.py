@@ -108,10 +108,10 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
     xp = namespace(w)
     wanted = _ordered(w, system)
     coupling, errors = system.feedback, xp.zeros_like(wanted)
-    if dense is not None:
-        coupling, errors = system.exchange, wanted - _ordered(dense, system)
-    grid, found, count = _Grid.of(q, system), xp.empty_like(wanted), wanted.shape[0]
+    grid, found, count = _Grid.of(w, q, system), xp.empty_like(wanted), wanted.shape[0]
     with np.errstate(over="ignore", invalid="ignore"):  # a target that is not finite is for the caller to find
+        if dense is not None:
+            coupling, errors = system.exchange, wanted - _ordered(dense, system)
         for start in range(0, count, _COLUMNS):
             stop = min(start + _COLUMNS, count)
             base = wanted[start:stop, :]
@@ -139,18 +139,24 @@ class _Grid:
     ----------
     scales : array of float32, shape (n, m)
         Decoded scales by weight, in the order of the pass.
+    divisors : array of float32 or float64, shape (n, m)
+        The same, infinite where a scale is zero: what is divided by it becomes zero.
     zeros : array of float32, shape (n, m), optional
         Zero points.
     rounding : Rounding
-        Levels; where these are in several sets, that of each weight.
+        Levels.
+    sets : array of int64, shape (n, m), optional
+        The set of levels of each weight, where there are several.
     """
 
     scales: Array
+    divisors: Array
     zeros: Array | None
     rounding: Rounding
+    sets: Array | None
 
     @classmethod
-    def of(cls, q: QuantizedArray, system: System) -> _Grid:
+    def of(cls, w: Array, q: QuantizedArray, system: System) -> _Grid:
         layout, fmt = Layout.of(q.format, q.shape), q.format
         xp = namespace(q.packed)
         blocks = layout.block_of(slice(0, layout.count), q.packed)
@@ -158,20 +164,20 @@ class _Grid:
         def by_weight(values: Array) -> Array:
             return _ordered(in_shape(xp.take(values, blocks), fmt.axis, q.shape), system)
 
-        zeros, rounding = None, Rounding.of(fmt.codebook, q.levels, None)
+        zeros, sets, rounding = None, None, Rounding.of(fmt.codebook, q.levels, None)
         if q.zero_points is not None:
             zeros = by_weight(xp.astype(ops.unpack_codes(q.zero_points, fmt.bits, layout.blocks), xp.float32))
         if rounding.table is None:
-            sets = Source(q.packed, None, fmt, "").sets_of(slice(0, layout.blocks))
-            rounding = Rounding(None, None, q.levels, by_weight(sets))
-        return cls(by_weight(decode_scales(q.scales)), zeros, rounding)
+            sets = by_weight(Source(w, None, fmt, "").sets_of(slice(0, layout.blocks)))
+        scales = by_weight(decode_scales(q.scales))
+        divisors = xp.astype(xp.where(scales != 0, scales, xp.full_like(scales, float("inf"))), w.dtype)
+        return cls(scales, divisors, zeros, rounding, sets)
 
     def nearest(self, column: int, target: Array) -> Array:
         """Round a column, to the very values that its codes will decode to."""
-        xp = namespace(target)
-        scales, rounding = self.scales[column, :], self.rounding
-        if rounding.sets is not None:
-            rounding = Rounding(None, None, rounding.levels, rounding.sets[column, :])
+        rounding = self.rounding
+        if self.sets is not None:
+            rounding = Rounding(None, None, rounding.levels, self.sets[column, :])
         zeros = None if self.zeros is None else self.zeros[column, :][:, None]
-        normalized = ops.normalize(target[:, None], xp.astype(scales, target.dtype))
-        return rounding.nearest(normalized, zeros)[:, 0] * scales
+        normalized = target / self.divisors[column, :]
+        return rounding.nearest(normalized[:, None], zeros)[:, 0] * self.scales[column, :]

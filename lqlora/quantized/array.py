@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, UnsupportedArrayError
 from lqlora.formats import BlockFormat, ScaleFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lqlora._typing import Array, Namespace
     from lqlora.codebooks import Codebook
@@ -85,6 +87,38 @@ class QuantizedArray:
         arrays = {name: array[index, ...] for name, array in self.to_arrays().items()}
         return _rebuild(arrays, self.format, self.shape[1:], len(self.batch_shape) - 1, offset=self.offset is not None)
 
+    @classmethod
+    def stack(cls, parts: Sequence[QuantizedArray], batch_shape: tuple[int, ...]) -> QuantizedArray:
+        """Join arrays of one format and shape: the inverse of :meth:`unstack`.
+
+        Parameters
+        ----------
+        parts : sequence of QuantizedArray of shape (...)
+            As many as the batch has, in row-major order; none of them a stack itself.
+        batch_shape : tuple of int
+            Dimensions to put in front.
+
+        Returns
+        -------
+        QuantizedArray of shape ``(*batch_shape, ...)``
+            The stack.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If there are too few or too many, or they differ in format or shape.
+        """
+        kinds = {(part.format, part.shape, part.batch_shape) for part in parts}
+        if len(parts) != prod(batch_shape) or len(kinds) != 1 or parts[0].batch_shape:
+            raise InvalidArgumentError(
+                f"A stack of {batch_shape} is made of {prod(batch_shape)} arrays of one format and one shape, not of "
+                f"{len(parts)} of {len(kinds)} kind(s)."
+            )
+        arrays = [part.to_arrays() for part in parts]
+        joined = {key: stacked([own[key] for own in arrays], batch_shape) for key in arrays[0]}
+        shape = (*batch_shape, *parts[0].shape)
+        return _rebuild(joined, parts[0].format, shape, len(batch_shape), offset=parts[0].offset is not None)
+
     def unstack(self) -> list[QuantizedArray]:
         """Return the arrays of a stack in order, without its batch dimensions; a single array is a stack of itself.
 
@@ -148,10 +182,15 @@ class QuantizedArray:
         ------
         FormatError
             If an array is missing or left over, or has the wrong length or dtype, a code is beyond the codebook, levels
-            are not sorted, or a scale has a sign that the format does not allow. What is not finite is let through: it
-            may be what someone wants to look at.
+            are not sorted, a stored scale has a sign that the format does not allow, or finite arrays decode to
+            infinite scales. What is stored as NaN or infinity is let through: it may be what someone wants to look at.
         MixedArraysError
             If the arrays belong to two libraries.
+
+        Notes
+        -----
+        Quantized scales may decode to negative numbers where their codebook has a sign: those of blocks of zeros do if
+        the mean was subtracted, and those of bitsandbytes do.
         """
         if not all(isinstance(length, int) and length >= 0 for length in shape):
             raise FormatError(f"A shape has lengths of at least 0: {tuple(shape)}.")
@@ -160,6 +199,7 @@ class QuantizedArray:
         quantized = _rebuild(dict(arrays), fmt, tuple(shape), batch_dims, offset=False)
         namespace(*quantized.to_arrays().values())  # refuses arrays of several libraries
         _check_values(quantized)
+        _check_decoded_scales(quantized)
         return quantized
 
     def to(self, xp: Namespace, device: object = None) -> QuantizedArray:
@@ -255,3 +295,20 @@ def _check_scales(scales: Array, *, signed: bool) -> None:
     wide = ops.widen(scales)
     if not signed and bool(namespace(wide).any(wide < 0)):
         raise FormatError("A scale, or the offset of scales, is negative.")
+
+
+def _check_decoded_scales(q: QuantizedArray) -> None:
+    """Refuse what :func:`quantize` never stores: second-level scales or an offset under which a scale overflows."""
+    from lqlora.quantized._coding import decode_scales  # noqa: PLC0415 - which needs this class
+
+    if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        decoded = [decode_scales(part.scales) for part in q.unstack()]
+    if not all(map(_is_finite, decoded)):
+        raise FormatError("The arrays of 'scales' are finite, but a scale that they decode to is not.")
+
+
+def _is_finite(array: Array) -> bool:
+    xp = namespace(array)
+    return ops.dtype_name(array) == "uint8" or bool(xp.all(xp.isfinite(ops.widen(array))))

@@ -117,11 +117,12 @@ def gptq(
     --------
     >>> import numpy as np, lqlora as lq
     >>> rng = np.random.default_rng(0)
-    >>> w, x = rng.standard_normal((32, 64)), rng.standard_normal((500, 64)) @ rng.standard_normal((64, 64))
+    >>> w, x = rng.standard_normal((32, 64)), rng.standard_normal((500, 64))
+    >>> x += rng.standard_normal((500, 8)) @ rng.standard_normal((8, 64))
     >>> fmt = lq.BlockFormat.parse("nf2/16:float32")
-    >>> ours, nearest = lq.gptq(w, fmt, x.T @ x), lq.quantize(w, fmt, fit="scale")
-    >>> before, after = (np.linalg.norm(x @ (w - lq.dequantize(q)).T) for q in (nearest, ours))
-    >>> bool(after < 0.5 * before)
+    >>> pair = lq.quantize(w, fmt, fit="scale"), lq.gptq(w, fmt, x.T @ x)
+    >>> nearest, ours = (np.linalg.norm(x @ (w - lq.dequantize(q)).T) for q in pair)
+    >>> bool(ours < 0.5 * nearest)
     True
     """
     xp = namespace(w, gram)

@@ -18,7 +18,7 @@ from lqlora.formats import BlockFormat
 from lqlora.quantized._coding import decode_into
 from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
 from lqlora.quantized._layout import blocks_last, piece_size
-from lqlora.quantized.array import QuantizedArray, stacked
+from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +141,7 @@ def quantize(
         own = None if weights is None else weights[(*index, ...)]
         source = Source(w[(*index, ...)], own, fmt, f"{name}[{', '.join(map(str, index))}]", near)
         parts.append(_quantize_one(source, fit, check_finite=check_finite))
-    return _as_stack(parts, tuple(w.shape), batch_shape)
+    return QuantizedArray.stack(parts, batch_shape)
 
 
 def _checked_weights(weights: Array, w: Array, fit: str) -> Array:
@@ -170,13 +170,6 @@ def _check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...]
             f"A start in {start.format} of shape {start.shape} is none for {fmt} and shape {shape}"
             f"{'' if len(start.batch_shape) == batch_dims else ': it has other batch dimensions'}."
         )
-
-
-def _as_stack(parts: list[QuantizedArray], shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> QuantizedArray:
-    """Return arrays that were quantized one by one as a stack."""
-    arrays = [part.to_arrays() for part in parts]
-    joined = {key: stacked([own[key] for own in arrays], batch_shape) for key in arrays[0]}
-    return QuantizedArray.from_arrays(joined, parts[0].format, shape, len(batch_shape))
 
 
 def _indices(shape: Sequence[int]) -> list[tuple[int, ...]]:

@@ -33,7 +33,7 @@ class Elementwise(AbstractWeighting):
     ----------
     weights : array of float32 or float64, shape (m, n)
         Weights, such as the diagonal Fisher information; finite and not negative.
-    sweeps : int, default 2
+    sweeps : int, default 1
         Sweeps of the low-rank step: each improves the left factor for the right one at hand, then the right for the
         left. 0 stops at the rank-one surrogate, as LQ-LoRA does (arXiv 2311.12023, section 3.2).
 
@@ -65,7 +65,7 @@ class Elementwise(AbstractWeighting):
     """
 
     weights: Array
-    sweeps: int = 2
+    sweeps: int = 1
     surrogate: RowColumn = field(init=False, repr=False)
     _unit: float = field(init=False, repr=False)
 

@@ -16,16 +16,11 @@ from tests.strategies import host, on, stored
 #: What typical arguments are to run on. An operation without an entry has no override in that library.
 FAST = {
     "numpy": {
-        "block_absmax": "numpy.absmax_chunked",
-        "nearest_codes": "numpy.nearest_codes_chunked",
-        "encode": "numpy.encode_chunked",
+        "nearest_codes": "numpy.nearest_codes_in_buckets",
         "decode": "numpy.decode_lookup",
         "bin_sums": "numpy.bin_sums_counted",
     },
-    "torch": {
-        name: f"torch.{name}_as_numpy"
-        for name in ("block_absmax", "nearest_codes", "encode", "decode", "pack_codes", "unpack_codes", "bin_sums")
-    },
+    "torch": {name: f"torch.{name}_as_numpy" for name in ("nearest_codes", "decode", "bin_sums")},
 }
 
 
@@ -59,10 +54,15 @@ def typical(xp, codebook=NF4, block_size=64, count=1000):
 
 def test_typical_arguments_take_the_fast_path(fast_xp):
     library = fast_xp.__name__.rpartition(".")[2]
-    for name, arguments in typical(fast_xp).items():
+    for name, arguments in typical(fast_xp, lq.normal_float(8)).items():
         expected = FAST[library].get(name, "reference")
         assert lq.backends.explain(name, *arguments).implementation == expected
         assert getattr(ops, name).select(*arguments).implementation == expected
+
+
+def test_an_operation_without_an_override_runs_its_reference(xp):
+    w = on(xp, np.linspace(-1, 1, 100, dtype=np.float32))
+    assert lq.backends.explain("block_extremes", w, 64).implementation == "reference"
 
 
 @pytest.mark.parametrize("codebook", ALL_CODEBOOKS, ids=lambda codebook: codebook.name)
@@ -139,10 +139,13 @@ def test_scales_of_zero_and_of_either_sign_are_those_of_the_reference(fast_xp, s
     assert host(ops.encode(w, scales, zeros, boundaries, 60)).tobytes() == host(expected).tobytes()
 
 
-def test_blocks_longer_than_a_chunk_are_left_to_the_reference():
-    arguments = typical(np, block_size=40_000, count=70_000)
-    for name in ("block_absmax", "encode"):
-        assert lq.backends.explain(name, *arguments[name]).implementation == "reference"
+def test_few_boundaries_and_narrow_ones_are_left_to_the_reference():
+    w = np.linspace(-1, 1, 1000, dtype=np.float32)
+    many, tiny = lq.normal_float(8).boundaries, np.float32(2.0**-101)
+    for boundaries in (NF4.boundaries, many * tiny):
+        assert lq.backends.explain("nearest_codes", w, boundaries).implementation == "reference"
+    assert lq.backends.explain("nearest_codes", w, many).implementation == "numpy.nearest_codes_in_buckets"
+    assert ops.nearest_codes(w * tiny, many * tiny).tolist() == ops.nearest_codes(w, many).tolist()
 
 
 @pytest.mark.parametrize("other", ["numpy", "torch"])
@@ -157,15 +160,15 @@ def test_overrides_do_not_mix_libraries(torch, name, other):
 
 def test_tensors_without_memory_are_not_taken_for_arrays(torch):
     # Compilers trace with tensors that have a shape and nothing else.
-    codes = torch.zeros(8, dtype=torch.uint8, device="meta")
-    assert lq.backends.explain("pack_codes", codes, 4).implementation == "reference"
-    assert tuple(ops.pack_codes(codes, 4).shape) == (4,)
+    values = torch.zeros(8, device="meta")
+    assert lq.backends.explain("nearest_codes", values, NF4.boundaries).implementation == "reference"
+    assert tuple(ops.nearest_codes(values, NF4.boundaries).shape) == (8,)
 
 
 def test_parameters_take_the_fast_path_without_a_graph(torch):
-    w = torch.nn.Parameter(torch.linspace(-1, 1, 100))
-    assert lq.backends.explain("block_absmax", w, 64).implementation == "torch.block_absmax_as_numpy"
-    assert not ops.block_absmax(w, 64).requires_grad
+    terms, bins = torch.nn.Parameter(torch.ones(4, dtype=torch.float64)), torch.tensor([0, 1, 1, 0])
+    assert lq.backends.explain("bin_sums", terms, bins, 2).implementation == "torch.bin_sums_as_numpy"
+    assert not ops.bin_sums(terms, bins, 2).requires_grad
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])

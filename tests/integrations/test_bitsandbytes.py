@@ -134,6 +134,7 @@ def test_what_is_exported_decodes_by_the_plain_reader_as_it_does_here(drawn):
     assert bits(oracle.decode(tensors)) == bits(lq.dequantize(q))
 
 
+@pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 @given(exported())
 def test_what_is_exported_is_imported_again(drawn):
     q, tensors = drawn
@@ -433,6 +434,7 @@ class TestAgainstThePackage:
         nearest = np.abs(scaled[:, None].astype(np.float64) - ties).argmin(axis=1)
         assert np.all(np.abs(scaled - ties[nearest]) <= np.spacing(np.abs(ties[nearest])))
 
+    @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
     @given(peer_weights(), BLOCK_SIZE)
     def test_nested_scales_are_its_own_but_for_its_lookup_table(self, functional, torch, w, block_size):
         tensors = quantized_there(functional, torch.from_numpy(w), "nf4", block_size, nested=True)
@@ -443,6 +445,9 @@ class TestAgainstThePackage:
         assert offset == pytest.approx(there_offset, rel=1e-6)
         # It looks codes up for 65,536 equally spaced values, so a code is that of a value up to 2**-16 away.
         absmax = np.abs(np.append(w, np.zeros(-w.size % block_size)).reshape(-1, block_size)).max(axis=1)
-        ours, theirs = (np.abs(oracle.scales_of(side) - absmax) for side in (here, tensors))
+        ours, theirs = oracle.scales_of(here), oracle.scales_of(tensors)
         second = np.repeat(tensors["weight.nested_absmax"], 256)[: len(absmax)]
-        assert np.all(np.abs(ours - theirs) <= 2**-15 * second + 2e-6 * absmax.max() + 1e-38)
+        apart = np.abs(np.abs(ours - absmax) - np.abs(theirs - absmax))
+        close = apart <= 2**-15 * second + 2e-6 * absmax.max() + 1e-38
+        # The nearest level may not be above zero: it takes that one, and quantize() the next that is.
+        assert np.all(close | ((theirs <= 0) & (ours > 0) & (absmax > 0)))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from lqlora.errors import LQLoRAError, UnsupportedArrayError
-from lqlora.ops import convert, dtype_name, storage_cast, stored_bytes, widen
+from lqlora.ops import convert, dtype_name, is_on_host, storage_cast, stored_bytes, widen
 from lqlora.testing.strategies import weights
 from tests.oracles.quantize import STORAGE
 from tests.strategies import host, on, scale_dtypes
@@ -103,3 +103,12 @@ def test_conversion_to_a_library_without_the_dtype_is_refused(strict):
 def test_conversion_between_two_libraries_detaches(torch):
     parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     assert convert(parameter, np).tolist() == [1.0, 1.0]
+
+
+def test_the_host_is_told_from_other_devices(xp, strict):
+    assert is_on_host(on(xp, np.ones(2)))
+    assert not is_on_host(strict.ones(2, device=strict.Device("device1")))
+
+
+def test_tensors_without_memory_are_not_on_the_host(torch):
+    assert not is_on_host(torch.zeros(2, device="meta"))

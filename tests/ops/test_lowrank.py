@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,6 +76,26 @@ def test_a_warm_start_needs_one_pass(xp):
     assert warm <= 1.02 * optimum(nearby, 8)
 
 
+def test_a_warm_start_is_one_pass_and_no_more():
+    # Left vectors are combinations of matrix @ start: any further pass over the matrix would turn them.
+    matrix, start = decaying(80, 60, power=0.25), np.random.default_rng(1).standard_normal((60, 18))
+    reached, _ = np.linalg.qr(matrix @ start)
+    svd = subspace_svd(matrix, 8, start=start, power_iterations=5)
+    np.testing.assert_allclose(reached @ (reached.T @ svd.left), svd.left, atol=1e-12)
+
+
+def test_the_exact_decomposition_of_a_tall_matrix_makes_no_square_one():
+    matrix = decaying(3000, 2)
+    tracemalloc.start()
+    try:
+        exact_svd(matrix, 1)
+        exact_svd(matrix.T, 1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 50 * matrix.nbytes
+
+
 def test_a_small_matrix_is_decomposed_exactly(xp):
     # The sketch would be as wide as the matrix: nothing is saved by it.
     matrix = decaying(40, 16, power=0.1)
@@ -115,7 +137,7 @@ def test_libraries_agree(xp):
 @pytest.mark.parametrize("decompose", [exact_svd, subspace_svd])
 def test_rank_zero_is_nothing(xp, decompose):
     svd = decompose(on(xp, decaying(30, 20)), 0)
-    assert (tuple(svd.left.shape), tuple(svd.right.shape)) == ((30, 0), (0, 20))
+    assert [tuple(part.shape) for part in svd] == [(30, 0), (0,), (0, 20), (20, 0)]
     assert host(low_rank_product(svd.left, svd.right)).tolist() == np.zeros((30, 20)).tolist()
 
 

@@ -57,3 +57,10 @@ def test_two_libraries_do_not_mix(factors, position, torch):
     mixed = factors | {position: torch.from_numpy(factors[position])}
     with pytest.raises(MixedArraysError, match="numpy and torch"):
         matmul_dense(mixed["x"], mixed["weight"], mixed["lora_A"], mixed["lora_B"])
+
+
+def test_without_a_scaling_the_product_of_the_factors_is_added(xp, factors):
+    y = matmul_dense(*(on(xp, factors[name]) for name in ("x", "weight", "lora_A", "lora_B")))
+    np.testing.assert_allclose(host(y), factors["x"] @ dense(factors, 1.0).T, rtol=1e-4, atol=1e-4)
+    product = low_rank_product(on(xp, factors["lora_B"]), on(xp, factors["lora_A"]))
+    np.testing.assert_allclose(host(product), factors["lora_B"] @ factors["lora_A"], rtol=1e-4, atol=1e-5)

@@ -226,3 +226,13 @@ def test_each_row_is_rounded_to_levels_of_its_own(xp, sets, columns, seed, dtype
     assert found.tolist() == [
         [float(levels[member][code]) for code in row] for row, member in zip(expected, members, strict=True)
     ]
+
+
+def test_of_two_zeros_in_a_row_of_levels_the_upper_one_is_taken(xp):
+    # As by a codebook: from minus the smallest normal number on, whatever becomes of subnormal numbers in a library.
+    tiny = np.float32(2.0**-126)
+    levels = np.array([[-1, -0.0, 0.0, 1], [-1, 0.5, 0.75, 1]], dtype=np.float32)
+    entries = np.array([[-0.75, -2 * tiny, -tiny, -tiny / 2, -0.0, 0.0, tiny, 0.75]], dtype=np.float32)
+    codes = host(nearest_codes_by_row(on(xp, entries), on(xp, levels), on(xp, np.array([0]))))
+    assert codes.tolist() == [[0, 1, 1, 2, 2, 2, 2, 3]]
+    assert codes[0].tolist() == nearest_codes(entries[0], Codebook(levels[0]).boundaries).tolist()

@@ -77,6 +77,15 @@ def test_sums_of_multiples_of_one_number_are_exact(numbers, exponent):
     assert Fraction(float(found[0])) == sum(numbers) * Fraction(unit)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 1000])
+@pytest.mark.parametrize("exponent", [-1000, -500, 0, 900])
+def test_no_bit_of_the_promised_52_is_lost(xp, count, exponent):
+    largest = 2 ** (52 - (count - 1).bit_length()) - 1
+    terms = np.array([largest, *[1] * (count - 1)]) * 2.0**exponent
+    found = host(bin_sums(on(xp, terms), on(xp, np.zeros(count, dtype=np.int64)), 1))
+    assert Fraction(float(found[0])) == (largest + count - 1) * Fraction(2) ** exponent
+
+
 def test_bins_without_terms_are_zero(xp):
     sums = bin_sums(on(xp, np.array([1.0, 2.0])), on(xp, np.array([3, 3])), 5)
     assert host(sums).tolist() == [0.0, 0.0, 0.0, 3.0, 0.0]

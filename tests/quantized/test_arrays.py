@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, QuantizedArray, dequantize, quantize, uniform
 from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, MixedArraysError, UnsupportedArrayError
-from tests.quantized.cases import KINDS, draw_case, normal, quantized, ramp, restored
+from tests.quantized.cases import KINDS, draw_case, normal, quantized, ramp, restored, scales_of
 from tests.strategies import host, on, stored
 
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
@@ -166,6 +166,45 @@ def test_any_negative_scale_is_refused_unless_it_may_have_a_sign(rich):
             QuantizedArray.from_arrays(arrays | {name: changed}, fmt, shape)
         else:
             assert "negative" in refuse(rich, arrays | {name: changed})
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("nf4/4:u8/2:float32", {"scales.scales": 3e38, "scales.offset": 3e38}),
+        ("nf4/4:d8+none/2:u8/2:float32", {"scales.scales.scales": 3e38, "scales.scales.offset": 3e38}),
+        ("bof4s-64/4:i8/2:u8/2:float32", {"scales.scales.scales": 3e38, "scales.scales.offset": 3e38}),
+    ],
+)
+def test_finite_arrays_that_decode_to_infinite_scales_are_refused(xp, text, changes, batch_dims):
+    q = quantized(
+        xp, -np.geomspace(1, 1000, 64).astype(np.float32).reshape(2, 32), BlockFormat.parse(text), batch_dims=batch_dims
+    )
+    arrays = q.to_arrays()
+    for name, value in changes.items():
+        arrays[name] = on(xp, np.full_like(host(arrays[name]), value))
+        if name != list(changes)[-1]:  # one of the two is within range
+            QuantizedArray.from_arrays(arrays, q.format, q.shape, batch_dims)
+    with pytest.raises(FormatError, match="The arrays of 'scales' are finite, but a scale that they decode to is not"):
+        QuantizedArray.from_arrays(arrays, q.format, q.shape, batch_dims)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_infinite_scales_that_are_stored_as_such_are_let_through(xp, value):
+    q = quantized(xp, normal(5, 9), BlockFormat.parse("nf4/4:u8/2:float32"))
+    changed = np.full_like(host(q.scales.scales), value)
+    QuantizedArray.from_arrays(q.to_arrays() | {"scales.scales": on(xp, changed)}, q.format, q.shape)
+
+
+@pytest.mark.parametrize("text", ["nf4/4:d8/4:float32", "nf4/4:i8+mean/4:float32"])
+def test_blocks_of_zeros_may_have_scales_that_decode_to_less_than_zero(xp, text):
+    # The mean is subtracted, and what is left of a scale of zero is rounded below minus the mean.
+    w = normal(40, 4) * (np.arange(40) % 3 > 0)[:, None].astype(np.float32)
+    q = quantized(xp, w, BlockFormat.parse(text))
+    assert (scales_of(q) < 0).any()
+    again = QuantizedArray.from_arrays(q.to_arrays(), q.format, q.shape)
+    assert not restored(again)[::3].any()
 
 
 def test_levels_out_of_order_are_refused(rich):

@@ -303,3 +303,30 @@ def test_a_negative_number_of_batch_dimensions_is_refused():
     arrays = quantize(ramp(2, 8), BlockFormat(NF4), batch_dims=1).to_arrays()
     with pytest.raises(InvalidArgumentError):
         QuantizedArray.from_arrays(arrays, BlockFormat(NF4), (2, 8), batch_dims=-1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((300, 200), (1, 0)),
+        ((1300, 7), (1, 0)),
+        ((3, 1300), (1, 0)),
+        ((9, 40, 70), (0, 2, 1)),
+        ((40, 9, 30), (2, 0, 1)),
+    ],
+)
+@pytest.mark.parametrize("axis", [0, -1])
+def test_arrays_of_many_strips_across_their_memory_are_the_arrays_they_show(fast_xp, shape, order, dtype, axis):
+    # Far above what one strip holds, which arrays of a few entries never are.
+    w = normal(*shape, dtype=dtype).transpose(order)
+    fmt = BlockFormat(NF4, 16, axis=axis)
+    across = fast_xp.permute_dims(on(fast_xp, w.transpose(np.argsort(order))), order)
+    assert tuple(across.shape) == w.shape
+    q = quantize(across, fmt)
+    assert stored(q) == stored(quantize(on(np, np.ascontiguousarray(w)), fmt))
+    expected = restored(q)
+    target = fast_xp.permute_dims(on(fast_xp, np.zeros(shape, dtype=np.float32)), order)
+    assert dequantize(q, out=target) is target
+    assert host(target).tobytes() == expected.tobytes()
+    assert abs(expected - w).max() < 0.3 * abs(w).max()

@@ -1,0 +1,45 @@
+"""Arrays whose memory the host cannot read: array-api-strict has devices that refuse to be mixed, or to become NumPy."""
+
+from __future__ import annotations
+
+import pytest
+
+from lqlora import BlockFormat, dequantize, normal_float, ops, quantize
+from tests.quantized.cases import KINDS, normal
+from tests.strategies import host, on, stored
+
+
+@pytest.fixture
+def away(strict):
+    """From an array on the host to one that is not."""
+    return lambda array: strict.asarray(on(strict, array), device=strict.Device("device1"))
+
+
+@pytest.fixture
+def home(strict):
+    return lambda array: host(array.to_device(strict.Device("CPU_DEVICE")))
+
+
+def test_the_device_is_not_the_host(away):
+    assert not ops.is_on_host(away(normal(2)))
+    with pytest.raises(RuntimeError):
+        host(away(normal(2)))
+
+
+@pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
+@pytest.mark.parametrize("fmt", [BlockFormat.parse(text) for text in KINDS], ids=str)
+def test_stored_and_decoded_bytes_are_those_of_the_host(away, home, fmt):
+    fit = "absmax" if fmt.levels == "codebook" else "levels+scale"
+    w = normal(6, 24)
+    q, expected = quantize(away(w), fmt, fit=fit), quantize(w, fmt, fit=fit)
+    assert {name: home(array).tobytes() for name, array in q.to_arrays().items()} == stored(expected)
+    assert home(dequantize(q)).tobytes() == dequantize(expected).tobytes()
+
+
+@pytest.mark.parametrize("fit", ["scale", "levels+scale"])
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_weighted_fits_are_those_of_the_host(away, home, fit, axis):
+    fmt, w, weights = BlockFormat(normal_float(3), 8, axis=axis), normal(6, 24), abs(normal(6, 24, seed=1))
+    q, expected = (quantize(put(w), fmt, weights=put(weights), fit=fit) for put in (away, lambda array: array))
+    assert {name: home(array).tobytes() for name, array in q.to_arrays().items()} == stored(expected)
+    assert home(dequantize(q)).tobytes() == dequantize(expected).tobytes()

@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lqlora import BlockFormat, decompose, quantize
 from lqlora._parallel import map_matrices
@@ -85,11 +83,10 @@ def test_rows_of_blocks_have_no_order(kind):
 
 
 @pytest.mark.parametrize("fit", ["absmax", "scale", "levels+scale"])
-@given(exponent=st.integers(-60, 60))
-@settings(max_examples=4)
+@pytest.mark.parametrize("exponent", [-60, 1, 47])
 def test_a_power_of_two_scales_everything(fast_xp, fit, exponent):
     w, factor = matrix(0, *SMALL, np.float64), 2.0**exponent
-    plain, scaled = (decompose(on(fast_xp, array), FMT, 6, fit=fit, max_iter=3) for array in (w, w * factor))
+    plain, scaled = (decompose(on(fast_xp, array), FMT, 6, fit=fit, max_iter=2) for array in (w, w * factor))
     assert stored(scaled.quantized)["codes"] == stored(plain.quantized)["codes"]
     np.testing.assert_array_equal(host(scaled.quantized.scales), host(plain.quantized.scales) * np.float32(factor))
     assert scaled.errors == pytest.approx(plain.errors, rel=1e-6)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -47,6 +48,7 @@ def check_options(
     scaling: float,
     seed: int,
     extrapolation: float | None,
+    factor_format: BlockFormat | None,
 ) -> None:
     """Raise if an option is out of range."""
     if init not in ("svd", "quantize", "zero"):
@@ -65,6 +67,8 @@ def check_options(
         raise InvalidArgumentError(f"seed is an int of at least 0, not {seed!r}.")
     if extrapolation is not None and not 0 <= extrapolation <= 1:
         raise InvalidArgumentError(f"extrapolation is 0 to 1, not {extrapolation!r}.")
+    if factor_format is not None and not isinstance(factor_format, BlockFormat):
+        raise InvalidArgumentError(f"factor_format is a BlockFormat, not {factor_format!r}.")
 
 
 def _is_int(value: object) -> bool:

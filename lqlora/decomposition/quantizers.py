@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.quantized import QuantizedArray, gptq, quantize
 
@@ -30,7 +31,7 @@ class Quantizer(Protocol):
         target : array of float32 or float64, shape (m, n)
             The matrix minus a low-rank part.
         previous : QuantizedArray, optional
-            What this quantizer returned for the iterate before; None for the first.
+            What this quantizer returned for the iterate that is gone on from; None for the first.
 
         Returns
         -------
@@ -68,7 +69,7 @@ def make_quantizer(
         If there is no such quantizer, or the weighting lacks what it needs.
     """
     if callable(quantizer):
-        return quantizer
+        return _checked(quantizer)
     if quantizer == "nearest":
         return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
     if quantizer != "gptq":
@@ -111,3 +112,19 @@ class _Feedback:
         if self.fit == "absmax" or previous is None:
             return gptq(target, self.fmt, self.gram, fit=self.fit, name=self.name)
         return gptq(target, previous.format, self.gram, fit=self.fit, start=previous, name=self.name)
+
+
+def _checked(quantizer: Quantizer) -> Quantizer:
+    """Return a quantizer whose results are looked at."""
+
+    def quantize_and_look(target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        q = quantizer(target, previous)
+        if not isinstance(q, QuantizedArray) or q.shape != tuple(target.shape):
+            found = f"one of shape {q.shape}" if isinstance(q, QuantizedArray) else type(q).__name__
+            raise InvalidArgumentError(
+                f"The quantizer returned {found}, not a QuantizedArray of shape {tuple(target.shape)}."
+            )
+        namespace(target, q.packed)
+        return q
+
+    return quantize_and_look

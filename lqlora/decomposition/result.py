@@ -32,7 +32,7 @@ class Decomposition:
         Factor of the product: the matrix is ``dequantize(quantized) + scaling * lora_B @ lora_A``.
     errors : tuple of float
         Relative weighted errors. Entry 0 is quantization alone (rank 0), entry 1 adds one SVD of its residual, then come
-        the iterates, and last, where it was better than all before, the best of them with its factors refitted.
+        the iterates. The entry of the pair that is returned counts its factors as they are, refitted and quantized.
     best : int
         Index into ``errors`` of the pair that is returned.
     stop_reason : {"converged", "max_iter", "target", "time_limit", "rank_zero", "callback"}

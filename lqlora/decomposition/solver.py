@@ -93,10 +93,11 @@ def decompose(
     quantizer : {"nearest", "gptq"} or callable
         ``"nearest"`` rounds every entry by itself (:func:`lqlora.quantize`), ``"gptq"`` feeds errors back
         (:func:`lqlora.gptq`; it needs a weighting with the second moment of the inputs). A callable takes the matrix to
-        quantize and what it returned for the iterate before (None for the first), and returns a QuantizedArray.
+        quantize and what it returned for the iterate it goes on from (None for the first), and returns a
+        QuantizedArray.
     fit : {"absmax", "scale", "levels+scale"}
         How scales and levels are chosen, see :func:`lqlora.quantize`; by squares of errors that the weighting weighs
-        entry by entry. From the second iterate on they are fitted from those of the iterate before.
+        entry by entry. From the second iterate on they are fitted from those of the iterate it goes on from.
     extrapolation : float, optional
         How far the low-rank part is carried on, in the direction of its last change, before it is subtracted for the
         next quantization: 1 repeats the change. It is halved whenever the error rises, and the alternation then goes
@@ -131,7 +132,7 @@ def decompose(
     Decomposition
         The best pair seen, its factors refitted. Its weighted error is never above that of quantization alone nor
         above that of quantization plus one SVD of the residual (except under ``init="zero"``, which is quantization
-        alone, and up to the rounding of factors that are quantized).
+        alone, where it is stopped before that, and up to the rounding of factors that are quantized).
 
     Raises
     ------
@@ -174,6 +175,7 @@ def decompose(
         scaling=scaling,
         seed=seed,
         extrapolation=extrapolation,
+        factor_format=factor_format,
     )
     weighting = Uniform() if weighting is None else weighting
     if not isinstance(weighting, AbstractWeighting):

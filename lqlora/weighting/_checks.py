@@ -22,7 +22,7 @@ def capitalized(what: str) -> str:
 
 def is_zero(weights: Array) -> bool:
     """Tell whether there are weights, and all are zero."""
-    return min(weights.shape) > 0 and not bool(namespace(weights).any(weights != 0))
+    return 0 not in weights.shape and not bool(namespace(weights).any(weights != 0))
 
 
 def warn_of_zeros(what: str, stacklevel: int) -> None:

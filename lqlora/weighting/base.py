@@ -87,7 +87,8 @@ class AbstractWeighting(abc.ABC):
         Returns
         -------
         array that broadcasts to (m, n), optional
-            The diagonal of the quadratic form that the norm is; None if all entries count the same.
+            The diagonal of the quadratic form that the norm is, up to one factor, so that products of small weights do
+            not vanish; None if all entries count the same.
         """
 
     @abc.abstractmethod

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import array_api_compat
+
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
@@ -86,6 +88,7 @@ class RowColumn(ScaledWeighting):
     row: Array | None
     col: Array | None
     _roots: tuple[Array | None, Array | None] = field(init=False, repr=False)
+    _units: tuple[float, float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.row is None and self.col is None:
@@ -98,6 +101,7 @@ class RowColumn(ScaledWeighting):
         object.__setattr__(self, "row", row)
         object.__setattr__(self, "col", col)
         object.__setattr__(self, "_roots", (left, right))
+        object.__setattr__(self, "_units", (left_unit, right_unit))
         object.__setattr__(self, "_factor", left_unit * right_unit)
 
     @classmethod
@@ -132,14 +136,18 @@ class RowColumn(ScaledWeighting):
         >>> w.row.tolist(), w.col.tolist()
         ([2.0, 4.0], [0.5, 1.5])
         """
+        fisher = ops.widen(fisher, "Fisher information")
         if len(fisher.shape) != 2:
             raise InvalidArgumentError(f"Fisher information of a matrix has two dimensions, not {len(fisher.shape)}.")
-        fisher = ops.widen(fisher, "Fisher information")
         require_weights(fisher, "Fisher information")
         xp = namespace(fisher)
-        row, col = xp.mean(fisher, axis=1), xp.mean(fisher, axis=0)
+        if 0 in fisher.shape:
+            device = array_api_compat.device(fisher)
+            return cls(*(xp.ones((size,), dtype=fisher.dtype, device=device) for size in fisher.shape))
+        row, col = (xp.sum(fisher, axis=axis, dtype=xp.float64) / fisher.shape[axis] for axis in (1, 0))
         total = xp.mean(row)
-        return cls(row, col / xp.where(total > 0, total, xp.ones_like(total)))
+        col = col / xp.where(total > 0, total, xp.ones_like(total))
+        return cls(xp.astype(row, fisher.dtype), xp.astype(col, fisher.dtype))
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise unless there is a weight for every row and every column."""
@@ -148,25 +156,31 @@ class RowColumn(ScaledWeighting):
             raise InvalidArgumentError(f"Weights of {found[0]} rows and {found[1]} columns do not fit {tuple(shape)}.")
 
     def element_weights(self) -> Array | None:
-        """Return the products of row and column weights."""
-        if self.row is None:
-            return None if self.col is None else self.col[None, :]
-        return self.row[:, None] if self.col is None else self.row[:, None] * self.col[None, :]
+        """Return the products of row and column weights, each near one."""
+        row = None if self.row is None else self.row[:, None] / self._units[0]
+        col = None if self.col is None else self.col[None, :] / self._units[1]
+        if row is None or col is None:
+            return col if row is None else row
+        return row * col
 
     def _map(self, residual: Array) -> Array:
-        row, col = self._roots
+        row, col = self._roots_like(residual)
         if row is not None:
-            namespace(residual, row)
-            residual = residual * row[:, None]
-        if col is not None:
-            namespace(residual, col)
-            residual = residual * col[None, :]
-        return residual
+            residual = residual * row
+        return residual if col is None else residual * col
 
-    def _factors(self, svd: ops.LowRank, residual: Array) -> tuple[Array, Array]:  # noqa: ARG002
+    def _factors(self, svd: ops.LowRank, residual: Array) -> tuple[Array, Array]:
+        row, col = self._roots_like(residual)
+        return svd.left if row is None else svd.left / row, svd.right if col is None else svd.right / col
+
+    def _roots_like(self, residual: Array) -> tuple[Array | None, Array | None]:
+        """Return the roots of the weights in the dtype of a residual, as a column and as a row."""
         row, col = self._roots
-        left = svd.left if row is None else svd.left / row[:, None]
-        return left, svd.right if col is None else svd.right / col[None, :]
+        xp = namespace(residual, row, col)
+        return (
+            None if row is None else xp.astype(row, residual.dtype)[:, None],
+            None if col is None else xp.astype(col, residual.dtype)[None, :],
+        )
 
 
 def _checked(weights: Array | None, what: str) -> Array | None:

@@ -21,6 +21,9 @@ __all__ = ["Elementwise"]
 #: what is left is taken up by the next sweep.
 _STEPS = 5
 
+#: A row whose weights are below this, of the largest, stays as it is: their reciprocals are beyond the range of float32.
+_NEGLIGIBLE = 2.0**-100
+
 
 @dataclass(frozen=True, eq=False)
 class Elementwise(AbstractWeighting):
@@ -70,7 +73,7 @@ class Elementwise(AbstractWeighting):
         weights = ops.widen(self.weights, "weights")
         xp = namespace(weights)
         require_weights(weights, "weights")
-        if not isinstance(self.sweeps, int) or self.sweeps < 0:
+        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 0:
             raise InvalidArgumentError(f"sweeps is an int of at least 0, not {self.sweeps!r}.")
         if is_zero(weights):
             warn_of_zeros("weights", stacklevel=3)
@@ -109,7 +112,7 @@ class Elementwise(AbstractWeighting):
     def _swept(self, residual: Array, left: Array, right: Array) -> tuple[Array, Array]:
         xp = namespace(residual, self.weights)
         unit = unit_of(residual)
-        weights = xp.astype(self.weights, residual.dtype) / self._unit
+        weights = xp.astype(self.weights / self._unit, residual.dtype)
         flipped, flipped_weights = xp.matrix_transpose(residual) / unit, xp.matrix_transpose(weights)
         residual, left = residual / unit, left / unit
         for _ in range(self.sweeps):
@@ -131,7 +134,8 @@ def _solved(target: Array, weights: Array, factor: Array, other: Array) -> Array
     xp = namespace(target)
     back = xp.matrix_transpose(other)
     diagonal = weights @ (back * back)
-    inverse = xp.where(diagonal > 0, 1 / xp.where(diagonal > 0, diagonal, xp.ones_like(diagonal)), diagonal)
+    counts = diagonal > _NEGLIGIBLE
+    inverse = xp.where(counts, 1 / xp.where(counts, diagonal, xp.ones_like(diagonal)), xp.zeros_like(diagonal))
     rest = (weights * (target - factor @ other)) @ back
     direction = rest * inverse
     progress = xp.sum(rest * direction, axis=1, keepdims=True)

@@ -111,7 +111,7 @@ class Kronecker(ScaledWeighting):
     ----------
     output_gram : array of float32 or float64, shape (m, m)
         Second moment :math:`G = \mathbb{E}[g g^\top]` of the gradients at the outputs.
-    input_gram : array of the same kind, shape (n, n)
+    second_moment : array of the same kind, shape (n, n)
         Second moment :math:`R = \mathbb{E}[x x^\top]` of the inputs.
     damping : float, default 1e-2
         Added to both diagonals, as a fraction of their means.
@@ -165,8 +165,9 @@ class Kronecker(ScaledWeighting):
         _check_side(self.input_gram, shape, 1, "input Gram matrix", "columns")
 
     def element_weights(self) -> Array | None:
-        """Return the products of the two diagonals."""
-        return self._roots[0].diagonal[:, None] * self._roots[1].diagonal[None, :]
+        """Return the products of the two diagonals, each near one."""
+        left, right = (root.diagonal / root.unit for root in self._roots)
+        return left[:, None] * right[None, :]
 
     def _map(self, residual: Array) -> Array:
         xp = namespace(residual, self._roots[0].lower)

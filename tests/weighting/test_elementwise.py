@@ -1,0 +1,184 @@
+"""A weight for every entry: no closed form, but sweeps that lower the true norm."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lqlora.errors import InvalidArgumentError, NonFiniteError, UnsupportedArrayError
+from lqlora.weighting import Elementwise, LowRankStep, RowColumn
+from tests.oracles import weighting as oracle
+from tests.strategies import host, on
+from tests.weighting.cases import residual
+
+seeds = st.integers(0, 999)
+some = settings(max_examples=10)
+
+
+def spread(seed, rows=9, columns=7, dtype=np.float64):
+    """Weights over several orders of magnitude, far from rank one."""
+    return np.exp(2 * np.random.default_rng(seed).standard_normal((rows, columns))).astype(dtype)
+
+
+def left_over(weights, error, step):
+    rest = error.astype(np.float64) - host(step.left).astype(np.float64) @ host(step.right)
+    return float((weights.astype(np.float64) * rest**2).sum())
+
+
+@given(seed=seeds, dtype=st.sampled_from([np.float32, np.float64]))
+@some
+def test_each_sweep_lowers_the_norm(xp, seed, dtype):
+    weights, error = spread(seed, dtype=dtype), residual(seed, dtype=dtype)
+    steps = [Elementwise(on(xp, weights), sweeps=count).low_rank(on(xp, error), 2) for count in (0, 1, 2, 4, 8)]
+    errors = [left_over(weights, error, step) for step in steps]
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
+    assert errors[1] < 0.99 * errors[0]
+
+
+@given(seed=seeds)
+@some
+def test_without_sweeps_the_step_is_that_of_the_surrogate(xp, seed):
+    weights, error = spread(seed), residual(seed)
+    step = Elementwise(on(xp, weights), sweeps=0).low_rank(on(xp, error), 2)
+    row, col = (oracle.raised(weights.mean(axis=axis)) for axis in (1, 0))
+    expected = oracle.best(error, np.diag(row), np.diag(col / weights.mean()), 2)
+    np.testing.assert_allclose(host(step.left) @ host(step.right), expected, atol=1e-7)
+    assert step.squared_error == pytest.approx(left_over(weights, error, step), rel=1e-9)
+
+
+@given(seed=seeds)
+@some
+def test_weights_of_rank_one_have_the_closed_form(xp, seed):
+    rng = np.random.default_rng(seed)
+    row, col, error = rng.exponential(size=9) + 0.01, rng.exponential(size=7) + 0.01, residual(seed)
+    step = Elementwise(on(xp, np.outer(row, col))).low_rank(on(xp, error), 3)
+    expected = oracle.best(error, np.diag(row), np.diag(col), 3)
+    np.testing.assert_allclose(host(step.left) @ host(step.right), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_sweeps_end_where_no_small_change_lowers_the_norm(seed):
+    weights, error = spread(seed), residual(seed)
+    step = Elementwise(weights, sweeps=300).low_rank(error, 2)
+    rest = weights * (error - step.left @ step.right)
+    # Both parts of the gradient, against what they would be if the residual were parallel to the factors.
+    slopes = [
+        np.linalg.norm(rest @ step.right.T) / (np.linalg.norm(rest) * np.linalg.norm(step.right)),
+        np.linalg.norm(step.left.T @ rest) / (np.linalg.norm(rest) * np.linalg.norm(step.left)),
+    ]
+    assert max(slopes) < 1e-3
+    rng = np.random.default_rng(seed)
+    least = left_over(weights, error, step)
+    for _ in range(20):
+        others = [factor + 0.02 * np.std(factor) * rng.standard_normal(factor.shape) for factor in step[:2]]
+        assert left_over(weights, error, LowRankStep(*others, None, 0.0)) >= least * (1 - 1e-6)
+
+
+def test_a_half_sweep_solves_the_normal_equations_of_each_row():
+    # A few steps of conjugate gradients solve for two unknowns exactly.
+    weights, error = spread(0), residual(0)
+    step = Elementwise(weights, sweeps=1).low_rank(error, 2)
+    for column in range(7):
+        roots = np.sqrt(weights[:, column])
+        solution, *_ = np.linalg.lstsq(roots[:, None] * step.left, roots * error[:, column], rcond=None)
+        np.testing.assert_allclose(step.right[:, column], solution, rtol=1e-6, atol=1e-9)
+
+
+def test_the_step_before_is_gone_on_from(xp):
+    weights, error = spread(1), residual(1)
+    weighting = Elementwise(on(xp, weights), sweeps=1)
+    errors, step = [], None
+    for _ in range(5):
+        step = weighting.low_rank(on(xp, error), 2, previous=step)
+        errors.append(step.squared_error)
+    assert errors == sorted(errors, reverse=True)
+    five = Elementwise(on(xp, weights), sweeps=5).low_rank(on(xp, error), 2)
+    assert errors[-1] == pytest.approx(five.squared_error, rel=1e-6)
+
+
+def test_entries_of_weight_zero_may_be_anything(xp):
+    # A matrix of rank one with a fifth of its entries replaced: what is left tells the rest.
+    rng = np.random.default_rng(0)
+    truth = np.outer(rng.uniform(1, 2, 12), rng.uniform(1, 2, 10))
+    missing = rng.random(truth.shape) < 0.2
+    error = np.where(missing, 3.0, truth)
+    step = Elementwise(on(xp, (~missing).astype(np.float64)), sweeps=60).low_rank(on(xp, error), 1)
+    np.testing.assert_allclose(host(step.left) @ host(step.right), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-44, 1e-39, 1e-30])
+def test_rows_and_columns_that_weigh_next_to_nothing_give_finite_factors(xp, small):
+    weights, error = spread(0, dtype=np.float32), residual(0, dtype=np.float32)
+    weights[3] = weights[:, 2] = small
+    step = Elementwise(on(xp, weights)).low_rank(on(xp, error), 2)
+    surrogate = Elementwise(on(xp, weights), sweeps=0).low_rank(on(xp, error), 2)
+    assert np.abs(host(step.left) @ host(step.right)).max() < 1e3
+    assert step.squared_error == pytest.approx(left_over(weights, error, step), rel=1e-4)
+    assert step.squared_error <= surrogate.squared_error
+
+
+@pytest.mark.parametrize("size", [1e-50, 1e50])
+def test_wide_weights_beyond_float32_weigh_narrow_residuals(xp, size):
+    weights, error = spread(0), residual(0, dtype=np.float32)
+    scaled, plain = (Elementwise(on(xp, own)).low_rank(on(xp, error), 2) for own in (weights * size, weights))
+    np.testing.assert_allclose(host(scaled.left) @ host(scaled.right), host(plain.left) @ host(plain.right), atol=1e-3)
+    assert scaled.squared_error == pytest.approx(plain.squared_error * size, rel=1e-3)
+
+
+def test_weights_that_are_all_zero_count_the_same_and_warn(xp):
+    with pytest.warns(UserWarning, match="zero") as caught:
+        weighting = Elementwise(on(xp, np.zeros((9, 7))))
+    assert {warning.filename for warning in caught} == {__file__}
+    assert weighting.all_zero
+    assert weighting.squared_norm(on(xp, np.ones((9, 7)))) == pytest.approx(63.0)
+    error = residual()
+    step = weighting.low_rank(on(xp, error), 2)
+    np.testing.assert_allclose(host(step.left) @ host(step.right), oracle.truncated(error, 2), atol=1e-9)
+
+
+def test_some_zeros_do_not_warn(xp):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weighting = Elementwise(on(xp, np.array([[0.0, 1.0], [0.0, 0.0]])))
+    assert not weighting.all_zero
+    assert weighting.squared_norm(on(xp, np.ones((2, 2)))) == 1.0
+
+
+def test_the_surrogate_is_made_of_means():
+    weights = spread(0)
+    own, other = Elementwise(weights).surrogate, RowColumn.from_fisher(weights)
+    assert own.row.tolist() == other.row.tolist()
+    assert own.col.tolist() == other.col.tolist()
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"), [(-1e-9, InvalidArgumentError), (np.nan, NonFiniteError), (np.inf, NonFiniteError)]
+)
+def test_weights_that_are_negative_or_not_finite_are_refused(xp, bad, error):
+    weights = np.ones((3, 3))
+    weights[1, 2] = bad
+    with pytest.raises(error, match=r"(?i)weights"):
+        Elementwise(on(xp, weights))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.bool_, np.complex64])
+def test_weights_of_other_dtypes_are_refused(xp, dtype):
+    with pytest.raises(UnsupportedArrayError, match="weights must be"):
+        Elementwise(on(xp, np.ones((3, 3), dtype=dtype)))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_weights_of_other_dimensions_are_refused(xp, shape):
+    with pytest.raises(InvalidArgumentError, match=f"two dimensions, not {len(shape)}"):
+        Elementwise(on(xp, np.ones(shape)))
+
+
+@pytest.mark.parametrize("sweeps", [-1, 1.0, "2", None, True])
+def test_sweeps_are_counted(sweeps):
+    with pytest.raises(InvalidArgumentError, match="sweeps is an int of at least 0"):
+        Elementwise(np.ones((2, 2)), sweeps=sweeps)

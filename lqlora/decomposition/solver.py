@@ -232,14 +232,16 @@ def _iterates(
     iterate = _Iterate(first, step, step.squared_error)
     yield iterate
     if init == "quantize":
-        yield from _alternate(goal, _product(iterate), iterate, max_iter - 1, extrapolation)
+        yield from _alternate(goal, step, iterate, max_iter - 1, extrapolation)
         return
     kept = goal.weighting.low_rank(goal.matrix, init_rank, seed=goal.seed)
     previous = kept if init_rank == goal.rank else step  # one basis is as wide as the steps to come
-    yield from _alternate(goal, kept.left @ kept.right, _Iterate(first, previous, math.inf), max_iter, extrapolation)
+    yield from _alternate(goal, kept, _Iterate(first, previous, math.inf), max_iter, extrapolation)
 
 
-def _alternate(goal: _Goal, product: Array, best: _Iterate, max_iter: int, extrapolation: float) -> Iterator[_Iterate]:
+def _alternate(
+    goal: _Goal, kept: LowRankStep, best: _Iterate, max_iter: int, extrapolation: float
+) -> Iterator[_Iterate]:
     """Yield iterates; where one is worse than the best, go back there with half the extrapolation.
 
     Plain alternation, without any, never goes back: that is what the papers do.
@@ -248,7 +250,7 @@ def _alternate(goal: _Goal, product: Array, best: _Iterate, max_iter: int, extra
     ----------
     goal : _Goal
         What to approximate.
-    product : array
+    kept : LowRankStep
         Low-rank part to begin with.
     best : _Iterate
         What the first steps start from.
@@ -257,41 +259,39 @@ def _alternate(goal: _Goal, product: Array, best: _Iterate, max_iter: int, extra
     extrapolation : float
         See :func:`decompose`.
     """
-    change, is_plain = None, extrapolation == 0
+    former, is_plain = None, extrapolation == 0
     for _ in range(max_iter):
-        quantized = goal.quantizer(_remainder(goal.matrix, product, change, extrapolation), best.quantized)
+        quantized = goal.quantizer(_remainder(goal.matrix, kept, former, extrapolation), best.quantized)
         iterate = _approximated(goal, quantized, best.step)
         if goal.is_coarse or (iterate.squared_error >= best.squared_error and not is_plain):
             iterate = _approximated(goal, quantized, iterate.step)
         yield iterate
         if is_plain or iterate.squared_error < best.squared_error:
-            former, best = product, iterate
-            product = _product(iterate)
-            change = None if is_plain else product - former
-        elif change is None and best.squared_error < math.inf:
+            assert iterate.step is not None  # only quantization alone has none
+            former, kept, best = None if is_plain else kept, iterate.step, iterate
+        elif former is None and best.squared_error < math.inf:
             return  # once more would be the same
         else:
-            change, extrapolation = None, extrapolation / 2
+            former, extrapolation = None, extrapolation / 2
 
 
-def _remainder(matrix: Array, product: Array, change: Array | None, extrapolation: float) -> Array:
+def _remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None, extrapolation: float) -> Array:
     """Return the matrix without a low-rank part that is carried on in the direction of its last change."""
-    if change is None:
-        return matrix - product
-    ahead = change * extrapolation
-    ahead += product
-    return matrix - ahead
+    left, right = -kept.left, kept.right
+    if former is not None:
+        # One product of twice the rank: no dense array but the result is made.
+        xp = namespace(matrix)
+        left = xp.concat([left * (1 + extrapolation), former.left * extrapolation], axis=1)
+        right = xp.concat([right, former.right], axis=0)
+    remainder = left @ right
+    remainder += matrix
+    return remainder
 
 
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
     residual = goal.matrix - dequantize(quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)
-
-
-def _product(iterate: _Iterate) -> Array:
-    assert iterate.step is not None  # quantization alone is never what an alternation goes on from
-    return iterate.step.left @ iterate.step.right
 
 
 def _refitted(goal: _Goal, best: _Iterate) -> _Iterate:

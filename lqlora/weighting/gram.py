@@ -111,7 +111,7 @@ class Kronecker(ScaledWeighting):
     ----------
     output_gram : array of float32 or float64, shape (m, m)
         Second moment :math:`G = \mathbb{E}[g g^\top]` of the gradients at the outputs.
-    second_moment : array of the same kind, shape (n, n)
+    input_gram : array of the same kind, shape (n, n)
         Second moment :math:`R = \mathbb{E}[x x^\top]` of the inputs.
     damping : float, default 1e-2
         Added to both diagonals, as a fraction of their means.

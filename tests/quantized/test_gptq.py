@@ -423,3 +423,30 @@ def test_a_check_that_is_not_wanted_is_not_made():
     w = ramp(4, 8)
     assert stored(gptq(w, FMT, moment(8), check_finite=False)) == stored(gptq(w, FMT, moment(8)))
     assert dequantize(gptq(w, FMT, moment(8), check_finite=False)).shape == (4, 8)
+
+
+# --- from an earlier result
+
+
+@pytest.mark.parametrize("fit", ["scale", "levels+scale"])
+def test_from_a_start_the_error_is_about_as_small(xp, fit):
+    w, gram = normal(24, 48, seed=3), moment(48)
+    near = w + 0.02 * normal(24, 48, seed=4)
+    start = gptq(on(xp, w), FMT, on(xp, gram), fit=fit)
+    before = stored(start)
+    cold = gptq(on(xp, near), FMT, on(xp, gram), fit=fit)
+    warm = gptq(on(xp, near), start.format, on(xp, gram), fit=fit, start=start)
+    assert output_error(on(xp, near), warm, gram) <= 1.1 * output_error(on(xp, near), cold, gram)
+    assert stored(start) == before
+
+
+def test_a_start_of_another_kind_is_refused():
+    w, gram = normal(8, 16), moment(16)
+    start = gptq(w, FMT, gram)
+    for fmt, fit, other in (
+        (FMT, "absmax", w),
+        (BlockFormat.parse("nf3/8:float32"), "scale", w),
+        (FMT, "scale", normal(9, 16)),
+    ):
+        with pytest.raises(InvalidArgumentError, match="start"):
+            gptq(other, fmt, gram, fit=fit, start=start)

@@ -22,6 +22,7 @@ import lqlora as lq
 from lqlora._parallel import map_matrices
 from lqlora.cli.text import read_text
 from lqlora.cli.training import perplexity
+from lqlora.weighting import InputGram, RowColumn
 
 LENGTH = 512
 CALIBRATION, EVALUATION = 24, 8
@@ -59,22 +60,39 @@ def decomposed(layer, fmt, rank, **options):
     return Compressed(d.reconstruct(), 8 * d.quantized.nbytes, 8 * (d.lora_A.nbytes + d.lora_B.nbytes))
 
 
+def fed_back(layer, fmt, **options):
+    q = lq.gptq(layer.weight, fmt, layer.gram, name=layer.name, **options)
+    return Compressed(lq.dequantize(q), 8 * q.nbytes)
+
+
 FITTED = {"fit": "levels+scale"}
-CONFIGURATIONS = {
-    "NF4": lambda layer: quantized(layer, NF4),
-    "NF4, fitted": lambda layer: quantized(layer, NF4, **FITTED),
-    "NF4, fitted to inputs": lambda layer: quantized(layer, NF4, **FITTED, weights=layer.squares),
-    "NF4 + rank 64": lambda layer: decomposed(layer, NF4, 64),
-    "NF3": lambda layer: quantized(layer, NF3),
-    "NF3, fitted": lambda layer: quantized(layer, NF3, **FITTED),
-    "NF3, fitted to inputs": lambda layer: quantized(layer, NF3, **FITTED, weights=layer.squares),
-    "NF3 + rank 64": lambda layer: decomposed(layer, NF3, 64),
-    "NF2": lambda layer: quantized(layer, NF2),
-    "NF2, fitted": lambda layer: quantized(layer, NF2, **FITTED),
-    "NF2, fitted to inputs": lambda layer: quantized(layer, NF2, **FITTED, weights=layer.squares),
-    "NF2 + rank 64": lambda layer: decomposed(layer, NF2, 64),
-}
-DEFAULT = "NF3"
+FOUR = {**FITTED, "max_iter": 4, "rtol": 0.0}  # iterations: the next ones gain little at the output
+
+
+def rows_of(name, fmt):
+    """Return the configurations of one number of bits."""
+    return {
+        name: lambda layer: quantized(layer, fmt),
+        f"{name}, fitted": lambda layer: quantized(layer, fmt, **FITTED),
+        f"{name}, fitted to inputs": lambda layer: quantized(layer, fmt, **FITTED, weights=layer.squares),
+        f"{name}, error feedback": lambda layer: fed_back(layer, fmt, **FITTED),
+        f"{name} + rank 64": lambda layer: decomposed(layer, fmt, 64),
+        f"{name} + rank 64, fitted": lambda layer: decomposed(layer, fmt, 64, **FOUR),
+        f"{name} + rank 64, mean squares of inputs": lambda layer: decomposed(
+            layer, fmt, 64, **FOUR, weighting=RowColumn(None, layer.squares[0])
+        ),
+        f"{name} + rank 64, Gram": lambda layer: decomposed(layer, fmt, 64, **FOUR, weighting=InputGram(layer.gram)),
+        f"{name} + rank 64, Gram, quantized first": lambda layer: decomposed(
+            layer, fmt, 64, **FOUR, weighting=InputGram(layer.gram), init="quantize"
+        ),
+        f"{name} + rank 64, Gram, error feedback": lambda layer: decomposed(
+            layer, fmt, 64, **FOUR, weighting=InputGram(layer.gram), quantizer="gptq"
+        ),
+    }
+
+
+CONFIGURATIONS = {**rows_of("NF4", NF4), **rows_of("NF3", NF3), **rows_of("NF2", NF2)}
+DEFAULT = "^NF3$|^NF3 . rank 64, Gram$"
 
 
 def texts(tokenizer, text, calibration_text):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
@@ -70,26 +71,47 @@ def make_quantizer(
     if callable(quantizer):
         return _checked(quantizer)
     if quantizer == "nearest":
-        weights = None if fit == "absmax" else weighting.element_weights()
-
-        def nearest(target: Array, previous: QuantizedArray | None) -> QuantizedArray:
-            # The residual may overflow the range of narrow scales although the matrix did not: it is checked, too.
-            start = None if fit == "absmax" else previous
-            return quantize(
-                target, fmt if start is None else start.format, weights=weights, fit=fit, start=start, name=name
-            )
-
-        return nearest
+        return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
     if quantizer != "gptq":
         raise InvalidArgumentError(f"quantizer is 'nearest', 'gptq' or a callable, not {quantizer!r}.")
-    gram = weighting.input_gram
-    if gram is None:
+    if weighting.feedback_gram is None:
         raise InvalidArgumentError(
             "quantizer='gptq' feeds errors back by the second moment of the inputs: it needs a weighting that has one, "
             "such as lqlora.weighting.InputGram."
         )
+    return _Feedback(fmt, fit, weighting.feedback_gram, name)
 
-    return lambda target, previous: gptq(target, fmt, gram, fit=fit, name=name)  # noqa: ARG005
+
+@dataclass(frozen=True)
+class _Nearest:
+    """Nearest levels, fitted from those of the iterate before."""
+
+    fmt: BlockFormat
+    fit: Fit
+    weights: Array | None
+    name: str
+
+    def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        # The residual may overflow the range of narrow scales although the matrix did not: it is checked, too.
+        options: dict[str, Any] = {"weights": self.weights, "fit": self.fit, "name": self.name}
+        if self.fit == "absmax" or previous is None:
+            return quantize(target, self.fmt, **options)
+        return quantize(target, previous.format, start=previous, **options)
+
+
+@dataclass(frozen=True)
+class _Feedback:
+    """Error feedback."""
+
+    fmt: BlockFormat
+    fit: Fit
+    gram: Array
+    name: str
+
+    def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        if self.fit == "absmax" or previous is None:
+            return gptq(target, self.fmt, self.gram, fit=self.fit, name=self.name)
+        return gptq(target, previous.format, self.gram, fit=self.fit, start=previous, name=self.name)
 
 
 def _checked(quantizer: Quantizer) -> Quantizer:

@@ -37,8 +37,9 @@ __all__ = ["Init", "decompose"]
 Init: TypeAlias = Literal["svd", "quantize", "zero"]
 
 #: How far the low-rank part is carried on in the direction of its last change before the next quantization. Measured on
-#: the matrices of two language models (``benchmarks/alternation.py``): a quantizer that lowers the error takes more.
-_EXTRAPOLATION = {"absmax": 0.8, "scale": 0.95, "levels+scale": 0.95}
+#: matrices of a language model: nearest rounding under a fit lowers the error by itself, and takes more.
+_EXTRAPOLATION = 0.8
+_FITTED = 0.95
 
 #: Steps that the factors of the returned pair are refined by. Two find what is left to be found.
 _REFITS = 2
@@ -100,8 +101,8 @@ def decompose(
     extrapolation : float, optional
         How far the low-rank part is carried on, in the direction of its last change, before it is subtracted for the
         next quantization: 1 repeats the change. It is halved whenever the error rises, and the alternation then goes
-        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. 0.8 if not
-        given, and 0.95 where a fit lowers the error.
+        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. 0.8 if
+        not given, and 0.95 for nearest rounding under a fit.
     max_iter : int, default 100
         Largest number of iterations, at least 1.
     rtol : float, default 1e-3
@@ -181,7 +182,7 @@ def decompose(
         raise InvalidArgumentError(f"A weighting is one of lqlora.weighting, not {type(weighting).__name__}.")
     weighting.check(tuple(matrix.shape))
     if extrapolation is None:
-        extrapolation = _EXTRAPOLATION[fit]
+        extrapolation = _FITTED if quantizer == "nearest" and fit != "absmax" else _EXTRAPOLATION
     goal = _Goal(matrix, used, weighting, make_quantizer(quantizer, fmt, fit, weighting, name), seed)
     norm = weighting.squared_norm(matrix)
     watch: Watch[_Iterate] = Watch(norm, rtol, target, time_limit, callback)
@@ -231,14 +232,16 @@ def _iterates(
     iterate = _Iterate(first, step, step.squared_error)
     yield iterate
     if init == "quantize":
-        yield from _alternate(goal, _product(iterate), iterate, max_iter - 1, extrapolation)
+        yield from _alternate(goal, step, iterate, max_iter - 1, extrapolation)
         return
     kept = goal.weighting.low_rank(goal.matrix, init_rank, seed=goal.seed)
     previous = kept if init_rank == goal.rank else step  # one basis is as wide as the steps to come
-    yield from _alternate(goal, kept.left @ kept.right, _Iterate(first, previous, math.inf), max_iter, extrapolation)
+    yield from _alternate(goal, kept, _Iterate(first, previous, math.inf), max_iter, extrapolation)
 
 
-def _alternate(goal: _Goal, product: Array, best: _Iterate, max_iter: int, extrapolation: float) -> Iterator[_Iterate]:
+def _alternate(
+    goal: _Goal, kept: LowRankStep, best: _Iterate, max_iter: int, extrapolation: float
+) -> Iterator[_Iterate]:
     """Yield iterates; where one is worse than the best, go back there with half the extrapolation.
 
     Plain alternation, without any, never goes back: that is what the papers do.
@@ -247,7 +250,7 @@ def _alternate(goal: _Goal, product: Array, best: _Iterate, max_iter: int, extra
     ----------
     goal : _Goal
         What to approximate.
-    product : array
+    kept : LowRankStep
         Low-rank part to begin with.
     best : _Iterate
         What the first steps start from.
@@ -256,41 +259,39 @@ def _alternate(goal: _Goal, product: Array, best: _Iterate, max_iter: int, extra
     extrapolation : float
         See :func:`decompose`.
     """
-    change, is_plain = None, extrapolation == 0
+    former, is_plain = None, extrapolation == 0
     for _ in range(max_iter):
-        quantized = goal.quantizer(_remainder(goal.matrix, product, change, extrapolation), best.quantized)
+        quantized = goal.quantizer(_remainder(goal.matrix, kept, former, extrapolation), best.quantized)
         iterate = _approximated(goal, quantized, best.step)
         if goal.is_coarse or (iterate.squared_error >= best.squared_error and not is_plain):
             iterate = _approximated(goal, quantized, iterate.step)
         yield iterate
         if is_plain or iterate.squared_error < best.squared_error:
-            former, best = product, iterate
-            product = _product(iterate)
-            change = None if is_plain else product - former
-        elif change is None and best.squared_error < math.inf:
+            assert iterate.step is not None  # only quantization alone has none
+            former, kept, best = None if is_plain else kept, iterate.step, iterate
+        elif former is None and best.squared_error < math.inf:
             return  # once more would be the same
         else:
-            change, extrapolation = None, extrapolation / 2
+            former, extrapolation = None, extrapolation / 2
 
 
-def _remainder(matrix: Array, product: Array, change: Array | None, extrapolation: float) -> Array:
+def _remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None, extrapolation: float) -> Array:
     """Return the matrix without a low-rank part that is carried on in the direction of its last change."""
-    if change is None:
-        return matrix - product
-    ahead = change * extrapolation
-    ahead += product
-    return matrix - ahead
+    left, right = -kept.left, kept.right
+    if former is not None:
+        # One product of twice the rank: no dense array but the result is made.
+        xp = namespace(matrix)
+        left = xp.concat([left * (1 + extrapolation), former.left * extrapolation], axis=1)
+        right = xp.concat([right, former.right], axis=0)
+    remainder = left @ right
+    remainder += matrix
+    return remainder
 
 
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
     residual = goal.matrix - dequantize(quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)
-
-
-def _product(iterate: _Iterate) -> Array:
-    assert iterate.step is not None  # quantization alone is never what an alternation goes on from
-    return iterate.step.left @ iterate.step.right
 
 
 def _refitted(goal: _Goal, best: _Iterate) -> _Iterate:

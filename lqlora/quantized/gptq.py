@@ -44,6 +44,7 @@ def gptq(
     order: Order = "activation",
     rounds: int = 3,
     sweeps: int = 2,
+    start: QuantizedArray | None = None,
     check_finite: bool = True,
     name: str = "the matrix",
 ) -> QuantizedArray:
@@ -70,6 +71,9 @@ def gptq(
         before. A single one is plain GPTQ.
     sweeps : int, default 2
         Passes of coordinate descent over the codes of the best round, at least 0; scales and levels stay.
+    start : QuantizedArray, optional
+        A result for a similar matrix, in the same format and by the same fit: fits then start from it, and from each
+        other, as those of :func:`quantize` do. Not for ``fit="absmax"``.
     check_finite : bool, default True
         False skips the check of ``w`` for NaN and infinity.
     name : str, optional
@@ -132,12 +136,12 @@ def gptq(
     if not bool(xp.any(moment != 0)):
         if moment.shape[0]:
             warnings.warn(f"The gram of {name} is zero: its weights are rounded to nearest.", UserWarning, stacklevel=2)
-        return quantize(w, fmt, fit=fit, check_finite=check_finite, name=name)
+        return quantize(w, fmt, fit=fit, start=start, check_finite=check_finite, name=name)
     system, diagonal = _system(moment, damping, order, w)
     weights = None if fit == "absmax" else _row(diagonal)
-    best = quantize(w, fmt, fit=fit, weights=weights, check_finite=check_finite, name=name)
+    best = quantize(w, fmt, fit=fit, weights=weights, start=start, check_finite=check_finite, name=name)
     least = _output_error(w, best, moment)
-    for q in _rounds(w, best, system, fit, rounds, name):
+    for q in _rounds(w, best, system, fit, rounds, name, again=start is not None):
         error = _output_error(w, q, moment)
         best, least = (q, error) if error < least else (best, least)
     for q in _sweeps(w, best, system, sweeps):
@@ -205,16 +209,16 @@ def _output_error(w: Array, q: QuantizedArray, moment: Array) -> float:
 
 
 def _rounds(
-    w: Array, nearest: QuantizedArray, system: System, fit: Fit, rounds: int, name: str
+    w: Array, nearest: QuantizedArray, system: System, fit: Fit, rounds: int, name: str, *, again: bool
 ) -> Iterator[QuantizedArray]:
     """Yield what each round of error feedback gives."""
     found = targets(w, nearest, system)
     yield _with_codes_of(found, nearest)
-    weights = None
+    fitted, weights = nearest, None
     if fit != "absmax":
         weights = namespace(w).broadcast_to(_row(system.importance), w.shape)
     for _ in range(rounds - 1):
-        source = Source(found, weights, nearest.format, name)
+        source = Source(found, weights, nearest.format, name, fitted if again else None)
         try:
             _, choice, levels = choose(source, fit, check_finite=True)
         except NonFiniteError:  # targets may be larger than the weights, and their scales beyond the range

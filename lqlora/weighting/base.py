@@ -46,7 +46,7 @@ class AbstractWeighting(abc.ABC):
     all_zero: bool = False
 
     @property
-    def input_gram(self) -> Array | None:
+    def feedback_gram(self) -> Array | None:
         """Second moment of the inputs, of shape (n, n), if the weighting has one: what error feedback needs."""
         return None
 

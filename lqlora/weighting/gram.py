@@ -80,7 +80,7 @@ class InputGram(ScaledWeighting):
         object.__setattr__(self, "_factor", root.unit)
 
     @property
-    def input_gram(self) -> Array | None:
+    def feedback_gram(self) -> Array | None:
         """The second moment, not damped."""
         return self.gram
 
@@ -140,29 +140,29 @@ class Kronecker(ScaledWeighting):
     """
 
     output_gram: Array
-    second_moment: Array
+    input_gram: Array
     damping: float = 1e-2
     _roots: tuple[_Root, _Root] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        namespace(self.output_gram, self.second_moment)
+        namespace(self.output_gram, self.input_gram)
         outputs, left = _checked(self.output_gram, self.damping, "output Gram matrix")
-        inputs, right = _checked(self.second_moment, self.damping, "input Gram matrix")
-        object.__setattr__(self, "all_zero", is_zero(self.output_gram) or is_zero(self.second_moment))
+        inputs, right = _checked(self.input_gram, self.damping, "input Gram matrix")
+        object.__setattr__(self, "all_zero", is_zero(self.output_gram) or is_zero(self.input_gram))
         object.__setattr__(self, "output_gram", outputs)
-        object.__setattr__(self, "second_moment", inputs)
+        object.__setattr__(self, "input_gram", inputs)
         object.__setattr__(self, "_roots", (left, right))
         object.__setattr__(self, "_factor", left.unit * right.unit)
 
     @property
-    def input_gram(self) -> Array | None:
+    def feedback_gram(self) -> Array | None:
         """The second moment of the inputs, not damped."""
-        return self.second_moment
+        return self.input_gram
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise unless there is an output for every row and an input for every column."""
         _check_side(self.output_gram, shape, 0, "output Gram matrix", "rows")
-        _check_side(self.second_moment, shape, 1, "input Gram matrix", "columns")
+        _check_side(self.input_gram, shape, 1, "input Gram matrix", "columns")
 
     def element_weights(self) -> Array | None:
         """Return the products of the two diagonals, each near one."""

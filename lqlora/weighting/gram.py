@@ -64,8 +64,8 @@ class InputGram(ScaledWeighting):
     Examples
     --------
     >>> import numpy as np
-    >>> InputGram(np.diag([1.0, 3.0]), damping=1e-9).squared_norm(np.ones((2, 2)))
-    8.000000008
+    >>> round(InputGram(np.diag([1.0, 3.0]), damping=1e-9).squared_norm(np.ones((2, 2))), 6)
+    8.0
     """
 
     gram: Array
@@ -111,7 +111,7 @@ class Kronecker(ScaledWeighting):
     ----------
     output_gram : array of float32 or float64, shape (m, m)
         Second moment :math:`G = \mathbb{E}[g g^\top]` of the gradients at the outputs.
-    second_moment : array of the same kind, shape (n, n)
+    input_gram : array of the same kind, shape (n, n)
         Second moment :math:`R = \mathbb{E}[x x^\top]` of the inputs.
     damping : float, default 1e-2
         Added to both diagonals, as a fraction of their means.
@@ -135,8 +135,8 @@ class Kronecker(ScaledWeighting):
     Examples
     --------
     >>> import numpy as np
-    >>> Kronecker(2 * np.eye(2), np.eye(3), damping=1e-9).squared_norm(np.ones((2, 3)))
-    12.000000024
+    >>> round(Kronecker(2 * np.eye(2), np.eye(3), damping=1e-9).squared_norm(np.ones((2, 3))), 6)
+    12.0
     """
 
     output_gram: Array

@@ -106,10 +106,10 @@ def test_an_ill_conditioned_gram_in_float32_gives_finite_factors(xp, kind):
 def test_the_second_moment_is_there_for_error_feedback(xp):
     inputs = gram(np.random.default_rng(0), 7)
     for kind in ("gram", "kronecker"):
-        found = host(make(kind, xp, inputs).input_gram)
+        found = host(make(kind, xp, inputs).feedback_gram)
         np.testing.assert_allclose(found, inputs, rtol=1e-12)
         assert (found == found.T).all()
-    assert RowColumn(None, on(xp, np.ones(7))).input_gram is None
+    assert RowColumn(None, on(xp, np.ones(7))).feedback_gram is None
 
 
 @both_kinds

@@ -69,7 +69,7 @@ def make_quantizer(
         If there is no such quantizer, or the weighting lacks what it needs.
     """
     if callable(quantizer):
-        return _checked(quantizer)
+        return _Looked(quantizer)
     if quantizer == "nearest":
         return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
     if quantizer != "gptq":
@@ -114,11 +114,14 @@ class _Feedback:
         return gptq(target, previous.format, self.gram, fit=self.fit, start=previous, name=self.name)
 
 
-def _checked(quantizer: Quantizer) -> Quantizer:
-    """Return a quantizer whose results are looked at."""
+@dataclass(frozen=True)
+class _Looked:
+    """A quantizer of one's own, whose results are looked at."""
 
-    def quantize_and_look(target: Array, previous: QuantizedArray | None) -> QuantizedArray:
-        q = quantizer(target, previous)
+    quantizer: Quantizer
+
+    def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        q = self.quantizer(target, previous)
         if not isinstance(q, QuantizedArray) or q.shape != tuple(target.shape):
             found = f"one of shape {q.shape}" if isinstance(q, QuantizedArray) else type(q).__name__
             raise InvalidArgumentError(
@@ -126,5 +129,3 @@ def _checked(quantizer: Quantizer) -> Quantizer:
             )
         namespace(target, q.packed)
         return q
-
-    return quantize_and_look

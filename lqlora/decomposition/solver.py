@@ -38,7 +38,7 @@ Init: TypeAlias = Literal["svd", "quantize", "zero"]
 
 #: How far the low-rank part is carried on in the direction of its last change before the next quantization. Measured on
 #: the matrices of two language models (``benchmarks/alternation.py``): a quantizer that lowers the error takes more.
-_EXTRAPOLATION = {"absmax": 0.8, "scale": 0.95, "levels+scale": 0.95}
+_EXTRAPOLATION = {"absmax": 0.75, "scale": 0.95, "levels+scale": 0.95}
 
 #: Steps that the factors of the returned pair are refined by. Two find what is left to be found.
 _REFITS = 2
@@ -99,7 +99,8 @@ def decompose(
     extrapolation : float, optional
         How far the low-rank part is carried on, in the direction of its last change, before it is subtracted for the
         next quantization: 1 repeats the change. It is halved whenever the error rises, and the alternation then goes
-        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. 0.8 if not given, and 0.95 where a fit lowers the error.
+        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. 0.75 if
+        not given, and 0.95 where a fit lowers the error.
     max_iter : int, default 100
         Largest number of iterations, at least 1.
     rtol : float, default 1e-3

@@ -182,7 +182,9 @@ def _compare(work: _Work, plans: Mapping[str, Plan], fisher: Mapping[str, Elemen
     iterations = work.settings.iterations
     _variant(work, "QLoRA NF4", NF4, {"init": "zero"})
     _tune(work, _variant(work, "QLoRA NF3", NF3, {"init": "zero"}))
-    _variant(work, "LoftQ NF3", NF3, {"init": "quantize", "extrapolation": 0.0, "max_iter": min(5, iterations), "rtol": 0.0})
+    _variant(
+        work, "LoftQ NF3", NF3, {"init": "quantize", "extrapolation": 0.0, "max_iter": min(5, iterations), "rtol": 0.0}
+    )
     for name, plan in plans.items():
         model = _variant(work, name, plan, {"weighting": fisher, "max_iter": iterations})
         _tune(work, model)

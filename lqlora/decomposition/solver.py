@@ -37,8 +37,9 @@ __all__ = ["Init", "decompose"]
 Init: TypeAlias = Literal["svd", "quantize", "zero"]
 
 #: How far the low-rank part is carried on in the direction of its last change before the next quantization. Measured on
-#: matrices of a language model: nearest rounding under a fit lowers the error by itself, and takes more.
-_EXTRAPOLATION = 0.8
+#: matrices of a language model: nearest rounding under a fit lowers the error by itself, and takes more. Absolute maxima
+#: at two bits do not lower it reliably, and take none.
+_EXTRAPOLATION = 0.75
 _FITTED = 0.95
 
 #: Steps that the factors of the returned pair are refined by. Two find what is left to be found.
@@ -101,8 +102,9 @@ def decompose(
     extrapolation : float, optional
         How far the low-rank part is carried on, in the direction of its last change, before it is subtracted for the
         next quantization: 1 repeats the change. It is halved whenever the error rises, and the alternation then goes
-        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. 0.8 if
-        not given, and 0.95 for nearest rounding under a fit.
+        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. If not
+        given, 0.95 for nearest rounding under a fit; else 0.75, or 0 where quantization alone leaves an error above
+        0.3.
     max_iter : int, default 100
         Largest number of iterations, at least 1.
     rtol : float, default 1e-3
@@ -181,8 +183,8 @@ def decompose(
     if not isinstance(weighting, AbstractWeighting):
         raise InvalidArgumentError(f"A weighting is one of lqlora.weighting, not {type(weighting).__name__}.")
     weighting.check(tuple(matrix.shape))
-    if extrapolation is None:
-        extrapolation = _FITTED if quantizer == "nearest" and fit != "absmax" else _EXTRAPOLATION
+    if extrapolation is None and quantizer == "nearest" and fit != "absmax":
+        extrapolation = _FITTED
     goal = _Goal(matrix, used, weighting, make_quantizer(quantizer, fmt, fit, weighting, name), seed)
     norm = weighting.squared_norm(matrix)
     watch: Watch[_Iterate] = Watch(norm, rtol, target, time_limit, callback)
@@ -218,7 +220,7 @@ class _Iterate(NamedTuple):
 
 
 def _iterates(
-    goal: _Goal, norm: float, init: Init, init_rank: int, max_iter: int, extrapolation: float
+    goal: _Goal, norm: float, init: Init, init_rank: int, max_iter: int, extrapolation: float | None
 ) -> Iterator[_Iterate]:
     """Yield quantization alone, then one SVD of its residual, then the alternation from the chosen start."""
     first = goal.quantizer(goal.matrix, None)
@@ -228,6 +230,8 @@ def _iterates(
     if goal.rank == 0 or init == "zero":
         return
     goal = goal._replace(is_coarse=alone > _COARSE**2 * norm)
+    if extrapolation is None:
+        extrapolation = 0.0 if goal.is_coarse else _EXTRAPOLATION
     step = goal.weighting.low_rank(residual, goal.rank, seed=goal.seed)
     iterate = _Iterate(first, step, step.squared_error)
     yield iterate

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AbstractWeighting", "LowRankStep", "ScaledWeighting", "balanced", "unit_of"]
 
-#: Below this share of the whole, what a truncated SVD leaves is measured and not computed as a difference of squares.
-_CANCELLED = 1e-2
+#: Below this share of the whole, what a truncated SVD leaves is measured and not computed as a difference of squares,
+#: which is exact to about 1e-8 of the whole in float32.
+_CANCELLED = 1e-3
 
 
 class LowRankStep(NamedTuple):

@@ -178,14 +178,14 @@ def unit_of(residual: Array) -> float:
 
 
 def power_of_four(size: float, tolerance: float) -> float:
-    """Return the power of four near a size, or 1 if the size is zero or within a factor of 1.
+    """Return the power of four near a size, or 1 if the size is zero or near 1 already.
 
     Parameters
     ----------
     size : float
         Not negative.
     tolerance : float
-        The factor.
+        How many times 1, or 1 how many times the size, counts as near.
 
     Returns
     -------

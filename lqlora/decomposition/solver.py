@@ -299,11 +299,16 @@ def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep 
 
 
 def _refitted(goal: _Goal, best: _Iterate) -> _Iterate:
-    """Return the best pair with its factors brought closer to the best for its quantized part."""
-    for _ in range(_REFITS if best.step is not None else 0):
+    """Return the best pair, its factors brought closer to the best for its quantized part and its error measured."""
+    if best.step is None:
+        return best
+    for _ in range(_REFITS):
         again = _approximated(goal, best.quantized, best.step)
         best = again if again.squared_error < best.squared_error else best
-    return best
+    assert best.step is not None  # nor is it after a refit
+    # A step may tell its error as a difference; what is returned is told exactly.
+    rest = goal.matrix - dequantize(best.quantized) - best.step.left @ best.step.right
+    return best._replace(squared_error=goal.weighting.squared_norm(rest))
 
 
 def _finished(

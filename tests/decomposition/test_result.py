@@ -18,7 +18,7 @@ from tests.weighting.cases import KINDS, case
 @few
 def test_the_best_iterate_is_returned(xp, seed, rank, init):
     d = decompose(on(xp, matrix(seed)), FMT, rank, init=init, max_iter=8)
-    assert d.relative_error == d.errors[d.best] == min(d.errors)
+    assert d.relative_error == d.errors[d.best] <= (1 + 1e-5) * min(d.errors)  # it alone is measured to the last digit
     assert (d.rank, tuple(d.lora_A.shape), tuple(d.lora_B.shape)) == (rank, (rank, COLUMNS), (ROWS, rank))
 
 

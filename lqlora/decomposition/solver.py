@@ -219,7 +219,7 @@ def _iterates(
 ) -> Iterator[_Iterate]:
     """Yield quantization alone, then one SVD of its residual, then the alternation from the chosen start."""
     first = goal.quantizer(goal.matrix, None)
-    residual = goal.matrix - dequantize(first)
+    residual = _residual(goal.matrix, first)
     alone = goal.weighting.squared_norm(residual)
     yield _Iterate(first, None, alone)
     if goal.rank == 0 or init == "zero":
@@ -285,8 +285,16 @@ def _remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None, ext
     return remainder
 
 
+def _residual(matrix: Array, quantized: QuantizedArray) -> Array:
+    """Return the matrix minus a quantized part, in the memory that the part is decoded to."""
+    residual = namespace(matrix).astype(dequantize(quantized), matrix.dtype, copy=False)
+    residual *= -1
+    residual += matrix
+    return residual
+
+
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
-    residual = goal.matrix - dequantize(quantized)
+    residual = _residual(goal.matrix, quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)
 

@@ -45,6 +45,9 @@ _FITTED = 0.95
 #: Steps that the factors of the returned pair are refined by. Two find what is left to be found.
 _REFITS = 2
 
+#: A refit that lowers the squared error by less than this fraction is the last.
+_REFIT_GAIN = 1e-3
+
 #: Relative error of quantization alone above which codes change so much from iterate to iterate that the low-rank step
 #: takes two rounds to follow: two bits.
 _COARSE = 0.3
@@ -224,7 +227,7 @@ def _iterates(
 ) -> Iterator[_Iterate]:
     """Yield quantization alone, then one SVD of its residual, then the alternation from the chosen start."""
     first = goal.quantizer(goal.matrix, None)
-    residual = goal.matrix - dequantize(first)
+    residual = _residual(goal.matrix, first)
     alone = goal.weighting.squared_norm(residual)
     yield _Iterate(first, None, alone)
     if goal.rank == 0 or init == "zero":
@@ -292,8 +295,16 @@ def _remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None, ext
     return remainder
 
 
+def _residual(matrix: Array, quantized: QuantizedArray) -> Array:
+    """Return the matrix minus a quantized part, in the memory that the part is decoded to."""
+    residual = namespace(matrix).astype(dequantize(quantized), matrix.dtype, copy=False)
+    residual *= -1
+    residual += matrix
+    return residual
+
+
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
-    residual = goal.matrix - dequantize(quantized)
+    residual = _residual(goal.matrix, quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)
 
@@ -304,10 +315,13 @@ def _refitted(goal: _Goal, best: _Iterate) -> _Iterate:
         return best
     for _ in range(_REFITS):
         again = _approximated(goal, best.quantized, best.step)
-        best = again if again.squared_error < best.squared_error else best
+        gained = best.squared_error - again.squared_error
+        best = again if gained > 0 else best
+        if gained < _REFIT_GAIN * best.squared_error:
+            break
     assert best.step is not None  # nor is it after a refit
     # A step may tell its error as a difference; what is returned is told exactly.
-    rest = goal.matrix - dequantize(best.quantized) - best.step.left @ best.step.right
+    rest = _residual(goal.matrix, best.quantized) - best.step.left @ best.step.right
     return best._replace(squared_error=goal.weighting.squared_norm(rest))
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["AbstractWeighting", "LowRankStep", "ScaledWeighting", "balanced", "unit_of"]
 
 #: Below this share of the whole, what a truncated SVD leaves is measured and not computed as a difference of squares,
-#: which is exact to about 1e-7 of the whole in float32.
-_CANCELLED = 1e-2
+#: which is exact to 2e-7 of the whole in float32. In a large matrix roundings cancel: 2**18 entries leave 1e-8.
+_CANCELLED, _CANCELLED_IN_LARGE, _LARGE = 1e-2, 1e-3, 2**18
 
 
 class LowRankStep(NamedTuple):
@@ -149,8 +149,8 @@ class ScaledWeighting(AbstractWeighting):
         svd = ops.subspace_svd(mapped, rank, seed=seed, start=None if previous is None else previous.basis)
         left, right = balanced(*self._factors(svd, residual))
         total = ops.sum_of_squares(mapped)
-        rest = total - ops.sum_of_squares(svd.right)  # more digits than the squares of the values
-        if rest < _CANCELLED * total:
+        rest = total - ops.sum_of_squares(svd.right)
+        if rest < (_CANCELLED if math.prod(mapped.shape) < _LARGE else _CANCELLED_IN_LARGE) * total:
             rest = ops.sum_of_squares(mapped - svd.left @ svd.right)
         share = unit**0.5
         if unit != 1.0:

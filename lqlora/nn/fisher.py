@@ -162,5 +162,7 @@ class _Recorder:
 
 
 def _one_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    rows = gradient.reshape(-1, gradient.shape[-1]).float()
-    return rows.T @ x.reshape(-1, x.shape[-1]).float()
+    """Return the gradient of one example in float32, whatever the precision of a surrounding autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        rows = gradient.reshape(-1, gradient.shape[-1]).float()
+        return rows.T @ x.reshape(-1, x.shape[-1]).float()

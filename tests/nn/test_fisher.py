@@ -242,3 +242,18 @@ def test_a_layer_that_does_not_see_the_examples_apart_is_refused():
 
     with pytest.raises(InvalidArgumentError, match="'layer' sees has length 6"):
         collect_fisher(Merged(), [torch.ones(2, 3, 4)], loss=lambda model, x: model(x).square().sum(dim=(1, 2)))
+
+
+def test_autocast_does_not_lower_the_precision_of_products():
+    """In bfloat16 layers compute in 8 bits, but inputs and gradients of few bits have exact products in float32."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 3, bias=False))
+    x = torch.randn(1, 200, 64).bfloat16().float()
+
+    def loss(model, batch):
+        return model(batch).float().sum(dim=(1, 2))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = collect_fisher(layer, [x], loss=loss)
+    expected = x.double().sum(dim=(0, 1)).square().expand(3, 64)
+    torch.testing.assert_close(found["0"].double(), expected, rtol=1e-4, atol=1e-6)

@@ -76,8 +76,8 @@ def fed_back(layer, fmt, **options):
     return Compressed(lq.dequantize(q), 8 * q.nbytes)
 
 
-def decomposed(layer, fmt, **options):
-    return kept(lq.decompose(layer.weight, fmt, RANK, name=layer.name, **options))
+def decomposed(layer, fmt, rank, **options):
+    return kept(lq.decompose(layer.weight, fmt, rank, name=layer.name, **options))
 
 
 def original(layer, fmt):
@@ -139,10 +139,10 @@ def rows_of(name, fmt):
         f"{name}, fitted to inputs": each(quantized, fmt, **FITTED, weights=lambda layer: layer.squares),
         f"{name}, error feedback": each(fed_back, fmt, **FITTED),
         f"{low_rank}, original": each(original, fmt),
-        **{f"{low_rank}, {norm}": each(decomposed, fmt, **FOUR, weighting=by) for norm, by in norms.items()},
-        f"{low_rank}, Gram, absmax": each(decomposed, fmt, max_iter=4, rtol=0.0, weighting=gram),
-        f"{low_rank}, Gram, quantized first": each(decomposed, fmt, **FOUR, weighting=gram, init="quantize"),
-        f"{low_rank}, Gram, error feedback": each(decomposed, fmt, **FOUR, weighting=gram, quantizer="gptq"),
+        **{f"{low_rank}, {norm}": each(decomposed, fmt, rank=RANK, **FOUR, weighting=by) for norm, by in norms.items()},
+        f"{low_rank}, Gram, absmax": each(decomposed, fmt, rank=RANK, max_iter=4, rtol=0.0, weighting=gram),
+        f"{low_rank}, Gram, quantized first": each(decomposed, fmt, rank=RANK, **FOUR, weighting=gram, init="quantize"),
+        f"{low_rank}, Gram, error feedback": each(decomposed, fmt, rank=RANK, **FOUR, weighting=gram, quantizer="gptq"),
     }
 
 

@@ -44,3 +44,8 @@ autosummary_generate = False  # the pages list what they document; summaries onl
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False
 numpydoc_xref_param_type = False
+
+
+def setup(app):
+    """Let pages be read, and so executed, in parallel: the one extension that says nothing only adds static files."""
+    app.extensions["sphinx-mathjax-offline"].parallel_read_safe = True

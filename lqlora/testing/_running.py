@@ -11,12 +11,14 @@ import numpy as np
 from hypothesis.errors import Flaky, HypothesisException
 
 from lqlora.errors import InvalidArgumentError
+from lqlora.solvers import Problem
 from lqlora.testing._verdicts import AdapterError, NotApplicableError, RefusedError, ViolationError
 from lqlora.testing.report import Finding, Report
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from lqlora.solvers import Budget
     from lqlora.testing._promises import Property, S
 
 __all__ = ["try_properties"]
@@ -78,7 +80,8 @@ def _try_property(prop: Property[S], subject: S, settings: hypothesis.settings) 
             _search(prop, subject, settings, last)
     except (ViolationError, RefusedError, Flaky) as error:
         often = " (not at each try)" if isinstance(error, Flaky) else ""
-        return Finding(prop.name, prop.statement, "failed", f"{_spelled(last.drawn)}: {last.fault}{often}.", last.drawn)
+        shown = f"{_spelled(last.drawn)}: " if last.drawn else ""
+        return Finding(prop.name, prop.statement, "failed", f"{shown}{last.fault}{often}.", last.drawn)
     except NotApplicableError as error:
         return Finding(prop.name, prop.statement, "skipped", str(error))
     except (AdapterError, HypothesisException) as error:
@@ -112,6 +115,8 @@ def _spelled(drawn: dict[str, Any]) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, Problem):
+        return _problem(value)
     if not isinstance(value, np.ndarray):
         return repr(value)
     dtype = f"{value.dtype}, shape {value.shape}"
@@ -123,3 +128,20 @@ def _value(value: object) -> str:
         return f"zeros but for {entries} ({dtype})" if entries else f"zeros ({dtype})"
     flat = ", ".join(str(entry) for entry in value.reshape(-1)[:_SHOWN])
     return f"[{flat}, …] ({dtype})"
+
+
+def _problem(problem: Problem) -> str:
+    parts = [f"cost {problem.cost.tolist()}", f"size {problem.size.tolist()}"]
+    if not problem.allowed.all():
+        parts.append(f"allowed {problem.allowed.tolist()}")
+    if len(np.unique(problem.ties)) < len(problem.ties):
+        parts.append(f"ties {problem.ties.tolist()}")
+    if problem.budgets:
+        parts.append(f"budgets {'; '.join(_budget(budget) for budget in problem.budgets)}")
+    return ", ".join(parts)
+
+
+def _budget(budget: Budget) -> str:
+    limits = (("≥", budget.lower), ("≤", budget.upper))
+    text = " and ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+    return text if budget.members is None else f"{text} of rows {np.flatnonzero(budget.members).tolist()}"

@@ -30,6 +30,9 @@ REQUIRES = "ortools"
 #: CP-SAT computes in integers of 64 bits: what all costs together may come to.
 _LARGEST_OBJECTIVE = 2.0**58
 
+#: What the process runs.
+_MODULE = "lqlora.solvers._ortools_process"
+
 #: Seconds after the time limit before the process is ended, if it has not ended by itself.
 _GRACE = 2.0
 
@@ -112,7 +115,7 @@ def _in_a_process(arrays: dict[str, Any], options: SolveOptions) -> tuple[dict[s
 
 def _run(folder: Path, seconds: float | None) -> str | None:
     """Run the process to its end, and return its last words; None if it was ended at the time limit."""
-    command = [sys.executable, "-P", "-m", "lqlora.solvers._ortools_process", str(folder)]
+    command = [sys.executable, "-P", "-m", _MODULE, str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with (folder / "errors.txt").open("w") as errors:
         # Nothing is written to the pipe: its end tells the process that this one is gone.

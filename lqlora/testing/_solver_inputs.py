@@ -106,8 +106,8 @@ def _without_budget(draw: DrawFn) -> Problem:
 
 
 @st.composite
-def _met_to_the_bit(draw: DrawFn) -> Problem:
-    sizes = st.tuples(st.integers(1, 3), st.integers(0, 5)).map(lambda pair: pair[0] * 2**32 + pair[1])
+def _met_to_the_unit(draw: DrawFn) -> Problem:
+    sizes = st.tuples(st.integers(1, 3), st.integers(0, 5)).map(lambda pair: pair[0] * 2**20 + pair[1])
     cost, size = draw(_tables(sizes=sizes))
     chosen = draw(st.lists(st.integers(0, cost.shape[1] - 1), min_size=len(cost), max_size=len(cost)))
     used = int(size[np.arange(len(cost)), chosen].sum())
@@ -155,4 +155,4 @@ masks, ties = _problems(_with_mask), _problems(_with_ties)
 several_budgets, lower_limits, no_budget = (
     _problems(_with_budgets), _problems(_with_lower_limit), _problems(_without_budget),
 )  # fmt: skip
-to_the_bit, infeasible = _problems(_met_to_the_bit), _problems(_infeasible)
+to_the_unit, infeasible = _problems(_met_to_the_unit), _problems(_infeasible)

@@ -67,9 +67,9 @@ def infeasible(subject: SolverSubject, problem: Problem) -> None:
         raise ViolationError(f"stopped by {raw.stopped.name}, {'no' if raw.x is None else 'a'} vector came back")
 
 
-@_promise(inputs.to_the_bit)
-def budget_to_the_bit(subject: SolverSubject, problem: Problem) -> None:
-    """Limits of ten thousand million bits are kept to the bit."""
+@_promise(inputs.to_the_unit)
+def budget_to_the_unit(subject: SolverSubject, problem: Problem) -> None:
+    """Limits of some million units are kept to the unit, where another choice is one unit more."""
     _expect_right(subject, problem)
 
 

@@ -16,8 +16,8 @@ FAULTS = [
     (broken.HasNoVersion, ["version"]),
     (broken.ReturnsATuple, ["result"]),
     (broken.ReturnsTheRelaxation, ["feasible"]),
-    (broken.ForgetsTheBudget, ["feasible", "infeasible", "budget_to_the_bit"]),
-    (broken.AllowsATolerance, ["budget_to_the_bit"]),
+    (broken.ForgetsTheBudget, ["feasible", "infeasible", "budget_to_the_unit"]),
+    (broken.AllowsATolerance, ["budget_to_the_unit"]),
     (broken.GivesUpInsteadOfProving, ["infeasible"]),
     (broken.IsContentWithAnything, ["cheapest", "proof", "ties"]),
     (broken.ProvesItsOwnAnswer, ["bound"]),
@@ -74,7 +74,7 @@ def test_what_the_solver_raises_is_a_finding():
 
 
 def test_a_solver_that_is_not_exact_is_asked_only_for_what_it_says():
-    names = ["feasible", "budget_to_the_bit", "cheapest", "bound", "proof", "tiny_costs"]
+    names = ["feasible", "budget_to_the_unit", "cheapest", "bound", "proof", "tiny_costs"]
     report = check_solver(broken.IsContentWithAnything(), exact=False, only=names, max_examples=20)
     assert {finding.name for finding in report.findings if finding.result == "skipped"} == {"cheapest", "proof"}
     assert report.passed

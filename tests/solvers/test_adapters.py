@@ -61,7 +61,7 @@ def test_the_adapter_conforms(solver):
 @pytest.mark.slow
 def test_the_adapter_conforms_on_many_problems(solver):
     if solver == "ortools":
-        conforms(solver, 3, only=[name for name in SOLVER_PROPERTIES if name not in FEW])
+        conforms(solver, 1, only=[name for name in SOLVER_PROPERTIES if name not in FEW])
     else:
         conforms(solver, 50)
 

@@ -298,8 +298,9 @@ def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[
         raise InvalidArgumentError(f"An assignment is {n} column indices below {m}.")
     rows = np.arange(n)
     faults = [f"row {i}: choice {chosen[i]} is not allowed" for i in rows[~problem.allowed[rows, chosen]]]
-    groups = np.unique(problem.ties)
-    faults += [f"tie {tie}: its rows differ" for tie in groups if len(np.unique(chosen[problem.ties == tie])) > 1]
+    _, first, group = np.unique(problem.ties, return_index=True, return_inverse=True)
+    differing = problem.ties[chosen != chosen[first][group]]
+    faults += [f"tie {tie}: its rows differ" for tie in np.unique(differing)]
     sizes = problem.size[rows, chosen]
     used = []
     for k, budget in enumerate(problem.budgets):

@@ -6,13 +6,14 @@ from typing import cast
 
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
-from lqlora.solvers import cbc, gurobi, highs, ortools, scip, scipy_milp
+from lqlora.solvers import cbc, gurobi, highs, mckp, ortools, scip, scipy_milp
 from lqlora.solvers.adapter import Adapter, License
 
-__all__ = ["ADAPTERS", "available", "check_license", "find", "register"]
+__all__ = ["ADAPTERS", "FINISHERS", "available", "check_license", "find", "finisher", "register"]
 
 #: In order of preference.
 ADAPTERS: dict[str, Adapter] = {
+    "mckp": cast("Adapter", mckp),
     "highs": cast("Adapter", highs),
     "scipy": cast("Adapter", scipy_milp),
     "cbc": cast("Adapter", cbc),
@@ -20,6 +21,9 @@ ADAPTERS: dict[str, Adapter] = {
     "gurobi": cast("Adapter", gurobi),
     "ortools": cast("Adapter", ortools),
 }
+
+#: Who finishes what the native solver leaves, which is small and hard: exact solvers that are free, the fastest first.
+FINISHERS = ("cbc", "highs", "scip", "scipy")
 
 
 def register(name: str, adapter: Adapter) -> None:
@@ -84,6 +88,18 @@ def available() -> dict[str, bool]:
     True
     """
     return {name: is_installed(adapter.REQUIRES) for name, adapter in ADAPTERS.items()}
+
+
+def finisher() -> str | None:
+    """Name the solver that takes over from the native one.
+
+    Returns
+    -------
+    str or None
+        The first installed one of those that can; None if there is none.
+    """
+    installed = available()
+    return next((name for name in FINISHERS if installed.get(name)), None)
 
 
 def check_license(name: str) -> License:

@@ -95,10 +95,10 @@ def _build(scip: Any, model: Any, reduced: Reduced) -> list[Any]:
     rows = sparse.vstack([reduced.choose, reduced.use], format="csr")
     ones = np.ones(reduced.choose.shape[0])
     lower, upper = np.concatenate([ones, reduced.lower]), np.concatenate([ones, reduced.upper])
-    for k in range(rows.shape[0]):
+    for k in np.flatnonzero(np.isfinite(lower) | np.isfinite(upper)):
         entries = slice(rows.indptr[k], rows.indptr[k + 1])
         terms = zip(rows.data[entries].tolist(), rows.indices[entries].tolist(), strict=True)
-        total = scip.quicksum(size * variables[j] for size, j in terms)
+        total = 0.0 * variables[0] + scip.quicksum(size * variables[j] for size, j in terms)  # a row may be empty
         model.addCons(scip.ExprCons(total, _finite(lower[k]), _finite(upper[k])))
     if reduced.start is not None:
         start = model.createSol()

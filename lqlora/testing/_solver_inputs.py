@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from lqlora.solvers import Budget, Problem
+from lqlora.testing._solver_subject import optimum
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,10 +117,15 @@ def _met_to_the_unit(draw: DrawFn) -> Problem:
 
 
 @st.composite
-def _infeasible(draw: DrawFn) -> Problem:
+def _exact_limit(draw: DrawFn) -> Problem:
     cost, size = draw(_tables())
-    least = int(size.min(axis=1).sum())
-    return Problem(cost, size, budgets=[Budget(upper=least - draw(st.integers(1, least)))])
+    limit = _limit(draw, size)
+    return Problem(cost, size, budgets=[Budget(upper=limit, lower=limit)])
+
+
+def _infeasible() -> SearchStrategy[Problem]:
+    """Limits that no sum of sizes meets: what is above or below all of them is seen before a solver is called."""
+    return _exact_limit().filter(lambda problem: np.isinf(optimum(problem)))
 
 
 def _costs_of_many_sizes() -> SearchStrategy[Problem]:

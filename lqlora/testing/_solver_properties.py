@@ -59,7 +59,7 @@ def feasible(subject: SolverSubject, problem: Problem) -> None:
         raise ViolationError(f"no vector came back, stopped by {answer.raw.stopped.name}: {answer.raw.message}")
 
 
-@_promise(inputs.infeasible)
+@_promise(inputs.infeasible, "lower_limits")
 def infeasible(subject: SolverSubject, problem: Problem) -> None:
     """A problem without a solution is given none, and the reason is that there is none."""
     raw = subject.answer(problem).raw

@@ -68,7 +68,7 @@ class CheckpointError(LQLoRAError, OSError):
 
 
 class ConformanceError(LQLoRAError, AssertionError):
-    """A quantizer broke a promise that a test asked of it."""
+    """A quantizer or a solver broke a promise that a test asked of it."""
 
 
 class InfeasibleBudgetError(LQLoRAError, ValueError):

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for weights and formats, and a suite of properties for anybody's quantizer."""
+"""Hypothesis strategies for weights and formats, and suites of properties for anybody's quantizer or solver."""
 
 from __future__ import annotations
 
@@ -9,5 +9,16 @@ require("hypothesis", "testing", "lqlora.testing")
 from lqlora.testing import strategies  # noqa: E402 - after the check
 from lqlora.testing.quantizers import PROPERTIES, assert_quantizer_conforms, check_quantizer  # noqa: E402
 from lqlora.testing.report import Finding, Report  # noqa: E402
+from lqlora.testing.solvers import SOLVER_PROPERTIES, assert_solver_conforms, check_solver  # noqa: E402
 
-__all__ = ["PROPERTIES", "Finding", "Report", "assert_quantizer_conforms", "check_quantizer", "strategies"]
+__all__ = [
+    "PROPERTIES",
+    "SOLVER_PROPERTIES",
+    "Finding",
+    "Report",
+    "assert_quantizer_conforms",
+    "assert_solver_conforms",
+    "check_quantizer",
+    "check_solver",
+    "strategies",
+]

@@ -13,11 +13,13 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from lqlora.testing._subject import AdapterError, NotApplicableError, Subject
+from lqlora.testing._verdicts import AdapterError, NotApplicableError
 from lqlora.testing.strategies import LAYOUTS, block_weights, lay_out
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from lqlora.testing._subject import Subject
 
 Weights: TypeAlias = npt.NDArray[np.float32]
 Inputs: TypeAlias = SearchStrategy[dict[str, Any]]

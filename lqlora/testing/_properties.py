@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from lqlora.testing import _inputs
-from lqlora.testing._subject import AdapterError, NotApplicableError, RefusedError, ViolationError, as_row, on_host
+from lqlora.testing._promises import Property, promises
+from lqlora.testing._subject import as_row, on_host
+from lqlora.testing._verdicts import AdapterError, NotApplicableError, RefusedError, ViolationError
 from lqlora.testing.strategies import lay_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy.typing as npt
 
-    from lqlora.testing._inputs import Inputs, Weights
+    from lqlora.testing._inputs import Weights
     from lqlora.testing._subject import Subject, Wide
 
-__all__ = ["REGISTRY", "Property"]
+__all__ = ["REGISTRY"]
 
 
-@dataclass(frozen=True)
-class Property:
-    """A promise, the inputs it is tried on, and what has to be known of the quantizer."""
-
-    name: str
-    statement: str
-    check: Callable[..., None]
-    inputs: Callable[[Subject], Inputs]
-    needs: tuple[str, ...]
-
-    def missing(self, subject: Subject) -> str:
-        """Return why the property does not apply, or nothing."""
-        known = {name: getattr(subject, name) for name in self.needs}
-        absent = [name for name, value in known.items() if value is None or value is False]
-        return f"needs {' and '.join(absent)}" if absent else ""
-
-
-REGISTRY: dict[str, Property] = {}
-
-
-def _promise(inputs: Callable[[Subject], Inputs], *needs: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def register(check: Callable[..., None]) -> Callable[..., None]:
-        name = check.__name__
-        REGISTRY[name] = Property(name, str(check.__doc__), check, inputs, needs)
-        return check
-
-    return register
+REGISTRY: dict[str, Property[Subject]] = {}
+_promise = promises(REGISTRY)
 
 
 @_promise(_inputs.shaped)

@@ -1,4 +1,4 @@
-"""One property under Hypothesis, and what became of it."""
+"""Properties under Hypothesis, and what became of them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,66 @@ import hypothesis
 import numpy as np
 from hypothesis.errors import Flaky, HypothesisException
 
-from lqlora.testing._subject import AdapterError, NotApplicableError, RefusedError, ViolationError
-from lqlora.testing.report import Finding
+from lqlora.errors import InvalidArgumentError
+from lqlora.solvers import Problem
+from lqlora.testing._verdicts import AdapterError, NotApplicableError, RefusedError, ViolationError
+from lqlora.testing.report import Finding, Report
 
 if TYPE_CHECKING:
-    from lqlora.testing._properties import Property
-    from lqlora.testing._subject import Subject
+    from collections.abc import Collection
 
-__all__ = ["try_property"]
+    from lqlora.solvers import Budget
+    from lqlora.testing._promises import Property, S
+
+__all__ = ["try_properties"]
 
 _SHOWN = 8  # entries of an array that a message lists
 
 
-def try_property(prop: Property, subject: Subject, settings: hypothesis.settings) -> Finding:
-    """Try a property on many inputs; a quantizer that fails it is shown by the smallest input found."""
+def try_properties(
+    registry: dict[str, Property[S]],
+    subject: S,
+    only: Collection[str] | None,
+    exclude: Collection[str],
+    max_examples: int,
+    *,
+    derandomize: bool,
+) -> Report:
+    """Try the selected properties of a registry on a subject."""
+    selected = _selected(registry, only, exclude)
+    if max_examples < 1:
+        raise InvalidArgumentError(f"At least one example is tried, not {max_examples!r}.")
+    settings = hypothesis.settings(
+        max_examples=max_examples,
+        derandomize=derandomize,
+        database=None,
+        deadline=None,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    findings = [
+        Finding(name, registry[name].statement, "skipped", "excluded")
+        if name in exclude
+        else _try_property(registry[name], subject, settings)
+        for name in selected
+    ]
+    return Report(tuple(findings))
+
+
+def _selected(registry: dict[str, Property[S]], only: Collection[str] | None, exclude: Collection[str]) -> list[str]:
+    for names in (only, exclude):
+        if isinstance(names, str):
+            raise InvalidArgumentError(f"Names of properties come in a list, not as the text {names!r}.")
+    unknown = sorted({*(only or ()), *exclude} - set(registry))
+    if unknown:
+        raise InvalidArgumentError(f"Properties are chosen from {', '.join(registry)}, not {', '.join(unknown)}.")
+    return [name for name in registry if only is None or name in only]
+
+
+def _try_property(prop: Property[S], subject: S, settings: hypothesis.settings) -> Finding:
+    """Try a property on many inputs; a failure is shown by the smallest input found."""
     reason = prop.missing(subject)
     if reason:
         return Finding(prop.name, prop.statement, "skipped", reason)
@@ -34,7 +80,8 @@ def try_property(prop: Property, subject: Subject, settings: hypothesis.settings
             _search(prop, subject, settings, last)
     except (ViolationError, RefusedError, Flaky) as error:
         often = " (not at each try)" if isinstance(error, Flaky) else ""
-        return Finding(prop.name, prop.statement, "failed", f"{_spelled(last.drawn)}: {last.fault}{often}.", last.drawn)
+        shown = f"{_spelled(last.drawn)}: " if last.drawn else ""
+        return Finding(prop.name, prop.statement, "failed", f"{shown}{last.fault}{often}.", last.drawn)
     except NotApplicableError as error:
         return Finding(prop.name, prop.statement, "skipped", str(error))
     except (AdapterError, HypothesisException) as error:
@@ -50,7 +97,7 @@ class _Last:
     fault: str
 
 
-def _search(prop: Property, subject: Subject, settings: hypothesis.settings, last: _Last) -> None:
+def _search(prop: Property[S], subject: S, settings: hypothesis.settings, last: _Last) -> None:
     @settings
     @hypothesis.given(prop.inputs(subject))
     def attempt(drawn: dict[str, Any]) -> None:
@@ -68,6 +115,8 @@ def _spelled(drawn: dict[str, Any]) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, Problem):
+        return _problem(value)
     if not isinstance(value, np.ndarray):
         return repr(value)
     dtype = f"{value.dtype}, shape {value.shape}"
@@ -79,3 +128,20 @@ def _value(value: object) -> str:
         return f"zeros but for {entries} ({dtype})" if entries else f"zeros ({dtype})"
     flat = ", ".join(str(entry) for entry in value.reshape(-1)[:_SHOWN])
     return f"[{flat}, …] ({dtype})"
+
+
+def _problem(problem: Problem) -> str:
+    parts = [f"cost {problem.cost.tolist()}", f"size {problem.size.tolist()}"]
+    if not problem.allowed.all():
+        parts.append(f"allowed {problem.allowed.tolist()}")
+    if len(np.unique(problem.ties)) < len(problem.ties):
+        parts.append(f"ties {problem.ties.tolist()}")
+    if problem.budgets:
+        parts.append(f"budgets {'; '.join(_budget(budget) for budget in problem.budgets)}")
+    return ", ".join(parts)
+
+
+def _budget(budget: Budget) -> str:
+    limits = (("≥", budget.lower), ("≤", budget.upper))
+    text = " and ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+    return text if budget.members is None else f"{text} of rows {np.flatnonzero(budget.members).tolist()}"

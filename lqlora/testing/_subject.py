@@ -11,6 +11,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import array_library
+from lqlora.testing._verdicts import AdapterError, NotApplicableError, RefusedError, ViolationError, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,23 +20,7 @@ if TYPE_CHECKING:
 
     Wide = npt.NDArray[np.float64]
 
-__all__ = ["AdapterError", "NotApplicableError", "RefusedError", "Subject", "ViolationError", "as_row", "on_host"]
-
-
-class ViolationError(Exception):
-    """The quantizer broke the promise."""
-
-
-class RefusedError(Exception):
-    """The quantizer raised."""
-
-
-class AdapterError(Exception):
-    """The caller's ``adapt`` raised: nothing can be said of the quantizer."""
-
-
-class NotApplicableError(Exception):
-    """The property cannot be tried on this quantizer."""
+__all__ = ["Subject", "as_row", "on_host"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +72,14 @@ class Subject:
         try:
             return w if self.adapt is None else self.adapt(w)
         except Exception as error:
-            raise AdapterError(f"adapt() raised {_named(error)}") from error
+            raise AdapterError(f"adapt() raised {named(error)}") from error
 
     def run(self, taken: Any) -> Wide:
         """Quantize, dequantize, and return what comes out, exactly, as float64."""
         try:
             return np.array(on_host(self.dequantize(self.quantize(taken))), dtype=np.float64)
         except Exception as error:
-            raise RefusedError(f"the quantizer raised {_named(error)}") from error
+            raise RefusedError(f"the quantizer raised {named(error)}") from error
 
     def round_trip(self, w: npt.NDArray[Any]) -> Wide:
         """Run on a row-major copy of the array."""
@@ -132,8 +117,3 @@ def as_row(out: Wide, size: int) -> Wide:
     if out.size != size:
         raise ViolationError(f"{size} weights became {out.size}")
     return out.reshape(-1)
-
-
-def _named(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -5,20 +5,20 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-import hypothesis
 import numpy as np
 
 from lqlora.codebooks import Codebook
 from lqlora.errors import ConformanceError, InvalidArgumentError
 from lqlora.testing._properties import REGISTRY
-from lqlora.testing._running import try_property
+from lqlora.testing._running import try_properties
 from lqlora.testing._subject import Subject
-from lqlora.testing.report import Finding, Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     import numpy.typing as npt
+
+    from lqlora.testing.report import Report
 
 __all__ = ["PROPERTIES", "assert_quantizer_conforms", "check_quantizer"]
 
@@ -125,25 +125,8 @@ def check_quantizer(
         quantize, dequantize, adapt, block_size, size_multiple, _sorted_levels(levels), ties_to,
         symmetric, independent_blocks, tolerance, scale_tolerance, smallest, largest,
     )  # fmt: skip
-    _require_sound(subject, max_examples)
-    selected = _selected(only, exclude)
-    settings = hypothesis.settings(
-        max_examples=max_examples,
-        derandomize=derandomize,
-        database=None,
-        deadline=None,
-        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
-        print_blob=False,
-        report_multiple_bugs=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    findings = [
-        Finding(name, PROPERTIES[name], "skipped", "excluded")
-        if name in exclude
-        else try_property(REGISTRY[name], subject, settings)
-        for name in selected
-    ]
-    return Report(tuple(findings))
+    _require_sound(subject)
+    return try_properties(REGISTRY, subject, only, exclude, max_examples, derandomize=derandomize)
 
 
 def assert_quantizer_conforms(
@@ -193,7 +176,7 @@ def _sorted_levels(levels: Codebook | Sequence[float] | npt.NDArray[Any] | None)
     return values
 
 
-def _require_sound(subject: Subject, max_examples: int) -> None:
+def _require_sound(subject: Subject) -> None:
     for name in ("block_size", "size_multiple"):
         number = getattr(subject, name)
         absent = name == "block_size" and number is None
@@ -205,15 +188,3 @@ def _require_sound(subject: Subject, max_examples: int) -> None:
         raise InvalidArgumentError("A tolerance is a number, not negative.")
     if not (2.0**-126 <= subject.smallest <= 0.25 and 1 <= subject.largest <= 2.0**127):
         raise InvalidArgumentError("The range of weights must lie in 2**-126 to 2**127, and reach from 1/4 to 1.")
-    if max_examples < 1:
-        raise InvalidArgumentError(f"At least one example is tried, not {max_examples!r}.")
-
-
-def _selected(only: Collection[str] | None, exclude: Collection[str]) -> list[str]:
-    for names in (only, exclude):
-        if isinstance(names, str):
-            raise InvalidArgumentError(f"Names of properties come in a list, not as the text {names!r}.")
-    unknown = sorted({*(only or ()), *exclude} - set(REGISTRY))
-    if unknown:
-        raise InvalidArgumentError(f"Properties are chosen from {', '.join(REGISTRY)}, not {', '.join(unknown)}.")
-    return [name for name in REGISTRY if only is None or name in only]

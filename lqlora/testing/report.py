@@ -26,7 +26,7 @@ class Finding:
     statement : str
         What it promises, in one line.
     result : {"passed", "failed", "error", "skipped"}
-        "failed" if the quantizer broke the promise or raised; "error" if the property could not be tried;
+        "failed" if what was tested broke the promise or raised; "error" if the property could not be tried;
         "skipped" if it does not apply.
     message : str
         The smallest example found and what came of it; or why the property was skipped. Empty if it passed.

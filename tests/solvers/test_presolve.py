@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lqlora.solvers import Budget, Problem, evaluate, reduce_problem
+from lqlora.errors import InvalidArgumentError
+from lqlora.solvers import Budget, Problem, presolve, reduce_problem
+from tests.solvers.oracle import brute_force
 
 COSTS = st.sampled_from([0.0, 1.0, 1.5, 2.0, 3.0, 7.25])
 
@@ -31,13 +34,6 @@ def problems(draw, *, lower_limits: bool) -> Problem:
     return Problem(cost, size, ties=ties, budgets=budgets)
 
 
-def _optimum(problem: Problem) -> float:
-    """Best objective by trying everything, infinite if nothing is feasible."""
-    rows, columns = problem.cost.shape
-    tried = (evaluate(problem, np.array(choice)) for choice in itertools.product(range(columns), repeat=rows))
-    return min((objective for objective, _, faults in tried if not faults), default=np.inf)
-
-
 def _reduced_optimum(problem: Problem) -> float:
     """Best objective of the reduced 0-1 program by trying everything, in the units of the problem."""
     reduced = reduce_problem(problem)
@@ -55,13 +51,13 @@ def _reduced_optimum(problem: Problem) -> float:
 @settings(max_examples=60, deadline=None)
 @given(problems(lower_limits=False))
 def test_pruning_loses_no_optimum(problem):
-    np.testing.assert_allclose(_reduced_optimum(problem), _optimum(problem), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(_reduced_optimum(problem), brute_force(problem), rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems(lower_limits=True))
 def test_lower_limits_lose_no_optimum(problem):
-    np.testing.assert_allclose(_reduced_optimum(problem), _optimum(problem), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(_reduced_optimum(problem), brute_force(problem), rtol=1e-12, atol=1e-12)
 
 
 def test_a_dominated_choice_is_pruned():
@@ -76,7 +72,12 @@ def test_of_equal_choices_the_first_stays():
 
 def test_with_a_lower_limit_nothing_is_pruned():
     problem = Problem([[3.0, 2.0, 1.0]], [[4, 2, 9]], budgets=[Budget(upper=9), Budget(lower=1)])
-    assert reduce_problem(problem).column.tolist() == [0, 1, 2]
+    assert reduce_problem(problem).column.tolist() == [1, 0, 2]
+
+
+def test_with_a_lower_limit_the_dearer_of_two_equal_sizes_is_pruned():
+    problem = Problem([[3.0, 2.0, 1.0]], [[4, 9, 9]], budgets=[Budget(upper=9, lower=5)])
+    assert reduce_problem(problem).column.tolist() == [0, 2]
 
 
 def test_a_choice_smaller_under_one_budget_only_is_kept():
@@ -98,8 +99,39 @@ def test_tied_rows_become_one_group():
 def test_sizes_are_divided_by_their_common_divisor_and_limits_round_inwards():
     problem = Problem([[3.0, 1.0]], [[800, 1200]], budgets=[Budget(upper=1199, lower=401)])
     reduced = reduce_problem(problem)
-    assert reduced.use.toarray().tolist() == [[2.0, 3.0]]
-    assert (reduced.lower.tolist(), reduced.upper.tolist()) == ([2.0], [2.0])
+    assert reduced.use.toarray().tolist() == [[0.0, 1.0]]
+    assert (reduced.lower.tolist(), reduced.upper.tolist()) == ([-np.inf], [0.0])
+
+
+def test_limits_that_cannot_bind_are_dropped():
+    reduced = reduce_problem(Problem([[3.0, 1.0]], [[800, 1200]], budgets=[Budget(upper=1200, lower=800)]))
+    assert (reduced.lower.tolist(), reduced.upper.tolist()) == ([-np.inf], [np.inf])
+
+
+def test_a_lower_limit_rounds_up():
+    reduced = reduce_problem(Problem([[3.0, 1.0, 0.5]], [[0, 400, 800]], budgets=[Budget(lower=401)]))
+    assert reduced.lower.tolist() == [2.0]
+
+
+def test_pieces_of_the_table_give_what_the_whole_gives(monkeypatch):
+    rng = np.random.default_rng(0)
+    ties = rng.integers(0, 30, 50)
+    members = [rng.random(50) < 0.5 for _ in range(2)]
+    budgets = [Budget(upper=5000, members=mask) for mask in members]
+    problem = Problem(
+        rng.exponential(size=(50, 9)), rng.integers(0, 99, (50, 9)), rng.random((50, 9)) < 0.9, ties, budgets
+    )
+    whole = reduce_problem(problem)
+    monkeypatch.setattr(presolve, "_CELLS", 40)
+    pieces = reduce_problem(problem)
+    for name in ("cost", "group", "column", "lower", "upper"):
+        np.testing.assert_array_equal(getattr(pieces, name), getattr(whole, name))
+    assert (pieces.use != whole.use).nnz == 0
+
+
+def test_sizes_that_solvers_cannot_add_up_are_refused():
+    with pytest.raises(InvalidArgumentError, match="too large"):
+        reduce_problem(Problem([[3.0, 1.0, 0.5]], [[0, 2**60, 2**60 + 1]], budgets=[Budget(upper=2**60)]))
 
 
 def test_costs_are_of_order_one_whatever_their_scale():

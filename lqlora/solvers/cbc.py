@@ -1,0 +1,107 @@
+"""Adapter for CBC through cylp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from lqlora._optional import require
+from lqlora.errors import SolverError
+from lqlora.solvers.adapter import RawResult
+from lqlora.solvers.problem import StopReason
+
+if TYPE_CHECKING:
+    from lqlora.solvers.presolve import Reduced
+    from lqlora.solvers.problem import SolveOptions
+
+__all__ = ["REQUIRES", "solve", "version"]
+
+REQUIRES = "cylp"
+
+#: Words of ``CyCbcModel.status``.
+_STOPPED = {
+    "solution": StopReason.GAP,
+    "stopped on gap": StopReason.GAP,
+    "relaxation infeasible": StopReason.INFEASIBLE,
+    "problem proven infeasible": StopReason.INFEASIBLE,
+    "stopped on time": StopReason.TIME_LIMIT,
+    "stopped on nodes": StopReason.LIMIT,
+    "stopped on solutions": StopReason.LIMIT,
+    "stopped on user event": StopReason.INTERRUPTED,
+}
+
+#: What CBC gives as the objective when it has no solution: at least this.
+_NO_OBJECTIVE = 1e49
+
+
+def version() -> str:
+    """Return the version of the interface: CBC itself is built into it and does not tell its own.
+
+    Returns
+    -------
+    str
+        The version of cylp.
+    """
+    return str(require(REQUIRES, "solvers", "Solver 'cbc'").__version__)
+
+
+def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
+    """Solve a reduced problem.
+
+    Parameters
+    ----------
+    reduced : Reduced
+        The problem.
+    options : SolveOptions
+        The limits. CBC counts CPU seconds; cylp passes on neither a seed nor a start.
+
+    Returns
+    -------
+    RawResult
+        What the solver says.
+
+    Raises
+    ------
+    SolverError
+        If it fails.
+    """
+    cy = require("cylp.cy", "solvers", "Solver 'cbc'")
+    simplex = _model(cy, reduced)
+    solver = simplex.getCbcModel()
+    solver.logLevel = 0
+    solver.allowableGap, solver.allowableFractionGap = 0.0, options.rel_gap
+    solver.numberThreads = 0 if options.threads == 1 else options.threads  # zero is the search without threads
+    if options.time_limit is not None:
+        solver.maximumSeconds = float(options.time_limit)
+    solver.solve()
+    word = str(solver.status)
+    if word not in _STOPPED:
+        raise SolverError(f"CBC failed: {word}.")
+    if _STOPPED[word] is StopReason.INFEASIBLE:
+        return RawResult(None, np.inf, word, StopReason.INFEASIBLE)
+    holds = solver.objectiveValue < _NO_OBJECTIVE
+    x = np.array(solver.primalVariableSolution, dtype=np.float64) if holds else None
+    return RawResult(x, float(solver.bestPossibleObjValue), word, _STOPPED[word])
+
+
+def _model(cy: Any, reduced: Reduced) -> Any:
+    rows = sparse.vstack([reduced.choose, reduced.use], format="coo")
+    groups, variables = reduced.choose.shape
+    # CBC takes the number of rows from the entries: an explicit zero keeps a last row that has none.
+    row, column = np.append(rows.row, rows.shape[0] - 1), np.append(rows.col, 0)
+    matrix = cy.CyCoinPackedMatrix(
+        colOrdered=True,
+        rowIndices=row.astype(np.int32),
+        colIndices=column.astype(np.int32),
+        elements=np.append(rows.data, 0.0),
+    )
+    simplex = cy.CyClpSimplex()
+    simplex.logLevel = 0
+    ones = np.ones(groups)
+    lower, upper = np.concatenate([ones, reduced.lower]), np.concatenate([ones, reduced.upper])
+    simplex.loadProblem(matrix, np.zeros(variables), np.ones(variables), reduced.cost.copy(), lower, upper)
+    simplex.objectiveOffset = -reduced.constant / reduced.unit  # CBC subtracts it
+    simplex.copyInIntegerInformation(np.ones(variables, dtype=np.uint8))
+    return simplex

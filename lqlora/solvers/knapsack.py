@@ -1,0 +1,125 @@
+"""A knapsack with one choice per group: what is left of a problem whose budgets do not overlap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from lqlora.solvers.presolve import Reduced
+
+__all__ = ["Knapsack", "split"]
+
+
+@dataclass(frozen=True, eq=False)
+class Knapsack:
+    """Choose one item of each group at least cost, within a capacity.
+
+    Parameters
+    ----------
+    cost : ndarray of float64, shape (k,)
+        Not negative; within a group it falls as size grows.
+    size : ndarray of int64, shape (k,)
+        Not negative; within a group it grows.
+    first : ndarray of int64, shape (groups,)
+        Index of the first item of each group.
+    capacity : int
+        At least the sum of the smallest sizes.
+    """
+
+    cost: npt.NDArray[np.float64]
+    size: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    capacity: int
+
+    @cached_property
+    def group(self) -> npt.NDArray[np.int64]:
+        """Group of each item, ndarray of int64 of shape (k,)."""
+        return np.repeat(np.arange(len(self.first)), np.diff(self.first, append=len(self.cost)))
+
+    def value(self, chosen: npt.NDArray[np.int64]) -> float:
+        """Return the cost of a choice.
+
+        Parameters
+        ----------
+        chosen : ndarray of int64, shape (groups,)
+            An item of each group.
+
+        Returns
+        -------
+        float
+            The sum, rounded once.
+        """
+        return math.fsum(self.cost[chosen].tolist())
+
+    def slack(self, chosen: npt.NDArray[np.int64]) -> int:
+        """Return the capacity that a choice leaves.
+
+        Parameters
+        ----------
+        chosen : ndarray of int64, shape (groups,)
+            An item of each group.
+
+        Returns
+        -------
+        int
+            Negative if the choice does not fit.
+        """
+        return self.capacity - int(self.size[chosen].sum())
+
+
+def split(reduced: Reduced) -> list[tuple[npt.NDArray[np.int64], Knapsack]] | None:
+    """Split a problem into one knapsack per budget, if no budget has a lower limit and none share a group.
+
+    Parameters
+    ----------
+    reduced : Reduced
+        The problem; every group has a choice, and the smallest choices are within the limits.
+
+    Returns
+    -------
+    list of (ndarray of int64, Knapsack), or None
+        The variables that are the items of each knapsack. Groups that no budget limits are in one without capacity.
+        None if the problem does not split.
+    """
+    if np.isfinite(reduced.lower).any():
+        return None
+    owner = np.full(len(reduced.first), -1)
+    for k in np.flatnonzero(np.isfinite(reduced.upper)):
+        touched = np.unique(reduced.group[reduced.use[[k]].indices])
+        if (owner[touched] >= 0).any():
+            return None
+        owner[touched] = k
+    size = np.zeros(len(reduced.cost), dtype=np.int64)
+    parts = []
+    for k in np.unique(owner):
+        items = np.flatnonzero((owner == k)[reduced.group])
+        if k >= 0:
+            row = reduced.use[[k]]
+            size[row.indices] = row.data.astype(np.int64)
+        items = _staircase(items, reduced.group, size, reduced.cost)
+        first = np.flatnonzero(np.diff(reduced.group[items], prepend=-1))
+        capacity = 0 if k < 0 else int(reduced.upper[k])
+        parts.append((items, Knapsack(reduced.cost[items], size[items], first, capacity)))
+    return parts
+
+
+def _staircase(
+    items: npt.NDArray[np.int64],
+    group: npt.NDArray[np.int64],
+    size: npt.NDArray[np.int64],
+    cost: npt.NDArray[np.float64],
+) -> npt.NDArray[np.int64]:
+    """Sort by group and size, and keep what costs less than all that is smaller; most often all is so already."""
+    if ((np.diff(group[items]) == 0) & (np.diff(size[items]) <= 0)).any():
+        items = items[np.lexsort((cost[items], size[items], group[items]))]
+    while True:
+        beaten = (np.diff(group[items]) == 0) & (np.diff(cost[items]) >= 0)
+        if not beaten.any():
+            return items
+        items = items[np.concatenate([[True], ~beaten])]

@@ -1,0 +1,108 @@
+"""The solver under test, what is known of it, and the answers that are right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lqlora.solvers import RawResult, SolveOptions, evaluate, reduce_problem
+from lqlora.testing._verdicts import RefusedError, ViolationError, named
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from lqlora.solvers import Adapter, Problem, Reduced
+
+__all__ = ["Answer", "SolverSubject", "optimum"]
+
+#: How far from zero and one the entries of a vector may be.
+_DUST = 1e-4
+
+
+class Answer(NamedTuple):
+    """What an adapter said of a problem, and what of it can be checked; no objective without a vector."""
+
+    reduced: Reduced
+    raw: RawResult
+    objective: float | None
+
+    @property
+    def bound(self) -> float:
+        """The bound, in the units of the problem."""
+        return float(self.raw.bound * self.reduced.unit)
+
+    def rounding(self, scale: float) -> float:
+        """Return what is allowed for rounding: solvers have absolute tolerances, and costs of order one."""
+        return 1e-6 * self.reduced.unit + 1e-9 * abs(scale)
+
+
+@dataclass(frozen=True)
+class SolverSubject:
+    """An adapter and the options of :func:`lqlora.testing.check_solver`, under the same names."""
+
+    adapter: Adapter
+    exact: bool
+    several_budgets: bool
+    lower_limits: bool
+    time_limit: float
+
+    def version(self) -> object:
+        """Return what the adapter calls its version."""
+        try:
+            return self.adapter.version()
+        except Exception as error:
+            raise RefusedError(f"version() raised {named(error)}") from error
+
+    def run(self, reduced: Reduced, options: SolveOptions) -> RawResult:
+        """Return what the adapter says of a reduced problem."""
+        try:
+            return self.adapter.solve(reduced, options)
+        except Exception as error:
+            raise RefusedError(f"solve() raised {named(error)}") from error
+
+    def answer(
+        self, problem: Problem, options: SolveOptions | None = None, start: npt.NDArray[np.float64] | None = None
+    ) -> Answer:
+        """Return what the adapter says of a problem, after a check that it breaks no constraint."""
+        reduced = replace(reduce_problem(problem), start=start)
+        raw = self.run(reduced, options or SolveOptions())
+        if raw.x is None:
+            return Answer(reduced, raw, None)
+        require_vector(raw.x, reduced)
+        objective, _, faults = evaluate(problem, reduced.assignment(raw.x))
+        if faults:
+            raise ViolationError(f"the answer breaks a constraint: {faults[0]}")
+        return Answer(reduced, raw, objective)
+
+
+def require_vector(x: object, reduced: Reduced) -> None:
+    """Raise unless a vector has one entry near one in each group and all others near zero."""
+    if not isinstance(x, np.ndarray) or x.shape != reduced.cost.shape or x.dtype.kind != "f":
+        raise ViolationError(f"x is no array of {len(reduced.cost)} floats, one for each variable")
+    off = np.abs(x - np.rint(x)) > _DUST
+    if not np.isfinite(x).all() or off.any():
+        raise ViolationError(f"x holds {x[off | ~np.isfinite(x)][0]}, which is neither zero nor one")
+    ones = np.bincount(reduced.group, weights=np.rint(x), minlength=reduced.choose.shape[0])
+    if (ones != 1).any():
+        raise ViolationError(f"x makes {ones[ones != 1][0]:g} choices in one of the groups")
+
+
+def optimum(problem: Problem) -> float:
+    """Return the least cost by trying every assignment, infinite if none is feasible."""
+    rows, columns = problem.cost.shape
+    choices = np.stack(np.unravel_index(np.arange(columns**rows), (columns,) * rows), axis=1)
+    row = np.arange(rows)
+    feasible = problem.allowed[row, choices].all(axis=1)
+    _, first, group = np.unique(problem.ties, return_index=True, return_inverse=True)
+    feasible &= (choices == choices[:, first[group]]).all(axis=1)
+    for budget in problem.budgets:
+        counted = slice(None) if budget.members is None else np.asarray(budget.members, dtype=bool)
+        used = problem.size[row, choices][:, counted].sum(axis=1)
+        if budget.upper is not None:
+            feasible &= used <= budget.upper
+        if budget.lower is not None:
+            feasible &= used >= budget.lower
+    costs = np.where(feasible[:, None], problem.cost[row, choices], np.inf).sum(axis=1)
+    return float(costs.min())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -58,10 +59,10 @@ def _best(table: lq.CostTable, budget: int) -> float:
 
 def _same(first: lq.CostTable, second: lq.CostTable) -> bool:
     return (
-        (first.names, first.shapes, first.formats, first.rank)
-        == (second.names, second.shapes, second.formats, second.rank)
+        (first.names, first.shapes, first.configurations) == (second.names, second.shapes, second.configurations)
         and first.costs.tobytes() == second.costs.tobytes()
         and first.sizes.tobytes() == second.sizes.tobytes()
+        and first.factor_sizes.tobytes() == second.factor_sizes.tobytes()
     )
 
 
@@ -239,7 +240,8 @@ def _tables(draw) -> lq.CostTable:
     cells = st.floats(1e-15, 1e-9) | st.just(0.0)
     costs = np.array(draw(st.lists(cells, min_size=5 * rows, max_size=5 * rows))).reshape(rows, 5)
     sizes = np.array([[fmt.storage_bits(shape) for fmt in FORMATS] for shape in shapes])
-    return lq.CostTable(tuple(f"m{i}" for i in range(rows)), shapes, FORMATS, costs, sizes, 0)
+    configurations = tuple(lq.Configuration(fmt, 0) for fmt in FORMATS)
+    return lq.CostTable(tuple(f"m{i}" for i in range(rows)), shapes, configurations, costs, sizes, 0 * sizes)
 
 
 class TestConstraints:
@@ -275,7 +277,7 @@ class TestConstraints:
     def test_a_format_with_an_infinite_cost_is_never_taken(self, table):
         costs = table.costs.copy()
         costs[:, 4] = np.inf
-        broken = lq.CostTable(table.names, table.shapes, table.formats, costs, table.sizes, 2)
+        broken = dataclasses.replace(table, costs=costs)
         assert NF8 not in lq.allocate(broken, bits_per_weight=100).formats.values()
 
     @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lqlora.solvers import Budget, Problem, SolveOptions, solve
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lqlora.allocation.costs import CostTable
+    from lqlora.allocation.table import CostTable
     from lqlora.formats import BlockFormat
     from lqlora.solvers import Solution
 
@@ -36,7 +36,7 @@ def allocate(
     time_limit: float | None = None,
     rel_gap: float = 1e-6,
 ) -> Plan:
-    """Choose a format for each matrix, at least total cost within a budget.
+    """Choose a configuration for each matrix, at least total cost within a budget.
 
     Parameters
     ----------
@@ -47,9 +47,9 @@ def allocate(
     total_bytes : int, optional
         Budget in bytes, of the same parts. Exactly one of the two is given.
     ties : sequence of sequences of str, optional
-        Matrices of one group get one format, such as those that a serving engine fuses.
+        Matrices of one group get one configuration, such as those that a serving engine fuses.
     fixed : mapping of str to BlockFormat, optional
-        Formats that are decided already.
+        Formats that are decided already; any rank of the table goes with them.
     forbidden : mapping of str to sequence of BlockFormat, optional
         Formats a matrix must not take.
     solver : str, default "auto"
@@ -103,8 +103,8 @@ def _plan(table: CostTable, solution: Solution, assignment: npt.NDArray[np.int64
     chosen = dict(zip(table.names, assignment.tolist(), strict=True))
     costs = table.costs[np.arange(len(table.names)), assignment]
     return Plan(
-        {name: table.formats[j] for name, j in chosen.items()},
-        dict.fromkeys(table.names, table.rank),
+        {name: table.configurations[j].format for name, j in chosen.items()},
+        {name: table.configurations[j].rank for name, j in chosen.items()},
         dict(zip(table.names, table.shapes, strict=True)),
         dict(zip(table.names, costs.tolist(), strict=True)),
         solution.objective,
@@ -135,10 +135,12 @@ def _budget_bits(
     return 8 * total_bytes if total_bytes is not None else math.floor(asked * table.weight_count), asked
 
 
-def _column(table: CostTable, fmt: BlockFormat) -> int:
-    if fmt not in table.formats:
-        raise InvalidArgumentError(f"Format {fmt} is not in the cost table.")
-    return table.formats.index(fmt)
+def _columns(table: CostTable, formats: Sequence[BlockFormat]) -> npt.NDArray[np.bool_]:
+    """Mark the configurations that have one of some formats, at any rank."""
+    for fmt in formats:
+        if fmt not in table.formats:
+            raise InvalidArgumentError(f"Format {fmt} is not in the cost table.")
+    return np.array([configuration.format in formats for configuration in table.configurations])
 
 
 def _row(table: CostTable, name: str) -> int:
@@ -152,12 +154,9 @@ def _allowed(
 ) -> npt.NDArray[np.bool_]:
     allowed = np.isfinite(table.costs)
     for name, formats in forbidden.items():
-        allowed[_row(table, name), [_column(table, fmt) for fmt in formats]] = False
+        allowed[_row(table, name)] &= ~_columns(table, formats)
     for name, fmt in fixed.items():
-        column = _column(table, fmt)
-        permitted = bool(allowed[_row(table, name), column])
-        allowed[_row(table, name)] = False
-        allowed[_row(table, name), column] = permitted
+        allowed[_row(table, name)] &= _columns(table, [fmt])
     for name, row in zip(table.names, allowed, strict=True):
         if not row.any():
             raise InvalidArgumentError(f"No format is left for {name!r}.")

@@ -1,68 +1,36 @@
-"""Error and size of every matrix in every format."""
+"""From matrices to a cost table: every matrix is decomposed in every configuration."""
 
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lqlora._parallel import map_matrices
+from lqlora.allocation.table import Configuration, CostTable
 from lqlora.decomposition import Init, decompose
 from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat, float_bits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Executor
 
-    from lqlora._typing import Array
-    from lqlora.formats import BlockFormat
+    from lqlora._typing import Array, FloatName
     from lqlora.weighting import AbstractWeighting
 
-__all__ = ["CostTable", "cost_table"]
-
-
-@dataclass(frozen=True, eq=False)
-class CostTable:
-    """Error and size of every matrix in every format.
-
-    Parameters
-    ----------
-    names : tuple of str
-        Matrices, one a row.
-    shapes : tuple of tuple of int
-        Their shapes.
-    formats : tuple of BlockFormat
-        Formats, one a column.
-    costs : ndarray of float64, shape (n, m)
-        Weighted squared error of each decomposition.
-    sizes : ndarray of int64, shape (n, m)
-        Exact storage in bits, without the low-rank factors.
-    rank : int
-        Rank of the decompositions.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    formats: tuple[BlockFormat, ...]
-    costs: npt.NDArray[np.float64]
-    sizes: npt.NDArray[np.int64]
-    rank: int
-
-    @property
-    def weight_count(self) -> int:
-        """Number of weights of all matrices together."""
-        return sum(math.prod(shape) for shape in self.shapes)
+__all__ = ["cost_table"]
 
 
 def cost_table(
     weights: Mapping[str, Array | Callable[[], Array]],
     formats: Sequence[BlockFormat],
     *,
-    rank: int,
+    rank: int | None = None,
+    ranks: Sequence[int] | None = None,
+    factor_format: BlockFormat | None = None,
+    factor_dtype: FloatName = "float16",
     weighting: Mapping[str, AbstractWeighting] | None = None,
     init: Init = "quantize",
     max_iter: int = 2,
@@ -71,7 +39,7 @@ def cost_table(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> CostTable:
-    """Decompose every matrix in every format, and note the error and the size.
+    """Decompose every matrix in every format and rank, and note errors and sizes.
 
     Parameters
     ----------
@@ -79,8 +47,15 @@ def cost_table(
         Matrices by name. A callable is called when its row is computed, so that few matrices are in memory at a time.
     formats : sequence of BlockFormat
         Formats to choose from.
-    rank : int
+    rank : int, optional
         Rank of the low-rank part.
+    ranks : sequence of int, optional
+        Ranks to choose from; every format is combined with each. Exactly one of the two is given.
+    factor_format : BlockFormat, optional
+        Quantize the factors, too: errors and sizes are those of quantized factors.
+    factor_dtype : {"float16", "bfloat16", "float32"}
+        What each entry of the factors is stored as where they are not quantized: 16 bits each if not given. Only the
+        sizes know of it: errors are those of factors of float32.
     weighting : mapping of str to AbstractWeighting, optional
         Norm of each matrix; matrices not named count uniformly. Costs are compared across matrices, so the weightings
         must be on one scale: Fisher information is. A matrix whose weights are all zero costs nothing.
@@ -101,7 +76,7 @@ def cost_table(
     Raises
     ------
     InvalidArgumentError
-        If there are no matrices or no formats, a format occurs twice, or a weighting names no matrix.
+        If there are no matrices, formats or ranks, one of them occurs twice, or a weighting names no matrix.
 
     References
     ----------
@@ -116,30 +91,59 @@ def cost_table(
     (True, [[2304, 4352]])
     """
     weighting = weighting or {}
-    if not weights or not formats:
-        raise InvalidArgumentError("A cost table needs at least one matrix and one format.")
-    if len(set(formats)) < len(formats):
-        raise InvalidArgumentError("A format occurs twice.")
+    configurations = _configurations(formats, rank, ranks)
+    if not weights or not configurations:
+        raise InvalidArgumentError("A cost table needs at least one matrix, one format and one rank.")
+    if len(set(configurations)) < len(configurations):
+        raise InvalidArgumentError("A format or a rank occurs twice.")
     if unknown := set(weighting) - set(weights):
         raise InvalidArgumentError(f"Weightings for unknown matrices: {', '.join(sorted(unknown))}.")
-    options = {**options, "init": init, "max_iter": max_iter, "seed": seed}
-    row = functools.partial(_cost_row, formats=tuple(formats), rank=rank, options=options)
+    bits = float_bits(factor_dtype)
+    options = {**options, "factor_format": factor_format, "init": init, "max_iter": max_iter, "seed": seed}
+    row = functools.partial(_cost_row, configurations=configurations, options=options)
     items = [(name, source, weighting.get(name)) for name, source in weights.items()]
     rows = map_matrices(row, items, executor, progress)
     shapes = tuple(shape for shape, _ in rows)
-    sizes = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes], dtype=np.int64)
-    return CostTable(tuple(weights), shapes, tuple(formats), np.array([costs for _, costs in rows]), sizes, rank)
+    sizes = [[own.format.storage_bits(shape) for own in configurations] for shape in shapes]
+    factor_sizes = [[_factor_bits(shape, own.rank, factor_format, bits) for own in configurations] for shape in shapes]
+    return CostTable(
+        tuple(weights),
+        shapes,
+        configurations,
+        np.array([costs for _, costs in rows], dtype=np.float64),
+        np.array(sizes, dtype=np.int64),
+        np.array(factor_sizes, dtype=np.int64),
+    )
+
+
+def _configurations(
+    formats: Sequence[BlockFormat], rank: int | None, ranks: Sequence[int] | None
+) -> tuple[Configuration, ...]:
+    """Return all pairs of format and rank."""
+    if (rank is None) == (ranks is None):
+        raise InvalidArgumentError("Give rank or ranks, and only one of them.")
+    every = [rank] if rank is not None else [*(ranks or ())]
+    return tuple(Configuration(fmt, own) for fmt in formats for own in every)
+
+
+def _factor_bits(shape: tuple[int, ...], rank: int, fmt: BlockFormat | None, bits: int) -> int:
+    """Bits of the factors of a matrix."""
+    rows, columns = shape
+    if fmt is None:
+        return bits * rank * (rows + columns)
+    return fmt.storage_bits((rank, columns)) + fmt.storage_bits((rows, rank))
 
 
 def _cost_row(
     item: tuple[str, Array | Callable[[], Array], AbstractWeighting | None],
     *,
-    formats: Iterable[BlockFormat],
-    rank: int,
+    configurations: Iterable[Configuration],
     options: dict[str, Any],
 ) -> tuple[tuple[int, ...], list[float]]:
     name, source, weighting = item
     matrix = source() if callable(source) else source
-    found = [decompose(matrix, fmt, rank, weighting=weighting, name=name, **options) for fmt in formats]
+    found = [
+        decompose(matrix, own.format, own.rank, weighting=weighting, name=name, **options) for own in configurations
+    ]
     matters = weighting is None or not weighting.all_zero
     return tuple(matrix.shape), [d.squared_error if matters else 0.0 for d in found]

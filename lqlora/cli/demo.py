@@ -169,8 +169,11 @@ def _check_budgets(work: _Work) -> None:
     formats = work.settings.formats
     shapes = {name: tuple(layer.weight.shape) for name, layer in nn.select_linears(work.base).items()}
     sizes = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes.values()], dtype=np.int64)
-    rank = work.settings.rank
-    table = lq.CostTable(tuple(shapes), tuple(shapes.values()), formats, np.zeros(sizes.shape), sizes, rank)
+    configurations = tuple(lq.Configuration(fmt, work.settings.rank) for fmt in formats)
+    nothing = np.zeros(sizes.shape)
+    table = lq.CostTable(
+        tuple(shapes), tuple(shapes.values()), configurations, nothing, sizes, nothing.astype(np.int64)
+    )
     _solve(table, work.settings)
 
 

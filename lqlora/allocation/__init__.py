@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lqlora.allocation.budgets import allocate
 from lqlora.allocation.costs import cost_table
+from lqlora.allocation.demand import Demand
 from lqlora.allocation.plan import Plan
 from lqlora.allocation.table import Configuration, CostTable
 
-__all__ = ["Configuration", "CostTable", "Plan", "allocate", "cost_table"]
+__all__ = ["Configuration", "CostTable", "Demand", "Plan", "allocate", "cost_table"]

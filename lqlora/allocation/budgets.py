@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lqlora.allocation.demand import Demand
 from lqlora.allocation.plan import Plan
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError, SolverError
 from lqlora.solvers import Budget, Problem, SolveOptions, solve
@@ -96,23 +97,30 @@ def allocate(
     if solution.assignment is None:
         raise SolverError(f"{solution.solver}: {solution.status.value} ({solution.message})")
     note = "The budget is above the dearest choice of formats: it does not bind." if budget >= largest else ""
-    return _plan(table, solution, solution.assignment, note)
+    used = int(table.sizes[np.arange(len(table.names)), solution.assignment].sum())
+    demand = Demand("all matrices", used, upper=budget, weights=table.weight_count)
+    return _plan(table, solution, solution.assignment, note, (demand,))
 
 
-def _plan(table: CostTable, solution: Solution, assignment: npt.NDArray[np.int64], note: str) -> Plan:
-    chosen = dict(zip(table.names, assignment.tolist(), strict=True))
-    costs = table.costs[np.arange(len(table.names)), assignment]
+def _plan(
+    table: CostTable, solution: Solution, assignment: npt.NDArray[np.int64], note: str, demands: tuple[Demand, ...]
+) -> Plan:
+    rows = np.arange(len(table.names))
+    chosen = dict(zip(table.names, [table.configurations[j] for j in assignment.tolist()], strict=True))
     return Plan(
-        {name: table.configurations[j].format for name, j in chosen.items()},
-        {name: table.configurations[j].rank for name, j in chosen.items()},
-        dict(zip(table.names, table.shapes, strict=True)),
-        dict(zip(table.names, costs.tolist(), strict=True)),
-        solution.objective,
-        solution.bound,
-        solution.status.name,
-        f"{solution.solver} {solution.version}",
-        note,
-        solution.seconds,
+        formats={name: own.format for name, own in chosen.items()},
+        ranks={name: own.rank for name, own in chosen.items()},
+        shapes=dict(zip(table.names, table.shapes, strict=True)),
+        costs=dict(zip(table.names, table.costs[rows, assignment].tolist(), strict=True)),
+        factor_bits=dict(zip(table.names, table.factor_sizes[rows, assignment].tolist(), strict=True)),
+        factors_counted=False,
+        demands=demands,
+        objective=solution.objective,
+        bound=solution.bound,
+        status=solution.status.name,
+        solver=f"{solution.solver} {solution.version}",
+        note=note,
+        seconds=solution.seconds,
     )
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lqlora import _plots
-from lqlora.codebooks import Codebook, is_standard
-from lqlora.errors import InvalidArgumentError
-from lqlora.formats import BlockFormat, codebook_name
+from lqlora.allocation import _document
 from lqlora.solvers import relative_gap
+
+if TYPE_CHECKING:
+    from lqlora.allocation.demand import Demand
+    from lqlora.formats import BlockFormat
 
 __all__ = ["Plan"]
 
-_SPEC = 2
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A format and a rank for each matrix, with what is proven about the choice.
 
@@ -33,6 +32,12 @@ class Plan:
         By matrix.
     costs : dict of str to float
         Weighted squared error of each matrix, as in the cost table.
+    factor_bits : dict of str to int
+        Exact bits of the low-rank factors of each matrix, as in the cost table.
+    factors_counted : bool
+        Whether the bits of the factors count in ``demands``.
+    demands : tuple of Demand
+        What was asked, the budget first, and what the plan uses of it.
     objective, bound : float
         Sum of the costs, and a proven lower bound on it.
     status : str
@@ -49,6 +54,9 @@ class Plan:
     ranks: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     costs: dict[str, float]
+    factor_bits: dict[str, int]
+    factors_counted: bool
+    demands: tuple[Demand, ...]
     objective: float
     bound: float
     status: str
@@ -85,17 +93,7 @@ class Plan:
             The same text for the same plan, indented, formats in their one-line spelling; with the levels of codebooks
             that have no standard name.
         """
-        rows: dict[str, dict[str, Any]] = {
-            name: {"format": str(fmt), "rank": self.ranks[name], "shape": self.shapes[name], "cost": self.costs[name]}
-            for name, fmt in self.formats.items()
-        }
-        for name, fmt in self.formats.items():
-            if not is_standard(fmt.codebook):
-                rows[name] |= {"levels": fmt.codebook.levels.tolist(), "normalization": fmt.codebook.normalization}
-        head = {name: getattr(self, name) for name in ("objective", "bound", "status", "solver", "note")}
-        head["bound"] = self.bound if math.isfinite(self.bound) else None  # JSON has no infinity
-        figures = {"bits_per_weight": float(self.bits_per_weight), "storage_bits": self.storage_bits}
-        return json.dumps({"lqlora_plan": _SPEC, **head, **figures, "matrices": rows}, indent=1, allow_nan=False)
+        return _document.write(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -116,25 +114,7 @@ class Plan:
         InvalidArgumentError
             If the text is no such document.
         """
-        try:
-            document = json.loads(text)
-            if document["lqlora_plan"] != _SPEC:
-                raise InvalidArgumentError(f"Plan of version {document['lqlora_plan']!r}; this library reads {_SPEC}.")
-            rows = {name: _read_row(row) for name, row in document["matrices"].items()}
-            bound = -math.inf if document["bound"] is None else _finite(document["bound"])
-            return cls(
-                {name: row[0] for name, row in rows.items()},
-                {name: row[1] for name, row in rows.items()},
-                {name: row[2] for name, row in rows.items()},
-                {name: row[3] for name, row in rows.items()},
-                _finite(document["objective"]),
-                bound,
-                _word(document["status"]),
-                _word(document["solver"]),
-                _word(document["note"]),
-            )
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise InvalidArgumentError(f"This is no lqlora plan: {type(error).__name__} {error}.") from error
+        return cls(**_document.read(text))
 
     def table(self) -> str:
         """Return the plan as a Markdown table, one matrix a row.
@@ -161,6 +141,17 @@ class Plan:
         """
         return {name: _bits(fmt, self.shapes[name]) for name, fmt in self.formats.items()}
 
+    def error_by_matrix(self) -> dict[str, float]:
+        """Return the share of each matrix in the weighted squared error.
+
+        Returns
+        -------
+        dict of str to float
+            They sum to 1, or are all 0 if there is no error.
+        """
+        total = math.fsum(self.costs.values())
+        return {name: cost / total if total else 0.0 for name, cost in self.costs.items()}
+
     def plot(self) -> Any:
         """Draw bits per weight by kind of matrix and layer.
 
@@ -183,33 +174,3 @@ class Plan:
 
 def _bits(fmt: BlockFormat, shape: tuple[int, ...]) -> float:
     return fmt.storage_bits(shape) / max(1, math.prod(shape))
-
-
-def _read_row(row: dict[str, Any]) -> tuple[BlockFormat, int, tuple[int, ...], float]:
-    shape = row["shape"]
-    if not isinstance(shape, list):
-        raise TypeError(f"{shape!r} is no shape")
-    lengths = tuple(_count(length) for length in shape)
-    text = _word(row["format"])
-    codebook = None
-    if "levels" in row:
-        codebook = Codebook([_finite(x) for x in row["levels"]], codebook_name(text), row["normalization"])
-    return BlockFormat.parse(text, codebook), _count(row["rank"]), lengths, _finite(row["cost"])
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no count")
-    return value
-
-
-def _finite(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no finite number")
-    return float(value)
-
-
-def _word(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value

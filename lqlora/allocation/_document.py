@@ -32,12 +32,13 @@ def write(plan: Plan) -> str:
         "status": plan.status,
         "solver": plan.solver,
         "note": plan.note,
+        "goal": plan.goal,
         "objective": plan.objective,
         "bound": plan.bound if math.isfinite(plan.bound) else None,  # JSON has no infinity
         "bits_per_weight": float(plan.bits_per_weight),
         "storage_bits": plan.storage_bits,
         "factor_bits": sum(plan.factor_bits.values()),
-        "factors_counted": plan.factors_counted,
+        "counts_factors": plan.counts_factors,
         "demands": [vars(demand) for demand in plan.demands],
     }
     bits, shares = plan.bits_by_matrix(), plan.error_by_matrix()
@@ -75,15 +76,17 @@ def read(text: str) -> dict[str, Any]:
 
 def _read_head(document: dict[str, Any]) -> dict[str, Any]:
     head = {key: value for key, value in document.items() if key not in _DERIVED}
-    words = ("status", "solver", "note")
-    _only(head, {"lqlora_plan", "objective", "bound", "factors_counted", "demands", "matrices", *words})
+    words = ("status", "solver", "note", "goal")
+    _only(head, {"lqlora_plan", "objective", "bound", "counts_factors", "demands", "matrices", *words})
     rows = {name: _read_row(row) for name, row in head["matrices"].items()}
-    if not isinstance(head["factors_counted"], bool):
-        raise TypeError(f"{head['factors_counted']!r} is neither true nor false")
+    if not isinstance(head["counts_factors"], bool):
+        raise TypeError(f"{head['counts_factors']!r} is neither true nor false")
+    if head["goal"] not in ("error", "bits"):
+        raise ValueError(f"{head['goal']!r} is neither 'error' nor 'bits'")
     return {
         "objective": _finite(head["objective"]),
         "bound": -math.inf if head["bound"] is None else _finite(head["bound"]),
-        "factors_counted": head["factors_counted"],
+        "counts_factors": head["counts_factors"],
         "demands": tuple(_read_demand(demand) for demand in head["demands"]),
         **{word: _word(head[word]) for word in words},
         **{
@@ -122,7 +125,7 @@ def _read_demand(row: dict[str, Any]) -> Demand:
 
 def _only(found: Mapping[str, Any], known: set[str]) -> None:
     if unknown := set(found) - known:
-        raise ValueError(f"it has an unknown key {sorted(unknown)[0]!r}")
+        raise ValueError(f"it has an unknown key {min(unknown)!r}")
 
 
 def _count(value: object) -> int:

@@ -113,7 +113,7 @@ def _plan(
         shapes=dict(zip(table.names, table.shapes, strict=True)),
         costs=dict(zip(table.names, table.costs[rows, assignment].tolist(), strict=True)),
         factor_bits=dict(zip(table.names, table.factor_sizes[rows, assignment].tolist(), strict=True)),
-        factors_counted=False,
+        counts_factors=False,
         demands=demands,
         objective=solution.objective,
         bound=solution.bound,

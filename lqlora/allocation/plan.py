@@ -34,16 +34,18 @@ class Plan:
         Weighted squared error of each matrix, as in the cost table.
     factor_bits : dict of str to int
         Exact bits of the low-rank factors of each matrix, as in the cost table.
-    factors_counted : bool
-        Whether the bits of the factors count in ``demands``.
+    counts_factors : bool
+        Whether the bits of the factors count in every budget and limit.
     demands : tuple of Demand
         What was asked, the budget first, and what the plan uses of it.
     objective, bound : float
-        Sum of the costs, and a proven lower bound on it.
+        What was minimized, and a proven lower bound on it; see ``goal``.
     status : str
         ``"OPTIMAL"`` or ``"FEASIBLE"``: see :class:`lqlora.solvers.Status`.
     solver : str
         Solver and version.
+    goal : {"error", "bits"}
+        ``"error"`` if the objective is the sum of the costs, ``"bits"`` if it is ``counted_bits``.
     note : str
         What the caller should know, such as a budget above the dearest choice.
     seconds : float
@@ -55,12 +57,13 @@ class Plan:
     shapes: dict[str, tuple[int, ...]]
     costs: dict[str, float]
     factor_bits: dict[str, int]
-    factors_counted: bool
+    counts_factors: bool
     demands: tuple[Demand, ...]
     objective: float
     bound: float
     status: str
     solver: str
+    goal: str = "error"
     note: str = ""
     seconds: float = field(default=0.0, compare=False)
 
@@ -70,14 +73,34 @@ class Plan:
         return relative_gap(self.objective, self.bound)
 
     @property
+    def error(self) -> float:
+        """Sum of the costs, rounded once: the same in any order of the matrices."""
+        return math.fsum(self.costs.values())
+
+    @property
     def storage_bits(self) -> int:
         """Exact bits of the quantized parts."""
         return sum(fmt.storage_bits(self.shapes[name]) for name, fmt in self.formats.items())
 
     @property
+    def counted_bits(self) -> int:
+        """Exact bits that budgets counted: the quantized parts, and the factors if ``counts_factors``."""
+        return self.storage_bits + (sum(self.factor_bits.values()) if self.counts_factors else 0)
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights of all matrices together."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
     def bits_per_weight(self) -> Fraction:
         """Exact bits per weight of the quantized parts, scales and padding included."""
-        return Fraction(self.storage_bits, max(1, sum(math.prod(shape) for shape in self.shapes.values())))
+        return Fraction(self.storage_bits, max(1, self.weight_count))
+
+    @property
+    def counted_bits_per_weight(self) -> Fraction:
+        """Exact bits per weight of ``counted_bits``: what a budget of bits per weight limits."""
+        return Fraction(self.counted_bits, max(1, self.weight_count))
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +172,7 @@ class Plan:
         dict of str to float
             They sum to 1, or are all 0 if there is no error.
         """
-        total = math.fsum(self.costs.values())
+        total = self.error
         return {name: cost / total if total else 0.0 for name, cost in self.costs.items()}
 
     def plot(self) -> Any:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from lqlora._plots import Grid
 from lqlora.allocation.budgets import allocate
 from lqlora.allocation.costs import cost_table
 from lqlora.allocation.demand import Demand
+from lqlora.allocation.kinds import Kind
+from lqlora.allocation.pareto_picture import ParetoPoint, pareto_points, plot_pareto
 from lqlora.allocation.plan import Plan
 from lqlora.allocation.table import Configuration, CostTable
 
-__all__ = ["Configuration", "CostTable", "Demand", "Plan", "allocate", "cost_table"]
+__all__ = [
+    "Configuration",
+    "CostTable",
+    "Demand",
+    "Grid",
+    "Kind",
+    "ParetoPoint",
+    "Plan",
+    "allocate",
+    "cost_table",
+    "pareto_points",
+    "plot_pareto",
+]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from importlib import resources
+from typing import TYPE_CHECKING, Any, cast
 
 from lqlora.allocation.demand import Demand
 from lqlora.codebooks import Codebook, is_standard
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from lqlora.allocation.plan import Plan
 
-__all__ = ["VERSION", "read", "write"]
+__all__ = ["VERSION", "read", "schema", "write"]
 
 VERSION = 3
 
@@ -63,6 +64,12 @@ def _row(plan: Plan, name: str) -> dict[str, Any]:
     return row | {"levels": fmt.codebook.levels.tolist(), "normalization": fmt.codebook.normalization}
 
 
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of the document."""
+    text = resources.files("lqlora.allocation").joinpath("plan.schema.json").read_text(encoding="utf-8")
+    return cast("dict[str, Any]", json.loads(text))
+
+
 def read(text: str) -> dict[str, Any]:
     """Return the fields of the plan that a document describes."""
     try:
@@ -99,17 +106,17 @@ def _read_head(document: dict[str, Any]) -> dict[str, Any]:
 def _read_row(row: dict[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in row.items() if key not in _DERIVED_OF_ROW}
     _only(own, {"format", "rank", "shape", "cost", "factor_bits", "levels", "normalization"})
-    if not isinstance(own["shape"], list):
+    if not isinstance(own["shape"], list) or len(own["shape"]) != 2:
         raise TypeError(f"{own['shape']!r} is no shape")
     text = _word(own["format"])
     codebook = None
-    if "levels" in own:
+    if "levels" in own or "normalization" in own:
         codebook = Codebook([_finite(x) for x in own["levels"]], codebook_name(text), own["normalization"])
     return {
         "formats": BlockFormat.parse(text, codebook),
         "ranks": _count(own["rank"]),
         "shapes": tuple(_count(length) for length in own["shape"]),
-        "costs": _finite(own["cost"]),
+        "costs": _positive(own["cost"]),
         "factor_bits": _count(own["factor_bits"]),
     }
 
@@ -138,6 +145,12 @@ def _finite(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no finite number")
     return float(value)
+
+
+def _positive(value: object) -> float:
+    if _finite(value) < 0:
+        raise ValueError(f"{value!r} is below zero")
+    return _finite(value)
 
 
 def _word(value: object) -> str:

@@ -37,7 +37,7 @@ class Demand:
     Examples
     --------
     >>> Demand("all matrices", used=2_700, upper=2_750, weights=1_000).describe()
-    'all matrices: at most 2.7500 bits per weight, used 2.7000'
+    'all matrices: at most 2.7500 bits per weight, used 2.7000, 50 bits left'
     """
 
     what: str
@@ -72,7 +72,8 @@ class Demand:
         ]
         unit = "an error of " if self.unit == "error" else ""
         end = " bits per weight" if self.unit == "bits" else ""
-        return f"{self.what}: {unit}{' and '.join(words)}{end}, used {self._quantity(self.used)}"
+        left = f", {self.upper - self.used:,} bits left" if self.unit == "bits" and self.upper is not None else ""
+        return f"{self.what}: {unit}{' and '.join(words)}{end}, used {self._quantity(self.used)}{left}"
 
     def _quantity(self, number: float) -> str:
         return f"{number:.4g}" if self.unit == "error" else f"{number / max(1, self.weights):.4f}"

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from lqlora import _plots
-from lqlora.allocation import _document
+from lqlora.allocation import _document, _page, _tables
+from lqlora.allocation.kinds import summarize_kinds
+from lqlora.errors import InvalidArgumentError
 from lqlora.solvers import relative_gap
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lqlora._plots import Grid
     from lqlora.allocation.demand import Demand
+    from lqlora.allocation.kinds import Kind
     from lqlora.formats import BlockFormat
 
 __all__ = ["Plan"]
@@ -80,7 +88,7 @@ class Plan:
     @property
     def storage_bits(self) -> int:
         """Exact bits of the quantized parts."""
-        return sum(fmt.storage_bits(self.shapes[name]) for name, fmt in self.formats.items())
+        return sum(self._bits(name) for name in self.formats)
 
     @property
     def counted_bits(self) -> int:
@@ -90,7 +98,7 @@ class Plan:
     @property
     def weight_count(self) -> int:
         """Number of weights of all matrices together."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(self._count(name) for name in self.shapes)
 
     @property
     def bits_per_weight(self) -> Fraction:
@@ -139,30 +147,86 @@ class Plan:
         """
         return cls(**_document.read(text))
 
-    def table(self) -> str:
-        """Return the plan as a Markdown table, one matrix a row.
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """Return the JSON Schema of the documents that :meth:`to_json` writes.
+
+        Returns
+        -------
+        dict
+            Draft 2020-12. It describes the shape of a document; whether its formats exist, :meth:`from_json` tells.
+
+        Examples
+        --------
+        >>> Plan.json_schema()["properties"]["lqlora_plan"]
+        {'const': 3}
+        """
+        return _document.schema()
+
+    def to_html(self, title: str = "Quantization plan", others: Sequence[Plan] = ()) -> str:
+        """Return the plan as one HTML page: what was asked, pictures, and tables that can be sorted.
+
+        Parameters
+        ----------
+        title : str
+            Heading of the page.
+        others : sequence of Plan
+            Plans of the same matrices at other budgets: the page then shows the errors of all of them over their bits.
+
+        Returns
+        -------
+        str
+            Complete: it loads nothing, and holds no script but the one that sorts. The same text for the same plans.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the other plans are of different matrices, or do not count the same parts.
+        """
+        return _page.page(self, title, others)
+
+    def table(self, by: Literal["matrix", "kind"] = "matrix") -> str:
+        """Return the plan as a Markdown table.
+
+        Parameters
+        ----------
+        by : {"matrix", "kind"}
+            What has a row of its own: each matrix, or all matrices of a kind together.
 
         Returns
         -------
         str
             Text without a newline at the end.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``by`` is another word.
         """
-        lines = ["| matrix | format | bits per weight | rank | cost |", "|---|---|---|---|---|"]
-        for name, fmt in self.formats.items():
-            lines.append(
-                f"| {name} | {fmt} | {_bits(fmt, self.shapes[name]):.3f} | {self.ranks[name]} | {self.costs[name]:.3g} |"
-            )
-        return "\n".join(lines)
+        tables = {"matrix": _tables.matrix_table, "kind": _tables.kind_table}
+        if by not in tables:
+            raise InvalidArgumentError(f"A table of a plan is by 'matrix' or by 'kind', not {by!r}.")
+        return tables[by](self)
+
+    def by_kind(self) -> tuple[Kind, ...]:
+        """Return the matrices of each kind taken together: the data of the compact table.
+
+        Returns
+        -------
+        tuple of Kind
+            In the order of first appearance.
+        """
+        return summarize_kinds(self)
 
     def bits_by_matrix(self) -> dict[str, float]:
-        """Return the bits per weight of each matrix: the data of :meth:`plot`.
+        """Return the bits per weight of each quantized part.
 
         Returns
         -------
         dict of str to float
             Exact storage divided by the number of weights.
         """
-        return {name: _bits(fmt, self.shapes[name]) for name, fmt in self.formats.items()}
+        return {name: self._bits(name) / max(1, self._count(name)) for name in self.formats}
 
     def error_by_matrix(self) -> dict[str, float]:
         """Return the share of each matrix in the weighted squared error.
@@ -175,8 +239,41 @@ class Plan:
         total = self.error
         return {name: cost / total if total else 0.0 for name, cost in self.costs.items()}
 
+    def bits_by_layer(self) -> Grid:
+        """Return the bits per weight of the quantized parts by kind and layer.
+
+        Returns
+        -------
+        Grid
+            What shares kind and layer, such as the experts of a layer, is taken together.
+        """
+        bits = _plots.by_layer({name: self._bits(name) for name in self.formats})
+        counts = _plots.by_layer({name: self._count(name) for name in self.formats})
+        return bits._replace(values=bits.values / np.maximum(counts.values, 1))
+
+    def ranks_by_layer(self) -> Grid:
+        """Return the ranks by kind and layer.
+
+        Returns
+        -------
+        Grid
+            The mean of what shares kind and layer.
+        """
+        ranks, ones = _plots.by_layer(self.ranks), _plots.by_layer(dict.fromkeys(self.ranks, 1))
+        return ranks._replace(values=ranks.values / ones.values)
+
+    def error_by_layer(self) -> Grid:
+        """Return the shares in the weighted squared error by kind and layer.
+
+        Returns
+        -------
+        Grid
+            The sum of what shares kind and layer.
+        """
+        return _plots.by_layer(self.error_by_matrix())
+
     def plot(self) -> Any:
-        """Draw bits per weight by kind of matrix and layer.
+        """Draw bits per weight, ranks if they differ, and shares of the error, by kind of matrix and layer.
 
         Returns
         -------
@@ -188,12 +285,18 @@ class Plan:
         MissingDependencyError
             If matplotlib is not installed.
         """
-        figure = _plots.figure(figsize=(8, 3))
-        _plots.draw_bits(
-            figure.add_subplot(), self.bits_by_matrix(), f"{float(self.bits_per_weight):.3f} bits per weight"
-        )
+        bits = self.bits_by_layer()
+        grids = [(bits, f"{float(self.bits_per_weight):.3f} bits per weight", "bits per weight", "{x:g}")]
+        if len(set(self.ranks.values())) > 1:
+            grids.append((self.ranks_by_layer(), "Ranks", "rank", "{x:g}"))
+        grids.append((self.error_by_layer(), "Share of the weighted squared error", "share", "{x:.1%}"))
+        figure = _plots.figure(figsize=(8, len(grids) * max(3.0, 1.2 + 0.25 * len(bits.kinds))))
+        for axes, (grid, title, label, form) in zip(figure.subplots(len(grids)), grids, strict=True):
+            _plots.draw_grid(axes, grid, title, label, form=form)
         return figure
 
+    def _bits(self, name: str) -> int:
+        return self.formats[name].storage_bits(self.shapes[name])
 
-def _bits(fmt: BlockFormat, shape: tuple[int, ...]) -> float:
-    return fmt.storage_bits(shape) / max(1, math.prod(shape))
+    def _count(self, name: str) -> int:
+        return math.prod(self.shapes[name])

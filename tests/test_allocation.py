@@ -19,7 +19,7 @@ import lqlora as lq
 from lqlora import solvers
 from lqlora._optional import is_installed
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError, NonFiniteError, SolverError
-from lqlora.solvers import RawResult
+from lqlora.solvers import RawResult, StopReason, registry
 from lqlora.weighting import Elementwise
 from tests.requirements import require_or_skip
 
@@ -351,12 +351,12 @@ class _Stopped:
         for group in range(reduced.choose.shape[0]):
             members = np.flatnonzero(reduced.group == group)
             x[members[np.argmin(np.asarray(reduced.use[[0], :].todense()).ravel()[members])]] = 1
-        return RawResult(x if self._incumbent else None, -np.inf, "time limit", infeasible=False)
+        return RawResult(x if self._incumbent else None, -np.inf, "time limit", StopReason.TIME_LIMIT)
 
 
 @pytest.fixture
 def stopped(monkeypatch):
-    monkeypatch.setattr(solvers, "_ADAPTERS", dict(solvers._ADAPTERS))
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))
 
     def add(*, incumbent: bool) -> str:
         solvers.register("stopped", _Stopped(incumbent=incumbent))

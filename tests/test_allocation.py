@@ -416,7 +416,9 @@ class TestDocuments:
         with pytest.raises(InvalidArgumentError, match="plan"):
             lq.Plan.from_json(text)
 
-    @pytest.mark.parametrize("key", ["lqlora_plan", "matrices", "objective", "bound", "status", "solver", "note"])
+    @pytest.mark.parametrize(
+        "key", ["lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "status", "solver", "note"]
+    )
     def test_a_missing_key_is_refused(self, plan, key):
         document = json.loads(plan.to_json())
         del document[key]
@@ -432,7 +434,14 @@ class TestDocuments:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("lqlora_plan", 1), ("matrices", []), ("matrices", {"a": []}), ("objective", "cheap"), ("bound", "high")],
+        [
+            ("lqlora_plan", 1),
+            ("matrices", []),
+            ("matrices", {"a": []}),
+            ("objective", "cheap"),
+            ("bound", "high"),
+            ("counts_factors", 1),
+        ],
     )
     def test_a_wrong_value_is_refused(self, plan, key, value):
         document = json.loads(plan.to_json())

@@ -101,7 +101,8 @@ def allocate(
 
 def _plan(table: CostTable, solution: Solution, assignment: npt.NDArray[np.int64], note: str) -> Plan:
     chosen = dict(zip(table.names, assignment.tolist(), strict=True))
-    costs = table.costs[np.arange(len(table.names)), assignment]
+    rows = np.arange(len(table.names))
+    costs, factors = table.costs[rows, assignment], table.factor_sizes[rows, assignment]
     return Plan(
         {name: table.configurations[j].format for name, j in chosen.items()},
         {name: table.configurations[j].rank for name, j in chosen.items()},
@@ -112,7 +113,8 @@ def _plan(table: CostTable, solution: Solution, assignment: npt.NDArray[np.int64
         solution.status.name,
         f"{solution.solver} {solution.version}",
         note,
-        solution.seconds,
+        factor_bits=dict(zip(table.names, factors.tolist(), strict=True)),
+        seconds=solution.seconds,
     )
 
 

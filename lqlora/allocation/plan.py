@@ -16,7 +16,9 @@ from lqlora.solvers import relative_gap
 
 __all__ = ["Plan"]
 
-_SPEC = 2
+_SPEC = 3
+
+_HEAD = ("goal", "objective", "bound", "counts_factors", "status", "solver", "note")
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,19 @@ class Plan:
     costs : dict of str to float
         Weighted squared error of each matrix, as in the cost table.
     objective, bound : float
-        Sum of the costs, and a proven lower bound on it.
+        What was minimized, and a proven lower bound on it; see ``goal``.
     status : str
         ``"OPTIMAL"`` or ``"FEASIBLE"``: see :class:`lqlora.solvers.Status`.
     solver : str
         Solver and version.
     note : str
         What the caller should know, such as a budget above the dearest choice.
+    goal : {"error", "bits"}
+        ``"error"`` if the objective is the sum of the costs, ``"bits"`` if it is ``counted_bits``.
+    factor_bits : dict of str to int
+        Exact bits of the low-rank factors, by matrix.
+    counts_factors : bool
+        True if the factors counted in every budget and limit.
     seconds : float
         Wall time of the solver. Not written to JSON: equal inputs give equal files.
     """
@@ -54,6 +62,9 @@ class Plan:
     status: str
     solver: str
     note: str = ""
+    goal: str = "error"
+    factor_bits: dict[str, int] = field(default_factory=dict)
+    counts_factors: bool = False
     seconds: float = field(default=0.0, compare=False)
 
     @property
@@ -62,14 +73,34 @@ class Plan:
         return relative_gap(self.objective, self.bound)
 
     @property
+    def error(self) -> float:
+        """Sum of the costs, rounded once: the same in any order of the matrices."""
+        return math.fsum(self.costs.values())
+
+    @property
     def storage_bits(self) -> int:
         """Exact bits of the quantized parts."""
         return sum(fmt.storage_bits(self.shapes[name]) for name, fmt in self.formats.items())
 
     @property
+    def counted_bits(self) -> int:
+        """Exact bits that budgets counted: the quantized parts, and the factors if ``counts_factors``."""
+        return self.storage_bits + (sum(self.factor_bits.values()) if self.counts_factors else 0)
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights of all matrices together."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
     def bits_per_weight(self) -> Fraction:
         """Exact bits per weight of the quantized parts, scales and padding included."""
-        return Fraction(self.storage_bits, max(1, sum(math.prod(shape) for shape in self.shapes.values())))
+        return Fraction(self.storage_bits, max(1, self.weight_count))
+
+    @property
+    def counted_bits_per_weight(self) -> Fraction:
+        """Exact bits per weight of ``counted_bits``: what a budget of bits per weight limits."""
+        return Fraction(self.counted_bits, max(1, self.weight_count))
 
     @property
     def nbytes(self) -> int:
@@ -89,10 +120,12 @@ class Plan:
             name: {"format": str(fmt), "rank": self.ranks[name], "shape": self.shapes[name], "cost": self.costs[name]}
             for name, fmt in self.formats.items()
         }
+        for name, bits in self.factor_bits.items():
+            rows[name]["factor_bits"] = bits
         for name, fmt in self.formats.items():
             if not is_standard(fmt.codebook):
                 rows[name] |= {"levels": fmt.codebook.levels.tolist(), "normalization": fmt.codebook.normalization}
-        head = {name: getattr(self, name) for name in ("objective", "bound", "status", "solver", "note")}
+        head = {name: getattr(self, name) for name in _HEAD}
         head["bound"] = self.bound if math.isfinite(self.bound) else None  # JSON has no infinity
         figures = {"bits_per_weight": float(self.bits_per_weight), "storage_bits": self.storage_bits}
         return json.dumps({"lqlora_plan": _SPEC, **head, **figures, "matrices": rows}, indent=1, allow_nan=False)
@@ -132,6 +165,9 @@ class Plan:
                 _word(document["status"]),
                 _word(document["solver"]),
                 _word(document["note"]),
+                _word(document["goal"]),
+                {n: _count(row["factor_bits"]) for n, row in document["matrices"].items() if "factor_bits" in row},
+                _truth(document["counts_factors"]),
             )
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise InvalidArgumentError(f"This is no lqlora plan: {type(error).__name__} {error}.") from error
@@ -207,6 +243,12 @@ def _finite(value: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{value!r} is no finite number")
     return float(value)
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def _word(value: object) -> str:

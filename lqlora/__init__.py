@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING
 
 from lqlora import backends, codebooks, errors, initializers, ops, solvers, weighting
 from lqlora._dispatch import forced
-from lqlora.allocation import Configuration, CostTable, Demand, Plan, allocate, cost_table
+from lqlora.allocation import (
+    Configuration,
+    CostTable,
+    Demand,
+    Limit,
+    Plan,
+    allocate,
+    cache_bytes,
+    cost_table,
+    memory_budget,
+    pareto,
+    ties,
+)
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
 from lqlora.codebooks import (
     NF4,
@@ -44,6 +56,7 @@ __all__ = [
     "Decomposition",
     "DecompositionStack",
     "Demand",
+    "Limit",
     "Plan",
     "QuantizedArray",
     "ScaleFormat",
@@ -51,6 +64,7 @@ __all__ = [
     "affine",
     "allocate",
     "backends",
+    "cache_bytes",
     "codebooks",
     "cost_table",
     "decompose",
@@ -65,16 +79,19 @@ __all__ = [
     "load",
     "logarithmic",
     "matmul",
+    "memory_budget",
     "nn",
     "normal_float",
     "ops",
     "paper_grid",
+    "pareto",
     "quantize",
     "save",
     "small_float",
     "solvers",
     "student_float",
     "testing",
+    "ties",
     "uniform",
     "verify",
     "weighting",

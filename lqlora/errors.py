@@ -72,14 +72,15 @@ class ConformanceError(LQLoRAError, AssertionError):
 
 
 class InfeasibleBudgetError(LQLoRAError, ValueError):
-    """No assignment of formats fits the budget.
+    """No assignment of formats fits a budget or a limit.
 
     Parameters
     ----------
     message : str
-        One sentence.
+        Which limit cannot be met, what range is feasible, and what to do.
     asked, minimum, maximum : Fraction
-        The budget asked for, the storage of the cheapest assignment and that of the dearest one, in bits per weight.
+        The limit asked for, and what the smallest and the largest assignment take, in bits per weight of the matrices
+        that the limit is for; of a limit of the error, the least and the greatest sum of costs.
     """
 
     def __init__(self, message: str, *, asked: Fraction, minimum: Fraction, maximum: Fraction) -> None:

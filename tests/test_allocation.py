@@ -19,7 +19,7 @@ import lqlora as lq
 from lqlora import solvers
 from lqlora._optional import is_installed
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError, NonFiniteError, SolverError
-from lqlora.solvers import RawResult
+from lqlora.solvers import RawResult, StopReason, registry
 from lqlora.weighting import Elementwise
 from tests.requirements import require_or_skip
 
@@ -351,12 +351,12 @@ class _Stopped:
         for group in range(reduced.choose.shape[0]):
             members = np.flatnonzero(reduced.group == group)
             x[members[np.argmin(np.asarray(reduced.use[[0], :].todense()).ravel()[members])]] = 1
-        return RawResult(x if self._incumbent else None, -np.inf, "time limit", infeasible=False)
+        return RawResult(x if self._incumbent else None, -np.inf, "time limit", StopReason.TIME_LIMIT)
 
 
 @pytest.fixture
 def stopped(monkeypatch):
-    monkeypatch.setattr(solvers, "_ADAPTERS", dict(solvers._ADAPTERS))
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))
 
     def add(*, incumbent: bool) -> str:
         solvers.register("stopped", _Stopped(incumbent=incumbent))
@@ -416,7 +416,9 @@ class TestDocuments:
         with pytest.raises(InvalidArgumentError, match="plan"):
             lq.Plan.from_json(text)
 
-    @pytest.mark.parametrize("key", ["lqlora_plan", "matrices", "objective", "bound", "status", "solver", "note"])
+    @pytest.mark.parametrize(
+        "key", ["lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "status", "solver", "note"]
+    )
     def test_a_missing_key_is_refused(self, plan, key):
         document = json.loads(plan.to_json())
         del document[key]
@@ -432,7 +434,14 @@ class TestDocuments:
 
     @pytest.mark.parametrize(
         ("key", "value"),
-        [("lqlora_plan", 1), ("matrices", []), ("matrices", {"a": []}), ("objective", "cheap"), ("bound", "high")],
+        [
+            ("lqlora_plan", 1),
+            ("matrices", []),
+            ("matrices", {"a": []}),
+            ("objective", "cheap"),
+            ("bound", "high"),
+            ("counts_factors", 1),
+        ],
     )
     def test_a_wrong_value_is_refused(self, plan, key, value):
         document = json.loads(plan.to_json())

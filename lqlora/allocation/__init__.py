@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from lqlora._plots import Grid
+from lqlora.allocation import ties
 from lqlora.allocation.budgets import allocate
 from lqlora.allocation.costs import cost_table
 from lqlora.allocation.demand import Demand
+from lqlora.allocation.frontier import pareto
 from lqlora.allocation.kinds import Kind
+from lqlora.allocation.limits import Limit
+from lqlora.allocation.memory import cache_bytes, memory_budget
 from lqlora.allocation.pareto_picture import ParetoPoint, pareto_points, plot_pareto
 from lqlora.allocation.plan import Plan
 from lqlora.allocation.table import Configuration, CostTable
@@ -17,10 +21,15 @@ __all__ = [
     "Demand",
     "Grid",
     "Kind",
+    "Limit",
     "ParetoPoint",
     "Plan",
     "allocate",
+    "cache_bytes",
     "cost_table",
+    "memory_budget",
+    "pareto",
     "pareto_points",
     "plot_pareto",
+    "ties",
 ]

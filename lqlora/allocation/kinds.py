@@ -52,7 +52,18 @@ class Kind:
 
 
 def summarize_kinds(plan: Plan) -> tuple[Kind, ...]:
-    """Return the kinds of matrices of a plan, in the order of first appearance."""
+    """Take the matrices of each kind of a plan together.
+
+    Parameters
+    ----------
+    plan : Plan
+        Any plan.
+
+    Returns
+    -------
+    tuple of Kind
+        In the order of first appearance.
+    """
     members: dict[str, list[str]] = {}
     for name in plan.formats:
         members.setdefault(kind_and_layer(name)[0], []).append(name)

@@ -7,14 +7,13 @@ here, in exact integers, from the assignment the vector rounds to.
 from __future__ import annotations
 
 import time
-from typing import cast
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lqlora._optional import is_installed
-from lqlora.errors import InvalidArgumentError, MissingDependencyError, SolverError
-from lqlora.solvers import highs, scipy_milp
-from lqlora.solvers.adapter import Adapter, RawResult
+from lqlora.errors import MissingDependencyError, SolverError
+from lqlora.solvers.adapter import Adapter, License, RawResult
 from lqlora.solvers.presolve import Reduced, reduce_problem
 from lqlora.solvers.problem import (
     Budget,
@@ -22,20 +21,28 @@ from lqlora.solvers.problem import (
     Solution,
     SolveOptions,
     Status,
+    StopReason,
     evaluate,
     relative_gap,
 )
+from lqlora.solvers.registry import available, check_license, find, register
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 __all__ = [
     "Adapter",
     "Budget",
+    "License",
     "Problem",
     "RawResult",
     "Reduced",
     "Solution",
     "SolveOptions",
     "Status",
+    "StopReason",
     "available",
+    "check_license",
     "evaluate",
     "reduce_problem",
     "register",
@@ -43,46 +50,6 @@ __all__ = [
     "select",
     "solve",
 ]
-
-#: In order of preference.
-_ADAPTERS: dict[str, Adapter] = {"highs": cast("Adapter", highs), "scipy": cast("Adapter", scipy_milp)}
-
-
-def register(name: str, adapter: Adapter) -> None:
-    """Add a solver, or replace one.
-
-    Parameters
-    ----------
-    name : str
-        What :func:`solve` will call it; not ``"auto"``.
-    adapter : Adapter
-        A module or object with ``REQUIRES``, ``version()`` and ``solve(reduced, options)``.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the name is ``"auto"`` or the adapter lacks a part.
-    """
-    lacking = [part for part in ("REQUIRES", "version", "solve") if not hasattr(adapter, part)]
-    if name == "auto" or lacking:
-        raise InvalidArgumentError(f"Solver {name!r} cannot be registered: reserved name, or it lacks {lacking}.")
-    _ADAPTERS[name] = adapter
-
-
-def available() -> dict[str, bool]:
-    """Tell which solvers are installed, without importing them.
-
-    Returns
-    -------
-    dict of str to bool
-        By name, in order of preference.
-
-    Examples
-    --------
-    >>> available()["scipy"]
-    True
-    """
-    return {name: is_installed(adapter.REQUIRES) for name, adapter in _ADAPTERS.items()}
 
 
 def select(problem: Problem) -> str:  # noqa: ARG001 - the choice will depend on the problem once solvers differ
@@ -143,20 +110,19 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     """
     options = options or SolveOptions()
     name = select(problem) if solver == "auto" else solver
-    if name not in _ADAPTERS:
-        raise InvalidArgumentError(f"Unknown solver {name!r}: there are {', '.join(_ADAPTERS)}.")
-    adapter = _ADAPTERS[name]
+    adapter = find(name)
     start = time.perf_counter()
-    reduced = reduce_problem(problem)
+    reduced = _with_start(reduce_problem(problem), problem, options.start)
     if len(np.unique(reduced.group)) < reduced.choose.shape[0]:
-        raw = RawResult(None, np.inf, "Tied rows have no choice in common.", infeasible=True)
+        raw = RawResult(None, np.inf, "Tied rows have no choice in common.", StopReason.INFEASIBLE)
     else:
         raw = adapter.solve(reduced, options)
     seconds = time.perf_counter() - start
     version = adapter.version()
     if raw.x is None:
-        status = Status.INFEASIBLE if raw.infeasible else Status.NO_SOLUTION
-        return Solution(status, None, np.inf, raw.bound * reduced.unit, (), name, version, seconds, raw.message)
+        status = Status.INFEASIBLE if raw.stopped is StopReason.INFEASIBLE else Status.NO_SOLUTION
+        bound = raw.bound * reduced.unit
+        return Solution(status, raw.stopped, None, np.inf, bound, (), name, version, seconds, raw.message)
     assignment = reduced.assignment(raw.x)
     objective, used, faults = evaluate(problem, assignment)
     if faults:
@@ -165,4 +131,13 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     rounding = 1e-12 * (reduced.unit + abs(objective))
     within = objective - bound <= options.rel_gap * abs(objective) * (1 + 1e-9) + rounding
     status = Status.OPTIMAL if within else Status.FEASIBLE
-    return Solution(status, assignment, objective, bound, used, name, version, seconds, raw.message)
+    return Solution(status, raw.stopped, assignment, objective, bound, used, name, version, seconds, raw.message)
+
+
+def _with_start(reduced: Reduced, problem: Problem, start: npt.ArrayLike | None) -> Reduced:
+    """Add the caller's start, if it breaks no constraint and consists of choices that are left."""
+    if start is None or evaluate(problem, start)[2]:
+        return reduced
+    chosen = np.asarray(start)[np.unique(reduced.group_of_row, return_index=True)[1]]
+    x = (reduced.column == chosen[reduced.group]).astype(np.float64)
+    return replace(reduced, start=x) if x.sum() == len(chosen) else reduced

@@ -9,9 +9,24 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora.solvers.presolve import Reduced
-    from lqlora.solvers.problem import SolveOptions
+    from lqlora.solvers.problem import SolveOptions, StopReason
 
-__all__ = ["Adapter", "RawResult"]
+__all__ = ["Adapter", "License", "RawResult"]
+
+
+class License(NamedTuple):
+    """Whether an installed solver may be used.
+
+    Parameters
+    ----------
+    ok : bool
+        True if it may.
+    message : str
+        What the license allows, or what is wrong with it.
+    """
+
+    ok: bool
+    message: str
 
 
 class RawResult(NamedTuple):
@@ -22,21 +37,25 @@ class RawResult(NamedTuple):
     x : ndarray of float64, shape (k,), or None
         Value of each variable of the reduced problem; None if the solver holds no feasible point.
     bound : float
-        Lower bound on ``cost @ x + constant / unit`` of the reduced problem.
+        Lower bound on ``cost @ x + constant / unit`` of the reduced problem; minus infinity if there is none.
     message : str
         The solver's own word for why it stopped.
-    infeasible : bool
-        True if the solver proved that there is no feasible point.
+    stopped : StopReason
+        The same, in the words of this library.
     """
 
     x: npt.NDArray[np.float64] | None
     bound: float
     message: str
-    infeasible: bool
+    stopped: StopReason
 
 
 class Adapter(Protocol):
-    """One solver. The vendor's package is imported inside the methods, never at module level."""
+    """One solver. The vendor's package is imported inside the methods, never at module level.
+
+    An adapter whose solver needs a license also has a method ``check_license()`` that returns a :class:`License`;
+    a solver without it is free.
+    """
 
     #: Name of the package that must be installed.
     REQUIRES: str
@@ -56,9 +75,9 @@ class Adapter(Protocol):
         Parameters
         ----------
         reduced : Reduced
-            The problem.
+            The problem; ``reduced.start`` is a feasible point to start from, if there is one.
         options : SolveOptions
-            The limits.
+            The limits. ``options.start`` is for the library, not for adapters.
 
         Returns
         -------
@@ -68,5 +87,5 @@ class Adapter(Protocol):
         Raises
         ------
         SolverError
-            If it fails.
+            If it fails. To be stopped by a limit, that of a license too, is no failure.
         """

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lqlora._optional import require
 from lqlora.errors import SolverError
 from lqlora.solvers.adapter import RawResult
+from lqlora.solvers.problem import StopReason
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from lqlora.solvers.presolve import Reduced
     from lqlora.solvers.problem import SolveOptions
 
 __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "highspy"
+
+#: Nothing here is unbounded, so what may be either is infeasible.
+_STOPPED = {
+    "kOptimal": StopReason.GAP,
+    "kInfeasible": StopReason.INFEASIBLE,
+    "kUnboundedOrInfeasible": StopReason.INFEASIBLE,
+    "kTimeLimit": StopReason.TIME_LIMIT,
+    "kIterationLimit": StopReason.LIMIT,
+    "kSolutionLimit": StopReason.LIMIT,
+    "kMemoryLimit": StopReason.LIMIT,
+    "kInterrupt": StopReason.INTERRUPTED,
+}
 
 
 def version() -> str:
@@ -54,47 +69,51 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
     solver = highspy.Highs()
     settings = {"output_flag": False, "mip_rel_gap": options.rel_gap, "mip_abs_gap": 0.0, "random_seed": options.seed}
-    settings |= {"threads": 1}  # the answer of a parallel search may depend on timing
+    settings |= {"threads": options.threads}
     if options.time_limit is not None:
         settings["time_limit"] = float(options.time_limit)
     for name, value in settings.items():
         if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
             raise SolverError(f"HiGHS refused the option {name}={value!r}.")
-    statuses = highspy.HighsModelStatus
     if solver.passModel(_model(highspy, reduced)) == highspy.HighsStatus.kError:
         raise SolverError("HiGHS refused the model.")
+    if reduced.start is not None:
+        _set_start(highspy, solver, reduced.start)
     ran = solver.run()
     status = solver.getModelStatus()
-    info = solver.getInfo()
     word = solver.modelStatusToString(status)
-    if ran == highspy.HighsStatus.kError or status not in (
-        statuses.kOptimal,
-        statuses.kInfeasible,
-        statuses.kUnboundedOrInfeasible,
-        statuses.kTimeLimit,
-    ):
+    if ran == highspy.HighsStatus.kError or status.name not in _STOPPED:
         raise SolverError(f"HiGHS failed: {word}.")
-    if status in (statuses.kInfeasible, statuses.kUnboundedOrInfeasible):
-        return RawResult(None, np.inf, word, infeasible=True)
-    if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
-        return RawResult(None, float(info.mip_dual_bound), word, infeasible=False)
-    return RawResult(np.array(solver.getSolution().col_value), float(info.mip_dual_bound), word, infeasible=False)
+    stopped = _STOPPED[status.name]
+    if stopped is StopReason.INFEASIBLE:
+        return RawResult(None, np.inf, word, stopped)
+    info = solver.getInfo()
+    holds = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    x = np.array(solver.getSolution().col_value) if holds else None
+    return RawResult(x, float(info.mip_dual_bound), word, stopped)
 
 
-def _model(highspy: object, reduced: Reduced) -> object:
+def _set_start(highspy: Any, solver: Any, start: npt.NDArray[np.float64]) -> None:
+    solution = highspy.HighsSolution()
+    solution.col_value = start.tolist()
+    if solver.setSolution(solution) != highspy.HighsStatus.kOk:
+        raise SolverError("HiGHS refused the start.")
+
+
+def _model(highspy: Any, reduced: Reduced) -> Any:
     from scipy import sparse  # noqa: PLC0415 - beside the vendor's import, in the one place that needs it
 
     rows = sparse.vstack([reduced.choose, reduced.use], format="csc")
     ones = np.ones(reduced.choose.shape[0])
     variables = len(reduced.cost)
-    lp = highspy.HighsLp()  # type: ignore[attr-defined]
+    lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = variables, rows.shape[0]
     lp.col_cost_ = reduced.cost
     lp.col_lower_, lp.col_upper_ = np.zeros(variables), np.ones(variables)
     lp.row_lower_ = np.concatenate([ones, reduced.lower])
     lp.row_upper_ = np.concatenate([ones, reduced.upper])
     lp.offset_ = reduced.constant / reduced.unit  # so that the relative gap is that of the whole objective
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise  # type: ignore[attr-defined]
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = rows.indptr, rows.indices, rows.data
-    lp.integrality_ = [highspy.HighsVarType.kInteger] * variables  # type: ignore[attr-defined]
+    lp.integrality_ = [highspy.HighsVarType.kInteger] * variables
     return lp

@@ -38,6 +38,8 @@ class Reduced:
         Which choice a variable stands for.
     group_of_row : ndarray of int, shape (n,)
         Group of each row of the problem.
+    start : ndarray of float64, shape (k,), optional
+        A feasible point, checked in exact integers: adapters whose solvers take a start hand it on.
     """
 
     cost: npt.NDArray[np.float64]
@@ -50,6 +52,7 @@ class Reduced:
     group: npt.NDArray[np.int64]
     column: npt.NDArray[np.int64]
     group_of_row: npt.NDArray[np.int64]
+    start: npt.NDArray[np.float64] | None = None
 
     def assignment(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         """Turn a solver's vector into a column per row.

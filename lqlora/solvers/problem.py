@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +19,11 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Budget", "Problem", "Solution", "SolveOptions", "Status", "evaluate", "relative_gap"]
+__all__ = ["Budget", "Problem", "Solution", "SolveOptions", "Status", "StopReason", "evaluate", "relative_gap"]
 
 
 class Status(enum.Enum):
-    """What a solver's answer is worth.
+    """What is held at the end. Why the solver stopped is another question: see :class:`StopReason`.
 
     The values of the members are sentences that say what to do next.
     """
@@ -31,7 +31,17 @@ class Status(enum.Enum):
     OPTIMAL = "The assignment is optimal within the relative gap asked for."
     FEASIBLE = "The assignment is valid, but its gap is larger than asked for: allow more time, or an exact solver."
     INFEASIBLE = "No assignment meets the budgets: raise a budget or allow smaller formats."
-    NO_SOLUTION = "The time limit ended the search before any assignment was found: allow more time."
+    NO_SOLUTION = "The solver stopped before any assignment was found: allow more time, or another solver."
+
+
+class StopReason(enum.Enum):
+    """Why a solver stopped. What it holds then is another question: see :class:`Status`."""
+
+    GAP = "The gap asked for was reached."
+    INFEASIBLE = "It was proven that no assignment meets the budgets."
+    TIME_LIMIT = "The time limit was reached."
+    LIMIT = "Another limit of the solver was reached, such as memory or the size that its license allows."
+    INTERRUPTED = "The solver was interrupted."
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,11 +166,15 @@ class SolveOptions:
         Stop when ``objective - bound`` is at most this fraction of the objective.
     seed : int, default 0
         For solvers that take one.
+    threads : int, default 1
+        For solvers that take a number. With more than one thread the answer may depend on timing.
+    start : array of int, shape (n,), optional
+        An assignment to start from. It is checked: one that breaks a constraint is not used.
 
     Raises
     ------
     InvalidArgumentError
-        If the time limit is not positive or the gap is negative.
+        If the time limit is not positive, the gap is negative, or the number of threads is not at least 1.
 
     Examples
     --------
@@ -171,8 +185,12 @@ class SolveOptions:
     time_limit: float | None = None
     rel_gap: float = 1e-6
     seed: int = 0
+    threads: int = 1
+    start: npt.ArrayLike | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.threads, int | np.integer) or self.threads < 1:
+            raise InvalidArgumentError(f"The number of threads is an integer of at least 1, not {self.threads!r}.")
         if self.time_limit is not None and not self.time_limit > 0:
             raise InvalidArgumentError(f"A time limit is positive, not {self.time_limit!r}.")
         if not 0 <= self.rel_gap < 1:
@@ -186,7 +204,9 @@ class Solution:
     Parameters
     ----------
     status : Status
-        What the answer is worth.
+        What is held.
+    stopped : StopReason
+        Why the solver stopped.
     assignment : ndarray of int64, shape (n,), or None
         Column chosen for each row; None without a solution.
     objective : float
@@ -204,6 +224,7 @@ class Solution:
     """
 
     status: Status
+    stopped: StopReason
     assignment: npt.NDArray[np.int64] | None
     objective: float
     bound: float

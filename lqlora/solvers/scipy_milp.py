@@ -9,6 +9,7 @@ import numpy as np
 from lqlora._optional import require
 from lqlora.errors import SolverError
 from lqlora.solvers.adapter import RawResult
+from lqlora.solvers.problem import StopReason
 
 if TYPE_CHECKING:
     from lqlora.solvers.presolve import Reduced
@@ -68,8 +69,10 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
         options=limits,
     )
     if result.status == _INFEASIBLE:
-        return RawResult(None, np.inf, result.message, infeasible=True)
+        return RawResult(None, np.inf, result.message, StopReason.INFEASIBLE)
     if result.status not in (0, 1):
         raise SolverError(f"scipy.optimize.milp failed: {result.message}")
     shifted_bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
-    return RawResult(result.x, shifted_bound + reduced.constant / reduced.unit, result.message, infeasible=False)
+    limit = StopReason.LIMIT if options.time_limit is None else StopReason.TIME_LIMIT
+    stopped = StopReason.GAP if result.status == 0 else limit
+    return RawResult(result.x, shifted_bound + reduced.constant / reduced.unit, result.message, stopped)

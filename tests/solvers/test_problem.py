@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lqlora.errors import InvalidArgumentError
-from lqlora.solvers import Budget, Problem, Solution, SolveOptions, Status, evaluate
+from lqlora.solvers import Budget, Problem, Solution, SolveOptions, Status, StopReason, evaluate
 
 COST = [[3.0, 1.0], [5.0, 2.0]]
 SIZE = [[2, 4], [2, 4]]
@@ -134,7 +134,7 @@ def test_evaluate_refuses_what_is_no_assignment(assignment):
 
 
 def _solution(objective: float, bound: float, assignment: object) -> Solution:
-    return Solution(Status.FEASIBLE, assignment, objective, bound, (), "none", "0", 0.0)
+    return Solution(Status.FEASIBLE, StopReason.TIME_LIMIT, assignment, objective, bound, (), "none", "0", 0.0)
 
 
 def test_the_gap_is_relative_to_the_objective():
@@ -145,3 +145,9 @@ def test_the_gap_is_relative_to_the_objective():
 
 def test_the_gap_of_an_objective_of_zero_is_infinite_if_the_bound_is_below():
     assert _solution(0.0, -1.0, np.zeros(1, dtype=int)).gap == np.inf
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5])
+def test_a_number_of_threads_is_a_positive_integer(threads):
+    with pytest.raises(InvalidArgumentError, match="threads"):
+        SolveOptions(threads=threads)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lqlora import _optional, solvers
 from lqlora.errors import InvalidArgumentError, MissingDependencyError, SolverError
-from lqlora.solvers import Budget, Problem, RawResult, SolveOptions, Status, evaluate, solve
+from lqlora.solvers import Budget, Problem, RawResult, SolveOptions, Status, StopReason, evaluate, registry, solve
 from tests.requirements import require_or_skip
 
 SOLVERS = ("highs", "scipy")
@@ -195,8 +195,8 @@ class FakeAdapter:
 
     REQUIRES = "numpy"
 
-    def __init__(self, x, bound=0.0, *, infeasible=False):
-        self._raw = RawResult(x, bound, "fake", infeasible)
+    def __init__(self, x, bound=0.0, stopped=StopReason.GAP):
+        self._raw = RawResult(x, bound, "fake", stopped)
 
     def version(self) -> str:
         return "1"
@@ -208,7 +208,7 @@ class FakeAdapter:
 @pytest.fixture
 def registered(monkeypatch):
     """Register an adapter under the name ``fake`` for one test."""
-    monkeypatch.setattr(solvers, "_ADAPTERS", dict(solvers._ADAPTERS))
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))
 
     def add(adapter) -> str:
         solvers.register("fake", adapter)
@@ -256,7 +256,7 @@ def test_a_time_limit_without_an_incumbent_is_no_solution(registered):
 
 
 def test_a_proof_of_infeasibility_is_passed_on(registered):
-    found = solve(SMALL, registered(FakeAdapter(None, bound=np.inf, infeasible=True)))
+    found = solve(SMALL, registered(FakeAdapter(None, bound=np.inf, stopped=StopReason.INFEASIBLE)))
     assert (found.status, found.used) == (Status.INFEASIBLE, ())
 
 
@@ -290,12 +290,12 @@ def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
 
 
 def test_the_default_falls_back_to_what_is_installed(monkeypatch):
-    monkeypatch.setattr(solvers, "is_installed", lambda module: module != "highspy")
+    monkeypatch.setattr(registry, "is_installed", lambda module: module != "highspy")
     assert solvers.available() == {"highs": False, "scipy": True}
     assert solvers.select(SMALL) == "scipy"
 
 
 def test_without_any_solver_the_default_is_an_error(monkeypatch):
-    monkeypatch.setattr(solvers, "is_installed", lambda _: False)
+    monkeypatch.setattr(registry, "is_installed", lambda _: False)
     with pytest.raises(MissingDependencyError, match="pip install"):
         solve(SMALL)

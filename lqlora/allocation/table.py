@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lqlora.allocation import _table_file
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    import os
+
     import numpy as np
     import numpy.typing as npt
 
@@ -85,6 +88,59 @@ class CostTable:
                     f"{what} of shape {getattr(self, what).shape} are not one for each of {wanted[0]} matrices and "
                     f"{wanted[1]} configurations."
                 )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table to a file. A crash at any moment leaves the old file, or none, never half of one.
+
+        Parameters
+        ----------
+        path : path-like
+            Ends in ``.json`` for JSON, in ``.npz`` for a zip archive of arrays, which is smaller. Equal tables give
+            equal files.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be written.
+        InvalidArgumentError
+            If the name has another end.
+        """
+        _table_file.write(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CostTable:
+        """Read a file that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+            The file.
+
+        Returns
+        -------
+        CostTable
+            Bit for bit what was saved.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is missing or no cost table.
+        InvalidArgumentError
+            If its name has another end than ``.json`` or ``.npz``.
+
+        Examples
+        --------
+        >>> import numpy as np, lqlora as lq, tempfile
+        >>> table = lq.cost_table({"a": np.eye(8)}, [lq.BlockFormat(lq.NF4, 8)], rank=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table.save(f"{folder}/costs.json")
+        ...     back = lq.CostTable.load(f"{folder}/costs.json")
+        >>> back.names, back.sizes.tolist() == table.sizes.tolist()
+        (('a',), True)
+        """
+        fields = _table_file.read(path)
+        configurations = tuple(Configuration(fmt, rank) for fmt, rank in fields.pop("configurations"))
+        return cls(configurations=configurations, **fields)
 
     @property
     def formats(self) -> tuple[BlockFormat, ...]:

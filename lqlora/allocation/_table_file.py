@@ -31,7 +31,7 @@ _ARRAYS = {"costs": np.float64, "sizes": np.int64, "factor_sizes": np.int64}
 def write(table: CostTable, path: str | os.PathLike[str]) -> None:
     """Write a table in the form that the end of the name says."""
     document: dict[str, Any] = {
-        "lqlora_costs": _VERSION,
+        "lqlora_cost_table": _VERSION,
         "matrices": [{"name": n, "shape": list(s)} for n, s in zip(table.names, table.shapes, strict=True)],
         "configurations": [_spell(own.format) | {"rank": own.rank} for own in table.configurations],
     }
@@ -94,7 +94,7 @@ def _read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _fields(document: dict[str, Any]) -> dict[str, Any]:
-    if document["lqlora_costs"] != _VERSION:
+    if document["lqlora_cost_table"] != _VERSION:
         raise ValueError(f"its version is {document['lqlora_costs']!r}, this library reads {_VERSION}")
     names = tuple(row["name"] for row in document["matrices"])
     if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):

@@ -48,10 +48,10 @@ def pareto(
         Costs and sizes.
     budgets : iterable of float or Fraction
         Bits per weight, in any order. Bytes are ``Fraction(8 * total_bytes, table.weight_count)``.
-    limits, ties, fixed, forbidden, minimum_bits, count_factors
-        See :func:`allocate`; the same for every budget.
-    solver, time_limit, rel_gap, require_optimal
-        See :func:`allocate`; the time is for each budget.
+    limits, ties, fixed, forbidden, minimum_bits, count_factors : as in :func:`allocate`
+        The same for every budget.
+    solver, time_limit, rel_gap, require_optimal : as in :func:`allocate`
+        The time is for each budget.
 
     Returns
     -------

@@ -1,10 +1,8 @@
-"""Cost tables, plans within budgets, and plans as documents."""
+"""Cost tables."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -12,10 +10,8 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import Elementwise
-from tests.requirements import require_or_skip
 
 FORMATS = tuple(
     lq.BlockFormat.parse(text)
@@ -138,124 +134,6 @@ class TestCostTable:
     def test_bad_arguments_are_refused(self, matrices, formats, options):
         with pytest.raises(InvalidArgumentError):
             lq.cost_table(matrices, formats, **{"rank": 2, **options})
-
-
-class TestDocuments:
-    @pytest.fixture
-    def plan(self, table) -> lq.Plan:
-        return lq.allocate(table, bits_per_weight=4.0)
-
-    def test_the_round_trip_is_identical(self, plan):
-        back = lq.Plan.from_json(plan.to_json())
-        assert back == plan
-        assert back.to_json() == plan.to_json()
-        assert back.formats == plan.formats
-        assert (back.objective, back.bound, back.costs) == (plan.objective, plan.bound, plan.costs)
-        assert back.bits_per_weight == plan.bits_per_weight
-
-    def test_equal_inputs_give_equal_text(self, table, plan):
-        assert lq.allocate(table, bits_per_weight=4.0).to_json() == plan.to_json()
-
-    @pytest.mark.parametrize("name", ["ternary", "nf4"])  # the second is not what its name stands for
-    def test_a_codebook_of_ones_own_is_written_with_its_levels(self, name):
-        ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1 / 3], name=name), 8)
-        plan = lq.allocate(lq.cost_table({"a": np.eye(8)}, [ternary], rank=0), bits_per_weight=9)
-        back = lq.Plan.from_json(plan.to_json())
-        assert back == plan
-        assert back.formats["a"].codebook.levels.tolist() == ternary.codebook.levels.tolist()
-
-    def test_the_document_is_readable(self, plan):
-        document = json.loads(plan.to_json())
-        assert list(document["matrices"]) == list(SHAPES)
-        assert document["storage_bits"] == plan.storage_bits
-        assert document["matrices"]["layers.0.q"]["format"] == str(plan.formats["layers.0.q"])
-
-    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"plan"', "{}", "[" * 100_000], ids=lambda t: t[:6])
-    def test_text_that_is_no_plan_is_refused(self, text):
-        with pytest.raises(InvalidArgumentError, match="plan"):
-            lq.Plan.from_json(text)
-
-    @pytest.mark.parametrize(
-        "key", ["lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "status", "solver", "note"]
-    )
-    def test_a_missing_key_is_refused(self, plan, key):
-        document = json.loads(plan.to_json())
-        del document[key]
-        with pytest.raises(InvalidArgumentError, match=key):
-            lq.Plan.from_json(json.dumps(document))
-
-    @pytest.mark.parametrize("key", ["format", "rank", "shape", "cost"])
-    def test_a_missing_key_of_a_matrix_is_refused(self, plan, key):
-        document = json.loads(plan.to_json())
-        del document["matrices"]["layers.0.q"][key]
-        with pytest.raises(InvalidArgumentError, match=key):
-            lq.Plan.from_json(json.dumps(document))
-
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("lqlora_plan", 1),
-            ("matrices", []),
-            ("matrices", {"a": []}),
-            ("objective", "cheap"),
-            ("bound", "high"),
-            ("counts_factors", 1),
-        ],
-    )
-    def test_a_wrong_value_is_refused(self, plan, key, value):
-        document = json.loads(plan.to_json())
-        document[key] = value
-        with pytest.raises(InvalidArgumentError, match=r"[pP]lan"):
-            lq.Plan.from_json(json.dumps(document))
-
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("format", "nf99/64"),
-            ("format", 4),
-            ("format", "nf4/8" + ":u8/1" * 20_000),
-            ("rank", "two"),
-            ("rank", -1),
-            ("rank", math.inf),
-            ("rank", 1.5),
-            ("shape", "ab"),
-            ("shape", [2, -3]),
-            ("shape", [2.5, 3]),
-            ("cost", "little"),
-            ("cost", math.nan),
-        ],
-        ids=lambda value: str(value)[:10],
-    )
-    def test_a_wrong_value_of_a_matrix_is_refused(self, plan, key, value):
-        document = json.loads(plan.to_json())
-        document["matrices"]["layers.0.q"][key] = value
-        with pytest.raises(InvalidArgumentError):
-            lq.Plan.from_json(json.dumps(document))
-
-    def test_bits_by_matrix_is_exact_storage_per_weight(self, plan):
-        for name, bits in plan.bits_by_matrix().items():
-            assert bits == plan.formats[name].storage_bits(SHAPES[name]) / math.prod(SHAPES[name])
-        mean = sum(bits * math.prod(SHAPES[name]) for name, bits in plan.bits_by_matrix().items())
-        assert mean == pytest.approx(plan.storage_bits)
-
-    def test_the_table_has_a_row_for_each_matrix(self, plan):
-        head, rule, *rows = plan.table().split("\n")
-        assert head.count("|") == rule.count("|") == 6
-        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-        assert [row[:2] for row in cells] == [[name, str(fmt)] for name, fmt in plan.formats.items()]
-        assert [row[2] for row in cells] == [f"{bits:.3f}" for bits in plan.bits_by_matrix().values()]
-
-    def test_the_picture_shows_the_bits(self, plan):
-        require_or_skip("matplotlib", is_installed("matplotlib"))
-        from matplotlib.figure import Figure
-
-        picture = plan.plot()
-        assert isinstance(picture, Figure)
-        shown = picture.axes[0].images[0].get_array()
-        bits = plan.bits_by_matrix()
-        expected = [[bits["layers.0.q"], bits["layers.1.q"]], [bits["layers.0.up"], bits["layers.1.up"]]]
-        assert shown.tolist() == expected
-        assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == ["q", "up"]
 
 
 @pytest.mark.filterwarnings("ignore:All weights are zero")

@@ -88,6 +88,8 @@ def _read_head(document: dict[str, Any]) -> dict[str, Any]:
     rows = {name: _read_row(row) for name, row in head["matrices"].items()}
     if not isinstance(head["counts_factors"], bool):
         raise TypeError(f"{head['counts_factors']!r} is neither true nor false")
+    if not isinstance(head["demands"], list):
+        raise TypeError(f"{head['demands']!r} is no list of demands")
     if head["goal"] not in ("error", "bits"):
         raise ValueError(f"{head['goal']!r} is neither 'error' nor 'bits'")
     return {

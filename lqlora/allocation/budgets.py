@@ -66,7 +66,7 @@ def allocate(
         Matrices that get one configuration, such as those that a serving engine fuses. What a sequence matches is one
         group; so is what a single pattern matches, but an expression with groups, such as
         ``re.compile(r"(.*)\.(?:gate|up)_proj")``, makes one of all names that agree in these. Overlapping ties merge.
-        :mod:`lqlora.ties` knows the usual ones.
+        :func:`lqlora.allocation.ties.fused_projections` and :func:`lqlora.allocation.ties.experts` know the usual ones.
     fixed : mapping of pattern to BlockFormat, Configuration, or several of them, optional
         What is decided already. A format leaves the rank open, of several one is taken, and of several patterns that
         match a matrix all hold.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 import lqlora as lq
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
-from tests.allocation.tables import FORMATS, NF2, NF4, NF8, SHAPES
+from tests.allocation.tables import FORMATS, NF2, NF4, NF8, SHAPES, make_table
 
 
 def test_tied_matrices_take_one_format(table):
@@ -97,3 +98,72 @@ def test_an_empty_matrix_costs_nothing():
 def test_a_table_of_empty_matrices_is_refused_or_costs_nothing():
     empty = lq.cost_table({"none": np.zeros((0, 4))}, FORMATS[3:4], rank=0)
     assert lq.allocate(empty, total_bytes=9).storage_bits == 0
+
+
+class TestPatterns:
+    @pytest.mark.parametrize("pattern", ["*.q", re.compile(r"layers\.\d\.q"), lambda name: name.endswith("q")])
+    def test_a_format_is_fixed_for_all_that_match(self, table, pattern):
+        plan = lq.allocate(table, bits_per_weight=8.5, fixed={pattern: NF2})
+        assert {name for name, fmt in plan.formats.items() if fmt == NF2} == {"layers.0.q", "layers.1.q"}
+
+    def test_a_name_is_a_pattern_for_itself_whatever_characters_it_has(self, table):
+        names = ("m[0]", "m0", "m*", "m")
+        odd = dataclasses.replace(table, names=names)
+        for name in names:
+            plan = lq.allocate(odd, bits_per_weight=8.5, fixed={name: NF2})
+            assert [other for other, fmt in plan.formats.items() if fmt == NF2] == [name]
+
+    def test_of_several_fixed_formats_one_is_taken(self, table):
+        plan = lq.allocate(table, bits_per_weight=8.5, fixed={"*": [NF2, NF4]})
+        assert set(plan.formats.values()) == {NF4}
+
+    def test_patterns_that_overlap_hold_together(self, table):
+        plan = lq.allocate(table, bits_per_weight=8.5, fixed={"layers.0.*": [NF2, NF4], "*.q": [NF8, NF2]})
+        assert list(plan.formats.values()) == [NF2, NF4, NF8, NF8]
+
+    def test_several_formats_are_forbidden(self, table):
+        plan = lq.allocate(table, bits_per_weight=8.5, forbidden={"*.up": [NF8, NF4], "*.q": NF8})
+        assert list(plan.formats.values()) == [NF4, FORMATS[2], NF4, FORMATS[2]]
+
+    def test_a_configuration_fixes_the_rank_too(self):
+        configurations = [lq.Configuration(fmt, rank) for fmt in (NF2, NF4) for rank in (0, 4)]
+        table = make_table([(16, 16)], configurations, [[4.0, 3.0, 2.0, 1.0]])
+        for chosen in configurations:
+            plan = lq.allocate(table, bits_per_weight=99, fixed={"m0": chosen})
+            assert (plan.formats["m0"], plan.ranks["m0"]) == (chosen.format, chosen.rank)
+        plan = lq.allocate(table, bits_per_weight=99, forbidden={"m0": lq.Configuration(NF4, 4)})
+        assert (plan.formats["m0"], plan.ranks["m0"]) == (NF4, 0)
+        assert lq.allocate(table, bits_per_weight=99, fixed={"m0": NF2}).ranks == {"m0": 4}
+
+    @pytest.mark.parametrize("bits", [4, 4.5, np.float32(4.5), 8])
+    def test_minimum_bits_are_those_that_are_stored(self, table, bits):
+        up = min(fmt.storage_bits((40, 16)) for fmt in FORMATS if fmt.storage_bits((40, 16)) >= bits * 40 * 16)
+        smallest = 2 * (up + NF2.storage_bits((16, 24)))
+        plan = lq.allocate(table, total_bytes=smallest // 8, minimum_bits={"*.up": bits})
+        assert plan.storage_bits == smallest
+        with pytest.raises(InfeasibleBudgetError):
+            lq.allocate(table, total_bytes=smallest // 8 - 1, minimum_bits={"*.up": bits})
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"fixed": {"*.k": NF2}},
+            {"forbidden": {re.compile("layers"): [NF2]}},
+            {"minimum_bits": {str.isspace: 3}},
+            {"ties": ["*.k"]},
+            {"ties": [["*.q", "*.k"]]},
+        ],
+        ids=["fixed", "forbidden", "minimum bits", "tie", "member of a tie"],
+    )
+    def test_a_pattern_that_matches_nothing_is_refused(self, table, options):
+        with pytest.raises(InvalidArgumentError, match=r"No matrix of the 4 .* \(layers\.0\.q, "):
+            lq.allocate(table, bits_per_weight=5.0, **options)
+
+    @pytest.mark.parametrize("bits", [float("nan"), float("inf"), "four", None, 9])
+    def test_minimum_bits_that_nothing_has_are_refused(self, table, bits):
+        with pytest.raises(InvalidArgumentError, match=r"finite number|No format is left for 'layers\.0\.q'"):
+            lq.allocate(table, bits_per_weight=5.0, minimum_bits={"*": bits})
+
+    def test_tied_matrices_that_have_nothing_in_common_are_named(self, table):
+        with pytest.raises(InvalidArgumentError, match=r"no format in common: 'layers\.0\.q', 'layers\.1\.q'"):
+            lq.allocate(table, bits_per_weight=5.0, fixed={"*.0.q": NF2, "*.1.q": NF4}, ties=["*.q"])

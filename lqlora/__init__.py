@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import backends, codebooks, errors, initializers, ops, solvers, weighting
 from lqlora._dispatch import forced
-from lqlora.allocation import Configuration, CostTable, Plan, allocate, cost_table
+from lqlora.allocation import Configuration, CostStore, CostTable, Plan, allocate, cost_table
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
 from lqlora.codebooks import (
     NF4,
@@ -40,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "Codebook",
     "Configuration",
+    "CostStore",
     "CostTable",
     "Decomposition",
     "DecompositionStack",

@@ -13,6 +13,7 @@ from lqlora import backends, codebooks, errors, initializers, ops, solvers, weig
 from lqlora._dispatch import forced
 from lqlora.allocation import (
     Configuration,
+    CostStore,
     CostTable,
     Demand,
     Limit,
@@ -52,6 +53,7 @@ __all__ = [
     "Checkpoint",
     "Codebook",
     "Configuration",
+    "CostStore",
     "CostTable",
     "Decomposition",
     "DecompositionStack",

@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "ScaleUnderflowWarning",
     "SolverError",
+    "StoreError",
     "UnsupportedArrayError",
 ]
 
@@ -65,6 +66,10 @@ class SolverError(LQLoRAError, RuntimeError):
 
 class CheckpointError(LQLoRAError, OSError):
     """A checkpoint is truncated, inconsistent, or cannot be written."""
+
+
+class StoreError(LQLoRAError, OSError):
+    """A store of costs is corrupt, in use, or of other work."""
 
 
 class ConformanceError(LQLoRAError, AssertionError):

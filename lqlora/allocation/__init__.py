@@ -13,10 +13,12 @@ from lqlora.allocation.limits import Limit
 from lqlora.allocation.memory import cache_bytes, memory_budget
 from lqlora.allocation.pareto_picture import ParetoPoint, pareto_points, plot_pareto
 from lqlora.allocation.plan import Plan
+from lqlora.allocation.store import CostStore, StoredRow
 from lqlora.allocation.table import Configuration, CostTable
 
 __all__ = [
     "Configuration",
+    "CostStore",
     "CostTable",
     "Demand",
     "Grid",
@@ -24,6 +26,7 @@ __all__ = [
     "Limit",
     "ParetoPoint",
     "Plan",
+    "StoredRow",
     "allocate",
     "cache_bytes",
     "cost_table",

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lqlora.allocation import _table_file
+import numpy as np
+
+from lqlora.codebooks import Codebook, is_standard
 from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat, codebook_name
 
 if TYPE_CHECKING:
-    import os
-
-    import numpy as np
     import numpy.typing as npt
 
-    from lqlora.formats import BlockFormat
-
 __all__ = ["Configuration", "CostTable"]
+
+_SPEC = 1
 
 
 @dataclass(frozen=True)
@@ -89,59 +91,6 @@ class CostTable:
                     f"{wanted[1]} configurations."
                 )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to a file. A crash at any moment leaves the old file, or none, never half of one.
-
-        Parameters
-        ----------
-        path : path-like
-            Ends in ``.json`` for JSON, in ``.npz`` for a zip archive of arrays, which is smaller. Equal tables give
-            equal files.
-
-        Raises
-        ------
-        CheckpointError
-            If the file cannot be written.
-        InvalidArgumentError
-            If the name has another end.
-        """
-        _table_file.write(self, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> CostTable:
-        """Read a file that :meth:`save` wrote.
-
-        Parameters
-        ----------
-        path : path-like
-            The file.
-
-        Returns
-        -------
-        CostTable
-            Bit for bit what was saved.
-
-        Raises
-        ------
-        CheckpointError
-            If the file is missing or no cost table.
-        InvalidArgumentError
-            If its name has another end than ``.json`` or ``.npz``.
-
-        Examples
-        --------
-        >>> import numpy as np, lqlora as lq, tempfile
-        >>> table = lq.cost_table({"a": np.eye(8)}, [lq.BlockFormat(lq.NF4, 8)], rank=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     table.save(f"{folder}/costs.json")
-        ...     back = lq.CostTable.load(f"{folder}/costs.json")
-        >>> back.names, back.sizes.tolist() == table.sizes.tolist()
-        (('a',), True)
-        """
-        fields = _table_file.read(path)
-        configurations = tuple(Configuration(fmt, rank) for fmt, rank in fields.pop("configurations"))
-        return cls(configurations=configurations, **fields)
-
     @property
     def formats(self) -> tuple[BlockFormat, ...]:
         """Formats of the configurations, each once, in the order of the columns."""
@@ -156,3 +105,88 @@ class CostTable:
     def weight_count(self) -> int:
         """Number of weights of all matrices together."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    def to_json(self) -> str:
+        """Return the table as a JSON document.
+
+        Returns
+        -------
+        str
+            The same text for the same table, a line for each configuration and each matrix.
+        """
+        columns = [_written(configuration) for configuration in self.configurations]
+        rows = [
+            {
+                "name": name,
+                "shape": list(shape),
+                "costs": [cost if math.isfinite(cost) else None for cost in self.costs[index].tolist()],
+                "sizes": self.sizes[index].tolist(),
+                "factor_sizes": self.factor_sizes[index].tolist(),
+            }
+            for index, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True))
+        ]
+        parts = (",\n".join(json.dumps(own, allow_nan=False) for own in group) for group in (columns, rows))
+        configurations, matrices = parts
+        return (
+            f'{{"lqlora_cost_table": {_SPEC},\n"configurations": [\n{configurations}\n],\n'
+            f'"matrices": [\n{matrices}\n]}}'
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> CostTable:
+        """Read the document that :meth:`to_json` writes.
+
+        Parameters
+        ----------
+        text : str
+            JSON.
+
+        Returns
+        -------
+        CostTable
+            Equal to the one written, to the last bit.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the text is no such document.
+        """
+        try:
+            document = json.loads(text)
+            if document["lqlora_cost_table"] != _SPEC:
+                raise InvalidArgumentError(
+                    f"Cost table of version {document['lqlora_cost_table']!r}; this library reads {_SPEC}."
+                )
+            rows = document["matrices"]
+            configurations = tuple(_read(column) for column in document["configurations"])
+            costs = [[math.inf if cost is None else cost for cost in row["costs"]] for row in rows]
+            wanted = (len(rows), len(configurations))
+            return cls(
+                tuple(str(row["name"]) for row in rows),
+                tuple(tuple(operator.index(length) for length in row["shape"]) for row in rows),
+                configurations,
+                np.array(costs, dtype=np.float64).reshape(wanted),
+                _counts(rows, "sizes").reshape(wanted),
+                _counts(rows, "factor_sizes").reshape(wanted),
+            )
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"This is no cost table: {type(error).__name__} {error}.") from error
+
+
+def _written(configuration: Configuration) -> dict[str, Any]:
+    codebook = configuration.format.codebook
+    column: dict[str, Any] = {"format": str(configuration.format), "rank": configuration.rank}
+    if not is_standard(codebook):
+        column |= {"levels": codebook.levels.tolist(), "normalization": codebook.normalization}
+    return column
+
+
+def _read(column: dict[str, Any]) -> Configuration:
+    codebook = None
+    if "levels" in column:
+        codebook = Codebook(column["levels"], codebook_name(column["format"]), column["normalization"])
+    return Configuration(BlockFormat.parse(column["format"], codebook), operator.index(column["rank"]))
+
+
+def _counts(rows: list[dict[str, Any]], key: str) -> npt.NDArray[np.int64]:
+    return np.array([[operator.index(count) for count in row[key]] for row in rows], dtype=np.int64)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import lqlora as lq
 from lqlora.cli import console
-from lqlora.cli.outputs import check_outputs
+from lqlora.cli.outputs import check_outputs, write_outputs
 from lqlora.cli.weights import KEPT, open_weights
 from lqlora.cli.words import read_formats, read_numbers, read_pattern
 from lqlora.errors import InvalidArgumentError
@@ -29,6 +29,8 @@ class CostsOptions:
         Lists separated by commas.
     include, exclude : tuple of str
         Patterns; no ``exclude`` leaves out embeddings and output heads.
+    mode : {"exact", "fast"}
+        Whether every format is decomposed.
     store : Path, optional
         File that keeps every finished row.
     seed, max_iter : int
@@ -39,6 +41,7 @@ class CostsOptions:
     ranks: str = "16"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    mode: Literal["exact", "fast"] = "exact"
     store: Path | None = None
     seed: int = 0
     max_iter: int = 2
@@ -54,14 +57,11 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
     """
     if (model is None) == (not packaged):
         raise InvalidArgumentError("Name a model file or folder, or give --packaged, and only one of the two.")
-    if output.suffix not in (".json", ".npz"):
-        raise InvalidArgumentError(f"A cost table is a file that ends in .json or .npz, not {str(output)!r}.")
     check_outputs([output], force=force)
     formats, ranks = read_formats(options.formats), read_numbers(options.ranks)
     include = [read_pattern(text) for text in options.include or ("*",)]
     exclude = [read_pattern(text) for text in options.exclude or KEPT]
     weights = open_weights(model or packaged_smollm2(), include, exclude)
-    kept: dict[str, Any] = {} if options.store is None else {"store": options.store}
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(
@@ -70,8 +70,8 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
             ranks=ranks,
             seed=options.seed,
             max_iter=options.max_iter,
-            progress=lambda done, total, *_: show(done, total),
-            **kept,
+            mode=options.mode,
+            store=options.store,
+            progress=lambda done, total, _: show(done, total),  # the bar has an estimate of its own
         )
-    table.save(output)
-    console.say(f"Wrote {output}: {len(table.names)} matrices, {len(table.configurations)} configurations.")
+    write_outputs({output: f"{table.to_json()}\n".encode()}, dry_run=False)

@@ -145,7 +145,12 @@ def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
     weights = nn.weight_arrays(nn.select_linears(work.base))
     with console.stage(f"Cost table of {len(weights)} matrices x {len(settings.formats)} formats") as progress:
         table = lq.cost_table(
-            weights, settings.formats, rank=settings.rank, weighting=fisher, seed=settings.seed, progress=progress
+            weights,
+            settings.formats,
+            rank=settings.rank,
+            weighting=fisher,
+            seed=settings.seed,
+            progress=lambda done, total, _: progress(done, total),  # the bar has an estimate of its own
         )
     plans = _solve(table, settings)
     for name, plan in plans.items():

@@ -10,7 +10,7 @@ import lqlora as lq
 from lqlora.cli import console
 from lqlora.cli.outputs import check_outputs, write_outputs
 from lqlora.cli.words import read_bytes, read_number, read_pairs, read_ties
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import CheckpointError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +82,7 @@ def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
     check_outputs(paths, force=outputs.force)
     if options.frontier is not None and outputs.html is None:
         raise InvalidArgumentError("--frontier draws a picture into the page of --html, which is not asked for.")
-    table = lq.CostTable.load(table_file)
+    table = _read_table(table_file)
     plan = lq.allocate(table, **_budget(options), **_constraints(options, table))
     files: dict[Path, bytes] = {}
     if outputs.output is not None:
@@ -93,6 +93,13 @@ def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
         files[outputs.png] = _picture(plan)
     _show(plan)
     write_outputs(files, dry_run=outputs.dry_run)
+
+
+def _read_table(path: Path) -> CostTable:
+    try:
+        return lq.CostTable.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # what is no table is a ValueError, and so is what is no UTF-8
+        raise CheckpointError(f"Cannot read the table {path}: {error}") from error
 
 
 def _budget(options: PlanOptions) -> dict[str, Any]:

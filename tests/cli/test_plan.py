@@ -28,7 +28,7 @@ def table() -> lq.CostTable:
 
 @pytest.fixture
 def file(table, tmp_path):
-    table.save(tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(table.to_json())
     return tmp_path / "t.json"
 
 

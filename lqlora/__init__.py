@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING
 
 from lqlora import backends, codebooks, errors, initializers, ops, solvers, weighting
 from lqlora._dispatch import forced
-from lqlora.allocation import CostTable, Plan, allocate, cost_table
+from lqlora.allocation import (
+    Configuration,
+    CostStore,
+    CostTable,
+    Demand,
+    Limit,
+    Plan,
+    allocate,
+    cache_bytes,
+    cost_table,
+    memory_budget,
+    pareto,
+    ties,
+)
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
 from lqlora.codebooks import (
     NF4,
@@ -39,9 +52,13 @@ __all__ = [
     "BlockFormat",
     "Checkpoint",
     "Codebook",
+    "Configuration",
+    "CostStore",
     "CostTable",
     "Decomposition",
     "DecompositionStack",
+    "Demand",
+    "Limit",
     "Plan",
     "QuantizedArray",
     "ScaleFormat",
@@ -49,6 +66,7 @@ __all__ = [
     "affine",
     "allocate",
     "backends",
+    "cache_bytes",
     "codebooks",
     "cost_table",
     "decompose",
@@ -63,16 +81,19 @@ __all__ = [
     "load",
     "logarithmic",
     "matmul",
+    "memory_budget",
     "nn",
     "normal_float",
     "ops",
     "paper_grid",
+    "pareto",
     "quantize",
     "save",
     "small_float",
     "solvers",
     "student_float",
     "testing",
+    "ties",
     "uniform",
     "verify",
     "weighting",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextvars
 import os
+import pickle
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from threadpoolctl import threadpool_limits
+
+from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +29,7 @@ def map_matrices(
     items: Sequence[T],
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
+    collect: Callable[[R], None] | None = None,
 ) -> list[R]:
     """Apply a function to every item, in parallel, and return the results in the order of the items.
 
@@ -39,11 +43,18 @@ def map_matrices(
         Where to run. A thread per core if not given: NumPy releases the interpreter lock in the work that counts.
     progress : callable, optional
         Called in this thread with the number of items done and the number of all.
+    collect : callable, optional
+        Called in this thread with each result, when it is there.
 
     Returns
     -------
     list
         Results by item. The first exception is raised after what has not begun was cancelled.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an item has to go to another process and cannot be pickled.
 
     Notes
     -----
@@ -54,15 +65,29 @@ def map_matrices(
         futures = [_submit(pool, function, item) for item in items]
         try:
             for done, future in enumerate(as_completed(futures), start=1):
-                future.result()
+                result = future.result()
+                if collect is not None:
+                    collect(result)
                 if progress is not None:
                     progress(done, len(futures))
-        except BaseException:
+        except BaseException as error:
             for future in futures:
                 future.cancel()
             wait(futures)
+            if _is_about_pickling(error):
+                raise InvalidArgumentError(
+                    "What goes to another process must be picklable: give arrays, functions of modules, or "
+                    f"functools.partial of these, not functions made on the spot ({error})."
+                ) from error
             raise
         return [future.result() for future in futures]
+
+
+def _is_about_pickling(error: BaseException) -> bool:
+    """Tell whether an object could not be sent; what is raised then depends on the object and the Python version."""
+    return isinstance(error, pickle.PicklingError) or (
+        isinstance(error, AttributeError | TypeError) and "pickle" in str(error)
+    )
 
 
 def _submit(pool: Executor, function: Callable[[T], R], item: T) -> Future[R]:

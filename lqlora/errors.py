@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "ScaleUnderflowWarning",
     "SolverError",
+    "StoreError",
     "UnsupportedArrayError",
 ]
 
@@ -67,19 +68,24 @@ class CheckpointError(LQLoRAError, OSError):
     """A checkpoint is truncated, inconsistent, or cannot be written."""
 
 
+class StoreError(LQLoRAError, OSError):
+    """A store of costs is corrupt, in use, or of other work."""
+
+
 class ConformanceError(LQLoRAError, AssertionError):
     """A quantizer or a solver broke a promise that a test asked of it."""
 
 
 class InfeasibleBudgetError(LQLoRAError, ValueError):
-    """No assignment of formats fits the budget.
+    """No assignment of formats fits a budget or a limit.
 
     Parameters
     ----------
     message : str
-        One sentence.
+        Which limit cannot be met, what range is feasible, and what to do.
     asked, minimum, maximum : Fraction
-        The budget asked for, the storage of the cheapest assignment and that of the dearest one, in bits per weight.
+        The limit asked for, and what the smallest and the largest assignment take, in bits per weight of the matrices
+        that the limit is for; of a limit of the error, the least and the greatest sum of costs.
     """
 
     def __init__(self, message: str, *, asked: Fraction, minimum: Fraction, maximum: Fraction) -> None:

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
     from lqlora._typing import FloatName
 
-__all__ = ["BlockFormat", "LevelSharing", "Offset", "ScaleCodebook", "ScaleFormat", "codebook_name", "paper_grid"]
+__all__ = [
+    "BlockFormat",
+    "LevelSharing",
+    "Offset",
+    "ScaleCodebook",
+    "ScaleFormat",
+    "codebook_name",
+    "float_bits",
+    "paper_grid",
+]
 
 Offset: TypeAlias = Literal["min", "mean", "none"]
 ScaleCodebook: TypeAlias = Literal["uint", "int", "dynamic", "log"]
@@ -347,6 +356,34 @@ class BlockFormat:
             None if axis is None else int(axis),
             "codebook" if fitted is None else int(lines) if lines else "matrix",
         )
+
+
+def float_bits(dtype: FloatName) -> int:
+    """Return the bits of a floating-point dtype that scales and factors are stored as.
+
+    Parameters
+    ----------
+    dtype : {"float32", "float16", "bfloat16"}
+        The dtype.
+
+    Returns
+    -------
+    int
+        32 or 16.
+
+    Raises
+    ------
+    FormatError
+        If it is none of those.
+
+    Examples
+    --------
+    >>> float_bits("bfloat16")
+    16
+    """
+    if dtype not in _FLOAT_BITS:
+        raise FormatError(f"Numbers are stored as {', '.join(_FLOAT_BITS)}, not as {dtype!r}.")
+    return _FLOAT_BITS[dtype]
 
 
 def codebook_name(text: str) -> str:

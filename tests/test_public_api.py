@@ -12,7 +12,7 @@ CONTRACT = {
     "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
          "decompose", "Decomposition", "QuantizedArray", "initializers", "weighting", "cost_table", "allocate", "Plan", "solvers",
          "backends", "forced", "nn", "save", "load", "verify", "codebooks", "affine", "dynamic8", "fp4", "logarithmic", "small_float",
-         "student_float", "testing"],
+         "student_float", "testing", "Limit", "memory_budget", "pareto", "ties"],
     "codebooks": ["AF4", "FP4_BNB", "abnormal_float", "block_optimal", "by_name", "is_standard"],
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from lqlora.allocation.plan import Plan
-from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError, SolverError
-from lqlora.solvers import Budget, Problem, SolveOptions, solve
+from lqlora.allocation._choices import constrain
+from lqlora.allocation._fewest_bits import fewest_bits
+from lqlora.allocation._least_error import least_error
+from lqlora.allocation._planning import make_plan
+from lqlora.allocation.limits import Limit
+from lqlora.errors import InvalidArgumentError
+from lqlora.solvers import SolveOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
+    from fractions import Fraction
 
-    from lqlora.allocation.costs import CostTable
-    from lqlora.formats import BlockFormat
-    from lqlora.solvers import Solution
+    from lqlora._patterns import Pattern
+    from lqlora.allocation._allowed import Wanted
+    from lqlora.allocation._choices import Bound, Choices
+    from lqlora.allocation.plan import Plan
+    from lqlora.allocation.table import CostTable
+    from lqlora.allocation.ties import Tie
 
 __all__ = ["allocate"]
 
@@ -29,49 +31,78 @@ def allocate(
     *,
     bits_per_weight: float | Fraction | None = None,
     total_bytes: int | None = None,
-    ties: Sequence[Sequence[str]] = (),
-    fixed: Mapping[str, BlockFormat] | None = None,
-    forbidden: Mapping[str, Sequence[BlockFormat]] | None = None,
+    max_error: float | None = None,
+    limits: Iterable[Limit] = (),
+    ties: Iterable[Tie] = (),
+    fixed: Mapping[Pattern, Wanted] | None = None,
+    forbidden: Mapping[Pattern, Wanted] | None = None,
+    minimum_bits: Mapping[Pattern, float | Fraction] | None = None,
+    count_factors: bool | None = None,
     solver: str = "auto",
     time_limit: float | None = None,
     rel_gap: float = 1e-6,
+    require_optimal: bool = False,
 ) -> Plan:
-    """Choose a format for each matrix, at least total cost within a budget.
+    r"""Choose a configuration for each matrix: the least error within a budget, or the fewest bits within an error.
+
+    A *pattern* is a shell pattern (``"*.q_proj"``), a compiled regular expression that matches the whole name, or a
+    function of the name. A pattern that matches no matrix of the table is refused.
 
     Parameters
     ----------
     table : CostTable
         Costs and sizes.
     bits_per_weight : float or Fraction, optional
-        Budget as an average over all weights; codes, scales and second-level scales count, low-rank factors do not.
+        Budget as an average over all weights. Codes, zero points, scales and second-level scales count; low-rank
+        factors as ``count_factors`` says.
     total_bytes : int, optional
-        Budget in bytes, of the same parts. Exactly one of the two is given.
-    ties : sequence of sequences of str, optional
-        Matrices of one group get one format, such as those that a serving engine fuses.
-    fixed : mapping of str to BlockFormat, optional
-        Formats that are decided already.
-    forbidden : mapping of str to sequence of BlockFormat, optional
-        Formats a matrix must not take.
+        Budget in bytes, of the same parts: see :func:`memory_budget`.
+    max_error : float, optional
+        Instead of a budget, a limit of the sum of the costs: the plan is the smallest one within it. At most one of
+        the three is given, and one at least where there are no limits.
+    limits : iterable of Limit
+        Further limits on the sizes of some matrices, from above or from below. All hold at once.
+    ties : iterable of patterns, or of sequences of patterns
+        Matrices that get one configuration, such as those that a serving engine fuses. What a sequence matches is one
+        group; so is what a single pattern matches, but an expression with groups, such as
+        ``re.compile(r"(.*)\.(?:gate|up)_proj")``, makes one of all names that agree in these. Overlapping ties merge.
+        :func:`lqlora.allocation.ties.fused_projections` and :func:`lqlora.allocation.ties.experts` know the usual ones.
+    fixed : mapping of pattern to BlockFormat, Configuration, or several of them, optional
+        What is decided already. A format leaves the rank open, of several one is taken, and of several patterns that
+        match a matrix all hold.
+    forbidden : mapping of pattern to BlockFormat, Configuration, or several of them, optional
+        What a matrix must not take.
+    minimum_bits : mapping of pattern to float or Fraction, optional
+        Least bits per weight of the quantized part of each matrix that matches, scales included.
+    count_factors : bool, optional
+        Whether low-rank factors count in the budget and in all limits. If not given they do where the table has several
+        ranks, since the largest rank would be free otherwise.
     solver : str, default "auto"
         See :func:`lqlora.solvers.solve`.
     time_limit : float, optional
-        Seconds.
+        Seconds of a search; ``max_error`` may take two.
     rel_gap : float, default 1e-6
         Relative gap at which an assignment counts as optimal.
+    require_optimal : bool, default False
+        Raise instead of returning a plan whose gap is larger, because time ran out.
 
     Returns
     -------
     Plan
-        Within the budget, in exact integers. A budget above the dearest choice gives the plan of least cost, and a note.
+        Within the budget and all limits, in exact integers; within ``max_error``, as :attr:`Plan.error` is computed. A
+        budget above the dearest choice gives the plan of least cost, and a note. ``Plan.status`` and ``Plan.gap`` tell
+        what is proven: no plan within the budget has a sum of costs below ``Plan.bound``; with ``max_error``, no plan
+        within it takes fewer bits than ``Plan.bound``.
 
     Raises
     ------
     InfeasibleBudgetError
-        If no choice fits; says what range of budgets is feasible.
+        If no choice fits; names the limit, and the range that is feasible.
     InvalidArgumentError
-        If the budget is negative or not a number, or a name or format is not in the table.
+        If a budget is negative or not a number, a pattern matches nothing, a format is not in the table, or nothing is
+        left for a matrix.
     SolverError
-        If the solver failed, or found nothing in time.
+        If the solver failed, found nothing in time, or proved too little with ``require_optimal``.
 
     References
     ----------
@@ -83,113 +114,40 @@ def allocate(
     >>> formats = [lq.BlockFormat.parse("nf2/64:float16"), lq.BlockFormat.parse("nf4/64:float16")]
     >>> rng = np.random.default_rng(0)
     >>> table = lq.cost_table({n: s * rng.standard_normal((32, 32)) for n, s in [("a", 1), ("b", 9)]}, formats, rank=2)
-    >>> {name: str(fmt) for name, fmt in lq.allocate(table, bits_per_weight=3.25).formats.items()}
+    >>> plan = lq.allocate(table, bits_per_weight=3.25)
+    >>> {name: str(fmt) for name, fmt in plan.formats.items()}
     {'a': 'nf2/64:float16', 'b': 'nf4/64:float16'}
+
+    As few bits as this error allows:
+
+    >>> lq.allocate(table, max_error=plan.error).bits_per_weight
+    Fraction(13, 4)
     """
-    budget, asked = _budget_bits(table, bits_per_weight, total_bytes)
-    allowed = _allowed(table, fixed or {}, forbidden or {})
-    problem = Problem(table.costs, table.sizes, allowed, _tie_groups(table, ties), (Budget(upper=budget),))
-    smallest, largest = _size_range(problem)
-    if budget < smallest:
-        raise _infeasible(table, asked, smallest, largest)
-    solution = solve(problem, solver, SolveOptions(time_limit=time_limit, rel_gap=rel_gap))
-    if solution.assignment is None:
-        raise SolverError(f"{solution.solver}: {solution.status.value} ({solution.message})")
-    note = "The budget is above the dearest choice of formats: it does not bind." if budget >= largest else ""
-    return _plan(table, solution, solution.assignment, note)
-
-
-def _plan(table: CostTable, solution: Solution, assignment: npt.NDArray[np.int64], note: str) -> Plan:
-    chosen = dict(zip(table.names, assignment.tolist(), strict=True))
-    costs = table.costs[np.arange(len(table.names)), assignment]
-    return Plan(
-        {name: table.formats[j] for name, j in chosen.items()},
-        dict.fromkeys(table.names, table.rank),
-        dict(zip(table.names, table.shapes, strict=True)),
-        dict(zip(table.names, costs.tolist(), strict=True)),
-        solution.objective,
-        solution.bound,
-        solution.status.name,
-        f"{solution.solver} {solution.version}",
-        note,
-        solution.seconds,
+    choices = constrain(
+        table,
+        limits=limits,
+        ties=ties,
+        fixed=fixed,
+        forbidden=forbidden,
+        minimum_bits=minimum_bits,
+        count_factors=count_factors,
     )
+    bounds = _bounds(choices, bits_per_weight, total_bytes, max_error)
+    options = SolveOptions(time_limit=time_limit, rel_gap=rel_gap)
+    if max_error is not None:
+        found = fewest_bits(choices, max_error, solver, options)
+        return make_plan(choices, found, max_error=max_error, require_optimal=require_optimal)
+    found = least_error(choices, bounds, solver, options)
+    return make_plan(choices, found, bounds[len(choices.bounds) :], require_optimal=require_optimal)
 
 
-def _budget_bits(
-    table: CostTable, bits_per_weight: float | Fraction | None, total_bytes: int | None
-) -> tuple[int, Fraction]:
-    """Return the budget in whole bits and in bits per weight."""
-    if (bits_per_weight is None) == (total_bytes is None):
-        raise InvalidArgumentError("Give a budget as bits_per_weight or as total_bytes, and only one of them.")
-    try:
-        if bits_per_weight is None:
-            asked = Fraction(8 * operator.index(total_bytes), max(table.weight_count, 1))  # type: ignore[arg-type]
-        else:
-            exact = bits_per_weight if isinstance(bits_per_weight, Fraction) else float(bits_per_weight)
-            asked = Fraction(exact)
-    except (OverflowError, TypeError, ValueError):
-        raise InvalidArgumentError(f"A budget is a finite number, not {bits_per_weight or total_bytes!r}.") from None
-    if asked < 0:
-        raise InvalidArgumentError(f"A budget is not negative: {float(asked):g} bits per weight were asked for.")
-    return 8 * total_bytes if total_bytes is not None else math.floor(asked * table.weight_count), asked
-
-
-def _column(table: CostTable, fmt: BlockFormat) -> int:
-    if fmt not in table.formats:
-        raise InvalidArgumentError(f"Format {fmt} is not in the cost table.")
-    return table.formats.index(fmt)
-
-
-def _row(table: CostTable, name: str) -> int:
-    if name not in table.names:
-        raise InvalidArgumentError(f"Matrix {name!r} is not in the cost table.")
-    return table.names.index(name)
-
-
-def _allowed(
-    table: CostTable, fixed: Mapping[str, BlockFormat], forbidden: Mapping[str, Sequence[BlockFormat]]
-) -> npt.NDArray[np.bool_]:
-    allowed = np.isfinite(table.costs)
-    for name, formats in forbidden.items():
-        allowed[_row(table, name), [_column(table, fmt) for fmt in formats]] = False
-    for name, fmt in fixed.items():
-        column = _column(table, fmt)
-        permitted = bool(allowed[_row(table, name), column])
-        allowed[_row(table, name)] = False
-        allowed[_row(table, name), column] = permitted
-    for name, row in zip(table.names, allowed, strict=True):
-        if not row.any():
-            raise InvalidArgumentError(f"No format is left for {name!r}.")
-    return allowed
-
-
-def _tie_groups(table: CostTable, ties: Sequence[Sequence[str]]) -> npt.NDArray[np.int64]:
-    """Return a group number for each row; overlapping ties merge."""
-    groups = np.arange(len(table.names))
-    for tie in ties:
-        members = {int(groups[_row(table, name)]) for name in tie}
-        groups[np.isin(groups, list(members))] = min(members, default=0)
-    return groups
-
-
-def _size_range(problem: Problem) -> tuple[int, int]:
-    """Bits of the smallest and the largest assignment, ties respected."""
-    smallest = largest = 0
-    for tie in np.unique(problem.ties):
-        rows = problem.ties == tie
-        sizes = problem.size[rows].sum(axis=0)[problem.allowed[rows].all(axis=0)]
-        if not sizes.size:
-            raise InvalidArgumentError("Tied matrices have no format in common.")
-        smallest, largest = smallest + int(sizes.min()), largest + int(sizes.max())
-    return smallest, largest
-
-
-def _infeasible(table: CostTable, asked: Fraction, smallest: int, largest: int) -> InfeasibleBudgetError:
-    count = max(table.weight_count, 1)
-    low, high = Fraction(smallest, count), Fraction(largest, count)
-    message = (
-        f"A budget of {float(asked):.4f} bits per weight is infeasible: the formats allow {float(low):.4f} to "
-        f"{float(high):.4f}. Raise the budget or add smaller formats."
-    )
-    return InfeasibleBudgetError(message, asked=asked, minimum=low, maximum=high)
+def _bounds(
+    choices: Choices, bits_per_weight: float | Fraction | None, total_bytes: int | None, max_error: float | None
+) -> tuple[Bound, ...]:
+    """Return all limits, the budget last."""
+    given = sum(value is not None for value in (bits_per_weight, total_bytes, max_error))
+    if given > 1 or (given == 0 and not choices.bounds):
+        raise InvalidArgumentError("Give a budget as bits_per_weight, total_bytes or max_error, and only one of them.")
+    if bits_per_weight is None and total_bytes is None:
+        return choices.bounds
+    return *choices.bounds, choices.bound(Limit(bits_per_weight=bits_per_weight, total_bytes=total_bytes))

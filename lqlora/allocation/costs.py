@@ -1,77 +1,57 @@
-"""Error and size of every matrix in every format."""
+"""From matrices to a cost table: every matrix is decomposed in every configuration."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from lqlora._parallel import map_matrices
-from lqlora.decomposition import Init, decompose
+from lqlora.allocation._digests import configuration_key, settings_as_json, text_digest
+from lqlora.allocation._rows import RowTask, cost_row
+from lqlora.allocation.store import CostStore
+from lqlora.allocation.table import Configuration, CostTable
 from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat, float_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    import os
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Executor
 
-    from lqlora._typing import Array
-    from lqlora.formats import BlockFormat
+    from lqlora._typing import Array, FloatName
+    from lqlora.allocation.store import StoredRow
+    from lqlora.decomposition import Init
     from lqlora.weighting import AbstractWeighting
 
-__all__ = ["CostTable", "cost_table"]
+__all__ = ["Mode", "cost_table"]
 
-
-@dataclass(frozen=True, eq=False)
-class CostTable:
-    """Error and size of every matrix in every format.
-
-    Parameters
-    ----------
-    names : tuple of str
-        Matrices, one a row.
-    shapes : tuple of tuple of int
-        Their shapes.
-    formats : tuple of BlockFormat
-        Formats, one a column.
-    costs : ndarray of float64, shape (n, m)
-        Weighted squared error of each decomposition.
-    sizes : ndarray of int64, shape (n, m)
-        Exact storage in bits, without the low-rank factors.
-    rank : int
-        Rank of the decompositions.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    formats: tuple[BlockFormat, ...]
-    costs: npt.NDArray[np.float64]
-    sizes: npt.NDArray[np.int64]
-    rank: int
-
-    @property
-    def weight_count(self) -> int:
-        """Number of weights of all matrices together."""
-        return sum(math.prod(shape) for shape in self.shapes)
+Mode: TypeAlias = Literal["exact", "fast"]
 
 
 def cost_table(
     weights: Mapping[str, Array | Callable[[], Array]],
     formats: Sequence[BlockFormat],
     *,
-    rank: int,
+    rank: int | None = None,
+    ranks: Sequence[int] | None = None,
+    factor_format: BlockFormat | None = None,
+    factor_dtype: FloatName = "float16",
+    mode: Mode = "exact",
     weighting: Mapping[str, AbstractWeighting] | None = None,
     init: Init = "quantize",
     max_iter: int = 2,
     seed: int = 0,
+    store: str | os.PathLike[str] | None = None,
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
     **options: Any,
 ) -> CostTable:
-    """Decompose every matrix in every format, and note the error and the size.
+    """Decompose every matrix in every format and rank, and note errors and sizes.
 
     Parameters
     ----------
@@ -79,19 +59,37 @@ def cost_table(
         Matrices by name. A callable is called when its row is computed, so that few matrices are in memory at a time.
     formats : sequence of BlockFormat
         Formats to choose from.
-    rank : int
+    rank : int, optional
         Rank of the low-rank part.
+    ranks : sequence of int, optional
+        Ranks to choose from; every format is combined with each. Exactly one of the two is given.
+    factor_format : BlockFormat, optional
+        Quantize the factors, too: errors and sizes are those of quantized factors.
+    factor_dtype : {"float16", "bfloat16", "float32"}
+        What each entry of the factors is stored as where they are not quantized: 16 bits each if not given. Only the
+        sizes know of it: errors are those of factors of float32.
+    mode : {"exact", "fast"}
+        ``"exact"``: each cost is that of a decomposition of its own. ``"fast"``: of the formats that share codebook and
+        blocks a few are decomposed, by two iterations from the quantized matrix; the others cost what the one nearest
+        to them does, times the ratio of the errors of quantization alone. Meant for grids of hundreds of formats: of
+        the 432 of ``paper_grid("code")`` it decomposes about a tenth. Costs are off by a few tenths of a percent, see
+        ``benchmarks/README.md``; those of formats that another one beats by half at no larger size may be off by more.
     weighting : mapping of str to AbstractWeighting, optional
         Norm of each matrix; matrices not named count uniformly. Costs are compared across matrices, so the weightings
         must be on one scale: Fisher information is. A matrix whose weights are all zero costs nothing.
     init, max_iter, seed : str, int, int
         See :func:`lqlora.decompose`. Few iterations suffice: the table ranks formats, it is not the final answer.
+    store : str or path, optional
+        File that each row is written to when it is finished; rows that are in it already are not computed again, see
+        :class:`CostStore`. Entries and weighting of each matrix are compared with those the row was computed of.
     executor : concurrent.futures.Executor, optional
-        Where to run, a matrix a task; a thread per core if not given.
+        Where to run, a matrix a task; a thread per core if not given. Processes and other machines need matrices and
+        callables that can be pickled; the store is written by the calling process alone.
     progress : callable, optional
-        Called with the number of matrices done and the number of all.
+        Called with the number of matrices done, the number of all, and an estimate of the seconds left.
     **options
-        Further options of :func:`lqlora.decompose`, such as ``fit`` or ``quantizer``.
+        Further options of :func:`lqlora.decompose`, such as ``fit`` or ``quantizer``. The fast mode takes only
+        ``clip_rank``.
 
     Returns
     -------
@@ -101,7 +99,10 @@ def cost_table(
     Raises
     ------
     InvalidArgumentError
-        If there are no matrices or no formats, a format occurs twice, or a weighting names no matrix.
+        If there are no matrices, formats or ranks, one of them occurs twice, a weighting names no matrix, the
+        fast mode was given an option it does not have, or other processes a function that cannot be pickled.
+    StoreError
+        If the store is in use, corrupt, or of other settings, matrices or weightings.
 
     References
     ----------
@@ -115,31 +116,114 @@ def cost_table(
     >>> bool(table.costs[0, 0] > table.costs[0, 1]), table.sizes.tolist()
     (True, [[2304, 4352]])
     """
-    weighting = weighting or {}
-    if not weights or not formats:
-        raise InvalidArgumentError("A cost table needs at least one matrix and one format.")
-    if len(set(formats)) < len(formats):
-        raise InvalidArgumentError("A format occurs twice.")
+    configurations = _configurations(formats, rank, ranks)
+    options = {**options, "factor_format": factor_format, "init": init, "max_iter": max_iter, "seed": seed}
+    _check(weights, configurations, weighting or {}, mode, options)
+    bits = float_bits(factor_dtype)
+    tasks = [RowTask(name, source, (weighting or {}).get(name)) for name, source in weights.items()]
+    with (
+        contextlib.nullcontext()
+        if store is None
+        else CostStore(store, _settings(mode, options, configurations)) as file
+    ):
+        known = file.rows if file is not None else {}
+        tasks = [task._replace(known=known.get(task.name)) for task in tasks]
+        work = functools.partial(
+            cost_row, configurations=configurations, options=options, fast=mode == "fast", stored=str(store or "")
+        )
+        done = _Done(len(tasks), progress, file, configurations)
+        rows = map_matrices(work, tasks, executor, collect=done.take)
+        found = {row.name: {**known[row.name].costs, **row.costs} if row.name in known else row.costs for row in rows}
+    shapes = tuple(row.shape for row in rows)
+    keys = [configuration_key(own) for own in configurations]
+    sizes = [[own.format.storage_bits(shape) for own in configurations] for shape in shapes]
+    factor_sizes = [[_factor_bits(shape, own.rank, factor_format, bits) for own in configurations] for shape in shapes]
+    return CostTable(
+        tuple(weights),
+        shapes,
+        configurations,
+        np.array([[found[name][key] for key in keys] for name in weights], dtype=np.float64),
+        np.array(sizes, dtype=np.int64),
+        np.array(factor_sizes, dtype=np.int64),
+    )
+
+
+def _configurations(
+    formats: Sequence[BlockFormat], rank: int | None, ranks: Sequence[int] | None
+) -> tuple[Configuration, ...]:
+    """Return all pairs of format and rank."""
+    if (rank is None) == (ranks is None):
+        raise InvalidArgumentError("Give rank or ranks, and only one of them.")
+    every = [rank] if rank is not None else [*(ranks or ())]
+    return tuple(Configuration(fmt, own) for fmt in formats for own in every)
+
+
+def _check(
+    weights: Mapping[str, Any],
+    configurations: Sequence[Configuration],
+    weighting: Mapping[str, AbstractWeighting],
+    mode: str,
+    options: Mapping[str, Any],
+) -> None:
+    if not weights or not configurations:
+        raise InvalidArgumentError("A cost table needs at least one matrix, one format and one rank.")
+    if len(set(configurations)) < len(configurations):
+        raise InvalidArgumentError("A format or a rank occurs twice.")
     if unknown := set(weighting) - set(weights):
         raise InvalidArgumentError(f"Weightings for unknown matrices: {', '.join(sorted(unknown))}.")
-    options = {**options, "init": init, "max_iter": max_iter, "seed": seed}
-    row = functools.partial(_cost_row, formats=tuple(formats), rank=rank, options=options)
-    items = [(name, source, weighting.get(name)) for name, source in weights.items()]
-    rows = map_matrices(row, items, executor, progress)
-    shapes = tuple(shape for shape, _ in rows)
-    sizes = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes], dtype=np.int64)
-    return CostTable(tuple(weights), shapes, tuple(formats), np.array([costs for _, costs in rows]), sizes, rank)
+    if mode not in ("exact", "fast"):
+        raise InvalidArgumentError(f"mode is 'exact' or 'fast', not {mode!r}.")
+    allowed = {"factor_format": None, "init": "quantize", "max_iter": 2, "fit": "absmax", "quantizer": "nearest"}
+    others = [
+        name
+        for name, value in options.items()
+        if name not in ("seed", "clip_rank") and (name not in allowed or value != allowed[name])
+    ]
+    if mode == "fast" and others:
+        raise InvalidArgumentError(f"mode='fast' has no choice of {', '.join(others)}: use mode='exact'.")
 
 
-def _cost_row(
-    item: tuple[str, Array | Callable[[], Array], AbstractWeighting | None],
-    *,
-    formats: Iterable[BlockFormat],
-    rank: int,
-    options: dict[str, Any],
-) -> tuple[tuple[int, ...], list[float]]:
-    name, source, weighting = item
-    matrix = source() if callable(source) else source
-    found = [decompose(matrix, fmt, rank, weighting=weighting, name=name, **options) for fmt in formats]
-    matters = weighting is None or not weighting.all_zero
-    return tuple(matrix.shape), [d.squared_error if matters else 0.0 for d in found]
+def _settings(mode: str, options: Mapping[str, Any], configurations: Sequence[Configuration]) -> dict[str, Any]:
+    """Return what all costs of a store have in common: costs that are shared depend on what they are shared with."""
+    settings = settings_as_json({"mode": mode, **options})
+    if mode == "fast":
+        settings["configurations"] = text_digest("\n".join(map(configuration_key, configurations)))
+    return settings
+
+
+class _Done:
+    """Takes what is finished: to the store, and to whoever wants to know how long it takes."""
+
+    def __init__(
+        self,
+        total: int,
+        progress: Callable[[int, int, float], None] | None,
+        store: CostStore | None,
+        configurations: Sequence[Configuration],
+    ) -> None:
+        keys = {configuration_key(own) for own in configurations}
+        known = {} if store is None else store.rows
+        self._total, self._progress, self._store = total, progress, store
+        self._complete = {name for name, row in known.items() if keys <= row.costs.keys()}
+        self._count = self._computed = 0
+        self._start = time.monotonic()
+
+    def take(self, row: StoredRow) -> None:
+        """Take note of a row."""
+        self._count += 1
+        self._computed += bool(row.costs)
+        self._complete.discard(row.name)
+        if self._store is not None and row.costs:
+            self._store.append(row)
+        if self._progress is not None:
+            left = self._total - self._count - len(self._complete)
+            pace = (time.monotonic() - self._start) / self._computed if self._computed else math.inf
+            self._progress(self._count, self._total, left * pace if left else 0.0)
+
+
+def _factor_bits(shape: tuple[int, ...], rank: int, fmt: BlockFormat | None, bits: int) -> int:
+    """Bits of the factors of a matrix."""
+    rows, columns = shape
+    if fmt is None:
+        return bits * rank * (rows + columns)
+    return fmt.storage_bits((rank, columns)) + fmt.storage_bits((rows, rank))

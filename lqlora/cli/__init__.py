@@ -10,14 +10,14 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line; every error of the library becomes one sentence and exit code 1."""
+    """Run the command line; every error of the library becomes one sentence and exit code 2."""
     try:
         from lqlora.cli.app import app  # noqa: PLC0415 - needs packages of the demo extra
 
         app()
     except LQLoRAError as error:
         sys.stderr.write(f"lqlora: {error}\n")
-        sys.exit(1)
+        sys.exit(2)
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"lqlora: the command line needs {error.name}: pip install 'lqlora[demo]'.\n")
-        sys.exit(1)
+        sys.stderr.write(f"lqlora: this command needs {error.name}: pip install 'lqlora[demo]'.\n")
+        sys.exit(2)

@@ -145,7 +145,12 @@ def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
     weights = nn.weight_arrays(nn.select_linears(work.base))
     with console.stage(f"Cost table of {len(weights)} matrices x {len(settings.formats)} formats") as progress:
         table = lq.cost_table(
-            weights, settings.formats, rank=settings.rank, weighting=fisher, seed=settings.seed, progress=progress
+            weights,
+            settings.formats,
+            rank=settings.rank,
+            weighting=fisher,
+            seed=settings.seed,
+            progress=lambda done, total, _: progress(done, total),  # the bar has an estimate of its own
         )
     plans = _solve(table, settings)
     for name, plan in plans.items():
@@ -169,8 +174,11 @@ def _check_budgets(work: _Work) -> None:
     formats = work.settings.formats
     shapes = {name: tuple(layer.weight.shape) for name, layer in nn.select_linears(work.base).items()}
     sizes = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes.values()], dtype=np.int64)
-    rank = work.settings.rank
-    table = lq.CostTable(tuple(shapes), tuple(shapes.values()), formats, np.zeros(sizes.shape), sizes, rank)
+    configurations = tuple(lq.Configuration(fmt, work.settings.rank) for fmt in formats)
+    nothing = np.zeros(sizes.shape)
+    table = lq.CostTable(
+        tuple(shapes), tuple(shapes.values()), configurations, nothing, sizes, nothing.astype(np.int64)
+    )
     _solve(table, work.settings)
 
 

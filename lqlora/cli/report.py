@@ -72,6 +72,6 @@ def draw(path: Path, plans: Mapping[str, Plan], curves: Mapping[str, Sequence[fl
     figure = _plots.figure(figsize=(10, 3 * (len(plans) + 1)))
     axes = figure.subplots(len(plans) + 1, 1)
     for axis, (name, plan) in zip(axes, plans.items(), strict=False):
-        _plots.draw_bits(axis, plan.bits_by_matrix(), name)
+        _plots.draw_grid(axis, plan.bits_by_layer(), name, "bits per weight")
     _plots.draw_errors(axes[-1], curves, "mean error over all matrices, each in its own norm")
     figure.savefig(path, dpi=120, metadata={"Software": None})

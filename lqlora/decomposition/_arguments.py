@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lqlora import ops
+from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
+from lqlora.weighting import LowRankStep
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["check_options", "checked_matrix", "checked_rank"]
+__all__ = ["check_options", "checked_matrix", "checked_rank", "checked_start"]
 
 
 def checked_matrix(w: Array, name: str) -> Array:
@@ -35,6 +38,31 @@ def checked_rank(matrix: Array, rank: int, init_rank: int | None, name: str, *, 
     if not _is_int(init_rank) or not 0 <= init_rank <= rank:
         raise InvalidArgumentError(f"init_rank is an int from 0 to the rank of {rank}, not {init_rank!r}.")
     return used, min(init_rank, used)
+
+
+def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init: str) -> LowRankStep:
+    """Return the low-rank part to start from, in the dtype of the matrix."""
+    if init != "svd":
+        raise InvalidArgumentError(
+            f"A start takes the place of an SVD of the matrix: it needs init='svd', not {init!r}."
+        )
+    if isinstance(start, LowRankStep):
+        step = start
+    elif isinstance(start, tuple) and len(start) == 2:
+        step = LowRankStep(start[0], start[1], None, math.inf)
+    else:
+        raise InvalidArgumentError("A start is a pair of lora_B and lora_A, or a LowRankStep.")
+    xp = namespace(matrix, step.left, step.right)
+    shapes = tuple(step.left.shape), tuple(step.right.shape)
+    if [len(shape) for shape in shapes] != [2, 2] or (shapes[0][0], shapes[1][1], shapes[0][1]) != (
+        *matrix.shape,
+        shapes[1][0],
+    ):
+        raise InvalidArgumentError(f"Factors of {shapes[0]} and {shapes[1]} are no start for {tuple(matrix.shape)}.")
+    left, right = (xp.astype(factor, matrix.dtype) for factor in (step.left, step.right))
+    ops.require_finite(left, "lora_B")
+    ops.require_finite(right, "lora_A")
+    return step._replace(left=left, right=right)
 
 
 def check_options(

@@ -15,8 +15,9 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
-from lqlora.decomposition._arguments import check_options, checked_matrix, checked_rank
+from lqlora.decomposition._arguments import check_options, checked_matrix, checked_rank, checked_start
 from lqlora.decomposition._watch import Watch
+from lqlora.decomposition.iteration import remainder, residual_of
 from lqlora.decomposition.quantizers import make_quantizer
 from lqlora.decomposition.result import Decomposition
 from lqlora.errors import InvalidArgumentError
@@ -61,6 +62,7 @@ def decompose(
     weighting: AbstractWeighting | None = None,
     init: Init = "svd",
     init_rank: int | None = None,
+    start: LowRankStep | tuple[Array, Array] | None = None,
     quantizer: QuantizerName | Quantizer = "nearest",
     fit: Fit = "absmax",
     extrapolation: float | None = None,
@@ -94,6 +96,10 @@ def decompose(
     init_rank : int, optional
         Rank of the approximation that ``init="svd"`` starts from, 0 to ``rank``; ``rank`` if not given. Between the two
         it splits the rank: part is kept back from the quantizer, the rest is left to repair what it does.
+    start : tuple of arrays of shapes (m, k) and (k, n), optional
+        ``lora_B`` and ``lora_A`` of a similar decomposition with a scaling of 1, for ``init="svd"`` to start from their
+        product instead of an approximation of ``w``. What ``weighting.low_rank(w, rank, seed=seed)`` returned serves,
+        too: it is what would be computed, so that many formats can share it.
     quantizer : {"nearest", "gptq"} or callable
         ``"nearest"`` rounds every entry by itself (:func:`lqlora.quantize`), ``"gptq"`` feeds errors back
         (:func:`lqlora.gptq`; it needs a weighting with the second moment of the inputs). A callable takes the matrix to
@@ -189,10 +195,11 @@ def decompose(
     weighting.check(tuple(matrix.shape))
     if extrapolation is None and quantizer == "nearest" and fit != "absmax":
         extrapolation = _FITTED
+    kept = None if start is None else checked_start(start, matrix, init)
     goal = _Goal(matrix, used, weighting, make_quantizer(quantizer, fmt, fit, weighting, name), seed)
     norm = weighting.squared_norm(matrix)
     watch: Watch[_Iterate] = Watch(norm, rtol, target, time_limit, callback)
-    for iterate in _iterates(goal, norm, init, init_rank, max_iter, extrapolation):
+    for iterate in _iterates(goal, norm, init, init_rank if kept is None else kept, max_iter, extrapolation):
         if watch.see(iterate, iterate.squared_error):
             break
     else:
@@ -224,11 +231,11 @@ class _Iterate(NamedTuple):
 
 
 def _iterates(
-    goal: _Goal, norm: float, init: Init, init_rank: int, max_iter: int, extrapolation: float | None
+    goal: _Goal, norm: float, init: Init, kept: LowRankStep | int, max_iter: int, extrapolation: float | None
 ) -> Iterator[_Iterate]:
     """Yield quantization alone, then one SVD of its residual, then the alternation from the chosen start."""
     first = goal.quantizer(goal.matrix, None)
-    residual = _residual(goal.matrix, first)
+    residual = residual_of(goal.matrix, first)
     alone = goal.weighting.squared_norm(residual)
     yield _Iterate(first, None, alone)
     if goal.rank == 0 or init == "zero":
@@ -242,8 +249,10 @@ def _iterates(
     if init == "quantize":
         yield from _alternate(goal, step, iterate, max_iter - 1, extrapolation)
         return
-    kept = goal.weighting.low_rank(goal.matrix, init_rank, seed=goal.seed)
-    previous = kept if init_rank == goal.rank else step  # one basis is as wide as the steps to come
+    if isinstance(kept, int):
+        kept = goal.weighting.low_rank(goal.matrix, kept, seed=goal.seed)
+    # Of the two bases one is as wide as the steps to come.
+    previous = kept if kept.basis is not None and kept.left.shape[1] == goal.rank else step
     yield from _alternate(goal, kept, _Iterate(first, previous, math.inf), max_iter, extrapolation)
 
 
@@ -269,7 +278,7 @@ def _alternate(
     """
     former, is_plain = None, extrapolation == 0
     for _ in range(max_iter):
-        quantized = goal.quantizer(_remainder(goal.matrix, kept, former, extrapolation), best.quantized)
+        quantized = goal.quantizer(remainder(goal.matrix, kept, former, extrapolation), best.quantized)
         iterate = _approximated(goal, quantized, best.step)
         if goal.is_coarse or (iterate.squared_error >= best.squared_error and not is_plain):
             iterate = _approximated(goal, quantized, iterate.step)
@@ -283,29 +292,8 @@ def _alternate(
             former, extrapolation = None, extrapolation / 2
 
 
-def _remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None, extrapolation: float) -> Array:
-    """Return the matrix without a low-rank part that is carried on in the direction of its last change."""
-    left, right = -kept.left, kept.right
-    if former is not None:
-        # One product of twice the rank: no dense array but the result is made.
-        xp = namespace(matrix)
-        left = xp.concat([left * (1 + extrapolation), former.left * extrapolation], axis=1)
-        right = xp.concat([right, former.right], axis=0)
-    remainder = left @ right
-    remainder += matrix
-    return remainder
-
-
-def _residual(matrix: Array, quantized: QuantizedArray) -> Array:
-    """Return the matrix minus a quantized part, in the memory that the part is decoded to."""
-    residual = namespace(matrix).astype(dequantize(quantized), matrix.dtype, copy=False)
-    residual *= -1
-    residual += matrix
-    return residual
-
-
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
-    residual = _residual(goal.matrix, quantized)
+    residual = residual_of(goal.matrix, quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)
 
@@ -322,7 +310,7 @@ def _refitted(goal: _Goal, best: _Iterate) -> _Iterate:
             break
     assert best.step is not None  # nor is it after a refit
     # A step may tell its error as a difference; what is returned is told exactly.
-    rest = _residual(goal.matrix, best.quantized) - best.step.left @ best.step.right
+    rest = residual_of(goal.matrix, best.quantized) - best.step.left @ best.step.right
     return best._replace(squared_error=goal.weighting.squared_norm(rest))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ from lqlora.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable, Mapping
 
     import numpy.typing as npt
 
-__all__ = ["load_llama", "packaged_smollm2"]
+__all__ = ["linear_weights", "load_llama", "packaged_smollm2"]
 
 _MODULES = {
     "attn_q": "self_attn.q_proj",
@@ -89,31 +91,17 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     transformers can read GGUF files too, but then needs accelerate, takes longer, and marks the model as quantized,
     after which it refuses to be saved. Both routes give the same bits.
     """
-    gguf = require("gguf", "demo", "Reading GGUF files")
     transformers = require("transformers", "demo", "Reading Llama models")
     torch = require("torch", "demo", "Reading Llama models")
     path = Path(path)
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is no readable GGUF file: {error}") from error
-    fields = {name: _value(field) for name, field in reader.fields.items() if name.startswith(("general.", "llama."))}
+    fields, tensors = _open(path)
     if fields.get("llama.rope.scaling.type", "none") != "none":
         raise CheckpointError(f"{path} scales its rotary embedding, which this does not read.")
-    if fields.get("general.architecture") != "llama":
-        raise CheckpointError(f"{path} holds {fields.get('general.architecture')!r}; this reads 'llama' only.")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
         config = _config(transformers, fields, tensors)
     except KeyError as error:
         raise CheckpointError(f"{path} lacks {error}.") from error
-    state = {}
-    for name, tensor in tensors.items():
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            state[_torch_name(name)] = torch.from_numpy(_unpermute(name, values, config))
-        except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(f"Tensor {name!r} of {path} cannot be read: {error}") from error
+    state = {_torch_name(name): torch.from_numpy(_read(path, name)) for name in tensors}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device="cpu")
@@ -127,6 +115,71 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
         raise CheckpointError(f"{path} does not fill its architecture: missing {missing}, unexpected {unexpected}.")
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return model.eval(), tokenizer
+
+
+def linear_weights(path: str | os.PathLike[str]) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+    """Find the weights of the linear layers of a Llama model, without torch or transformers.
+
+    Parameters
+    ----------
+    path : path-like
+        GGUF file of architecture ``llama``.
+
+    Returns
+    -------
+    dict of str to callable
+        By module name in transformers, such as ``"model.layers.0.self_attn.q_proj"``, output head and embedding among
+        them. Each callable reads and dequantizes one matrix, and can be pickled.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, broken or of another architecture; a callable raises it for a type it cannot read.
+    MissingDependencyError
+        If gguf is not installed.
+    """
+    path = Path(path)
+    _, tensors = _open(path)
+    return {
+        _torch_name(name).removesuffix(".weight"): functools.partial(_read, path, name)
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2
+    }
+
+
+def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings and the tensors of a file; their values stay on the disk."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} is no readable GGUF file: {error}") from error
+    return _open_as_of(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=1)  # to look through the header takes longer than to read a matrix
+def _open_as_of(path: Path, time: int, size: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - keys
+    gguf = require("gguf", "demo", "Reading GGUF files")
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} is no readable GGUF file: {error}") from error
+    fields = {name: _value(field) for name, field in reader.fields.items() if name.startswith(("general.", "llama."))}
+    if fields.get("general.architecture") != "llama":
+        raise CheckpointError(f"{path} holds {fields.get('general.architecture')!r}; this reads 'llama' only.")
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _read(path: Path, name: str) -> npt.NDArray[np.float32]:
+    """Dequantize one tensor, in the order of rows that transformers has."""
+    gguf = require("gguf", "demo", "Reading GGUF files")
+    fields, tensors = _open(path)
+    try:
+        values = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype(np.float32)
+        return _unpermute(name, values, fields)
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}.") from error
+    except (NotImplementedError, ValueError) as error:
+        raise CheckpointError(f"Tensor {name!r} of {path} cannot be read: {error}") from error
 
 
 def _value(field: Any) -> Any:
@@ -164,11 +217,13 @@ def _torch_name(name: str) -> str:
     return f"model.layers.{match[1]}.{_MODULES[match[2]]}.{match[3]}"
 
 
-def _unpermute(name: str, values: npt.NDArray[np.float32], config: Any) -> npt.NDArray[np.float32]:
+def _unpermute(name: str, values: npt.NDArray[np.float32], fields: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     """Undo the row order of query and key weights in GGUF, where the two halves of a rotary pair are neighbors."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     kind = name.split(".")[2] if name.startswith("blk.") else ""
-    if kind not in heads:
+    if kind not in ("attn_q", "attn_k"):
         return values
-    pairs = values.reshape(heads[kind], values.shape[0] // heads[kind] // 2, 2, *values.shape[1:])
+    heads = fields["llama.attention.head_count"]
+    if kind == "attn_k":
+        heads = fields.get("llama.attention.head_count_kv", heads)
+    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lqlora._parallel import map_matrices
+from lqlora._patterns import as_patterns, matches
 from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
@@ -20,29 +19,19 @@ from lqlora.formats import BlockFormat
 from lqlora.nn.linear import LQLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from concurrent.futures import Executor
 
+    from lqlora._patterns import Patterns
     from lqlora.weighting import AbstractWeighting
 
-__all__ = ["Pattern", "QuantizationReport", "quantize_model", "select_linears", "weight_arrays"]
-
-#: A shell pattern, a compiled regular expression that matches the whole name, or a function of the name.
-Pattern: TypeAlias = "str | re.Pattern[str] | Callable[[str], bool]"
+__all__ = ["QuantizationReport", "quantize_model", "select_linears", "weight_arrays"]
 
 #: Output heads stay as they are unless asked for: they are few, often tied to the embedding, and sensitive.
-_KEPT: tuple[Pattern, ...] = ("lm_head", "*.lm_head")
+_KEPT: tuple[str, ...] = ("lm_head", "*.lm_head")
 
 
-def _matches(name: str, pattern: Pattern) -> bool:
-    if isinstance(pattern, str):
-        return fnmatch.fnmatchcase(name, pattern)
-    return pattern.fullmatch(name) is not None if isinstance(pattern, re.Pattern) else bool(pattern(name))
-
-
-def select_linears(
-    model: nn.Module, include: Pattern | Iterable[Pattern] = "*", exclude: Pattern | Iterable[Pattern] = _KEPT
-) -> dict[str, nn.Linear]:
+def select_linears(model: nn.Module, include: Patterns = "*", exclude: Patterns = _KEPT) -> dict[str, nn.Linear]:
     """Find linear layers by name.
 
     Parameters
@@ -64,23 +53,17 @@ def select_linears(
     InvalidArgumentError
         If nothing matches.
     """
-    wanted, unwanted = _as_tuple(include), _as_tuple(exclude)
+    wanted, unwanted = as_patterns(include), as_patterns(exclude)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     found = {
         name: module
         for name, module in linears.items()
-        if any(_matches(name, p) for p in wanted) and not any(_matches(name, p) for p in unwanted)
+        if any(matches(name, p) for p in wanted) and not any(matches(name, p) for p in unwanted)
     }
     if not found:
         some = ", ".join(list(linears)[:5]) or "none"
         raise InvalidArgumentError(f"No linear layer matches {include!r}; the model has {len(linears)} ({some}, …).")
     return found
-
-
-def _as_tuple(patterns: Pattern | Iterable[Pattern]) -> tuple[Pattern, ...]:
-    if isinstance(patterns, str | re.Pattern) or callable(patterns):
-        return (patterns,)
-    return tuple(patterns)
 
 
 def weight_arrays(linears: Mapping[str, nn.Linear]) -> dict[str, Callable[[], Any]]:
@@ -150,8 +133,8 @@ def quantize_model(
     formats: BlockFormat | Mapping[str, BlockFormat] | Plan,
     *,
     rank: int | None = None,
-    include: Pattern | Iterable[Pattern] = "*",
-    exclude: Pattern | Iterable[Pattern] = _KEPT,
+    include: Patterns = "*",
+    exclude: Patterns = _KEPT,
     weighting: Mapping[str, AbstractWeighting] | None = None,
     scaling: float = 1.0,
     seed: int = 0,
@@ -218,8 +201,8 @@ def quantize_model(
 def _resolve(
     model: nn.Module,
     formats: BlockFormat | Mapping[str, BlockFormat] | Plan,
-    include: Pattern | Iterable[Pattern],
-    exclude: Pattern | Iterable[Pattern],
+    include: Patterns,
+    exclude: Patterns,
 ) -> dict[str, BlockFormat]:
     if isinstance(formats, BlockFormat):
         return dict.fromkeys(select_linears(model, include, exclude), formats)

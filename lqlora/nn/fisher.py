@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lqlora.nn.convert import Pattern
+    from lqlora._patterns import Patterns
 
 __all__ = ["causal_lm_loss", "collect_fisher"]
 
@@ -47,8 +47,8 @@ def collect_fisher(
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
-    include: Pattern | Iterable[Pattern] = "*",
-    exclude: Pattern | Iterable[Pattern] = ("lm_head", "*.lm_head"),
+    include: Patterns = "*",
+    exclude: Patterns = ("lm_head", "*.lm_head"),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Average the squared gradients of single examples.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lqlora.nn.convert import Pattern
+    from lqlora._patterns import Patterns
 
 __all__ = ["collect_gram", "collect_kronecker"]
 
@@ -29,8 +29,8 @@ def collect_gram(
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], Any] | None = None,
-    include: Pattern | Iterable[Pattern] = "*",
-    exclude: Pattern | Iterable[Pattern] = ("lm_head", "*.lm_head"),
+    include: Patterns = "*",
+    exclude: Patterns = ("lm_head", "*.lm_head"),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""Average the outer products of the inputs of linear layers.
@@ -104,8 +104,8 @@ def collect_kronecker(
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
-    include: Pattern | Iterable[Pattern] = "*",
-    exclude: Pattern | Iterable[Pattern] = ("lm_head", "*.lm_head"),
+    include: Patterns = "*",
+    exclude: Patterns = ("lm_head", "*.lm_head"),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     r"""Collect the two factors of a Kronecker product that approximates the Fisher information of each layer.

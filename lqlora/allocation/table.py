@@ -1,0 +1,192 @@
+"""What an allocation chooses from: error and size of every matrix in every configuration."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lqlora.codebooks import Codebook, is_standard
+from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat, codebook_name
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["Configuration", "CostTable"]
+
+_SPEC = 1
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to store a matrix: the format of its quantized part, and the rank of its low-rank part.
+
+    Parameters
+    ----------
+    format : BlockFormat
+        Format of the quantized part.
+    rank : int
+        Rank of the low-rank part.
+
+    Examples
+    --------
+    >>> import lqlora as lq
+    >>> str(Configuration(lq.BlockFormat.parse("nf4/64:float16"), 8))
+    'nf4/64:float16 rank 8'
+    """
+
+    format: BlockFormat
+    rank: int
+
+    def __str__(self) -> str:
+        """Return format and rank as they are printed."""
+        return f"{self.format} rank {self.rank}"
+
+
+@dataclass(frozen=True, eq=False)
+class CostTable:
+    """Error and size of every matrix in every configuration.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Matrices, one a row.
+    shapes : tuple of tuple of int
+        Their shapes.
+    configurations : tuple of Configuration
+        Pairs of format and rank, one a column.
+    costs : ndarray of float64, shape (n, k)
+        Weighted squared error of each decomposition.
+    sizes : ndarray of int64, shape (n, k)
+        Exact storage of the quantized part in bits.
+    factor_sizes : ndarray of int64, shape (n, k)
+        Exact storage of the low-rank factors in bits.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the arrays do not have a row for each matrix and a column for each configuration.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    configurations: tuple[Configuration, ...]
+    costs: npt.NDArray[np.float64]
+    sizes: npt.NDArray[np.int64]
+    factor_sizes: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        wanted = (len(self.names), len(self.configurations))
+        if len(self.shapes) != len(self.names):
+            raise InvalidArgumentError(f"A cost table of {len(self.names)} matrices has {len(self.shapes)} shapes.")
+        for what in ("costs", "sizes", "factor_sizes"):
+            if getattr(self, what).shape != wanted:
+                raise InvalidArgumentError(
+                    f"{what} of shape {getattr(self, what).shape} are not one for each of {wanted[0]} matrices and "
+                    f"{wanted[1]} configurations."
+                )
+
+    @property
+    def formats(self) -> tuple[BlockFormat, ...]:
+        """Formats of the configurations, each once, in the order of the columns."""
+        return tuple(dict.fromkeys(configuration.format for configuration in self.configurations))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the configurations, each once, in the order of the columns."""
+        return tuple(dict.fromkeys(configuration.rank for configuration in self.configurations))
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights of all matrices together."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def to_json(self) -> str:
+        """Return the table as a JSON document.
+
+        Returns
+        -------
+        str
+            The same text for the same table, a line for each configuration and each matrix.
+        """
+        columns = [_written(configuration) for configuration in self.configurations]
+        rows = [
+            {
+                "name": name,
+                "shape": list(shape),
+                "costs": [cost if math.isfinite(cost) else None for cost in self.costs[index].tolist()],
+                "sizes": self.sizes[index].tolist(),
+                "factor_sizes": self.factor_sizes[index].tolist(),
+            }
+            for index, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True))
+        ]
+        parts = (",\n".join(json.dumps(own, allow_nan=False) for own in group) for group in (columns, rows))
+        configurations, matrices = parts
+        return (
+            f'{{"lqlora_cost_table": {_SPEC},\n"configurations": [\n{configurations}\n],\n'
+            f'"matrices": [\n{matrices}\n]}}'
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> CostTable:
+        """Read the document that :meth:`to_json` writes.
+
+        Parameters
+        ----------
+        text : str
+            JSON.
+
+        Returns
+        -------
+        CostTable
+            Equal to the one written, to the last bit.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the text is no such document.
+        """
+        try:
+            document = json.loads(text)
+            if document["lqlora_cost_table"] != _SPEC:
+                raise InvalidArgumentError(
+                    f"Cost table of version {document['lqlora_cost_table']!r}; this library reads {_SPEC}."
+                )
+            rows = document["matrices"]
+            configurations = tuple(_read(column) for column in document["configurations"])
+            costs = [[math.inf if cost is None else cost for cost in row["costs"]] for row in rows]
+            wanted = (len(rows), len(configurations))
+            return cls(
+                tuple(str(row["name"]) for row in rows),
+                tuple(tuple(operator.index(length) for length in row["shape"]) for row in rows),
+                configurations,
+                np.array(costs, dtype=np.float64).reshape(wanted),
+                _counts(rows, "sizes").reshape(wanted),
+                _counts(rows, "factor_sizes").reshape(wanted),
+            )
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"This is no cost table: {type(error).__name__} {error}.") from error
+
+
+def _written(configuration: Configuration) -> dict[str, Any]:
+    codebook = configuration.format.codebook
+    column: dict[str, Any] = {"format": str(configuration.format), "rank": configuration.rank}
+    if not is_standard(codebook):
+        column |= {"levels": codebook.levels.tolist(), "normalization": codebook.normalization}
+    return column
+
+
+def _read(column: dict[str, Any]) -> Configuration:
+    codebook = None
+    if "levels" in column:
+        codebook = Codebook(column["levels"], codebook_name(column["format"]), column["normalization"])
+    return Configuration(BlockFormat.parse(column["format"], codebook), operator.index(column["rank"]))
+
+
+def _counts(rows: list[dict[str, Any]], key: str) -> npt.NDArray[np.int64]:
+    return np.array([[operator.index(count) for count in row[key]] for row in rows], dtype=np.int64)

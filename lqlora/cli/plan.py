@@ -1,0 +1,151 @@
+"""A plan from the file of a cost table."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import lqlora as lq
+from lqlora.cli import console
+from lqlora.cli.outputs import check_outputs, write_outputs
+from lqlora.cli.words import read_bytes, read_number, read_pairs, read_ties
+from lqlora.errors import CheckpointError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lqlora.allocation import CostTable, Plan
+
+__all__ = ["PlanOptions", "PlanOutputs", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of the command, as they were typed.
+
+    Parameters
+    ----------
+    bits, bytes, max_error : str, optional
+        Exactly one of them: the budget.
+    ties, fixed, minimum_bits : tuple of str
+        Patterns, alone or with a value.
+    frontier : str, optional
+        Bits per weight of further plans, separated by commas.
+    solver : str
+        See :func:`lqlora.solvers.solve`.
+    time_limit : float, optional
+        Seconds of a search.
+    """
+
+    bits: str | None = None
+    bytes: str | None = None
+    max_error: str | None = None
+    ties: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    minimum_bits: tuple[str, ...] = ()
+    frontier: str | None = None
+    solver: str = "auto"
+    time_limit: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOutputs:
+    """What to write.
+
+    Parameters
+    ----------
+    output, html, png : Path, optional
+        Document, page and picture.
+    force : bool
+        Replace files that exist.
+    dry_run : bool
+        Write nothing, and say what would be written.
+    """
+
+    output: Path | None = None
+    html: Path | None = None
+    png: Path | None = None
+    force: bool = False
+    dry_run: bool = False
+
+
+def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
+    """Make a plan, show it by kind of matrix, and write what was asked for.
+
+    Raises
+    ------
+    LQLoRAError
+        One sentence on what is missing or wrong. Nothing is written then.
+    """
+    paths = [path for path in (outputs.output, outputs.html, outputs.png) if path is not None]
+    check_outputs(paths, force=outputs.force)
+    if options.frontier is not None and outputs.html is None:
+        raise InvalidArgumentError("--frontier draws a picture into the page of --html, which is not asked for.")
+    table = _read_table(table_file)
+    plan = lq.allocate(table, **_budget(options), **_constraints(options, table))
+    files: dict[Path, bytes] = {}
+    if outputs.output is not None:
+        files[outputs.output] = f"{plan.to_json()}\n".encode()
+    if outputs.html is not None:
+        files[outputs.html] = plan.to_html(f"Plan of {table_file.name}", _frontier(options, table)).encode()
+    if outputs.png is not None:
+        files[outputs.png] = _picture(plan)
+    _show(plan)
+    write_outputs(files, dry_run=outputs.dry_run)
+
+
+def _read_table(path: Path) -> CostTable:
+    try:
+        return lq.CostTable.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # what is no table is a ValueError, and so is what is no UTF-8
+        raise CheckpointError(f"Cannot read the table {path}: {error}") from error
+
+
+def _budget(options: PlanOptions) -> dict[str, Any]:
+    given = {
+        "bits_per_weight": options.bits and read_number(options.bits),
+        "total_bytes": options.bytes and read_bytes(options.bytes),
+        "max_error": options.max_error and float(read_number(options.max_error)),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise InvalidArgumentError("Give one of --bits, --bytes and --max-error.")
+    return given
+
+
+def _constraints(options: PlanOptions, table: CostTable) -> dict[str, Any]:
+    return {
+        "ties": read_ties(options.ties, table.names),
+        "fixed": {pattern: lq.BlockFormat.parse(text) for pattern, text in read_pairs(options.fixed).items()},
+        "minimum_bits": {pattern: read_number(text) for pattern, text in read_pairs(options.minimum_bits).items()},
+        "solver": options.solver,
+        "time_limit": options.time_limit,
+    }
+
+
+def _frontier(options: PlanOptions, table: CostTable) -> list[Plan]:
+    if options.frontier is None:
+        return []
+    budgets = [read_number(word) for word in options.frontier.split(",")]
+    return lq.pareto(table, budgets, **_constraints(options, table))
+
+
+def _picture(plan: Plan) -> bytes:
+    buffer = io.BytesIO()
+    plan.plot().savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _show(plan: Plan) -> None:
+    console.show_table(plan.table(by="kind"))
+    for demand in plan.demands:
+        console.say(f"{demand.describe()}.")
+    factors = "" if plan.counts_factors else "not "
+    console.say(
+        f"Quantized parts: {float(plan.bits_per_weight):.4f} bits per weight, {plan.nbytes:,} bytes; "
+        f"low-rank factors, {factors}counted: {-(-sum(plan.factor_bits.values()) // 8):,} bytes."
+    )
+    console.say(f"Weighted squared error: {plan.error:.6g}; {plan.status}, relative gap {plan.gap:.2g}.")
+    if plan.note:
+        console.say(plan.note)

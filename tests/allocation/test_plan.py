@@ -1,0 +1,381 @@
+"""Plans as documents, tables and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import lqlora as lq
+from lqlora._optional import is_installed
+from lqlora.allocation import ParetoPoint, pareto_points, plot_pareto
+from lqlora.errors import InvalidArgumentError
+from tests.allocation.tables import FORMATS, SHAPES, make_table
+from tests.requirements import require_or_skip
+
+
+@pytest.fixture(scope="module")
+def plan(table) -> lq.Plan:
+    return lq.allocate(table, bits_per_weight=4.0, limits=[lq.Limit("*.q", bits_per_weight=2, at_least=True)])
+
+
+class TestDocuments:
+    def test_the_round_trip_is_identical(self, plan):
+        back = lq.Plan.from_json(plan.to_json())
+        assert back == plan
+        assert back.to_json() == plan.to_json()
+        assert back.formats == plan.formats
+        assert (back.objective, back.bound, back.costs) == (plan.objective, plan.bound, plan.costs)
+        assert back.bits_per_weight == plan.bits_per_weight
+
+    def test_equal_inputs_give_equal_text(self, table, plan):
+        limits = [lq.Limit("*.q", bits_per_weight=2, at_least=True)]
+        assert lq.allocate(table, bits_per_weight=4.0, limits=limits).to_json() == plan.to_json()
+
+    @pytest.mark.parametrize("name", ["ternary", "nf4"])  # the second is not what its name stands for
+    def test_a_codebook_of_ones_own_is_written_with_its_levels(self, name):
+        ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1 / 3], name=name), 8)
+        plan = lq.allocate(lq.cost_table({"a": np.eye(8)}, [ternary], rank=0), bits_per_weight=9)
+        back = lq.Plan.from_json(plan.to_json())
+        assert back == plan
+        assert back.formats["a"].codebook.levels.tolist() == ternary.codebook.levels.tolist()
+
+    def test_the_document_is_readable(self, plan):
+        document = json.loads(plan.to_json())
+        assert list(document["matrices"]) == list(SHAPES)
+        assert document["storage_bits"] == plan.storage_bits
+        assert document["matrices"]["layers.0.q"]["format"] == str(plan.formats["layers.0.q"])
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"plan"', "{}", "[" * 100_000], ids=lambda t: t[:6])
+    def test_text_that_is_no_plan_is_refused(self, text):
+        with pytest.raises(InvalidArgumentError, match="plan"):
+            lq.Plan.from_json(text)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            *("lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "demands", "status"),
+            *("solver", "note"),
+        ],
+    )
+    def test_a_missing_key_is_refused(self, plan, key):
+        document = json.loads(plan.to_json())
+        del document[key]
+        with pytest.raises(InvalidArgumentError, match=key):
+            lq.Plan.from_json(json.dumps(document))
+
+    @pytest.mark.parametrize("key", ["format", "rank", "shape", "cost", "factor_bits"])
+    def test_a_missing_key_of_a_matrix_is_refused(self, plan, key):
+        document = json.loads(plan.to_json())
+        del document["matrices"]["layers.0.q"][key]
+        with pytest.raises(InvalidArgumentError, match=key):
+            lq.Plan.from_json(json.dumps(document))
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("lqlora_plan", 1),
+            ("matrices", []),
+            ("matrices", {"a": []}),
+            ("objective", "cheap"),
+            ("bound", "high"),
+            ("counts_factors", 1),
+            ("goal", "peace"),
+            ("surprise", 1),
+            ("demands", [{}]),
+            ("demands", [{"what": "a", "used": 1, "upper": None, "lower": None, "unit": "bits", "weights": 1}]),
+            ("demands", [{"what": "a", "used": -1, "upper": 2, "lower": None, "unit": "bits", "weights": 1}]),
+            ("demands", [{"what": "a", "used": 1, "upper": 2, "lower": None, "unit": "eggs", "weights": 1}]),
+        ],
+    )
+    def test_a_wrong_value_is_refused(self, plan, key, value):
+        document = json.loads(plan.to_json())
+        document[key] = value
+        with pytest.raises(InvalidArgumentError, match=r"[pP]lan"):
+            lq.Plan.from_json(json.dumps(document))
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("format", "nf99/64"),
+            ("format", 4),
+            ("format", "nf4/8" + ":u8/1" * 20_000),
+            ("rank", "two"),
+            ("rank", -1),
+            ("rank", math.inf),
+            ("rank", 1.5),
+            ("shape", "ab"),
+            ("shape", [2, -3]),
+            ("shape", [2.5, 3]),
+            ("shape", [2, 3, 4]),
+            ("cost", "little"),
+            ("cost", -1.0),
+            ("factor_bits", 0.5),
+            ("normalization", "absmax"),
+            ("surprise", 1),
+            ("cost", math.nan),
+        ],
+        ids=lambda value: str(value)[:10],
+    )
+    def test_a_wrong_value_of_a_matrix_is_refused(self, plan, key, value):
+        document = json.loads(plan.to_json())
+        document["matrices"]["layers.0.q"][key] = value
+        with pytest.raises(InvalidArgumentError):
+            lq.Plan.from_json(json.dumps(document))
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """List what is wrong with a document."""
+    require_or_skip("jsonschema", is_installed("jsonschema"))
+    jsonschema = importlib.import_module("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(lq.Plan.json_schema())
+    validator = jsonschema.Draft202012Validator(lq.Plan.json_schema())
+    return lambda document: list(validator.iter_errors(document))
+
+
+class TestSchema:
+    """What the shipped schema accepts and refuses, according to the package jsonschema."""
+
+    @pytest.mark.parametrize("options", [{"bits_per_weight": 4.0}, {"total_bytes": 900}, {"max_error": 1000.0}])
+    def test_every_kind_of_plan_is_valid(self, errors, table, options):
+        plan = lq.allocate(table, **options, limits=[lq.Limit("*.q", total_bytes=10, at_least=True)])
+        assert errors(json.loads(plan.to_json())) == []
+
+    def test_a_plan_without_a_bound_or_with_levels_of_its_own_is_valid(self, errors):
+        ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1 / 3], name="ternary"), 8)
+        plan = lq.allocate(lq.cost_table({"a": np.eye(8)}, [ternary], rank=0), bits_per_weight=9)
+        assert errors(json.loads(dataclasses.replace(plan, bound=-math.inf).to_json())) == []
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            (["lqlora_plan"], 2),
+            (["status"], None),
+            (["goal"], "peace"),
+            (["bound"], "high"),
+            (["counts_factors"], 1),
+            (["surprise"], 1),
+            (["demands"], {}),
+            (["demands", 0, "unit"], "eggs"),
+            (["demands", 0, "upper"], None),
+            (["demands", 0, "used"], -1),
+            (["matrices"], []),
+            (["matrices", "layers.0.q", "rank"], -1),
+            (["matrices", "layers.0.q", "rank"], 1.5),
+            (["matrices", "layers.0.q", "shape"], [1, 2, 3]),
+            (["matrices", "layers.0.q", "shape"], "ab"),
+            (["matrices", "layers.0.q", "cost"], -1),
+            (["matrices", "layers.0.q", "format"], ""),
+            (["matrices", "layers.0.q", "normalization"], "absmax"),
+            (["matrices", "layers.0.q", "surprise"], 1),
+        ],
+        ids=str,
+    )
+    def test_what_the_schema_refuses_is_refused_by_the_reader(self, errors, plan, path, value):
+        document = json.loads(plan.to_json())
+        place = document
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        assert errors(document)
+        with pytest.raises(InvalidArgumentError):
+            lq.Plan.from_json(json.dumps(document))
+
+    def test_without_a_required_key_nothing_accepts_it(self, errors, plan):
+        for key in lq.Plan.json_schema()["required"]:
+            document = json.loads(plan.to_json())
+            del document[key]
+            assert errors(document)
+            with pytest.raises(InvalidArgumentError, match=key):
+                lq.Plan.from_json(json.dumps(document))
+
+
+class TestDemands:
+    def test_the_budget_comes_first_and_limits_after_it(self, plan):
+        budget, limit = plan.demands
+        assert (budget.what, budget.used, budget.upper, budget.lower) == (
+            "all matrices",
+            plan.storage_bits,
+            4 * plan.weight_count,
+            None,
+        )
+        own = [name for name in SHAPES if name.endswith(".q")]
+        weights = sum(math.prod(SHAPES[name]) for name in own)
+        assert (limit.what, limit.upper, limit.lower, limit.weights) == ("'*.q'", None, 2 * weights, weights)
+        assert limit.used == sum(plan.formats[name].storage_bits(SHAPES[name]) for name in own)
+
+    def test_an_error_is_a_demand_too(self, table):
+        plan = lq.allocate(table, max_error=1000.0)
+        assert [(d.unit, d.used, d.upper) for d in plan.demands] == [("error", plan.error, 1000.0)]
+        assert plan.demands[0].describe() == f"all matrices: an error of at most 1000, used {plan.error:.4g}"
+
+    def test_factors_are_in_what_is_used_if_they_count(self, table):
+        plan = lq.allocate(table, bits_per_weight=8, count_factors=True)
+        assert plan.demands[0].used == plan.counted_bits == plan.storage_bits + sum(plan.factor_bits.values())
+        assert sum(plan.factor_bits.values()) > 0
+
+    def test_both_sides_are_described(self):
+        demand = lq.Demand("'*.q'", 300, upper=400, lower=200, weights=100)
+        expected = "'*.q': at least 2.0000 and at most 4.0000 bits per weight, used 3.0000, 100 bits left"
+        assert demand.describe() == expected
+
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"upper": math.inf}, {"upper": -1}, {"lower": math.nan}, {"upper": 1, "unit": "eggs"}],
+        ids=str,
+    )
+    def test_a_demand_of_nothing_or_of_no_number_is_refused(self, options):
+        with pytest.raises(InvalidArgumentError):
+            lq.Demand("a", 1, **options)
+
+
+EXPERTS = [f"h.{layer}.experts.{expert}.up" for layer in range(2) for expert in range(3)] + ["h.0.q", "h.1.q"]
+
+
+@pytest.fixture
+def mixture() -> lq.Plan:
+    """A plan of two layers of three experts, of ranks 0 and 4, and matrices of two shapes."""
+    shapes = [(32, 64) if "experts" in name else (64, 64) for name in EXPERTS]
+    configurations = [lq.Configuration(fmt, rank) for fmt in FORMATS for rank in (0, 4)]
+    rng = np.random.default_rng(3)
+    costs = [[s / fmt.storage_bits((8, 8)) / (1 + r) for fmt in FORMATS for r in (0, 1)] for s in rng.random(8)]
+    table = make_table(shapes, configurations, costs)
+    return lq.allocate(dataclasses.replace(table, names=tuple(EXPERTS)), bits_per_weight=5)
+
+
+class TestKinds:
+    def test_experts_and_layers_are_one_kind(self, mixture):
+        assert [(kind.name, kind.matrices) for kind in mixture.by_kind()] == [("h.*.experts.*.up", 6), ("h.*.q", 2)]
+
+    def test_sums_over_kinds_are_those_of_the_plan(self, mixture):
+        kinds = mixture.by_kind()
+        assert sum(kind.weights for kind in kinds) == mixture.weight_count
+        assert sum(kind.storage_bits for kind in kinds) == mixture.storage_bits
+        assert sum(kind.factor_bits for kind in kinds) == sum(mixture.factor_bits.values())
+        assert sum(kind.error_share for kind in kinds) == pytest.approx(1)
+
+    def test_extremes_are_those_of_the_members(self, mixture):
+        kind = mixture.by_kind()[0]
+        bits = [Fraction(mixture.formats[n].storage_bits((32, 64)), 32 * 64) for n in EXPERTS[:6]]
+        ranks = [mixture.ranks[n] for n in EXPERTS[:6]]
+        assert (kind.lowest, kind.highest) == (min(bits), max(bits))
+        assert kind.bits_per_weight == sum(bits) / 6
+        assert kind.ranks == (min(ranks), max(ranks))
+
+    def test_a_plan_without_error_has_no_shares(self, plan):
+        perfect = dataclasses.replace(plan, costs=dict.fromkeys(SHAPES, 0.0))
+        assert {kind.error_share for kind in perfect.by_kind()} == {0.0}
+        assert set(perfect.error_by_matrix().values()) == {0.0}
+
+
+class TestTables:
+    def test_it_has_a_row_for_each_matrix(self, plan):
+        head, rule, *rows = plan.table().split("\n")
+        assert head.count("|") == rule.count("|") == 6
+        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+        assert [row[:2] for row in cells] == [[name, str(fmt)] for name, fmt in plan.formats.items()]
+        assert [row[2] for row in cells] == [f"{bits:.3f}" for bits in plan.bits_by_matrix().values()]
+
+    def test_by_kind_it_has_a_row_for_each_kind(self, mixture):
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in mixture.table(by="kind").split("\n")]
+        assert [row[:2] for row in rows[2:]] == [["h.*.experts.*.up", "6"], ["h.*.q", "2"]]
+        assert {len(row) for row in rows} == {6}
+
+    def test_a_name_ends_neither_its_cell_nor_its_row(self, plan):
+        row = plan.table().split("\n")[2]
+        name = "a|b\nc\u202ed"
+        renamed = [{name: getattr(plan, field)["layers.0.q"]} for field in ("formats", "ranks", "shapes", "costs")]
+        strange = dataclasses.replace(plan, **dict(zip(("formats", "ranks", "shapes", "costs"), renamed, strict=True)))
+        assert strange.table().split("\n")[2:] == [row.replace("layers.0.q", "a\\|b\ufffdc\ufffdd")]
+
+    def test_another_word_is_refused(self, plan):
+        with pytest.raises(InvalidArgumentError, match="'kind'"):
+            plan.table(by="color")
+
+
+class TestData:
+    def test_bits_by_matrix_is_exact_storage_per_weight(self, plan):
+        for name, bits in plan.bits_by_matrix().items():
+            assert bits == plan.formats[name].storage_bits(SHAPES[name]) / math.prod(SHAPES[name])
+        mean = sum(bits * math.prod(SHAPES[name]) for name, bits in plan.bits_by_matrix().items())
+        assert mean == pytest.approx(plan.storage_bits)
+
+    def test_shares_of_the_error_are_costs_over_their_sum(self, plan):
+        shares = plan.error_by_matrix()
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["layers.0.up"] == pytest.approx(plan.costs["layers.0.up"] / sum(plan.costs.values()))
+
+    def test_experts_of_a_layer_share_a_cell(self, mixture):
+        grid = mixture.bits_by_layer()
+        assert (grid.kinds, grid.layers) == (["up", "q"], [0, 1])
+        first = [mixture.bits_by_matrix()[name] for name in EXPERTS[:3]]
+        np.testing.assert_allclose(grid.values[0, 0], np.mean(first))
+        np.testing.assert_allclose(
+            mixture.ranks_by_layer().values[0, 0], np.mean([mixture.ranks[n] for n in EXPERTS[:3]])
+        )
+        np.testing.assert_allclose(mixture.error_by_layer().values.sum(), 1)
+
+
+class TestPictures:
+    @pytest.fixture(autouse=True)
+    def _drawable(self):
+        require_or_skip("matplotlib", is_installed("matplotlib"))
+
+    def test_the_picture_shows_bits_and_errors(self, plan):
+        from matplotlib.figure import Figure
+
+        picture = plan.plot()
+        assert isinstance(picture, Figure)
+        images = [axes.images[0].get_array() for axes in picture.axes if axes.images]
+        bits, shares = plan.bits_by_matrix(), plan.error_by_matrix()
+        for image, values in zip(images, (bits, shares), strict=True):
+            assert image.tolist() == [
+                [values["layers.0.q"], values["layers.1.q"]],
+                [values["layers.0.up"], values["layers.1.up"]],
+            ]
+        assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == ["q", "up"]
+
+    def test_ranks_are_drawn_if_they_differ(self, mixture):
+        assert len(set(mixture.ranks.values())) == 2
+        titles = [axes.get_title() for axes in mixture.plot().axes]
+        assert "Ranks" in titles
+
+    def test_a_name_with_dollars_is_no_formula(self, plan, tmp_path):
+        fields = ("formats", "ranks", "shapes", "costs")
+        renamed = {f: {r"$\broken{$": getattr(plan, f)["layers.0.q"]} for f in fields}
+        dataclasses.replace(plan, **renamed).plot().savefig(tmp_path / "p.png")
+        assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+    def test_a_frontier_is_a_curve_through_its_points(self, table):
+        plans = [lq.allocate(table, bits_per_weight=bits) for bits in (5, 3.1, 4)]
+        line = plot_pareto(plans).axes[0].lines[0]
+        assert line.get_xydata().tolist() == [list(point) for point in pareto_points(plans)]
+
+    def test_a_frontier_without_plans_is_refused(self):
+        with pytest.raises(InvalidArgumentError, match="at least one"):
+            plot_pareto([])
+
+
+class TestParetoPoints:
+    def test_they_are_sorted_by_size(self, table):
+        plans = [lq.allocate(table, bits_per_weight=bits) for bits in (5, 3.1, 4)]
+        expected = sorted(ParetoPoint(float(plan.bits_per_weight), plan.error) for plan in plans)
+        assert pareto_points(plans) == expected
+
+    def test_no_plans_have_no_points(self):
+        assert pareto_points([]) == []
+
+    def test_plans_that_count_other_parts_are_not_compared(self, table):
+        plans = [lq.allocate(table, bits_per_weight=8, count_factors=count) for count in (False, True)]
+        with pytest.raises(InvalidArgumentError, match="same parts"):
+            pareto_points(plans)
+
+    def test_plans_of_other_matrices_are_not_compared(self, plan, mixture):
+        with pytest.raises(InvalidArgumentError, match="same matrices"):
+            pareto_points([plan, mixture])

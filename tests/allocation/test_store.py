@@ -1,0 +1,300 @@
+"""Stores of costs: what is resumed, what is refused, and a process that is killed again and again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lqlora as lq
+from lqlora.allocation import CostStore, StoredRow
+from lqlora.errors import InvalidArgumentError, StoreError
+from lqlora.weighting import Elementwise, InputGram, RowColumn
+from tests.allocation.cases import FORMATS, NF2, NF4, matrices, same
+
+HEAD = {"seed": 0}
+ROW = StoredRow("a", (2, 3), "c0ffee", "none", {"nf4/64:float16 rank 8": 0.1})
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "costs.jsonl"
+
+
+@pytest.fixture
+def weights() -> dict[str, np.ndarray]:
+    return matrices()
+
+
+def counted(weights):
+    """Loaders, and the names of those that were called."""
+    calls = []
+
+    def loader(name):
+        return lambda: calls.append(name) or weights[name]
+
+    return {name: loader(name) for name in weights}, calls
+
+
+class TestResuming:
+    @pytest.mark.parametrize("mode", ["exact", "fast"])
+    def test_a_table_from_a_store_is_the_table(self, weights, path, mode):
+        options = {"ranks": [0, 2], "mode": mode}
+        plain = lq.cost_table(weights, FORMATS, **options)
+        assert same(lq.cost_table(weights, FORMATS, store=path, **options), plain)
+        before = path.read_bytes()
+        assert same(lq.cost_table(weights, FORMATS, store=path, **options), plain)
+        assert path.read_bytes() == before
+
+    def test_rows_and_configurations_are_added_to_what_is_there(self, weights, path):
+        few = {name: weights[name] for name in ["layers.1.q", "layers.0.up"]}
+        lq.cost_table(few, FORMATS[:2], rank=2, store=path)
+        found = lq.cost_table(weights, FORMATS, ranks=[2, 3], store=path)
+        assert same(found, lq.cost_table(weights, FORMATS, ranks=[2, 3]))
+        lines = [json.loads(line)["line"] for line in path.read_text().splitlines()[1:]]
+        assert [len(line["costs"]) for line in lines if line["name"] in few] == [2, 2, 8, 8]
+
+    def test_what_is_in_the_store_takes_no_time_in_the_estimate(self, weights, path):
+        few = {name: weights[name] for name in list(weights)[:3]}
+        lq.cost_table(few, FORMATS[:1], rank=1, store=path)
+        seen = []
+        lq.cost_table(weights, FORMATS[:1], rank=1, store=path, progress=lambda *own: seen.append(own))
+        assert [own[:2] for own in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+        assert seen[-1][2] == 0
+
+    def test_an_error_leaves_what_was_finished(self, weights, path):
+        def fail():
+            raise OSError("shard 3")
+
+        with pytest.raises(OSError, match="shard 3"):
+            lq.cost_table({**weights, "lost": fail}, FORMATS[:1], rank=1, store=path)
+        loaders, _ = counted(weights)
+        assert same(
+            lq.cost_table(loaders, FORMATS[:1], rank=1, store=path), lq.cost_table(weights, FORMATS[:1], rank=1)
+        )
+
+    @pytest.mark.parametrize("cut", [1, 7, 40])
+    def test_a_torn_last_line_is_overwritten(self, weights, path, cut):
+        plain = lq.cost_table(weights, FORMATS[:2], rank=2, store=path)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-cut])
+        assert len(CostStore.read(path)) == 3
+        assert same(lq.cost_table(weights, FORMATS[:2], rank=2, store=path), plain)
+        assert len(CostStore.read(path)) == 4
+        assert path.read_bytes().count(b"\n") == 5
+
+    @pytest.mark.parametrize("text", [b"", b'{"sum": "12'])
+    def test_a_store_that_was_begun_and_no_more_is_empty(self, path, text):
+        path.write_bytes(text)
+        with CostStore(path, HEAD) as store:
+            assert store.rows == {}
+            store.append(ROW)
+        assert CostStore.read(path) == {"a": ROW}
+
+
+class TestRefusing:
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"seed": 1}, "seed is 0 and not 1"),
+            ({"max_iter": 3}, "max_iter is 2 and not 3"),
+            ({"init": "svd"}, "init is 'quantize' and not 'svd'"),
+            ({"fit": "scale"}, "fit is None and not 'scale'"),
+            ({"mode": "fast"}, "mode is 'exact' and not 'fast'"),
+            ({"factor_format": NF4}, "factor_format is None and not 'nf4/32:float16'"),
+        ],
+        ids=str,
+    )
+    def test_other_settings_are_refused_by_name(self, weights, path, options, said):
+        lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
+        with pytest.raises(StoreError, match=said):
+            lq.cost_table(weights, FORMATS[:1], rank=1, store=path, **options)
+
+    def test_costs_that_were_shared_with_other_formats_are_refused(self, weights, path):
+        lq.cost_table(weights, FORMATS[:2], rank=1, store=path, mode="fast")
+        with pytest.raises(StoreError, match="configurations is"):
+            lq.cost_table(weights, FORMATS, rank=1, store=path, mode="fast")
+
+    def test_another_version_of_the_numerics_is_refused(self, weights, path, monkeypatch):
+        lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
+        monkeypatch.setattr("lqlora.allocation.store.NUMERICS", 2)
+        with pytest.raises(StoreError, match="another version of the numerics"):
+            lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
+
+    def test_another_matrix_of_the_same_name_is_refused(self, weights, path):
+        lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
+        changed = weights["layers.0.q"].copy()
+        changed[3, 3] = np.nextafter(changed[3, 3], 1, dtype=np.float32)
+        with pytest.raises(StoreError, match=r"'layers\.0\.q' has other entries"):
+            lq.cost_table({**weights, "layers.0.q": changed}, FORMATS[:1], rank=1, store=path)
+
+    @pytest.mark.parametrize("first", [None, "ones", "row", "gram"])
+    @pytest.mark.parametrize("second", [None, "ones", "twos", "column", "gram", "damped", "swept"])
+    def test_another_weighting_is_refused(self, weights, path, first, second):
+        ones = np.ones((16, 24), dtype=np.float32)
+        norms = {
+            "ones": Elementwise(ones),
+            "twos": Elementwise(2 * ones),
+            "swept": Elementwise(ones, sweeps=2),
+            "row": RowColumn(np.ones(16, dtype=np.float32), None),
+            "column": RowColumn(None, np.ones(24, dtype=np.float32)),
+            "gram": InputGram(np.eye(24)),
+            "damped": InputGram(np.eye(24), damping=0.1),
+        }
+        own = {"a": weights["layers.0.q"]}
+        lq.cost_table(own, [NF2], rank=1, store=path, weighting={"a": norms[first]} if first else None)
+        options = {"rank": 1, "store": path, "weighting": {"a": norms[second]} if second else None}
+        if first == second:
+            lq.cost_table(own, [NF2], **options)
+        else:
+            with pytest.raises(StoreError, match="'a' has other weighting"):
+                lq.cost_table(own, [NF2], **options)
+
+    def test_the_same_entries_of_another_library_are_the_same_matrix(self, weights, path, xp):
+        lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
+        before = path.read_bytes()
+        lq.cost_table({name: xp.asarray(w.copy()) for name, w in weights.items()}, FORMATS[:1], rank=1, store=path)
+        lq.cost_table({name: np.asfortranarray(w) for name, w in weights.items()}, FORMATS[:1], rank=1, store=path)
+        assert path.read_bytes() == before
+
+    def test_a_quantizer_of_ones_own_has_no_name_to_store(self, weights, path):
+        with pytest.raises(InvalidArgumentError, match="one quantizer from another"):
+            lq.cost_table(weights, [NF2], rank=1, store=path, quantizer=lambda w, _: lq.quantize(w, NF2))
+        assert not path.exists()
+
+    @pytest.mark.parametrize("line", [0, 1, 2])
+    @pytest.mark.parametrize("change", [(b"0", b"1"), (b"{", b"["), (b'"', b"'"), (b"sum", b"sun"), (b"line", b"lime")])
+    def test_a_corrupt_line_is_named(self, path, line, change):
+        with CostStore(path, HEAD) as store:
+            store.append(ROW)
+            store.append(StoredRow("b", (2, 3), "c0ffee", "none", {"x": 0.5}))
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[line] = lines[line].replace(*change)
+        path.write_bytes(b"".join(lines))
+        for read in (CostStore.read, lambda own: CostStore(own, HEAD)):
+            with pytest.raises(StoreError, match=f"Line {line + 1} of .* is corrupt"):
+                read(path)
+
+    def test_a_missing_line_break_in_the_middle_is_corrupt(self, path):
+        with CostStore(path, HEAD) as store:
+            store.append(ROW)
+        path.write_bytes(path.read_bytes().replace(b"\n", b"", 1))
+        with pytest.raises(StoreError, match="Line 1"):
+            CostStore(path, HEAD)
+
+    @pytest.mark.parametrize("cost", [float("nan"), 1, "cheap"])
+    def test_what_is_no_cost_is_not_read_or_not_written(self, path, cost):
+        with pytest.raises((StoreError, ValueError)), CostStore(path, HEAD) as store:  # noqa: PT012
+            store.append(StoredRow("a", (2, 3), "c0ffee", "none", {"x": cost}))
+            CostStore.read(path)
+
+    def test_two_at_once_are_refused(self, path):
+        with CostStore(path, HEAD) as store:
+            with pytest.raises(StoreError, match="in use by another process"):
+                CostStore(path, HEAD)
+            store.append(ROW)
+        with CostStore(path, HEAD) as store:
+            assert store.rows == {"a": ROW}
+
+    def test_a_folder_that_is_not_there_is_named(self, path):
+        with pytest.raises(StoreError, match="nowhere"):
+            CostStore(path.parent / "nowhere" / "costs", HEAD)
+        with pytest.raises(StoreError, match="Cannot read"):
+            CostStore.read(path)
+
+
+class TestMerging:
+    def test_machines_that_did_a_part_each_make_one_table(self, weights, path, tmp_path):
+        parts = [tmp_path / "first", tmp_path / "second", tmp_path / "third"]
+        names = list(weights)
+        shares = [names[:2], names[1:3], names[3:]]
+        for part, share in zip(parts, shares, strict=True):
+            lq.cost_table({name: weights[name] for name in share}, FORMATS, rank=2, store=part)
+        CostStore.merge(parts, path)
+        assert CostStore.read(path).keys() == weights.keys()
+        before = path.read_bytes()
+        assert same(lq.cost_table(weights, FORMATS, rank=2, store=path), lq.cost_table(weights, FORMATS, rank=2))
+        assert path.read_bytes() == before
+        assert sorted(own.name for own in tmp_path.iterdir()) == ["costs.jsonl", "first", "second", "third"]
+
+    @pytest.mark.parametrize(
+        ("other", "said"),
+        [
+            ({"costs": {"nf4/64:float16 rank 8": 0.2}}, "costs 0.2, but 0.1 is stored"),
+            ({"content": "beef"}, "other entries"),
+            ({"weighting": "beef"}, "other weighting"),
+        ],
+    )
+    def test_stores_that_disagree_are_not_merged(self, path, tmp_path, other, said):
+        for name, change in (("first", {}), ("second", other)):
+            with CostStore(tmp_path / name, HEAD) as store:
+                store.append(StoredRow(**{**ROW.__dict__, **change}))
+        with pytest.raises(StoreError, match=said):
+            CostStore.merge([tmp_path / "first", tmp_path / "second"], path)
+        assert not path.exists()
+
+    def test_stores_of_other_settings_are_not_merged(self, path, tmp_path):
+        for seed in (0, 1):
+            CostStore(tmp_path / str(seed), {"seed": seed}).close()
+        with pytest.raises(StoreError, match="seed is 1 and not 0"):
+            CostStore.merge([tmp_path / "0", tmp_path / "1"], path)
+
+    def test_no_file_is_overwritten(self, path, tmp_path):
+        with CostStore(tmp_path / "first", HEAD) as store:
+            store.append(ROW)
+        path.write_text("precious")
+        with pytest.raises(StoreError, match="Cannot write"):
+            CostStore.merge([tmp_path / "first"], path)
+        assert path.read_text() == "precious"
+        with pytest.raises(StoreError, match="nothing to merge"):
+            CostStore.merge([], tmp_path / "other")
+
+
+SCRIPT = """
+import sys
+import lqlora as lq
+from tests.allocation.cases import FORMATS, matrices
+weights = {f"{name} {copy}": (copy + 1) * w for copy in range(5) for name, w in matrices().items()}
+print("begun", flush=True)
+table = lq.cost_table(weights, FORMATS, ranks=[1, 2, 3], max_iter=20, store=sys.argv[1])
+print(table.costs.tobytes().hex(), table.sizes.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
+def test_a_process_that_is_killed_twenty_times_finishes_what_one_does_that_is_not(path, tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+    def start(where):
+        command = [sys.executable, "-c", SCRIPT, str(where)]
+        return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+
+    whole = tmp_path / "whole"
+    with start(whole) as process:
+        process.stdout.readline()
+        begun = time.monotonic()
+        expected = process.stdout.read()
+        seconds = time.monotonic() - begun
+    assert process.returncode == 0
+    chance, killed = random.Random(0), 0
+    for _ in range(20):
+        with start(path) as process:
+            process.stdout.readline()
+            time.sleep(chance.uniform(0, seconds / 12))
+            process.send_signal(signal.SIGKILL)
+        killed += process.returncode == -signal.SIGKILL
+    assert killed >= 15  # a quick machine may finish before the last of them
+    with start(path) as process:
+        process.stdout.readline()
+        assert process.stdout.read() == expected
+    assert CostStore.read(path) == CostStore.read(whole)

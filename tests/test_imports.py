@@ -10,7 +10,10 @@ import pytest
 from lqlora._optional import is_installed
 from tests.requirements import require_or_skip
 
-OPTIONAL = ("torch", "cupy", "transformers", "gguf", "highspy", "matplotlib", "rich", "typer", "hypothesis")
+OPTIONAL = (
+    "torch", "cupy", "transformers", "gguf", "matplotlib", "rich", "typer", "hypothesis",
+    "highspy", "cylp", "pyscipopt", "gurobipy", "ortools",
+)  # fmt: skip
 
 
 def imported_by(code):

@@ -17,7 +17,8 @@ CONTRACT = {
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],
     "backends": ["available", "explain"],
-    "testing": ["strategies", "check_quantizer", "assert_quantizer_conforms", "Report", "Finding", "PROPERTIES"],
+    "testing": ["strategies", "check_quantizer", "assert_quantizer_conforms", "Report", "Finding", "PROPERTIES",
+                "check_solver", "assert_solver_conforms", "SOLVER_PROPERTIES"],
 }  # fmt: skip
 
 

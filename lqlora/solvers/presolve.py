@@ -141,7 +141,8 @@ def reduce_problem(problem: Problem) -> Reduced:
     first = np.flatnonzero(np.diff(group, prepend=-1))
     floor = np.minimum.reduceat(cost, first) if len(first) else cost
     cost -= np.repeat(floor, np.diff(first, append=len(group)))
-    unit = float(np.median(cost[cost > 0])) if (cost > 0).any() else 1.0
+    # Not the plain median, where that is so small that costs divided by it are infinite.
+    unit = float(max(np.median(cost[cost > 0]), cost.max() * 1e-100)) if (cost > 0).any() else 1.0
     cost /= unit
     use, lower, upper = _scale_sizes(sizes, first, problem.budgets)
     return Reduced(cost, use, lower, upper, unit, float(floor.sum()), group, column, group_of_row)

@@ -120,11 +120,11 @@ class Problem:
         ties: npt.ArrayLike | None = None,
         budgets: Sequence[Budget] = (),
     ) -> None:
-        costs, sizes = np.atleast_1d(np.array(cost, dtype=np.float64)), np.array(size)
+        costs, sizes = np.atleast_1d(np.array(cost, dtype=np.float64)), np.asarray(size)
         mask = np.ones(costs.shape, dtype=np.bool_) if allowed is None else np.array(allowed, dtype=np.bool_)
         groups = np.arange(len(costs)) if ties is None else np.array(ties)
         _check(costs, sizes, mask, groups, budgets)
-        values = {"cost": costs, "size": sizes.astype(np.int64), "allowed": mask, "ties": groups}
+        values = {"cost": costs, "size": np.array(sizes, dtype=np.int64), "allowed": mask, "ties": groups}
         for name, value in {**values, "budgets": tuple(budgets)}.items():
             object.__setattr__(self, name, value)
 
@@ -145,7 +145,7 @@ def _check(
         raise InvalidArgumentError(f"Ties name a group for each of {len(cost)} rows, not {ties.shape}.")
     if not allowed.any(axis=1).all():
         raise InvalidArgumentError(f"Row {int((~allowed.any(axis=1)).argmax())} allows no choice.")
-    if not np.isfinite(cost[allowed]).all() or (size[allowed] < 0).any():  # type: ignore[operator]
+    if not (np.isfinite(cost) | ~allowed).all() or ((size < 0) & allowed).any():  # type: ignore[operator]
         raise InvalidArgumentError("Allowed choices need finite costs and sizes of at least 0 bits.")
     if size.sum(dtype=np.float64) >= 2.0**62:
         raise InvalidArgumentError("The sizes add up to more than 64-bit integers can count.")

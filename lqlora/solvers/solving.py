@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from lqlora.errors import MissingDependencyError, SolverError
+from lqlora.solvers.adapter import RawResult
 from lqlora.solvers.greedy import price_out, repair
 from lqlora.solvers.knapsack import split
 from lqlora.solvers.presolve import Reduced, reduce_problem
 from lqlora.solvers.problem import Problem, Solution, SolveOptions, Status, StopReason, evaluate
 from lqlora.solvers.registry import available, find, finisher
 from lqlora.solvers.shrink import shrink
-
-if TYPE_CHECKING:
-    from lqlora.solvers.adapter import RawResult
 
 __all__ = ["select", "solve"]
 
@@ -67,10 +64,10 @@ def select(problem: Problem) -> str:
 class _Held:
     """The best assignment so far, and the best bound."""
 
-    assignment: npt.NDArray[np.int64] | None
-    objective: float
-    used: tuple[int, ...]
-    bound: float
+    assignment: npt.NDArray[np.int64] | None = None
+    objective: float = np.inf
+    used: tuple[int, ...] = ()
+    bound: float = -np.inf
 
     def better(self, problem: Problem, assignment: npt.NDArray[np.int64]) -> _Held:
         """Take an assignment that breaks no constraint, if it is cheaper."""
@@ -124,47 +121,43 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     ([0, 1], 5.0, (6,))
     """
     options = options or SolveOptions()
-    names = [select(problem) if solver == "auto" else solver]
+    name = select(problem) if solver == "auto" else solver
+    find(name)  # an unknown name is refused before any work
     begin = time.perf_counter()
-    find(names[0])
     reduced = reduce_problem(problem)
     reason = _contradiction(reduced)
     if reason:
-        seconds, version = time.perf_counter() - begin, find(names[0]).version()
-        infeasible = Status.INFEASIBLE, StopReason.INFEASIBLE
-        return Solution(*infeasible, None, np.inf, np.inf, (), names[0], version, seconds, reason)
-    reduced, held = _first(problem, reduced, options)
-    successor = finisher() if names[0] == "mckp" else None
-    if names[0] == "mckp" and split(reduced) is None:
-        if successor is None:
-            raise MissingDependencyError("Budgets that overlap or have lower limits need highspy: pip install highspy.")
-        names, successor = [successor], None
-    raw, held = _run(
-        problem, reduced, held, names[0], _rest(options, begin, 1.0 if successor is None else _NATIVE_SHARE)
-    )
-    late = options.time_limit is not None and time.perf_counter() - begin >= options.time_limit
-    if successor is not None and not late and not held.is_closed(options.rel_gap, reduced.unit):
-        names.append(successor)
-        reduced, held = _first(problem, reduced, replace(options, start=held.assignment))
-        raw, held = _run(problem, reduced, held, successor, _rest(options, begin, 1.0))
-    versions = "+".join(find(name).version() for name in names)
-    seconds = time.perf_counter() - begin
-    bound = min(held.bound, held.objective)  # rounding of the scaled bound must not exceed the true optimum
+        raw, held, names = RawResult(None, np.inf, reason, StopReason.INFEASIBLE), _Held(bound=np.inf), [name]
+    else:
+        raw, held, names = _search(problem, reduced, name, options, begin)
     status = Status.OPTIMAL if held.is_closed(options.rel_gap, reduced.unit) else Status.FEASIBLE
     if held.assignment is None:
         status = Status.INFEASIBLE if raw.stopped is StopReason.INFEASIBLE else Status.NO_SOLUTION
-    return Solution(
-        status,
-        raw.stopped,
-        held.assignment,
-        held.objective,
-        bound,
-        held.used,
-        "+".join(names),
-        versions,
-        seconds,
-        raw.message,
-    )
+    bound = min(held.bound, held.objective)  # rounding of the scaled bound must not exceed the true optimum
+    versions, seconds = "+".join(find(name).version() for name in names), time.perf_counter() - begin
+    answer = held.assignment, held.objective, bound, held.used
+    return Solution(status, raw.stopped, *answer, "+".join(names), versions, seconds, raw.message)
+
+
+def _search(
+    problem: Problem, reduced: Reduced, name: str, options: SolveOptions, begin: float
+) -> tuple[RawResult, _Held, list[str]]:
+    """Run the solver; if it is the native one, also whoever takes over what that leaves."""
+    reduced, held = _first(problem, reduced, options)
+    if name != "mckp":
+        return *_run(problem, reduced, held, name, _rest(options, begin)), [name]
+    second = finisher()
+    if split(reduced) is None:
+        if second is None:
+            raise MissingDependencyError("Budgets that overlap or have lower limits need highspy: pip install highspy.")
+        return *_run(problem, reduced, held, second, _rest(options, begin)), [second]
+    share = 1.0 if second is None else _NATIVE_SHARE
+    raw, held = _run(problem, reduced, held, name, _rest(options, begin, share))
+    late = options.time_limit is not None and time.perf_counter() - begin >= options.time_limit
+    if second is None or late or held.is_closed(options.rel_gap, reduced.unit):
+        return raw, held, [name]
+    reduced, held = _first(problem, reduced, replace(options, start=held.assignment), held.bound)
+    return *_run(problem, reduced, held, second, _rest(options, begin)), [name, second]
 
 
 def _contradiction(reduced: Reduced) -> str:
@@ -179,7 +172,7 @@ def _contradiction(reduced: Reduced) -> str:
     return ""
 
 
-def _rest(options: SolveOptions, begin: float, share: float) -> SolveOptions:
+def _rest(options: SolveOptions, begin: float, share: float = 1.0) -> SolveOptions:
     """Return the options with a share of the time that is left."""
     if options.time_limit is None:
         return options
@@ -187,9 +180,9 @@ def _rest(options: SolveOptions, begin: float, share: float) -> SolveOptions:
     return replace(options, time_limit=max(share * left, 1e-3))
 
 
-def _first(problem: Problem, reduced: Reduced, options: SolveOptions) -> tuple[Reduced, _Held]:
+def _first(problem: Problem, reduced: Reduced, options: SolveOptions, bound: float = -np.inf) -> tuple[Reduced, _Held]:
     """Hold an assignment before any solver runs, and drop what it shows to be of no use."""
-    held = _Held(None, np.inf, (), -np.inf)
+    held = _Held(bound=bound)
     if options.start is not None and not evaluate(problem, options.start)[2]:
         start = np.asarray(options.start, dtype=np.int64)
         held = held.better(problem, start)
@@ -200,8 +193,8 @@ def _first(problem: Problem, reduced: Reduced, options: SolveOptions) -> tuple[R
             reduced = replace(reduced, start=x)
     parts = split(reduced)
     if parts is not None:
-        reduced, bound = shrink(reduced, parts)
-        held = replace(held, bound=bound * reduced.unit)
+        reduced, least = shrink(reduced, parts)
+        held = replace(held, bound=max(bound, least * reduced.unit))
     elif reduced.start is None:
         found = price_out(reduced)
         if found is not None:

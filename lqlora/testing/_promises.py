@@ -37,14 +37,11 @@ class Property(Generic[S]):
 def promises(registry: dict[str, Property[S]]) -> Callable[..., Callable[[Check], Check]]:
     """Return a decorator that adds a function to the registry: its docstring is the promise."""
 
-    def promise(inputs: Callable[[S], SearchStrategy[dict[str, Any]]], *needs: str) -> Callable[[Check], Check]:
-        """Say what the promise is tried on, and what must be known of the subject."""
-
-        def register(check: Check) -> Check:
-            """Enter the function."""
+    def _promise(inputs: Callable[[S], SearchStrategy[dict[str, Any]]], *needs: str) -> Callable[[Check], Check]:
+        def _register(check: Check) -> Check:
             registry[check.__name__] = Property(check.__name__, str(check.__doc__), check, inputs, needs)
             return check
 
-        return register
+        return _register
 
-    return promise
+    return _promise

@@ -25,6 +25,8 @@ __all__ = ["try_properties"]
 
 _SHOWN = 8  # entries of an array that a message lists
 
+_PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
+
 
 def try_properties(
     registry: dict[str, Property[S]],
@@ -44,7 +46,7 @@ def try_properties(
         derandomize=derandomize,
         database=None,
         deadline=None,
-        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        phases=_PHASES,
         print_blob=False,
         report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),

@@ -41,3 +41,16 @@ def check_against_brute_force(problem: Problem, found: Solution) -> None:
     only[np.arange(len(only)), found.assignment] = True
     alone = Problem(problem.cost, problem.size, only & problem.allowed, problem.ties, problem.budgets)
     np.testing.assert_allclose(brute_force(alone), found.objective, rtol=1e-15)
+
+
+def dynamic_program(problem: Problem) -> float:
+    """Best objective under one upper limit on all rows, by the table over capacities of every textbook."""
+    capacity = problem.budgets[0].upper
+    best = np.zeros(capacity + 1)
+    for cost, size in zip(problem.cost, problem.size, strict=True):
+        after = np.full(capacity + 1, np.inf)
+        for c, s in zip(cost, size, strict=True):
+            if s <= capacity:
+                np.minimum(after[s:], best[: capacity + 1 - s] + c, out=after[s:])
+        best = after
+    return float(best[-1])

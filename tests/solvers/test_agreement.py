@@ -1,0 +1,42 @@
+"""All exact solvers that are installed, on the same fifty problems."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lqlora import solvers
+from lqlora.solvers import Budget, Problem, SolveOptions, Status, solve
+from tests.requirements import require_or_skip
+
+NAMES = ("mckp", "highs", "scipy")
+
+
+def _problem(seed: int) -> Problem:
+    """Errors that fall with bits, sizes with large common factors; every fifth problem has a budget within a budget."""
+    rng = np.random.default_rng(seed)
+    rows, columns = 8 if seed % 5 == 0 else 24, 12
+    bits = np.sort(rng.integers(2 * 1024, 8 * 1024, columns))
+    size = rng.choice([1, 4, 11, 28], (rows, 1)) * bits * 4096
+    cost = rng.lognormal(sigma=1.5, size=(rows, 1)) * 4.0 ** (-bits / 1024) * rng.uniform(0.8, 1.25, (rows, columns))
+    least, most = size.min(axis=1), size.max(axis=1)
+    share, mask = rng.uniform(0.02, 0.8), rng.random(rows) < 0.5
+    budgets = [Budget(upper=int((least + share * (most - least)).sum()))]
+    if seed % 5 == 0:
+        budgets.append(Budget(upper=int((least + 0.8 * share * (most - least))[mask].sum()), members=mask))
+    return Problem(cost, size, budgets=budgets)
+
+
+@pytest.mark.parametrize("group", range(5))
+def test_exact_solvers_agree_within_the_gap_on_fifty_problems(group):
+    for name in NAMES:
+        require_or_skip(name, solvers.available()[name])
+    for seed in range(10 * group, 10 * group + 10):
+        problem = _problem(seed)
+        found = [solve(problem, name, SolveOptions(rel_gap=1e-6)) for name in NAMES]
+        assert {one.status for one in found} == {Status.OPTIMAL}
+        assert all(one.used[0] <= problem.budgets[0].upper for one in found)
+        objectives = np.array([one.objective for one in found])
+        np.testing.assert_allclose(objectives, objectives.min(), rtol=1.001e-6)
+        # What one proves is true of what another found.
+        assert max(one.bound for one in found) <= objectives.min() * (1 + 1e-9)

@@ -21,6 +21,9 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "highspy"
 
+#: How many threads the last solve of this process asked for.
+_THREADS: list[int] = []
+
 #: Nothing here is unbounded, so what may be either is infeasible.
 _STOPPED = {
     "kOptimal": StopReason.GAP,
@@ -67,6 +70,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
         If it fails.
     """
     highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
+    _let_threads_be(highspy, options.threads)
     solver = highspy.Highs()
     settings = {"output_flag": False, "mip_rel_gap": options.rel_gap, "mip_abs_gap": 0.0, "random_seed": options.seed}
     settings |= {"threads": options.threads}
@@ -98,6 +102,13 @@ def _set_start(highspy: Any, solver: Any, start: npt.NDArray[np.float64]) -> Non
     solution.col_value = start.tolist()
     if solver.setSolution(solution) != highspy.HighsStatus.kOk:
         raise SolverError("HiGHS refused the start.")
+
+
+def _let_threads_be(highspy: object, count: int) -> None:
+    """End the threads that HiGHS keeps in a process if they are not as many: another number of them is an error."""
+    if _THREADS not in ([], [count]):
+        highspy.Highs.resetGlobalScheduler(True)  # type: ignore[attr-defined]  # noqa: FBT003 - wait for their end
+    _THREADS[:] = [count]
 
 
 def _model(highspy: Any, reduced: Reduced) -> Any:

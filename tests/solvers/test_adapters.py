@@ -32,7 +32,7 @@ SOLVERS = tuple(available())
 
 #: Promises that a solver cannot keep; what it answers then is refused by ``solve``, never returned.
 KNOWN = {
-    "highs": ("budget_to_the_unit", "threads"),
+    "highs": ("budget_to_the_unit",),
     # scipy.optimize.milp does not let its tolerance be set.
     "scipy": ("budget_to_the_unit",),
 }

@@ -86,7 +86,8 @@ def cost_table(
         Where to run, a matrix a task; a thread per core if not given. Processes and other machines need matrices and
         callables that can be pickled; the store is written by the calling process alone.
     progress : callable, optional
-        Called with the number of matrices done, the number of all, and an estimate of the seconds left.
+        Called with the number of matrices done, the number of all, and an estimate of the seconds left: infinite
+        before the first matrix was computed, which those in the store are not.
     **options
         Further options of :func:`lqlora.decompose`, such as ``fit`` or ``quantizer``. The fast mode takes only
         ``clip_rank``.

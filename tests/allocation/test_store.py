@@ -16,6 +16,7 @@ import pytest
 
 import lqlora as lq
 from lqlora.allocation import CostStore, StoredRow
+from lqlora.allocation.store import NUMERICS
 from lqlora.errors import InvalidArgumentError, StoreError
 from lqlora.weighting import Elementwise, InputGram, RowColumn
 from tests.allocation.cases import FORMATS, NF2, NF4, matrices, same
@@ -98,6 +99,14 @@ class TestResuming:
             assert store.rows == {}
             store.append(ROW)
         assert CostStore.read(path) == {"a": ROW}
+
+
+def test_costs_are_those_of_the_version_of_the_numerics_that_stores_name():
+    """Whoever changes these raises NUMERICS: stores would mix costs of two kinds."""
+    assert NUMERICS == 1
+    exact, fast = (lq.cost_table(matrices(), FORMATS[1:4], rank=2, mode=mode).costs for mode in ("exact", "fast"))
+    np.testing.assert_allclose(exact[:2], [[7.48182, 6.20262, 1.48125], [1.38886, 0.972479, 0.273722]], rtol=1e-4)
+    np.testing.assert_allclose(fast[:2], [[7.48625, 6.20318, 1.48139], [1.38896, 0.973590, 0.273974]], rtol=1e-4)
 
 
 class TestRefusing:

@@ -255,7 +255,7 @@ class TestVerify:
         assert "nowhere" in self._refused(tmp_path / "nowhere", capsys)
 
     def test_in_a_process_of_its_own(self, tmp_path):
-        command = [sys.executable, "-c", "from lqlora.cli import main; main()", "verify", str(tmp_path / "nowhere")]
+        command = [sys.executable, "-m", "lqlora.cli", "verify", str(tmp_path / "nowhere")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
         assert (done.returncode, done.stdout) == (2, "")
         assert "nowhere" in sentence(done.stderr)

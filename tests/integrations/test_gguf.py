@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -172,3 +174,37 @@ class TestPackagedModel:
         monkeypatch.setattr(_optional, "is_installed", lambda module: module != package)
         with pytest.raises(MissingDependencyError, match=rf"needs {package}.*lqlora\[demo\]"):
             reader.load_llama(written[0])
+
+
+class TestLinearWeights:
+    def test_they_are_those_of_the_model_one_at_a_time(self, written):
+        found = reader.linear_weights(written[0])
+        expected = {name.removesuffix(".weight"): w for name, w in written[1].items() if w.ndim == 2}
+        assert sorted(found) == sorted(expected)
+        for name, load in found.items():
+            np.testing.assert_array_equal(load(), expected[name], err_msg=name)
+
+    def test_they_can_be_read_in_other_processes(self, written):
+        name, load = next(iter(reader.linear_weights(written[0]).items()))
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(load))(), written[1][f"{name}.weight"])
+
+    def test_a_file_that_was_replaced_is_read_anew(self, tmp_path):
+        for seed in (0, 1):
+            expected = write_tiny_llama(tmp_path / "m.gguf", seed=seed)
+            found = reader.linear_weights(tmp_path / "m.gguf")["model.layers.0.mlp.up_proj"]()
+            np.testing.assert_array_equal(found, expected["model.layers.0.mlp.up_proj.weight"])
+
+    def test_a_file_of_another_architecture_is_refused(self, tmp_path):
+        write_tiny_llama(tmp_path / "gpt2.gguf", architecture="gpt2")
+        with pytest.raises(CheckpointError, match="gpt2"):
+            reader.linear_weights(tmp_path / "gpt2.gguf")
+
+    def test_a_missing_file_is_refused(self, tmp_path):
+        with pytest.raises(CheckpointError, match="nowhere"):
+            reader.linear_weights(tmp_path / "nowhere.gguf")
+
+    def test_a_setting_that_is_missing_is_named(self, tmp_path):
+        write_tiny_llama(tmp_path / "m.gguf", without=("attention.head_count",))
+        load = reader.linear_weights(tmp_path / "m.gguf")["model.layers.0.self_attn.q_proj"]
+        with pytest.raises(CheckpointError, match="head_count"):
+            load()

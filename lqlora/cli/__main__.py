@@ -1,0 +1,7 @@
+"""``python -m lqlora.cli``, where the command is not on the path."""
+
+from __future__ import annotations
+
+from lqlora.cli import main
+
+main()

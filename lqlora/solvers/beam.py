@@ -28,6 +28,9 @@ _WORK = 1 << 30
 #: States that one search may keep for the way back, 8 bytes each.
 _KEPT = 1 << 24
 
+#: Items that are considered for each state that is kept.
+_ITEMS = 80
+
 #: States that one generation may hold before it is thinned.
 _MOST = 1 << 22
 
@@ -60,7 +63,7 @@ def search(
     tolerance : float
         Choices that are cheaper by less than this are not looked for.
     width : int
-        States that are kept from turn to turn. What is dropped limits the bound.
+        States that are kept from turn to turn; items in proportion. What is dropped limits the bound.
     deadline : float, optional
         Value of ``time.perf_counter()`` at which to stop.
 
@@ -77,7 +80,7 @@ def search(
     83 (1995): dynamic programming over the groups with bounds on each state. The order of the groups and the thinning
     are this library's.
     """
-    core = residual(knapsack, lp, knapsack.value(held) - lp.bound)
+    core = residual(knapsack, lp, knapsack.value(held) - lp.bound, _ITEMS * width)
     best, dropped = knapsack.value(held) - core.bound, core.beyond
     change, excess = np.zeros(1, dtype=np.int64), np.zeros(1)
     links: list[_Link] = []

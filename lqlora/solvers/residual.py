@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Residual", "residual"]
 
-#: Items that are considered, those of least excess.
-_ITEMS = 1 << 15
-
 
 class _Slopes(NamedTuple):
     """Steps along the hulls of groups, the steepest last: what a change of size costs at least."""
@@ -91,7 +88,7 @@ class Residual:
         return np.where(left < 0, fall, rise)
 
 
-def residual(knapsack: Knapsack, lp: Relaxation, gap: float) -> Residual:
+def residual(knapsack: Knapsack, lp: Relaxation, gap: float, most: int) -> Residual:
     """Keep the items that a choice within some gap of the bound may contain.
 
     Parameters
@@ -102,6 +99,8 @@ def residual(knapsack: Knapsack, lp: Relaxation, gap: float) -> Residual:
         Its relaxation.
     gap : float
         Cost above ``lp.bound`` of the best choice that is known.
+    most : int
+        Items to keep, those of least excess.
 
     Returns
     -------
@@ -112,8 +111,8 @@ def residual(knapsack: Knapsack, lp: Relaxation, gap: float) -> Residual:
     change = knapsack.size - knapsack.size[base]
     items = np.flatnonzero((lp.excess <= gap) & (change != 0))
     beyond = math.inf
-    if len(items) > _ITEMS:
-        beyond = float(np.partition(lp.excess[items], _ITEMS)[_ITEMS])
+    if len(items) > most:
+        beyond = float(np.partition(lp.excess[items], most)[most])
         items = items[lp.excess[items] < beyond]
     slack = knapsack.slack(lp.chosen)
     unusable = slack % max(1, int(np.gcd.reduce(change[items])))

@@ -15,10 +15,21 @@ from lqlora.solvers import Problem, Status, solve
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
     from lqlora.allocation._choices import Bound, Choices
-    from lqlora.solvers import SolveOptions
+    from lqlora.solvers import Solution, SolveOptions
 
 __all__ = ["blame", "check_each"]
+
+#: An explanation may ask several questions, and take so long for each.
+_SECONDS = 10.0
+
+#: Relative gap of an assignment that only shows that there is one.
+_COARSE = 0.5
+
+#: So many limits are named beside the one that cannot be met.
+_NAMED = 5
 
 
 def check_each(choices: Choices, bounds: Sequence[Bound]) -> None:
@@ -30,30 +41,35 @@ def check_each(choices: Choices, bounds: Sequence[Bound]) -> None:
 
 
 def blame(choices: Choices, bounds: Sequence[Bound], solver: str, options: SolveOptions) -> InfeasibleBudgetError:
-    """Find the first limit that those before it put out of reach, and what they leave."""
-    options = replace(options, rel_gap=0.0, start=None)
-    for k, bound in enumerate(bounds):
-        low, high = _range(choices, bounds[:k], bound, solver, options)
-        if bound.breaks(high if bound.limit.at_least else low):
-            return _error(bound, low, high, f" together with {'; '.join(str(other.limit) for other in bounds[:k])}")
-    low, high = choices.size_range(bounds[-1].members)
-    return _error(bounds[-1], low, high, " together with the other limits")
-
-
-def _range(
-    choices: Choices, others: Sequence[Bound], bound: Bound, solver: str, options: SolveOptions
-) -> tuple[int, int]:
-    """Return proven limits of the size of a limit's matrices, given other limits."""
+    """Find the first limit that those before it put out of reach, and what they leave; together they are infeasible."""
+    options = replace(options, start=None, time_limit=min(options.time_limit or _SECONDS, _SECONDS))
+    feasible, infeasible = 0, len(bounds)
+    while infeasible - feasible > 1:
+        some = (feasible + infeasible) // 2
+        found = _solve(choices, choices.table.costs, bounds[:some], solver, replace(options, rel_gap=_COARSE))
+        feasible, infeasible = (feasible, some) if found.status is Status.INFEASIBLE else (some, infeasible)
+    bound, others = bounds[feasible], bounds[:feasible]
     counted = np.where(bound.members[:, None], choices.size, 0).astype(np.float64)
-    ends = []
-    for cost in (counted, -counted):
-        problem = Problem(cost, choices.size, choices.allowed, choices.ties, [other.budget() for other in others])
-        found = solve(problem, solver, options)
-        ends.append(found.objective if found.status is Status.OPTIMAL else found.bound)
+    smallest, largest = (_solve(choices, cost, others, solver, options) for cost in (counted, -counted))
     low, high = choices.size_range(bound.members)
-    return max(low, round(ends[0])) if math.isfinite(ends[0]) else low, (
-        min(high, round(-ends[1])) if math.isfinite(ends[1]) else high
+    low, high = max(low, _bits(smallest)), min(high, -_bits(largest))
+    named = "; ".join(str(other.limit) for other in others[:_NAMED])
+    return _error(
+        bound, low, high, f" together with {named}" + f"; and {len(others) - _NAMED} more" * (len(others) > _NAMED)
     )
+
+
+def _solve(
+    choices: Choices, cost: npt.NDArray[np.float64], bounds: Sequence[Bound], solver: str, options: SolveOptions
+) -> Solution:
+    budgets = [bound.budget() for bound in bounds]
+    return solve(Problem(cost, choices.size, choices.allowed, choices.ties, budgets), solver, options)
+
+
+def _bits(found: Solution) -> int:
+    """Return the bits that were found, or else those that cannot be passed."""
+    bits = found.bound if found.assignment is None else found.objective
+    return round(bits) if math.isfinite(bits) else -(2**62)
 
 
 def _error(bound: Bound, low: int, high: int, others: str) -> InfeasibleBudgetError:

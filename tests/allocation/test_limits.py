@@ -139,6 +139,15 @@ class TestErrors:
         with pytest.raises(InfeasibleBudgetError):
             lq.allocate(table, bits_per_weight=least - Fraction(1, table.weight_count), limits=limits)
 
+    @pytest.mark.parametrize("place", range(9))
+    def test_of_many_limits_the_first_that_those_before_it_rule_out_is_named(self, table, place):
+        limits = [lq.Limit(f"layers.{i % 2}.*", bits_per_weight=8 - i / 2) for i in range(8)]  # down to 4.5
+        limits.insert(place, lq.Limit("layers.1.*", bits_per_weight=6, at_least=True))
+        culprit = "at least 6" if place > 5 else "at most 5.5"  # that of layer 1 which is the first below 6
+        with pytest.raises(InfeasibleBudgetError, match=f"A budget of {culprit} .* infeasible together with") as caught:
+            lq.allocate(table, bits_per_weight=8.5, limits=limits)
+        assert f"; and {max(6, place) - 5} more: the formats" in str(caught.value)
+
     def test_a_limit_in_bytes_is_answered_in_bytes(self, table):
         with pytest.raises(InfeasibleBudgetError, match="the formats allow 384 to 1088 bytes"):
             lq.allocate(table, limits=[lq.Limit("layers.1.*", total_bytes=300)])

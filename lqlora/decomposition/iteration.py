@@ -53,7 +53,24 @@ def iterate(
 
 
 def remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None = None, extrapolation: float = 0.0) -> Array:
-    """Return the matrix without a low-rank part that is carried on in the direction of its last change."""
+    """Return the matrix without a low-rank part, which may be carried on in the direction of its last change.
+
+    Parameters
+    ----------
+    matrix : array of float32 or float64, shape (m, n)
+        The matrix.
+    kept : LowRankStep
+        The low-rank part.
+    former : LowRankStep, optional
+        What it was before; not given, nothing is carried on.
+    extrapolation : float, default 0.0
+        How far: 1 repeats the change.
+
+    Returns
+    -------
+    array of the same shape and dtype
+        What is to be quantized.
+    """
     left, right = -kept.left, kept.right
     if former is not None:
         # One product of twice the rank: no dense array but the result is made.
@@ -66,7 +83,20 @@ def remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None = Non
 
 
 def residual_of(matrix: Array, quantized: QuantizedArray) -> Array:
-    """Return the matrix minus a quantized part, in the memory that the part is decoded to."""
+    """Return the matrix minus a quantized part, in the memory that the part is decoded to.
+
+    Parameters
+    ----------
+    matrix : array of float32 or float64, shape (m, n)
+        The matrix.
+    quantized : QuantizedArray of shape (m, n)
+        The quantized part.
+
+    Returns
+    -------
+    array of the same shape and dtype as ``matrix``
+        What is to be approximated.
+    """
     residual = namespace(matrix).astype(dequantize(quantized), matrix.dtype, copy=False)
     residual *= -1
     residual += matrix

@@ -201,6 +201,13 @@ class TestErrors:
         assert lq.allocate(table, max_error=1.0).formats["m0"] == NF8
         assert lq.allocate(table, max_error=1.0 + 2.0**-52).formats["m0"] == NF4
 
+    def test_beside_an_error_that_is_just_too_large_the_next_smaller_plan_is_found(self):
+        table = make_table([(8, 8)], [lq.Configuration(fmt, 0) for fmt in (NF8, NF4, NF2)], [[0.0, 1.0, 2.0]])
+        plan = lq.allocate(table, max_error=math.nextafter(2.0, 0.0))
+        assert plan.formats["m0"] == NF4
+        # In the units of the solver NF2 might do, so that nothing better than its bits is proven.
+        assert (plan.status, plan.bound) == ("FEASIBLE", NF2.storage_bits((8, 8)))
+
     @pytest.mark.parametrize("scale", [1e-300, 5e-324, 1e300])
     def test_errors_of_any_magnitude_are_limits(self, scale):
         table = make_table([(8, 8)], [lq.Configuration(fmt, 0) for fmt in (NF8, NF2)], [[scale, 3 * scale]])

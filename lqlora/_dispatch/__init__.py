@@ -13,7 +13,7 @@ from lqlora._dispatch.libraries import (
     dtype_name,
     is_contiguous,
     is_on_host,
-    libraries,
+    known_libraries,
     namespace,
     register_library,
 )
@@ -31,7 +31,7 @@ __all__ = [
     "forced",
     "is_contiguous",
     "is_on_host",
-    "libraries",
+    "known_libraries",
     "namespace",
     "op",
     "prefer_pieces",

@@ -27,7 +27,7 @@ __all__ = [
     "dtype_name",
     "is_contiguous",
     "is_on_host",
-    "libraries",
+    "known_libraries",
     "namespace",
     "register_library",
 ]
@@ -89,7 +89,7 @@ _LIBRARIES: dict[str, Library] = {
 }
 
 
-def libraries() -> dict[str, Library]:
+def known_libraries() -> dict[str, Library]:
     """Return the libraries that overrides are registered for, by name.
 
     Returns

@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from lqlora._dispatch.libraries import LIBRARY_OF, libraries
+from lqlora._dispatch.libraries import LIBRARY_OF, known_libraries
 from lqlora._dispatch.overrides import Override
 from lqlora.errors import InvalidArgumentError
 
@@ -191,7 +191,7 @@ class Operation(Generic[P, R]):
         tuple of Override
             None for a library that nobody registered.
         """
-        known = libraries().get(library or "")
+        known = known_libraries().get(library or "")
         if known is not None:
             known.load()
         self._ready[library] = ready = tuple(self._overrides.get(library or "", ()))

@@ -147,7 +147,7 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
 
     Returns
     -------
-    array, shape (..., m)
+    array of the dtype of ``y``, shape (..., m)
         ``y + scaling * (x @ lora_A.T) @ lora_B.T``.
 
     Examples
@@ -157,4 +157,5 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     [1.5, 3.0]
     """
     xp = namespace(y, x, lora_A, lora_B)
-    return y + ((x @ xp.matrix_transpose(lora_A)) @ xp.matrix_transpose(lora_B)) * scaling
+    update = ((x @ xp.matrix_transpose(lora_A)) @ xp.matrix_transpose(lora_B)) * scaling
+    return y + xp.astype(update, y.dtype, copy=False)  # NumPy multiplies bfloat16 in float32

@@ -94,7 +94,8 @@ def _decode_accepts(
     out: Any,
 ) -> bool:
     mine = isinstance(scales, np.ndarray) and isinstance(zero_points, np.ndarray | None)
-    return bits in (1, 2, 3, 4, 6, 8) and mine and packed.flags.c_contiguous and out.flags.c_contiguous
+    plain = packed.flags.c_contiguous and out.flags.c_contiguous and out.dtype == np.float32
+    return bits in (1, 2, 3, 4, 6, 8) and mine and plain
 
 
 @decode.register("numpy", accepts=_decode_accepts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -28,7 +29,18 @@ def _is_plain(value: Any) -> bool:
 
 
 def _view(value: Any) -> Any:
-    return value.detach().numpy() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    tensor = value.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _share(operation: Any) -> None:
@@ -36,7 +48,7 @@ def _share(operation: Any) -> None:
 
     def on_views(*args: Any, **kwargs: Any) -> torch.Tensor:
         views = [_view(argument) for argument in args]
-        return torch.from_numpy(operation(*views, **{key: _view(value) for key, value in kwargs.items()}))
+        return _tensor(operation(*views, **{key: _view(value) for key, value in kwargs.items()}))
 
     on_views.__name__ = f"{operation.name}_as_numpy"
     operation.register("torch", accepts=_on_cpu)(on_views)

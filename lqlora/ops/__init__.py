@@ -18,12 +18,13 @@ from lqlora.ops.casting import (
 )
 from lqlora.ops.finite import require_finite, sum_of_squares
 from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
-from lqlora.ops.matmul import matmul_dense
+from lqlora.ops.matmul import add_low_rank, matmul_dense, matmul_packed
 from lqlora.ops.moments import symmetric_moment
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import (
     decode,
     encode,
+    encode_packed,
     nearest_codes,
     nearest_codes_by_row,
     normalize,
@@ -34,6 +35,7 @@ from lqlora.ops.sums import bin_sums, row_sums
 
 __all__ = [
     "LowRank",
+    "add_low_rank",
     "bin_sums",
     "block_absmax",
     "block_extremes",
@@ -41,12 +43,14 @@ __all__ = [
     "decode",
     "dtype_name",
     "encode",
+    "encode_packed",
     "exact_svd",
     "from_blocks",
     "is_contiguous",
     "is_on_host",
     "low_rank_product",
     "matmul_dense",
+    "matmul_packed",
     "native_dtype",
     "nearest_codes",
     "nearest_codes_by_row",

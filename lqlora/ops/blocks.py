@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import array_api_compat
 
 from lqlora._dispatch import namespace, op
+from lqlora.ops.casting import widen
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -75,14 +76,14 @@ def block_absmax(flat: Array, block_size: int) -> Array:
 
     Parameters
     ----------
-    flat : array of float32 or float64, shape (n,)
-        Finite values.
+    flat : array of float16, bfloat16, float32 or float64, shape (n,)
+        Values; NaN makes the maximum of its block NaN.
     block_size : int
         Entries per block; the last block may be short.
 
     Returns
     -------
-    array of the same dtype, shape (ceil(n / block_size),)
+    array of float32, or float64 for float64, shape (ceil(n / block_size),)
         Absolute maxima.
 
     Examples
@@ -92,7 +93,7 @@ def block_absmax(flat: Array, block_size: int) -> Array:
     [3.0, 2.0]
     """
     xp = namespace(flat)
-    blocks = to_blocks(flat, block_size)
+    blocks = to_blocks(widen(flat), block_size)
     if blocks.shape[0] == 0:  # a maximum over an empty array is not defined, not even along a non-empty axis
         return xp.reshape(blocks, (0,))
     return xp.max(xp.abs(blocks), axis=1)
@@ -104,14 +105,14 @@ def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
 
     Parameters
     ----------
-    flat : array of float32 or float64, shape (n,)
-        Finite values.
+    flat : array of float16, bfloat16, float32 or float64, shape (n,)
+        Values; NaN makes both of its block NaN.
     block_size : int
         Entries per block; the last block may be short.
 
     Returns
     -------
-    tuple of array of the same dtype, shape (ceil(n / block_size),)
+    tuple of array of float32, or float64 for float64, shape (ceil(n / block_size),)
         Minima, which are not above zero, and maxima, which are not below.
 
     Examples
@@ -121,7 +122,7 @@ def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
     [[-3.0, 0.0], [1.0, 2.0]]
     """
     xp = namespace(flat)
-    blocks = to_blocks(flat, block_size)
+    blocks = to_blocks(widen(flat), block_size)
     if blocks.shape[0] == 0:
         return xp.reshape(blocks, (0,)), xp.reshape(blocks, (0,))
     low, high = xp.min(blocks, axis=1), xp.max(blocks, axis=1)

@@ -1,44 +1,157 @@
-"""Multiplication by a weight given as a dense matrix plus low-rank factors."""
+"""Multiplication by a weight given as packed codes and scales, plus low-rank factors."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
-from lqlora._dispatch import namespace
+import array_api_compat
+
+from lqlora._dispatch import namespace, op
+from lqlora.ops.casting import dtype_name, is_on_host, storage_cast
+from lqlora.ops.quantize import decode
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from lqlora._typing import Array
 
-__all__ = ["matmul_dense"]
+__all__ = ["add_low_rank", "matmul_dense", "matmul_packed"]
+
+#: Weights that are decoded at a time: 2 MiB of float32, which stay in the cache until they are multiplied.
+_TILE = 1 << 19
 
 
-def matmul_dense(x: Array, weight: Array, lora_A: Array = None, lora_B: Array = None, scaling: float = 1.0) -> Array:
-    """Apply ``weight + scaling * lora_B @ lora_A`` to rows, without forming the sum.
+@op
+def matmul_packed(
+    x: Array,
+    packed: Array,
+    scales: Array,
+    zero_points: Array | None,
+    levels: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+    out: Array,
+) -> Array:
+    """Multiply rows by a quantized matrix, which is decoded a few of its rows at a time.
 
     Parameters
     ----------
-    x : array, shape (..., n)
+    x : array of float16, bfloat16, float32 or float64, shape (m, k)
         Inputs.
-    weight : array, shape (m, n)
-        Dense weight.
-    lora_A, lora_B : array, shape (rank, n) and (m, rank), optional
-        Low-rank factors, both or neither.
-    scaling : float, default 1.0
-        Factor of the low-rank part.
+    packed : array of uint8, shape (ceil(n * k * bits / 8),)
+        Packed codes of a matrix of shape (n, k), row by row.
+    scales : array of float32, shape (ceil(n * k / block_size),)
+        Decoded scales; a block may begin in one row and end in the next.
+    zero_points : array of uint8, shape (ceil(n * k / block_size),), or None
+        Codes that zero has in an affine format.
+    levels : ndarray of float32
+        Levels of the codebook.
+    bits : int
+        Bits per code.
+    block_size : int
+        Weights per scale.
+    out : array of the dtype of ``x``, shape (m, n)
+        Written to.
 
     Returns
     -------
-    array, shape (..., m)
-        ``x @ weight.T + scaling * (x @ lora_A.T) @ lora_B.T``.
+    array, shape (m, n)
+        ``out``: ``x @ w.T``. Narrow inputs are widened to float32 first, on a device they are multiplied as they are;
+        the order of the additions is the library's.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> packed, scale = np.array([240], dtype=np.uint8), np.array([2], dtype=np.float32)
+    >>> x, out = np.ones((1, 1), dtype=np.float32), np.empty((1, 2), dtype=np.float32)
+    >>> matmul_packed(x, packed, scale, None, lq.NF4.levels, 4, 64, out).tolist()
+    [[-2.0, 2.0]]
+    """
+    xp = namespace(x, packed, scales, zero_points, out)
+    rows, columns = out.shape[1], x.shape[1]
+    step = _rows_per_tile(rows, columns, block_size)
+    tile = xp.empty((step * columns,), dtype=_factor_dtype(x), device=array_api_compat.device(x))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        codes, blocks = _within(first * columns, last * columns, bits, block_size)
+        zeros = None if zero_points is None else zero_points[blocks]
+        own = tile[: (last - first) * columns]
+        decode(packed[codes], scales[blocks], zeros, levels, bits, block_size, own)
+        out[:, first:last] = matmul_dense(x, xp.reshape(own, (last - first, columns)))
+    return out
+
+
+def matmul_dense(x: Array, weight: Array) -> Array:
+    """Multiply rows by a dense matrix.
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64, shape (m, k)
+        Inputs.
+    weight : array of float32, or of the dtype of ``x``, shape (n, k)
+        Matrix.
+
+    Returns
+    -------
+    array of the dtype of ``x``, shape (m, n)
+        ``x @ weight.T``. Of narrow numbers in host memory float32 copies are multiplied: processors do that faster.
 
     Examples
     --------
     >>> import numpy as np
-    >>> matmul_dense(np.ones(2), np.eye(2)).tolist()
-    [1.0, 1.0]
+    >>> matmul_dense(np.ones((1, 2), dtype=np.float16), np.eye(2, dtype=np.float32)).tolist()
+    [[1.0, 1.0]]
     """
-    xp = namespace(x, weight, lora_A, lora_B)
-    y = x @ xp.matrix_transpose(weight)
-    if lora_A is None or lora_B is None:
-        return y
+    xp = namespace(x, weight)
+    own = xp.float64 if dtype_name(x) == "float64" else _factor_dtype(x)
+    product = xp.astype(x, own, copy=False) @ xp.matrix_transpose(xp.astype(weight, own, copy=False))
+    return product if product.dtype == x.dtype else storage_cast(product, dtype_name(x))
+
+
+def _factor_dtype(x: Array) -> Any:
+    """Return the dtype that a weight is decoded to."""
+    return x.dtype if dtype_name(x) in ("float16", "bfloat16") and not is_on_host(x) else namespace(x).float32
+
+
+def _rows_per_tile(rows: int, columns: int, block_size: int) -> int:
+    """Return how many rows are decoded at a time, such that tiles begin with a block and with a byte."""
+    common = math.lcm(8, block_size)
+    unit = common // math.gcd(common, columns) if columns else 1
+    return max(1, min(max(1, _TILE // max(1, unit * columns)) * unit, rows))
+
+
+def _within(start: int, stop: int, bits: int, block_size: int) -> tuple[slice, slice]:
+    """Return where the codes and the scales of a range of weights are, which begins with a byte and with a block."""
+    return slice(start * bits // 8, -(-stop * bits // 8)), slice(start // block_size, -(-stop // block_size))
+
+
+@op
+def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> Array:
+    """Add the product of rows and low-rank factors, without forming the product of the factors.
+
+    Parameters
+    ----------
+    y : array, shape (..., m)
+        What is added to.
+    x : array of the same dtype, shape (..., n)
+        Inputs.
+    lora_A, lora_B : array of the same dtype, shape (rank, n) and (m, rank)
+        Low-rank factors.
+    scaling : float
+        Factor of the product.
+
+    Returns
+    -------
+    array, shape (..., m)
+        ``y + scaling * (x @ lora_A.T) @ lora_B.T``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> add_low_rank(np.zeros(2), np.ones(3), np.ones((1, 3)), np.array([[1.0], [2.0]]), 0.5).tolist()
+    [1.5, 3.0]
+    """
+    xp = namespace(y, x, lora_A, lora_B)
     return y + ((x @ xp.matrix_transpose(lora_A)) @ xp.matrix_transpose(lora_B)) * scaling

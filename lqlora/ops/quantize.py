@@ -10,14 +10,15 @@ import numpy as np
 
 from lqlora._dispatch import namespace, op
 from lqlora.ops.blocks import from_blocks, to_blocks
-from lqlora.ops.packing import unpack_codes
+from lqlora.ops.casting import dtype_name, storage_cast, widen
+from lqlora.ops.packing import pack_codes, unpack_codes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._typing import Array
 
-__all__ = ["decode", "encode", "nearest_codes", "nearest_codes_by_row", "normalize", "values_by_row"]
+__all__ = ["decode", "encode", "encode_packed", "nearest_codes", "nearest_codes_by_row", "normalize", "values_by_row"]
 
 #: Up to this many boundaries, counting those below a value beats a binary search on every library measured.
 FEW = 15
@@ -195,6 +196,46 @@ def encode(
 
 
 @op
+def encode_packed(
+    flat: Array,
+    scales: Array,
+    zero_points: Array | None,
+    boundaries: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+) -> Array:
+    """Encode an array and pack the codes.
+
+    Parameters
+    ----------
+    flat : array of float16, bfloat16, float32 or float64, shape (n,)
+        Weights.
+    scales : array of float32, or float64 for float64, shape (ceil(n / block_size),)
+        Scales as they will be decoded. A block whose scale is zero is encoded as zeros.
+    zero_points : array of uint8, shape (ceil(n / block_size),), or None
+        Codes that zero has in an affine format.
+    boundaries : ndarray of float32
+        Boundaries of the codebook, fewer than ``2**bits``.
+    bits : int
+        Bits per code, 1 to 8.
+    block_size : int
+        Weights per scale.
+
+    Returns
+    -------
+    array of uint8, shape (ceil(n * bits / 8),)
+        The codes of :func:`encode` as :func:`lqlora.ops.pack_codes` packs them.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> encode_packed(np.array([-2.0, 2.0]), np.array([2.0]), None, lq.NF4.boundaries, 4, 64).tolist()
+    [240]
+    """
+    return pack_codes(encode(widen(flat), scales, zero_points, boundaries, block_size), bits)
+
+
+@op
 def decode(
     packed: Array,
     scales: Array,
@@ -220,13 +261,14 @@ def decode(
         Bits per code.
     block_size : int
         Weights per scale.
-    out : array of float32, shape (n,)
+    out : array of float32, float16 or bfloat16, shape (n,)
         Written to.
 
     Returns
     -------
-    array of float32, shape (n,)
-        ``out``: ``(levels[code] - zero_point) * scale``: the difference is of small integers, the product rounded once.
+    array, shape (n,)
+        ``out``: ``(levels[code] - zero_point) * scale``: the difference is of small integers, the product is rounded to
+        float32 and then to the dtype of ``out``.
 
     Examples
     --------
@@ -241,5 +283,6 @@ def decode(
     blocks = to_blocks(xp.take(table, codes), block_size)
     if zero_points is not None:
         blocks = blocks - xp.astype(zero_points, xp.float32)[:, None]
-    out[...] = from_blocks(blocks * scales[:, None], out.shape[0])
+    values = from_blocks(blocks * scales[:, None], out.shape[0])
+    out[...] = values if dtype_name(out) == "float32" else storage_cast(values, dtype_name(out))
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 import numpy as np
@@ -50,8 +50,8 @@ def encode_array(
     xp = namespace(array)
     packed = xp.empty((ops.packed_size(layout.count, fmt.bits),), dtype=xp.uint8, device=array_api_compat.device(array))
     for weights, blocks in _pieces(layout, fmt, array):
-        codes = encode(ops.widen(ops.take_flat(dense, weights.start, weights.stop)), weights, blocks)
-        packed[_bytes(weights, fmt.bits)] = ops.pack_codes(codes, fmt.bits)
+        flat = ops.take_flat(dense, weights.start, weights.stop)
+        packed[_bytes(weights, fmt.bits)] = encode(flat, weights, blocks)
     return packed
 
 
@@ -75,7 +75,7 @@ def _bytes(weights: slice, bits: int) -> slice:
 def _encoder(
     layout: Layout, fmt: BlockFormat, scales: Array, zero_points: Array | None, levels: Array | None
 ) -> Callable[[Array, slice, slice | None], Array]:
-    """Return a function from the weights of a piece to their codes."""
+    """Return a function from the weights of a piece to their packed codes."""
     table = host_levels(levels, fmt.codebook)
 
     if table is not None:
@@ -83,19 +83,25 @@ def _encoder(
 
         def by_table(flat: Array, weights: slice, blocks: slice | None) -> Array:
             own, zeros, size = _spread(layout, scales, zero_points, weights, blocks)
-            return ops.encode(flat, namespace(flat).astype(own, flat.dtype), zeros, boundaries, size)
+            own = namespace(flat).astype(own, _arithmetic(flat), copy=False)
+            return ops.encode_packed(flat, own, zeros, boundaries, fmt.bits, size)
 
         return by_table
 
     def by_set(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
         xp = namespace(flat)
         sets = _sets(layout, fmt, weights, scales)
-        own = xp.astype(xp.take(scales, layout.block_of(weights, scales)), flat.dtype)
-        normalized = ops.normalize(flat[:, None], own)
+        own = xp.astype(xp.take(scales, layout.block_of(weights, scales)), _arithmetic(flat))
+        normalized = ops.normalize(ops.widen(flat)[:, None], own)
         codes = ops.nearest_codes_by_row(xp.reshape(normalized, (sets.shape[0], -1)), levels, sets)
-        return xp.reshape(codes, (-1,))
+        return ops.pack_codes(xp.reshape(codes, (-1,)), fmt.bits)
 
     return by_set
+
+
+def _arithmetic(flat: Array) -> Any:
+    """Return the dtype that an array is computed with in."""
+    return namespace(flat).float64 if ops.dtype_name(flat) == "float64" else namespace(flat).float32
 
 
 def _spread(
@@ -125,19 +131,21 @@ def decode_into(q: QuantizedArray, out: Array) -> None:
     decode = _decoder(layout, q)
     target = blocks_last(out, q.format.axis)
     dtype, xp = ops.dtype_name(out), namespace(q.packed)
-    in_place = dtype == "float32" and ops.is_contiguous(target)
+    # What nothing is added to is rounded to its dtype where it is made.
+    own = out.dtype if q.offset is None and dtype in ("float16", "bfloat16") else xp.float32
+    in_place = out.dtype == own and ops.is_contiguous(target)
     for weights, blocks in _pieces(layout, q.format, q.packed):
         if in_place:
             flat = ops.take_flat(target, weights.start, weights.stop)
         else:
             shape, device = (weights.stop - weights.start,), array_api_compat.device(q.packed)
-            flat = xp.empty(shape, dtype=xp.float32, device=device)
+            flat = xp.empty(shape, dtype=own, device=device)
         decode(q.packed[_bytes(weights, q.format.bits)], weights, blocks, flat)
         if q.offset is not None:
             with np.errstate(over="ignore"):  # quantize() looks at the decoded scales and refuses infinite ones
                 flat += q.offset
         if not in_place:
-            ops.put_flat(target, weights.start, flat if dtype == "float32" else ops.storage_cast(flat, dtype))
+            ops.put_flat(target, weights.start, flat if out.dtype == own else ops.storage_cast(flat, dtype))
 
 
 def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice | None, Array], None]:
@@ -161,7 +169,8 @@ def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice
         sets = _sets(layout, q.format, weights, scales)
         codes = xp.reshape(ops.unpack_codes(packed, bits, weights.stop - weights.start), (sets.shape[0], -1))
         values = xp.reshape(ops.values_by_row(codes, q.levels, sets), (-1,))
-        out[...] = values * xp.take(scales, layout.block_of(weights, scales))
+        values = values * xp.take(scales, layout.block_of(weights, scales))
+        out[...] = values if out.dtype == values.dtype else ops.storage_cast(values, ops.dtype_name(out))
 
     return by_set
 

@@ -18,6 +18,7 @@ from lqlora.formats import BlockFormat
 from lqlora.quantized._coding import decode_into
 from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
 from lqlora.quantized._layout import blocks_last, piece_size
+from lqlora.quantized._multiply import multiply
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
@@ -295,24 +296,31 @@ def matmul(
 
     Parameters
     ----------
-    x : array of float32, shape (..., n)
+    x : array of float16, bfloat16, float32 or float64, shape (..., n)
         Inputs.
     q : QuantizedArray of shape (m, n)
         Quantized weight.
-    lora_A, lora_B : array, shape (rank, n) and (m, rank), optional
+    lora_A, lora_B : array of the dtype of ``x``, shape (rank, n) and (m, rank), optional
         Low-rank factors, both or neither.
     scaling : float, default 1.0
         Factor of the low-rank part.
 
     Returns
     -------
-    array of float32, shape (..., m)
+    array of the dtype of ``x``, shape (..., m)
         ``x @ dequantize(q).T + scaling * (x @ lora_A.T) @ lora_B.T``.
 
     Raises
     ------
     InvalidArgumentError
         If only one factor is given, the weight is no matrix, or the rows do not have its number of columns.
+    UnsupportedArrayError
+        If ``x`` is not an array of a floating-point dtype.
+
+    Notes
+    -----
+    The weight is decoded a few rows at a time, 2 MiB of them: it never exists as a whole, unless its blocks do not run
+    along its rows or its rows have levels of their own.
 
     Examples
     --------
@@ -323,6 +331,10 @@ def matmul(
     """
     if (lora_A is None) != (lora_B is None):
         raise InvalidArgumentError("Give both lora_A and lora_B, or neither.")
-    if len(q.shape) != 2 or not x.shape or x.shape[-1] != q.shape[1]:
+    xp = namespace(x, q.packed, lora_A, lora_B)
+    ops.require_float(x, "x")
+    if len(q.shape) != 2 or q.batch_shape or not x.shape or x.shape[-1] != q.shape[1]:
         raise InvalidArgumentError(f"Rows of shape {tuple(x.shape)} do not fit a weight of shape {q.shape}.")
-    return ops.matmul_dense(x, dequantize(q), lora_A, lora_B, scaling)
+    rows = multiply(xp.reshape(x, (prod(x.shape[:-1]), q.shape[1])), q)
+    y = xp.reshape(rows, (*x.shape[:-1], q.shape[0]))
+    return y if lora_A is None else ops.add_low_rank(y, x, lora_A, lora_B, scaling)

@@ -8,7 +8,7 @@ that a graph that holds the operator holds all there is to know.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 
@@ -121,11 +121,12 @@ def from_operands(
     """
     levels, stored = _description(fmt, codebook, tuple(shape), tensors[0].dim() - 1 if tensors else 0)
     check_tensors(tensors, stored, fmt)
-    quantized, optional = tensors[len(levels)], iter(tensors[len(levels) + 1 :])  # first the scales of the innermost
+    quantized: Any = tensors[len(levels)]  # the scales of the innermost level; from there outwards
+    optional = iter(tensors[len(levels) + 1 :])
     for level, packed in zip(reversed(levels), reversed(tensors[: len(levels)]), strict=True):
         own = {name: next(optional) for name in level.optional}
         quantized = QuantizedArray(packed, quantized, level.format, level.shape, **own)
-    return quantized
+    return cast("QuantizedArray", quantized)
 
 
 class _Level(NamedTuple):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.autograd import Function
 
+from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn._operands import check_tensors, from_operands, read_format, stored_tensors
 from lqlora.quantized import dequantize, matmul, quantize
@@ -98,11 +99,11 @@ def _matmul(
 ) -> Tensor:
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=adjoint)
-    if x.dtype == torch.float32 and not adjoint:
-        y: Tensor = matmul(x, q)
+    if adjoint:
+        dtype = "float32" if x.device.type == "cpu" else _FLOATS[x.dtype]  # as matmul_dense multiplies there
+        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=dtype).T)
     else:
-        dense: Tensor = dequantize(q, dtype=_FLOATS[x.dtype])
-        y = x @ (dense if adjoint else dense.T)
+        y = matmul(x, q)
     return y.contiguous()
 
 
@@ -127,7 +128,7 @@ def _check_fake(weight: Sequence[Tensor], fmt: str, shape: Sequence[int], codebo
 
 def _check_rows(x: Tensor, weight: Sequence[Tensor], shape: Sequence[int], *, adjoint: bool) -> None:
     _name_of(x.dtype, "x")
-    if len(shape) != 2 or not x.dim() or x.shape[-1] != shape[0 if adjoint else 1]:
+    if len(shape) != 2 or weight[0].dim() != 1 or not x.dim() or x.shape[-1] != shape[0 if adjoint else 1]:
         of = "the transpose of a weight" if adjoint else "a weight"
         raise InvalidArgumentError(f"Rows of shape {tuple(x.shape)} do not fit {of} of shape {tuple(shape)}.")
     if x.device != weight[0].device:
@@ -147,7 +148,8 @@ class _Matmul(Function):
     def forward(ctx: Any, x: Tensor, description: tuple[Any, ...], adjoint: bool, *weight: Tensor) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
         ctx.save_for_backward(*weight)
         ctx.description, ctx.adjoint = description, adjoint
-        return _below_autograd(torch.ops.lqlora.matmul, x, list(weight), *description, adjoint=adjoint)
+        y: Tensor = _below_autograd(torch.ops.lqlora.matmul, x, list(weight), *description, adjoint=adjoint)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,8 +169,9 @@ def _matmul_autograd(
 ) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         y: Tensor = _Matmul.apply(x, (fmt, shape, codebook), adjoint, *weight)  # type: ignore[no-untyped-call]
-        return y
-    return _below_autograd(torch.ops.lqlora.matmul, x, weight, fmt, shape, codebook, adjoint=adjoint)
+    else:
+        y = _below_autograd(torch.ops.lqlora.matmul, x, weight, fmt, shape, codebook, adjoint=adjoint)
+    return y
 
 
 def _below_autograd(operator: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The torch.nn bridge: quantized linear layers, conversion of models, Fisher information, second moments."""
+"""The torch.nn bridge: operators of torch, quantized linear layers, conversion of models, Fisher information, second moments."""
 
 from __future__ import annotations
 

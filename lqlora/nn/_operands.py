@@ -33,7 +33,7 @@ class Operands(NamedTuple):
     Parameters
     ----------
     tensors : list of Tensor
-        The stored arrays, in the order of :meth:`QuantizedArray.to_arrays`.
+        The stored arrays, in the order of :meth:`lqlora.QuantizedArray.to_arrays`.
     fmt : str
         Spelling of the format.
     shape : tuple of int

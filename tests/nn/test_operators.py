@@ -124,6 +124,23 @@ class TestTheyAreTheFunctionsOnArrays:
         assert torch.ops.lqlora.dequantize(meta, *rest, dtype=torch.float16).dtype == torch.float16
 
 
+class TestTheLayer:
+    @pytest.mark.parametrize("text", FORMATS)
+    def test_its_weight_is_handed_over_without_a_copy(self, text):
+        weight = _layer(text).weight
+        found, expected = weight.operands, operands(weight.array)
+        assert found[1:] == expected[1:]
+        assert all(one is other for one, other in zip(found.tensors, expected.tensors, strict=True))
+
+    def test_it_runs_on_the_meta_device(self):
+        y = _layer().to("meta")(torch.empty(2, 3, IN, device="meta", dtype=torch.float16))
+        assert (tuple(y.shape), y.dtype) == ((2, 3, OUT), torch.float16)
+
+    def test_rows_that_do_not_fit_are_refused_by_a_sentence(self):
+        with pytest.raises(InvalidArgumentError, match=r"Rows of shape \(3, 19\) do not fit a weight of shape \(12, 20\)"):
+            _layer()(_random(3, IN - 1))
+
+
 class TestOpcheck:
     @pytest.mark.parametrize("adjoint", [False, True])
     def test_matmul(self, q, adjoint):

@@ -17,12 +17,14 @@ SIZE = 64
 FORMATS = ("nf4/64:float32", "nf4/64:u8/256:float32")
 
 
-@custom_op("benchmark::matmul", mutates_args=(), schema="(Tensor x, Tensor[] weight, str fmt, SymInt[] shape) -> Tensor")
+@custom_op(
+    "benchmark::matmul", mutates_args=(), schema="(Tensor x, Tensor[] weight, str fmt, SymInt[] shape) -> Tensor"
+)
 def plain(x, weight, fmt, shape):
     return lq.matmul(x, from_operands(weight, fmt, shape))
 
 
-def keep(ctx, inputs, output):
+def keep(ctx, inputs, output):  # noqa: ARG001 - given by keyword
     ctx.save_for_backward(*inputs[1])
     ctx.rest = inputs[2:]
 

@@ -194,8 +194,9 @@ class LQLinear(nn.Module):
         Tensor, shape (..., out_features)
             Of the dtype of ``x``, or the autocast dtype where autocast is on.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # the meta device has none
+            x = x.to(torch.get_autocast_dtype(kind))
         y: torch.Tensor = torch.ops.lqlora.matmul(x, *self.weight.operands)
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         y = y + functional.linear(functional.linear(x, lora_A), lora_B) * self.scaling

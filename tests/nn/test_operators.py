@@ -137,7 +137,9 @@ class TestTheLayer:
         assert (tuple(y.shape), y.dtype) == ((2, 3, OUT), torch.float16)
 
     def test_rows_that_do_not_fit_are_refused_by_a_sentence(self):
-        with pytest.raises(InvalidArgumentError, match=r"Rows of shape \(3, 19\) do not fit a weight of shape \(12, 20\)"):
+        with pytest.raises(
+            InvalidArgumentError, match=r"Rows of shape \(3, 19\) do not fit a weight of shape \(12, 20\)"
+        ):
             _layer()(_random(3, IN - 1))
 
 

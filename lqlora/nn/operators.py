@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
@@ -142,11 +143,12 @@ def _name_of(dtype: torch.dtype, what: str) -> str:
 
 
 class _Matmul(Function):
-    """Keeps the packed weight for the backward pass, which multiplies by its transpose."""
+    """Keeps the packed weight, and multiplies gradients by its transpose, tangents by itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, description: tuple[Any, ...], adjoint: bool, *weight: Tensor) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
         ctx.save_for_backward(*weight)
+        ctx.save_for_forward(*weight)
         ctx.description, ctx.adjoint = description, adjoint
         y: Tensor = _below_autograd(torch.ops.lqlora.matmul, x, list(weight), *description, adjoint=adjoint)
         return y
@@ -156,6 +158,12 @@ class _Matmul(Function):
         weight = list(ctx.saved_tensors)
         grad = torch.ops.lqlora.matmul(*grads, weight, *ctx.description, adjoint=not ctx.adjoint)
         return grad, None, None, *[None] * len(weight)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        weight = list(ctx.saved_tensors)
+        y: Tensor = torch.ops.lqlora.matmul(tangents[0], weight, *ctx.description, adjoint=ctx.adjoint)
+        return y
 
 
 def _matmul_autograd(
@@ -167,7 +175,7 @@ def _matmul_autograd(
     *,
     adjoint: bool = False,
 ) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
+    if (x.requires_grad and torch.is_grad_enabled()) or unpack_dual(x).tangent is not None:
         y: Tensor = _Matmul.apply(x, (fmt, shape, codebook), adjoint, *weight)  # type: ignore[no-untyped-call]
     else:
         y = _below_autograd(torch.ops.lqlora.matmul, x, weight, fmt, shape, codebook, adjoint=adjoint)

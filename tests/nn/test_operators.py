@@ -20,7 +20,8 @@ from tests.quantized.cases import KINDS
 from tests.requirements import require_module
 
 torch = require_module("torch")
-from torch.utils.checkpoint import checkpoint  # noqa: E402 - needs torch
+from torch.autograd import forward_ad  # noqa: E402 - needs torch
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from lqlora.nn import LQLinear, from_operands, operands  # noqa: E402
 
@@ -162,6 +163,10 @@ class TestOpcheck:
         torch.library.opcheck(torch.ops.lqlora.quantize.default, (w, text, codebook))
 
 
+#: torch loads its formulas of forward mode by means that it deprecates.
+forwards = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+
 class TestGradients:
     @pytest.mark.parametrize("text", ["nf3/8:u8/16:float16", "affine4/7:float16"])
     def test_of_matmul_with_respect_to_the_rows_once_and_twice(self, text):
@@ -173,6 +178,23 @@ class TestGradients:
 
         assert torch.autograd.gradcheck(product, (x,))
         assert torch.autograd.gradgradcheck(lambda rows: product(rows).square(), (x,))
+
+    @forwards
+    @pytest.mark.parametrize("wanted", [False, True])
+    def test_of_matmul_forwards(self, q, wanted):
+        x, tangent = _random(3, IN).requires_grad_(wanted), _random(3, IN, seed=1)
+        with forward_ad.dual_level():
+            y = torch.ops.lqlora.matmul(forward_ad.make_dual(x, tangent), *operands(q))
+            found = forward_ad.unpack_dual(y).tangent
+        torch.testing.assert_close(found, tangent @ lq.dequantize(q).T, rtol=1e-5, atol=1e-5)
+
+    @forwards
+    def test_those_of_torch_func_are_refused_and_not_lost(self):
+        layer, x = _layer(), _random(3, IN)
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            torch.func.jvp(layer, (x,), (x,))
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            torch.func.grad(lambda rows: layer(rows).sum())(x)
 
     def test_rounding_has_none(self):
         w = _random(OUT, IN).requires_grad_()

@@ -57,7 +57,9 @@ def test_typical_arguments_take_the_fast_path(fast_xp):
 
 def test_the_table_lists_what_runs(fast_xp):
     library = fast_xp.__name__.rpartition(".")[2]
-    listed = {(entry.operation, entry.implementation) for entry in lq.backends.capabilities() if entry.library == library}
+    listed = {
+        (entry.operation, entry.implementation) for entry in lq.backends.capabilities() if entry.library == library
+    }
     assert listed >= set(FAST[library].items())
     for name, implementation in sorted(listed):
         overrides = {override.name: override for override in getattr(ops, name).overrides(library)}

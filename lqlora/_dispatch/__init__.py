@@ -17,7 +17,7 @@ from lqlora._dispatch.libraries import (
     namespace,
     register_library,
 )
-from lqlora._dispatch.operation import Operation, Selection, forced, op
+from lqlora._dispatch.operation import Operation, Selection, forced, op, prefer_pieces, preferred_piece
 from lqlora._dispatch.overrides import Override, Takes
 
 __all__ = [
@@ -34,5 +34,7 @@ __all__ = [
     "known_libraries",
     "namespace",
     "op",
+    "prefer_pieces",
+    "preferred_piece",
     "register_library",
 ]

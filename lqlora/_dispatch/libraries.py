@@ -80,7 +80,9 @@ class Library:
 _LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
-        Library("numpy", ("numpy:ndarray", "numpy:generic"), ("lqlora.backends.numpy",), "host"),
+        Library(
+            "numpy", ("numpy:ndarray", "numpy:generic"), ("lqlora.backends.native", "lqlora.backends.numpy"), "host"
+        ),
         Library("torch", ("torch:Tensor", "torch.nn:Parameter"), ("lqlora.backends.torch",), exact=True),
         Library("cupy", ("cupy:ndarray",), (), "device"),
     )

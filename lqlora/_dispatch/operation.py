@@ -117,7 +117,7 @@ def preferred_piece(array: object) -> int | None:
         None if nobody said so, or :func:`forced` passes faster implementations over.
     """
     library = LIBRARY_OF[type(array)]
-    known = libraries().get(library or "")
+    known = known_libraries().get(library or "")
     if known is None or _forced.get() is not None:
         return None
     known.load()

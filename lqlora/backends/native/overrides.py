@@ -311,15 +311,21 @@ def halved_sums(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return sums
 
 
+def _is_searchable(
+    rows: Any, weights: Any, levels: Any, _boundaries: Any, zeros: Any, _grid: Any, _refinements: Any
+) -> bool:
+    weights_fit = weights is None or weights.shape == rows.shape
+    zeros_fit = zeros is None or zeros.shape == (rows.shape[0], 1)
+    return bool(weights_fit and zeros_fit and 1 <= rows.shape[1] <= _LONGEST_ROW and len(levels) <= 256)
+
+
 @_overrides(
     best_ratios,
     Takes(
         {"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)},
         contiguous=("rows", "weights", "zeros"),
-        condition=lambda rows, _weights, levels, _boundaries, _zeros, _grid, _refinements: (
-            1 <= rows.shape[1] <= _LONGEST_ROW and len(levels) <= 256
-        ),
-        sentence="rows of a million entries at most",
+        condition=_is_searchable,
+        sentence="rows of a million entries at most, with a weight for each entry",
     ),
 )
 def searched_ratios(

@@ -345,6 +345,17 @@ def searched_ratios(
     return best
 
 
+def _can_be_summed(
+    rows: Any, weights: Any, importance: Any, ratios: Any, codes: Any, sets: Any, size: int, count: int
+) -> bool:
+    """Accept what no sum is written beyond the end for."""
+    by_row = {array.shape for array in (importance, ratios, sets)} == {rows.shape[:1]}
+    by_entry = codes.shape == rows.shape and (weights is None or weights.shape == rows.shape)
+    if not by_row or not by_entry or rows.size < 2:
+        return False
+    return bool(codes.max() < size and sets.min() >= 0 and sets.max() < count)
+
+
 @_overrides(
     level_sums,
     Takes(
@@ -357,8 +368,8 @@ def searched_ratios(
             "sets": ("int64",),
         },
         contiguous=("rows", "weights", "importance", "ratios", "codes", "sets"),
-        condition=lambda rows, *_: rows.size >= 2,
-        sentence="two entries or more",
+        condition=_can_be_summed,
+        sentence="two entries or more, and codes and sets that exist",
     ),
 )
 def summed_by_level(

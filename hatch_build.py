@@ -24,8 +24,8 @@ SOURCES = ("kernels.h", "kernels.cpp", "library.cpp")
 
 #: No contraction of products and sums, so that every processor returns the same bytes.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
-ISAS = {"baseline": []}
-ISAS_OF_X86 = {**ISAS, "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+#: Instruction sets beside the baseline of a processor; what a compiler does not know is left out.
+ISAS_OF_X86 = {"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
 
 
 class NativeKernels(BuildHookInterface):
@@ -67,24 +67,33 @@ def compile_kernels(folder: Path, library: Path, compiler: str | None = None, *,
     OSError
         If there is no compiler.
     subprocess.CalledProcessError
-        If it fails.
+        If it fails on the baseline.
     """
     command = (compiler or os.environ.get("CXX") or found_compiler()).split()
     is_x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
-    defined = [f'-DLQLORA_SOURCES="{digest(folder)}"', *(["-DLQLORA_X86"] if is_x86 else [])]
     with tempfile.TemporaryDirectory() as place:
-        objects = []
-        for isa, flags in (ISAS_OF_X86 if is_x86 else ISAS).items():
-            objects.append(f"{place}/{isa}.o")
-            run([*command, *FLAGS, *flags, f"-DLQLORA_ISA={isa}", "-c", str(folder / "kernels.cpp"), "-o", objects[-1]])
-        objects.append(f"{place}/library.o")
-        run([*command, *FLAGS, *defined, "-c", str(folder / "library.cpp"), "-o", objects[-1]])
+        objects = [compiled(command, folder, "kernels.cpp", place, "-DLQLORA_ISA=baseline")]
+        known = [f'-DLQLORA_SOURCES="{digest(folder)}"']
+        for isa, flag in ISAS_OF_X86.items() if is_x86 else ():
+            try:
+                objects.append(compiled(command, folder, "kernels.cpp", place, f"-DLQLORA_ISA={isa}", flag))
+            except subprocess.CalledProcessError:
+                continue
+            known.append(f"-DLQLORA_HAS_{isa.upper()}")
+        objects.append(compiled(command, folder, "library.cpp", place, *known))
         made = Path(place, LIBRARY)
         run([*command, "-shared", "-pthread", *objects, "-o", str(made)])
         # Moved there in one step: whoever has the old library open keeps it.
         beside = library.with_name(f"{library.name}.{os.getpid()}")
         shutil.copyfile(made, beside)
         beside.replace(library)
+
+
+def compiled(command: list[str], folder: Path, source: str, place: str, *flags: str) -> str:
+    """Compile one file and return where the object is."""
+    target = f"{place}/{len(os.listdir(place))}.o"
+    run([*command, *FLAGS, *flags, "-c", str(folder / source), "-o", target])
+    return target
 
 
 def found_compiler() -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import array_api_compat
 
 from lqlora._dispatch import namespace, op
+from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -118,6 +119,11 @@ def level_sums(
         Sums, as exact as those of :func:`bin_sums`, of ``importance * ratio * weight * entry`` and of
         ``importance * ratio**2 * weight``: their quotients are the levels of least error.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the shapes do not fit.
+
     Examples
     --------
     >>> import numpy as np
@@ -127,6 +133,10 @@ def level_sums(
     [[4.0, 8.0], [2.0, 1.0]]
     """
     xp = namespace(rows, weights, importance, ratios, codes, sets)
+    if tuple(codes.shape) != tuple(rows.shape) or any(
+        tuple(a.shape) != rows.shape[:1] for a in (importance, ratios, sets)
+    ):
+        raise InvalidArgumentError(f"Rows of shape {tuple(rows.shape)} need as many codes, and a set and a ratio each.")
     wide = xp.astype(ratios, xp.float64)
     scales = importance * wide
     members = xp.reshape(xp.astype(codes, xp.int64) + sets[:, None] * size, (-1,))

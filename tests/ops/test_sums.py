@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lqlora.ops import bin_sums, row_sums
+from lqlora.errors import InvalidArgumentError
+from lqlora.ops import bin_sums, level_sums, row_sums
 from tests.oracles.quantize import halved_sum
 from tests.strategies import host, on
 
@@ -103,3 +104,29 @@ def test_a_million_terms_are_summed_exactly_enough():
     found = bin_sums(terms, bins, 16)
     for index in range(16):
         assert found[index] == pytest.approx(math.fsum(terms[bins == index].tolist()), rel=1e-9)
+
+
+def test_sums_by_level_are_those_of_a_loop(xp):
+    rng = np.random.default_rng(0)
+    rows, weights = rng.standard_normal((2, 6, 5)).astype(np.float32)
+    importance, ratios = rng.random(6), rng.random(6).astype(np.float32)
+    codes, sets = rng.integers(0, 3, (6, 5)).astype(np.uint8), np.array([0, 1, 0, 1, 1, 0])
+    for own in (None, np.abs(weights)):
+        above, below = np.zeros((2, 2, 3))
+        for i, j in np.ndindex(6, 5):
+            factor = importance[i] * float(ratios[i]) * (1 if own is None else float(own[i, j]))
+            above[sets[i], codes[i, j]] += factor * float(rows[i, j])
+            below[sets[i], codes[i, j]] += factor * float(ratios[i])
+        arguments = [None if a is None else on(xp, a) for a in (rows, own, importance, ratios, codes, sets)]
+        found = level_sums(*arguments, 3, 2)
+        np.testing.assert_allclose(host(found[0]), above.reshape(-1), rtol=1e-12)
+        np.testing.assert_allclose(host(found[1]), below.reshape(-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("position", [2, 3, 4, 5])
+def test_sums_by_level_need_arrays_that_fit(position):
+    arguments = [np.ones((2, 3), np.float32), None, np.ones(2), np.ones(2, np.float32), np.zeros((2, 3), np.uint8)]
+    arguments.append(np.zeros(2, np.int64))
+    arguments[position] = arguments[position][:1]
+    with pytest.raises(InvalidArgumentError, match="need as many codes"):
+        level_sums(*arguments, 2, 1)

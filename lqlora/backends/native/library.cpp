@@ -10,8 +10,10 @@
 
 extern "C" {
 extern const Kernels lqlora_kernels_baseline;
-#if defined(LQLORA_X86)
+#if defined(LQLORA_HAS_AVX2)
 extern const Kernels lqlora_kernels_avx2;
+#endif
+#if defined(LQLORA_HAS_AVX512)
 extern const Kernels lqlora_kernels_avx512;
 #endif
 }
@@ -23,14 +25,19 @@ constexpr int64_t kWorthAThread = 1 << 17;
 
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> found{&lqlora_kernels_baseline};
-#if defined(LQLORA_X86)
+#if defined(LQLORA_HAS_AVX2) || defined(LQLORA_HAS_AVX512)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("f16c");
-    if (avx2) found.push_back(&lqlora_kernels_avx2);
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back(&lqlora_kernels_avx512);
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(LQLORA_HAS_AVX2)
+    if (v3) found.push_back(&lqlora_kernels_avx2);
+#endif
+#if defined(LQLORA_HAS_AVX512)
+    if (v4) found.push_back(&lqlora_kernels_avx512);
 #endif
     return found;
 }

@@ -35,7 +35,7 @@ REGISTRY: dict[str, Property[BackendSubject]] = {}
 _promise = promises(REGISTRY)
 
 _THREADS = 4
-_ROUNDS = 3
+_ROUNDS = 2
 
 
 @_promise(inputs.ordinary)
@@ -287,7 +287,7 @@ def _expect_refused(subject: BackendSubject, name: str, argument: str, arguments
 
 @_promise(inputs.formatted)
 def quantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> None:
-    """quantize() stores the bytes of the reference, in any format."""
+    """What quantize() stores are the bytes of the reference, in any format."""
     with forced("reference"):
         expected = quantized(w, fmt).to_arrays()
     found = _run("quantize", lambda: quantized(subject.put(w), fmt).to_arrays())
@@ -297,7 +297,7 @@ def quantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> 
 
 @_promise(inputs.formatted)
 def dequantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> None:
-    """dequantize() returns the bytes of the reference, in any format and every dtype."""
+    """What dequantize() returns are the bytes of the reference, in any format and every dtype."""
     with forced("reference"):
         stored = quantized(w, fmt)
     moved = stored.to(subject.xp, subject.device)

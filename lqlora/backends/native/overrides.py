@@ -18,7 +18,7 @@ from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_packed, nearest_codes
 from lqlora.ops.search import best_ratios
-from lqlora.ops.sums import row_sums
+from lqlora.ops.sums import level_sums, row_sums, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -343,3 +343,40 @@ def searched_ratios(
     known = (_at(tables[0]), _at(tables[1]), len(levels), _at(tables[2]), len(grid), refinements)
     _call("search", _at(rows), _at(weights), *rows.shape, _at(zeros), *known, _at(best))
     return best
+
+
+@_overrides(
+    level_sums,
+    Takes(
+        {
+            "rows": ("float32",),
+            "weights": ("float32", None),
+            "importance": ("float64",),
+            "ratios": ("float32",),
+            "codes": ("uint8",),
+            "sets": ("int64",),
+        },
+        contiguous=("rows", "weights", "importance", "ratios", "codes", "sets"),
+        condition=lambda rows, *_: rows.size >= 2,
+        sentence="two entries or more",
+    ),
+)
+def summed_by_level(
+    rows: npt.NDArray[np.float32],
+    weights: npt.NDArray[np.float32] | None,
+    importance: npt.NDArray[np.float64],
+    ratios: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    sets: npt.NDArray[np.int64],
+    size: int,
+    count: int,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Look for the largest term, then add integers up."""
+    maxima, sums = np.empty(2), np.zeros((2, count * size))
+    given = (_at(rows), _at(weights), _at(importance), _at(ratios))
+    _call("level_maxima", *given, *rows.shape, _at(maxima))
+    if not np.isfinite(maxima).all():
+        return level_sums.reference(rows, weights, importance, ratios, codes, sets, size, count)
+    units = [unit_of(largest, rows.size) if largest else 1.0 for largest in maxima.tolist()]
+    _call("level_sums", *given, _at(codes), _at(sets), *rows.shape, size, count, *units, _at(sums[0]), _at(sums[1]))
+    return sums[0] * units[0], sums[1] * units[1]

@@ -52,7 +52,7 @@ class Blocks:
 
     OPERATIONS: ClassVar = (
         "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "decode", "pack_codes",
-        "unpack_codes", "bin_sums", "row_sums", "best_ratios",
+        "unpack_codes", "bin_sums", "row_sums", "best_ratios", "level_sums",
     )  # fmt: skip
 
     def arguments(self, operation: str) -> tuple[Any, ...]:
@@ -74,6 +74,7 @@ class Blocks:
             "bin_sums": lambda: (wide.astype(np.float64), self.codes.astype(np.int64) % 16, 16),
             "row_sums": lambda: (self._rows(wide),),
             "best_ratios": self._search,
+            "level_sums": self._sums,
         }  # fmt: skip
         arguments: tuple[Any, ...] = calls[operation]()
         return arguments
@@ -90,6 +91,14 @@ class Blocks:
         weights = np.random.default_rng(self.seed).random(rows.shape, dtype=np.float32) if self.seed % 2 else None
         zeros = None if self.zeros is None else self.zeros[: len(rows), None].astype(np.float32)
         return rows, weights, self.codebook.levels, self.codebook.boundaries, zeros, (1.0, 0.75, 0.875, 1.125), 2
+
+    def _sums(self) -> tuple[Any, ...]:
+        """Return rows to fit two sets of levels to, with weights or without."""
+        rows, weights, *_ = self._search()
+        rng, size = np.random.default_rng(self.seed), min(16, len(self.codebook))
+        ratios = rng.uniform(0.5, 2, len(rows)).astype(np.float32)
+        sets = rng.integers(0, 2, len(rows))
+        return rows, weights, rng.random(len(rows)), ratios, self._rows(self.codes % size), sets, size, 2
 
     @cached_property
     def codebook(self) -> Codebook:

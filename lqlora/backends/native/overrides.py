@@ -345,6 +345,13 @@ def searched_ratios(
     return best
 
 
+def _is_complete(
+    rows: Any, weights: Any, importance: Any, ratios: Any, codes: Any, sets: Any, _size: int, _count: int
+) -> bool:
+    of_rows = all(array.shape == rows.shape[:1] for array in (importance, ratios, sets))
+    return rows.size >= 2 and of_rows and codes.shape == rows.shape and (weights is None or weights.shape == rows.shape)
+
+
 @_overrides(
     level_sums,
     Takes(
@@ -357,8 +364,8 @@ def searched_ratios(
             "sets": ("int64",),
         },
         contiguous=("rows", "weights", "importance", "ratios", "codes", "sets"),
-        condition=lambda rows, *_: rows.size >= 2,
-        sentence="two entries or more",
+        condition=_is_complete,
+        sentence="two entries or more, with a code for each",
     ),
 )
 def summed_by_level(

@@ -345,11 +345,15 @@ def searched_ratios(
     return best
 
 
-def _is_complete(
-    rows: Any, weights: Any, importance: Any, ratios: Any, codes: Any, sets: Any, _size: int, _count: int
+def _can_be_summed(
+    rows: Any, weights: Any, importance: Any, ratios: Any, codes: Any, sets: Any, size: int, count: int
 ) -> bool:
-    of_rows = all(array.shape == rows.shape[:1] for array in (importance, ratios, sets))
-    return rows.size >= 2 and of_rows and codes.shape == rows.shape and (weights is None or weights.shape == rows.shape)
+    """Accept what no sum is written beyond the end for."""
+    by_row = {array.shape for array in (importance, ratios, sets)} == {rows.shape[:1]}
+    by_entry = codes.shape == rows.shape and (weights is None or weights.shape == rows.shape)
+    if not by_row or not by_entry or rows.size < 2:
+        return False
+    return bool(codes.max() < size and sets.min() >= 0 and sets.max() < count)
 
 
 @_overrides(
@@ -364,8 +368,8 @@ def _is_complete(
             "sets": ("int64",),
         },
         contiguous=("rows", "weights", "importance", "ratios", "codes", "sets"),
-        condition=_is_complete,
-        sentence="two entries or more, with a code for each",
+        condition=_can_be_summed,
+        sentence="two entries or more, and codes and sets that exist",
     ),
 )
 def summed_by_level(

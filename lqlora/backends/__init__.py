@@ -172,8 +172,8 @@ def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
     Examples
     --------
     >>> import numpy as np
-    >>> explain("pack_codes", np.zeros(4, dtype=np.uint8), 4).implementation
-    'reference'
+    >>> explain("add_low_rank", *(np.ones((1, 1)) for _ in range(4)), 1.0).reason
+    'numpy: no override is registered.'
     """
     known = _operations()
     if operation not in known:

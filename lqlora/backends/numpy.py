@@ -171,7 +171,14 @@ def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]
     return table
 
 
-@bin_sums.register("numpy", takes=Takes({"terms": ("float64",), "bins": ("int64",)}))
+@bin_sums.register(
+    "numpy",
+    takes=Takes(
+        {"terms": ("float64",), "bins": ("int64",)},
+        condition=lambda terms, bins, _: terms.shape == bins.shape,  # NumPy takes no bins for any number of terms
+        sentence="a bin for each term",
+    ),
+)
 def bin_sums_counted(
     terms: npt.NDArray[np.float64], bins: npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.float64]:

@@ -18,6 +18,7 @@ from lqlora.testing.strategies import formats, largest_for, weights
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lqlora.formats import BlockFormat
     from lqlora.testing._backend_subject import BackendSubject
 
 Inputs: TypeAlias = SearchStrategy[dict[str, Any]]
@@ -149,12 +150,10 @@ def products(subject: BackendSubject) -> Inputs:
 def formatted(subject: BackendSubject) -> Inputs:
     """Any format, and weights in its range."""
     scales: Any = [name for name in ("float32", "float16", "bfloat16") if name in subject.dtypes]
-    wide = st.sampled_from([np.float32, np.float64])
+    return formats(scales, axes=(None, 0, -1)).flatmap(_with_weights)
 
-    def build(fmt: Any) -> SearchStrategy[Any]:
-        return st.tuples(st.just(fmt), wide.flatmap(lambda dtype: weights(dtype, largest_for(fmt))))
 
-    pairs = formats(scales, axes=(None, 0, -1)).flatmap(build)
-    return pairs.map(
-        lambda pair: {"fmt": pair[0], "w": np.atleast_1d(pair[1]) if pair[0].axis is not None else pair[1]}
-    )
+def _with_weights(fmt: BlockFormat) -> Inputs:
+    dtypes = st.sampled_from([np.float32, np.float64])
+    drawn = dtypes.flatmap(lambda dtype: weights(dtype, largest_for(fmt)))
+    return drawn.map(lambda w: {"fmt": fmt, "w": w if fmt.axis is None else np.atleast_1d(w)})

@@ -35,7 +35,7 @@ REGISTRY: dict[str, Property[BackendSubject]] = {}
 _promise = promises(REGISTRY)
 
 _THREADS = 4
-_ROUNDS = 3
+_ROUNDS = 2
 
 
 @_promise(inputs.ordinary)
@@ -131,8 +131,17 @@ def combinations(subject: BackendSubject, case: Blocks) -> None:
 
 @_promise(inputs.integers)
 def exact_products(subject: BackendSubject, case: Product) -> None:
-    """Products of small integers are exact."""
-    subject.expect_reference(case)
+    """Products of small integers are exact, but for the sign of zero."""
+    for name in subject.of(case):
+        arguments = case.arguments(name)
+        (expected,) = right(name, arguments)
+        for call in subject.calls_of(name, arguments):
+            found = on_host(call.run()[0])
+            expect_bytes(call.name, _without_negative_zeros(found), _without_negative_zeros(expected))
+
+
+def _without_negative_zeros(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.where(array == 0, np.zeros_like(array), array)
 
 
 @_promise(inputs.products)
@@ -287,7 +296,7 @@ def _expect_refused(subject: BackendSubject, name: str, argument: str, arguments
 
 @_promise(inputs.formatted)
 def quantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> None:
-    """quantize() stores the bytes of the reference, in any format."""
+    """What quantize() stores are the bytes of the reference, in any format."""
     with forced("reference"):
         expected = quantized(w, fmt).to_arrays()
     found = _run("quantize", lambda: quantized(subject.put(w), fmt).to_arrays())
@@ -297,7 +306,7 @@ def quantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> 
 
 @_promise(inputs.formatted)
 def dequantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> None:
-    """dequantize() returns the bytes of the reference, in any format and every dtype."""
+    """What dequantize() returns are the bytes of the reference, in any format and every dtype."""
     with forced("reference"):
         stored = quantized(w, fmt)
     moved = stored.to(subject.xp, subject.device)

@@ -26,7 +26,8 @@ FAST = {
 
 
 def test_a_library_returns_the_bytes_of_the_reference(xp):
-    assert_backend_conforms(xp, max_examples=15)
+    few = xp.__name__ == "array_api_strict"  # the references alone, which are slow there
+    assert_backend_conforms(xp, max_examples=5 if few else 15)
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_a_library_that_is_registered_inherits_the_properties(strict, monkeypatc
     ops.block_absmax.register("array_api_strict", takes=Takes({"flat": ("float32", "float64")}))(absmax)
     try:
         assert backends.explain("block_absmax", strict.ones(3), 2).implementation == "test_backend_teeth.absmax"
-        assert_backend_conforms("array_api_strict", max_examples=5)
+        assert_backend_conforms("array_api_strict", operations=["block_absmax", "encode"], max_examples=5)
     finally:
         ops.block_absmax._overrides.pop("array_api_strict")
         monkeypatch.undo()

@@ -31,7 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Module that registers the overrides of a library; imported at the first call that sees an array of that library.
-_BACKENDS = {"numpy": "lqlora.backends.numpy", "torch": "lqlora.backends.torch"}
+_BACKENDS = {"numpy": "lqlora.backends.numpy", "torch": "lqlora.backends.torch", "cupy": "lqlora.backends.cupy"}
 
 #: Where a library's array class lives. Looked up in ``sys.modules``: an array exists only if its library is imported.
 #: NumPy's scalars count as arrays of no dimensions: its reductions return them.

@@ -11,7 +11,7 @@ import pytest
 
 from lqlora._optional import is_installed
 from lqlora.backends.cupy import memory
-from tests.backends.kernels import KERNELS
+from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
 from tests.emulator import build
 from tests.emulator.cupy_stand_in import CuPyStandIn
 from tests.requirements import require_or_skip
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: What is compiled together: a call to the compiler for each kernel would take longer.
-TOGETHER = {name: names for names in KERNELS.values() for name in names}
+TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE) for name in names}
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])

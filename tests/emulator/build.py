@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["EmulationError", "Kernel", "Range", "build", "is_available"]
+__all__ = ["VARIABLE", "EmulationError", "Kernel", "Range", "build", "is_available"]
+
+#: Environment variable of a process that is to emulate otherwise: ``addresses``, or ``portable``, as tests ask for.
+VARIABLE = "LQLORA_EMULATOR"
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-w")
 
-#: What is looked at while kernels run: every access, by the emulator; or what lies around arrays, by AddressSanitizer.
-_WATCHED = {
-    "accesses": ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
-    "addresses": ("-fsanitize=address", "-DEMULATED_ADDRESSES"),
-}
+#: Every access to memory is a call to the emulator; or AddressSanitizer looks at what lies around arrays.
+_ACCESSES = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+_ADDRESSES = ("-fsanitize=address", "-DEMULATED_ADDRESSES")
+
 _BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)\s+(\w+)\(")
 
 
@@ -70,7 +72,7 @@ class Kernel:
         schedule: int = 0,
     ) -> None:
         """Run all threads to the end; ``arguments`` are the bytes of the parameters, ``arrays`` what may be touched."""
-        sizes = (ctypes.c_uint * 6)(*(grid + (1, 1, 1))[:3], *(block + (1, 1, 1))[:3])
+        sizes = (ctypes.c_uint * 6)(*((*grid, 1, 1, 1))[:3], *((*block, 1, 1, 1))[:3])
         buffers = [ctypes.create_string_buffer(value, len(value)) for value in arguments]
         addresses = (ctypes.c_void_p * len(buffers))(*[ctypes.addressof(buffer) for buffer in buffers])
         ranges = (ctypes.c_void_p * (2 * len(arrays)))(*[end for bounds in arrays for end in bounds])
@@ -80,12 +82,15 @@ class Kernel:
 
 
 @functools.cache
-def build(text: str, expressions: tuple[str, ...], watched: str = "accesses") -> dict[str, Kernel]:
+def build(text: str, expressions: tuple[str, ...]) -> dict[str, Kernel]:
     """Compile kernels, or take what was compiled from the same text before; return them by name."""
     exports = "".join(f"\nEMULATED_EXPORT({number}, {name})" for number, name in enumerate(expressions))
     whole = f'#include "device.h"\n{text}\n{exports}\n'
-    ctypes.CDLL(str(_library((_HERE / "runtime.cpp").read_text(encoding="utf-8"), "-O2")), mode=ctypes.RTLD_GLOBAL)
-    loaded = ctypes.CDLL(str(_library(whole, *_WATCHED[watched])))
+    mode = os.environ.get(VARIABLE)
+    runtime = (_HERE / "runtime.cpp").read_text(encoding="utf-8")
+    fibers = ("-DEMULATED_UCONTEXT",) if mode == "portable" else ()
+    ctypes.CDLL(str(_library(runtime, "-O2", *fibers)), mode=ctypes.RTLD_GLOBAL)
+    loaded = ctypes.CDLL(str(_library(whole, *(_ADDRESSES if mode == "addresses" else _ACCESSES))))
     bounds = {name: int(threads) for threads, name in _BOUNDS.findall(text)}
     return {
         name: Kernel(loaded, number, name, bounds.get(name.partition("<")[0], 1024))

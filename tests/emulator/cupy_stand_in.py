@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import types
 from importlib.machinery import ModuleSpec
-from typing import Any
+from typing import Any, Self
 
 import array_api_compat.numpy as reference
 import ml_dtypes
@@ -32,7 +32,7 @@ class Device:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def __enter__(self) -> Device:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,11 +99,28 @@ def _operator(name: str) -> Any:
     return operate
 
 
-for (
-    _name
-) in "add radd sub rsub mul rmul truediv rtruediv floordiv mod matmul and or invert lshift rshift neg abs".split():
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "mod",
+    "matmul",
+    "and",
+    "or",
+    "invert",
+    "lshift",
+    "rshift",
+    "neg",
+    "abs",
+]:
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in "iadd ior eq ne lt le gt ge".split():
+for _name in ["iadd", "ior", "eq", "ne", "lt", "le", "gt", "ge"]:
     setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -185,7 +202,7 @@ class _RawModule:
         if name not in self._names:
             raise KeyError(name)
         together = self._cupy.together.get(name, self._names)
-        return _Function(self._cupy, build(self._code, tuple(together), self._cupy.watched)[name])
+        return _Function(self._cupy, build(self._code, tuple(together))[name])
 
 
 class CuPyStandIn(types.ModuleType):
@@ -194,10 +211,10 @@ class CuPyStandIn(types.ModuleType):
     ``together`` tells for a kernel which others to compile along with it: a compiler that runs once is faster.
     """
 
-    def __init__(self, together: dict[str, list[str]], watched: str = "accesses") -> None:
+    def __init__(self, together: dict[str, list[str]]) -> None:
         super().__init__("cupy")
         self.__spec__ = ModuleSpec("cupy", None)
-        self.together, self.watched, self.schedule = together, watched, 0
+        self.together, self.schedule = together, 0
         self.launched: list[Any] = []
         self.options: set[tuple[str, ...]] = set()
         self.ndarray = ndarray
@@ -206,9 +223,7 @@ class CuPyStandIn(types.ModuleType):
             is_available=lambda: True, Device=Device, ExternalStream=Device, get_current_stream=Device
         )
 
-    def RawModule(  # noqa: N802 - as CuPy calls it
-        self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]
-    ) -> _RawModule:
+    def RawModule(self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> _RawModule:
         return _RawModule(self, code, options, name_expressions)
 
     @staticmethod

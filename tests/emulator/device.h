@@ -14,9 +14,6 @@
 #define __shared__ static
 
 struct uint3 { unsigned x, y, z; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-
 namespace emulated {
 
 #pragma GCC visibility push(default)
@@ -44,6 +41,7 @@ extern "C" void emulated_barrier(int line);
 extern "C" uint64_t emulated_meet(Collective kind, unsigned mask, uint64_t value, int source, int line);
 extern "C" int emulated_lane();
 extern "C" void emulated_atomic(const void* address, int size);
+extern "C" void emulated_vector(const void* address);
 
 #pragma GCC visibility pop
 
@@ -97,6 +95,23 @@ extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
                                   schedule, arrays, array_count,        EMULATED_SHARED};                            \
     return emulated::emulated_launch(&launch);                                                                       \
   }
+
+// Sixteen bytes at once. The compiler takes copies apart, so they say themselves where they are from and to.
+template <class T> struct alignas(16) EmulatedVector {
+  T x, y, z, w;
+  EmulatedVector(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
+  EmulatedVector(const EmulatedVector& from) : x(from.x), y(from.y), z(from.z), w(from.w) {
+    emulated::emulated_vector(&from);
+  }
+  EmulatedVector& operator=(const EmulatedVector& from) {
+    emulated::emulated_vector(this);
+    emulated::emulated_vector(&from);
+    x = from.x, y = from.y, z = from.z, w = from.w;
+    return *this;
+  }
+};
+using uint4 = EmulatedVector<unsigned>;
+using float4 = EmulatedVector<float>;
 
 #define threadIdx (emulated::emulated_here.thread)
 #define blockIdx (emulated::emulated_here.block)

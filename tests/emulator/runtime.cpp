@@ -232,6 +232,12 @@ static bool is_own(uintptr_t address) {
          (address >= here && address < here + sizeof emulated_here);
 }
 
+static void require_multiple(uintptr_t address, size_t size) {
+  if (address % size == 0) return;
+  fail("%zu bytes at an address that is no multiple of %zu", size, size);
+  stop();
+}
+
 static void look_at(const void* pointer, size_t size, bool writes, bool atomic = false) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (is_own(address) || state.failed) return;
@@ -239,10 +245,7 @@ static void look_at(const void* pointer, size_t size, bool writes, bool atomic =
   for (Region& region : regions) {
     if (address < region.begin || address >= region.end) continue;
     if (address + size > region.end) break;
-    if (size <= 16 && !(size & (size - 1)) && address % size) {
-      fail("%s of %zu bytes at an address that is no multiple of %zu", what, size, size);
-      stop();
-    }
+    if (size <= 16 && !(size & (size - 1))) require_multiple(address, size);
     const Access now{state.block, state.current, state.barriers, self().syncs, atomic};
     for (size_t i = 0; i < size; ++i)
       if (const char* wrong = visit(region.bytes[address - region.begin + i], now, writes, region.shared)) {
@@ -256,6 +259,7 @@ static void look_at(const void* pointer, size_t size, bool writes, bool atomic =
   stop();
 }
 
+extern "C" void emulated_vector(const void* address) { require_multiple(reinterpret_cast<uintptr_t>(address), 16); }
 extern "C" void emulated_atomic(const void* address, int size) { look_at(address, size, true, true); }
 
 // What the compiler calls at each access of a kernel.

@@ -1,25 +1,26 @@
 from __future__ import annotations
 
+import inspect
 import threading
+from types import FunctionType
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import lqlora as lq
 from lqlora import ops
-from lqlora._dispatch import Operation, array_library, namespace, op
+from lqlora._dispatch import Operation, Override, Takes, array_library, namespace, op
+from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from tests.strategies import on
 
 LIBRARIES = {"numpy": "numpy", "torch": "torch", "array_api_strict": "array-api", "cupy": "cupy"}
 
 
-def always(*_, **__):
-    return True
-
-
-def never(*_, **__):
-    return False
+#: Records of overrides of double(x, factor) that take every call, and none.
+ALWAYS = {library: Takes({"x": ("float32", "float64")}) for library in ("numpy", "torch")}
+NEVER = Takes({"x": ()})
 
 
 @pytest.fixture
@@ -70,33 +71,84 @@ def test_without_an_override_the_reference_runs(xp, double):
     assert bool(xp.all(double(x) == 2))
 
 
-def test_an_override_runs_for_the_arguments_it_accepts(double):
-    @double.register("numpy", accepts=lambda _, factor=2: factor == 2)
+def test_an_override_runs_for_the_arguments_it_takes(double):
+    takes = Takes({"x": ("float64",)}, condition=lambda _, factor: factor == 2, sentence="a factor of two")
+
+    @double.register("numpy", takes=takes)
     def fast(x, factor=2):
         return "fast"
 
-    assert double(np.ones(2)) == "fast"
+    assert double(np.ones(2)) == double(np.ones(2), factor=2) == double(x=np.ones(2)) == "fast"
     assert double(np.ones(2), factor=3).tolist() == [3.0, 3.0]
-    assert double.select(np.ones(2)).implementation.endswith(".fast")
+    assert double.select(np.ones(2)).implementation == "test_dispatch.fast"
     declined = double.select(np.ones(2), factor=3)
-    assert (declined.implementation, declined.reason) == ("reference", "numpy: 1 override(s) declined.")
+    assert declined.implementation == "reference"
+    assert declined.reason == "test_dispatch.fast declined: it is for a factor of two."
 
 
-def test_the_first_override_that_accepts_wins(double):
-    double.register("numpy", accepts=never)(lambda _: "never")
-    double.register("numpy", accepts=always)(lambda _: "first")
-    double.register("numpy", accepts=always)(lambda _: "second")
+@op
+def scaled(x, y, bits):
+    """Do nothing."""
+
+
+TAKES = Takes({"x": ("float32", "bfloat16"), "y": ("uint8", None)}, bits=(2, 4), contiguous=("x",))
+X, Y = np.ones(8, dtype=np.float32), np.ones(2, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((X, Y, 4), ""),
+        ((X, None, 2), ""),
+        ((X.astype(ml_dtypes.bfloat16), Y, 4), ""),
+        ((X.astype(np.float16), Y, 4), "x is not of float32 or bfloat16"),
+        ((X.astype(">f4"), Y, 4), "x is not of float32 or bfloat16"),
+        ((None, Y, 4), "x is no plain array of numpy"),
+        ((X, [1, 1], 4), "y is no plain array of numpy"),
+        ((X, X, 4), "y is not of uint8"),
+        ((X[::2], Y, 4), "x is not contiguous"),
+        ((np.frombuffer(b"0" * 9, dtype=np.float32, count=2, offset=1), Y, 4), "x is not contiguous"),
+        ((X, Y, 3), "bits is none of 2, 4"),
+    ],
+)
+def test_a_record_tells_what_does_not_fit(arguments, reason):
+    override = Override("here.fast", "numpy", len, TAKES, inspect.signature(scaled.reference))
+    assert override.fault(arguments) == reason
+
+
+def test_a_record_asks_where_tensors_are(torch):
+    for memory, expected in (("host", ""), ("device", "x is not in the memory of the device")):
+        takes = Takes({"x": ("float32",)}, memory=memory)
+        override = Override("here.fast", "torch", len, takes, inspect.signature(scaled.reference))
+        assert override.fault((torch.ones(2), None, 4)) == expected
+
+
+@pytest.mark.parametrize(
+    "takes", [Takes({"z": ("uint8",)}), Takes({}, contiguous=("x",)), Takes({"x": ("uint8",)}, bits=(4,))]
+)
+def test_a_record_names_arguments_that_there_are(double, takes):
+    with pytest.raises(InvalidArgumentError, match=r"\.fast declares (z|x|bits), which is no array argument"):
+
+        @double.register("numpy", takes=takes)
+        def fast(x, factor):
+            pytest.fail("it must not be registered")
+
+
+def test_the_first_override_that_takes_a_call_wins(double):
+    double.register("numpy", takes=NEVER)(lambda *_: "never")
+    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "first")
+    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "second")
     assert double(np.ones(2)) == "first"
 
 
 def test_an_override_is_for_its_library_only(double, torch):
-    double.register("torch", accepts=always)(lambda _: "torch's")
+    double.register("torch", takes=ALWAYS["torch"])(lambda *_: "torch's")
     assert double(torch.ones(2)) == "torch's"
     assert double(np.ones(2)).tolist() == [2.0, 2.0]
 
 
 def test_forced_runs_the_reference(double):
-    double.register("numpy", accepts=always)(lambda _: "fast")
+    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "fast")
     with lq.forced("reference"):
         assert double(np.ones(2)).tolist() == [2.0, 2.0]
         assert "forced" in double.select(np.ones(2)).reason
@@ -104,14 +156,14 @@ def test_forced_runs_the_reference(double):
 
 
 def test_forced_ends_with_an_error_too(double):
-    double.register("numpy", accepts=always)(lambda _: "fast")
+    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "fast")
     with pytest.raises(ZeroDivisionError), lq.forced("reference"):
         raise ZeroDivisionError
     assert double(np.ones(2)) == "fast"
 
 
 def test_forced_holds_for_one_thread(double):
-    double.register("numpy", accepts=always)(lambda _: "fast")
+    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "fast")
     seen = []
     with lq.forced("reference"):
         thread = threading.Thread(target=lambda: seen.append(double(np.ones(2))))
@@ -120,8 +172,23 @@ def test_forced_holds_for_one_thread(double):
     assert seen == ["fast"]
 
 
-def test_forced_knows_one_word():
-    with pytest.raises(InvalidArgumentError, match="'reference' only, not 'numpy'"), lq.forced("numpy"):
+def test_forced_numpy_passes_over_compiled_kernels(double):
+    compiled = FunctionType((lambda *_: "compiled").__code__, {"__name__": "lqlora.backends.native.kernels"})
+    double.register("numpy", takes=ALWAYS["numpy"])(compiled)
+    double.register("numpy", takes=NEVER)(lambda *_: "never")
+    assert double(np.ones(2)) == "compiled"
+    with lq.forced("numpy"):
+        assert double(np.ones(2)).tolist() == [2.0, 2.0]
+        reason = double.select(np.ones(2)).reason
+        double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "NumPy's")
+        assert double(np.ones(2)) == "NumPy's"
+    assert reason == (
+        "native.<lambda> is passed over by forced('numpy'); test_dispatch.<lambda> declined: x is not of any dtype."
+    )
+
+
+def test_forced_knows_two_words():
+    with pytest.raises(InvalidArgumentError, match="'reference' and 'numpy', not 'torch'"), lq.forced("torch"):
         pytest.fail("the block must not run")
 
 
@@ -137,12 +204,13 @@ def test_hot_operations_are_dispatched(name):
 def test_explain_names_the_operations_there_are():
     with pytest.raises(
         InvalidArgumentError,
-        match="'to_blocks' is no operation; there are bin_sums, block_absmax, block_extremes, decode, encode",
+        match="'to_blocks' is no operation; there are add_low_rank, bin_sums, block_absmax, block_extremes, decode, encode",
     ):
         lq.backends.explain("to_blocks", np.zeros(1))
 
 
 def test_available_tells_what_is_installed():
     found = lq.backends.available()
-    assert list(found) == ["numpy", "torch", "cupy"]
-    assert found["numpy"] is True
+    assert list(found)[:3] == ["numpy", "torch", "cupy"]
+    assert found["numpy"] == lq.backends.Availability(True, "installed")
+    assert bool(found["cupy"]) is is_installed("cupy")

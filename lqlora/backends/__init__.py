@@ -5,33 +5,143 @@ Each override returns the same bytes as the reference and is justified by a row 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lqlora import ops
-from lqlora._dispatch import Operation, Selection
+from lqlora._dispatch import Library, Operation, Selection, Takes, libraries, register_library
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["Selection", "available", "explain"]
+__all__ = ["Availability", "Capability", "Selection", "Takes", "available", "capabilities", "explain", "register"]
 
 
-def available() -> dict[str, bool]:
+@dataclass(frozen=True)
+class Availability:
+    """Whether something can be used here; true or false in a condition.
+
+    Parameters
+    ----------
+    usable : bool
+        True if it can.
+    reason : str
+        What there is, or what is missing, in a few words.
+
+    Examples
+    --------
+    >>> bool(Availability(False, "not installed"))
+    False
+    """
+
+    usable: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.usable
+
+
+def available() -> dict[str, Availability]:
     """Tell which array libraries are installed, without importing them.
 
     Returns
     -------
-    dict of str to bool
-        ``numpy``, ``torch`` and ``cupy``.
+    dict of str to Availability
+        ``numpy``, ``torch``, ``cupy``, and libraries that were registered.
 
     Examples
     --------
-    >>> available()["numpy"]
+    >>> bool(available()["numpy"])
     True
     """
-    return {library: is_installed(library) for library in ("numpy", "torch", "cupy")}
+    return {name: _installed(name) for name in libraries()}
+
+
+def _installed(package: str) -> Availability:
+    if is_installed(package):
+        return Availability(usable=True, reason="installed")
+    return Availability(usable=False, reason="not installed")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One override: what it implements, and for which calls.
+
+    Parameters
+    ----------
+    operation : str
+        Name of the operation.
+    implementation : str
+        Name of the override.
+    library : str
+        Whose arrays it takes.
+    takes : Takes
+        The record that decides which calls it is given.
+    """
+
+    operation: str
+    implementation: str
+    library: str
+    takes: Takes
+
+
+def capabilities() -> list[Capability]:
+    """List the overrides of all libraries that are installed.
+
+    Returns
+    -------
+    list of Capability
+        By operation, then by library, then in the order in which a call tries them. To list them, the libraries are
+        imported.
+
+    Examples
+    --------
+    >>> [c.implementation for c in capabilities() if c.operation == "bin_sums" and c.library == "numpy"]
+    ['numpy.bin_sums_counted']
+    """
+    return [
+        Capability(name, override.name, library, override.takes)
+        for name, operation in sorted(_operations().items())
+        for library in libraries()
+        if is_installed(library)
+        for override in operation.overrides(library)
+    ]
+
+
+def _operations() -> dict[str, Operation[Any, Any]]:
+    named = {name: getattr(ops, name) for name in ops.__all__}
+    return {name: value for name, value in named.items() if isinstance(value, Operation)}
+
+
+def register(library: str, *, arrays: tuple[str, ...], overrides: tuple[str, ...] = ()) -> None:
+    """Make an array library known, so that operations may have overrides for its arrays.
+
+    Without that, arrays of any library that follows the array API standard run the references.
+
+    Parameters
+    ----------
+    library : str
+        Name of its package. Overrides are registered under this name.
+    arrays : tuple of str
+        Classes of its arrays, as ``module:Class``; subclasses belong to them.
+    overrides : tuple of str
+        Modules that register overrides, the preferred ones first. They are imported with the first array of the
+        library that an operation sees.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a class is not spelled ``module:Class``.
+
+    Examples
+    --------
+    >>> register("cubed", arrays=("cubed:Array",))
+    >>> "cubed" in available()
+    True
+    """
+    register_library(Library(library, arrays, overrides))
 
 
 def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
@@ -62,8 +172,7 @@ def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
     >>> explain("pack_codes", np.zeros(4, dtype=np.uint8), 4).implementation
     'reference'
     """
-    found = getattr(ops, operation, None)
-    if not isinstance(found, Operation):
-        known = sorted(name for name in ops.__all__ if isinstance(getattr(ops, name), Operation))
-        raise InvalidArgumentError(f"{operation!r} is no operation; there are {', '.join(known)}.")
-    return found.select(*arrays, **arguments)
+    known = _operations()
+    if operation not in known:
+        raise InvalidArgumentError(f"{operation!r} is no operation; there are {', '.join(sorted(known))}.")
+    return known[operation].select(*arrays, **arguments)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lqlora._dispatch import Takes
 from lqlora.ops.packing import packed_size, unpack_codes
 from lqlora.ops.quantize import FEW, decode, nearest_codes
 from lqlora.ops.sums import bin_sums, exact_terms
@@ -29,14 +30,19 @@ _NARROW = 2.0**-100
 _MANY = 1 << 18
 
 
-def _nearest_codes_accepts(values: Any, boundaries: npt.NDArray[np.float32]) -> bool:
+def _can_be_bucketed(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> bool:  # noqa: ARG001
     """Accept what the reference would search; it counts the boundaries below a value where these are few."""
-    return (
-        values.dtype.kind == "f" and len(boundaries) > FEW and float(boundaries[-1]) - float(boundaries[0]) >= _NARROW
-    )
+    return len(boundaries) > FEW and float(boundaries[-1]) - float(boundaries[0]) >= _NARROW
 
 
-@nearest_codes.register("numpy", accepts=_nearest_codes_accepts)
+@nearest_codes.register(
+    "numpy",
+    takes=Takes(
+        {"values": ("float32", "float64")},
+        condition=_can_be_bucketed,
+        sentence=f"more than {FEW} boundaries that span 2**-100 or more",
+    ),
+)
 def nearest_codes_in_buckets(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Look up how many boundaries are below a value's bucket, chunk by chunk."""
     flat, codes = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
@@ -84,21 +90,14 @@ def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.ui
         np.add(codes, above.view(np.uint8), out=codes)
 
 
-def _decode_accepts(
-    packed: Any,
-    scales: Any,
-    zero_points: Any,
-    levels: Any,  # noqa: ARG001
-    bits: int,
-    block_size: int,  # noqa: ARG001
-    out: Any,
-) -> bool:
-    mine = isinstance(scales, np.ndarray) and isinstance(zero_points, np.ndarray | None)
-    plain = packed.flags.c_contiguous and out.flags.c_contiguous and out.dtype == np.float32
-    return bits in (1, 2, 3, 4, 6, 8) and mine and plain
-
-
-@decode.register("numpy", accepts=_decode_accepts)
+@decode.register(
+    "numpy",
+    takes=Takes(
+        {"packed": ("uint8",), "scales": ("float32",), "zero_points": ("uint8", None), "out": ("float32",)},
+        bits=(1, 2, 3, 4, 6, 8),
+        contiguous=("packed", "out"),
+    ),
+)
 def decode_lookup(
     packed: npt.NDArray[np.uint8],
     scales: npt.NDArray[np.float32],
@@ -172,7 +171,7 @@ def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]
     return table
 
 
-@bin_sums.register("numpy", accepts=lambda terms, bins, count: isinstance(bins, np.ndarray))  # noqa: ARG005
+@bin_sums.register("numpy", takes=Takes({"terms": ("float64",), "bins": ("int64",)}))
 def bin_sums_counted(
     terms: npt.NDArray[np.float64], bins: npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.float64]:

@@ -8,24 +8,24 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from lqlora._dispatch import Takes
 from lqlora.ops.quantize import decode, nearest_codes
 from lqlora.ops.sums import bin_sums
 
 __all__: list[str] = []
 
-
-def _on_cpu(*args: Any) -> bool:
-    """Accept strided tensors in host memory; not the fake ones that compilers trace with."""
-    return all(_is_plain(value) or value is None or isinstance(value, int) for value in args if not _is_table(value))
-
-
-def _is_table(value: Any) -> bool:
-    """Tell whether a value is levels or boundaries, which every library is given as a read-only NumPy array."""
-    return isinstance(value, np.ndarray) and not value.flags.writeable
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu"
+_TAKES = {
+    nearest_codes: Takes({"values": ("float32", "float64")}),
+    decode: Takes(
+        {
+            "packed": ("uint8",),
+            "scales": ("float32",),
+            "zero_points": ("uint8", None),
+            "out": ("float32", "float16", "bfloat16"),
+        }
+    ),
+    bin_sums: Takes({"terms": ("float64",), "bins": ("int64",)}),
+}
 
 
 def _view(value: Any) -> Any:
@@ -43,16 +43,15 @@ def _tensor(array: Any) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _share(operation: Any) -> None:
+def _share(operation: Any, takes: Takes) -> None:
     """Register a torch override that hands views to NumPy's implementation of the same operation."""
 
-    def on_views(*args: Any, **kwargs: Any) -> torch.Tensor:
-        views = [_view(argument) for argument in args]
-        return _tensor(operation(*views, **{key: _view(value) for key, value in kwargs.items()}))
+    def on_views(*args: Any) -> torch.Tensor:
+        return _tensor(operation(*(_view(argument) for argument in args)))
 
     on_views.__name__ = f"{operation.name}_as_numpy"
-    operation.register("torch", accepts=_on_cpu)(on_views)
+    operation.register("torch", takes=takes)(on_views)
 
 
-for _operation in (nearest_codes, decode, bin_sums):
-    _share(_operation)
+for _operation, _takes in _TAKES.items():
+    _share(_operation, _takes)

@@ -5,11 +5,10 @@ Kernels see flat contiguous arrays: decisions about shapes, formats and padding 
 
 from __future__ import annotations
 
+from lqlora._dispatch import dtype_name, is_contiguous, is_on_host
 from lqlora.ops.blocks import block_absmax, block_extremes, from_blocks, to_blocks
 from lqlora.ops.casting import (
     convert,
-    dtype_name,
-    is_on_host,
     native_dtype,
     require_float,
     storage_cast,
@@ -30,7 +29,7 @@ from lqlora.ops.quantize import (
     normalize,
     values_by_row,
 )
-from lqlora.ops.slices import is_contiguous, put_flat, take_flat
+from lqlora.ops.slices import put_flat, take_flat
 from lqlora.ops.sums import bin_sums, row_sums
 
 __all__ = [

@@ -5,11 +5,10 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat
 import ml_dtypes
 import numpy as np
 
-from lqlora._dispatch import array_library, namespace
+from lqlora._dispatch import array_library, dtype_name, namespace
 from lqlora.errors import UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "convert",
-    "dtype_name",
-    "is_on_host",
     "native_dtype",
     "require_float",
     "storage_cast",
@@ -27,50 +24,6 @@ __all__ = [
 ]
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
-
-
-def is_on_host(array: Array) -> bool:
-    """Tell whether the entries of an array are in the memory of the host.
-
-    Parameters
-    ----------
-    array : array
-        Any array.
-
-    Returns
-    -------
-    bool
-        False for arrays on an accelerator.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> is_on_host(np.zeros(1))
-    True
-    """
-    return array_library(array) != "cupy" and "cpu" in str(array_api_compat.device(array)).lower()
-
-
-def dtype_name(array: Array) -> str:
-    """Name of an array's dtype, the same word for every library.
-
-    Parameters
-    ----------
-    array : array
-        Any array.
-
-    Returns
-    -------
-    str
-        Such as ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> dtype_name(np.zeros(1, dtype=np.float16))
-    'float16'
-    """
-    return str(array.dtype).rpartition(".")[2]
 
 
 def widen(array: Array, what: str = "the array") -> Array:
@@ -99,11 +52,12 @@ def widen(array: Array, what: str = "the array") -> Array:
     >>> widen(np.ones(2, dtype=np.float16)).dtype
     dtype('float32')
     """
-    xp = namespace(array)
     require_float(array, what)
-    name = dtype_name(array)
     array = array.detach() if array_library(array) == "torch" else array
-    return array if name in _FLOATS[:2] else xp.astype(array, xp.float32)
+    if dtype_name(array) in _FLOATS[:2]:
+        return array
+    xp = namespace(array)
+    return xp.astype(array, xp.float32)
 
 
 def require_float(array: Array, what: str) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 
-from lqlora._dispatch import namespace, op
-from lqlora.ops.casting import dtype_name, is_on_host, storage_cast
+from lqlora._dispatch import dtype_name, is_on_host, namespace, op
+from lqlora.ops.casting import storage_cast
 from lqlora.ops.quantize import decode
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import array_api_compat
 import numpy as np
 
-from lqlora._dispatch import namespace, op
+from lqlora._dispatch import dtype_name, namespace, op
 from lqlora.ops.blocks import from_blocks, to_blocks
-from lqlora.ops.casting import dtype_name, storage_cast, widen
+from lqlora.ops.casting import storage_cast, widen
 from lqlora.ops.packing import pack_codes, unpack_codes
 
 if TYPE_CHECKING:

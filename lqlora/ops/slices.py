@@ -7,45 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 
-from lqlora._dispatch import array_library, namespace
-from lqlora.ops.casting import is_on_host
+from lqlora._dispatch import array_library, is_contiguous, is_on_host, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lqlora._typing import Array
 
-__all__ = ["is_contiguous", "put_flat", "take_flat"]
+__all__ = ["put_flat", "take_flat"]
 
 #: Where two arrays lie across each other in memory they are copied in strips of so many lines, which the nearest cache
 #: holds until all of them is used. Strips of few entries would cost more in calls than they save.
 _STRIP = 16
 _STRIP_ENTRIES = 1 << 11
-
-
-def is_contiguous(array: Array) -> bool:
-    """Tell whether flattening an array is known to give a view of it.
-
-    Parameters
-    ----------
-    array : array
-        Any array.
-
-    Returns
-    -------
-    bool
-        False for libraries that do not say so.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> is_contiguous(np.zeros((2, 3))), is_contiguous(np.zeros((2, 3)).T)
-    (True, False)
-    """
-    library = array_library(array)
-    if library == "torch":
-        return bool(array.is_contiguous())
-    return library in ("numpy", "cupy") and bool(array.flags.c_contiguous)
 
 
 def take_flat(array: Array, start: int, stop: int) -> Array:

@@ -10,7 +10,7 @@ import array_api_compat
 import pytest
 
 from lqlora._optional import is_installed
-from lqlora.backends.cupy import memory
+from lqlora.backends.cupy import taken
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
 from tests.emulator import build
 from tests.emulator.cupy_stand_in import CuPyStandIn
@@ -47,6 +47,6 @@ def stand_in() -> Iterator[CuPyStandIn]:
         patch.setitem(sys.modules, "cupy", module)
         patch.setitem(sys.modules, "array_api_compat.cupy", module)
         patch.setattr(array_api_compat, "cupy", module, raising=False)
-        memory.device_kernels_run.cache_clear()
+        taken.kernels_run.cache_clear()
         yield module
-    memory.device_kernels_run.cache_clear()
+    taken.kernels_run.cache_clear()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import cuda, launch, memory, source
+from lqlora.backends.cupy import cuda, launch, source, taken
 from lqlora.errors import MixedArraysError
 from lqlora.testing.strategies import formats
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
@@ -80,7 +80,7 @@ def test_block_statistics_are_those_of_the_reference(cupy, data, size, dtype, se
     (count, block_size), rng = size, np.random.default_rng(seed)
     w = values(rng, count, FLOATS[dtype])
     there = apart(cupy, w, start)
-    assert ops.block_absmax.select(there, block_size).implementation == "cuda.block_absmax"
+    assert ops.block_absmax.select(there, block_size).implementation == "cupy.block_absmax"
     same(ops.block_absmax(there, block_size), ops.block_absmax.reference(w, block_size))
     for found, expected in zip(
         ops.block_extremes(there, block_size), ops.block_extremes.reference(w, block_size), strict=True
@@ -132,7 +132,7 @@ def test_packed_codes_are_those_of_the_reference(cupy, data, size, bits, dtype, 
     scales = (rng.choice([0.0, 1.0, -1.0, 0.5, 3.0], blocks) * 2.0 ** rng.integers(-3, 3, blocks)).astype(wide)
     zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
     arguments = (apart(cupy, w, start), put(cupy, scales), None if zeros is None else put(cupy, zeros), boundaries)
-    assert ops.encode_packed.select(*arguments, bits, block_size).implementation == "cuda.encode_packed"
+    assert ops.encode_packed.select(*arguments, bits, block_size).implementation == "cupy.encode_packed"
     expected = ops.encode_packed.reference(w, scales, zeros, boundaries, bits, block_size)
     same(ops.encode_packed(*arguments, bits, block_size), expected)
 
@@ -156,7 +156,7 @@ def test_decoded_weights_are_those_of_the_reference(cupy, data, size, bits, dtyp
     zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
     out = apart(cupy, np.zeros(count, FLOATS[dtype]), start)
     arguments = (apart(cupy, packed, start), put(cupy, scales), None if zeros is None else put(cupy, zeros), levels)
-    assert ops.decode.select(*arguments, bits, block_size, out).implementation == "cuda.decode"
+    assert ops.decode.select(*arguments, bits, block_size, out).implementation == "cupy.decode"
     expected = np.empty(count, FLOATS[dtype])
     ops.decode.reference(packed, scales, zeros, levels, bits, block_size, expected)
     assert ops.decode(*arguments, bits, block_size, out) is out
@@ -171,8 +171,8 @@ def test_codes_are_packed_and_unpacked_as_by_the_reference(cupy, data, count, bi
     packed = ops.pack_codes(there, bits)
     same(packed, ops.pack_codes.reference(codes, bits))
     same(ops.unpack_codes(packed, bits, count), codes)
-    assert ops.pack_codes.select(there, bits).implementation == "cuda.pack_codes"
-    assert ops.unpack_codes.select(packed, bits, count).implementation == "cuda.unpack_codes"
+    assert ops.pack_codes.select(there, bits).implementation == "cupy.pack_codes"
+    assert ops.unpack_codes.select(packed, bits, count).implementation == "cupy.unpack_codes"
 
 
 @given(data=st.data(), count=st.integers(0, 700), length=st.integers(0, 255), seed=seeds, dtype=st.sampled_from("fd"))
@@ -240,7 +240,7 @@ def check_product(cupy, case):
     arrays = [None if array is None else put(cupy, array) for array in (x, packed, scales, zeros)]
     out = put(cupy, np.full_like(expected, np.nan))
     arguments = (*arrays, levels, bits, block_size, out)
-    assert ops.matmul_packed.select(*arguments).implementation == "cuda.matmul_packed"
+    assert ops.matmul_packed.select(*arguments).implementation == "cupy.matmul_packed"
     assert ops.matmul_packed(*arguments) is out
     assert out.get().astype(np.float64).tolist() == expected.astype(np.float64).tolist()
 
@@ -327,7 +327,7 @@ def test_typical_arguments_run_a_kernel_that_changes_none_of_them(cupy, name):
     arguments = typical(cupy)[name]
     read = [a for a in (arguments[:-1] if name == "decode" else arguments) if isinstance(a, cupy.ndarray)]
     before = [array.get().tobytes() for array in read]
-    assert lq.backends.explain(name, *arguments).implementation == f"cuda.{name}"
+    assert lq.backends.explain(name, *arguments).implementation == f"cupy.{name}"
     getattr(ops, name)(*arguments)
     assert [array.get().tobytes() for array in read] == before
 
@@ -397,32 +397,25 @@ def test_tables_are_copied_to_the_device_once(emulated):
 
 def test_without_a_device_the_reference_runs(emulated, monkeypatch):
     monkeypatch.setattr(emulated.cuda, "is_available", lambda: False)
-    memory.device_kernels_run.cache_clear()
+    taken.kernels_run.cache_clear()
     w = put(emulated, np.ones(100, np.float32))
     assert lq.backends.explain("block_absmax", w, 64).implementation == "reference"
     assert ops.block_absmax(w, 64).get().tolist() == [1.0, 1.0]
-    memory.device_kernels_run.cache_clear()
+    taken.kernels_run.cache_clear()
 
 
 # ---- Torch ----------------------------------------------------------------------------------------------------------
 
 
-class HostAsDevice(memory.TorchMemory):
-    """Tensors in host memory, which the emulator can reach, in place of those on a device."""
-
-    @staticmethod
-    def _is_on_device(tensor):
-        return tensor.device.type == "cpu"
-
-    def device(self, array):
-        return max(0, array.get_device())
-
-
 @pytest.fixture
 def on_tensors(emulated, torch, monkeypatch):
+    """The kernels for tensors, given such in host memory, which the emulator can reach."""
+    from lqlora.backends.cupy.tensors import TorchMemory
+
     stream = type("Stream", (), {"cuda_stream": 0})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    return cuda.Kernels(HostAsDevice())
+    monkeypatch.setattr(TorchMemory, "device", lambda *_: 0)
+    return cuda.Kernels(TorchMemory())
 
 
 @pytest.mark.parametrize("dtype", sorted(FLOATS))
@@ -430,34 +423,32 @@ def on_tensors(emulated, torch, monkeypatch):
 def test_kernels_run_on_the_memory_of_tensors(on_tensors, torch, dtype, bits):
     book = codebook(bits)
     w = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
-    assert on_tensors.accepts_block_absmax(torch.nn.Parameter(w), 64)
-    scales = on_tensors.block_absmax(w, 64)
+    scales = on_tensors.block_absmax(torch.nn.Parameter(w), 64)
     assert torch.equal(scales, ops.block_absmax.reference(w, 64))
     arguments = (w, scales, None, book.boundaries, bits, 64)
-    assert on_tensors.accepts_encode_packed(*arguments)
     packed = on_tensors.encode_packed(*arguments)
     assert torch.equal(packed, ops.encode_packed.reference(*arguments))
     if dtype == "float64":
         return
     out, expected = torch.zeros_like(w), torch.zeros_like(w)
     arguments = (packed, scales, None, book.levels, bits, 64)
-    assert on_tensors.accepts_decode(*arguments, out)
-    on_tensors.decode(*arguments, out)
+    assert on_tensors.decode(*arguments, out) is out
     assert torch.equal(out, ops.decode.reference(*arguments, expected))
 
 
 def test_tensors_elsewhere_are_not_taken(torch, emulated):
-    kernels = cuda.Kernels(memory.TorchMemory())
-    assert not kernels.accepts_block_absmax(torch.zeros(8), 4)
-    assert not kernels.accepts_block_absmax(torch.zeros(8, device="meta"), 4)
+    for device in ("cpu", "meta"):
+        found = ops.block_absmax.select(torch.zeros(8, device=device), 4)
+        assert not found.implementation.startswith("cupy")
+        assert "cupy.block_absmax declined" in found.reason or found.implementation != "reference"
 
 
 @pytest.mark.gpu
 def test_tensors_on_a_device_take_the_kernels(torch):
-    require_or_skip("cupy", memory.device_kernels_run() and torch.cuda.is_available())
+    require_or_skip("cupy", torch.cuda.is_available() and taken.kernels_run())
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     fmt = lq.BlockFormat(lq.NF4)
     with torch.cuda.stream(torch.cuda.Stream()):
         there = lq.quantize(w.cuda(), fmt)
-        assert lq.backends.explain("block_absmax", w.cuda().reshape(-1), 64).implementation == "cuda.block_absmax"
+        assert lq.backends.explain("block_absmax", w.cuda().reshape(-1), 64).implementation == "cupy.block_absmax"
         assert stored(there) == stored(lq.quantize(w, fmt))

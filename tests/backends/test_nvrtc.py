@@ -36,7 +36,8 @@ def check(architecture: int, module: str, names: list[str]) -> None:
     found = compiled(architecture, module, names)
     assert sorted(found.usage) == sorted(names)
     for name, usage in found.usage.items():
-        assert (usage.spilled, usage.stack) == (0, 0), name
+        assert usage.spilled == 0, name
+        assert usage.stack <= 16, name  # divisions of float64 are calls
         assert usage.registers <= MOST_REGISTERS.get(module, 128), name
     if module in EXACT:
         assert not re.search(r"\bfma\.", found.ptx)

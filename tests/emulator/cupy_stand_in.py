@@ -38,8 +38,11 @@ class Device:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def __str__(self) -> str:
-        return "<CUDA Device 0>"
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device)
+
+    def __hash__(self) -> int:
+        return 0
 
     def synchronize(self) -> None:
         pass

@@ -1,0 +1,38 @@
+"""Which library an array belongs to, and which implementation of an operation runs on it.
+
+A function decorated with :func:`op` *is* the reference: plain array API code that runs on every library. A backend may
+register an override, with a record of what it takes; a call picks by the library of its first array, then by the first
+record that the arguments fit, else runs the reference. An override returns the same bytes as the reference.
+"""
+
+from __future__ import annotations
+
+from lqlora._dispatch.libraries import (
+    Library,
+    array_library,
+    dtype_name,
+    is_contiguous,
+    is_on_host,
+    libraries,
+    namespace,
+    register_library,
+)
+from lqlora._dispatch.operation import Operation, Selection, forced, op
+from lqlora._dispatch.overrides import Override, Takes
+
+__all__ = [
+    "Library",
+    "Operation",
+    "Override",
+    "Selection",
+    "Takes",
+    "array_library",
+    "dtype_name",
+    "forced",
+    "is_contiguous",
+    "is_on_host",
+    "libraries",
+    "namespace",
+    "op",
+    "register_library",
+]

@@ -1,0 +1,246 @@
+"""Operations: a reference implementation, its overrides, and the choice between them."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+
+from lqlora._dispatch.libraries import LIBRARY_OF, libraries
+from lqlora._dispatch.overrides import Override
+from lqlora.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lqlora._dispatch.overrides import Takes
+
+__all__ = ["Operation", "Selection", "forced", "op"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: What forced() knows, and the backend that it passes over: None for all.
+_FORCED: dict[str, str | None] = {"reference": None, "numpy": "native"}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("lqlora_forced", default=None)
+
+
+@contextlib.contextmanager
+def forced(implementation: str) -> Iterator[None]:
+    """Pass over faster implementations inside the ``with`` block.
+
+    Parameters
+    ----------
+    implementation : {"reference", "numpy"}
+        "reference": every operation runs its reference, whatever overrides exist. "numpy": no compiled kernel of the
+        CPU runs; other overrides do.
+
+    Yields
+    ------
+    None
+        The choice holds for the current context (thread or task) until the block ends.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If another name is asked for.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> w = np.linspace(-1, 1, 100, dtype=np.float32)
+    >>> with lq.forced("reference"):
+    ...     slow = lq.quantize(w, lq.BlockFormat(lq.NF4))
+    >>> bool((slow.packed == lq.quantize(w, lq.BlockFormat(lq.NF4)).packed).all())
+    True
+    """
+    if implementation not in _FORCED:
+        raise InvalidArgumentError(f"forced() knows 'reference' and 'numpy', not {implementation!r}.")
+    token = _forced.set(implementation)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which implementation a call would run, and why.
+
+    Parameters
+    ----------
+    operation : str
+        Name of the operation.
+    implementation : str
+        ``"reference"`` or the name of the override.
+    reason : str
+        One sentence.
+    """
+
+    operation: str
+    implementation: str
+    reason: str
+
+
+class Operation(Generic[P, R]):
+    """A reference implementation together with its registered overrides.
+
+    Parameters
+    ----------
+    reference : callable
+        Array API implementation; its first argument is the array that decides the library.
+    """
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        functools.update_wrapper(self, reference)
+        self.reference = reference
+        self.__signature__ = self._signature = inspect.signature(reference)
+        self._names = tuple(self._signature.parameters)
+        self._overrides: dict[str, list[Override]] = {}
+        self._ready: dict[str | None, tuple[Override, ...]] = {}
+
+    @property
+    def name(self) -> str:
+        """Name of the operation, as in messages."""
+        return self.reference.__name__
+
+    def register(self, library: str, *, takes: Takes) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Return a decorator that adds an override for one library.
+
+        Overrides are tried in the order in which they are registered.
+
+        Parameters
+        ----------
+        library : str
+            Library whose arrays the override takes: ``"numpy"``, ``"torch"``, ``"cupy"``, or one that was registered.
+        takes : Takes
+            The calls that it takes.
+
+        Returns
+        -------
+        callable
+            The decorator; it returns the function unchanged.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If an argument that is declared is none of the operation.
+        """
+
+        def add(function: Callable[P, R]) -> Callable[P, R]:
+            name = f"{_backend(function.__module__)}.{function.__name__}"
+            override = Override(name, library, function, takes, self._signature)
+            self._overrides.setdefault(library, []).append(override)
+            self._ready.pop(library, None)
+            return function
+
+        return add
+
+    def overrides(self, library: str | None) -> tuple[Override, ...]:
+        """Return the overrides for a library, in the order in which they are tried.
+
+        Parameters
+        ----------
+        library : str or None
+            Name of the library. The modules that register its overrides are imported.
+
+        Returns
+        -------
+        tuple of Override
+            None for a library that nobody registered.
+        """
+        known = libraries().get(library or "")
+        if known is not None:
+            known.load()
+        self._ready[library] = ready = tuple(self._overrides.get(library or "", ()))
+        return ready
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Return all arguments by position, defaults too: records of overrides look at positions."""
+        rest = self._names[len(args) :]
+        if len(rest) == len(kwargs) and all(name in kwargs for name in rest):
+            return (*args, *(kwargs[name] for name in rest))
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+    def _candidates(self, args: tuple[Any, ...]) -> tuple[Override, ...]:
+        library = LIBRARY_OF[type(args[0])]
+        ready = self._ready.get(library)
+        return self.overrides(library) if ready is None else ready
+
+    def _choice(self, args: tuple[Any, ...]) -> Override | None:
+        word = _forced.get()
+        if word == "reference":
+            return None
+        for override in self._candidates(args):
+            if word is not None and override.backend == _FORCED[word]:
+                continue
+            if not override.fault(args):
+                return override
+        return None
+
+    def select(self, *args: P.args, **kwargs: P.kwargs) -> Selection:
+        """Tell which implementation a call with these arguments would run, without running it.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            The arguments of the call.
+
+        Returns
+        -------
+        Selection
+            The choice and its reason.
+        """
+        positional = self._positional(args, kwargs)
+        override = self._choice(positional)
+        if override is not None:
+            return Selection(self.name, override.name, f"{override.name} takes these {override.library} arguments.")
+        return Selection(self.name, "reference", self._why_reference(positional))
+
+    def _why_reference(self, args: tuple[Any, ...]) -> str:
+        word = _forced.get()
+        if word == "reference":
+            return "forced('reference') is active."
+        passed_over = f"is passed over by forced({word!r})"
+        reasons = [
+            f"{override.name} {passed_over}"
+            if word is not None and override.backend == _FORCED[word]
+            else f"{override.name} declined: {override.fault(args)}"
+            for override in self._candidates(args)
+        ]
+        return f"{'; '.join(reasons)}." if reasons else f"{LIBRARY_OF[type(args[0])]}: no override is registered."
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the operation by the implementation that :meth:`select` names."""
+        positional = args if len(args) == len(self._names) and not kwargs else self._positional(args, kwargs)
+        override = self._choice(positional)
+        implementation: Callable[..., R] = self.reference if override is None else override.function
+        return implementation(*positional)
+
+
+def _backend(module: str) -> str:
+    """Return the backend that a module belongs to: its part below lqlora.backends, elsewhere its last part."""
+    inside = module.removeprefix("lqlora.backends.")
+    return module.rpartition(".")[2] if inside == module else inside.partition(".")[0]
+
+
+def op(reference: Callable[P, R]) -> Operation[P, R]:
+    """Turn an array API function into an :class:`Operation` that backends can override.
+
+    Parameters
+    ----------
+    reference : callable
+        The implementation that runs everywhere.
+
+    Returns
+    -------
+    Operation
+        Callable exactly like ``reference``.
+    """
+    return Operation(reference)

@@ -19,15 +19,15 @@ import numpy as np
 
 from tests.emulator.build import Range, build
 
-__all__ = ["CuPyStandIn", "Device", "ndarray"]
+__all__ = ["CuPyStandIn", "Device", "Stream", "ndarray"]
 
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
 
 class Device:
-    """The one device, and its only stream."""
+    """The only device."""
 
-    id, ptr = 0, 0
+    id = 0
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -43,6 +43,23 @@ class Device:
 
     def __hash__(self) -> int:
         return 0
+
+
+class Stream:
+    """The only stream of the device; all that is launched is done at once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @classmethod
+    def from_external(cls, stream: Any) -> Stream:
+        version, handle = stream.__cuda_stream__()
+        if (version, type(handle)) != (0, int):
+            raise TypeError("A stream is told as the version of the protocol and an address.")
+        return cls()
 
     def synchronize(self) -> None:
         pass
@@ -221,9 +238,8 @@ class CuPyStandIn(types.ModuleType):
         self.launched: list[Any] = []
         self.options: set[tuple[str, ...]] = set()
         self.ndarray = ndarray
-        self.bfloat16 = np.dtype(ml_dtypes.bfloat16)
         self.cuda = types.SimpleNamespace(
-            is_available=lambda: True, Device=Device, ExternalStream=Device, get_current_stream=Device
+            is_available=lambda: True, Device=Device, Stream=Stream, get_current_stream=Stream
         )
 
     def RawModule(self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> _RawModule:

@@ -178,7 +178,8 @@ def test_text_that_does_not_compile_is_refused_with_what_the_compiler_says():
 
 def again(mode: str, *arguments: str, preload: str = "") -> subprocess.CompletedProcess[str]:
     """Run Python with another kind of emulation; it is chosen once in a process."""
-    environment = {**os.environ, emulator.VARIABLE: mode, "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": preload}
+    environment = {**os.environ, emulator.VARIABLE: mode, "LD_PRELOAD": preload}
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "HYPOTHESIS_PROFILE": "quick"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
 

@@ -29,8 +29,8 @@ class TorchMemory:
     def scope(self, array: torch.Tensor) -> Iterator[None]:
         """Make the tensor's device, and torch's current stream on it, those of CuPy."""
         cupy = importlib.import_module("cupy")
-        stream = torch.cuda.current_stream(array.device).cuda_stream
-        with cupy.cuda.Device(self.device(array)), cupy.cuda.ExternalStream(stream):
+        stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(array.device).cuda_stream))
+        with cupy.cuda.Device(self.device(array)), stream:
             yield
 
     def view(self, array: torch.Tensor) -> Any:
@@ -42,6 +42,16 @@ class TorchMemory:
     def empty(self, count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
         """Return a tensor from torch's allocator."""
         return torch.empty((count,), dtype=getattr(torch, dtype), device=like.device)
+
+
+class _Stream:
+    """A stream as CUDA libraries tell each other of one; torch's own streams do so since a later version."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
 
 
 register(TorchMemory())

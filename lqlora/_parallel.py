@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import os
 import pickle
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from lqlora._threads import cores, on_threads
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _submit(pool: Executor, function: Callable[[T], R], item: T) -> Future[R]:
 
 def _work_on(function: Callable[[T], R], item: T) -> R:
     """Hold BLAS to one thread in the process that does the work, which need not be the one that asked for it."""
-    with _blas_on_one_thread():
+    with _blas_on_one_thread(), on_threads(1):
         return function(item)
 
 
@@ -130,7 +130,5 @@ def _pool(executor: Executor | None) -> Iterator[Executor]:
     if executor is not None:
         yield executor
         return
-    with ThreadPoolExecutor(
-        max_workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ) as pool:
+    with ThreadPoolExecutor(max_workers=cores()) as pool:
         yield pool

@@ -13,11 +13,11 @@ from lqlora._dispatch.libraries import (
     dtype_name,
     is_contiguous,
     is_on_host,
-    libraries,
+    known_libraries,
     namespace,
     register_library,
 )
-from lqlora._dispatch.operation import Operation, Selection, forced, op
+from lqlora._dispatch.operation import Operation, Selection, forced, op, prefer_pieces, preferred_piece
 from lqlora._dispatch.overrides import Override, Takes
 
 __all__ = [
@@ -31,8 +31,10 @@ __all__ = [
     "forced",
     "is_contiguous",
     "is_on_host",
-    "libraries",
+    "known_libraries",
     "namespace",
     "op",
+    "prefer_pieces",
+    "preferred_piece",
     "register_library",
 ]

@@ -27,7 +27,7 @@ __all__ = [
     "dtype_name",
     "is_contiguous",
     "is_on_host",
-    "libraries",
+    "known_libraries",
     "namespace",
     "register_library",
 ]
@@ -80,7 +80,9 @@ class Library:
 _LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
-        Library("numpy", ("numpy:ndarray", "numpy:generic"), ("lqlora.backends.numpy",), "host"),
+        Library(
+            "numpy", ("numpy:ndarray", "numpy:generic"), ("lqlora.backends.native", "lqlora.backends.numpy"), "host"
+        ),
         Library(
             "torch",
             ("torch:Tensor", "torch.nn:Parameter"),
@@ -92,7 +94,7 @@ _LIBRARIES: dict[str, Library] = {
 }
 
 
-def libraries() -> dict[str, Library]:
+def known_libraries() -> dict[str, Library]:
     """Return the libraries that overrides are registered for, by name.
 
     Returns

@@ -9,7 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from lqlora._dispatch.libraries import LIBRARY_OF, libraries
+from lqlora._dispatch.libraries import LIBRARY_OF, known_libraries
 from lqlora._dispatch.overrides import Override
 from lqlora.errors import InvalidArgumentError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lqlora._dispatch.overrides import Takes
 
-__all__ = ["Operation", "Selection", "forced", "op"]
+__all__ = ["Operation", "Selection", "forced", "op", "prefer_pieces", "preferred_piece"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,6 +84,44 @@ class Selection:
     operation: str
     implementation: str
     reason: str
+
+
+#: Entries that overrides for a library would rather be given at a time.
+_PIECES: dict[str, int] = {}
+
+
+def prefer_pieces(library: str, entries: int) -> None:
+    """Let callers know that overrides for a library take this many entries at a time without a workspace.
+
+    Parameters
+    ----------
+    library : str
+        Name of the library.
+    entries : int
+        A multiple of eight.
+    """
+    _PIECES[library] = entries
+
+
+def preferred_piece(array: object) -> int | None:
+    """Return how many entries overrides for an array would rather be given at a time.
+
+    Parameters
+    ----------
+    array : object
+        Any array.
+
+    Returns
+    -------
+    int or None
+        None if nobody said so, or :func:`forced` passes faster implementations over.
+    """
+    library = LIBRARY_OF[type(array)]
+    known = known_libraries().get(library or "")
+    if known is None or _forced.get() is not None:
+        return None
+    known.load()
+    return _PIECES.get(known.name)
 
 
 class Operation(Generic[P, R]):
@@ -153,7 +191,7 @@ class Operation(Generic[P, R]):
         tuple of Override
             None for a library that nobody registered.
         """
-        known = libraries().get(library or "")
+        known = known_libraries().get(library or "")
         if known is not None:
             known.load()
         self._ready[library] = ready = tuple(self._overrides.get(library or "", ()))

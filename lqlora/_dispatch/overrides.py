@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF, dense_test, host_test, libraries, spelled
+from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF, dense_test, host_test, known_libraries, spelled
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Override:
         self._bits = None if takes.bits is None else (parameters.index("bits"), frozenset(takes.bits))
         self._asks_more = takes.bits is not None or takes.condition is not None
         self._is_dense, self._is_on_host = dense_test(library), host_test(library)
-        known = libraries().get(library)
+        known = known_libraries().get(library)
         self._one_memory = known is not None and known.memory == takes.memory
         self._on_host = takes.memory == "host"
 

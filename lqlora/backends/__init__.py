@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lqlora import ops
-from lqlora._dispatch import Library, Operation, Selection, Takes, libraries, register_library
+from lqlora._dispatch import Library, Operation, Selection, Takes, known_libraries, register_library
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
 
@@ -56,7 +56,7 @@ def available() -> dict[str, Availability]:
     >>> bool(available()["numpy"])
     True
     """
-    return {name: _installed(name) for name in libraries()}
+    return {name: _installed(name) for name in known_libraries()}
 
 
 def _installed(package: str) -> Availability:
@@ -104,7 +104,7 @@ def capabilities() -> list[Capability]:
     return [
         Capability(name, override.name, library, override.takes)
         for name, operation in sorted(_operations().items())
-        for library in libraries()
+        for library in known_libraries()
         if is_installed(library)
         for override in operation.overrides(library)
     ]

@@ -1,4 +1,4 @@
-"""Overrides for torch tensors in host memory: NumPy's implementations on zero-copy views. ``benchmarks/quantize.py`` has the rows."""
+"""Overrides for torch tensors in host memory: NumPy's implementations on zero-copy views. ``benchmarks/native.py`` has the rows."""
 
 from __future__ import annotations
 
@@ -8,23 +8,45 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from lqlora._dispatch import Takes
-from lqlora.ops.quantize import decode, nearest_codes
-from lqlora.ops.sums import bin_sums
+from lqlora._dispatch import Operation, Takes, prefer_pieces
+from lqlora.backends import native
+from lqlora.ops.blocks import block_absmax, block_extremes
+from lqlora.ops.matmul import matmul_packed
+from lqlora.ops.packing import pack_codes, unpack_codes
+from lqlora.ops.quantize import decode, encode, encode_packed, nearest_codes
+from lqlora.ops.search import best_ratios
+from lqlora.ops.sums import bin_sums, row_sums
 
 __all__: list[str] = []
 
-_TAKES = {
-    nearest_codes: Takes({"values": ("float32", "float64")}),
-    decode: Takes(
-        {
-            "packed": ("uint8",),
-            "scales": ("float32",),
-            "zero_points": ("uint8", None),
-            "out": ("float32", "float16", "bfloat16"),
-        }
-    ),
+_WIDE = ("float32", "float64")
+_FLOATS = (*_WIDE, "float16", "bfloat16")
+_OWN_SCALES = {"scales": _WIDE, "zero_points": ("uint8", None)}
+_OF_CODES = {"packed": ("uint8",), "scales": ("float32",), "zero_points": ("uint8", None)}
+
+#: What NumPy does faster than torch, compiled or not.
+_TAKES: dict[Operation[Any, Any], Takes] = {
+    nearest_codes: Takes({"values": _WIDE}),
+    decode: Takes({**_OF_CODES, "out": ("float32", "float16", "bfloat16")}),
     bin_sums: Takes({"terms": ("float64",), "bins": ("int64",)}),
+}
+
+#: What only compiled kernels do faster.
+_TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
+    block_absmax: Takes({"flat": _FLOATS}),
+    block_extremes: Takes({"flat": _FLOATS}),
+    encode: Takes({"flat": _WIDE, **_OWN_SCALES}),
+    encode_packed: Takes({"flat": _FLOATS, **_OWN_SCALES}),
+    pack_codes: Takes({"codes": ("uint8",)}),
+    unpack_codes: Takes({"packed": ("uint8",)}),
+    row_sums: Takes({"rows": _WIDE}),
+    best_ratios: Takes({"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)}),
+    matmul_packed: Takes(
+        {"x": ("float32",), **_OF_CODES, "out": ("float32",)},
+        contiguous=("x", "out"),
+        condition=lambda x, *_: x.shape[0] <= native.FEW_ROWS and x.shape[1] % 8 == 0,
+        sentence=f"up to {native.FEW_ROWS} rows of a multiple of eight entries: torch's BLAS takes the others",
+    ),
 }
 
 
@@ -37,7 +59,9 @@ def _view(value: Any) -> Any:
     return tensor.numpy()
 
 
-def _tensor(array: Any) -> torch.Tensor:
+def _tensor(array: Any) -> Any:
+    if isinstance(array, tuple):
+        return tuple(_tensor(part) for part in array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
@@ -45,13 +69,18 @@ def _tensor(array: Any) -> torch.Tensor:
 
 def _share(operation: Any, takes: Takes) -> None:
     """Register a torch override that hands views to NumPy's implementation of the same operation."""
+    writes = "out" in takes.dtypes  # which is the last argument then
 
-    def on_views(*args: Any) -> torch.Tensor:
-        return _tensor(operation(*(_view(argument) for argument in args)))
+    def on_views(*args: Any) -> Any:
+        result = operation(*(_view(argument) for argument in args))
+        return args[-1] if writes else _tensor(result)
 
     on_views.__name__ = f"{operation.name}_as_numpy"
     operation.register("torch", takes=takes)(on_views)
 
 
+if native.status()[0]:
+    prefer_pieces("torch", native.PIECE)
+    _TAKES.update(_TAKES_COMPILED)
 for _operation, _takes in _TAKES.items():
     _share(_operation, _takes)

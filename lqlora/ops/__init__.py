@@ -29,12 +29,14 @@ from lqlora.ops.quantize import (
     normalize,
     values_by_row,
 )
+from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
 from lqlora.ops.slices import put_flat, take_flat
 from lqlora.ops.sums import bin_sums, row_sums
 
 __all__ = [
     "LowRank",
     "add_low_rank",
+    "best_ratios",
     "bin_sums",
     "block_absmax",
     "block_extremes",
@@ -47,6 +49,7 @@ __all__ = [
     "from_blocks",
     "is_contiguous",
     "is_on_host",
+    "least_squares",
     "low_rank_product",
     "matmul_dense",
     "matmul_packed",
@@ -60,6 +63,8 @@ __all__ = [
     "require_finite",
     "require_float",
     "row_sums",
+    "search_ratios",
+    "squared_errors",
     "storage_cast",
     "stored_bytes",
     "subspace_svd",

@@ -18,6 +18,7 @@ __all__ = ["bin_sums", "row_sums"]
 _EXACT_BITS = 52
 
 
+@op
 def row_sums(rows: Array) -> Array:
     """Sum each row, halving it again and again: the order of the additions is part of the definition.
 

@@ -10,7 +10,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.codebooks.codebook import cell_boundaries
-from lqlora.quantized._layout import Layout, blocks_last, in_shape, piece_size
+from lqlora.quantized._layout import Layout, blocks_last, in_shape, piece_size, stream_size
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
@@ -57,8 +57,12 @@ def encode_array(
 
 def _pieces(layout: Layout, fmt: BlockFormat, like: Array) -> Iterator[tuple[slice, slice | None]]:
     """Yield the pieces of an array; whole lines where lines have levels of their own."""
-    limit = piece_size(like)
-    return layout.line_pieces(limit) if isinstance(fmt.levels, int) else layout.byte_pieces(limit)
+    if isinstance(fmt.levels, int):
+        return layout.line_pieces(piece_size(like))
+    limit = stream_size(like)
+    # Where blocks and pieces do not line up, scales are repeated for each weight.
+    lines_up = layout.is_even and (layout.block_size <= limit or layout.blocks == 1)
+    return layout.byte_pieces(limit if lines_up else piece_size(like))
 
 
 def _sets(layout: Layout, fmt: BlockFormat, weights: slice, like: Array) -> Array:

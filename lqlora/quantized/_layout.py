@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import array_api_compat
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import namespace, preferred_piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,12 +21,17 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.formats import BlockFormat
 
-__all__ = ["Layout", "blocks_last", "blocks_restored", "in_shape", "piece_size"]
+__all__ = ["Layout", "blocks_last", "blocks_restored", "in_shape", "piece_size", "stream_size"]
 
 
 def piece_size(array: Array) -> int:
     """Return the weights that are worked on at a time: what fits a cache, or fills a device; a multiple of eight."""
     return 1 << 19 if ops.is_on_host(array) else 1 << 21
+
+
+def stream_size(array: Array) -> int:
+    """Return the weights that are handed at a time to operations that may not need a workspace."""
+    return preferred_piece(array) or piece_size(array)
 
 
 def blocks_last(array: Array, axis: int | None) -> Array:
@@ -117,7 +122,7 @@ class Layout:
         return xp.reshape(lines, (-1, self.block_size))
 
     def byte_pieces(self, limit: int) -> Iterator[tuple[slice, slice | None]]:
-        """Yield ranges of weights that begin at a multiple of eight, and of blocks if they are whole blocks."""
+        """Yield ranges of weights that begin at a multiple of eight; and of blocks if they are whole, or all are of one."""
         step = limit // self.block_size // 8 * 8
         if self.is_even and step:
             for first in range(0, self.blocks, step):
@@ -127,8 +132,9 @@ class Layout:
                     slice(first, last),
                 )
             return
+        only = slice(0, 1) if self.blocks == 1 else None
         for start in range(0, self.count, limit):
-            yield slice(start, min(start + limit, self.count)), None
+            yield slice(start, min(start + limit, self.count)), only
 
     def line_pieces(self, limit: int) -> Iterator[tuple[slice, None]]:
         """Yield ranges of weights that are whole lines and begin at a multiple of eight."""

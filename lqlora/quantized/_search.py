@@ -7,6 +7,7 @@ and returns ratios to that first scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,6 @@ from lqlora.codebooks.codebook import cell_boundaries
 from lqlora.quantized._coding import host_levels, read_only
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy.typing as npt
 
     from lqlora._typing import Array
@@ -104,69 +103,12 @@ def ratio_grid(bits: int, *, signed: bool, coarse: bool = False) -> list[float]:
 
 
 def best_ratios(
-    rows: Array,
-    weights: Array | None,
-    rounding: Rounding,
-    zeros: Array | None,
-    grid: list[float],
+    rows: Array, weights: Array | None, rounding: Rounding, zeros: Array | None, grid: list[float]
 ) -> Array:
-    """Return the factor of each row's scale that leaves the least weighted squared error, of those tried.
-
-    Parameters
-    ----------
-    rows : array of float32, shape (m, k)
-        Normalized blocks.
-    weights : array of float32, shape (m, k), optional
-        Weights of the squares.
-    rounding : Rounding
-        Levels.
-    zeros : array of float32, shape (m, 1), optional
-        Zero points.
-    grid : list of float
-        Ratios tried first.
-
-    Returns
-    -------
-    array of float32, shape (m,)
-        Ratios, each refined by least squares.
-    """
-    xp = namespace(rows)
-    tried = _constants(grid, rows)
-    best = xp.broadcast_to(next(tried), (rows.shape[0],))
-    error = _errors(rows, weights, best[:, None], rounding.nearest(rows / best[:, None], zeros))
-    for ratio in tried:
-        own = _errors(rows, weights, ratio[:, None], rounding.nearest(rows / ratio[:, None], zeros))
-        better = own < error
-        best, error = xp.where(better, ratio, best), xp.where(better, own, error)
-    for _ in range(_REFINEMENTS):
-        refined = least_squares(rows, weights, rounding.nearest(rows / best[:, None], zeros), best)
-        own = _errors(rows, weights, refined[:, None], rounding.nearest(rows / refined[:, None], zeros))
-        better = own < error
-        best, error = xp.where(better, refined, best), xp.where(better, own, error)
-    return best
-
-
-def _constants(grid: list[float], rows: Array) -> Iterator[Array]:
-    """Yield each ratio of a grid as an array of one number: a library may multiply by the reciprocal of a number."""
-    xp = namespace(rows)
-    for ratio in grid:
-        yield xp.full((1,), ratio, dtype=xp.float32, device=array_api_compat.device(rows))
-
-
-def _errors(rows: Array, weights: Array | None, ratios: Array, values: Array) -> Array:
-    difference = rows - ratios * values
-    squares = difference * difference
-    return ops.row_sums(squares if weights is None else weights * squares)
-
-
-def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Array) -> Array:
-    """Return the ratios that are best for the values at hand; the old ones where none of the same sign is."""
-    xp = namespace(rows)
-    weighted = values if weights is None else weights * values
-    above, below = ops.row_sums(weighted * rows), ops.row_sums(weighted * values)
-    solvable = below > 0
-    refined = above / xp.where(solvable, below, xp.ones_like(below))
-    return xp.where(solvable & (refined * ratios > 0) & xp.isfinite(refined), refined, ratios)
+    """Return the factor of each row's scale that leaves the least weighted squared error, of those tried."""
+    if rounding.table is not None and rounding.boundaries is not None:
+        return ops.best_ratios(rows, weights, rounding.table, rounding.boundaries, zeros, grid, _REFINEMENTS)
+    return ops.search_ratios(rows, weights, partial(rounding.nearest, zeros=zeros), grid, _REFINEMENTS)
 
 
 def fit_levels(
@@ -258,7 +200,7 @@ def _alternate(
         if step in _SEARCHES or (again and step == 0):
             ratios = best_ratios(rows, weights, rounding, None, grid)
         codes = rounding.codes(rows / ratios[:, None])
-        ratios = least_squares(rows, weights, rounding.values(codes), ratios)
+        ratios = ops.least_squares(rows, weights, rounding.values(codes), ratios)
         scales = importance * xp.astype(ratios, xp.float64)
         members = xp.reshape(xp.astype(codes, xp.int64) + sets[:, None] * size, (-1,))
         above = _weighted(scales[:, None] * xp.astype(rows, xp.float64), weights)
@@ -269,7 +211,7 @@ def _alternate(
         levels = xp.reshape(xp.where(below > 0, centers, xp.reshape(levels, (-1,))), (count, size))
         levels = xp.sort(levels, axis=1)
     rounding = Rounding.of(codebook, levels, sets)
-    errors = _errors(rows, weights, ratios[:, None], rounding.nearest(rows / ratios[:, None], None))
+    errors = ops.squared_errors(rows, weights, ratios, rounding.nearest(rows / ratios[:, None], None))
     return levels, ops.bin_sums(importance * xp.astype(errors, xp.float64), sets, count)
 
 

@@ -17,7 +17,7 @@ from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
 from lqlora.quantized._coding import decode_into
 from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
-from lqlora.quantized._layout import blocks_last, piece_size
+from lqlora.quantized._layout import blocks_last, piece_size, stream_size
 from lqlora.quantized._multiply import multiply
 from lqlora.quantized.array import QuantizedArray
 
@@ -207,7 +207,8 @@ def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choi
 def block_statistics(source: Source) -> tuple[Array, Array | None]:
     """Return the scale that the extremes of each block give it; and for an affine format its minimum."""
     xp, book = namespace(source.array), source.fmt.codebook
-    found = [_extremes(source, entries) for entries, _ in source.layout.whole_blocks(piece_size(source.array))]
+    limit = stream_size(source.array) if source.layout.is_even else piece_size(source.array)
+    found = [_extremes(source, entries, limit) for entries, _ in source.layout.whole_blocks(limit)]
     if not found:
         dtype = ops.widen(source.array).dtype
         empty = xp.zeros((0,), dtype=dtype, device=array_api_compat.device(source.array))
@@ -224,9 +225,9 @@ def block_statistics(source: Source) -> tuple[Array, Array | None]:
     return scale, low if book.normalization == "affine" else None
 
 
-def _extremes(source: Source, entries: slice) -> tuple[Array, Array]:
+def _extremes(source: Source, entries: slice, limit: int) -> tuple[Array, Array]:
     """Return minimum and maximum of each block in a range of weights; twice the absolute maximum where that will do."""
-    layout, limit = source.layout, piece_size(source.array)
+    layout = source.layout
     xp, dense = namespace(source.array), blocks_last(source.array, source.fmt.axis)
     if layout.is_even and layout.block_size > limit:  # one block, or less: read piece by piece
         cuts = [*range(entries.start, entries.stop, limit), entries.stop]
@@ -240,11 +241,10 @@ def _extremes(source: Source, entries: slice) -> tuple[Array, Array]:
 
 
 def _flat_extremes(source: Source, flat: Array, block_size: int) -> tuple[Array, Array]:
-    wide = ops.widen(flat)
     if source.fmt.codebook.normalization != "absmax":
-        low, high = ops.block_extremes(wide, block_size)
+        low, high = ops.block_extremes(flat, block_size)
         return low, high
-    absmax = ops.block_absmax(wide, block_size)
+    absmax = ops.block_absmax(flat, block_size)
     return absmax, absmax
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for weights and formats, and suites of properties for anybody's quantizer or solver."""
+"""Hypothesis strategies for weights and formats, and suites of properties for anybody's quantizer, solver or backend."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from lqlora._optional import require
 require("hypothesis", "testing", "lqlora.testing")
 
 from lqlora.testing import strategies  # noqa: E402 - after the check
+from lqlora.testing.backends import BACKEND_PROPERTIES, assert_backend_conforms, check_backend  # noqa: E402
 from lqlora.testing.quantizers import PROPERTIES, assert_quantizer_conforms, check_quantizer  # noqa: E402
 from lqlora.testing.report import Finding, Report  # noqa: E402
 from lqlora.testing.solvers import SOLVER_PROPERTIES, assert_solver_conforms, check_solver  # noqa: E402
 
 __all__ = [
+    "BACKEND_PROPERTIES",
     "PROPERTIES",
     "SOLVER_PROPERTIES",
     "Finding",
     "Report",
+    "assert_backend_conforms",
     "assert_quantizer_conforms",
     "assert_solver_conforms",
+    "check_backend",
     "check_quantizer",
     "check_solver",
     "strategies",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
 from lqlora.backends.cupy import cuda, launch, source, taken
 from lqlora.errors import MixedArraysError
+from lqlora.testing import check_backend
 from lqlora.testing.strategies import formats
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
 from tests.requirements import require_or_skip
@@ -28,11 +29,7 @@ NARROW = ("float32", "float16", "bfloat16")
 
 def put(cupy, array):
     """Copy an array to the device."""
-    try:
-        return cupy.asarray(array)
-    except (TypeError, ValueError):
-        assert array.dtype == ml_dtypes.bfloat16
-        pytest.skip("This CuPy has no bfloat16.")
+    return cupy.asarray(array)
 
 
 def apart(cupy, array, start):
@@ -291,7 +288,6 @@ def test_products_of_other_numbers_are_close(emulated, kernel):
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 @given(fmt=formats(), rows=st.integers(1, 20), columns=st.integers(1, 40), seed=seeds)
 def test_quantization_stores_the_bytes_of_numpy(emulated, fmt, rows, columns, seed):
-    assume("bfloat16" not in str(fmt))  # CuPy has no such dtype by that name
     w = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
     here, there = lq.quantize(w, fmt), lq.quantize(put(emulated, w), fmt)
     assert stored(there) == stored(here)
@@ -305,6 +301,12 @@ def test_quantization_of_both_kinds_of_device_is_that_of_numpy(cupy, name):
     here, there = lq.quantize(w, fmt), lq.quantize(put(cupy, w), fmt)
     assert stored(there) == stored(here)
     same(lq.dequantize(there), lq.dequantize(here))
+
+
+@pytest.mark.slow
+def test_the_suite_for_backends_finds_nothing(cupy):
+    report = check_backend("cupy", max_examples=10)
+    assert report.passed, str(report)
 
 
 # ---- What is taken, and how it is launched --------------------------------------------------------------------------

@@ -51,16 +51,12 @@ def test_a_sample_of_the_kernels_compiles(architecture, module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", EXACT)
+@pytest.mark.parametrize("module", KERNELS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_exact_kernel_compiles_without_spills_or_fused_products(architecture, module):
-    check(architecture, module, EXACT[module])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_products_compile_without_spills(architecture):
-    check(architecture, "matmul", MATMUL_SAMPLE)
+def test_every_kernel_compiles_without_spills_or_products_that_are_fused(architecture, module):
+    # Each for two or three architectures, a product for one: registers.py compiles all for all, and takes minutes.
+    turn, apart = ARCHITECTURES.index(architecture), 3 if module in EXACT else len(ARCHITECTURES)
+    check(architecture, module, KERNELS[module][turn % apart :: apart])
 
 
 @pytest.mark.parametrize("module", ["decode", "encode", "blocks"])

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +28,9 @@ _FLAGS = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing
 #: Every access to memory is a call to the emulator; or AddressSanitizer looks at what lies around arrays.
 _ACCESSES = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
 _ADDRESSES = ("-fsanitize=address", "-DEMULATED_ADDRESSES")
+
+#: There is one set of fibers; other threads of Python run while one waits for them.
+_ONE_AT_A_TIME = threading.Lock()
 
 _BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)\s+(\w+)\(")
 
@@ -76,7 +80,8 @@ class Kernel:
         buffers = [ctypes.create_string_buffer(value, len(value)) for value in arguments]
         addresses = (ctypes.c_void_p * len(buffers))(*[ctypes.addressof(buffer) for buffer in buffers])
         ranges = (ctypes.c_void_p * (2 * len(arrays)))(*[end for bounds in arrays for end in bounds])
-        error = self._launch(sizes, ctypes.c_uint(schedule), addresses, ranges, len(arrays))
+        with _ONE_AT_A_TIME:
+            error = self._launch(sizes, ctypes.c_uint(schedule), addresses, ranges, len(arrays))
         if error:
             raise EmulationError(f"{self.name}: {error.decode()}")
 

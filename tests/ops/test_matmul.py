@@ -127,3 +127,11 @@ def test_every_layout_multiplies_like_its_dense_weight(xp, text, fit, lead):
     y = host(lq.matmul(on(xp, x), q))
     assert (y.shape, y.dtype) == ((*lead, 24), np.float32)
     np.testing.assert_allclose(y, x @ host(lq.dequantize(q)).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_low_rank_part_keeps_the_dtype(dtype):
+    ones = np.ones((2, 2), dtype=NARROW.get(dtype, dtype))
+    found = add_low_rank(ones, ones, ones, ones, 0.5)
+    assert found.dtype == ones.dtype
+    assert found.astype(float).tolist() == [[3.0, 3.0], [3.0, 3.0]]

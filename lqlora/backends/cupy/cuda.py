@@ -30,7 +30,7 @@ _PART = 4096
 _INPUTS = (1, 4, 16)
 MOST_INPUTS = _INPUTS[-1]
 
-#: Threads of a block, and those of a matrix product, whose blocks have four warps with one or several rows each.
+#: Threads of a block, and those of a matrix product, whose warps have two rows each.
 _THREADS, _PRODUCT_THREADS = 256, 128
 
 #: Weights, or codes, that a thread has at a time.
@@ -159,9 +159,8 @@ class Kernels:
         zeros, affine = _zero_points(zero_points, packed)
         sizes = (np.int32(inputs), np.int64(rows), np.int64(columns), np.int64(block_size))
         arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
-        rows_per_warp = 2 if most > 4 else 4
         kernel = f"matmul_packed<{bits}, {_TYPES[dtype_name(x)]}, {most}>"
-        self._run("matmul", kernel, -(-rows // rows_per_warp) * 32, arguments, _PRODUCT_THREADS)
+        self._run("matmul", kernel, -(-rows // 2) * 32, arguments, _PRODUCT_THREADS)
         return out
 
     def _run(self, module: str, kernel: str, work: int, arguments: tuple[Any, ...], threads: int = _THREADS) -> None:

@@ -1,6 +1,6 @@
 // A few rows of inputs times a packed weight: each weight is decoded once, in registers, for all inputs.
 //
-// A warp has some rows of the weight; its lanes go along them in groups of eight weights, and their sums meet at the end.
+// A warp has two rows of the weight; its lanes go along them in groups of eight weights, and their sums meet at the end.
 // Rows are whole groups long. This is the one kernel that fuses multiplications with additions: the order of its sums is
 // no part of the definition.
 
@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(128)
                   const float* __restrict__ scales, const unsigned char* __restrict__ zero_points, int affine,
                   const float* __restrict__ levels, Value* __restrict__ out, int inputs, long long rows,
                   long long columns, long long block_size) {
-  constexpr int warps = 4, rows_per_warp = most_inputs > 4 ? 2 : 4;
+  constexpr int warps = 4, rows_per_warp = 2;
   __shared__ float table[1 << bits];
   share(levels, table);
   const bool wide_inputs = is_aligned(x, 16), wide_codes = is_aligned(packed, word_bytes<bits>);

@@ -1,0 +1,122 @@
+"""Compile the kernels of ``lqlora/backends/native`` while the package is built, where there is a compiler.
+
+Without one the package is installed all the same, and runs on NumPy. ``lqlora.backends.available()`` says which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+FOLDER = Path("lqlora", "backends", "native")
+LIBRARY = "kernels.so"
+SOURCES = ("kernels.h", "kernels.cpp", "library.cpp")
+
+#: No contraction of products and sums, so that every processor returns the same bytes.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
+ISAS = {"baseline": []}
+ISAS_OF_X86 = {**ISAS, "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+
+
+class NativeKernels(BuildHookInterface):
+    """Adds the compiled library to wheels and to editable installs."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatch's signature
+        """Compile, or say in one line why not."""
+        folder = Path(self.root) / FOLDER
+        (folder / LIBRARY).unlink(missing_ok=True)
+        if self.target_name != "wheel":
+            return
+        try:
+            compile_kernels(folder, folder / LIBRARY)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.app.display_warning(f"lqlora is installed without compiled kernels: {reason(error)}")
+            return
+        build_data["artifacts"].append(str(FOLDER / LIBRARY))
+        build_data["pure_python"] = False
+        tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["tag"] = f"py3-none-{tag}"  # it is loaded by ctypes: any Python will do
+
+
+def compile_kernels(folder: Path, library: Path, compiler: str | None = None, *, machine: str | None = None) -> None:
+    """Compile the sources in a folder into a shared library.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the sources are.
+    library : Path
+        Written to.
+    compiler : str, optional
+        A command, as in the environment variable ``CXX``; else g++ or clang++.
+    machine : str, optional
+        The processor that is compiled for, this one if not given.
+
+    Raises
+    ------
+    OSError
+        If there is no compiler.
+    subprocess.CalledProcessError
+        If it fails.
+    """
+    command = (compiler or os.environ.get("CXX") or found_compiler()).split()
+    is_x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
+    defined = [f'-DLQLORA_SOURCES="{digest(folder)}"', *(["-DLQLORA_X86"] if is_x86 else [])]
+    with tempfile.TemporaryDirectory() as place:
+        objects = []
+        for isa, flags in (ISAS_OF_X86 if is_x86 else ISAS).items():
+            objects.append(f"{place}/{isa}.o")
+            run([*command, *FLAGS, *flags, f"-DLQLORA_ISA={isa}", "-c", str(folder / "kernels.cpp"), "-o", objects[-1]])
+        objects.append(f"{place}/library.o")
+        run([*command, *FLAGS, *defined, "-c", str(folder / "library.cpp"), "-o", objects[-1]])
+        made = Path(place, LIBRARY)
+        run([*command, "-shared", "-pthread", *objects, "-o", str(made)])
+        # Moved there in one step: whoever has the old library open keeps it.
+        beside = library.with_name(f"{library.name}.{os.getpid()}")
+        shutil.copyfile(made, beside)
+        beside.replace(library)
+
+
+def found_compiler() -> str:
+    """Return the first C++ compiler that is installed."""
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return name
+    raise OSError("there is no C++ compiler (c++, g++, clang++, or the one that CXX names).")
+
+
+def digest(folder: Path) -> str:
+    """Return a hash of the sources, by which the package knows what its library was compiled from."""
+    text = b"".join((folder / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(text).hexdigest()
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler quietly."""
+    subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - the command is ours
+
+
+def reason(error: Exception) -> str:
+    """Return the first line that says what went wrong."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in str(error.stderr).splitlines() if "error" in line] or [str(error)]
+        return lines[0]
+    return str(error)
+
+
+if __name__ == "__main__":  # after a change of the sources: python hatch_build.py
+    here = Path(__file__).parent / FOLDER
+    try:
+        compile_kernels(here, here / LIBRARY)
+    except (OSError, subprocess.CalledProcessError) as problem:
+        sys.exit(reason(problem))

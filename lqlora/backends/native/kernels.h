@@ -1,0 +1,79 @@
+// What the kernels of every instruction set offer, and what they are given. Plain C types only.
+#pragma once
+
+#include <cstdint>
+
+enum Dtype : int32_t { FLOAT32 = 0, FLOAT64 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
+
+// A flat array in blocks of `block` entries; the last one may be short.
+struct Blocks {
+    const void* values;
+    int32_t dtype;
+    int64_t count;
+    int64_t block;
+};
+
+// Scales are of float, of double for values of double. Either `packed` or `codes` is written.
+struct Encoding {
+    Blocks blocks;
+    const void* scales;
+    const uint8_t* zero_points;  // or null
+    const float* boundaries;
+    int32_t boundary_count;
+    int32_t bits;
+    uint8_t* packed;
+    uint8_t* codes;
+};
+
+struct Decoding {
+    const uint8_t* packed;
+    const float* scales;
+    const uint8_t* zero_points;  // or null
+    const float* levels;
+    int32_t level_count;
+    int32_t bits;
+    int64_t count;
+    int64_t block;
+    void* out;
+    int32_t dtype;
+};
+
+// A few rows times a matrix that is decoded as above, row by row: `out[m * rows + r]` is row m of x times row r of it.
+// Its rows begin with a byte: `columns` is a multiple of eight.
+struct Product {
+    Decoding matrix;
+    const float* x;
+    int64_t x_rows;
+    int64_t rows;
+    int64_t columns;
+    float* out;
+};
+
+// Rows of floats, each already divided by a first scale; which factor of that scale leaves the least error.
+struct Search {
+    const float* rows;
+    const float* weights;  // of the squared errors, or null
+    int64_t columns;
+    const float* zero_points;  // one for each row, or null
+    const float* levels;
+    const float* boundaries;
+    int32_t level_count;
+    const float* ratios;
+    int32_t ratio_count;
+    int32_t refinements;
+    float* best;
+};
+
+// Each function works on a range of blocks, of weights (from a multiple of eight) or of rows.
+struct Kernels {
+    const char* name;
+    void (*absmax)(const Blocks*, int64_t first, int64_t last, void* out);
+    void (*extremes)(const Blocks*, int64_t first, int64_t last, void* low, void* high);
+    void (*encode)(const Encoding*, int64_t first, int64_t last);
+    void (*decode)(const Decoding*, int64_t first, int64_t last);
+    void (*pack)(const uint8_t* codes, int32_t bits, int64_t first, int64_t last, uint8_t* packed);
+    void (*unpack)(const uint8_t* packed, int32_t bits, int64_t count, int64_t first, int64_t last, uint8_t* codes);
+    void (*row_sums)(const void* rows, int32_t dtype, int64_t columns, int64_t first, int64_t last, void* sums);
+    void (*search)(const Search*, int64_t first, int64_t last);
+    void (*multiply)(const Product*, int64_t first, int64_t last);
+};

@@ -1,0 +1,156 @@
+// What Python calls: picks the instruction set once, and cuts the work into a range for each thread.
+#include "kernels.h"
+
+#include <cstring>
+#include <functional>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+extern "C" {
+extern const Kernels lqlora_kernels_baseline;
+#if defined(LQLORA_X86)
+extern const Kernels lqlora_kernels_avx2;
+extern const Kernels lqlora_kernels_avx512;
+#endif
+}
+
+namespace {
+
+// Entries below which another thread costs more than it saves.
+constexpr int64_t kWorthAThread = 1 << 17;
+
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> found{&lqlora_kernels_baseline};
+#if defined(LQLORA_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("f16c");
+    if (avx2) found.push_back(&lqlora_kernels_avx2);
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        found.push_back(&lqlora_kernels_avx512);
+#endif
+    return found;
+}
+
+const std::vector<const Kernels*>& available() {
+    static const std::vector<const Kernels*> sets = supported();
+    return sets;
+}
+
+const Kernels* chosen = nullptr;
+
+const Kernels& kernels() { return chosen ? *chosen : *available().back(); }
+
+// Runs `work` on ranges of [0, count) that begin at multiples of `unit`, each on a thread of its own. Threads end with
+// the call, so that nothing is left behind in a process that forks.
+void in_ranges(int64_t count, int64_t unit, int64_t entries, int32_t threads,
+               const std::function<void(int64_t, int64_t)>& work) {
+    int64_t parts = entries / kWorthAThread;
+    if (parts > threads) parts = threads;
+    const int64_t units = (count + unit - 1) / unit;
+    if (parts > units) parts = units;
+    if (parts < 1) parts = 1;
+    const auto cut = [&](int64_t part) { return part == parts ? count : units * part / parts * unit; };
+    std::vector<std::thread> others;
+    int64_t begun = 1;
+    try {
+        for (; begun < parts; ++begun) others.emplace_back(work, cut(begun), cut(begun + 1));
+    } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+    }
+    work(cut(0), cut(1));
+    if (begun < parts) work(cut(begun), count);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+#define LQLORA_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The hash of the sources this was compiled from: whoever changes them and does not compile again is told so.
+LQLORA_EXPORT const char* lqlora_sources() { return LQLORA_SOURCES; }
+
+LQLORA_EXPORT int32_t lqlora_isa_count() { return static_cast<int32_t>(available().size()); }
+
+LQLORA_EXPORT const char* lqlora_isa_name(int32_t index) { return available()[static_cast<size_t>(index)]->name; }
+
+LQLORA_EXPORT const char* lqlora_isa_chosen() { return kernels().name; }
+
+LQLORA_EXPORT int32_t lqlora_isa_choose(const char* name) {
+    for (const Kernels* set : available()) {
+        if (std::strcmp(set->name, name) == 0) {
+            chosen = set;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+LQLORA_EXPORT void lqlora_absmax(const void* values, int32_t dtype, int64_t count, int64_t block, void* out,
+                                 int32_t threads) {
+    const Blocks blocks{values, dtype, count, block};
+    in_ranges((count + block - 1) / block, 1, count, threads,
+              [&](int64_t first, int64_t last) { kernels().absmax(&blocks, first, last, out); });
+}
+
+LQLORA_EXPORT void lqlora_extremes(const void* values, int32_t dtype, int64_t count, int64_t block, void* low,
+                                   void* high, int32_t threads) {
+    const Blocks blocks{values, dtype, count, block};
+    in_ranges((count + block - 1) / block, 1, count, threads,
+              [&](int64_t first, int64_t last) { kernels().extremes(&blocks, first, last, low, high); });
+}
+
+LQLORA_EXPORT void lqlora_encode(const void* values, int32_t dtype, int64_t count, int64_t block, const void* scales,
+                                 const uint8_t* zero_points, const float* boundaries, int32_t boundary_count,
+                                 int32_t bits, uint8_t* packed, uint8_t* codes, int32_t threads) {
+    const Encoding encoding{{values, dtype, count, block}, scales, zero_points, boundaries, boundary_count, bits,
+                            packed, codes};
+    in_ranges(count, 64, count, threads,
+              [&](int64_t first, int64_t last) { kernels().encode(&encoding, first, last); });
+}
+
+LQLORA_EXPORT void lqlora_decode(const uint8_t* packed, const float* scales, const uint8_t* zero_points,
+                                 const float* levels, int32_t level_count, int32_t bits, int64_t count, int64_t block,
+                                 void* out, int32_t dtype, int32_t threads) {
+    const Decoding decoding{packed, scales, zero_points, levels, level_count, bits, count, block, out, dtype};
+    in_ranges(count, 64, count, threads,
+              [&](int64_t first, int64_t last) { kernels().decode(&decoding, first, last); });
+}
+
+LQLORA_EXPORT void lqlora_pack(const uint8_t* codes, int32_t bits, int64_t count, uint8_t* packed, int32_t threads) {
+    in_ranges(count, 64, count, threads,
+              [&](int64_t first, int64_t last) { kernels().pack(codes, bits, first, last, packed); });
+}
+
+LQLORA_EXPORT void lqlora_unpack(const uint8_t* packed, int32_t bits, int64_t count, uint8_t* codes, int32_t threads) {
+    in_ranges(count, 64, count, threads,
+              [&](int64_t first, int64_t last) { kernels().unpack(packed, bits, count, first, last, codes); });
+}
+
+LQLORA_EXPORT void lqlora_row_sums(const void* rows, int32_t dtype, int64_t count, int64_t columns, void* sums,
+                                   int32_t threads) {
+    in_ranges(count, 1, count * columns, threads,
+              [&](int64_t first, int64_t last) { kernels().row_sums(rows, dtype, columns, first, last, sums); });
+}
+
+LQLORA_EXPORT void lqlora_search(const float* rows, const float* weights, int64_t count, int64_t columns,
+                                 const float* zero_points, const float* levels, const float* boundaries,
+                                 int32_t level_count, const float* ratios, int32_t ratio_count, int32_t refinements,
+                                 float* best, int32_t threads) {
+    const Search search{rows, weights, columns, zero_points, levels, boundaries, level_count, ratios, ratio_count,
+                        refinements, best};
+    in_ranges(count, 1, count * columns * ratio_count, threads,
+              [&](int64_t first, int64_t last) { kernels().search(&search, first, last); });
+}
+
+LQLORA_EXPORT void lqlora_multiply(const float* x, int64_t x_rows, int64_t rows, int64_t columns,
+                                   const uint8_t* packed, const float* scales, const uint8_t* zero_points,
+                                   const float* levels, int32_t level_count, int32_t bits, int64_t block, float* out,
+                                   int32_t threads) {
+    const Decoding matrix{packed, scales, zero_points, levels, level_count, bits, rows * columns, block, nullptr,
+                          FLOAT32};
+    const Product product{matrix, x, x_rows, rows, columns, out};
+    in_ranges(rows, 1, rows * columns, threads,
+              [&](int64_t first, int64_t last) { kernels().multiply(&product, first, last); });
+}

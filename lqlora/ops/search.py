@@ -1,0 +1,217 @@
+"""The scale of least squared error for each row: a grid of ratios to a first scale, then least squares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import array_api_compat
+
+from lqlora._dispatch import namespace, op
+from lqlora.ops.quantize import nearest_codes
+from lqlora.ops.sums import row_sums
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from lqlora._typing import Array
+
+__all__ = ["best_ratios", "least_squares", "search_ratios", "squared_errors"]
+
+
+@op
+def best_ratios(
+    rows: Array,
+    weights: Array | None,
+    levels: npt.NDArray[np.float32],
+    boundaries: npt.NDArray[np.float32],
+    zeros: Array | None,
+    grid: Sequence[float],
+    refinements: int,
+) -> Array:
+    """Return the factor of each row's scale that leaves the least weighted squared error, of those tried.
+
+    Parameters
+    ----------
+    rows : array of float32, shape (m, k)
+        Blocks, each divided by a first scale.
+    weights : array of float32, shape (m, k), optional
+        Weights of the squares.
+    levels : ndarray of float32, shape (n,)
+        Levels of the codebook.
+    boundaries : ndarray of float32, shape (n - 1,)
+        Boundaries between its cells.
+    zeros : array of float32, shape (m, 1), optional
+        Zero points.
+    grid : sequence of float
+        Ratios tried, not zero.
+    refinements : int
+        Least-squares steps after that. Each one is exact for the codes at hand.
+
+    Returns
+    -------
+    array of float32, shape (m,)
+        Ratios; of equals the first that was tried.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> rows = np.array([[1.0, 0.5, 0.5, 0.5]], dtype=np.float32)
+    >>> grid = (1.0, 0.5)
+    >>> best_ratios(rows, None, lq.int(2).levels, lq.int(2).boundaries, None, grid, 1).tolist()
+    [0.625]
+    """
+
+    def nearest(scaled: Array) -> Array:
+        return nearest_values(scaled, levels, boundaries, zeros)
+
+    return search_ratios(rows, weights, nearest, grid, refinements)
+
+
+def nearest_values(
+    rows: Array, levels: npt.NDArray[np.float32], boundaries: npt.NDArray[np.float32], zeros: Array | None
+) -> Array:
+    """Return the nearest levels, with the zero points of an affine format added before and subtracted after.
+
+    Parameters
+    ----------
+    rows : array of float32, shape (m, k)
+        Rows divided by their scales.
+    levels, boundaries : ndarray of float32
+        Those of the codebook.
+    zeros : array of float32, shape (m, 1), optional
+        Zero points.
+
+    Returns
+    -------
+    array of float32, shape (m, k)
+        Values.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> nearest_values(np.array([[0.4]], dtype=np.float32), lq.int(2).levels, lq.int(2).boundaries, None).tolist()
+    [[0.0]]
+    """
+    xp = namespace(rows, zeros)
+    codes = nearest_codes(rows if zeros is None else rows + zeros, boundaries)
+    table = xp.asarray(levels.copy(), device=array_api_compat.device(rows))
+    values = xp.reshape(xp.take(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), rows.shape)
+    return values if zeros is None else values - zeros
+
+
+def search_ratios(
+    rows: Array, weights: Array | None, nearest: Callable[[Array], Array], grid: Sequence[float], refinements: int
+) -> Array:
+    """Search as :func:`best_ratios` does, with any rounding.
+
+    Parameters
+    ----------
+    rows : array of float32, shape (m, k)
+        Blocks, each divided by a first scale.
+    weights : array of float32, shape (m, k), optional
+        Weights of the squares.
+    nearest : callable
+        From rows to the nearest values.
+    grid : sequence of float
+        Ratios tried.
+    refinements : int
+        Least-squares steps after that.
+
+    Returns
+    -------
+    array of float32, shape (m,)
+        Ratios.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> search_ratios(np.array([[0.5, 0.5]], dtype=np.float32), None, np.round, (1.0, 0.5), 0).tolist()
+    [0.5]
+    """
+    xp = namespace(rows, weights)
+    tried = _constants(grid, rows)
+    best = xp.broadcast_to(next(tried), (rows.shape[0],))
+    error = squared_errors(rows, weights, best, nearest(rows / best[:, None]))
+    for ratio in tried:
+        own = squared_errors(rows, weights, ratio, nearest(rows / ratio[:, None]))
+        better = own < error
+        best, error = xp.where(better, ratio, best), xp.where(better, own, error)
+    for _ in range(refinements):
+        refined = least_squares(rows, weights, nearest(rows / best[:, None]), best)
+        own = squared_errors(rows, weights, refined, nearest(rows / refined[:, None]))
+        better = own < error
+        best, error = xp.where(better, refined, best), xp.where(better, own, error)
+    return best
+
+
+def _constants(grid: Sequence[float], rows: Array) -> Iterator[Array]:
+    """Yield each ratio of a grid as an array of one number: a library may multiply by the reciprocal of a number."""
+    xp = namespace(rows)
+    for ratio in grid:
+        yield xp.full((1,), ratio, dtype=xp.float32, device=array_api_compat.device(rows))
+
+
+def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Array) -> Array:
+    """Return what rows leave as squared error under some ratios.
+
+    Parameters
+    ----------
+    rows : array of float32, shape (m, k)
+        Rows.
+    weights : array of float32, shape (m, k), optional
+        Weights of the squares.
+    ratios : array of float32, shape (m,) or (1,)
+        Ratios.
+    values : array of float32, shape (m, k)
+        Values the rows were rounded to.
+
+    Returns
+    -------
+    array of float32, shape (m,)
+        Sums of ``weights * (rows - ratios * values)**2``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> squared_errors(np.ones((1, 2)), None, np.array([0.5]), np.ones((1, 2))).tolist()
+    [0.5]
+    """
+    difference = rows - ratios[:, None] * values
+    squares = difference * difference
+    return row_sums(squares if weights is None else weights * squares)
+
+
+def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Array) -> Array:
+    """Return the ratios that are best for the values at hand; the old ones where none of the same sign is.
+
+    Parameters
+    ----------
+    rows : array of float32, shape (m, k)
+        Rows.
+    weights : array of float32, shape (m, k), optional
+        Weights of the squares.
+    values : array of float32, shape (m, k)
+        Values the rows were rounded to.
+    ratios : array of float32, shape (m,)
+        The old ratios.
+
+    Returns
+    -------
+    array of float32, shape (m,)
+        Ratios.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> least_squares(np.array([[1.0, 0.5]]), None, np.array([[1.0, 1.0]]), np.array([1.0])).tolist()
+    [0.75]
+    """
+    xp = namespace(rows)
+    weighted = values if weights is None else weights * values
+    above, below = row_sums(weighted * rows), row_sums(weighted * values)
+    solvable = below > 0
+    refined = above / xp.where(solvable, below, xp.ones_like(below))
+    return xp.where(solvable & (refined * ratios > 0) & xp.isfinite(refined), refined, ratios)

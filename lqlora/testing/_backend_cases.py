@@ -1,0 +1,250 @@
+"""Calls of operations, made from a few small numbers: what a finding prints is enough to make the call again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import ml_dtypes
+import numpy as np
+
+from lqlora.codebooks import Codebook, affine, normal_float, uniform
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["Blocks", "Product"]
+
+#: NumPy's dtypes of weights, and the unsigned integers as wide as they are.
+DTYPES: dict[str, Any] = {
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+_UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+#: Scales that are no ordinary ones: zeros, a negative one, both ends of float32.
+_SCALES = (0.0, -0.0, -1.5, 1e-45, 1.1754942e-38, 1.1754944e-38, 3e38, 1.0)
+
+Values = Literal["noise", "boundaries", "special", "non-finite", "midpoints"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A quantization problem, from which the arguments of most operations are cut.
+
+    ``values`` tells what is hard about it. "boundaries": weights are boundaries between levels times the scale, or next
+    to it. "special": zeros, subnormals and the largest numbers, for weights and scales. "non-finite": some weights are
+    NaN or infinite. "midpoints": levels times scales are midway between two numbers of 16 bits after one rounding.
+    """
+
+    seed: int
+    dtype: str = "float32"
+    bits: int = 4
+    block_size: int = 64
+    count: int = 128
+    values: Values = "noise"
+    zero_points: bool = False
+    any_levels: bool = False
+    unused_bits: bool = False
+
+    OPERATIONS: ClassVar = (
+        "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "decode", "pack_codes",
+        "unpack_codes", "bin_sums",
+    )  # fmt: skip
+
+    def arguments(self, operation: str) -> tuple[Any, ...]:
+        """Return the arguments of an operation, as arrays of NumPy."""
+        weights, wide, zeros = self.weights, self.wide, self.zeros
+        scales, boundaries = self.scales.astype(wide.dtype), self.codebook.boundaries
+        calls: dict[str, Any] = {
+            "block_absmax": lambda: (weights, self.block_size),
+            "block_extremes": lambda: (weights, self.block_size),
+            "nearest_codes": lambda: (self._normalized, boundaries),
+            "encode": lambda: (wide, scales, zeros, boundaries, self.block_size),
+            "encode_packed": lambda: (weights, scales, zeros, boundaries, self.bits, self.block_size),
+            "decode": lambda: (
+                self.packed, self.scales, zeros, self.codebook.levels, self.bits, self.block_size,
+                np.full(self.count, 7, dtype=DTYPES["float32" if self.dtype == "float64" else self.dtype]),
+            ),
+            "pack_codes": lambda: (self.codes, self.bits),
+            "unpack_codes": lambda: (self.packed, self.bits, self.count),
+            "bin_sums": lambda: (wide.astype(np.float64), self.codes.astype(np.int64) % 16, 16),
+        }  # fmt: skip
+        arguments: tuple[Any, ...] = calls[operation]()
+        return arguments
+
+    @cached_property
+    def codebook(self) -> Codebook:
+        """Levels of the zero points, of a normal float, or any."""
+        if self.zero_points:
+            return affine(self.bits)
+        if self.any_levels:
+            rng = np.random.default_rng(self.seed)
+            levels = rng.standard_normal(rng.integers(2, 2**self.bits, endpoint=True)).astype(np.float32)
+            return Codebook(np.unique(levels))
+        return normal_float(self.bits) if self.bits > 1 else uniform(1, signed=False)
+
+    @cached_property
+    def _blocks(self) -> int:
+        return -(-self.count // self.block_size)
+
+    @cached_property
+    def _block_of(self) -> npt.NDArray[np.int64]:
+        return np.arange(self.count) // self.block_size
+
+    @cached_property
+    def zeros(self) -> npt.NDArray[np.uint8] | None:
+        """Codes that zero has, if the levels are integers."""
+        rng = np.random.default_rng(self.seed)
+        return rng.integers(0, 2**self.bits, self._blocks).astype(np.uint8) if self.zero_points else None
+
+    @cached_property
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """Codes of levels that there are."""
+        return np.random.default_rng(self.seed).integers(0, len(self.codebook), self.count).astype(np.uint8)
+
+    @cached_property
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """The codes as dense bytes, by the definition: a stream of bits."""
+        stream = (self.codes[:, None] >> np.arange(self.bits, dtype=np.uint8) & 1).reshape(-1)
+        packed = np.packbits(stream, bitorder="little")
+        if self.unused_bits and stream.size % 8:
+            packed[-1] |= 255 << stream.size % 8 & 255
+        return packed
+
+    @cached_property
+    def scales(self) -> npt.NDArray[np.float32]:
+        """Scales of float32, not those of the weights: most weights are near, but need not be below."""
+        rng = np.random.default_rng(self.seed + 1)
+        if self.values == "midpoints":
+            return self._midpoint_scales(rng)
+        if self.values == "special":
+            return rng.choice(np.array(_SCALES, dtype=np.float32), self._blocks)
+        reach = 4 if self.dtype == "float16" else 20
+        scales = rng.uniform(1, 2, self._blocks) * 2.0 ** rng.integers(-reach, reach, self._blocks)
+        return scales.astype(np.float32)
+
+    def _midpoint_scales(self, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        """Return scales whose product with the first level of their block is midway, after rounding to float32."""
+        mantissa = rng.integers(0, 2**10, self._blocks).astype(np.uint32)
+        exponent = rng.integers(120, 136, self._blocks).astype(np.uint32)
+        half, shift = (0x8000, 16) if self.dtype == "bfloat16" else (0x1000, 13)
+        middle = (exponent << 23 | mantissa << shift & 0x7FFFFF | half).view(np.float32)
+        levels = self.codebook.levels[self.codes[:: self.block_size]].astype(np.float64)
+        return (middle / np.where(levels == 0, 1, levels)).astype(np.float32)
+
+    @cached_property
+    def weights(self) -> npt.NDArray[Any]:
+        """Weights of the dtype."""
+        rng = np.random.default_rng(self.seed + 2)
+        dtype, scales = DTYPES[self.dtype], self.scales[self._block_of]
+        if self.values == "boundaries":
+            return self._near_boundaries(rng)
+        largest = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+        weights = np.clip(rng.standard_normal(self.count) / 2 * scales, -largest, largest).astype(dtype)
+        weights[rng.random(self.count) < 0.1] = 0
+        if self.values in ("special", "non-finite"):
+            chosen = rng.random(self.count) < 0.3
+            weights[chosen] = rng.choice(self._hard_values, self.count)[chosen]
+        return weights
+
+    @cached_property
+    def wide(self) -> npt.NDArray[Any]:
+        """The weights in float32, or float64."""
+        return self.weights.astype(np.promote_types(self.weights.dtype, np.float32))
+
+    def _near_boundaries(self, rng: np.random.Generator) -> npt.NDArray[Any]:
+        zeros = 0 if self.zeros is None else self.zeros[self._block_of].astype(np.float64)
+        normalized = rng.choice(self.codebook.boundaries, self.count).astype(np.float64) - zeros
+        weights = (normalized * self.scales[self._block_of]).astype(DTYPES[self.dtype])
+        bits = weights.view(_UNSIGNED[weights.dtype.itemsize])
+        nudged = (bits + rng.integers(-2, 3, self.count).astype(bits.dtype)).view(weights.dtype)
+        return np.where(np.abs(weights) < 2.0**-13, weights, nudged)  # among the smallest numbers a step is a long way
+
+    @cached_property
+    def _hard_values(self) -> npt.NDArray[Any]:
+        dtype = DTYPES[self.dtype]
+        if self.values == "non-finite":
+            return np.array([np.nan, np.inf, -np.inf], dtype=dtype)
+        ends: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+        sizes = [0, float(ends.smallest_subnormal), float(ends.smallest_normal), float(ends.max), 1]
+        return np.array([*sizes, *(-size for size in sizes)], dtype=dtype)
+
+    @cached_property
+    def _normalized(self) -> npt.NDArray[Any]:
+        """The weights over the scales, infinite ones too but no NaN."""
+        with np.errstate(all="ignore"):
+            values = self.wide / self.scales.astype(self.wide.dtype)[self._block_of]
+        return np.where(np.isnan(values), 0, values).astype(values.dtype)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows and a quantized matrix, or low-rank factors, to be multiplied.
+
+    ``exact``: all numbers are integers, so small that sums in any order are exact in float32.
+    """
+
+    seed: int
+    dtype: str = "float32"
+    bits: int = 4
+    block_size: int = 64
+    rows: int = 3
+    columns: int = 64
+    batch: int = 2
+    zero_points: bool = False
+    exact: bool = True
+
+    OPERATIONS: ClassVar = ("matmul_packed", "add_low_rank")
+
+    def arguments(self, operation: str) -> tuple[Any, ...]:
+        """Return the arguments of an operation, as arrays of NumPy."""
+        rng = np.random.default_rng(self.seed)
+        x, y = self._factor(rng, self.batch, self.columns), self._factor(rng, self.batch, self.rows)
+        if operation == "add_low_rank":
+            return y, x, self._factor(rng, 3, self.columns), self._factor(rng, self.rows, 3), 0.5
+        out = np.full_like(y, 7)
+        return x, self.stored.packed, self.scales, self.zeros, self.codebook.levels, self.bits, self.block_size, out
+
+    def _factor(self, rng: np.random.Generator, rows: int, columns: int) -> npt.NDArray[Any]:
+        shape = rows, columns
+        factor = rng.integers(-1, 2, shape) if self.exact else rng.standard_normal(shape)
+        return factor.astype(DTYPES[self.dtype])
+
+    @cached_property
+    def stored(self) -> Blocks:
+        """The matrix as a problem of its own, with integers as levels if products are to be exact."""
+        integers = self.exact or self.zero_points
+        return Blocks(self.seed, "float32", self.bits, self.block_size, self.rows * self.columns, zero_points=integers)
+
+    @property
+    def codebook(self) -> Codebook:
+        """Levels of the matrix."""
+        return self.stored.codebook
+
+    @property
+    def zeros(self) -> npt.NDArray[np.uint8] | None:
+        """Codes that zero has."""
+        return self.stored.zeros if self.zero_points else None
+
+    @cached_property
+    def scales(self) -> npt.NDArray[np.float32]:
+        """Powers of two if products are to be exact, else near one."""
+        small = self.stored.scales < 1
+        scales = np.where(small, 0.5, 2.0) if self.exact else np.where(small, 0.7, 1.3)
+        return scales.astype(np.float32)
+
+    def truth(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the product of rows and matrix in float64, and the same of absolute values."""
+        stored = self.stored
+        block = np.arange(stored.count) // self.block_size
+        values = self.codebook.levels[stored.codes]
+        if self.zeros is not None:
+            values = values - self.zeros[block]
+        values = values * self.scales[block]
+        w = values.astype(np.float64).reshape(self.rows, self.columns)
+        x = self.arguments("matmul_packed")[0].astype(np.float64)
+        return x @ w.T, np.abs(x) @ np.abs(w).T

@@ -1,0 +1,35 @@
+"""Compiles every kernel for every architecture and prints the registers as a Markdown table, for the documentation.
+
+Run by hand, as it takes several minutes: ``python -m tests.backends.registers``.
+"""
+
+from __future__ import annotations
+
+from lqlora.backends.cupy.source import OPTIONS, source
+from tests.backends.kernels import KERNELS
+from tests.backends.nvrtc import compile_for
+from tests.backends.test_nvrtc import ARCHITECTURES
+
+
+def family(name: str) -> str:
+    """Return the template, and of products the number of inputs too, which the registers hold the sums of."""
+    template, _, arguments = name.partition("<")
+    return f"{template}, {arguments.split(', ')[2][:-1]} inputs" if template == "matmul_packed" else template
+
+
+def main() -> None:
+    table: dict[str, dict[int, list[int]]] = {}
+    for module, names in KERNELS.items():
+        for architecture in ARCHITECTURES:
+            for name, usage in compile_for(architecture, source(module), OPTIONS, names).usage.items():
+                assert usage.spilled == 0, (name, architecture)
+                table.setdefault(family(name), {}).setdefault(architecture, []).append(usage.registers)
+    heads = [f"sm_{architecture}" for architecture in ARCHITECTURES]
+    print(f"| kernel | instances | {' | '.join(heads)} |\n|---|---|{'---|' * len(heads)}")
+    for name, found in table.items():
+        cells = [f"{min(found[a])} to {max(found[a])}" for a in ARCHITECTURES]
+        print(f"| `{name}` | {len(found[ARCHITECTURES[0]])} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""The compiled kernels, on every instruction set of this machine, against the references: the same bytes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lqlora as lq
+from lqlora import ops
+from lqlora._threads import num_threads, on_threads, set_num_threads
+from lqlora.backends import native
+from lqlora.errors import InvalidArgumentError
+from lqlora.testing.strategies import ALL_CODEBOOKS
+from tests.requirements import require_or_skip
+
+DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+#: Lengths around those of registers and stripes.
+COUNTS = st.sampled_from([0, 1, 7, 8, 9, 31, 32, 33, 100, 2047, 2048, 2049, 5000])
+SIZES = st.sampled_from([1, 2, 3, 7, 8, 16, 63, 64, 65, 256, 2048, 2056, 10**6])
+BOOKS = st.sampled_from(ALL_CODEBOOKS)
+
+
+@pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
+def isa(request):
+    require_or_skip("native", native.status()[0])
+    if request.param not in native.instruction_sets():
+        pytest.skip(f"this machine has no {request.param}")
+    with native.using(request.param):
+        yield request.param
+
+
+@st.composite
+def values(draw, dtype):
+    """Draw values of any size, with zeros of both signs and subnormal numbers among them."""
+    count, rng = draw(COUNTS), np.random.default_rng(draw(st.integers(0, 99)))
+    spread = draw(st.sampled_from([0.0, 2.0, 30.0]))
+    w = rng.standard_normal(count) * np.exp(spread * rng.standard_normal(count))
+    w[rng.random(count) < 0.1] = 0.0
+    w[rng.random(count) < 0.05] = -0.0
+    with np.errstate(over="ignore"):
+        w = w.astype(DTYPES[dtype])
+    return np.where(np.isfinite(w.astype(np.float64)), w, w.dtype.type(1))
+
+
+def same(found, expected):
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert found.tobytes() == expected.tobytes()
+
+
+def ran(operation, *arguments):
+    """Run an operation, after making sure that a compiled kernel will."""
+    assert operation.select(*arguments).implementation.startswith("native."), operation.select(*arguments).reason
+    return operation(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), size=SIZES)
+def test_statistics_of_blocks(isa, dtype, data, size):
+    flat = data.draw(values(dtype))
+    same(ran(ops.block_absmax, flat, size), ops.block_absmax.reference(flat, size))
+    for found, expected in zip(
+        ran(ops.block_extremes, flat, size), ops.block_extremes.reference(flat, size), strict=True
+    ):
+        same(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf], ids=["nan", "-nan", "inf", "-inf"])
+def test_statistics_show_what_is_not_finite(isa, dtype, bad):
+    flat = np.ones(300, dtype=DTYPES[dtype])
+    flat[150] = bad
+    for found in (ops.block_absmax(flat, 64), *ops.block_extremes(flat, 64)):
+        assert np.isfinite(found[[0, 1, 3, 4]]).all()
+    assert not np.isfinite(ops.block_absmax(flat, 64)[2])
+    low, high = (found[2] for found in ops.block_extremes(flat, 64))
+    assert (np.isnan(low) and np.isnan(high)) if np.isnan(bad) else bad in (low, high)
+
+
+def zeros_of(codebook, blocks):
+    if codebook.normalization != "affine":
+        return None
+    return np.random.default_rng(blocks).integers(0, len(codebook), blocks).astype(np.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), size=SIZES, codebook=BOOKS, sign=st.sampled_from([1, -1]))
+def test_codes(isa, dtype, data, size, codebook, sign):
+    flat = data.draw(values(dtype))
+    with np.errstate(over="ignore"):
+        scales = (sign * ops.block_absmax.reference(flat, size)).astype(
+            np.float64 if dtype == "float64" else np.float32
+        )
+    scales[1::5] = 0
+    zeros = zeros_of(codebook, len(scales))
+    arguments = (flat, scales, zeros, codebook.boundaries, codebook.bits, size)
+    same(ran(ops.encode_packed, *arguments), ops.encode_packed.reference(*arguments))
+    if dtype in ("float32", "float64"):
+        arguments = (flat, scales, zeros, codebook.boundaries, size)
+        same(ran(ops.encode, *arguments), ops.encode.reference(*arguments))
+        same(ran(ops.nearest_codes, flat, codebook.boundaries), ops.nearest_codes.reference(flat, codebook.boundaries))
+
+
+@pytest.mark.parametrize("codebook", ALL_CODEBOOKS, ids=lambda codebook: codebook.name)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_codes_on_and_beside_every_boundary(isa, codebook, dtype):
+    cuts = codebook.boundaries.astype(dtype)
+    around = [
+        cuts,
+        np.nextafter(cuts, dtype(-np.inf)),
+        np.nextafter(cuts, dtype(np.inf)),
+        codebook.levels.astype(dtype),
+    ]
+    entries = np.concatenate([*around, [np.inf, -np.inf, 0.0, -0.0]]).astype(dtype)
+    entries = np.resize(entries, -(-len(entries) // 32) * 32 + 5)
+    same(
+        ran(ops.nearest_codes, entries, codebook.boundaries), ops.nearest_codes.reference(entries, codebook.boundaries)
+    )
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@given(count=COUNTS, seed=st.integers(0, 99))
+def test_packed_codes(isa, bits, count, seed):
+    codes = np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.uint8)
+    packed = ops.pack_codes.reference(codes, bits)
+    same(ran(ops.pack_codes, codes, bits), packed)
+    same(ran(ops.unpack_codes, packed, bits, count), codes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@given(count=COUNTS, size=SIZES, codebook=BOOKS, seed=st.integers(0, 99))
+def test_values(isa, dtype, count, size, codebook, seed):
+    rng, blocks = np.random.default_rng(seed), -(-count // size)
+    codes = rng.integers(0, len(codebook), count).astype(np.uint8)
+    scales = (rng.standard_normal(blocks) * np.exp(8 * rng.standard_normal(blocks))).astype(np.float32)
+    scales[::7] = 0
+    packed, zeros = ops.pack_codes.reference(codes, codebook.bits), zeros_of(codebook, blocks)
+    outs = [np.empty(count, dtype=DTYPES[dtype]) for _ in range(2)]
+    arguments = (packed, scales, zeros, codebook.levels, codebook.bits, size)
+    same(ran(ops.decode, *arguments, outs[0]), ops.decode.reference(*arguments, outs[1]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_narrow_number_is_read_and_written(isa, dtype):
+    every = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype])
+    finite = every[np.isfinite(every.astype(np.float32))]
+    ones = np.ones(len(finite), dtype=np.float32)
+    assert ops.block_absmax(finite, 1).tobytes() == np.abs(finite.astype(np.float32)).tobytes()
+    # As scales of a level of one, they and their neighbors in float32 are rounded to the narrow dtype.
+    levels = np.array([1.0], dtype=np.float32)
+    near = finite.astype(np.float32)
+    between = ((near[1:].astype(np.float64) + near[:-1]) / 2).astype(np.float32)
+    for scales in (near, between, np.nextafter(between, np.float32(np.inf)), np.nextafter(between, np.float32(0))):
+        packed = np.zeros(-(-len(scales) // 8), dtype=np.uint8)
+        out = np.empty(len(scales), dtype=DTYPES[dtype])
+        same(ran(ops.decode, packed, scales, None, levels, 1, 1, out), scales.astype(DTYPES[dtype]))
+    assert len(ones) == len(finite)
+
+
+@given(count=st.integers(0, 40), columns=st.integers(1, 300), seed=st.integers(0, 99))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_of_rows(isa, dtype, count, columns, seed):
+    rows = np.exp(3 * np.random.default_rng(seed).standard_normal((count, columns))).astype(dtype)
+    same(ran(ops.row_sums, rows), ops.row_sums.reference(rows))
+
+
+@given(
+    count=st.integers(0, 20),
+    columns=st.sampled_from([1, 2, 7, 32, 63, 64, 100]),
+    codebook=BOOKS,
+    weighted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_ratios(isa, count, columns, codebook, weighted, seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((count, columns)).astype(np.float32)
+    rows[::6] = 0
+    weights = rng.random((count, columns)).astype(np.float32) if weighted else None
+    affine = codebook.normalization == "affine"
+    zeros = rng.integers(0, len(codebook), (count, 1)).astype(np.float32) if affine else None
+    grid = (1.0, 0.5, 0.8, -1.0) if codebook.normalization == "signed" else (1.0, 0.25, 0.9)
+    arguments = (rows, weights, codebook.levels, codebook.boundaries, zeros, grid, 2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns", "size"), [(1, 5, 64, 64), (4, 3, 4104, 24), (3, 7, 8, 3), (0, 2, 8, 8)]
+)
+def test_products_of_few_rows_are_exact_for_integers(isa, bits, batch, rows, columns, size):
+    rng, blocks = np.random.default_rng(bits), -(-rows * columns // size)
+    levels = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
+    codes = rng.integers(0, 2**bits, rows * columns).astype(np.uint8)
+    scales = rng.choice(np.array([-0.5, 0.0, 1, 2], dtype=np.float32), blocks)
+    dense = (levels[codes] * np.repeat(scales, size)[: codes.size]).reshape(rows, columns)
+    x = rng.integers(-4, 5, (batch, columns)).astype(np.float32)
+    out = np.full((batch, rows), 7, dtype=np.float32)
+    ran(ops.matmul_packed, x, ops.pack_codes(codes, bits), scales, None, levels, bits, size, out)
+    np.testing.assert_array_equal(out, x @ dense.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "text", ["nf4/64:float32", "nf3/50:float32", "affine2/64:u8/256:float32", "bof4s-64/64:float32"]
+)
+def test_threads_change_no_byte(isa, dtype, text):
+    fmt = lq.BlockFormat.parse(text)
+    w = np.random.default_rng(0).standard_normal((700, 1001)).astype(DTYPES[dtype])
+    q = {}
+    for count in (1, 2, 3, 16):
+        with on_threads(count):
+            q[count] = lq.quantize(w, fmt)
+            assert lq.dequantize(q[count]).tobytes() == lq.dequantize(q[1]).tobytes()
+    with lq.forced("reference"):
+        expected = lq.quantize(w, fmt)
+    for found in q.values():
+        for name, array in expected.to_arrays().items():
+            same(found.to_arrays()[name], array)
+
+
+def test_many_threads_of_python_at_once(isa):
+    w = np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float32)
+    expected, found = lq.quantize(w, lq.BlockFormat(lq.NF4)).packed.tobytes(), []
+    threads = [
+        threading.Thread(target=lambda: found.append(lq.quantize(w, lq.BlockFormat(lq.NF4)).packed.tobytes()))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 8
+
+
+class TestWhatIsLeftToOthers:
+    def test_strided_and_unaligned_arrays(self):
+        w = np.zeros(300, dtype=np.float32)
+        unaligned = np.zeros(401, dtype=np.uint8)[1:].view(np.float32)
+        assert ops.block_absmax.select(w[::2], 64).implementation == "reference"
+        assert ops.block_absmax.select(unaligned, 64).implementation == "reference"
+        assert ops.block_absmax(unaligned, 64).tolist() == [0.0, 0.0]
+
+    def test_scales_of_another_number_or_dtype(self):
+        flat, cuts = np.ones(100, dtype=np.float32), lq.NF4.boundaries
+        for scales in (np.ones(3, dtype=np.float32), np.ones(2, dtype=np.float64)):
+            assert ops.encode_packed.select(flat, scales, None, cuts, 4, 64).implementation == "reference"
+
+    def test_forced_numpy_passes_them_over(self):
+        with lq.forced("numpy"):
+            assert ops.pack_codes.select(np.zeros(4, dtype=np.uint8), 4).implementation == "reference"
+
+
+class TestThreads:
+    def test_the_environment_is_read(self, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert num_threads() == 3
+        monkeypatch.setenv("LQLORA_NUM_THREADS", "2")
+        assert num_threads() == 2
+        for text in ("", "0", "-1", "many"):
+            monkeypatch.setenv("LQLORA_NUM_THREADS", text)
+            assert num_threads() == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+        assert num_threads() == 4
+
+    def test_a_setting_counts_more(self, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        set_num_threads(5)
+        try:
+            assert num_threads() == 5
+        finally:
+            set_num_threads(None)
+        assert num_threads() == 3
+
+    @pytest.mark.parametrize("count", [0, -1, 1.0, "2", True])
+    def test_what_is_no_number_of_threads_is_refused(self, count):
+        with pytest.raises(InvalidArgumentError, match="positive integer"):
+            set_num_threads(count)
+
+
+class TestTheLibrary:
+    def test_an_instruction_set_that_is_not_there_is_refused(self):
+        with pytest.raises(InvalidArgumentError, match="not 'sse9'"), native.using("sse9"):
+            pass
+
+    @pytest.mark.usefixtures("isa")
+    def test_the_choice_ends_with_the_block(self):
+        before = native.status()
+        with native.using("baseline"):
+            assert "baseline" in native.status()[1]
+        assert native.status() == before
+
+    def test_it_is_not_loaded_with_the_package(self):
+        code = "import sys, lqlora; sys.exit('lqlora.backends.native' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -19,7 +19,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("lqlora", "backends", "native")
-LIBRARY = "kernels.so"
+LIBRARY = "kernels.shared"  # not .so: Python would take it for a module
 SOURCES = ("kernels.h", "kernels.cpp", "library.cpp")
 
 #: No contraction of products and sums, so that every processor returns the same bytes.

@@ -67,7 +67,7 @@ def _tensor(array: Any) -> Any:
     return torch.from_numpy(array)
 
 
-def _share(operation: Any, takes: Takes) -> None:
+def _share(operation: Operation[Any, Any], takes: Takes, backend: str) -> None:
     """Register a torch override that hands views to NumPy's implementation of the same operation."""
     writes = "out" in takes.dtypes  # which is the last argument then
 
@@ -76,11 +76,13 @@ def _share(operation: Any, takes: Takes) -> None:
         return args[-1] if writes else _tensor(result)
 
     on_views.__name__ = f"{operation.name}_as_numpy"
+    on_views.__module__ = f"lqlora.backends.{backend}"  # so that forced("numpy") passes over what only kernels justify
     operation.register("torch", takes=takes)(on_views)
 
 
+for _operation, _takes in _TAKES.items():
+    _share(_operation, _takes, "torch")
 if native.status()[0]:
     prefer_pieces("torch", native.PIECE)
-    _TAKES.update(_TAKES_COMPILED)
-for _operation, _takes in _TAKES.items():
-    _share(_operation, _takes)
+    for _operation, _takes in _TAKES_COMPILED.items():
+        _share(_operation, _takes, "native")

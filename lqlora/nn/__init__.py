@@ -1,4 +1,4 @@
-"""The torch.nn bridge: quantized linear layers, conversion of models, Fisher information, second moments."""
+"""The torch.nn bridge: operators of torch, quantized linear layers, conversion of models, Fisher information, second moments."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from lqlora._optional import require
 
 require("torch", "pip install torch", "lqlora.nn")
 
+from lqlora.nn._operands import Operands, from_operands, operands  # noqa: E402
 from lqlora.nn.convert import QuantizationReport, quantize_model, select_linears, weight_arrays  # noqa: E402 - after the check
 from lqlora.nn.fisher import causal_lm_loss, collect_fisher  # noqa: E402
 from lqlora.nn.gram import collect_gram, collect_kronecker  # noqa: E402
@@ -14,13 +15,16 @@ from lqlora.nn.state import load_model, save_model  # noqa: E402
 
 __all__ = [
     "LQLinear",
+    "Operands",
     "QuantizationReport",
     "QuantizedWeight",
     "causal_lm_loss",
     "collect_fisher",
     "collect_gram",
     "collect_kronecker",
+    "from_operands",
     "load_model",
+    "operands",
     "quantize_model",
     "save_model",
     "select_linears",

@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError
-from lqlora.quantized import QuantizedArray, dequantize
+from lqlora.nn import operators as _operators  # noqa: F401 - registers torch.ops.lqlora
+from lqlora.nn._operands import Operands, spell_codebook
+from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +47,7 @@ class QuantizedWeight(nn.Module):
         here = quantized.to(torch)  # shares memory where it can, hence the copies below
         self.format = here.format
         self.shape = torch.Size(here.shape)
+        self._spelling = str(here.format), tuple(here.shape), spell_codebook(here.format)
         self.register_buffer("codes", here.packed.clone())
         if isinstance(here.scales, QuantizedArray):
             self.scales = QuantizedWeight(here.scales)
@@ -60,6 +63,16 @@ class QuantizedWeight(nn.Module):
         scales = self.scales.array if isinstance(self.scales, QuantizedWeight) else self.scales
         optional = {name: cast("torch.Tensor | None", getattr(self, name)) for name in _OPTIONAL}
         return QuantizedArray(self.codes, scales, self.format, tuple(self.shape), **optional)
+
+    @property
+    def operands(self) -> Operands:
+        """The quantized array as ``torch.ops.lqlora.matmul`` and its like take it; shares the buffers."""
+        return Operands(self._tensors(), *self._spelling)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        scales = self.scales._tensors() if isinstance(self.scales, QuantizedWeight) else [self.scales]  # noqa: SLF001 - of this class
+        optional = (getattr(self, name) for name in _OPTIONAL)
+        return [self.codes, *scales, *(array for array in optional if array is not None)]
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +97,7 @@ class QuantizedWeight(nn.Module):
         Tensor
             Of shape ``self.shape``.
         """
-        return cast("torch.Tensor", dequantize(self.array)).to(dtype)
+        return cast("torch.Tensor", torch.ops.lqlora.dequantize(*self.operands, dtype=dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedWeight:  # noqa: FBT001, FBT002 - torch's signature
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,20 +110,6 @@ class QuantizedWeight(nn.Module):
     def extra_repr(self) -> str:
         """Show shape and format."""
         return f"{tuple(self.shape)}, {self.format}"
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """``x @ W.T`` for a frozen quantized ``W`` that is dequantized anew in the backward pass, not kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-        ctx.weight = weight
-        return functional.linear(x, weight.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (grad,) = grads
-        return grad @ ctx.weight.dequantize(grad.dtype), None
 
 
 class LQLinear(nn.Module):
@@ -195,9 +194,10 @@ class LQLinear(nn.Module):
         Tensor, shape (..., out_features)
             Of the dtype of ``x``, or the autocast dtype where autocast is on.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: torch.Tensor = _FrozenLinear.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # the meta device has none
+            x = x.to(torch.get_autocast_dtype(kind))
+        y: torch.Tensor = torch.ops.lqlora.matmul(x, *self.weight.operands)
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         y = y + functional.linear(functional.linear(x, lora_A), lora_B) * self.scaling
         return y if self.bias is None else y + self.bias.to(x.dtype)

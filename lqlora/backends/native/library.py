@@ -48,7 +48,7 @@ _FUNCTIONS = {
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, and what there is to say of it."""
-    path = _FOLDER / "kernels.so"
+    path = _FOLDER / "kernels.shared"
     if not path.exists():
         return None, "not compiled: there was no C++ compiler when lqlora was installed"
     try:
@@ -71,7 +71,18 @@ def _digest() -> str:
 
 
 def loaded() -> ctypes.CDLL | None:
-    """Return the library, None where it cannot be used."""
+    """Return the library.
+
+    Returns
+    -------
+    ctypes.CDLL or None
+        None where it cannot be used; :func:`status` says why.
+
+    Examples
+    --------
+    >>> (loaded() is not None) == status()[0]
+    True
+    """
     return _load()[0]
 
 

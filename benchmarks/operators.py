@@ -1,0 +1,77 @@
+"""What an operator of torch adds to the function that runs inside, as it is registered and as ``custom_op`` would be.
+
+Run by ``scripts/bench`` on one thread. Prints microseconds of CPU time per call, least of 15 runs, for a row times a
+matrix so small that little else takes time.
+"""
+
+import time
+
+import torch
+from torch.library import custom_op
+
+import lqlora as lq
+from lqlora.nn import LQLinear, from_operands, operands
+
+CALLS, RUNS = 300, 15
+SIZE = 64
+FORMATS = ("nf4/64:float32", "nf4/64:u8/256:float32")
+
+
+@custom_op(
+    "benchmark::matmul", mutates_args=(), schema="(Tensor x, Tensor[] weight, str fmt, SymInt[] shape) -> Tensor"
+)
+def plain(x, weight, fmt, shape):
+    return lq.matmul(x, from_operands(weight, fmt, shape))
+
+
+def keep(ctx, inputs, output):  # noqa: ARG001 - given by keyword
+    ctx.save_for_backward(*inputs[1])
+    ctx.rest = inputs[2:]
+
+
+def transpose(ctx, grad):
+    weight = list(ctx.saved_tensors)
+    return torch.ops.lqlora.matmul(grad, weight, *ctx.rest, adjoint=True), [None] * len(weight), None, None
+
+
+plain.register_autograd(transpose, setup_context=keep)
+
+
+def microseconds(calls):
+    """Return the least time of each call; runs take turns, so that a busy minute strikes all of them."""
+    least = [float("inf")] * len(calls)
+    for _ in range(RUNS):
+        for index, call in enumerate(calls):
+            start = time.process_time()
+            for _ in range(CALLS):
+                call()
+            least[index] = min(least[index], 1e6 * (time.process_time() - start) / CALLS)
+    return least
+
+
+def row(text):
+    generator = torch.Generator().manual_seed(0)
+    q = lq.quantize(torch.randn(SIZE, SIZE, generator=generator), lq.BlockFormat.parse(text))
+    layer = LQLinear(q, torch.randn(8, SIZE, generator=generator), torch.zeros(SIZE, 8))
+    x = torch.randn(1, SIZE, generator=generator)
+    wants = x.clone().requires_grad_()
+    three = operands(q)[:3]
+    function, *operators, whole = microseconds(
+        [
+            lambda: lq.matmul(x, q),
+            lambda: torch.ops.lqlora.matmul(x, *three),
+            lambda: torch.ops.lqlora.matmul(wants, *three),
+            lambda: torch.ops.benchmark.matmul(x, *three),
+            lambda: torch.ops.benchmark.matmul(wants, *three),
+            lambda: layer(x),
+        ]
+    )
+    return [function, *(time - function for time in operators), whole]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print("| format | lq.matmul | operator adds | with gradient | custom_op adds | with gradient | LQLinear |")
+    print("|---|---|---|---|---|---|---|")
+    for text in FORMATS:
+        print(f"| {text} | {' | '.join(f'{time:.0f}' for time in row(text))} |")

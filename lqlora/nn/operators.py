@@ -1,0 +1,201 @@
+"""Quantize, dequantize and multiply as operators of torch, so that compilers see one node and not what is inside.
+
+``torch.ops.lqlora.quantize``, ``.dequantize`` and ``.matmul`` exist once :mod:`lqlora.nn` is imported. What runs inside
+is :func:`lqlora.quantize` and its like, which find the fastest implementation for their arrays.
+
+They are registered a layer below ``torch.library.custom_op`` and ``register_autograd``, which check more in every call,
+and take lists of tensors apart and join them again where there is a gradient: ``benchmarks/operators.py`` measures that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.autograd import Function
+from torch.autograd.forward_ad import unpack_dual
+
+from lqlora import ops
+from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
+from lqlora.nn._operands import check_tensors, from_operands, read_format, stored_tensors
+from lqlora.quantized import dequantize, matmul, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lqlora.formats import BlockFormat
+    from lqlora.quantized import Fit
+
+    Tensor: TypeAlias = torch.Tensor
+
+__all__: list[str] = []
+
+_FLOATS = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
+
+_library = torch.library.Library("lqlora", "DEF")
+for _schema in (
+    "quantize(Tensor w, str fmt, str? codebook=None, *, str fit='absmax', int batch_dims=0) -> Tensor[]",
+    "dequantize(Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, ScalarType dtype=float) -> Tensor",
+    "matmul(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, bool adjoint=False) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _quantize(
+    w: Tensor, fmt: str, codebook: str | None = None, *, fit: Fit = "absmax", batch_dims: int = 0
+) -> list[Tensor]:
+    own = _storing(fmt, codebook, fit)
+    return list(quantize(w, own, fit=fit, batch_dims=batch_dims).to_arrays().values())
+
+
+def _quantize_fake(
+    w: Tensor, fmt: str, codebook: str | None = None, *, fit: Fit = "absmax", batch_dims: int = 0
+) -> list[Tensor]:
+    stored = stored_tensors(_storing(fmt, codebook, fit), w.shape, batch_dims)
+    _name_of(w.dtype, "w")
+    return [w.new_empty(shape, dtype=dtype) for dtype, shape in stored.values()]
+
+
+def _storing(fmt: str, codebook: str | None, fit: Fit) -> BlockFormat:
+    """Read a format; its spelling has to tell whether levels are stored, since what comes back does not tell."""
+    own = read_format(fmt, codebook)
+    if fit == "levels+scale" and own.levels == "codebook":
+        raise InvalidArgumentError(f"Fitted levels are stored: the format is spelled with +fit then, unlike {fmt}.")
+    return own
+
+
+def _dequantize(
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    dense: Tensor = dequantize(from_operands(weight, fmt, shape, codebook), dtype=_name_of(dtype, "dtype"))
+    return dense
+
+
+def _dequantize_fake(
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    _check_fake(weight, fmt, shape, codebook)
+    _name_of(dtype, "dtype")
+    return weight[0].new_empty(shape, dtype=dtype)
+
+
+def _matmul(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None = None,
+    *,
+    adjoint: bool = False,
+) -> Tensor:
+    q = from_operands(weight, fmt, shape, codebook)
+    _check_rows(x, weight, shape, adjoint=adjoint)
+    if adjoint:
+        dtype = "float32" if x.device.type == "cpu" else _FLOATS[x.dtype]  # as matmul_dense multiplies there
+        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=dtype).T)
+    else:
+        y = matmul(x, q)
+    return y.contiguous()
+
+
+def _matmul_fake(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None = None,
+    *,
+    adjoint: bool = False,
+) -> Tensor:
+    _check_fake(weight, fmt, shape, codebook)
+    _check_rows(x, weight, shape, adjoint=adjoint)
+    return x.new_empty((*x.shape[:-1], shape[1 if adjoint else 0]))
+
+
+def _check_fake(weight: Sequence[Tensor], fmt: str, shape: Sequence[int], codebook: str | None) -> None:
+    batch_dims = weight[0].dim() - 1 if weight else 0
+    check_tensors(weight, stored_tensors(read_format(fmt, codebook), shape, batch_dims), fmt)
+
+
+def _check_rows(x: Tensor, weight: Sequence[Tensor], shape: Sequence[int], *, adjoint: bool) -> None:
+    _name_of(x.dtype, "x")
+    if len(shape) != 2 or weight[0].dim() != 1 or not x.dim() or x.shape[-1] != shape[0 if adjoint else 1]:
+        of = "the transpose of a weight" if adjoint else "a weight"
+        raise InvalidArgumentError(f"Rows of shape {tuple(x.shape)} do not fit {of} of shape {tuple(shape)}.")
+    if x.device != weight[0].device:
+        raise MixedArraysError(f"Rows on {x.device} and a weight on {weight[0].device}: move one, lqlora never copies.")
+
+
+def _name_of(dtype: torch.dtype, what: str) -> str:
+    if dtype not in _FLOATS:
+        raise UnsupportedArrayError(f"{what} is of float16, bfloat16, float32 or float64, not {dtype}.")
+    return _FLOATS[dtype]
+
+
+class _Matmul(Function):
+    """Keeps the packed weight, and multiplies gradients by its transpose, tangents by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, description: tuple[Any, ...], adjoint: bool, *weight: Tensor) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
+        ctx.save_for_backward(*weight)
+        ctx.save_for_forward(*weight)
+        ctx.description, ctx.adjoint = description, adjoint
+        y: Tensor = _below_autograd(torch.ops.lqlora.matmul, x, list(weight), *description, adjoint=adjoint)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight = list(ctx.saved_tensors)
+        grad = torch.ops.lqlora.matmul(*grads, weight, *ctx.description, adjoint=not ctx.adjoint)
+        return grad, None, None, *[None] * len(weight)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        weight = list(ctx.saved_tensors)
+        y: Tensor = torch.ops.lqlora.matmul(tangents[0], weight, *ctx.description, adjoint=ctx.adjoint)
+        return y
+
+
+def _matmul_autograd(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None = None,
+    *,
+    adjoint: bool = False,
+) -> Tensor:
+    if (x.requires_grad and torch.is_grad_enabled()) or unpack_dual(x).tangent is not None:
+        y: Tensor = _Matmul.apply(x, (fmt, shape, codebook), adjoint, *weight)  # type: ignore[no-untyped-call]
+    else:
+        y = _below_autograd(torch.ops.lqlora.matmul, x, weight, fmt, shape, codebook, adjoint=adjoint)
+    return y
+
+
+def _below_autograd(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 - what torch.library.register_autograd does
+        return operator(*args, **kwargs)
+
+
+def _without_gradient(operator: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _below_autograd(operator, *args, **kwargs)
+
+
+for _name, _kernel, _fake, _autograd in (
+    ("quantize", _quantize, _quantize_fake, _without_gradient(torch.ops.lqlora.quantize)),
+    ("dequantize", _dequantize, _dequantize_fake, _without_gradient(torch.ops.lqlora.dequantize)),
+    ("matmul", _matmul, _matmul_fake, _matmul_autograd),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd, "Autograd")
+    torch.library.register_fake(f"lqlora::{_name}", _fake, lib=_library)

@@ -5,6 +5,8 @@ Run by hand, as it takes several minutes: ``python -m tests.backends.registers``
 
 from __future__ import annotations
 
+import sys
+
 from lqlora.backends.cupy.source import OPTIONS, source
 from tests.backends.kernels import KERNELS
 from tests.backends.nvrtc import compile_for
@@ -25,10 +27,11 @@ def main() -> None:
                 assert usage.spilled == 0, (name, architecture)
                 table.setdefault(family(name), {}).setdefault(architecture, []).append(usage.registers)
     heads = [f"sm_{architecture}" for architecture in ARCHITECTURES]
-    print(f"| kernel | instances | {' | '.join(heads)} |\n|---|---|{'---|' * len(heads)}")
+    lines = [f"| kernel | instances | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for name, found in table.items():
         cells = [f"{min(found[a])} to {max(found[a])}" for a in ARCHITECTURES]
-        print(f"| `{name}` | {len(found[ARCHITECTURES[0]])} | {' | '.join(cells)} |")
+        lines.append(f"| `{name}` | {len(found[ARCHITECTURES[0]])} | {' | '.join(cells)} |")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

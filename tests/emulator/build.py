@@ -32,7 +32,7 @@ _ADDRESSES = ("-fsanitize=address", "-DEMULATED_ADDRESSES")
 #: There is one set of fibers; other threads of Python run while one waits for them.
 _ONE_AT_A_TIME = threading.Lock()
 
-_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)\s+(\w+)\(")
+_BOUNDS = re.compile(r"__launch_bounds__\((\d+)[^)]*\)\s+(\w+)\(")
 
 
 class EmulationError(RuntimeError):

@@ -102,7 +102,7 @@ class Kernels:
         if count:
             zeros, affine = _zero_points(zero_points, packed)
             cuts = (boundaries, 2**bits - 1, inf)
-            arguments = (flat, scales, zeros, affine, cuts, packed, np.int64(count), np.int64(block_size))
+            arguments = (flat, scales, zeros, affine, cuts, packed, np.int64(count), *_blocks(block_size))
             self._run("encode", f"encode_packed<{bits}, {_TYPES[dtype_name(flat)]}>", -(-count // GROUP), arguments)
         return packed
 
@@ -121,7 +121,7 @@ class Kernels:
         if count:
             zeros, affine = _zero_points(zero_points, packed)
             known = (levels, 2**bits, 0.0)
-            arguments = (packed, scales, zeros, affine, known, out, np.int64(count), np.int64(block_size))
+            arguments = (packed, scales, zeros, affine, known, out, np.int64(count), *_blocks(block_size))
             self._run("decode", f"decode<{bits}, {_TYPES[dtype_name(out)]}>", -(-count // GROUP), arguments)
         return out
 
@@ -157,7 +157,7 @@ class Kernels:
             return out
         most = next(most for most in _INPUTS if inputs <= most)
         zeros, affine = _zero_points(zero_points, packed)
-        sizes = (np.int32(inputs), np.int64(rows), np.int64(columns), np.int64(block_size))
+        sizes = (np.int32(inputs), np.int64(rows), np.int64(columns), *_blocks(block_size))
         arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
         kernel = f"matmul_packed<{bits}, {_TYPES[dtype_name(x)]}, {most}>"
         self._run("matmul", kernel, -(-rows // 2) * 32, arguments, _PRODUCT_THREADS)
@@ -183,3 +183,8 @@ def _lanes(weights: int, at_once: int) -> int:
 def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int32]:
     """Return what a kernel is given for zero points, and whether it may look: CuPy has no word for a null pointer."""
     return (other, np.int32(0)) if zero_points is None else (zero_points, np.int32(1))
+
+
+def _blocks(block_size: int) -> tuple[np.int64, np.float64]:
+    """Return the length of blocks, and its reciprocal: on a device a long division is a call."""
+    return np.int64(block_size), np.float64(1 / block_size)

@@ -23,7 +23,7 @@ template <int bits, class Value>
 __global__ void __launch_bounds__(256)
     encode_packed(const Value* __restrict__ flat, const typename Arithmetic<Value>::type* __restrict__ scales,
                   const unsigned char* __restrict__ zero_points, int affine, const float* __restrict__ boundaries,
-                  unsigned char* __restrict__ packed, long long count, long long block_size) {
+                  unsigned char* __restrict__ packed, long long count, long long block_size, double inverse) {
   using Wide = typename Arithmetic<Value>::type;
   constexpr int cells = 1 << bits;
   __shared__ float cuts[cells - 1];
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
       for (int i = 0; i < GROUP; ++i) values[i] = i < length ? widen(flat[first + i]) : (Wide)0;
     }
-    BlockWalk walk(first, block_size);
+    BlockWalk walk(position_of(first, {block_size, inverse}), block_size);
     Scaling<Wide> scaling;
     scaling.of(walk.block, scales, zero_points, affine);
     unsigned long long group = 0;

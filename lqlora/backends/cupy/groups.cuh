@@ -52,22 +52,37 @@ __device__ __forceinline__ int group_length(long long first, long long count) {
   return count - first < GROUP ? (int)(count - first) : GROUP;
 }
 
-// The block of scales that a weight is in, while a thread walks from weight to weight of one group.
+// Blocks of scales: their length, and its reciprocal, rounded.
+struct Blocks {
+  long long size;
+  double inverse;
+};
+
+// Where a weight is among blocks.
+struct Position {
+  long long block, within;
+};
+
+// A division of 64 bits would be a call, around which registers are spilled. Below 2**52 the estimate is off by one at
+// most.
+__device__ __forceinline__ Position position_of(long long weight, Blocks blocks) {
+  if (!((unsigned long long)(weight | blocks.size) >> 32)) {
+    const unsigned block = (unsigned)weight / (unsigned)blocks.size;
+    return {block, (unsigned)weight - block * (unsigned)blocks.size};
+  }
+  long long block = (long long)((double)weight * blocks.inverse), within = weight - block * blocks.size;
+  if (within < 0) --block, within += blocks.size;
+  if (within >= blocks.size) ++block, within -= blocks.size;
+  return {block, within};
+}
+
+// The block that a thread is in while it walks from weight to weight of one group.
 struct BlockWalk {
   long long block, size;
   int next;  // the weight of the group that begins the next block
 
-  __device__ __forceinline__ BlockWalk(long long first, long long block_size) : size(block_size) {
-    long long within;
-    if ((unsigned long long)first >> 32 || (unsigned long long)block_size >> 32) {
-      block = first / block_size;
-      within = first - block * block_size;
-    } else {  // a division of 64 bits takes several times as long
-      block = (unsigned)first / (unsigned)block_size;
-      within = (unsigned)first - (unsigned)block * (unsigned)block_size;
-    }
-    next = clipped(block_size - within);
-  }
+  __device__ __forceinline__ BlockWalk(Position first, long long block_size)
+      : block(first.block), size(block_size), next(clipped(block_size - first.within)) {}
 
   static __device__ __forceinline__ int clipped(long long weights) { return weights < GROUP ? (int)weights : GROUP; }
 
@@ -91,7 +106,7 @@ template <int length> __device__ __forceinline__ void share(const float* __restr
 
 // The weights that a group of `length` codes stands for; the product is rounded once.
 template <int bits>
-__device__ __forceinline__ void decode_group(unsigned long long group, long long first, int length,
+__device__ __forceinline__ void decode_group(unsigned long long group, Position first, int length,
                                              const float* __restrict__ scales,
                                              const unsigned char* __restrict__ zero_points, bool affine,
                                              const float* table, long long block_size, float (&weights)[GROUP]) {

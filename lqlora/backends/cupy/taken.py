@@ -146,7 +146,7 @@ def _product_fits(
     if len(x.shape) != 2 or len(out.shape) != 2 or out.shape[0] != x.shape[0] or out.dtype != x.dtype:
         return False
     (inputs, columns), rows = x.shape, out.shape[1]
-    few = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0
+    few = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0 and max(columns, block_size) < 2**31
     return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
 
 
@@ -172,6 +172,6 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.matmul_packed: _Taken(
         {"x": _NARROW, **_CODES, **_SCALES, "out": _NARROW},
         _product_fits,
-        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs, and as many codes and scales as the weight takes",
+        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs, blocks below 2**31, and as many codes and scales as the weight takes",
     ),
 }

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-from types import FunctionType
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +20,16 @@ LIBRARIES = {"numpy": "numpy", "torch": "torch", "array_api_strict": "array-api"
 #: Records of overrides of double(x, factor) that take every call, and none.
 ALWAYS = {library: Takes({"x": ("float32", "float64")}) for library in ("numpy", "torch")}
 NEVER = Takes({"x": ()})
+
+
+def saying(word):
+    """Return an override that is named by what it returns."""
+
+    def function(*_):
+        return word
+
+    function.__name__ = word
+    return function
 
 
 @pytest.fixture
@@ -135,20 +144,27 @@ def test_a_record_names_arguments_that_there_are(double, takes):
 
 
 def test_the_first_override_that_takes_a_call_wins(double):
-    double.register("numpy", takes=NEVER)(lambda *_: "never")
-    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "first")
-    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "second")
+    double.register("numpy", takes=NEVER)(saying("never"))
+    double.register("numpy", takes=ALWAYS["numpy"])(saying("first"))
+    double.register("numpy", takes=ALWAYS["numpy"])(saying("second"))
     assert double(np.ones(2)) == "first"
 
 
+def test_an_override_of_the_same_name_takes_the_place_of_the_earlier_one(double):
+    for word, takes in (("first", ALWAYS["numpy"]), ("second", ALWAYS["numpy"]), ("first", NEVER)):
+        double.register("numpy", takes=takes)(saying(word))
+    assert [override.name for override in double.overrides("numpy")] == ["test_dispatch.first", "test_dispatch.second"]
+    assert double(np.ones(2)) == "second"
+
+
 def test_an_override_is_for_its_library_only(double, torch):
-    double.register("torch", takes=ALWAYS["torch"])(lambda *_: "torch's")
+    double.register("torch", takes=ALWAYS["torch"])(saying("torch's"))
     assert double(torch.ones(2)) == "torch's"
     assert double(np.ones(2)).tolist() == [2.0, 2.0]
 
 
 def test_forced_runs_the_reference(double):
-    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "fast")
+    double.register("numpy", takes=ALWAYS["numpy"])(saying("fast"))
     with lq.forced("reference"):
         assert double(np.ones(2)).tolist() == [2.0, 2.0]
         assert "forced" in double.select(np.ones(2)).reason
@@ -156,14 +172,14 @@ def test_forced_runs_the_reference(double):
 
 
 def test_forced_ends_with_an_error_too(double):
-    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "fast")
+    double.register("numpy", takes=ALWAYS["numpy"])(saying("fast"))
     with pytest.raises(ZeroDivisionError), lq.forced("reference"):
         raise ZeroDivisionError
     assert double(np.ones(2)) == "fast"
 
 
 def test_forced_holds_for_one_thread(double):
-    double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "fast")
+    double.register("numpy", takes=ALWAYS["numpy"])(saying("fast"))
     seen = []
     with lq.forced("reference"):
         thread = threading.Thread(target=lambda: seen.append(double(np.ones(2))))
@@ -173,17 +189,18 @@ def test_forced_holds_for_one_thread(double):
 
 
 def test_forced_numpy_passes_over_compiled_kernels(double):
-    compiled = FunctionType((lambda *_: "compiled").__code__, {"__name__": "lqlora.backends.native.kernels"})
+    compiled = saying("compiled")
+    compiled.__module__ = "lqlora.backends.native.kernels"
     double.register("numpy", takes=ALWAYS["numpy"])(compiled)
-    double.register("numpy", takes=NEVER)(lambda *_: "never")
+    double.register("numpy", takes=NEVER)(saying("never"))
     assert double(np.ones(2)) == "compiled"
     with lq.forced("numpy"):
         assert double(np.ones(2)).tolist() == [2.0, 2.0]
         reason = double.select(np.ones(2)).reason
-        double.register("numpy", takes=ALWAYS["numpy"])(lambda *_: "NumPy's")
-        assert double(np.ones(2)) == "NumPy's"
+        double.register("numpy", takes=ALWAYS["numpy"])(saying("other"))
+        assert double(np.ones(2)) == "other"
     assert reason == (
-        "native.<lambda> is passed over by forced('numpy'); test_dispatch.<lambda> declined: x is not of any dtype."
+        "native.compiled is passed over by forced('numpy'); test_dispatch.never declined: x is not of any dtype."
     )
 
 
@@ -204,7 +221,7 @@ def test_hot_operations_are_dispatched(name):
 def test_explain_names_the_operations_there_are():
     with pytest.raises(
         InvalidArgumentError,
-        match="'to_blocks' is no operation; there are add_low_rank, bin_sums, block_absmax, block_extremes, decode, encode",
+        match="'to_blocks' is no operation; there are add_low_rank, best_ratios, bin_sums, block_absmax, block_extremes, decode, encode",
     ):
         lq.backends.explain("to_blocks", np.zeros(1))
 

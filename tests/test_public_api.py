@@ -16,9 +16,10 @@ CONTRACT = {
     "codebooks": ["AF4", "FP4_BNB", "abnormal_float", "block_optimal", "by_name", "is_standard"],
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],
-    "backends": ["available", "explain"],
+    "backends": ["available", "explain", "capabilities", "register", "Takes", "Availability", "Capability"],
     "testing": ["strategies", "check_quantizer", "assert_quantizer_conforms", "Report", "Finding", "PROPERTIES",
-                "check_solver", "assert_solver_conforms", "SOLVER_PROPERTIES"],
+                "check_solver", "assert_solver_conforms", "SOLVER_PROPERTIES",
+                "check_backend", "assert_backend_conforms", "BACKEND_PROPERTIES"],
 }  # fmt: skip
 
 

@@ -138,7 +138,7 @@ class Operation(Generic[P, R]):
         self.reference = reference
         self.__signature__ = self._signature = inspect.signature(reference)
         self._names = tuple(self._signature.parameters)
-        self._overrides: dict[str, list[Override]] = {}
+        self._overrides: dict[str, dict[str, Override]] = {}
         self._ready: dict[str | None, tuple[Override, ...]] = {}
 
     @property
@@ -149,7 +149,8 @@ class Operation(Generic[P, R]):
     def register(self, library: str, *, takes: Takes) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Return a decorator that adds an override for one library.
 
-        Overrides are tried in the order in which they are registered.
+        Overrides are tried in the order in which they are registered. One of the same name, of module and function,
+        takes the place of the earlier one.
 
         Parameters
         ----------
@@ -172,7 +173,7 @@ class Operation(Generic[P, R]):
         def add(function: Callable[P, R]) -> Callable[P, R]:
             name = f"{_backend(function.__module__)}.{function.__name__}"
             override = Override(name, library, function, takes, self._signature)
-            self._overrides.setdefault(library, []).append(override)
+            self._overrides.setdefault(library, {})[name] = override
             self._ready.pop(library, None)
             return function
 
@@ -194,7 +195,7 @@ class Operation(Generic[P, R]):
         known = known_libraries().get(library or "")
         if known is not None:
             known.load()
-        self._ready[library] = ready = tuple(self._overrides.get(library or "", ()))
+        self._ready[library] = ready = tuple(self._overrides.get(library or "", {}).values())
         return ready
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -44,19 +44,22 @@ class Availability:
 
 
 def available() -> dict[str, Availability]:
-    """Tell which array libraries are installed, without importing them.
+    """Tell which array libraries are installed, without importing them, and whether compiled kernels are used.
 
     Returns
     -------
     dict of str to Availability
-        ``numpy``, ``torch``, ``cupy``, and libraries that were registered.
+        ``numpy``, ``torch``, ``cupy``, libraries that were registered, and ``native``: the kernels for the CPU.
 
     Examples
     --------
     >>> bool(available()["numpy"])
     True
     """
-    return {name: _installed(name) for name in known_libraries()}
+    from lqlora.backends import native  # noqa: PLC0415 - it registers overrides, which wait for the first array
+
+    found = {name: _installed(name) for name in known_libraries()}
+    return {**found, "native": Availability(*native.status())}
 
 
 def _installed(package: str) -> Availability:

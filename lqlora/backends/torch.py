@@ -15,7 +15,7 @@ from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_packed, nearest_codes
 from lqlora.ops.search import best_ratios
-from lqlora.ops.sums import bin_sums, row_sums
+from lqlora.ops.sums import bin_sums, level_sums, row_sums
 
 __all__: list[str] = []
 
@@ -40,6 +40,16 @@ _TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
     pack_codes: Takes({"codes": ("uint8",)}),
     unpack_codes: Takes({"packed": ("uint8",)}),
     row_sums: Takes({"rows": _WIDE}),
+    level_sums: Takes(
+        {
+            "rows": ("float32",),
+            "weights": ("float32", None),
+            "importance": ("float64",),
+            "ratios": ("float32",),
+            "codes": ("uint8",),
+            "sets": ("int64",),
+        }
+    ),
     best_ratios: Takes({"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)}),
     matmul_packed: Takes(
         {"x": ("float32",), **_OF_CODES, "out": ("float32",)},

@@ -31,7 +31,7 @@ from lqlora.ops.quantize import (
 )
 from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
 from lqlora.ops.slices import put_flat, take_flat
-from lqlora.ops.sums import bin_sums, row_sums
+from lqlora.ops.sums import bin_sums, level_sums, row_sums
 
 __all__ = [
     "LowRank",
@@ -50,6 +50,7 @@ __all__ = [
     "is_contiguous",
     "is_on_host",
     "least_squares",
+    "level_sums",
     "low_rank_product",
     "matmul_dense",
     "matmul_packed",

@@ -60,7 +60,7 @@ def best_ratios(
     >>> import numpy as np, lqlora as lq
     >>> rows = np.array([[1.0, 0.5, 0.5, 0.5]], dtype=np.float32)
     >>> grid = (1.0, 0.5)
-    >>> best_ratios(rows, None, lq.int(2).levels, lq.int(2).boundaries, None, grid, 1).tolist()
+    >>> best_ratios(rows, None, lq.uniform(2).levels, lq.uniform(2).boundaries, None, grid, 1).tolist()
     [0.625]
     """
 
@@ -92,7 +92,7 @@ def nearest_values(
     Examples
     --------
     >>> import numpy as np, lqlora as lq
-    >>> nearest_values(np.array([[0.4]], dtype=np.float32), lq.int(2).levels, lq.int(2).boundaries, None).tolist()
+    >>> nearest_values(np.array([[0.4]], dtype=np.float32), lq.uniform(2).levels, lq.uniform(2).boundaries, None).tolist()
     [[0.0]]
     """
     xp = namespace(rows, zeros)

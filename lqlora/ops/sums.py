@@ -12,7 +12,7 @@ from lqlora._dispatch import namespace, op
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["bin_sums", "row_sums"]
+__all__ = ["bin_sums", "level_sums", "row_sums"]
 
 #: Integers up to this many bits are exact in float64, and so is any sum of them that stays below.
 _EXACT_BITS = 52
@@ -80,12 +80,96 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     return xp.stack(sums) * unit
 
 
+@op
+def level_sums(
+    rows: Array,
+    weights: Array | None,
+    importance: Array,
+    ratios: Array,
+    codes: Array,
+    sets: Array,
+    size: int,
+    count: int,
+) -> tuple[Array, Array]:
+    """Sum what the best levels for given codes and ratios are quotients of.
+
+    Parameters
+    ----------
+    rows : array of float32, shape (m, k)
+        Rows, each to be approximated by its ratio times the levels of its codes.
+    weights : array of float32, shape (m, k), optional
+        Weights of the squared errors.
+    importance : array of float64, shape (m,)
+        Weight of a row.
+    ratios : array of float32, shape (m,)
+        Ratios.
+    codes : array of uint8, shape (m, k)
+        Codes below ``size``.
+    sets : array of int64, shape (m,)
+        Which levels a row takes, from 0 to ``count - 1``.
+    size : int
+        Levels of a set.
+    count : int
+        Number of sets.
+
+    Returns
+    -------
+    tuple of array of float64, shape (count * size,)
+        Sums, as exact as those of :func:`bin_sums`, of ``importance * ratio * weight * entry`` and of
+        ``importance * ratio**2 * weight``: their quotients are the levels of least error.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rows, one = np.array([[1.0, 3.0, 8.0]], dtype=np.float32), np.ones(1, dtype=np.float32)
+    >>> codes, sets = np.array([[0, 0, 1]], dtype=np.uint8), np.zeros(1, dtype=np.int64)
+    >>> [x.tolist() for x in level_sums(rows, None, np.ones(1), one, codes, sets, 2, 1)]
+    [[4.0, 8.0], [2.0, 1.0]]
+    """
+    xp = namespace(rows, weights, importance, ratios, codes, sets)
+    wide = xp.astype(ratios, xp.float64)
+    scales = importance * wide
+    members = xp.reshape(xp.astype(codes, xp.int64) + sets[:, None] * size, (-1,))
+    above = scales[:, None] * xp.astype(rows, xp.float64)
+    below = (scales * wide)[:, None] * xp.ones_like(above)
+    if weights is not None:
+        own = xp.astype(weights, xp.float64)
+        above, below = above * own, below * own
+    return (
+        bin_sums(xp.reshape(above, (-1,)), members, count * size),
+        bin_sums(xp.reshape(below, (-1,)), members, count * size),
+    )
+
+
 def exact_terms(terms: Array) -> tuple[Array, float]:
     """Round terms to integers whose sums are exact in float64; return them and the unit to multiply by."""
     xp = namespace(terms)
     largest = float(xp.max(xp.abs(terms))) if terms.shape[0] else 0.0
     if largest == 0.0:
         return xp.zeros_like(terms), 1.0
-    exponent = math.frexp(largest)[1] + (terms.shape[0] - 1).bit_length() - _EXACT_BITS
-    unit = math.ldexp(1.0, max(exponent, -1000))
+    unit = unit_of(largest, terms.shape[0])
     return xp.round(terms / unit), unit
+
+
+def unit_of(largest: float, count: int) -> float:
+    """Return the power of two whose multiples terms are rounded to: the sum of so many stays exact.
+
+    Parameters
+    ----------
+    largest : float
+        Largest magnitude of the terms, above zero.
+    count : int
+        Number of terms.
+
+    Returns
+    -------
+    float
+        The unit.
+
+    Examples
+    --------
+    >>> unit_of(1.0, 2) == 2.0**-50
+    True
+    """
+    exponent = math.frexp(largest)[1] + (count - 1).bit_length() - _EXACT_BITS
+    return math.ldexp(1.0, max(exponent, -1000))

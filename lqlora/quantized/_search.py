@@ -201,19 +201,10 @@ def _alternate(
             ratios = best_ratios(rows, weights, rounding, None, grid)
         codes = rounding.codes(rows / ratios[:, None])
         ratios = ops.least_squares(rows, weights, rounding.values(codes), ratios)
-        scales = importance * xp.astype(ratios, xp.float64)
-        members = xp.reshape(xp.astype(codes, xp.int64) + sets[:, None] * size, (-1,))
-        above = _weighted(scales[:, None] * xp.astype(rows, xp.float64), weights)
-        below = _weighted((scales * xp.astype(ratios, xp.float64))[:, None] * xp.ones_like(above), weights)
-        above = ops.bin_sums(xp.reshape(above, (-1,)), members, count * size)
-        below = ops.bin_sums(xp.reshape(below, (-1,)), members, count * size)
+        above, below = ops.level_sums(rows, weights, importance, ratios, codes, sets, size, count)
         centers = xp.astype(above / xp.where(below > 0, below, xp.ones_like(below)), xp.float32)
         levels = xp.reshape(xp.where(below > 0, centers, xp.reshape(levels, (-1,))), (count, size))
         levels = xp.sort(levels, axis=1)
     rounding = Rounding.of(codebook, levels, sets)
     errors = ops.squared_errors(rows, weights, ratios, rounding.nearest(rows / ratios[:, None], None))
     return levels, ops.bin_sums(importance * xp.astype(errors, xp.float64), sets, count)
-
-
-def _weighted(terms: Array, weights: Array | None) -> Array:
-    return terms if weights is None else terms * namespace(terms).astype(weights, terms.dtype)

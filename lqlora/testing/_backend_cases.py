@@ -52,7 +52,7 @@ class Blocks:
 
     OPERATIONS: ClassVar = (
         "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "decode", "pack_codes",
-        "unpack_codes", "bin_sums",
+        "unpack_codes", "bin_sums", "row_sums", "best_ratios", "level_sums",
     )  # fmt: skip
 
     def arguments(self, operation: str) -> tuple[Any, ...]:
@@ -72,9 +72,34 @@ class Blocks:
             "pack_codes": lambda: (self.codes, self.bits),
             "unpack_codes": lambda: (self.packed, self.bits, self.count),
             "bin_sums": lambda: (wide.astype(np.float64), self.codes.astype(np.int64) % 16, 16),
+            "row_sums": lambda: (self._rows(wide),),
+            "best_ratios": self._search,
+            "level_sums": self._fit,
         }  # fmt: skip
         arguments: tuple[Any, ...] = calls[operation]()
         return arguments
+
+    def _rows(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the whole blocks as rows."""
+        columns = max(1, min(self.block_size, self.count))
+        rows = self.count // columns
+        return values[: rows * columns].reshape(rows, columns)
+
+    def _fit(self) -> tuple[Any, ...]:
+        """Return rows with ratios, codes and two sets of levels to fit to them."""
+        rows = np.nan_to_num(self._rows(self.wide.astype(np.float32)), posinf=1, neginf=-1)
+        rng, size = np.random.default_rng(self.seed + 4), len(self.codebook)
+        ratios, importance = rng.uniform(0.5, 1.5, (2, rows.shape[0]))
+        sets = rng.integers(0, 2, rows.shape[0])
+        weights = rng.random(rows.shape).astype(np.float32) if self.seed % 2 else None
+        return rows, weights, importance, ratios.astype(np.float32), self._rows(self.codes), sets, size, 2
+
+    def _search(self) -> tuple[Any, ...]:
+        """Return rows to search ratios for, with weights or without."""
+        rows = self._rows(np.clip(self._normalized, -4, 4).astype(np.float32))
+        weights = np.random.default_rng(self.seed).random(rows.shape, dtype=np.float32) if self.seed % 2 else None
+        zeros = None if self.zeros is None else self.zeros[: len(rows), None].astype(np.float32)
+        return rows, weights, self.codebook.levels, self.codebook.boundaries, zeros, (1.0, 0.75, 0.875, 1.125), 2
 
     @cached_property
     def codebook(self) -> Codebook:

@@ -14,7 +14,7 @@ from lqlora._dispatch import Operation, array_library, forced
 from lqlora.errors import UnsupportedArrayError
 from lqlora.testing._backend_cases import DTYPES
 from lqlora.testing._subject import on_host
-from lqlora.testing._verdicts import RefusedError, ViolationError, named
+from lqlora.testing._verdicts import NotApplicableError, RefusedError, ViolationError, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -86,7 +86,14 @@ class BackendSubject:
 
     def of(self, case: Blocks | Product) -> list[str]:
         """Return the operations asked for that a case has arguments of."""
-        return [name for name in case.OPERATIONS if name in self.names]
+        return self.asked(*case.OPERATIONS)
+
+    def asked(self, *names: str) -> list[str]:
+        """Return those of some operations that were asked for."""
+        found = [name for name in names if name in self.names]
+        if not found:
+            raise NotApplicableError(f"is about {', '.join(names)}")
+        return found
 
     def calls(self, case: Blocks | Product) -> Iterator[Call]:
         """Yield a call of every implementation of every operation that takes the arguments of a case."""

@@ -35,10 +35,10 @@ def planted(name, function, takes=None):
     """Make a function the first override of an operation for NumPy."""
     operation = getattr(ops, name)
     operation.overrides("numpy")  # those that there are come first, if they are not loaded yet
-    before = operation._overrides.get("numpy", [])
-    operation._overrides["numpy"] = []
+    before = operation._overrides.get("numpy", {})
+    operation._overrides["numpy"] = {}
     operation.register("numpy", takes=takes or TAKES[name])(function)
-    operation._overrides["numpy"] += before
+    operation._overrides["numpy"] |= before
     try:
         yield
     finally:

@@ -64,6 +64,18 @@ struct Search {
     float* best;
 };
 
+// Rows whose entries are summed by the level that their codes name, `size` levels in each set.
+struct Levels {
+    const float* rows;
+    const float* weights;  // or null
+    const double* importance;
+    const float* ratios;
+    const uint8_t* codes;
+    const int64_t* sets;
+    int64_t columns;
+    int64_t size;
+};
+
 // Each function works on a range of blocks, of weights (from a multiple of eight) or of rows.
 struct Kernels {
     const char* name;
@@ -75,5 +87,8 @@ struct Kernels {
     void (*unpack)(const uint8_t* packed, int32_t bits, int64_t count, int64_t first, int64_t last, uint8_t* codes);
     void (*row_sums)(const void* rows, int32_t dtype, int64_t columns, int64_t first, int64_t last, void* sums);
     void (*search)(const Search*, int64_t first, int64_t last);
+    void (*level_maxima)(const Levels*, int64_t first, int64_t last, double* above, double* below);
+    void (*level_sums)(const Levels*, int64_t first, int64_t last, double above_unit, double below_unit, double* above,
+                       double* below);
     void (*multiply)(const Product*, int64_t first, int64_t last);
 };

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <functional>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -153,4 +154,37 @@ LQLORA_EXPORT void lqlora_multiply(const float* x, int64_t x_rows, int64_t rows,
     const Product product{matrix, x, x_rows, rows, columns, out};
     in_ranges(rows, 1, rows * columns, threads,
               [&](int64_t first, int64_t last) { kernels().multiply(&product, first, last); });
+}
+
+LQLORA_EXPORT void lqlora_level_maxima(const float* rows, const float* weights, const double* importance,
+                                       const float* ratios, int64_t count, int64_t columns, double* maxima,
+                                       int32_t threads) {
+    const Levels levels{rows, weights, importance, ratios, nullptr, nullptr, columns, 0};
+    std::mutex mutex;
+    maxima[0] = maxima[1] = 0;
+    in_ranges(count, 1, count * columns, threads, [&](int64_t first, int64_t last) {
+        double own[2];
+        kernels().level_maxima(&levels, first, last, own, own + 1);
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (int k = 0; k < 2; ++k) maxima[k] = own[k] > maxima[k] || own[k] != own[k] ? own[k] : maxima[k];
+    });
+}
+
+// Integers are added up: which range is first does not matter.
+LQLORA_EXPORT void lqlora_level_sums(const float* rows, const float* weights, const double* importance,
+                                     const float* ratios, const uint8_t* codes, const int64_t* sets, int64_t count,
+                                     int64_t columns, int64_t size, int64_t set_count, double above_unit,
+                                     double below_unit, double* above, double* below, int32_t threads) {
+    const Levels levels{rows, weights, importance, ratios, codes, sets, columns, size};
+    const size_t bins = static_cast<size_t>(size * set_count);
+    std::mutex mutex;
+    in_ranges(count, 1, count * columns, threads, [&](int64_t first, int64_t last) {
+        std::vector<double> own(2 * bins);
+        kernels().level_sums(&levels, first, last, above_unit, below_unit, own.data(), own.data() + bins);
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (size_t bin = 0; bin < bins; ++bin) {
+            above[bin] += own[bin];
+            below[bin] += own[bins + bin];
+        }
+    });
 }

@@ -20,7 +20,7 @@ __all__ = ["instruction_sets", "loaded", "status", "using"]
 _FOLDER = Path(__file__).parent
 _SOURCES = ("kernels.h", "kernels.cpp", "library.cpp")
 
-_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_POINTER, _INT, _LONG, _REAL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 
 #: Parameters of what ``library.cpp`` exports, but for the number of threads, which is the last one of all.
 _FUNCTIONS = {
@@ -30,6 +30,12 @@ _FUNCTIONS = {
     "decode": (*(_POINTER, _POINTER, _POINTER), *(_POINTER, _INT, _INT), *(_LONG, _LONG), *(_POINTER, _INT)),
     "pack": (_POINTER, _INT, _LONG, _POINTER),
     "unpack": (_POINTER, _INT, _LONG, _POINTER),
+    "level_maxima": (*(_POINTER, _POINTER, _POINTER, _POINTER), *(_LONG, _LONG), _POINTER),
+    "level_sums": (
+        *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
+        *(_LONG, _LONG, _LONG, _LONG),
+        *(_REAL, _REAL, _POINTER, _POINTER),
+    ),
     "multiply": (
         *(_POINTER, _LONG, _LONG, _LONG),
         *(_POINTER, _POINTER, _POINTER),

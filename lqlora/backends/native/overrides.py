@@ -18,7 +18,7 @@ from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_packed, nearest_codes
 from lqlora.ops.search import best_ratios
-from lqlora.ops.sums import row_sums
+from lqlora.ops.sums import level_sums, row_sums, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -311,15 +311,21 @@ def halved_sums(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return sums
 
 
+def _is_searchable(
+    rows: Any, weights: Any, levels: Any, _boundaries: Any, zeros: Any, _grid: Any, _refinements: Any
+) -> bool:
+    weights_fit = weights is None or weights.shape == rows.shape
+    zeros_fit = zeros is None or zeros.shape == (rows.shape[0], 1)
+    return bool(weights_fit and zeros_fit and 1 <= rows.shape[1] <= _LONGEST_ROW and len(levels) <= 256)
+
+
 @_overrides(
     best_ratios,
     Takes(
         {"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)},
         contiguous=("rows", "weights", "zeros"),
-        condition=lambda rows, _weights, levels, _boundaries, _zeros, _grid, _refinements: (
-            1 <= rows.shape[1] <= _LONGEST_ROW and len(levels) <= 256
-        ),
-        sentence="rows of a million entries at most",
+        condition=_is_searchable,
+        sentence="rows of a million entries at most, with a weight for each entry",
     ),
 )
 def searched_ratios(
@@ -337,3 +343,51 @@ def searched_ratios(
     known = (_at(tables[0]), _at(tables[1]), len(levels), _at(tables[2]), len(grid), refinements)
     _call("search", _at(rows), _at(weights), *rows.shape, _at(zeros), *known, _at(best))
     return best
+
+
+def _can_be_summed(
+    rows: Any, weights: Any, importance: Any, ratios: Any, codes: Any, sets: Any, size: int, count: int
+) -> bool:
+    """Accept what no sum is written beyond the end for."""
+    by_row = {array.shape for array in (importance, ratios, sets)} == {rows.shape[:1]}
+    by_entry = codes.shape == rows.shape and (weights is None or weights.shape == rows.shape)
+    if not by_row or not by_entry or rows.size < 2:
+        return False
+    return bool(codes.max() < size and sets.min() >= 0 and sets.max() < count)
+
+
+@_overrides(
+    level_sums,
+    Takes(
+        {
+            "rows": ("float32",),
+            "weights": ("float32", None),
+            "importance": ("float64",),
+            "ratios": ("float32",),
+            "codes": ("uint8",),
+            "sets": ("int64",),
+        },
+        contiguous=("rows", "weights", "importance", "ratios", "codes", "sets"),
+        condition=_can_be_summed,
+        sentence="two entries or more, and codes and sets that exist",
+    ),
+)
+def summed_by_level(
+    rows: npt.NDArray[np.float32],
+    weights: npt.NDArray[np.float32] | None,
+    importance: npt.NDArray[np.float64],
+    ratios: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8],
+    sets: npt.NDArray[np.int64],
+    size: int,
+    count: int,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Look for the largest term, then add integers up."""
+    maxima, sums = np.empty(2), np.zeros((2, count * size))
+    given = (_at(rows), _at(weights), _at(importance), _at(ratios))
+    _call("level_maxima", *given, *rows.shape, _at(maxima))
+    if not np.isfinite(maxima).all():
+        return level_sums.reference(rows, weights, importance, ratios, codes, sets, size, count)
+    units = [unit_of(largest, rows.size) if largest else 1.0 for largest in maxima.tolist()]
+    _call("level_sums", *given, _at(codes), _at(sets), *rows.shape, size, count, *units, _at(sums[0]), _at(sums[1]))
+    return sums[0] * units[0], sums[1] * units[1]

@@ -55,7 +55,7 @@ class Kernel:
     """One kernel of a library.
 
     ``parameters`` are words of a kind, which is ``p``, ``i`` or ``f``, and a size in bytes: that of the number, or of
-    what the pointer points to, which is 0 where that is not told.
+    what the pointer points to.
     """
 
     def __init__(self, library: ctypes.CDLL, number: int, name: str, most_threads: int) -> None:

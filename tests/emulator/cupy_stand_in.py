@@ -193,7 +193,7 @@ class _Function:
     def _bytes(where: str, value: Any, parameter: str) -> bytes:
         kind, size = parameter[0], int(parameter[1])
         if isinstance(value, ndarray):
-            if kind != "p" or size not in (0, value.values.itemsize):
+            if kind != "p" or size != value.values.itemsize:
                 raise TypeError(f"{where} is an array of {value.values.dtype}, the parameter is {parameter}.")
             if not value.values.flags.c_contiguous:
                 raise ValueError(f"{where} is not contiguous.")

@@ -14,6 +14,7 @@
 #define __shared__ static
 
 struct uint3 { unsigned x, y, z; };
+
 namespace emulated {
 
 #pragma GCC visibility push(default)
@@ -55,8 +56,6 @@ template <class T> T shuffle(unsigned mask, T value, int source, int line) {
 }
 
 template <class T> struct Parameter { static constexpr char kind = std::is_floating_point_v<T> ? 'f' : 'i', size = sizeof(T); };
-template <> struct Parameter<void*> { static constexpr char kind = 'p', size = 0; };
-template <> struct Parameter<const void*> { static constexpr char kind = 'p', size = 0; };
 template <class T> struct Parameter<T*> { static constexpr char kind = 'p', size = sizeof(T); };
 
 template <auto kernel> struct Kernel;

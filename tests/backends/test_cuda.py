@@ -305,7 +305,7 @@ def test_quantization_of_both_kinds_of_device_is_that_of_numpy(cupy, name):
 
 @pytest.mark.slow
 def test_the_suite_for_backends_finds_nothing(cupy):
-    report = check_backend("cupy", max_examples=10)
+    report = check_backend("cupy", max_examples=4)
     assert report.passed, str(report)
 
 

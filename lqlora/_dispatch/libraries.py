@@ -83,8 +83,13 @@ _LIBRARIES: dict[str, Library] = {
         Library(
             "numpy", ("numpy:ndarray", "numpy:generic"), ("lqlora.backends.native", "lqlora.backends.numpy"), "host"
         ),
-        Library("torch", ("torch:Tensor", "torch.nn:Parameter"), ("lqlora.backends.torch",), exact=True),
-        Library("cupy", ("cupy:ndarray",), (), "device"),
+        Library(
+            "torch",
+            ("torch:Tensor", "torch.nn:Parameter"),
+            ("lqlora.backends.torch", "lqlora.backends.cupy.tensors"),
+            exact=True,
+        ),
+        Library("cupy", ("cupy:ndarray",), ("lqlora.backends.cupy.arrays",), "device"),
     )
 }
 

@@ -130,7 +130,7 @@ def native_dtype(array: Array, dtype: str) -> Any:
     Returns
     -------
     dtype
-        NumPy's bfloat16 is the one of ``ml_dtypes``.
+        The bfloat16 of NumPy and CuPy is the one of ``ml_dtypes``.
 
     Raises
     ------
@@ -149,7 +149,7 @@ def native_dtype(array: Array, dtype: str) -> Any:
     if dtype in _FLOATS[:2]:
         return getattr(xp, dtype)
     library = array_library(array)
-    if library == "numpy":
+    if library in ("numpy", "cupy"):
         return np.dtype(np.float16 if dtype == "float16" else ml_dtypes.bfloat16)
     if library == "array-api" or not hasattr(xp, dtype):
         owner = type(array).__module__.partition(".")[0]

@@ -1,0 +1,42 @@
+"""Registers the kernels for CuPy's own arrays."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lqlora.backends.cupy.taken import register
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from lqlora._typing import Array
+
+__all__: list[str] = []
+
+
+class CuPyMemory:
+    """CuPy's own arrays, on CuPy's current stream."""
+
+    library = "cupy"
+
+    def device(self, array: Array) -> int:
+        """Return the number of the device."""
+        return int(array.device.id)
+
+    def scope(self, array: Array) -> AbstractContextManager[Any]:
+        """Return the device, which makes itself the current one."""
+        device: AbstractContextManager[Any] = array.device
+        return device
+
+    def view(self, array: Array) -> Any:
+        """Return the array itself."""
+        return array
+
+    def empty(self, count: int, dtype: str, like: Array) -> Array:
+        """Return an array from CuPy's allocator."""
+        with like.device:
+            return importlib.import_module("cupy").empty((count,), dtype=dtype)
+
+
+register(CuPyMemory())

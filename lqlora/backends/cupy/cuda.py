@@ -1,0 +1,190 @@
+"""How the kernel of each operation is called."""
+
+from __future__ import annotations
+
+from math import inf, prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lqlora import ops
+from lqlora._dispatch import dtype_name
+from lqlora.backends.cupy.launch import launch, table
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from lqlora._typing import Array
+    from lqlora.backends.cupy.memory import Memory
+
+__all__ = ["GROUP", "MOST_INPUTS", "Kernels"]
+
+#: How the kernels call the dtypes.
+_TYPES = {"float32": "float", "float16": "Float16", "bfloat16": "BFloat16", "float64": "double"}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+#: Weights that one team of lanes looks at; the statistics of the parts of longer blocks meet in global memory.
+_PART = 4096
+
+#: Rows of inputs that matrix products are compiled for. With more of them, dense products of decoded tiles are faster.
+_INPUTS = (1, 4, 16)
+MOST_INPUTS = _INPUTS[-1]
+
+#: Threads of a block, and those of a matrix product, whose warps have two rows each.
+_THREADS, _PRODUCT_THREADS = 256, 128
+
+#: Weights, or codes, that a thread has at a time.
+GROUP = 8
+
+
+class Kernels:
+    """The operations on the arrays of one library; methods are named as the operations are.
+
+    Parameters
+    ----------
+    memory : Memory
+        How the arrays are reached.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def block_absmax(self, flat: Array, block_size: int) -> Array:
+        """Reduce each block in a team of lanes."""
+        return self._statistics(flat, block_size, extremes=False)[1]
+
+    def block_extremes(self, flat: Array, block_size: int) -> tuple[Array, Array]:
+        """Reduce each block in a team of lanes."""
+        return self._statistics(flat, block_size, extremes=True)
+
+    def _statistics(self, flat: Array, block_size: int, *, extremes: bool) -> tuple[Array, Array]:
+        count, name = flat.shape[0], dtype_name(flat)
+        block_size = max(1, min(block_size, count))
+        blocks, wide = -(-count // block_size), "float64" if name == "float64" else "float32"
+        high = self._memory.empty(blocks, wide, flat)
+        low = self._memory.empty(blocks, wide, flat) if extremes else high
+        if not count:
+            return low, high
+        parts = -(-block_size // _PART)
+        if parts > 1:  # what the parts of a block are merged into
+            with self._memory.scope(flat):
+                high[...] = 0
+                low[...] = 0
+        lanes = _lanes(min(block_size, _PART, count), 16 // _ITEM_BYTES[name])
+        kernel = f"block_statistics<{_TYPES[name]}, {str(extremes).lower()}>"
+        sizes = (np.int64(count), np.int64(block_size), np.int64(_PART), np.int32(lanes))
+        self._run("blocks", kernel, blocks * parts * lanes, (flat, low, high, *sizes))
+        return low, high
+
+    def nearest_codes(self, values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
+        """Search the boundaries of each value."""
+        count = prod(values.shape)
+        codes = self._memory.empty(count, "uint8", values)
+        if count:
+            cells = 1 << len(boundaries).bit_length()
+            cuts = (boundaries, max(1, cells - 1), inf)
+            arguments = (values, cuts, np.int32(cells), codes, np.int64(count))
+            self._run("encode", f"nearest_codes<{_TYPES[dtype_name(values)]}>", -(-count // GROUP), arguments)
+        return codes.reshape(values.shape)
+
+    def encode_packed(
+        self,
+        flat: Array,
+        scales: Array,
+        zero_points: Array | None,
+        boundaries: npt.NDArray[np.float32],
+        bits: int,
+        block_size: int,
+    ) -> Array:
+        """Divide, search and pack in one pass."""
+        count = flat.shape[0]
+        packed = self._memory.empty(ops.packed_size(count, bits), "uint8", flat)
+        if count:
+            zeros, affine = _zero_points(zero_points, packed)
+            cuts = (boundaries, 2**bits - 1, inf)
+            arguments = (flat, scales, zeros, affine, cuts, packed, np.int64(count), *_blocks(block_size))
+            self._run("encode", f"encode_packed<{bits}, {_TYPES[dtype_name(flat)]}>", -(-count // GROUP), arguments)
+        return packed
+
+    def decode(
+        self,
+        packed: Array,
+        scales: Array,
+        zero_points: Array | None,
+        levels: npt.NDArray[np.float32],
+        bits: int,
+        block_size: int,
+        out: Array,
+    ) -> Array:
+        """Look up, multiply and round in one pass."""
+        count = out.shape[0]
+        if count:
+            zeros, affine = _zero_points(zero_points, packed)
+            known = (levels, 2**bits, 0.0)
+            arguments = (packed, scales, zeros, affine, known, out, np.int64(count), *_blocks(block_size))
+            self._run("decode", f"decode<{bits}, {_TYPES[dtype_name(out)]}>", -(-count // GROUP), arguments)
+        return out
+
+    def pack_codes(self, codes: Array, bits: int) -> Array:
+        """Pack eight codes in each thread."""
+        count = codes.shape[0]
+        packed = self._memory.empty(ops.packed_size(count, bits), "uint8", codes)
+        if count:
+            self._run("packing", f"pack_codes<{bits}>", -(-count // GROUP), (codes, packed, np.int64(count)))
+        return packed
+
+    def unpack_codes(self, packed: Array, bits: int, count: int) -> Array:
+        """Unpack eight codes in each thread."""
+        codes = self._memory.empty(count, "uint8", packed)
+        if count:
+            self._run("packing", f"unpack_codes<{bits}>", -(-count // GROUP), (packed, codes, np.int64(count)))
+        return codes
+
+    def matmul_packed(
+        self,
+        x: Array,
+        packed: Array,
+        scales: Array,
+        zero_points: Array | None,
+        levels: npt.NDArray[np.float32],
+        bits: int,
+        block_size: int,
+        out: Array,
+    ) -> Array:
+        """Decode each weight once, in registers, for all rows of inputs."""
+        (inputs, columns), rows = x.shape, out.shape[1]
+        if not rows:
+            return out
+        most = next(most for most in _INPUTS if inputs <= most)
+        zeros, affine = _zero_points(zero_points, packed)
+        sizes = (np.int32(inputs), np.int64(rows), np.int64(columns), *_blocks(block_size))
+        arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
+        kernel = f"matmul_packed<{bits}, {_TYPES[dtype_name(x)]}, {most}>"
+        self._run("matmul", kernel, -(-rows // 2) * 32, arguments, _PRODUCT_THREADS)
+        return out
+
+    def _run(self, module: str, kernel: str, work: int, arguments: tuple[Any, ...], threads: int = _THREADS) -> None:
+        """Launch a kernel; a table of the host is given as its entries, their number, and what fills it up."""
+        device = self._memory.device(arguments[0]) or 0
+        with self._memory.scope(arguments[0]):
+            launch(device, module, kernel, threads, work, tuple(self._argument(device, value) for value in arguments))
+
+    def _argument(self, device: int, value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value
+        return table(device, *value) if isinstance(value, tuple) else self._memory.view(value)
+
+
+def _lanes(weights: int, at_once: int) -> int:
+    """Return how many lanes of a warp share a part of a block: a power of two, such that each loads sixteen bytes."""
+    return min(32, 1 << max(0, (-(-weights // at_once) - 1).bit_length()))
+
+
+def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int32]:
+    """Return what a kernel is given for zero points, and whether it may look: CuPy has no word for a null pointer."""
+    return (other, np.int32(0)) if zero_points is None else (zero_points, np.int32(1))
+
+
+def _blocks(block_size: int) -> tuple[np.int64, np.float64]:
+    """Return the length of blocks, and its reciprocal: on a device a long division is a call."""
+    return np.int64(block_size), np.float64(1 / block_size)

@@ -1,0 +1,78 @@
+// From weights to codes, given the scales. A thread has eight weights at a time.
+
+// How many of the boundaries are strictly below: those of `cells` cells, in order, filled up with infinity.
+template <class Wide> __device__ __forceinline__ int cell_of(Wide normalized, const float* cuts, int cells) {
+  int code = 0;
+  for (int step = cells / 2; step > 0; step /= 2)
+    if (normalized > cuts[code + step - 1]) code += step;
+  return code;
+}
+
+// What a block of weights is divided by, and its zero point.
+template <class Wide> struct Scaling {
+  Wide divisor, zero;
+
+  __device__ __forceinline__ void of(long long block, const Wide* scales, const unsigned char* zero_points, bool affine) {
+    const Wide scale = scales[block];
+    divisor = scale != 0 ? scale : (Wide)__uint_as_float(0x7f800000u);
+    zero = affine ? (Wide)zero_points[block] : (Wide)0;
+  }
+};
+
+template <int bits, class Value>
+__global__ void __launch_bounds__(256)
+    encode_packed(const Value* __restrict__ flat, const typename Arithmetic<Value>::type* __restrict__ scales,
+                  const unsigned char* __restrict__ zero_points, int affine, const float* __restrict__ boundaries,
+                  unsigned char* __restrict__ packed, long long count, long long block_size, double inverse) {
+  using Wide = typename Arithmetic<Value>::type;
+  constexpr int cells = 1 << bits;
+  __shared__ float cuts[cells - 1];
+  share(boundaries, cuts);
+  const bool wide_loads = is_aligned(flat, 16), wide_stores = is_aligned(packed, word_bytes<bits>);
+  for (long long first = first_thread() * GROUP; first < count; first += thread_count() * GROUP) {
+    const int length = group_length(first, count);
+    Wide values[GROUP];
+    if (length == GROUP) {
+      load_eight(flat + first, wide_loads, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) values[i] = i < length ? widen(flat[first + i]) : (Wide)0;
+    }
+    BlockWalk walk(position_of(first, {block_size, inverse}), block_size);
+    Scaling<Wide> scaling;
+    scaling.of(walk.block, scales, zero_points, affine);
+    unsigned long long group = 0;
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) {
+      if (i >= length) break;
+      if (walk.enters(i)) scaling.of(walk.block, scales, zero_points, affine);
+      const Wide normalized = values[i] / scaling.divisor + scaling.zero;
+      group |= (unsigned long long)cell_of(normalized, cuts, cells) << bits * i;
+    }
+    store_group<bits>(packed + first / GROUP * bits, wide_stores, length, group);
+  }
+}
+
+template <class Value>
+__global__ void __launch_bounds__(256)
+    nearest_codes(const Value* __restrict__ flat, const float* __restrict__ boundaries, int cells,
+                  unsigned char* __restrict__ codes, long long count) {
+  __shared__ float cuts[255];
+  for (int i = threadIdx.x; i < cells - 1; i += blockDim.x) cuts[i] = boundaries[i];
+  __syncthreads();
+  const bool wide_loads = is_aligned(flat, 16), wide_stores = is_aligned(codes, 8);
+  for (long long first = first_thread() * GROUP; first < count; first += thread_count() * GROUP) {
+    const int length = group_length(first, count);
+    Value values[GROUP];
+    if (length == GROUP) {
+      load_eight(flat + first, wide_loads, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) values[i] = i < length ? flat[first + i] : (Value)0;
+    }
+    unsigned long long group = 0;
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) group |= (unsigned long long)cell_of(values[i], cuts, cells) << 8 * i;
+    store_group<8>(codes + first, wide_stores, length, group);
+  }
+}

@@ -1,0 +1,177 @@
+"""Which calls the kernels are given."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lqlora import ops
+from lqlora._dispatch import Takes, array_library, dtype_name
+from lqlora._optional import is_installed
+from lqlora.backends.cupy.cuda import GROUP, MOST_INPUTS, Kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from lqlora._dispatch import Operation
+    from lqlora._typing import Array
+    from lqlora.backends.cupy.memory import Memory
+
+__all__ = ["kernels_run", "register"]
+
+
+@functools.cache
+def kernels_run() -> bool:
+    """Tell whether CuPy is installed and finds a CUDA device; without a driver it can be imported all the same.
+
+    Returns
+    -------
+    bool
+        Found out once.
+    """
+    return is_installed("cupy") and bool(importlib.import_module("cupy").cuda.is_available())
+
+
+def register(memory: Memory) -> None:
+    """Register the kernels for the arrays of one library.
+
+    Parameters
+    ----------
+    memory : Memory
+        How the arrays are reached.
+    """
+    kernels = Kernels(memory)
+    for operation, taken in _TAKEN.items():
+        takes = Takes(
+            taken.dtypes,
+            bits=tuple(range(1, 9)) if "bits" in operation.__signature__.parameters else None,
+            memory="device",
+            contiguous=tuple(taken.dtypes),
+            condition=functools.partial(_condition, memory, taken.fits),
+            sentence=f"{taken.sentence}, on one CUDA device that CuPy can use",
+        )
+        operation.register(memory.library, takes=takes)(getattr(kernels, operation.name))
+
+
+def _condition(memory: Memory, fits: Callable[..., bool], *args: Any) -> bool:
+    if not kernels_run():
+        return False
+    devices = {memory.device(value) for value in args if array_library(value) == memory.library}
+    return len(devices) == 1 and None not in devices and fits(*args)
+
+
+class _Taken(NamedTuple):
+    """Arrays and their dtypes, and what else has to hold: as code, and in words."""
+
+    dtypes: dict[str, tuple[str | None, ...]]
+    fits: Callable[..., bool]
+    sentence: str
+
+
+def _is_flat(flat: Array, block_size: int) -> bool:
+    return len(flat.shape) == 1 and block_size >= 1
+
+
+def _values_fit(values: Array, boundaries: npt.NDArray[np.float32]) -> bool:  # noqa: ARG001
+    return len(boundaries) <= 255
+
+
+def _encoding_fits(
+    flat: Array,
+    scales: Array,
+    zero_points: Array | None,
+    boundaries: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+) -> bool:
+    wide = "float64" if dtype_name(flat) == "float64" else "float32"
+    plain = _is_flat(flat, block_size) and len(boundaries) < 2**bits and dtype_name(scales) == wide
+    return plain and _scales_fit(flat.shape[0], scales, zero_points, block_size)
+
+
+def _scales_fit(count: int, scales: Array, zero_points: Array | None, block_size: int) -> bool:
+    blocks = (-(-count // block_size),)
+    return tuple(scales.shape) == blocks and (zero_points is None or tuple(zero_points.shape) == blocks)
+
+
+def _weight_fits(
+    count: int,
+    packed: Array,
+    scales: Array,
+    zero_points: Array | None,
+    levels: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+) -> bool:
+    codes = tuple(packed.shape) == (ops.packed_size(count, bits),)
+    known = block_size >= 1 and len(levels) <= 2**bits
+    return codes and known and _scales_fit(count, scales, zero_points, block_size)
+
+
+def _decoding_fits(
+    packed: Array,
+    scales: Array,
+    zero_points: Array | None,
+    levels: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+    out: Array,
+) -> bool:
+    flat = len(out.shape) == 1
+    return flat and _weight_fits(out.shape[0], packed, scales, zero_points, levels, bits, block_size)
+
+
+def _codes_fit(codes: Array, bits: int) -> bool:  # noqa: ARG001
+    return len(codes.shape) == 1
+
+
+def _packed_fits(packed: Array, bits: int, count: int) -> bool:
+    return tuple(packed.shape) == (ops.packed_size(count, bits),)
+
+
+def _product_fits(
+    x: Array,
+    packed: Array,
+    scales: Array,
+    zero_points: Array | None,
+    levels: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+    out: Array,
+) -> bool:
+    if len(x.shape) != 2 or len(out.shape) != 2 or out.shape[0] != x.shape[0] or out.dtype != x.dtype:
+        return False
+    (inputs, columns), rows = x.shape, out.shape[1]
+    few = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0 and max(columns, block_size) < 2**31
+    return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
+
+
+_NARROW = ("float32", "float16", "bfloat16")
+_FLOATS = (*_NARROW, "float64")
+_CODES: dict[str, tuple[str | None, ...]] = {"packed": ("uint8",)}
+_SCALES: dict[str, tuple[str | None, ...]] = {"scales": ("float32",), "zero_points": ("uint8", None)}
+
+_TAKEN: dict[Operation[Any, Any], _Taken] = {
+    ops.block_absmax: _Taken({"flat": _FLOATS}, _is_flat, "flat arrays"),
+    ops.block_extremes: _Taken({"flat": _FLOATS}, _is_flat, "flat arrays"),
+    ops.nearest_codes: _Taken({"values": _FLOATS[::3]}, _values_fit, "up to 255 boundaries"),
+    ops.encode_packed: _Taken(
+        {"flat": _FLOATS, "scales": _FLOATS[::3], "zero_points": ("uint8", None)},
+        _encoding_fits,
+        "flat arrays with a scale for each block",
+    ),
+    ops.decode: _Taken(
+        {**_CODES, **_SCALES, "out": _NARROW}, _decoding_fits, "as many codes and scales as a flat result takes"
+    ),
+    ops.pack_codes: _Taken({"codes": ("uint8",)}, _codes_fit, "flat arrays"),
+    ops.unpack_codes: _Taken(_CODES, _packed_fits, "as many bytes as the codes take"),
+    ops.matmul_packed: _Taken(
+        {"x": _NARROW, **_CODES, **_SCALES, "out": _NARROW},
+        _product_fits,
+        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs, blocks below 2**31, and as many codes and scales as the weight takes",
+    ),
+}

@@ -1,0 +1,52 @@
+"""CuPy for the tests of the CUDA kernels: the stand-in that emulates them, and the real one where there is a device."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import array_api_compat
+import pytest
+
+from lqlora._optional import is_installed
+from lqlora.backends.cupy import taken
+from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
+from tests.emulator import build
+from tests.emulator.cupy_stand_in import CuPyStandIn
+from tests.requirements import require_or_skip
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: What is compiled together: a call to the compiler for each kernel would take longer.
+TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE) for name in names}
+
+
+@pytest.fixture(scope="module", params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])
+def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The module ``cupy``; whichever it is, kernels run by the backend's own code."""
+    if request.param == "device":
+        require_or_skip("cupy", is_installed("cupy") and importlib.import_module("cupy").cuda.is_available())
+        yield importlib.import_module("cupy")
+    else:
+        yield from stand_in()
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Iterator[CuPyStandIn]:
+    """Only the stand-in."""
+    yield from stand_in()
+
+
+def stand_in() -> Iterator[CuPyStandIn]:
+    """Put the stand-in where CuPy would be."""
+    require_or_skip("g++", build.is_available())
+    module = CuPyStandIn(TOGETHER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", module)
+        patch.setitem(sys.modules, "array_api_compat.cupy", module)
+        patch.setattr(array_api_compat, "cupy", module, raising=False)
+        taken.kernels_run.cache_clear()
+        yield module
+    taken.kernels_run.cache_clear()

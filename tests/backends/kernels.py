@@ -1,0 +1,36 @@
+"""Every kernel of the CUDA backend by name: what a compiler, or the emulator, is asked to make of the templates."""
+
+from __future__ import annotations
+
+__all__ = ["EXACT", "KERNELS", "MATMUL_SAMPLE"]
+
+_BITS = range(1, 9)
+_FLOATS = ("float", "Float16", "BFloat16")
+
+#: Modules whose results are the bytes of the reference, so that nothing in them may be fused.
+EXACT = {
+    "blocks": [
+        f"block_statistics<{value}, {extremes}>" for value in (*_FLOATS, "double") for extremes in ("false", "true")
+    ],
+    "decode": [f"decode<{bits}, {value}>" for bits in _BITS for value in _FLOATS],
+    "encode": [
+        *(f"encode_packed<{bits}, {value}>" for bits in _BITS for value in (*_FLOATS, "double")),
+        "nearest_codes<float>",
+        "nearest_codes<double>",
+    ],
+    "packing": [f"{name}<{bits}>" for name in ("pack_codes", "unpack_codes") for bits in _BITS],
+}
+
+KERNELS = {
+    **EXACT,
+    "matmul": [f"matmul_packed<{bits}, {value}, {most}>" for bits in _BITS for value in _FLOATS for most in (1, 4, 16)],
+}
+
+#: Enough of the matrix products for a short test: even, odd and whole bytes; each type; each number of inputs.
+MATMUL_SAMPLE = [
+    "matmul_packed<3, float, 4>",
+    "matmul_packed<4, float, 1>",
+    "matmul_packed<4, Float16, 16>",
+    "matmul_packed<4, BFloat16, 4>",
+    "matmul_packed<8, float, 16>",
+]

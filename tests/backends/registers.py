@@ -1,0 +1,44 @@
+"""Compiles every kernel for every architecture and prints the registers as a Markdown table, for the documentation.
+
+Run by hand, as it takes several minutes: ``python -m tests.backends.registers``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lqlora.backends.cupy.source import OPTIONS, source
+from tests.backends.kernels import KERNELS
+from tests.backends.nvrtc import compile_for
+from tests.backends.test_nvrtc import ARCHITECTURES
+
+
+def family(name: str) -> str:
+    """Return the template, and of products the number of inputs too, which the registers hold the sums of."""
+    template, _, arguments = name.partition("<")
+    return f"{template}, {arguments.split(', ')[2][:-1]} inputs" if template == "matmul_packed" else template
+
+
+def batched(names: list[str]) -> list[list[str]]:
+    """Cut a list: the compiler takes much memory for many kernels at once."""
+    return [names[first : first + 9] for first in range(0, len(names), 9)]
+
+
+def main() -> None:
+    table: dict[str, dict[int, list[int]]] = {}
+    for module, names in KERNELS.items():
+        for architecture in ARCHITECTURES:
+            for some in batched(names):
+                for name, usage in compile_for(architecture, source(module), OPTIONS, some).usage.items():
+                    assert usage.spilled == 0, (name, architecture)
+                    table.setdefault(family(name), {}).setdefault(architecture, []).append(usage.registers)
+    heads = [f"sm_{architecture}" for architecture in ARCHITECTURES]
+    lines = [f"| kernel | instances | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    for name, found in table.items():
+        cells = [f"{min(found[a])} to {max(found[a])}" for a in ARCHITECTURES]
+        lines.append(f"| `{name}` | {len(found[ARCHITECTURES[0]])} | {' | '.join(cells)} |")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The tests of the kernels find what is planted in the kernels themselves."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import lqlora as lq
+from lqlora import ops
+from lqlora.backends.cupy import launch, source
+from tests.backends.conftest import stand_in
+from tests.emulator.build import EmulationError
+
+#: What is planted: the module, the text that is replaced, what it becomes, and what finds it.
+FAULTS = {
+    "no_barrier": ("decode", "  __syncthreads();\n}", "}", "shared memory"),
+    "no_lanes": ("blocks", "__shfl_xor_sync(0xffffffffu, high", "__shfl_xor_sync(0xffffu, high", "not in its own mask"),
+    "absent_lanes": ("blocks", "lane != 0 || part >= parts) continue", "lane != 0 || part >= parts) return", "returned"),
+    "plain_maximum": ("blocks", "if (shared) atomicMax(to, key);\n  else *to", "*to", "what another thread wrote"),
+    "all_lanes_write": ("blocks", "lane != 0 || part >= parts", "part >= parts", "what another thread wrote"),
+    "tail_read": ("decode", "(count * bits + 7) / 8", "bits", "out of bounds"),
+    "tail_written": ("decode", "if (i < count) narrow", "narrow", "out of bounds"),
+    "always_aligned": ("encode", "is_aligned(flat, 16)", "true", "no multiple of 16"),
+    "reciprocal": ("encode", "values[i] / scaling.divisor", "values[i] * ((Wide)1 / scaling.divisor)", None),
+    "upper_index": ("encode", "normalized > cuts", "normalized >= cuts", None),
+    "zero_scale": ("encode", "scale != 0 ? scale :", "scale == scale ? scale :", None),
+    "fused": ("decode", "(table[code_in<bits>(group, i)] - zero) * scale", "table[code_in<bits>(group, i)] * scale - zero * scale", None),
+    "down": ("decode", "bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u", None),
+    "no_next_block": ("encode", "if (i != next) return false;", "return false;", None),
+    "float_maximum": ("blocks", "high = larger(high, K::bits(x) & ~K::SIGN);", "high = x > 0 ? larger(high, K::bits(x)) : high;", None),
+    "nan_lost": ("blocks", "if (x != x) {", "if (false) {", None),
+}  # fmt: skip
+
+
+def near_boundaries(scales, block_size):
+    """Weights that lie at a boundary times their scale, or right beside it."""
+    rng = np.random.default_rng(1)
+    cuts = rng.choice(lq.NF4.boundaries, (len(scales), block_size)) * scales[:, None]
+    step = rng.choice([-np.inf, np.inf, 0.0], cuts.shape).astype(np.float32)
+    return np.where(step == 0, cuts, np.nextafter(cuts, step)).astype(np.float32).reshape(-1)
+
+
+def run(cupy):
+    """Yield what kernels give for arguments that faults show with, and what the references give."""
+    rng = np.random.default_rng(0)
+    size, bits = 20, 3
+    scales = rng.choice([0.0, 1.0, 3.0, 0.7, 1.9], 450).astype(np.float32)
+    zeros = rng.integers(0, 8, len(scales)).astype(np.uint8)
+    w = near_boundaries(scales, size)
+    encoding = (scales, None, lq.NF4.boundaries, 4, size)
+    shifted = cupy.asarray(np.concatenate([w[:1], w]))[1:]
+    yield ops.encode_packed(shifted, cupy.asarray(scales), *encoding[1:]), ops.encode_packed.reference(w, *encoding)
+    w[[3, 5000]] = np.nan, -np.inf
+    for block_size in (size, 5000):
+        yield ops.block_absmax(cupy.asarray(w), block_size), ops.block_absmax.reference(w, block_size)
+        both = zip(
+            ops.block_extremes(cupy.asarray(w), block_size), ops.block_extremes.reference(w, block_size), strict=True
+        )
+        for found, expected in both:
+            yield cupy.asarray(np.nan_to_num(found.get())), np.nan_to_num(expected)
+    levels = np.array([-1.7, -1, -0.3, 0, 0.1, 1 + 2.0**-8, 1.2, 3], np.float32)
+    for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
+        count = len(w) - 3
+        codes = rng.integers(0, 256, ops.packed_size(count, bits)).astype(np.uint8)
+        out, expected = np.zeros(count + 1, dtype), np.zeros(count, dtype)
+        arrays = [cupy.asarray(array) for array in (codes, scales, zeros)]
+        found = ops.decode(*arrays, levels, bits, size, cupy.asarray(out)[1:])
+        yield found, ops.decode.reference(codes, scales, zeros, levels, bits, size, expected)
+
+
+def differs(cupy) -> bool:
+    with np.errstate(all="ignore"):
+        return any(found.get().tobytes() != expected.tobytes() for found, expected in run(cupy))
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Return what plants a fault and gives the stand-in that runs the kernels with it."""
+    opened = []
+
+    def plant(module, text, other):
+        own = source.source
+
+        def changed(name):
+            assert text in own(module)
+            return own(name).replace(text, other)
+
+        monkeypatch.setattr(launch, "source", changed)
+        monkeypatch.setattr(launch, "MOST_BLOCKS", 3)
+        opened.append(stand_in())
+        return next(opened[-1])
+
+    yield plant
+    for generator in opened:
+        next(generator, None)
+
+
+def test_without_a_fault_nothing_is_found(planted):
+    assert not differs(planted("decode", "__syncthreads", "__syncthreads"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(planted, fault):
+    module, text, other, message = FAULTS[fault]
+    cupy = planted(module, text, other)
+    cupy.together.clear()
+    if message is None:
+        assert differs(cupy)
+    else:
+        with pytest.raises(EmulationError, match=message):
+            differs(cupy)

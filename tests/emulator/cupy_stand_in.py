@@ -1,0 +1,275 @@
+"""A stand-in for CuPy: arrays of NumPy behind CuPy's names, and kernels that the emulator runs.
+
+It has what the backend, the reference of the operations and their tests use of CuPy, and is as strict as CuPy is, or
+stricter. It never hands out its arrays as NumPy's, does not mix with them, and gives reductions as arrays. Where CuPy
+passes on silently what a kernel then reads wrongly, it raises: a number of another width or kind than the parameter's, an
+array of another item size, one that is not contiguous. Memory that nobody wrote holds a pattern.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from typing import Any, Self
+
+import array_api_compat.numpy as reference
+import ml_dtypes
+import numpy as np
+
+from tests.emulator.build import Range, build
+
+__all__ = ["CuPyStandIn", "Device", "Stream", "ndarray"]
+
+_LARGEST_GRID = (2**31 - 1, 65535, 65535)
+
+
+class Device:
+    """The only device."""
+
+    id = 0
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Device)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class Stream:
+    """The only stream of the device; all that is launched is done at once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @classmethod
+    def from_external(cls, stream: Any) -> Stream:
+        version, handle = stream.__cuda_stream__()
+        if (version, type(handle)) != (0, int):
+            raise TypeError("A stream is told as the version of the protocol and an address.")
+        return cls()
+
+    def synchronize(self) -> None:
+        pass
+
+
+class ndarray:  # noqa: N801 - as CuPy calls it
+    """An array; no subclass of NumPy's, which NumPy would take for its own."""
+
+    __array_ufunc__ = None
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    device = property(lambda _: Device())
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed.")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _wrapped(getattr(self.values, name))
+
+    def get(self) -> np.ndarray:
+        return self.values.copy()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.values.__dlpack_device__()
+
+    def __getitem__(self, index: Any) -> Any:
+        return _wrapped(self.values[_unwrapped(index)])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.values[_unwrapped(index)] = _unwrapped(value)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    def __int__(self) -> int:
+        return int(self.values)
+
+    def __float__(self) -> float:
+        return float(self.values)
+
+
+def _operator(name: str) -> Any:
+    def operate(*operands: Any) -> Any:
+        return _wrapped(getattr(np.ndarray, name)(*map(_unwrapped, operands)))
+
+    return operate
+
+
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "mod",
+    "matmul",
+    "and",
+    "or",
+    "invert",
+    "lshift",
+    "rshift",
+    "neg",
+    "abs",
+]:
+    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in ["iadd", "ior", "eq", "ne", "lt", "le", "gt", "ge"]:
+    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _wrapped(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return ndarray(np.asarray(value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(_wrapped, value)) if type(value) in (tuple, list) else tuple(map(_wrapped, value))
+    if isinstance(value, types.BuiltinMethodType):
+        return lambda *args, **options: _wrapped(value(*map(_unwrapped, args), **options))
+    return value
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, ndarray):
+        return value.values
+    if isinstance(value, np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    if type(value) in (tuple, list):
+        return type(value)(map(_unwrapped, value))
+    return value
+
+
+class _Function:
+    """A kernel of a compiled module, which is launched as CuPy launches it."""
+
+    def __init__(self, cupy: CuPyStandIn, kernel: Any) -> None:
+        self._cupy, self._kernel = cupy, kernel
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+        kernel = self._kernel
+        if any(type(size) is not int for size in (*grid, *block)):
+            raise TypeError("Sizes of grids and blocks are tuples of int.")
+        if not 1 <= np.prod(block) <= kernel.most_threads or any(
+            not 1 <= size <= most for size, most in zip(grid, _LARGEST_GRID, strict=False)
+        ):
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {kernel.name} with grid {grid} and block {block}")
+        if len(arguments) != len(kernel.parameters):
+            raise TypeError(f"{kernel.name} has {len(kernel.parameters)} parameters, not {len(arguments)}.")
+        given = [
+            self._bytes(f"{kernel.name}, argument {i}", value, parameter)
+            for i, (value, parameter) in enumerate(zip(arguments, kernel.parameters, strict=True))
+        ]
+        arrays = [value.values for value in arguments if isinstance(value, ndarray)]
+        ranges = [Range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays]
+        self._cupy.launched.append((kernel.name, grid, block))
+        kernel.launch(grid, block, given, ranges, self._cupy.schedule)
+
+    @staticmethod
+    def _bytes(where: str, value: Any, parameter: str) -> bytes:
+        kind, size = parameter[0], int(parameter[1])
+        if isinstance(value, ndarray):
+            if kind != "p" or size != value.values.itemsize:
+                raise TypeError(f"{where} is an array of {value.values.dtype}, the parameter is {parameter}.")
+            if not value.values.flags.c_contiguous:
+                raise ValueError(f"{where} is not contiguous.")
+            return value.values.ctypes.data.to_bytes(8, sys.byteorder)
+        if isinstance(value, bool | int) and not isinstance(value, np.generic):
+            value = np.int64(value)  # as CuPy does, whatever the parameter is
+        elif type(value) is float:
+            value = np.float64(value)
+        if not isinstance(value, np.generic):
+            raise TypeError(f"Unsupported type {type(value)}")
+        if (("f" if value.dtype.kind == "f" else "i") != kind) or value.dtype.itemsize != size:
+            raise TypeError(f"{where} is {value.dtype}, the parameter is {parameter}.")
+        return value.tobytes()
+
+
+class _RawModule:
+    def __init__(
+        self, cupy: CuPyStandIn, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]
+    ) -> None:
+        if not isinstance(options, tuple):
+            raise TypeError("options must be a tuple")
+        cupy.options.add(options)
+        self._cupy, self._code, self._names = cupy, code, name_expressions
+
+    def get_function(self, name: str) -> _Function:
+        if name not in self._names:
+            raise KeyError(name)
+        together = self._cupy.together.get(name, self._names)
+        return _Function(self._cupy, build(self._code, tuple(together))[name])
+
+
+class CuPyStandIn(types.ModuleType):
+    """The module ``cupy``; made anew for each test, as it keeps what was launched.
+
+    ``together`` tells for a kernel which others to compile along with it: a compiler that runs once is faster.
+    """
+
+    def __init__(self, together: dict[str, list[str]]) -> None:
+        super().__init__("cupy")
+        self.__spec__ = ModuleSpec("cupy", None)
+        self.together, self.schedule = together, 0
+        self.launched: list[Any] = []
+        self.options: set[tuple[str, ...]] = set()
+        self.ndarray = ndarray
+        self.cuda = types.SimpleNamespace(
+            is_available=lambda: True, Device=Device, Stream=Stream, get_current_stream=Stream
+        )
+
+    def RawModule(self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> _RawModule:
+        return _RawModule(self, code, options, name_expressions)
+
+    @staticmethod
+    def empty(shape: Any, dtype: Any = float, **_: Any) -> ndarray:
+        values = np.empty(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        values.reshape(-1).view(np.uint8)[...] = 0xA5
+        return ndarray(values)
+
+    @staticmethod
+    def asarray(values: Any, dtype: Any = None, **_: Any) -> ndarray:
+        values = values.values if isinstance(values, ndarray) else np.array(values)
+        return ndarray(values if dtype is None else values.astype(dtype, copy=False))
+
+    @staticmethod
+    def from_dlpack(values: Any) -> ndarray:
+        return ndarray(np.from_dlpack(values))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = getattr(reference, name)
+        if not callable(found) or isinstance(found, type):
+            return found
+
+        def call(*args: Any, **options: Any) -> Any:
+            options.pop("device", None)
+            with np.errstate(all="ignore"):
+                return _wrapped(found(*map(_unwrapped, args), **{k: _unwrapped(v) for k, v in options.items()}))
+
+        return call

@@ -91,7 +91,7 @@ def compile_kernels(folder: Path, library: Path, compiler: str | None = None, *,
 
 def compiled(command: list[str], folder: Path, source: str, place: str, *flags: str) -> str:
     """Compile one file and return where the object is."""
-    target = f"{place}/{len(os.listdir(place))}.o"
+    target = f"{place}/{len(list(Path(place).iterdir()))}.o"
     run([*command, *FLAGS, *flags, "-c", str(folder / source), "-o", target])
     return target
 

@@ -1,95 +1,177 @@
-"""Quantize and dequantize, by the overrides and by the reference; then every override by itself.
+"""Quantize, dequantize and multiply on a CPU: compiled kernels, NumPy without them, and the references.
 
 Run by ``scripts/bench`` on one thread. Prints medians of CPU time, which others on the machine disturb less, and, to
-compare across machines, ratios within the run.
+compare across machines, ratios within the run. The table of threads is of wall time. With ``--record`` the tables go
+into the documentation.
 """
 
 import statistics
-import sys
 import time
+import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import torch
+from records import Record
 
 import lqlora as lq
+from lqlora.backends import native
 
 SHAPE = (4096, 4096)
-FORMATS = [*(f"nf{bits}/64:float32" for bits in (2, 3, 4, 5, 6, 8)), "nf4/64@0:float32", "nf4/64:u8/256:float32"]
-REPEATS = 5
-PIECE = 1 << 19  # what quantize() and dequantize() hand to an operation
+FORMATS = [*(f"nf{bits}/64:float32" for bits in range(2, 9)), "nf4/64@0:float32", "nf4/64:u8/256:float32"]
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+REPEATS = 9
+PIECE = 1 << 19
 
 
-def median_ms(function, repeats=REPEATS):
+def median_ms(function, repeats=REPEATS, clock=time.process_time):
     function()
     times = []
     for _ in range(repeats):
-        start = time.process_time()
+        start = clock()
         function()
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
     return 1e3 * statistics.median(times)
 
 
-def rows(library, weight, copy_ms):
-    for text in FORMATS:
-        fmt = lq.BlockFormat.parse(text)
-        quantized = lq.quantize(weight, fmt)
-        for verb, call in (
-            ("quantize", lambda fmt=fmt: lq.quantize(weight, fmt)),
-            ("dequantize", lambda q=quantized: lq.dequantize(q)),
-        ):
-            fast = median_ms(call)
-            with lq.forced("reference"):
-                slow = median_ms(call)
-            yield library, verb, text, f"{fast:.0f}", f"{slow:.0f}", f"{slow / fast:.1f}", f"{fast / copy_ms:.1f}"
+def without(word, function, repeats):
+    with lq.forced(word):
+        return median_ms(function, repeats)
 
 
-def operations(convert):
+def whole_arrays(weight, copy_ms):
+    """Yield rows for both libraries: the target of dequantize is given, and is in memory already."""
+    for library, array in (("NumPy", weight), ("torch", torch.from_numpy(weight))):
+        target = np.zeros_like(weight) if library == "NumPy" else torch.zeros_like(array)
+        for text in FORMATS:
+            fmt = lq.BlockFormat.parse(text)
+            quantized = lq.quantize(array, fmt)
+            for verb, call in (
+                ("quantize", lambda array=array, fmt=fmt: lq.quantize(array, fmt)),
+                ("dequantize", lambda q=quantized, target=target: lq.dequantize(q, out=target)),
+            ):
+                fast = median_ms(call)
+                others = without("numpy", call, 3), without("reference", call, 3)
+                yield library, verb, text, f"{fast:.1f}", *(f"{ms:.0f}" for ms in others), f"{fast / copy_ms:.2f}"
+
+
+def dtypes(weight):
+    fmt = lq.BlockFormat(lq.NF4, 64)
+    for name, dtype in DTYPES.items():
+        narrow = weight.astype(dtype)
+        target, copied, q = np.zeros_like(narrow), np.empty_like(narrow), lq.quantize(narrow, fmt)
+        copy = median_ms(lambda c=copied, n=narrow: np.copyto(c, n))
+        calls = (lambda n=narrow: lq.quantize(n, fmt), lambda q=q, t=target: lq.dequantize(q, out=t))
+        times = [median_ms(call) for call in calls]
+        yield name, f"{copy:.1f}", *(f"{ms:.1f}" for ms in times), *(f"{ms / copy:.2f}" for ms in times)
+
+
+def products(weight):
+    """Yield rows of a fused product, a dense one, and the memory it takes beside input and output."""
+    q = lq.quantize(weight, lq.BlockFormat(lq.NF4, 64))
+    for batch in (1, 16, 256):
+        x = np.random.default_rng(batch).standard_normal((batch, SHAPE[1]), dtype=np.float32)
+        fused, dense = median_ms(lambda x=x: lq.matmul(x, q)), median_ms(lambda x=x: x @ weight.T)
+        tracemalloc.start()
+        y = lq.matmul(x, q)
+        memory = (tracemalloc.get_traced_memory()[1] - y.nbytes) / 2**20
+        tracemalloc.stop()
+        yield batch, f"{fused:.1f}", f"{dense:.1f}", f"{fused / dense:.2f}", f"{memory:.1f}"
+
+
+def threads(weight):
+    fmt, target = lq.BlockFormat(lq.NF4, 64), np.zeros_like(weight)
+    q = lq.quantize(weight, fmt)
+    calls = {"quantize": lambda: lq.quantize(weight, fmt), "dequantize": lambda: lq.dequantize(q, out=target)}
+    for verb, call in calls.items():
+        times = []
+        for count in (1, 2):
+            lq.backends.set_num_threads(count)
+            times.append(median_ms(call, 15, time.perf_counter))
+        lq.backends.set_num_threads(None)
+        yield verb, *(f"{ms:.1f}" for ms in times), f"{times[0] / times[1]:.2f}"
+
+
+def operations():
     """Yield calls of every operation that has an override, on pieces."""
     rng = np.random.default_rng(0)
-    values = convert(rng.standard_normal((PIECE // 64, 64), dtype=np.float32))
-    for bits in (4, 5, 8):
-        boundaries = lq.normal_float(bits).boundaries
-        yield f"nearest_codes, {len(boundaries)} boundaries", lambda b=boundaries: lq.ops.nearest_codes(values, b)
-    scales, out = (convert(np.ones(size, dtype=np.float32)) for size in (PIECE // 64, PIECE))
-    for bits in (2, 3, 4, 6, 8):
-        packed, levels = convert(rng.integers(0, 256, PIECE * bits // 8, dtype=np.uint8)), lq.normal_float(bits).levels
+    values = rng.standard_normal((PIECE // 64, 64), dtype=np.float32)
+    flat, sets, ones = values.reshape(-1), np.zeros(PIECE // 64, np.int64), np.ones(PIECE // 64)
+    scales = lq.ops.block_absmax(flat, 64)
+    yield "block_absmax", lambda: lq.ops.block_absmax(flat, 64)
+    yield "block_extremes", lambda: lq.ops.block_extremes(flat, 64)
+    yield "row_sums", lambda: lq.ops.row_sums(values)
+    for bits in (2, 3, 4, 5, 6, 8):
+        book, out = lq.normal_float(bits), np.empty_like(flat)
+        codes = lq.ops.encode(flat, scales, None, book.boundaries, 64)
+        packed = lq.ops.pack_codes(codes, bits)
+        yield f"nearest_codes, {bits} bits", lambda b=book: lq.ops.nearest_codes(values, b.boundaries)
+        yield f"encode, {bits} bits", lambda b=book: lq.ops.encode(flat, scales, None, b.boundaries, 64)
+        yield (
+            f"encode_packed, {bits} bits",
+            lambda b=book, bits=bits: lq.ops.encode_packed(flat, scales, None, b.boundaries, bits, 64),
+        )
         yield (
             f"decode, {bits} bits",
-            lambda p=packed, levels=levels, bits=bits: lq.ops.decode(p, scales, None, levels, bits, 64, out),
+            lambda b=book, p=packed, bits=bits, out=out: lq.ops.decode(p, scales, None, b.levels, bits, 64, out),
         )
-    terms = convert(rng.standard_normal(PIECE))
+        yield f"pack_codes, {bits} bits", lambda c=codes, bits=bits: lq.ops.pack_codes(c, bits)
+        yield f"unpack_codes, {bits} bits", lambda p=packed, bits=bits: lq.ops.unpack_codes(p, bits, PIECE)
+        wide = values / np.abs(values).max(axis=1, keepdims=True)
+        tables = book.levels, book.boundaries
+        yield (
+            f"best_ratios, {bits} bits, 13 ratios",
+            lambda t=tables, w=wide: lq.ops.best_ratios(w, None, *t, None, tuple(np.linspace(0.5, 1.1, 13)), 2),
+        )
+        grid, known = codes.reshape(values.shape), (ones, ones.astype(np.float32))
+        yield (
+            f"level_sums, {bits} bits",
+            lambda g=grid, b=book, k=known: lq.ops.level_sums(values, None, *k, g, sets, len(b), 1),
+        )
     for count in (4, 16, 256):
-        bins = convert(rng.integers(0, count, PIECE))
-        yield f"bin_sums, {count} bins", lambda bins=bins, count=count: lq.ops.bin_sums(terms, bins, count)
+        bins, terms = rng.integers(0, count, PIECE), rng.standard_normal(PIECE)
+        yield f"bin_sums, {count} bins", lambda t=terms, b=bins, c=count: lq.ops.bin_sums(t, b, c)
 
 
-def operation_rows(library, convert):
-    for title, call in operations(convert):
-        fast = median_ms(call, 21)
-        with lq.forced("reference"):
-            slow = median_ms(call)
-        yield library, title, f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.1f}"
+def operation_rows():
+    for title, call in operations():
+        fast, numpy, slow = median_ms(call, 15), without("numpy", call, 5), without("reference", call, 3)
+        yield title, f"{fast:.2f}", f"{numpy:.2f}", f"{slow:.2f}", f"{slow / fast:.1f}"
 
 
 def main():
     torch.set_num_threads(1)
     weight = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
     target = np.empty_like(weight)
+    record = Record("cpu", ("numpy", "torch"))
     copy_ms = median_ms(lambda: np.copyto(target, weight))
-    print(
-        f"{SHAPE[0]} x {SHAPE[1]} float32, one thread, CPU time, median of {REPEATS}; numpy.copyto takes {copy_ms:.1f} ms;"
+    print(f"Compiled kernels: {native.status()[1]}.")
+    compared = ("compiled, ms", "NumPy, ms", "reference, ms")
+    record.table(
+        f"{SHAPE[0]} x {SHAPE[1]} float32, one thread, CPU time; numpy.copyto takes {copy_ms:.1f} ms",
+        ("library", "operation", "format", *compared, "times copyto"),
+        whole_arrays(weight, copy_ms),
     )
-    print(f"NumPy {np.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}\n")
-    print("| library | operation | format | ms | reference, ms | times faster | times copyto |")
-    print("|---|---|---|---|---|---|---|")
-    for library, array in (("NumPy", weight), ("torch", torch.from_numpy(weight))):
-        for row in rows(library, array, copy_ms):
-            print("| " + " | ".join(row) + " |")
-    print(f"\nBy themselves, on {PIECE} weights:\n")
-    print("| library | operation | ms | reference, ms | times faster |\n|---|---|---|---|---|")
-    for library, convert in (("NumPy", np.asarray), ("torch", torch.from_numpy)):
-        for row in operation_rows(library, convert):
-            print("| " + " | ".join(row) + " |")
+    record.table(
+        "nf4/64:float32 by dtype, one thread, CPU time",
+        ("dtype", "copyto, ms", "quantize, ms", "dequantize, ms", "quantize, times copyto", "dequantize, times copyto"),
+        dtypes(weight),
+    )
+    record.table(
+        "Rows times a weight of nf4/64:float32, float32, one thread, CPU time; memory beside input and output",
+        ("rows", "lq.matmul, ms", "dense, ms", "times dense", "memory, MiB"),
+        products(weight),
+    )
+    record.table(
+        "nf4/64:float32, 64 MiB of float32, wall time",
+        ("operation", "one thread, ms", "two threads, ms", "times faster"),
+        threads(weight),
+    )
+    record.table(
+        f"Operations by themselves, NumPy, {PIECE} weights in blocks of 64, one thread, CPU time",
+        ("operation", *compared, "times faster than the reference"),
+        operation_rows(),
+    )
 
 
 if __name__ == "__main__":

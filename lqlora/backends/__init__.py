@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Any
 from lqlora import ops
 from lqlora._dispatch import Library, Operation, Selection, Takes, known_libraries, register_library
 from lqlora._optional import is_installed
+from lqlora._threads import num_threads, set_num_threads
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["Availability", "Capability", "Selection", "Takes", "available", "capabilities", "explain", "register"]
+__all__ = [
+    "Availability",
+    "Capability",
+    "Selection",
+    "Takes",
+    "available",
+    "capabilities",
+    "explain",
+    "num_threads",
+    "register",
+    "set_num_threads",
+]
 
 
 @dataclass(frozen=True)

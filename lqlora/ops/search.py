@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import array_api_compat
@@ -63,10 +64,7 @@ def best_ratios(
     >>> best_ratios(rows, None, lq.uniform(2).levels, lq.uniform(2).boundaries, None, grid, 1).tolist()
     [0.625]
     """
-
-    def nearest(scaled: Array) -> Array:
-        return nearest_values(scaled, levels, boundaries, zeros)
-
+    nearest = partial(nearest_values, levels=levels, boundaries=boundaries, zeros=zeros)
     return search_ratios(rows, weights, nearest, grid, refinements)
 
 

@@ -1,0 +1,58 @@
+"""Tables that a benchmark prints, and keeps for the documentation with the machine, the versions and the day."""
+
+import datetime as dt
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "docs" / "measurements"
+
+
+class Record:
+    """Prints Markdown tables; with ``--record`` on the command line, writes them into ``docs/measurements`` too."""
+
+    def __init__(self, name, packages):
+        self.path = FOLDER / f"{name}.json" if "--record" in sys.argv[1:] else None
+        versions = {package: version_of(package) for package in ("lqlora", *packages)}
+        self.content = {
+            "date": dt.datetime.now(dt.UTC).date().isoformat(),
+            "machine": f"{os.cpu_count()} cores of {processor()}, {platform.system()}",
+            "load": round(os.getloadavg()[0], 1),
+            "versions": {package: version for package, version in versions.items() if version},
+            "tables": [],
+        }
+        named = ", ".join(f"{package} {version}" for package, version in self.content["versions"].items())
+        print(f"{self.content['machine']}, load {self.content['load']} at the beginning; {named}\n")
+
+    def table(self, title, header, rows):
+        """Print a table row by row, as the rows are measured."""
+        print(f"{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+        kept = []
+        for row in rows:
+            kept.append([str(cell) for cell in row])
+            print(f"| {' | '.join(kept[-1])} |", flush=True)
+        print()
+        self.content["tables"].append({"title": title, "header": list(header), "rows": kept})
+        if self.path is not None:
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def version_of(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor():
+    """Name the processor, and the widest vectors that it has."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    vectors = [
+        isa for isa in ("avx512bw", "avx2", "asimd") if isa in known.get("flags", known.get("Features", "")).split()
+    ]
+    return f"{known.get('model name', platform.machine())} ({vectors[0] if vectors else 'no wide vectors known'})"

@@ -16,7 +16,7 @@ from tests.backends.test_nvrtc import ARCHITECTURES
 def family(name: str) -> str:
     """Return the template, and of products the number of inputs too, which the registers hold the sums of."""
     template, _, arguments = name.partition("<")
-    return f"{template}, {arguments.split(', ')[2][:-1]} inputs" if template == "matmul_packed" else template
+    return f"{template}, up to {arguments.split(', ')[2][:-1]}" if template == "matmul_packed" else template
 
 
 def batched(names: list[str]) -> list[list[str]]:

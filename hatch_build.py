@@ -33,10 +33,10 @@ class NativeKernels(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatch's signature
         """Compile, or say in one line why not."""
-        folder = Path(self.root) / FOLDER
-        (folder / LIBRARY).unlink(missing_ok=True)
         if self.target_name != "wheel":
             return
+        folder = Path(self.root) / FOLDER
+        (folder / LIBRARY).unlink(missing_ok=True)
         try:
             compile_kernels(folder, folder / LIBRARY)
         except (OSError, subprocess.CalledProcessError) as error:

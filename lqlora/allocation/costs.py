@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -58,7 +59,8 @@ def cost_table(
     weights : mapping of str to array of shape (m, n), or to a callable that returns one
         Matrices by name. A callable is called when its row is computed, so that few matrices are in memory at a time.
     formats : sequence of BlockFormat
-        Formats to choose from.
+        Formats to choose from. With ``fit="levels+scale"`` those that share levels with nothing are taken with levels
+        for each matrix, which are stored and count.
     rank : int, optional
         Rank of the low-rank part.
     ranks : sequence of int, optional
@@ -119,7 +121,7 @@ def cost_table(
     >>> bool(table.costs[0, 0] > table.costs[0, 1]), table.sizes.tolist()
     (True, [[2304, 4352]])
     """
-    configurations = _configurations(formats, rank, ranks)
+    configurations = _configurations(_as_stored(formats, options), rank, ranks)
     options = {**options, "factor_format": factor_format, "init": init, "max_iter": max_iter, "seed": seed}
     _check(weights, configurations, weighting or {}, mode, options)
     bits = float_bits(factor_dtype)
@@ -149,6 +151,16 @@ def cost_table(
         np.array(sizes, dtype=np.int64),
         np.array(factor_sizes, dtype=np.int64),
     )
+
+
+def _as_stored(formats: Sequence[BlockFormat], options: Mapping[str, Any]) -> list[BlockFormat]:
+    """Return the formats that matrices will be in: fitted levels take bits of their own."""
+    if options.get("fit") != "levels+scale":
+        return list(formats)
+    return [
+        replace(fmt, levels="matrix") if isinstance(fmt, BlockFormat) and fmt.levels == "codebook" else fmt
+        for fmt in formats
+    ]
 
 
 def _configurations(

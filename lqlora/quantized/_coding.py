@@ -47,19 +47,25 @@ def encode_array(
     layout = Layout.of(fmt, array.shape)
     encode = _encoder(layout, fmt, scales, zero_points, levels)
     dense = blocks_last(array, fmt.axis)
-    xp = namespace(array)
-    packed = xp.empty((ops.packed_size(layout.count, fmt.bits),), dtype=xp.uint8, device=array_api_compat.device(array))
-    for weights, blocks in _pieces(layout, fmt, array):
-        flat = ops.take_flat(dense, weights.start, weights.stop)
-        packed[_bytes(weights, fmt.bits)] = encode(flat, weights, blocks)
-    return packed
+    packed = None
+    for weights, blocks in _pieces(layout, fmt, dense, stream_size(dense)):
+        codes = encode(ops.take_flat(dense, weights.start, weights.stop), weights, blocks)
+        if weights.stop - weights.start == layout.count:
+            return codes
+        packed = _empty_codes(layout, fmt, array) if packed is None else packed
+        packed[_bytes(weights, fmt.bits)] = codes
+    return _empty_codes(layout, fmt, array) if packed is None else packed
 
 
-def _pieces(layout: Layout, fmt: BlockFormat, like: Array) -> Iterator[tuple[slice, slice | None]]:
+def _empty_codes(layout: Layout, fmt: BlockFormat, like: Array) -> Array:
+    size, device = ops.packed_size(layout.count, fmt.bits), array_api_compat.device(like)
+    return namespace(like).empty((size,), dtype=namespace(like).uint8, device=device)
+
+
+def _pieces(layout: Layout, fmt: BlockFormat, like: Array, limit: int) -> Iterator[tuple[slice, slice | None]]:
     """Yield the pieces of an array; whole lines where lines have levels of their own."""
     if isinstance(fmt.levels, int):
         return layout.line_pieces(piece_size(like))
-    limit = stream_size(like)
     # Where blocks and pieces do not line up, scales are repeated for each weight.
     lines_up = layout.is_even and (layout.block_size <= limit or layout.blocks == 1)
     return layout.byte_pieces(limit if lines_up else piece_size(like))
@@ -138,7 +144,8 @@ def decode_into(q: QuantizedArray, out: Array) -> None:
     # What nothing is added to is rounded to its dtype where it is made.
     own = out.dtype if q.offset is None and dtype in ("float16", "bfloat16") else xp.float32
     in_place = out.dtype == own and ops.is_contiguous(target)
-    for weights, blocks in _pieces(layout, q.format, q.packed):
+    limit = stream_size(target) if in_place else piece_size(target)
+    for weights, blocks in _pieces(layout, q.format, target, limit):
         if in_place:
             flat = ops.take_flat(target, weights.start, weights.stop)
         else:

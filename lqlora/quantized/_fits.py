@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lqlora._typing import Array
+    from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
 
 __all__ = ["Choice", "Source", "assemble", "by_absmax", "by_levels", "by_scale", "lost_blocks", "rounded_rows"]
@@ -128,8 +129,7 @@ class Choice(NamedTuple):
 
 def by_absmax(source: Source, statistic: Array, low: Array | None) -> Choice:
     """Return the scales under which the largest weight of each block is the largest level."""
-    stored = store_scales(statistic, source.fmt.scales, source.name)
-    decoded = decode_scales(stored)
+    stored, decoded = store_scales(statistic, source.fmt.scales, source.name)
     return Choice(stored, decoded, None if low is None else _zero_points(low, decoded, len(source.fmt.codebook)))
 
 
@@ -192,7 +192,7 @@ def by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, 
     levels = _fitted_levels(source, statistic)
     wanted = _not_above(_search(source, statistic, first, levels), statistic)
     try:
-        stored = store_scales(wanted, source.fmt.scales, source.name)
+        stored, _ = store_scales(wanted, source.fmt.scales, source.name)
     except NonFiniteError:  # fitted scales may spread further than those the format was able to hold
         return plain or by_scale(source, statistic, first), None
     others = [stored, *(code_neighbors(stored, wanted)[1:] if isinstance(stored, QuantizedArray) else [])]
@@ -355,11 +355,17 @@ def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array 
 def _may_lose(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> bool:
     """Tell whether there may be such blocks: where a scale is much too large, or is zero."""
     xp, book = namespace(statistic), source.fmt.codebook
+    if levels is None and book.widest == 1.0 and bool(xp.all(statistic == choice.decoded)):
+        # What a scale was made of is rounded as one or minus one are: these stand for all.
+        statistic = xp.ones((1,), dtype=statistic.dtype, device=array_api_compat.device(statistic))
+        choice = Choice(statistic, xp.astype(statistic, xp.float32), None)
     nonzero = statistic != 0
     if bool(xp.any(nonzero & (choice.decoded == 0))):
         return True
     if levels is not None or book.normalization == "affine":
         return bool(xp.any(nonzero & (xp.abs(choice.decoded) / 2 > xp.abs(statistic))))
+    if _are_far_from_zero(statistic, choice.decoded, book):
+        return False
     is_level = xp.asarray(book.levels != 0, device=array_api_compat.device(statistic))
     with _QUIET():
         scales, largest = xp.astype(choice.decoded, statistic.dtype), statistic * book.widest
@@ -368,3 +374,13 @@ def _may_lose(source: Source, statistic: Array, choice: Choice, levels: Array | 
         if bool(xp.any(nonzero & ~xp.take(is_level, xp.astype(codes, xp.int64)))):
             return True
     return False
+
+
+def _are_far_from_zero(statistic: Array, decoded: Array, book: Codebook) -> bool:
+    """Tell quickly that no largest weight rounds to zero; if it cannot tell, the codes will."""
+    xp, zeros = namespace(statistic), np.flatnonzero(book.levels == 0)
+    if len(zeros) != 1 or not 0 < zeros[0] < len(book) - 1 or book.normalization != "absmax":
+        return False
+    cell = float(np.abs(book.boundaries[zeros[0] - 1 : zeros[0] + 1]).max()) / book.widest
+    # One part in a million is more than what rounding does to the quotient of the two.
+    return bool(xp.all((statistic >= 1.000001 * cell * decoded) & (decoded >= 0)))

@@ -30,8 +30,8 @@ def piece_size(array: Array) -> int:
 
 
 def stream_size(array: Array) -> int:
-    """Return the weights that are handed at a time to operations that may not need a workspace."""
-    return preferred_piece(array) or piece_size(array)
+    """Return the weights that are handed at a time to operations that may not need a workspace; others are copied."""
+    return (ops.is_contiguous(array) and preferred_piece(array)) or piece_size(array)
 
 
 def blocks_last(array: Array, axis: int | None) -> Array:

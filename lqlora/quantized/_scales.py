@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["code_neighbors", "require_in_range", "store_scales", "with_codes"]
 
 
-def store_scales(scales: Array, scale_format: str | ScaleFormat, name: str) -> Array | QuantizedArray:
-    """Return scales as a format stores them: an array of its dtype, or codes with second-level scales."""
+def store_scales(
+    scales: Array, scale_format: str | ScaleFormat, name: str
+) -> tuple[Array, Array] | tuple[QuantizedArray, Array]:
+    """Return scales as a format stores them, an array of its dtype or codes with second-level scales, and as decoded."""
     if not isinstance(scale_format, ScaleFormat):
-        stored = ops.storage_cast(scales, scale_format)
-        require_in_range(ops.widen(stored), scale_format, name)
-        return stored
+        cast = ops.storage_cast(scales, scale_format)
+        require_in_range(ops.widen(cast), scale_format, name)
+        return cast, ops.widen(cast)
     xp = namespace(scales)
     wide = ops.storage_cast(scales, "float32")
     require_in_range(wide, "float32", name)
@@ -33,13 +35,18 @@ def store_scales(scales: Array, scale_format: str | ScaleFormat, name: str) -> A
     with np.errstate(over="ignore"):  # what is infinite is refused as a second-level scale
         centered = wide if offset is None else wide - offset
     fmt = scale_format.format
-    second = store_scales(_absmax(centered, fmt.block_size), fmt.scales, name)
-    packed = encode_array(centered, fmt, decode_scales(second))
+    second, decoded_second = store_scales(_absmax(centered, fmt.block_size), fmt.scales, name)
+    packed = encode_array(centered, fmt, decoded_second)
     stored = QuantizedArray(packed, second, fmt, tuple(wide.shape), offset)
     decoded = decode_scales(stored)
     require_in_range(decoded, scale_format, name)  # a rounded second-level scale plus the offset may be out of range
+    if bool(xp.all(decoded > 0)) and bool(xp.all(wide >= 0)):  # nearly always
+        return stored, decoded
     wrong = xp.sign(wide) * decoded <= 0
-    return _with_signs(stored, wide) if bool(xp.any(wrong & (wide != 0))) else stored
+    if not bool(xp.any(wrong & (wide != 0))):
+        return stored, decoded
+    moved = _with_signs(stored, wide)
+    return moved, decode_scales(moved)
 
 
 def _absmax(flat: Array, block_size: int) -> Array:

@@ -207,8 +207,10 @@ def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choi
 def block_statistics(source: Source) -> tuple[Array, Array | None]:
     """Return the scale that the extremes of each block give it; and for an affine format its minimum."""
     xp, book = namespace(source.array), source.fmt.codebook
-    limit = stream_size(source.array) if source.layout.is_even else piece_size(source.array)
-    found = [_extremes(source, entries, limit) for entries, _ in source.layout.whole_blocks(limit)]
+    layout = source.layout
+    dense = blocks_last(source.array, source.fmt.axis)
+    limit = stream_size(dense) if layout.is_even else piece_size(dense)
+    found = [_extremes(source, entries, limit) for entries, _ in layout.whole_blocks(limit)]
     if not found:
         dtype = ops.widen(source.array).dtype
         empty = xp.zeros((0,), dtype=dtype, device=array_api_compat.device(source.array))

@@ -201,3 +201,12 @@ def test_a_matrix_without_fisher_information_costs_nothing():
     table = lq.cost_table(weights, FORMATS, rank=1, weighting=weighting)
     assert (table.costs[0] == 0).all()
     assert (table.costs[1] > 0).all()
+
+
+def test_fitted_levels_count():
+    w = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    fmt, options = lq.BlockFormat.parse("nf3/64:float16"), {"fit": "levels+scale", "max_iter": 2}
+    table = lq.cost_table({"a": w}, [fmt], rank=2, **options)
+    found = lq.decompose(w, fmt, 2, **options).quantized
+    assert table.configurations[0].format == found.format != fmt
+    assert table.sizes.tolist() == [[8 * found.nbytes]]

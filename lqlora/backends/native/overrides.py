@@ -31,8 +31,9 @@ _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _BITS = tuple(range(1, 9))
 _DTYPES = {name: number for number, name in enumerate(_FLOATS)}
 
-#: Weights that are worked on at a time: the kernels need no workspace, but threads are begun anew for each piece.
-PIECE = 1 << 22
+#: Weights that are worked on at a time where they lie one after the other: the kernels need no workspace, and threads
+#: are begun anew for each piece.
+PIECE = 1 << 24
 
 #: Longer rows are left to the reference: a copy of a row is made.
 _LONGEST_ROW = 1 << 20
@@ -312,11 +313,12 @@ def halved_sums(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _is_searchable(
-    rows: Any, weights: Any, levels: Any, _boundaries: Any, zeros: Any, _grid: Any, _refinements: Any
+    rows: Any, weights: Any, levels: Any, boundaries: Any, zeros: Any, grid: Any, _refinements: Any
 ) -> bool:
     weights_fit = weights is None or weights.shape == rows.shape
     zeros_fit = zeros is None or zeros.shape == (rows.shape[0], 1)
-    return bool(weights_fit and zeros_fit and 1 <= rows.shape[1] <= _LONGEST_ROW and len(levels) <= 256)
+    tables_fit = 1 <= len(levels) <= 256 and len(boundaries) == len(levels) - 1 and len(grid) >= 1
+    return bool(weights_fit and zeros_fit and tables_fit and 1 <= rows.shape[1] <= _LONGEST_ROW)
 
 
 @_overrides(

@@ -17,7 +17,6 @@ import lqlora as lq
 SHAPE = (4096, 4096)
 REPEATS = 9
 BATCHES = (1, 16, 256)
-INTO = "dequantize into an array that exists"
 
 
 def interleaved_ms(calls):
@@ -42,12 +41,11 @@ def products_of(batch):
 
 def lqlora_calls(weight):
     fmt = lq.BlockFormat(lq.NF4, 64)
-    quantized, target = lq.quantize(weight, fmt), np.zeros_like(weight)
+    quantized = lq.quantize(weight, fmt)
     rows = {batch: inputs(weight, batch) for batch in BATCHES}
     return {
         "quantize": lambda: lq.quantize(weight, fmt),
         "dequantize": lambda: lq.dequantize(quantized),
-        INTO: lambda: lq.dequantize(quantized, out=target),
         **{products_of(batch): lambda x=x: lq.matmul(x, quantized) for batch, x in rows.items()},
     }
 
@@ -56,13 +54,11 @@ def bitsandbytes_calls(weight):
     from bitsandbytes import functional, matmul_4bit
 
     tensor = torch.from_numpy(weight)
-    target = torch.zeros_like(tensor)
     rows = {batch: torch.from_numpy(inputs(weight, batch)) for batch in BATCHES}
     codes, state = functional.quantize_4bit(tensor, blocksize=64, quant_type="nf4")
     return {
         "quantize": lambda: functional.quantize_4bit(tensor, blocksize=64, quant_type="nf4"),
         "dequantize": lambda: functional.dequantize_4bit(codes, state),
-        INTO: lambda: functional.dequantize_4bit(codes, state, out=target),
         **{products_of(batch): lambda x=x: matmul_4bit(x, codes.t(), state) for batch, x in rows.items()},
     }
 

@@ -14,7 +14,7 @@ from tests.requirements import require_or_skip
 
 # No deadlines: the first call on a library imports it, and shared machines stall.
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
-hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
 # For mutation runs: few examples, always the same, and no time for making a failing one small.
 hypothesis.settings.register_profile(
     "quick",

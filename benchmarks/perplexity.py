@@ -255,7 +255,7 @@ def arguments(parser):
 
 
 def prepared(options, *, gradients):
-    """Load the model, print what is measured on it, and return its layers and a function that prints a row."""
+    """Load the model, print what is measured on it; return its layers, a function that prints a row, and perplexity."""
     from lqlora.integrations.gguf import load_llama, packaged_smollm2
 
     model, tokenizer = load_llama(packaged_smollm2())
@@ -273,9 +273,11 @@ def prepared(options, *, gradients):
     print("|" + "---|" * 8, flush=True)
 
     def measure(title, configuration):
-        print("| " + " | ".join(row(title, configuration, model, layers, evaluation, full)) + " |", flush=True)
+        cells = row(title, configuration, model, layers, evaluation, full)
+        print("| " + " | ".join(cells) + " |", flush=True)
+        return cells
 
-    return layers, measure
+    return layers, measure, full
 
 
 def main():
@@ -283,7 +285,7 @@ def main():
     parser.add_argument("--only", type=re.compile, default=re.compile(DEFAULT), help="rows whose name it is found in")
     options = arguments(parser)
     chosen = {title: make for title, make in CONFIGURATIONS.items() if options.only.search(title)}
-    _, measure = prepared(options, gradients=any(GRADIENTS.search(title) for title in chosen))
+    _, measure, _ = prepared(options, gradients=any(GRADIENTS.search(title) for title in chosen))
     for title, configuration in chosen.items():
         measure(title, configuration)
 

@@ -1,13 +1,17 @@
 """Perplexity of SmolLM2-135M by a plan, against one format for all matrices at the same bits per weight.
 
 Model, texts and norm (the rank-one Fisher information of LQ-LoRA) are those of ``benchmarks/perplexity.py``. Costs are
-errors after one iteration with fitted levels and scales; what is measured is decomposed by four.
+errors after one iteration with fitted levels and scales; what is measured is decomposed by four. With ``--record`` the
+figures of the part that was run go into ``docs/measurements/plans.json``, which ``docs/how-to/choosing_bits.md`` draws.
 """
 
 import argparse
+import datetime as dt
+import json
 from functools import partial
 
 from perplexity import FITTED, FOUR, RANK, arguments, decomposed, prepared, rank_one_fisher
+from records import FOLDER
 
 import lqlora as lq
 from lqlora._parallel import map_matrices
@@ -46,33 +50,59 @@ def by_format(fmt):
     return partial(map_matrices, lambda layer: decomposed(layer, fmt, RANK, **FOUR, weighting=rank_one_fisher(layer)))
 
 
+def figures(name, cells, layers):
+    """Return what the documentation draws of a printed row; factors are printed in 32 bits and counted in 16."""
+    bits, factors, measured = map(float, cells[1:4])
+    size = sum(layer.weight.size for layer in layers)
+    return {"name": name, "bits": bits, "bytes": round((bits + factors / 2) * size / 8), "perplexity": measured}
+
+
 def compare(measure, layers, folder):
+    found = {"uniform": [], "planned": []}
     table = cost_table(layers, FORMATS, [RANK], folder / "formats.costs" if folder else None)
     for bits in BUDGETS:
         fmt = one_format(bits)
-        measure(f"{bits} bits, {str(fmt).split(':')[0]}", by_format(fmt))
+        name = str(fmt).split(":")[0]
+        found["uniform"].append(figures(name, measure(f"{bits} bits, {name}", by_format(fmt)), layers))
         plan = lq.allocate(table, bits_per_weight=bits)
-        measure(f"{bits} bits, plan (gap {plan.gap:.1g})", by_plan(plan))
+        cells = measure(f"{bits} bits, plan (gap {plan.gap:.1g})", by_plan(plan))
+        found["planned"].append(figures("plan", cells, layers))
+    return found
 
 
 def compare_ranks(measure, layers, folder):
     """Give plans of several ranks the bytes of a plan of one rank, factors counted in 16 bits."""
+    found = {f"rank {RANK}": [], "ranks": []}
     formats = [fmt for fmt in FORMATS if fmt.block_size == 64]
     table = cost_table(layers, formats, RANKS, folder / "ranks.costs" if folder else None)
     fixed = cost_table(layers, formats, [RANK], folder / "rank.costs" if folder else None)
     for bits in BUDGETS:
         plan = lq.allocate(fixed, bits_per_weight=bits)
         joint = lq.allocate(table, total_bytes=-(-(plan.storage_bits + sum(plan.factor_bits.values())) // 8))
-        measure(f"{bits} bits, plan of rank {RANK}, objective {plan.objective:.4g}", by_plan(plan))
-        measure(f"the same bytes, plan of ranks and formats, objective {joint.objective:.4g}", by_plan(joint))
+        cells = measure(f"{bits} bits, plan of rank {RANK}, objective {plan.objective:.4g}", by_plan(plan))
+        found[f"rank {RANK}"].append(figures(f"plan of rank {RANK}", cells, layers))
+        cells = measure(f"the same bytes, plan of ranks and formats, objective {joint.objective:.4g}", by_plan(joint))
+        found["ranks"].append(figures("plan of ranks and formats", cells, layers))
+    return found
+
+
+def keep(found, full):
+    """Write the figures of one part beside those of the other."""
+    path = FOLDER / "plans.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known |= {"date": dt.datetime.now(dt.UTC).date().isoformat(), "full precision": round(full, 3), **found}
+    path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", action="store_true", help="compare plans of several ranks, not formats alone")
+    parser.add_argument("--record", action="store_true", help="keep the figures for the documentation")
     options = arguments(parser)
-    layers, measure = prepared(options, gradients=True)
-    (compare_ranks if options.ranks else compare)(measure, layers, options.cache)
+    layers, measure, full = prepared(options, gradients=True)
+    found = (compare_ranks if options.ranks else compare)(measure, layers, options.cache)
+    if options.record:
+        keep(found, full)
 
 
 if __name__ == "__main__":

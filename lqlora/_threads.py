@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cores", "num_threads", "on_threads", "set_num_threads"]
 
-#: Read once, as OpenMP does: the first that is set to a number counts.
+#: Read at each call; the first that is set to a number counts.
 _VARIABLES = ("LQLORA_NUM_THREADS", "OMP_NUM_THREADS")
 
 _own: contextvars.ContextVar[int | None] = contextvars.ContextVar("lqlora_threads", default=None)

@@ -1,4 +1,4 @@
-"""Overrides for torch tensors in host memory: NumPy's implementations on zero-copy views. ``benchmarks/native.py`` has the rows."""
+"""Overrides for torch tensors in host memory: NumPy's implementations on zero-copy views. ``benchmarks/quantize.py`` has the rows."""
 
 from __future__ import annotations
 

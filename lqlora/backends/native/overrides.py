@@ -1,6 +1,6 @@
 """Registers the compiled kernels onto the operations, and turns arrays into what C takes.
 
-``benchmarks/native.py`` has the rows that justify them.
+``benchmarks/quantize.py`` has the rows that justify them.
 """
 
 from __future__ import annotations

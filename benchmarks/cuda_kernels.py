@@ -1,77 +1,157 @@
-"""The CUDA kernels on a device: GB/s, next to a copy within the device; and products of a few rows, next to dense ones.
+"""The CUDA kernels on a device: GB/s next to a copy, products next to dense ones, and whole calls with their host time.
 
-Run by hand: ``python benchmarks/cuda_kernels.py``. Without CuPy or a device it says so, in one sentence.
+Run by hand: ``python benchmarks/cuda_kernels.py [--record]``. Without CuPy or a device it says so, in one sentence.
+
+The device is given something to wait for before the first of a few calls: what is measured by its own clock is then only
+its own work, not that of the host. Arrays are larger than the cache of the device, or taken in turns.
 """
 
 import importlib
 import statistics
 import sys
+import time
 
 import numpy as np
+from records import Record
 
 import lqlora as lq
 from lqlora import ops
 from lqlora.backends.cupy.taken import kernels_run
 
-SHAPE = (4096, 4096)
-BLOCK = 64
-REPEATS = 20
+SIDE, BLOCK = 8192, 64
+CALLS, REPEATS = 8, 9
+#: Ticks of the device's clock, some milliseconds: longer than the host takes for the calls.
+WAIT = 'extern "C" __global__ void wait(long long ticks) { long long t = clock64(); while (clock64() - t < ticks); }'
 
 
-def median_us(cupy, function):
-    """Return the median time on the device, from events around single calls."""
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(REPEATS):
-        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        function()
-        stop.record()
-        stop.synchronize()
-        times.append(1e3 * cupy.cuda.get_elapsed_time(start, stop))
-    return statistics.median(times)
+class Timer:
+    """Medians of times on the device, in microseconds for one call."""
+
+    def __init__(self, cupy):
+        self._cupy, self._wait = cupy, cupy.RawKernel(WAIT, "wait")
+
+    def device(self, *functions):
+        """Time functions in turns; they are given as many, so that nothing they read is in a cache."""
+        for function in functions:
+            function()
+        return statistics.median(self._one(functions) for _ in range(REPEATS))
+
+    def _one(self, functions):
+        events = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+        self._cupy.cuda.Device().synchronize()
+        self._wait((1,), (1,), (np.int64(10_000_000),))
+        events[0].record()
+        for call in range(CALLS):
+            functions[call % len(functions)]()
+        events[1].record()
+        if events[0].done:
+            raise RuntimeError("The device was faster than the host: nothing was measured.")
+        events[1].synchronize()
+        return 1e3 * self._cupy.cuda.get_elapsed_time(*events) / CALLS
+
+    def host(self, function):
+        """Time from call to return, while the device has little to do."""
+        for _ in range(10):
+            function()
+        times = []
+        for _ in range(100):
+            self._cupy.cuda.Device().synchronize()
+            begin = time.perf_counter()
+            function()
+            times.append(1e6 * (time.perf_counter() - begin))
+        return statistics.median(times)
 
 
-def row(cupy, what, moved, copy_speed, function):
-    us = median_us(cupy, function)
-    speed = moved / us / 1e3
-    print(f"| {what} | {us:.1f} | {speed:.0f} | {100 * speed / copy_speed:.0f} |", flush=True)
+def codebook(bits):
+    return lq.normal_float(bits) if bits > 1 else lq.Codebook(np.array([-1, 1], np.float32))
 
 
-def kernels(cupy, copy_speed):
-    count = SHAPE[0] * SHAPE[1]
-    for dtype, width in (("float32", 4), ("float16", 2)):
-        w = cupy.random.standard_normal(count).astype(dtype)
+def kernels(cupy, timer, copy_speed):
+    """Yield rows: what each kernel reads and writes, and how fast."""
+
+    def row(what, moved, function):
+        us = timer.device(function)
+        return [what, f"{us:.0f}", f"{moved / us / 1e3:.0f}", f"{100 * moved / us / 1e3 / copy_speed:.0f}"]
+
+    count = SIDE * SIDE
+    for dtype in ("float32", "float16"):
+        w = cupy.random.standard_normal(count, dtype="float32").astype(dtype)
         scales = ops.block_absmax(w, BLOCK)
-        row(cupy, f"block_absmax {dtype}", w.nbytes + scales.nbytes, copy_speed, lambda w=w: ops.block_absmax(w, BLOCK))
-        for bits in (2, 3, 4, 8):
-            book = lq.normal_float(bits)
-            encoding = (w, scales, None, book.boundaries, bits, BLOCK)
+        moved = w.nbytes + scales.nbytes
+        yield row(f"block_absmax, {dtype}", moved, lambda w=w: ops.block_absmax(w, BLOCK))
+        yield row(f"block_extremes, {dtype}", moved + scales.nbytes, lambda w=w: ops.block_extremes(w, BLOCK))
+        for bits in (1, 2, 3, 4, 6, 8):
+            encoding = (w, scales, None, codebook(bits).boundaries, bits, BLOCK)
             packed, out = ops.encode_packed(*encoding), cupy.empty_like(w)
-            moved = count * width + packed.nbytes + scales.nbytes
-            row(
-                cupy, f"encode_packed {dtype}, {bits} bits", moved, copy_speed, lambda a=encoding: ops.encode_packed(*a)
-            )
-            decoding = (packed, scales, None, book.levels, bits, BLOCK, out)
-            row(cupy, f"decode {dtype}, {bits} bits", moved, copy_speed, lambda a=decoding: ops.decode(*a))
+            moved = w.nbytes + packed.nbytes + scales.nbytes
+            yield row(f"encode_packed, {dtype}, {bits} bits", moved, lambda a=encoding: ops.encode_packed(*a))
+            decoding = (packed, scales, None, codebook(bits).levels, bits, BLOCK, out)
+            yield row(f"decode, {dtype}, {bits} bits", moved, lambda a=decoding: ops.decode(*a))
+    for bits in (3, 4):
+        codes = cupy.random.randint(0, 2**bits, count).astype("uint8")
+        packed = ops.pack_codes(codes, bits)
+        moved = codes.nbytes + packed.nbytes
+        yield row(f"pack_codes, {bits} bits", moved, lambda c=codes, b=bits: ops.pack_codes(c, b))
+        yield row(f"unpack_codes, {bits} bits", moved, lambda p=packed, b=bits: ops.unpack_codes(p, b, count))
 
 
-def products(cupy):
-    rows, columns = SHAPE
-    book = lq.NF4
-    w = cupy.random.standard_normal(rows * columns).astype("float16")
+def products(cupy, timer):
+    """Yield rows: products of a few rows with packed weights, and with dense ones by cuBLAS."""
+    side = 4096
+    for dtype in ("float16", "bfloat16", "float32"):
+        for bits in (2, 3, 4, 8):
+            weights = [packed_weight(cupy, side, bits) for _ in range(CALLS)]
+            for inputs in (1, 2, 4, 8, 16):
+                x = cupy.random.standard_normal((inputs, side), dtype="float32").astype(dtype)
+                out, levels = cupy.empty((inputs, side), dtype=x.dtype), codebook(bits).levels
+                ours = timer.device(
+                    *(lambda w=w, x=x: ops.matmul_packed(x, *w, None, levels, bits, BLOCK, out) for w in weights)
+                )
+                yield [dtype, bits, inputs, f"{ours:.1f}", f"{dense_us(timer, dtype, inputs, side):.1f}"]
+
+
+def packed_weight(cupy, side, bits):
+    w = cupy.random.standard_normal(side * side, dtype="float32")
     scales = ops.block_absmax(w, BLOCK)
-    packed = ops.encode_packed(w, scales, None, book.boundaries, 4, BLOCK)
-    dense = w.reshape(SHAPE)
-    print("\n| rows of inputs | packed, us | dense float16, us | times faster |\n|---|---|---|---|")
-    for inputs in (1, 4, 16):
-        x = cupy.random.standard_normal((inputs, columns)).astype("float16")
-        out = cupy.empty((inputs, rows), dtype="float16")
-        arguments = (x, packed, scales, None, book.levels, 4, BLOCK, out)
-        ours = median_us(cupy, lambda a=arguments: ops.matmul_packed(*a))
-        theirs = median_us(cupy, lambda x=x: x @ dense.T)
-        print(f"| {inputs} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |", flush=True)
+    return ops.encode_packed(w, scales, None, codebook(bits).boundaries, bits, BLOCK), scales
+
+
+def dense_us(timer, dtype, inputs, side, kept={}):  # noqa: B006 - one measurement for all bits
+    torch = importlib.import_module("torch")
+    if (dtype, inputs) not in kept:
+        like = {"device": "cuda", "dtype": getattr(torch, dtype)}
+        x, weights = torch.randn(inputs, side, **like), [torch.randn(side, side, **like) for _ in range(CALLS)]
+        kept[dtype, inputs] = timer.device(*(lambda w=w: torch.mm(x, w.T) for w in weights))
+    return kept[dtype, inputs]
+
+
+def calls(cupy, timer):
+    """Yield rows: whole calls on arrays of either library, and what they take of the host."""
+    torch = importlib.import_module("torch")
+    w = cupy.random.standard_normal((4096, 4096), dtype="float32")
+    for library, array in (("CuPy", w), ("torch", torch.from_dlpack(w))):
+        for name in ("nf4/64", "nf4/64:u8/256:float32"):
+            fmt = lq.BlockFormat.parse(name)
+            q, rows = lq.quantize(array, fmt), {n: array[:n] for n in (1, 16, 256)}
+            own = {
+                "quantize": lambda a=array, f=fmt: lq.quantize(a, f),
+                "dequantize": lambda q=q: lq.dequantize(q),
+                **{f"matmul, {n} rows": lambda x=x, q=q: lq.matmul(x, q) for n, x in rows.items()},
+            }
+            for what, function in own.items():
+                yield [library, name, what, f"{timer.host(function):.0f}", f"{whole_us(cupy, function):.0f}"]
+
+
+def whole_us(cupy, function):
+    """Time of one call until the device is done."""
+    times = []
+    for _ in range(20):
+        cupy.cuda.Device().synchronize()
+        begin = time.perf_counter()
+        function()
+        cupy.cuda.Device().synchronize()
+        times.append(1e6 * (time.perf_counter() - begin))
+    return statistics.median(times)
 
 
 def main():
@@ -79,17 +159,19 @@ def main():
         print("No CUDA kernel was timed: CuPy is not installed, or finds no CUDA device.")
         return
     cupy = importlib.import_module("cupy")
+    record, timer = Record("gpu", ("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x")), Timer(cupy)
     device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-    source, target = cupy.zeros(1 << 26, dtype=np.uint8), cupy.empty(1 << 26, dtype=np.uint8)
-    us = median_us(cupy, lambda: cupy.copyto(target, source))
-    copy_speed = 2 * source.nbytes / us / 1e3
-    print(
-        f"{device}, CuPy {cupy.__version__}, Python {sys.version.split()[0]}; {SHAPE[0]} x {SHAPE[1]}, block {BLOCK}."
-    )
-    print(f"A copy of 64 MiB within the device moves {copy_speed:.0f} GB/s, reading and writing.\n")
-    print("| kernel | us | GB/s | percent of the copy |\n|---|---|---|---|")
-    kernels(cupy, copy_speed)
-    products(cupy)
+    source, target = (cupy.zeros(SIDE * SIDE, dtype="float32") for _ in range(2))
+    speed = 2 * source.nbytes / timer.device(lambda: cupy.copyto(target, source)) / 1e3
+    del source, target
+    title = f"{device}: {SIDE} x {SIDE}, blocks of {BLOCK}; a copy of as many float32 moves {speed:.0f} GB/s"
+    record.table(title, ["kernel", "us", "GB/s", "percent of the copy"], kernels(cupy, timer, speed))
+    if "--fast" in sys.argv[1:]:
+        return
+    title = f"{device}: rows of inputs times a 4096 x 4096 weight, in blocks of {BLOCK}"
+    record.table(title, ["dtype", "bits", "rows", "packed, us", "dense, us"], products(cupy, timer))
+    title = f"{device}: whole calls, 4096 x 4096 float32"
+    record.table(title, ["library", "format", "call", "host, us", "until done, us"], calls(cupy, timer))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ __all__ = [
     "FormatError",
     "InfeasibleBudgetError",
     "InvalidArgumentError",
+    "KernelError",
     "LQLoRAError",
     "MissingDependencyError",
     "MixedArraysError",
@@ -70,6 +71,10 @@ class CheckpointError(LQLoRAError, OSError):
 
 class StoreError(LQLoRAError, OSError):
     """A store of costs is corrupt, in use, or of other work."""
+
+
+class KernelError(LQLoRAError, RuntimeError):
+    """A CUDA kernel could not be compiled for the device at hand."""
 
 
 class ConformanceError(LQLoRAError, AssertionError):

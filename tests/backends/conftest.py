@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat
@@ -43,10 +44,11 @@ def stand_in() -> Iterator[CuPyStandIn]:
     """Put the stand-in where CuPy would be."""
     require_or_skip("g++", build.is_available())
     module = CuPyStandIn(TOGETHER)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setitem(sys.modules, "cupy", module)
         patch.setitem(sys.modules, "array_api_compat.cupy", module)
         patch.setattr(array_api_compat, "cupy", module, raising=False)
+        patch.setenv("CUPY_CACHE_DIR", folder)
         taken.kernels_run.cache_clear()
         yield module
     taken.kernels_run.cache_clear()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import lqlora as lq
 from lqlora import ops
 from lqlora.backends.cupy import cuda, launch, source, taken
-from lqlora.errors import MixedArraysError
+from lqlora.backends.cupy.binary import Binary
+from lqlora.errors import KernelError, MixedArraysError
 from lqlora.testing import check_backend
 from lqlora.testing.strategies import formats
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
@@ -393,8 +394,42 @@ def test_nothing_is_launched_for_nothing(emulated):
 
 def test_kernels_are_compiled_without_fused_products_and_fast_divisions(emulated):
     ops.block_absmax(typical(emulated)["block_absmax"][0], 64)
-    assert emulated.options == {source.OPTIONS}
+    assert emulated.options == {(*source.OPTIONS, "--gpu-architecture=sm_90")}
     assert {"--fmad=false", "--prec-div=true", "--ftz=false"} <= set(source.OPTIONS)
+
+
+def test_compiled_kernels_are_kept_on_disk(emulated, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "kernels"))
+    first = Binary.of("packing", "pack_codes<3>")
+    assert len(list((tmp_path / "kernels").iterdir())) == 1
+    monkeypatch.setattr(emulated.cuda.nvrtc, "compileProgram", None)
+    assert Binary.of("packing", "pack_codes<3>") == first
+    with pytest.raises(TypeError):
+        Binary.of("packing", "pack_codes<5>")
+
+
+def test_where_nothing_can_be_kept_kernels_are_compiled_again(emulated, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(NotADirectoryError):
+        (tmp_path / "file" / "kernel").read_bytes()
+    assert Binary.of("packing", "pack_codes<3>") == Binary.of("packing", "pack_codes<3>")
+
+
+def test_a_device_that_is_newer_than_the_compiler_compiles_itself(emulated, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    emulated.options.clear()
+    monkeypatch.setattr(type(emulated.cuda.Device()), "compute_capability", "86")
+    Binary.of("packing", "pack_codes<3>")
+    assert {options[-1] for options in emulated.options} == {"--gpu-architecture=compute_80"}
+
+
+def test_what_the_compiler_refuses_is_said(emulated, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("lqlora.backends.cupy.binary.source", lambda _: "")
+    with pytest.raises(KernelError, match="pack_codes<3> was not compiled .* nothing to compile"):
+        Binary.of("packing", "pack_codes<3>")
+    assert not list(tmp_path.iterdir())
 
 
 def test_tables_are_copied_to_the_device_once(emulated):
@@ -420,9 +455,13 @@ def on_tensors(emulated, torch, monkeypatch):
     """The kernels for tensors, given such in host memory, which the emulator can reach."""
     from lqlora.backends.cupy.tensors import TorchMemory
 
+    def view(_, tensor):
+        return emulated.lend((tensor.detach().view(torch.int16) if tensor.itemsize == 2 else tensor.detach()).numpy())
+
     stream = type("Stream", (), {"cuda_stream": 0})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(TorchMemory, "device", lambda *_: 0)
+    monkeypatch.setattr(TorchMemory, "view", view)
     return cuda.Kernels(TorchMemory())
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from lqlora.backends.cupy import binary
+from lqlora.backends.cupy.launch import launch
 from lqlora.backends.cupy.source import source
+from lqlora.backends.cupy.taken import kernels_run
 from tests.emulator import build as emulator
 from tests.emulator.build import Range, build
 from tests.requirements import require_or_skip
@@ -33,7 +38,23 @@ NAMES = (*HALF_NAMES, "position_all<long long>")
 HALVES = {"Float16": np.dtype(np.float16), "BFloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def run(name: str, x: np.ndarray, y: np.ndarray, *scalars: np.generic) -> np.ndarray:
+@pytest.fixture(params=["emulated", pytest.param("device", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Any:
+    """On a device 16-bit numbers are converted by instructions that it has for them."""
+    return run_emulated if request.param == "emulated" else run_on_device
+
+
+def run_on_device(name: str, x: np.ndarray, y: np.ndarray, *scalars: np.generic) -> np.ndarray:
+    require_or_skip("cupy", kernels_run())
+    cupy = importlib.import_module("cupy")
+    there = cupy.asarray(x.view(np.uint16) if x.itemsize == 2 else x), cupy.empty(y.shape, dtype=y.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(binary, "source", lambda module: source(module) + TEXT)
+        launch(0, None, "packing", name, 256, 8 * 256, (*there, np.int32(len(x)), *scalars))
+    return there[1].get()
+
+
+def run_emulated(name: str, x: np.ndarray, y: np.ndarray, *scalars: np.generic) -> np.ndarray:
     require_or_skip("g++", emulator.is_available())
     ranges = [Range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in (x, y)]
     pointers = [array.ctypes.data.to_bytes(8, sys.byteorder) for array in (x, y)]
@@ -43,7 +64,7 @@ def run(name: str, x: np.ndarray, y: np.ndarray, *scalars: np.generic) -> np.nda
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_all_numbers_are_widened_exactly(half):
+def test_all_numbers_are_widened_exactly(run, half):
     bits = np.arange(2**16, dtype=np.uint16)
     found, expected = run(f"widen_all<{half}>", bits, np.empty(2**16, np.float32)), bits.view(HALVES[half])
     expected = expected.astype(np.float32)
@@ -66,7 +87,7 @@ def near(dtype: np.dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_numbers_are_rounded_to_the_nearest_and_to_even_between_two(half):
+def test_numbers_are_rounded_to_the_nearest_and_to_even_between_two(run, half):
     x = near(HALVES[half])
     found = run(f"narrow_all<{half}>", x, np.empty(len(x), np.uint16))
     with np.errstate(over="ignore", under="ignore"):
@@ -75,14 +96,14 @@ def test_numbers_are_rounded_to_the_nearest_and_to_even_between_two(half):
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_nan_stays_nan(half):
+def test_nan_stays_nan(run, half):
     x = np.array([0x7FC00000, 0x7F800001, 0xFFFFFFFF, 0xFF800001], np.uint32).view(np.float32)
     found = run(f"narrow_all<{half}>", x, np.empty(4, np.uint16)).view(HALVES[half])
     assert np.isnan(found.astype(np.float32)).all()
 
 
 @pytest.mark.parametrize("size", [1, 3, 64, 4097, 2**31 - 1, 2**32, 2**33 + 7, 10**12 + 39])
-def test_positions_are_found_beyond_32_bits(size):
+def test_positions_are_found_beyond_32_bits(run, size):
     rng = np.random.default_rng(size)
     # At the ends of blocks, and anywhere.
     most = 2**51 // size

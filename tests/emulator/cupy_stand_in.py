@@ -8,6 +8,8 @@ array of another item size, one that is not contiguous. Memory that nobody wrote
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -28,6 +30,7 @@ class Device:
     """The only device."""
 
     id = 0
+    compute_capability = "90"
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -75,6 +78,7 @@ class ndarray:  # noqa: N801 - as CuPy calls it
         self.values = values
 
     device = property(lambda _: Device())
+    data = property(lambda _: types.SimpleNamespace(device_id=0))
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")
@@ -170,7 +174,11 @@ class _Function:
     def __init__(self, cupy: CuPyStandIn, kernel: Any) -> None:
         self._cupy, self._kernel = cupy, kernel
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], *, stream: Stream | None = None
+    ) -> None:
+        if not isinstance(stream, Stream | None):
+            raise TypeError("A stream is one of CuPy's.")
         kernel = self._kernel
         if any(type(size) is not int for size in (*grid, *block)):
             raise TypeError("Sizes of grids and blocks are tuples of int.")
@@ -184,21 +192,27 @@ class _Function:
             self._bytes(f"{kernel.name}, argument {i}", value, parameter)
             for i, (value, parameter) in enumerate(zip(arguments, kernel.parameters, strict=True))
         ]
-        arrays = [value.values for value in arguments if isinstance(value, ndarray)]
-        ranges = [Range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays]
+        ranges = [Range(array.ctypes.data, array.ctypes.data + array.nbytes) for array in self._arrays(arguments)]
         self._cupy.launched.append((kernel.name, grid, block))
         kernel.launch(grid, block, given, ranges, self._cupy.schedule)
 
-    @staticmethod
-    def _bytes(where: str, value: Any, parameter: str) -> bytes:
+    def _arrays(self, arguments: tuple[Any, ...]) -> list[np.ndarray]:
+        """Return what kernels may touch: arrays, and memory of others that an address is known of."""
+        own = [value.values for value in arguments if isinstance(value, ndarray)]
+        return own + [self._cupy.lent[value] for value in arguments if type(value) is int]
+
+    def _bytes(self, where: str, value: Any, parameter: str) -> bytes:
         kind, size = parameter[0], int(parameter[1])
-        if isinstance(value, ndarray):
-            if kind != "p" or size != value.values.itemsize:
-                raise TypeError(f"{where} is an array of {value.values.dtype}, the parameter is {parameter}.")
-            if not value.values.flags.c_contiguous:
+        if type(value) is int and value not in self._cupy.lent:
+            raise TypeError(f"{where} is {value}: no address, and numbers are given as those of NumPy.")
+        if isinstance(value, ndarray) or type(value) is int:
+            values = value.values if isinstance(value, ndarray) else self._cupy.lent[value]
+            if kind != "p" or size != values.itemsize:
+                raise TypeError(f"{where} is an array of {values.dtype}, the parameter is {parameter}.")
+            if not values.flags.c_contiguous:
                 raise ValueError(f"{where} is not contiguous.")
-            return value.values.ctypes.data.to_bytes(8, sys.byteorder)
-        if isinstance(value, bool | int) and not isinstance(value, np.generic):
+            return values.ctypes.data.to_bytes(8, sys.byteorder)
+        if isinstance(value, bool):
             value = np.int64(value)  # as CuPy does, whatever the parameter is
         elif type(value) is float:
             value = np.float64(value)
@@ -209,20 +223,61 @@ class _Function:
         return value.tobytes()
 
 
-class _RawModule:
-    def __init__(
-        self, cupy: CuPyStandIn, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]
-    ) -> None:
-        if not isinstance(options, tuple):
-            raise TypeError("options must be a tuple")
-        cupy.options.add(options)
-        self._cupy, self._code, self._names = cupy, code, name_expressions
+class _Compiler:
+    """CuPy's bindings of the run-time compiler. What it "compiles" is the text, which the emulator takes."""
 
-    def get_function(self, name: str) -> _Function:
-        if name not in self._names:
-            raise KeyError(name)
-        together = self._cupy.together.get(name, self._names)
-        return _Function(self._cupy, build(self._code, tuple(together))[name])
+    NVRTCError = RuntimeError
+
+    def __init__(self, cupy: CuPyStandIn) -> None:
+        self._cupy, self._programs = cupy, {}
+
+    def getVersion(self) -> tuple[str, int]:
+        return "stand-in", id(self)  # nothing is taken from the disk that another one left there
+
+    def getSupportedArchs(self) -> list[int]:
+        return [75, 80, 90]
+
+    def createProgram(self, text: str, name: str, headers: tuple[()], include_names: tuple[()]) -> int:
+        assert (name, headers, include_names) == ("lqlora.cu", (), ())
+        self._programs[len(self._programs)] = [text, ""]
+        return len(self._programs) - 1
+
+    def addNameExpression(self, program: int, name: str) -> None:
+        self._programs[program][1] = name
+
+    def compileProgram(self, program: int, options: tuple[str, ...]) -> None:
+        self._cupy.options.add(options)
+        if not self._programs[program][0]:
+            raise self.NVRTCError("NVRTC_ERROR_COMPILATION (6)")
+
+    def getProgramLog(self, program: int) -> str:
+        return "nothing to compile"
+
+    def getLoweredName(self, program: int, name: str) -> str:
+        assert name == self._programs[program][1]
+        return f"lowered {name}"
+
+    def getCUBIN(self, program: int) -> bytes:
+        return json.dumps(self._programs[program]).encode()
+
+    getPTX = getCUBIN
+
+    def destroyProgram(self, program: int) -> None:
+        self._programs[program] = None
+
+
+class _Module:
+    def __init__(self, cupy: CuPyStandIn) -> None:
+        self._cupy = cupy
+
+    def load(self, code: bytes) -> None:
+        self._text, self._name = json.loads(code)
+
+    def get_function(self, symbol: str) -> _Function:
+        if symbol != f"lowered {self._name}":
+            raise KeyError(symbol)
+        together = self._cupy.together.get(self._name, [self._name])
+        return _Function(self._cupy, build(self._text, tuple(together))[self._name])
 
 
 class CuPyStandIn(types.ModuleType):
@@ -238,12 +293,22 @@ class CuPyStandIn(types.ModuleType):
         self.launched: list[Any] = []
         self.options: set[tuple[str, ...]] = set()
         self.ndarray = ndarray
+        #: Memory that is not of CuPy's arrays, by its address.
+        self.lent: dict[int, np.ndarray] = {}
         self.cuda = types.SimpleNamespace(
-            is_available=lambda: True, Device=Device, Stream=Stream, get_current_stream=Stream
+            is_available=lambda: True,
+            Device=Device,
+            Stream=Stream,
+            get_current_stream=Stream,
+            Module=functools.partial(_Module, self),
+            nvrtc=_Compiler(self),
+            runtime=types.SimpleNamespace(getDevice=lambda: 0),
         )
 
-    def RawModule(self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]) -> _RawModule:
-        return _RawModule(self, code, options, name_expressions)
+    def lend(self, values: np.ndarray) -> int:
+        """Let kernels reach memory that they are given the address of."""
+        self.lent[values.ctypes.data] = values
+        return values.ctypes.data
 
     @staticmethod
     def empty(shape: Any, dtype: Any = float, **_: Any) -> ndarray:
@@ -255,10 +320,6 @@ class CuPyStandIn(types.ModuleType):
     def asarray(values: Any, dtype: Any = None, **_: Any) -> ndarray:
         values = values.values if isinstance(values, ndarray) else np.array(values)
         return ndarray(values if dtype is None else values.astype(dtype, copy=False))
-
-    @staticmethod
-    def from_dlpack(values: Any) -> ndarray:
-        return ndarray(np.from_dlpack(values))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

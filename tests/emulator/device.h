@@ -98,6 +98,7 @@ extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
 // Sixteen bytes at once. The compiler takes copies apart, so they say themselves where they are from and to.
 template <class T> struct alignas(16) EmulatedVector {
   T x, y, z, w;
+  EmulatedVector() = default;
   EmulatedVector(T x, T y, T z, T w) : x(x), y(y), z(z), w(w) {}
   EmulatedVector(const EmulatedVector& from) : x(from.x), y(from.y), z(from.z), w(from.w) {
     emulated::emulated_vector(&from);
@@ -121,6 +122,8 @@ static inline void __syncthreads(int line = __builtin_LINE()) { emulated::emulat
 static inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
   emulated::emulated_meet(emulated::Collective::sync, mask, 0, 0, line);
 }
+static inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+
 template <class T> static inline T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
   return emulated::shuffle(mask, value, source & 31, line);
 }

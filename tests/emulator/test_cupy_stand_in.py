@@ -21,8 +21,16 @@ def cupy():
 
 @pytest.fixture
 def fill(cupy):
-    module = cupy.RawModule(code=TEXT, options=("--fmad=false",), name_expressions=("fill<float>",))
-    return module.get_function("fill<float>")
+    return compiled(cupy).get_function("lowered fill<float>")
+
+
+def compiled(cupy):
+    nvrtc, module = cupy.cuda.nvrtc, cupy.cuda.Module()
+    program = nvrtc.createProgram(TEXT, "lqlora.cu", (), ())
+    nvrtc.addNameExpression(program, "fill<float>")
+    nvrtc.compileProgram(program, ("--fmad=false",))
+    module.load(nvrtc.getCUBIN(program))
+    return module
 
 
 def right(cupy):
@@ -43,7 +51,8 @@ def test_a_right_launch_runs(cupy, fill):
         (1, 2.5, "argument 1 is float64, the parameter is f4"),
         (1, np.float64(2.5), "argument 1 is float64"),
         (1, np.int32(2), "argument 1 is int32"),
-        (2, 10, "argument 2 is int64, the parameter is i4"),
+        (0, 10, "argument 0 is 10: no address"),
+        (2, 10, "argument 2 is 10: no address, and numbers are given as those of NumPy"),
         (2, True, "argument 2 is int64"),
         (3, np.int32(1), "argument 3 is int32, the parameter is i8"),
         (0, np.zeros(10, np.float32), "Unsupported type"),
@@ -95,10 +104,18 @@ def test_arrays_are_not_those_of_numpy(cupy):
     assert type(array.sum()) is type(array)
 
 
-def test_modules_and_streams_are_made_as_by_cupy(cupy):
-    with pytest.raises(TypeError, match="options must be a tuple"):
-        cupy.RawModule(code=TEXT, options=["-a"], name_expressions=("fill<float>",))
+def test_memory_of_others_is_reached_by_its_address(cupy, fill):
+    values, rest = np.zeros(10, np.float32), right(cupy)[1:]
+    fill((1,), (32,), (cupy.lend(values), *rest))
+    assert values.tolist() == [2.5] * 10
+    with pytest.raises(TypeError, match="array of float64, the parameter is p4"):
+        fill((1,), (32,), (cupy.lend(np.zeros(10)), *rest))
+
+
+def test_modules_and_streams_are_made_as_by_cupy(cupy, fill):
     with pytest.raises(KeyError):
-        cupy.RawModule(code=TEXT, options=(), name_expressions=("fill<float>",)).get_function("fill<double>")
+        compiled(cupy).get_function("fill<float>")
+    with pytest.raises(TypeError, match="stream"):
+        fill((1,), (32,), tuple(right(cupy)), stream=0)
     with pytest.raises(AttributeError):
         cupy.cuda.Stream.from_external(object())

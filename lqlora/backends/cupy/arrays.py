@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from lqlora.backends.cupy.taken import register
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from lqlora._typing import Array
 
 __all__: list[str] = []
@@ -22,12 +20,10 @@ class CuPyMemory:
 
     def device(self, array: Array) -> int:
         """Return the number of the device."""
-        return int(array.device.id)
+        return int(array.data.device_id)
 
-    def scope(self, array: Array) -> AbstractContextManager[Any]:
-        """Return the device, which makes itself the current one."""
-        device: AbstractContextManager[Any] = array.device
-        return device
+    def stream(self, device: int) -> None:  # noqa: ARG002
+        """Return None: the current stream is CuPy's."""
 
     def view(self, array: Array) -> Any:
         """Return the array itself."""
@@ -37,6 +33,11 @@ class CuPyMemory:
         """Return an array from CuPy's allocator."""
         with like.device:
             return importlib.import_module("cupy").empty((count,), dtype=dtype)
+
+    def zeros(self, count: int, dtype: str, like: Array) -> Array:
+        """Return an array from CuPy's allocator, set to zero."""
+        with like.device:
+            return importlib.import_module("cupy").zeros((count,), dtype=dtype)
 
 
 register(CuPyMemory())

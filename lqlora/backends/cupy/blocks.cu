@@ -1,47 +1,86 @@
 // Statistics of blocks of weights: absolute maxima, or minima and maxima together with zero.
 //
-// Maxima are of the bits of numbers without sign, which are ordered as the numbers are, with NaN above all: the order of
-// the threads does not matter, and NaN is never lost. A team of 1 to 32 lanes of a warp takes a part of a block. Where
-// blocks are longer than parts, results meet in global memory, which the host has set to zero.
+// Maxima are of the bits of numbers, which are ordered as the numbers are, with NaN beyond all: the order of the threads
+// does not matter, and NaN is never lost. A team of 1 to 32 lanes of a warp takes a part of a block. Where blocks are longer
+// than parts, results meet in global memory, which the host has set to zero.
 
 template <class Bits> __device__ __forceinline__ Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 
-template <class Value> struct Keys;
+template <class Half> constexpr unsigned infinite;
+template <> constexpr unsigned infinite<Float16> = 0x7c00u;
+template <> constexpr unsigned infinite<BFloat16> = 0x7f80u;
+
+// Keys of numbers: bits of the width that results have. Those of sixteen bits are the upper half of a word, and widened
+// at the end.
+template <class Value> struct Keys {
+  using Bits = unsigned;
+  using Signed = int;
+  static constexpr Bits SIGN = 0x80000000u, INFINITE = infinite<Value> << 16;
+  static constexpr int at_once = 8;
+  static __device__ __forceinline__ Bits of(Value x) { return (Bits)x.bits << 16; }
+  static __device__ __forceinline__ void spread(uint4 raw, Bits (&to)[at_once]) {
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[2 * i] = words[i] << 16, to[2 * i + 1] = words[i] & 0xffff0000u;
+  }
+  static __device__ __forceinline__ Bits result(Bits key) {
+    return __float_as_uint(widen(Value{(unsigned short)(key >> 16)}));
+  }
+};
 
 template <> struct Keys<float> {
-  static constexpr unsigned SIGN = 0x80000000u, NOT_A_NUMBER = 0x7fc00000u;
-  static __device__ __forceinline__ unsigned bits(float x) { return __float_as_uint(x); }
+  using Bits = unsigned;
+  using Signed = int;
+  static constexpr Bits SIGN = 0x80000000u, INFINITE = 0x7f800000u;
+  static constexpr int at_once = 4;
+  static __device__ __forceinline__ Bits of(float x) { return __float_as_uint(x); }
+  static __device__ __forceinline__ void spread(uint4 raw, Bits (&to)[at_once]) {
+    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
+  }
+  static __device__ __forceinline__ Bits result(Bits key) { return key; }
 };
 
 template <> struct Keys<double> {
-  static constexpr unsigned long long SIGN = 0x8000000000000000ull, NOT_A_NUMBER = 0x7ff8000000000000ull;
-  static __device__ __forceinline__ unsigned long long bits(double x) {
-    return (unsigned long long)__double_as_longlong(x);
+  using Bits = unsigned long long;
+  using Signed = long long;
+  static constexpr Bits SIGN = 0x8000000000000000ull, INFINITE = 0x7ff0000000000000ull;
+  static constexpr int at_once = 2;
+  static __device__ __forceinline__ Bits of(double x) { return (Bits)__double_as_longlong(x); }
+  static __device__ __forceinline__ void spread(uint4 raw, Bits (&to)[at_once]) {
+    to[0] = (Bits)raw.y << 32 | raw.x, to[1] = (Bits)raw.w << 32 | raw.z;
   }
+  static __device__ __forceinline__ Bits result(Bits key) { return key; }
 };
 
-// What a team has seen. `low` keeps the sign, so that zero is below all keys and a maximum is the least number.
-template <class Wide, bool extremes> struct Seen {
-  using Bits = typename Arithmetic<Wide>::bits;
+// What a team has seen, zero at first. As signed integers positive numbers are above all negative ones; as unsigned
+// integers negative numbers are above all positive ones, the least of them topmost.
+template <class Value, bool extremes> struct Seen {
+  using K = Keys<Value>;
+  using Bits = typename K::Bits;
+  using Signed = typename K::Signed;
   Bits low = 0, high = 0;
 
-  __device__ __forceinline__ void add(Wide x) {
-    using K = Keys<Wide>;
-    if constexpr (!extremes) {
-      high = larger(high, K::bits(x) & ~K::SIGN);
-    } else if (x != x) {
-      high = larger(high, K::NOT_A_NUMBER), low = larger(low, K::NOT_A_NUMBER | K::SIGN);
-    } else if (x > 0) {
-      high = larger(high, K::bits(x));
-    } else if (x < 0) {
-      low = larger(low, K::bits(x));
-    }
+  __device__ __forceinline__ void add(Bits key) {
+    if constexpr (extremes) meet(key, key);
+    else high = larger(high, key & ~K::SIGN);
+  }
+
+  __device__ __forceinline__ void meet(Bits other_low, Bits other_high) {
+    high = extremes ? (Bits)larger((Signed)high, (Signed)other_high) : larger(high, other_high);
+    if constexpr (extremes) low = larger(low, other_low);
   }
 
   __device__ __forceinline__ void meet(int lanes) {
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      high = larger(high, __shfl_xor_sync(0xffffffffu, high, distance));
-      if constexpr (extremes) low = larger(low, __shfl_xor_sync(0xffffffffu, low, distance));
+    for (int distance = lanes / 2; distance > 0; distance /= 2)
+      meet(extremes ? __shfl_xor_sync(0xffffffffu, low, distance) : 0, __shfl_xor_sync(0xffffffffu, high, distance));
+  }
+
+  // Puts right what is no minimum: positive numbers, negative zero. NaN of either sign is both.
+  __device__ __forceinline__ void finish() {
+    if constexpr (extremes) {
+      const bool is_nan = high > K::INFINITE || (low & ~K::SIGN) > K::INFINITE;
+      if (low <= K::SIGN) low = 0;
+      if (is_nan) high = ~K::SIGN, low = ~(Bits)0;
     }
   }
 };
@@ -51,38 +90,64 @@ template <class Bits> __device__ __forceinline__ void put(Bits* to, Bits key, bo
   else *to = key;
 }
 
+// Where a part of a block begins and ends; from `parts` on there is nothing.
+struct Part {
+  long long block, begin, end;
+
+  __device__ __forceinline__ Part(long long part, long long parts, long long parts_per_block, long long part_size,
+                                  long long block_size, long long count) {
+    block = parts_per_block > 1 ? part / parts_per_block : part;  // a long division is a call
+    begin = block * block_size + (part - block * parts_per_block) * part_size;
+    end = smaller(smaller(begin + part_size, (block + 1) * block_size), count);
+    if (part >= parts || begin > end) end = begin;
+  }
+
+  static __device__ __forceinline__ long long smaller(long long a, long long b) { return a < b ? a : b; }
+};
+
 // All lanes of a warp make the same number of turns: shuffles need every lane.
 template <class Value, bool extremes>
 __global__ void __launch_bounds__(256)
-    block_statistics(const Value* __restrict__ flat, typename Arithmetic<Value>::bits* __restrict__ low,
-                     typename Arithmetic<Value>::bits* __restrict__ high, long long count, long long block_size,
-                     long long part_size, int lanes) {
-  using Wide = typename Arithmetic<Value>::type;
-  constexpr int at_once = 16 / sizeof(Value);
+    block_statistics(const Value* __restrict__ flat, typename Keys<Value>::Bits* __restrict__ low,
+                     typename Keys<Value>::Bits* __restrict__ high, long long count, long long block_size,
+                     long long part_size, long long parts_per_block, long long parts, int lanes) {
+  using K = Keys<Value>;
+  constexpr int at_once = K::at_once, batch = 4;
   const bool aligned = is_aligned(flat, 16) && (part_size % at_once == 0) && (block_size % at_once == 0);
-  const long long parts_per_block = (block_size + part_size - 1) / part_size;
-  const long long parts = (count + block_size - 1) / block_size * parts_per_block;
-  const int lane = threadIdx.x % lanes, teams_per_warp = 32 / lanes;
-  for (long long turn = first_thread() / 32 * teams_per_warp; turn < parts; turn += thread_count() / lanes) {
-    const long long part = turn + threadIdx.x % 32 / lanes, block = part / parts_per_block;
-    const long long begin = block * block_size + part % parts_per_block * part_size;
-    const long long stop = block < (count - 1) / block_size ? (block + 1) * block_size : count;
-    const long long end = part >= parts ? begin : begin + part_size < stop ? begin + part_size : stop;
-    Seen<Wide, extremes> seen;
-    long long rest = begin;
-    if (aligned && end > begin) {
-      rest = end - (end - begin) % at_once;
-      for (long long i = begin + lane * at_once; i < rest; i += lanes * at_once) {
-        Wide values[at_once];
-        spread(*reinterpret_cast<const uint4*>(flat + i), flat, values);
+  const int lane = threadIdx.x & (lanes - 1), team = (threadIdx.x & 31) / lanes, teams_per_warp = 32 / lanes;
+  const long long step = thread_count() / lanes;
+  for (long long turn = first_thread() / 32 * teams_per_warp; turn < parts; turn += step) {
+    const Part part(turn + team, parts, parts_per_block, part_size, block_size, count);
+    Seen<Value, extremes> seen;
+    long long rest = part.begin;
+    if (aligned) {
+      rest = part.end - (part.end - part.begin) % at_once;
+      long long i = part.begin + lane * at_once;
+      const int stride = lanes * at_once;
+      for (; i + (batch - 1) * stride < rest; i += batch * stride) {  // loads that do not wait for each other
+        uint4 raw[batch];
 #pragma unroll
-        for (int k = 0; k < at_once; ++k) seen.add(values[k]);
+        for (int b = 0; b < batch; ++b) raw[b] = *reinterpret_cast<const uint4*>(flat + i + b * stride);
+#pragma unroll
+        for (int b = 0; b < batch; ++b) {
+          typename K::Bits keys[at_once];
+          K::spread(raw[b], keys);
+#pragma unroll
+          for (int k = 0; k < at_once; ++k) seen.add(keys[k]);
+        }
+      }
+      for (; i < rest; i += stride) {
+        typename K::Bits keys[at_once];
+        K::spread(*reinterpret_cast<const uint4*>(flat + i), keys);
+#pragma unroll
+        for (int k = 0; k < at_once; ++k) seen.add(keys[k]);
       }
     }
-    for (long long i = rest + lane; i < end; i += lanes) seen.add(widen(flat[i]));
+    for (long long i = rest + lane; i < part.end; i += lanes) seen.add(K::of(flat[i]));
     seen.meet(lanes);
-    if (lane != 0 || part >= parts) continue;
-    put(high + block, seen.high, parts_per_block > 1);
-    if constexpr (extremes) put(low + block, seen.low, parts_per_block > 1);
+    seen.finish();
+    if (lane != 0 || turn + team >= parts) continue;
+    put(high + part.block, K::result(seen.high), parts_per_block > 1);
+    if constexpr (extremes) put(low + part.block, K::result(seen.low), parts_per_block > 1);
   }
 }

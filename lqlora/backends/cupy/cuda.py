@@ -26,11 +26,14 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 #: Weights that one team of lanes looks at; the statistics of the parts of longer blocks meet in global memory.
 _PART = 4096
 
+#: Vectors of sixteen bytes that a lane loads at a time.
+_LOADS = 4
+
 #: Rows of inputs that matrix products are compiled for. With more of them, dense products of decoded tiles are faster.
 _INPUTS = (1, 4, 16)
 MOST_INPUTS = _INPUTS[-1]
 
-#: Threads of a block, and those of a matrix product, whose warps have two rows each.
+#: Threads of a block, and those of a matrix product, whose warps have one row each, or two.
 _THREADS, _PRODUCT_THREADS = 256, 128
 
 #: Weights, or codes, that a thread has at a time.
@@ -61,18 +64,22 @@ class Kernels:
         count, name = flat.shape[0], dtype_name(flat)
         block_size = max(1, min(block_size, count))
         blocks, wide = -(-count // block_size), "float64" if name == "float64" else "float32"
-        high = self._memory.empty(blocks, wide, flat)
-        low = self._memory.empty(blocks, wide, flat) if extremes else high
+        parts = -(-block_size // _PART)
+        make = self._memory.empty if parts == 1 else self._memory.zeros  # the parts of a block are merged into zeros
+        high = make(blocks, wide, flat)
+        low = make(blocks, wide, flat) if extremes else high
         if not count:
             return low, high
-        parts = -(-block_size // _PART)
-        if parts > 1:  # what the parts of a block are merged into
-            with self._memory.scope(flat):
-                high[...] = 0
-                low[...] = 0
-        lanes = _lanes(min(block_size, _PART, count), 16 // _ITEM_BYTES[name])
+        lanes = _lanes(min(block_size, _PART), _LOADS * 16 // _ITEM_BYTES[name])
         kernel = f"block_statistics<{_TYPES[name]}, {str(extremes).lower()}>"
-        sizes = (np.int64(count), np.int64(block_size), np.int64(_PART), np.int32(lanes))
+        sizes = (
+            np.int64(count),
+            np.int64(block_size),
+            np.int64(_PART),
+            np.int64(parts),
+            np.int64(blocks * parts),
+            np.int32(lanes),
+        )
         self._run("blocks", kernel, blocks * parts * lanes, (flat, low, high, *sizes))
         return low, high
 
@@ -160,23 +167,25 @@ class Kernels:
         sizes = (np.int32(inputs), np.int64(rows), np.int64(columns), *_blocks(block_size))
         arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
         kernel = f"matmul_packed<{bits}, {_TYPES[dtype_name(x)]}, {most}>"
-        self._run("matmul", kernel, -(-rows // 2) * 32, arguments, _PRODUCT_THREADS)
+        self._run("matmul", kernel, -(-rows // (2 if most > 1 else 1)) * 32, arguments, _PRODUCT_THREADS)
         return out
 
     def _run(self, module: str, kernel: str, work: int, arguments: tuple[Any, ...], threads: int = _THREADS) -> None:
         """Launch a kernel; a table of the host is given as its entries, their number, and what fills it up."""
-        device = self._memory.device(arguments[0]) or 0
-        with self._memory.scope(arguments[0]):
-            launch(device, module, kernel, threads, work, tuple(self._argument(device, value) for value in arguments))
-
-    def _argument(self, device: int, value: Any) -> Any:
-        if isinstance(value, np.generic):
-            return value
-        return table(device, *value) if isinstance(value, tuple) else self._memory.view(value)
+        memory, device = self._memory, self._memory.device(arguments[0]) or 0
+        given = tuple(
+            value
+            if isinstance(value, np.generic)
+            else table(device, *value)
+            if isinstance(value, tuple)
+            else memory.view(value)
+            for value in arguments
+        )
+        launch(device, memory.stream(device), module, kernel, threads, work, given)
 
 
 def _lanes(weights: int, at_once: int) -> int:
-    """Return how many lanes of a warp share a part of a block: a power of two, such that each loads sixteen bytes."""
+    """Return how many lanes of a warp share a part of a block: a power of two, such that each loads so many at once."""
     return min(32, 1 << max(0, (-(-weights // at_once) - 1).bit_length()))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora.backends.cupy.source import OPTIONS, source
+from lqlora.backends.cupy.binary import Binary
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -19,13 +19,17 @@ __all__ = ["launch", "table"]
 MOST_BLOCKS = 1 << 16
 
 
-def launch(device: int, module: str, kernel: str, threads: int, work: int, arguments: tuple[Any, ...]) -> None:
-    """Run a kernel on the current stream.
+def launch(
+    device: int, stream: Any, module: str, kernel: str, threads: int, work: int, arguments: tuple[Any, ...]
+) -> None:
+    """Run a kernel.
 
     Parameters
     ----------
     device : int
-        The current device.
+        Where the arguments are.
+    stream : cupy.cuda.Stream or None
+        The stream to run on; None for the current one of CuPy.
     module : str
         File that has the kernel.
     kernel : str
@@ -35,16 +39,24 @@ def launch(device: int, module: str, kernel: str, threads: int, work: int, argum
     work : int
         How many threads would have one piece of work each.
     arguments : tuple
-        CuPy arrays and Python integers. The integers must be ``np.int32`` or ``np.int64``, as the kernel has them.
+        CuPy arrays, addresses as Python integers, and numbers, which must be ``np.int32``, ``np.int64`` or
+        ``np.float64``, as the kernel has them.
     """
-    blocks = min(-(-work // threads), MOST_BLOCKS)
-    _compiled(importlib.import_module("cupy"), device, module, kernel)((blocks,), (threads,), arguments)
+    cupy = importlib.import_module("cupy")
+    grid = (min(-(-work // threads), MOST_BLOCKS),)
+    if cupy.cuda.runtime.getDevice() == device:
+        _loaded(cupy, device, module, kernel)(grid, (threads,), arguments, stream=stream)
+        return
+    with cupy.cuda.Device(device):
+        _loaded(cupy, device, module, kernel)(grid, (threads,), arguments, stream=stream)
 
 
 @functools.cache
-def _compiled(cupy: Any, device: int, module: str, kernel: str) -> Any:  # noqa: ARG001 - code is loaded on one device
-    code = cupy.RawModule(code=source(module), options=OPTIONS, name_expressions=(kernel,))
-    return code.get_function(kernel)
+def _loaded(cupy: Any, device: int, module: str, kernel: str) -> Any:  # noqa: ARG001 - code is loaded on one device
+    binary = Binary.of(module, kernel)
+    loaded = cupy.cuda.Module()
+    loaded.load(binary.code)
+    return loaded.get_function(binary.symbol)
 
 
 def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: float) -> Any:
@@ -53,7 +65,7 @@ def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: flo
     Parameters
     ----------
     device : int
-        The current device.
+        Where to.
     values : ndarray of float32
         Levels or boundaries.
     length : int
@@ -70,10 +82,11 @@ def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: flo
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(cupy: Any, device: int, values: bytes, length: int, beyond: float) -> Any:  # noqa: ARG001
+def _on_device(cupy: Any, device: int, values: bytes, length: int, beyond: float) -> Any:
     padded = np.full(length, beyond, dtype=np.float32)
     known = np.frombuffer(values, dtype=np.float32)
     padded[: len(known)] = known
-    copied = cupy.asarray(padded)
-    cupy.cuda.get_current_stream().synchronize()  # later calls may run on other streams
+    with cupy.cuda.Device(device):
+        copied = cupy.asarray(padded)
+        cupy.cuda.get_current_stream().synchronize()  # later calls may run on other streams
     return copied

@@ -1,4 +1,4 @@
-// Numbers as they lie in memory, and as they are computed with. No header of CUDA is needed: the two 16-bit types are
+// Numbers as they lie in memory, and as they are computed with. No header of CUDA is needed: bfloat16 is
 // converted by integer arithmetic, which is the same on every architecture and on the CPU.
 
 struct Float16 { unsigned short bits; };
@@ -11,12 +11,25 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 
+// Where there is a device, it has an instruction for float16, which denormal numbers of float32 pass unharmed.
+#ifdef __CUDA_ARCH__
+
+__device__ __forceinline__ float widen(Float16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+
+#else
+
 __device__ __forceinline__ float widen(Float16 x) {
   const unsigned sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
   if (magnitude >= 0x0f800000u) return __uint_as_float(sign | 0x7f800000u | magnitude);  // infinite or NaN
   const float rebiased = __uint_as_float(magnitude) * 0x1p112f;                          // exact, small numbers too
   return __uint_as_float(sign | __float_as_uint(rebiased));
 }
+
+#endif
 
 __device__ __forceinline__ void narrow(float x, float& out) { out = x; }
 
@@ -25,6 +38,14 @@ __device__ __forceinline__ void narrow(float x, BFloat16& out) {
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   out.bits = (unsigned short)(is_nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
+
+#ifdef __CUDA_ARCH__
+
+__device__ __forceinline__ void narrow(float x, Float16& out) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+}
+
+#else
 
 __device__ __forceinline__ void narrow(float x, Float16& out) {
   const unsigned bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
@@ -35,6 +56,8 @@ __device__ __forceinline__ void narrow(float x, Float16& out) {
   else half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;  // the sum rounds at 2**-24
   out.bits = (unsigned short)(bits >> 16 & 0x8000u | half);
 }
+
+#endif
 
 __device__ __forceinline__ bool is_aligned(const void* pointer, unsigned bytes) {
   return ((unsigned long long)pointer & (bytes - 1u)) == 0;

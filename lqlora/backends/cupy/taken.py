@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lqlora import ops
-from lqlora._dispatch import Takes, array_library, dtype_name
+from lqlora._dispatch import Takes, dtype_name
 from lqlora._optional import is_installed
 from lqlora.backends.cupy.cuda import GROUP, MOST_INPUTS, Kernels
 
@@ -51,17 +51,24 @@ def register(memory: Memory) -> None:
             bits=tuple(range(1, 9)) if "bits" in operation.__signature__.parameters else None,
             memory="device",
             contiguous=tuple(taken.dtypes),
-            condition=functools.partial(_condition, memory, taken.fits),
+            condition=functools.partial(_condition, memory, _positions(operation, taken), taken.fits),
             sentence=f"{taken.sentence}, on one CUDA device that CuPy can use",
         )
         operation.register(memory.library, takes=takes)(getattr(kernels, operation.name))
 
 
-def _condition(memory: Memory, fits: Callable[..., bool], *args: Any) -> bool:
+def _positions(operation: Operation[Any, Any], taken: _Taken) -> tuple[int, ...]:
+    """Return where the arrays are among the arguments."""
+    return tuple(i for i, name in enumerate(operation.__signature__.parameters) if name in taken.dtypes)
+
+
+def _condition(memory: Memory, positions: tuple[int, ...], fits: Callable[..., bool], *args: Any) -> bool:
     if not kernels_run():
         return False
-    devices = {memory.device(value) for value in args if array_library(value) == memory.library}
-    return len(devices) == 1 and None not in devices and fits(*args)
+    device = memory.device(args[positions[0]])
+    others = (args[position] for position in positions[1:])
+    one_device = all(array is None or memory.device(array) == device for array in others)
+    return device is not None and one_device and fits(*args)
 
 
 class _Taken(NamedTuple):

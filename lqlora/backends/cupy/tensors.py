@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lqlora.backends.cupy.taken import register
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["TorchMemory"]
 
@@ -25,23 +22,26 @@ class TorchMemory:
         """Return the number of the CUDA device, None for other devices."""
         return array.get_device() if array.is_cuda else None
 
-    @contextlib.contextmanager
-    def scope(self, array: torch.Tensor) -> Iterator[None]:
-        """Make the tensor's device, and torch's current stream on it, those of CuPy."""
-        cupy = importlib.import_module("cupy")
-        stream = cupy.cuda.Stream.from_external(_Stream(torch.cuda.current_stream(array.device).cuda_stream))
-        with cupy.cuda.Device(self.device(array)), stream:
-            yield
+    def stream(self, device: int) -> Any:
+        """Return torch's current stream, as a stream of CuPy."""
+        return _stream_of_cupy(torch.cuda.current_stream(device).cuda_stream)
 
-    def view(self, array: torch.Tensor) -> Any:
-        """Return a CuPy array of the same memory. Of bfloat16 CuPy is told that it is int16."""
-        tensor = array.detach()
-        tensor = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        return importlib.import_module("cupy").from_dlpack(tensor)
+    def view(self, array: torch.Tensor) -> int:
+        """Return the address of the tensor's memory."""
+        return array.data_ptr()
 
     def empty(self, count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
         """Return a tensor from torch's allocator."""
         return torch.empty((count,), dtype=getattr(torch, dtype), device=like.device)
+
+    def zeros(self, count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
+        """Return a tensor from torch's allocator, set to zero."""
+        return torch.zeros((count,), dtype=getattr(torch, dtype), device=like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream_of_cupy(handle: int) -> Any:
+    return importlib.import_module("cupy").cuda.Stream.from_external(_Stream(handle))
 
 
 class _Stream:

@@ -66,12 +66,18 @@ def codebook(bits):
     return lq.normal_float(bits) if bits > 1 else lq.Codebook(np.array([-1, 1], np.float32))
 
 
-def kernels(cupy, timer, copy_speed):
+def copy_speed(cupy, timer):
+    """Return the GB/s of a copy, read and written."""
+    source, target = (cupy.zeros(SIDE * SIDE, dtype="float32") for _ in range(2))
+    return 2 * source.nbytes / timer.device(lambda: cupy.copyto(target, source)) / 1e3
+
+
+def kernels(cupy, timer, speed):
     """Yield rows: what each kernel reads and writes, and how fast."""
 
     def row(what, moved, function):
         us = timer.device(function)
-        return [what, f"{us:.0f}", f"{moved / us / 1e3:.0f}", f"{100 * moved / us / 1e3 / copy_speed:.0f}"]
+        return [what, f"{us:.0f}", f"{moved / us / 1e3:.0f}", f"{100 * moved / us / 1e3 / speed:.0f}"]
 
     count = SIDE * SIDE
     for dtype in ("float32", "float16"):
@@ -104,9 +110,8 @@ def products(cupy, timer):
             for inputs in (1, 2, 4, 8, 16):
                 x = cupy.random.standard_normal((inputs, side), dtype="float32").astype(dtype)
                 out, levels = cupy.empty((inputs, side), dtype=x.dtype), codebook(bits).levels
-                ours = timer.device(
-                    *(lambda w=w, x=x: ops.matmul_packed(x, *w, None, levels, bits, BLOCK, out) for w in weights)
-                )
+                rest = None, levels, bits, BLOCK, out
+                ours = timer.device(*(lambda w=w, x=x, rest=rest: ops.matmul_packed(x, *w, *rest) for w in weights))
                 yield [dtype, bits, inputs, f"{ours:.1f}", f"{dense_us(timer, dtype, inputs, side):.1f}"]
 
 
@@ -161,9 +166,7 @@ def main():
     cupy = importlib.import_module("cupy")
     record, timer = Record("gpu", ("numpy", "torch", "cupy-cuda12x", "cupy-cuda13x")), Timer(cupy)
     device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-    source, target = (cupy.zeros(SIDE * SIDE, dtype="float32") for _ in range(2))
-    speed = 2 * source.nbytes / timer.device(lambda: cupy.copyto(target, source)) / 1e3
-    del source, target
+    speed = copy_speed(cupy, timer)
     title = f"{device}: {SIDE} x {SIDE}, blocks of {BLOCK}; a copy of as many float32 moves {speed:.0f} GB/s"
     record.table(title, ["kernel", "us", "GB/s", "percent of the copy"], kernels(cupy, timer, speed))
     if "--fast" in sys.argv[1:]:

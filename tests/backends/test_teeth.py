@@ -8,7 +8,7 @@ import pytest
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import launch, source
+from lqlora.backends.cupy import binary, launch, source
 from tests.backends.conftest import stand_in
 from tests.emulator.build import EmulationError
 
@@ -16,9 +16,9 @@ from tests.emulator.build import EmulationError
 FAULTS = {
     "no_barrier": ("decode", "  __syncthreads();\n}", "}", "shared memory"),
     "no_lanes": ("blocks", "__shfl_xor_sync(0xffffffffu, high", "__shfl_xor_sync(0xffffu, high", "not in its own mask"),
-    "absent_lanes": ("blocks", "lane != 0 || part >= parts) continue", "lane != 0 || part >= parts) return", "returned"),
+    "absent_lanes": ("blocks", "lane != 0 || turn + team >= parts) continue", "lane != 0 || turn + team >= parts) return", "returned"),
     "plain_maximum": ("blocks", "if (shared) atomicMax(to, key);\n  else *to", "*to", "what another thread wrote"),
-    "all_lanes_write": ("blocks", "lane != 0 || part >= parts", "part >= parts", "what another thread wrote"),
+    "all_lanes_write": ("blocks", "lane != 0 || turn + team >= parts", "turn + team >= parts", "what another thread wrote"),
     "tail_read": ("decode", "(count * bits + 7) / 8", "bits", "out of bounds"),
     "tail_written": ("decode", "if (i < count) narrow", "narrow", "out of bounds"),
     "always_aligned": ("encode", "is_aligned(flat, 16)", "true", "no multiple of 16"),
@@ -28,8 +28,9 @@ FAULTS = {
     "fused": ("decode", "(table[code_in<bits>(group, i)] - zero) * scale", "table[code_in<bits>(group, i)] * scale - zero * scale", None),
     "down": ("decode", "bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u", None),
     "no_next_block": ("encode", "if (i != next) return false;", "return false;", None),
-    "float_maximum": ("blocks", "high = larger(high, K::bits(x) & ~K::SIGN);", "high = x > 0 ? larger(high, K::bits(x)) : high;", None),
-    "nan_lost": ("blocks", "if (x != x) {", "if (false) {", None),
+    "sign_kept": ("blocks", "high = larger(high, key & ~K::SIGN);", "high = (Bits)larger((Signed)high, (Signed)key);", None),
+    "nan_lost": ("blocks", "if (is_nan)", "if (false)", None),
+    "positive_minimum": ("blocks", "if (low <= K::SIGN) low = 0;", "", None),
 }  # fmt: skip
 
 
@@ -59,6 +60,11 @@ def run(cupy):
         )
         for found, expected in both:
             yield cupy.asarray(np.nan_to_num(found.get())), np.nan_to_num(expected)
+    positive = abs(near_boundaries(scales, size))
+    for found, expected in zip(
+        ops.block_extremes(cupy.asarray(positive), size), ops.block_extremes.reference(positive, size), strict=True
+    ):
+        yield found, expected
     levels = np.array([-1.7, -1, -0.3, 0, 0.1, 1 + 2.0**-8, 1.2, 3], np.float32)
     for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
         count = len(w) - 3
@@ -86,7 +92,7 @@ def planted(monkeypatch):
             assert text in own(module)
             return own(name).replace(text, other)
 
-        monkeypatch.setattr(launch, "source", changed)
+        monkeypatch.setattr(binary, "source", changed)
         monkeypatch.setattr(launch, "MOST_BLOCKS", 3)
         opened.append(stand_in())
         return next(opened[-1])

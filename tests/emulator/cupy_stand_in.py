@@ -251,7 +251,7 @@ class _Compiler:
             raise self.NVRTCError("NVRTC_ERROR_COMPILATION (6)")
 
     def getProgramLog(self, program: int) -> str:
-        return "nothing to compile"
+        return "" if self._programs[program][0] else "nothing to compile"
 
     def getLoweredName(self, program: int, name: str) -> str:
         assert name == self._programs[program][1]

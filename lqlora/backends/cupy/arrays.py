@@ -22,7 +22,7 @@ class CuPyMemory:
         """Return the number of the device."""
         return int(array.data.device_id)
 
-    def stream(self, device: int) -> None:  # noqa: ARG002
+    def stream(self, device: int) -> None:
         """Return None: the current stream is CuPy's."""
 
     def view(self, array: Array) -> Any:

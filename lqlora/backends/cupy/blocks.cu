@@ -6,7 +6,7 @@
 
 template <class Bits> __device__ __forceinline__ Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 
-template <class Half> constexpr unsigned infinite;
+template <class Half> constexpr unsigned infinite = 0;
 template <> constexpr unsigned infinite<Float16> = 0x7c00u;
 template <> constexpr unsigned infinite<BFloat16> = 0x7f80u;
 
@@ -94,10 +94,11 @@ template <class Bits> __device__ __forceinline__ void put(Bits* to, Bits key, bo
 struct Part {
   long long block, begin, end;
 
-  __device__ __forceinline__ Part(long long part, long long parts, long long parts_per_block, long long part_size,
+  __device__ __forceinline__ Part(long long part, long long parts, Blocks parts_of_block, long long part_size,
                                   long long block_size, long long count) {
-    block = parts_per_block > 1 ? part / parts_per_block : part;  // a long division is a call
-    begin = block * block_size + (part - block * parts_per_block) * part_size;
+    const Position position = parts_of_block.size > 1 ? position_of(part, parts_of_block) : Position{part, 0};
+    block = position.block;
+    begin = block * block_size + position.within * part_size;
     end = smaller(smaller(begin + part_size, (block + 1) * block_size), count);
     if (part >= parts || begin > end) end = begin;
   }
@@ -110,14 +111,14 @@ template <class Value, bool extremes>
 __global__ void __launch_bounds__(256)
     block_statistics(const Value* __restrict__ flat, typename Keys<Value>::Bits* __restrict__ low,
                      typename Keys<Value>::Bits* __restrict__ high, long long count, long long block_size,
-                     long long part_size, long long parts_per_block, long long parts, int lanes) {
+                     long long part_size, long long parts_per_block, double inverse, long long parts, int lanes) {
   using K = Keys<Value>;
   constexpr int at_once = K::at_once, batch = 4;
   const bool aligned = is_aligned(flat, 16) && (part_size % at_once == 0) && (block_size % at_once == 0);
   const int lane = threadIdx.x & (lanes - 1), team = (threadIdx.x & 31) / lanes, teams_per_warp = 32 / lanes;
   const long long step = thread_count() / lanes;
   for (long long turn = first_thread() / 32 * teams_per_warp; turn < parts; turn += step) {
-    const Part part(turn + team, parts, parts_per_block, part_size, block_size, count);
+    const Part part(turn + team, parts, {parts_per_block, inverse}, part_size, block_size, count);
     Seen<Value, extremes> seen;
     long long rest = part.begin;
     if (aligned) {

@@ -72,15 +72,9 @@ class Kernels:
             return low, high
         lanes = _lanes(min(block_size, _PART), _LOADS * 16 // _ITEM_BYTES[name])
         kernel = f"block_statistics<{_TYPES[name]}, {str(extremes).lower()}>"
-        sizes = (
-            np.int64(count),
-            np.int64(block_size),
-            np.int64(_PART),
-            np.int64(parts),
-            np.int64(blocks * parts),
-            np.int32(lanes),
-        )
-        self._run("blocks", kernel, blocks * parts * lanes, (flat, low, high, *sizes))
+        sizes = (np.int64(count), np.int64(block_size), np.int64(_PART))
+        cut = (*_blocks(parts), np.int64(blocks * parts), np.int32(lanes))
+        self._run("blocks", kernel, blocks * parts * lanes, (flat, low, high, *sizes, *cut))
         return low, high
 
     def nearest_codes(self, values: Array, boundaries: npt.NDArray[np.float32]) -> Array:

@@ -78,7 +78,7 @@ class ndarray:  # noqa: N801 - as CuPy calls it
         self.values = values
 
     device = property(lambda _: Device())
-    data = property(lambda _: types.SimpleNamespace(device_id=0))
+    data = property(lambda self: types.SimpleNamespace(device_id=0, ptr=self.values.ctypes.data))
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lqlora.backends.cupy.taken import register
+from lqlora._dispatch import prefer_pieces
+from lqlora.backends.cupy.taken import kernels_run, register
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -25,6 +26,10 @@ class CuPyMemory:
     def stream(self, device: int) -> None:
         """Return None: the current stream is CuPy's."""
 
+    def address(self, array: Array) -> int:
+        """Return where the memory of an array begins."""
+        return int(array.data.ptr)
+
     def view(self, array: Array) -> Any:
         """Return the array itself."""
         return array
@@ -41,3 +46,5 @@ class CuPyMemory:
 
 
 register(CuPyMemory())
+if kernels_run():  # they need no workspace
+    prefer_pieces("cupy", 1 << 30)

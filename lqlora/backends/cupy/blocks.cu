@@ -24,7 +24,7 @@ template <class Value> struct Keys {
     for (int i = 0; i < 4; ++i) to[2 * i] = words[i] << 16, to[2 * i + 1] = words[i] & 0xffff0000u;
   }
   static __device__ __forceinline__ Bits result(Bits key) {
-    return __float_as_uint(widen(Value{(unsigned short)(key >> 16)}));
+    return __float_as_uint(widen(Value{(unsigned short)(key >> 16 & 0x7fffu)})) | (key & SIGN);  // NaN keeps its sign
   }
 };
 

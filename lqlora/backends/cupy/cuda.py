@@ -88,6 +88,17 @@ class Kernels:
             self._run("encode", f"nearest_codes<{_TYPES[dtype_name(values)]}>", -(-count // GROUP), arguments)
         return codes.reshape(values.shape)
 
+    def encode(
+        self,
+        flat: Array,
+        scales: Array,
+        zero_points: Array | None,
+        boundaries: npt.NDArray[np.float32],
+        block_size: int,
+    ) -> Array:
+        """Pack codes of eight bits, which are whole bytes."""
+        return self.encode_packed(flat, scales, zero_points, boundaries, 8, block_size)
+
     def encode_packed(
         self,
         flat: Array,
@@ -158,7 +169,8 @@ class Kernels:
             return out
         most = next(most for most in _INPUTS if inputs <= most)
         zeros, affine = _zero_points(zero_points, packed)
-        sizes = (np.int32(inputs), np.int64(rows), np.int64(columns), *_blocks(block_size))
+        shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
+        sizes = (np.int32(inputs), np.int64(rows), np.int32(columns), *_blocks(block_size), np.int32(shift))
         arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
         kernel = f"matmul_packed<{bits}, {_TYPES[dtype_name(x)]}, {most}>"
         self._run("matmul", kernel, -(-rows // (2 if most > 1 else 1)) * 32, arguments, _PRODUCT_THREADS)

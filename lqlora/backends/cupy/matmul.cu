@@ -1,95 +1,119 @@
 // A few rows of inputs times a packed weight: each weight is decoded once, in registers, for all inputs.
 //
-// A warp has one or two rows of the weight; its lanes go along them in groups of eight weights, of which each lane loads a
-// few before it decodes the first: loads that do not wait for each other. Sums of the lanes meet at the end. Rows are whole
-// groups long. This is the one kernel that fuses multiplications with additions: the order of its sums is no part of the
-// definition.
+// A warp has one or two rows of the weight; its lanes go along them in groups of eight weights. Each lane loads the codes of
+// a few groups before it decodes the first: loads that do not wait for each other. Sums of the lanes meet at the end. Rows
+// are whole groups long; inputs and codes begin at multiples of sixteen bytes. This is the one kernel that fuses
+// multiplications with additions: the order of its sums is no part of the definition.
 
-// Where groups are among the blocks of one row. Rows and blocks are shorter than 2**31.
-struct RowOfBlocks {
-  long long block;      // that the row begins in
-  unsigned within;      // of it
-  unsigned size;
-  int shift;            // of sizes that are powers of two
+// The codes and blocks of one row. Rows and blocks are shorter than 2**31.
+struct RowOfWeights {
+  const unsigned char* codes;
+  const float* scales;                 // of the block that the row begins in
+  const unsigned char* zero_points;
+  unsigned within, size;               // weights of that block before the row, and in all
+  int shift;                           // of sizes that are powers of two, or -1
 
-  __device__ __forceinline__ Position at(long long column) const {
-    const unsigned ahead = within + (unsigned)column;
+  __device__ __forceinline__ Position at(unsigned column) const {
+    const unsigned ahead = within + column;
     const unsigned blocks = shift >= 0 ? ahead >> shift : ahead / size;
-    return {block + blocks, ahead - blocks * size};
+    return {blocks, ahead - blocks * size};
   }
 };
 
-__device__ __forceinline__ RowOfBlocks row_of_blocks(long long start, Blocks blocks) {
-  const Position position = position_of(start, blocks);
-  const unsigned size = (unsigned)blocks.size;
-  return {position.block, (unsigned)position.within, size, size & (size - 1) ? -1 : 31 - __clz((int)size)};
+// How rows and groups are shared out, by the number of inputs.
+template <int most_inputs> struct Shares {
+  static constexpr int rows = most_inputs > 1 ? 2 : 1, groups = most_inputs > 4 ? 1 : most_inputs > 1 ? 2 : 4;
+  static constexpr int inputs_at_once = most_inputs < 4 ? most_inputs : 4;
+};
+
+// Adds the products of one group of each row. In plain rows no group is in two blocks, and there are no zero points: their
+// sums are multiplied by the scale once.
+template <bool plain, int bits, class Value, int most_inputs>
+__device__ __forceinline__ void add_group(const RowOfWeights* rows, const unsigned long long* codes, unsigned column,
+                                          const float* table, const Value* __restrict__ x, int inputs, int columns,
+                                          float (*sums)[most_inputs]) {
+  using S = Shares<most_inputs>;
+  float weights[S::rows][GROUP], scale[S::rows];
+#pragma unroll
+  for (int r = 0; r < S::rows; ++r) {
+    const Position position = rows[r].at(column);
+    if constexpr (plain) {
+      scale[r] = rows[r].scales[position.block];
+#pragma unroll
+      for (int i = 0; i < GROUP; ++i) weights[r][i] = table[code_in<bits>(codes[r], i)];
+    } else {
+      decode_group<bits>(codes[r], position, GROUP, rows[r].scales, rows[r].zero_points, rows[r].zero_points != nullptr,
+                         table, rows[r].size, weights[r]);
+    }
+  }
+#pragma unroll
+  for (int first = 0; first < most_inputs; first += S::inputs_at_once) {
+    if (first >= inputs) break;
+    float input[S::inputs_at_once][GROUP];
+#pragma unroll
+    for (int m = 0; m < S::inputs_at_once; ++m)  // beyond the last row of inputs it is read again, and not written
+      load_eight(x + (long long)(first + m < inputs ? first + m : 0) * columns + column, true, input[m]);
+#pragma unroll
+    for (int m = 0; m < S::inputs_at_once; ++m)
+#pragma unroll
+      for (int r = 0; r < S::rows; ++r) {
+        float sum = plain ? 0 : sums[r][first + m];
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i) sum = __fmaf_rn(input[m][i], weights[r][i], sum);
+        sums[r][first + m] = plain ? __fmaf_rn(scale[r], sum, sums[r][first + m]) : sum;
+      }
+  }
 }
 
-template <int most_inputs> struct Shares {
-  static constexpr int rows_per_warp = most_inputs > 1 ? 2 : 1, groups = most_inputs > 4 ? 1 : most_inputs > 1 ? 2 : 4;
-};
+// Adds the products of all groups of a lane.
+template <bool plain, int bits, class Value, int most_inputs>
+__device__ __forceinline__ void add_rows(const RowOfWeights* rows, const float* table, const Value* __restrict__ x,
+                                         int inputs, int columns, float (*sums)[most_inputs]) {
+  using S = Shares<most_inputs>;
+  constexpr int stride = 32 * GROUP;
+  int column = threadIdx.x % 32 * GROUP;
+  for (; column < columns - (S::groups - 1) * stride; column += S::groups * stride) {
+    unsigned long long codes[S::groups][S::rows];
+#pragma unroll
+    for (int g = 0; g < S::groups; ++g)
+#pragma unroll
+      for (int r = 0; r < S::rows; ++r)
+        codes[g][r] = load_group<bits>(rows[r].codes + (long long)(column / GROUP + 32 * g) * bits, true, GROUP);
+#pragma unroll
+    for (int g = 0; g < S::groups; ++g)
+      add_group<plain, bits, Value, most_inputs>(rows, codes[g], column + g * stride, table, x, inputs, columns, sums);
+  }
+  for (; column < columns; column += stride) {
+    unsigned long long codes[S::rows];
+#pragma unroll
+    for (int r = 0; r < S::rows; ++r)
+      codes[r] = load_group<bits>(rows[r].codes + (long long)(column / GROUP) * bits, true, GROUP);
+    add_group<plain, bits, Value, most_inputs>(rows, codes, column, table, x, inputs, columns, sums);
+  }
+}
 
 template <int bits, class Value, int most_inputs>
 __global__ void __launch_bounds__(128, most_inputs > 4 ? 3 : 4)
     matmul_packed(const Value* __restrict__ x, const unsigned char* __restrict__ packed,
                   const float* __restrict__ scales, const unsigned char* __restrict__ zero_points, int affine,
-                  const float* __restrict__ levels, Value* __restrict__ out, int inputs, long long rows,
-                  long long columns, long long block_size, double inverse) {
-  constexpr int warps = 4, rows_per_warp = Shares<most_inputs>::rows_per_warp, groups = Shares<most_inputs>::groups;
-  constexpr int stride = 32 * GROUP;
+                  const float* __restrict__ levels, Value* __restrict__ out, int inputs, long long rows, int columns,
+                  long long block_size, double inverse, int shift) {
+  constexpr int warps = 4, rows_per_warp = Shares<most_inputs>::rows;
   __shared__ float table[1 << bits];
   share(levels, table);
-  const bool wide_inputs = is_aligned(x, 16), wide_codes = is_aligned(packed, word_bytes<bits>);
-  const bool whole = block_size % GROUP == 0;  // no group has weights of two blocks
-  const int lane = threadIdx.x % 32;
   const long long step = gridDim.x * (long long)(warps * rows_per_warp);
   for (long long row = (blockIdx.x * (long long)warps + threadIdx.x / 32) * rows_per_warp; row < rows; row += step) {
-    long long start[rows_per_warp];
-    RowOfBlocks begin[rows_per_warp];
+    RowOfWeights own[rows_per_warp];
 #pragma unroll
     for (int r = 0; r < rows_per_warp; ++r) {
-      start[r] = (row + r < rows ? row + r : row) * columns;
-      begin[r] = row_of_blocks(start[r], {block_size, inverse});
+      const long long start = (row + r < rows ? row + r : row) * columns;
+      const Position begin = position_of(start, {block_size, inverse});
+      own[r] = {packed + start / GROUP * bits, scales + begin.block, affine ? zero_points + begin.block : nullptr,
+                (unsigned)begin.within, (unsigned)block_size, shift};
     }
     float sums[rows_per_warp][most_inputs] = {};
-    for (long long first = lane * GROUP; first < columns; first += groups * stride) {
-      unsigned long long codes[groups][rows_per_warp];
-      float scale[groups][rows_per_warp];
-#pragma unroll
-      for (int g = 0; g < groups; ++g)
-#pragma unroll
-        for (int r = 0; r < rows_per_warp; ++r) {
-          const long long column = first + g * stride < columns ? first + g * stride : first;
-          codes[g][r] = load_group<bits>(packed + (start[r] + column) / GROUP * bits, wide_codes, GROUP);
-          scale[g][r] = scales[begin[r].at(column).block];
-        }
-#pragma unroll
-      for (int g = 0; g < groups; ++g) {
-        const long long column = first + g * stride;
-        if (column >= columns) break;
-        float weights[rows_per_warp][GROUP];
-#pragma unroll
-        for (int r = 0; r < rows_per_warp; ++r) {
-          if (whole && !affine) {
-#pragma unroll
-            for (int i = 0; i < GROUP; ++i) weights[r][i] = table[code_in<bits>(codes[g][r], i)] * scale[g][r];
-          } else {
-            decode_group<bits>(codes[g][r], begin[r].at(column), GROUP, scales, zero_points, affine, table, block_size,
-                               weights[r]);
-          }
-        }
-#pragma unroll
-        for (int m = 0; m < most_inputs; ++m) {
-          if (m >= inputs) break;
-          float input[GROUP];
-          load_eight(x + m * columns + column, wide_inputs, input);
-#pragma unroll
-          for (int r = 0; r < rows_per_warp; ++r)
-#pragma unroll
-            for (int i = 0; i < GROUP; ++i) sums[r][m] = __fmaf_rn(input[i], weights[r][i], sums[r][m]);
-        }
-      }
-    }
+    if (!affine && block_size % GROUP == 0) add_rows<true, bits, Value, most_inputs>(own, table, x, inputs, columns, sums);
+    else add_rows<false, bits, Value, most_inputs>(own, table, x, inputs, columns, sums);
 #pragma unroll
     for (int m = 0; m < most_inputs; ++m) {
       if (m >= inputs) break;
@@ -97,7 +121,7 @@ __global__ void __launch_bounds__(128, most_inputs > 4 ? 3 : 4)
       for (int r = 0; r < rows_per_warp; ++r) {
         float sum = sums[r][m];
         for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-        if (lane == 0 && row + r < rows) narrow(sum, out[m * rows + row + r]);
+        if (threadIdx.x % 32 == 0 && row + r < rows) narrow(sum, out[m * rows + row + r]);
       }
     }
   }

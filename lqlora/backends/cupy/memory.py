@@ -23,6 +23,9 @@ class Memory(Protocol):
     def stream(self, device: int) -> Any:
         """Return the stream of CuPy that is the library's current one on a device; None if that is CuPy's current one."""
 
+    def address(self, array: Array) -> int:
+        """Return where the memory of an array begins."""
+
     def view(self, array: Array) -> Any:
         """Return what a kernel is given for an array: a CuPy array, or the address of its memory as an integer."""
 

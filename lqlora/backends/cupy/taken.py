@@ -51,7 +51,7 @@ def register(memory: Memory) -> None:
             bits=tuple(range(1, 9)) if "bits" in operation.__signature__.parameters else None,
             memory="device",
             contiguous=tuple(taken.dtypes),
-            condition=functools.partial(_condition, memory, _positions(operation, taken), taken.fits),
+            condition=functools.partial(_condition, memory, _positions(operation, taken), taken),
             sentence=f"{taken.sentence}, on one CUDA device that CuPy can use",
         )
         operation.register(memory.library, takes=takes)(getattr(kernels, operation.name))
@@ -62,21 +62,24 @@ def _positions(operation: Operation[Any, Any], taken: _Taken) -> tuple[int, ...]
     return tuple(i for i, name in enumerate(operation.__signature__.parameters) if name in taken.dtypes)
 
 
-def _condition(memory: Memory, positions: tuple[int, ...], fits: Callable[..., bool], *args: Any) -> bool:
+def _condition(memory: Memory, positions: tuple[int, ...], taken: _Taken, *args: Any) -> bool:
     if not kernels_run():
         return False
     device = memory.device(args[positions[0]])
     others = (args[position] for position in positions[1:])
     one_device = all(array is None or memory.device(array) == device for array in others)
-    return device is not None and one_device and fits(*args)
+    if device is None or not one_device or not taken.fits(*args):
+        return False
+    return not any(memory.address(args[position]) % 16 for position in taken.aligned)
 
 
 class _Taken(NamedTuple):
-    """Arrays and their dtypes, and what else has to hold: as code, and in words."""
+    """Arrays and their dtypes; what else has to hold, as code and in words; arguments that begin at vectors."""
 
     dtypes: dict[str, tuple[str | None, ...]]
     fits: Callable[..., bool]
     sentence: str
+    aligned: tuple[int, ...] = ()
 
 
 def _is_flat(flat: Array, block_size: int) -> bool:
@@ -98,6 +101,16 @@ def _encoding_fits(
     wide = "float64" if dtype_name(flat) == "float64" else "float32"
     plain = _is_flat(flat, block_size) and len(boundaries) < 2**bits and dtype_name(scales) == wide
     return plain and _scales_fit(flat.shape[0], scales, zero_points, block_size)
+
+
+def _whole_codes_fit(
+    flat: Array,
+    scales: Array,
+    zero_points: Array | None,
+    boundaries: npt.NDArray[np.float32],
+    block_size: int,
+) -> bool:
+    return _encoding_fits(flat, scales, zero_points, boundaries, 8, block_size)
 
 
 def _scales_fit(count: int, scales: Array, zero_points: Array | None, block_size: int) -> bool:
@@ -166,6 +179,11 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.block_absmax: _Taken({"flat": _FLOATS}, _is_flat, "flat arrays"),
     ops.block_extremes: _Taken({"flat": _FLOATS}, _is_flat, "flat arrays"),
     ops.nearest_codes: _Taken({"values": _FLOATS[::3]}, _values_fit, "up to 255 boundaries"),
+    ops.encode: _Taken(
+        {"flat": _FLOATS[::3], "scales": _FLOATS[::3], "zero_points": ("uint8", None)},
+        _whole_codes_fit,
+        "up to 255 boundaries, and flat arrays with a scale for each block",
+    ),
     ops.encode_packed: _Taken(
         {"flat": _FLOATS, "scales": _FLOATS[::3], "zero_points": ("uint8", None)},
         _encoding_fits,
@@ -179,6 +197,7 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.matmul_packed: _Taken(
         {"x": _NARROW, **_CODES, **_SCALES, "out": _NARROW},
         _product_fits,
-        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs, blocks below 2**31, and as many codes and scales as the weight takes",
+        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs, blocks below 2**31, as many codes and scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
+        aligned=(0, 1),
     ),
 }

@@ -26,6 +26,10 @@ class TorchMemory:
         """Return torch's current stream, as a stream of CuPy."""
         return _stream_of_cupy(torch.cuda.current_stream(device).cuda_stream)
 
+    def address(self, array: torch.Tensor) -> int:
+        """Return where the memory of a tensor begins."""
+        return array.data_ptr()
+
     def view(self, array: torch.Tensor) -> int:
         """Return the address of the tensor's memory."""
         return array.data_ptr()

@@ -141,6 +141,14 @@ __attribute__((no_sanitize("thread"), noinline)) static T atomicMax(T* address, 
   return before;
 }
 
+template <class T>
+__attribute__((no_sanitize("thread"), noinline)) static T atomicAdd(T* address, T value) {
+  emulated::emulated_atomic(address, sizeof(T));
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+
 static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline long long __double_as_longlong(double x) { long long bits; memcpy(&bits, &x, 8); return bits; }

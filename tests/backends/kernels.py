@@ -19,10 +19,9 @@ EXACT = {
         "nearest_codes<double>",
     ],
     "packing": [f"{name}<{bits}>" for name in ("pack_codes", "unpack_codes") for bits in _BITS],
-    "search": [f"best_ratios<{bits}, {slots}>" for bits in _BITS for slots in (8, 16)],
+    "search": [f"best_ratios<{bits}>" for bits in _BITS],
     "sums": [
-        *(f"row_sums<{value}, {slots}>" for value in ("float", "double") for slots in (8, 16)),
-        *("halve_rows<float>", "halve_rows<double>"),
+        *(f"{name}<{value}>" for name in ("row_sums", "halve_rows") for value in ("float", "double")),
         *("bin_maximum<double>", "bin_sums<double>", "in_units<double>"),
         *(f"{name}<{weighted}>" for name in ("level_maxima", "level_sums") for weighted in ("false", "true")),
     ],

@@ -22,12 +22,9 @@ __all__ = ["LONGEST_SEARCH", "Fits"]
 
 _TYPES = {"float32": "float", "float64": "double"}
 
-#: Threads of a block, which is the largest team that a row has.
-_TEAM = 256
-
-#: Entries of a row that a thread has in registers; twice as many where the largest team would be too small.
-_SLOTS = 8
-LONGEST_SEARCH = _TEAM * 2 * _SLOTS
+#: Threads of a block, all of which may have one row together, and entries of a row that a thread has in registers.
+_TEAM, _SLOTS = 512, 8
+LONGEST_SEARCH = _TEAM * _SLOTS
 
 #: Entries that become one in a pass over rows that no team can hold.
 _HALVED = 16
@@ -50,9 +47,9 @@ class Fits(Kernels):
             rows, length = shorter, left
         sums = self._memory.empty(count, name, rows)
         if count:
-            slots, lanes, work = _teams(count, length)
+            lanes = _lanes(length)
             arguments = (rows, sums, np.int64(count), np.int32(length), np.int32(lanes))
-            self._run("sums", f"row_sums<{_TYPES[name]}, {slots}>", work, arguments)
+            self._run("sums", f"row_sums<{_TYPES[name]}>", count * lanes, arguments, _TEAM)
         return sums
 
     def best_ratios(
@@ -70,12 +67,12 @@ class Fits(Kernels):
         best = self._memory.empty(count, "float32", rows)
         if count:
             bits = max(1, (len(levels) - 1).bit_length())
-            slots, lanes, work = _teams(count, length)
+            lanes = _lanes(length)
             tried = np.asarray(grid, dtype=np.float32)
             tables = ((boundaries, 2**bits - 1, np.inf), (levels, 2**bits, 0.0), (tried, len(tried), 0.0))
             sizes = (np.int64(count), np.int32(length), np.int32(lanes))
             given = (rows, *_or(weights, rows), *_or(zeros, rows), *tables, np.int32(len(tried)), np.int32(refinements))
-            self._run("search", f"best_ratios<{bits}, {slots}>", work, (*given, best, *sizes))
+            self._run("search", f"best_ratios<{bits}>", count * lanes, (*given, best, *sizes), _TEAM)
         return best
 
     def bin_sums(self, terms: Array, bins: Array, count: int) -> Array:
@@ -128,11 +125,9 @@ class Fits(Kernels):
         return zeros
 
 
-def _teams(count: int, length: int) -> tuple[int, int, int]:
-    """Return how many entries of a row a thread has, how many threads have a row, and how many threads there are."""
-    slots = _SLOTS if length <= _TEAM * _SLOTS else 2 * _SLOTS
-    lanes = 1 << max(0, (-(-length // slots) - 1).bit_length())
-    return slots, lanes, -(-count * lanes // _TEAM) * _TEAM
+def _lanes(length: int) -> int:
+    """Return how many threads have a row together."""
+    return 1 << max(0, (-(-length // _SLOTS) - 1).bit_length())
 
 
 def _or(array: Array | None, other: Array) -> tuple[Array, np.int32]:

@@ -26,35 +26,37 @@ template <int count, class Value, int slots> __device__ __forceinline__ Value ha
   return terms[0];
 }
 
-// Threads of a block that have a row together: a power of two of them. All teams of a block add up as often.
-template <class Value, int slots> struct Team {
-  static constexpr int MOST_WARPS = 8;
+// Entries of a row that a thread has, and threads of a block, all of which may have one row together.
+constexpr int SLOTS = 8, TEAM = 512;
+
+// Threads that have a row together: a power of two of them. All teams of a block add up as often.
+template <class Value> struct Team {
   int lanes;
   Value* met;  // of shared memory, one for each thread of the block
 
   __device__ __forceinline__ int lane() const { return threadIdx.x & lanes - 1; }
 
   // Which entries of rows of some length are this thread's, -1 for none.
-  __device__ __forceinline__ void find(int length, int (&entries)[slots]) const {
-    const bool whole = length == lanes * slots;
+  __device__ __forceinline__ void find(int length, int (&entries)[SLOTS]) const {
+    const bool whole = length == lanes * SLOTS;
     int levels = 0;
-    while (1 << levels < lanes * slots) ++levels;
+    while (1 << levels < lanes * SLOTS) ++levels;
 #pragma unroll
-    for (int i = 0; i < slots; ++i)
+    for (int i = 0; i < SLOTS; ++i)
       entries[i] = whole ? lane() + i * lanes : leaf(0, lane() + i * lanes, levels, length);
   }
 
   // The sum of all terms of the team, which every thread gets.
-  __device__ __forceinline__ Value sum(Value (&terms)[slots]) const {
-    Value own = halved<slots>(terms);
+  __device__ __forceinline__ Value sum(Value (&terms)[SLOTS]) const {
+    Value own = halved<SLOTS>(terms);
     if (lanes > 32) {
       met[threadIdx.x] = own;
       __syncthreads();
-      Value others[MOST_WARPS];
+      Value others[TEAM / 32];
 #pragma unroll
-      for (int i = 0; i < MOST_WARPS; ++i)
+      for (int i = 0; i < TEAM / 32; ++i)
         others[i] = 32 * i < lanes ? met[threadIdx.x - lane() + threadIdx.x % 32 + 32 * i] : (Value)-0.0;
-      own = halved<MOST_WARPS>(others);
+      own = halved<TEAM / 32>(others);
       __syncthreads();
     }
     for (int distance = lanes < 32 ? lanes / 2 : 16; distance > 0; distance /= 2)

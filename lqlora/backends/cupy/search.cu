@@ -15,16 +15,16 @@ template <int bits> struct Nearest {
   }
 };
 
-template <int bits, int slots> struct Row {
-  float entries[slots], weights[slots];
+template <int bits> struct Row {
+  float entries[SLOTS], weights[SLOTS];
   unsigned present;  // a bit for each slot that has an entry
   Nearest<bits> nearest;
-  Team<float, slots> team;
+  Team<float> team;
 
   template <class Term> __device__ __forceinline__ float sum(Term term) {
-    float terms[slots];
+    float terms[SLOTS];
 #pragma unroll
-    for (int i = 0; i < slots; ++i) terms[i] = present >> i & 1u ? term(entries[i], weights[i]) : -0.0f;
+    for (int i = 0; i < SLOTS; ++i) terms[i] = present >> i & 1u ? term(entries[i], weights[i]) : -0.0f;
     return team.sum(terms);
   }
 
@@ -49,25 +49,25 @@ template <int bits, int slots> struct Row {
 };
 
 // Without weights each is one, and without zero points each is zero: neither changes a bit.
-template <int bits, int slots>
-__global__ void __launch_bounds__(256, slots > 8 ? 2 : 4)
+template <int bits>
+__global__ void __launch_bounds__(512, 2)
     best_ratios(const float* __restrict__ rows, const float* __restrict__ weights, int weighted,
                 const float* __restrict__ zeros, int affine, const float* __restrict__ boundaries,
                 const float* __restrict__ levels, const float* __restrict__ grid, int tried, int refinements,
                 float* __restrict__ best, long long count, int length, int lanes) {
-  __shared__ float cuts[(1 << bits) - 1], table[1 << bits], met[256];
+  __shared__ float cuts[(1 << bits) - 1], table[1 << bits], met[TEAM];
   share(boundaries, cuts);
   share(levels, table);
-  Row<bits, slots> row{{}, {}, 0, {cuts, table, 0.0f}, {lanes, met}};
+  Row<bits> row{{}, {}, 0, {cuts, table, 0.0f}, {lanes, met}};
   const int teams = blockDim.x / lanes;
   for (long long first = blockIdx.x * (long long)teams; first < count; first += gridDim.x * (long long)teams) {
     const long long own = first + threadIdx.x / lanes, at = own < count ? own : count - 1;
     row.nearest.zero = affine ? zeros[at] : 0.0f;
     row.present = 0;
-    int places[slots];
+    int places[SLOTS];
     row.team.find(length, places);
 #pragma unroll
-    for (int i = 0; i < slots; ++i) {
+    for (int i = 0; i < SLOTS; ++i) {
       if (places[i] < 0) continue;
       row.entries[i] = rows[at * length + places[i]];
       row.weights[i] = weighted ? weights[at * length + places[i]] : 1.0f;

@@ -22,19 +22,19 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-template <class Value, int slots>
-__global__ void __launch_bounds__(256)
+template <class Value>
+__global__ void __launch_bounds__(512, 2)
     row_sums(const Value* __restrict__ rows, Value* __restrict__ sums, long long count, int length, int lanes) {
-  __shared__ Value met[256];
-  const Team<Value, slots> team{lanes, met};
-  int places[slots];
+  __shared__ Value met[TEAM];
+  const Team<Value> team{lanes, met};
+  int places[SLOTS];
   team.find(length, places);
   const int teams = blockDim.x / lanes;
   for (long long first = blockIdx.x * (long long)teams; first < count; first += gridDim.x * (long long)teams) {
     const long long own = first + threadIdx.x / lanes, at = own < count ? own : count - 1;
-    Value terms[slots];
+    Value terms[SLOTS];
 #pragma unroll
-    for (int i = 0; i < slots; ++i) terms[i] = places[i] < 0 ? (Value)-0.0 : rows[at * length + places[i]];
+    for (int i = 0; i < SLOTS; ++i) terms[i] = places[i] < 0 ? (Value)-0.0 : rows[at * length + places[i]];
     const Value sum = team.sum(terms);
     if (team.lane() == 0 && own < count) sums[own] = sum;
   }

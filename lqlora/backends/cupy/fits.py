@@ -77,7 +77,9 @@ class Fits(Kernels):
 
     def bin_sums(self, terms: Array, bins: Array, count: int) -> Array:
         """Look for the largest term, then add integers up."""
-        found = self._exact_sums("bin_maximum<double>", "bin_sums<double>", (terms, bins, np.int64(terms.shape[0])), count, 1)
+        found = self._exact_sums(
+            "bin_maximum<double>", "bin_sums<double>", (terms, bins, np.int64(terms.shape[0])), count, 1
+        )
         return ops.bin_sums.reference(terms, bins, count) if found is None else found
 
     def level_sums(

@@ -224,7 +224,9 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
         _search_fits,
         f"rows of 1 to {LONGEST_SEARCH} entries, with a weight for each, and up to 256 levels",
     ),
-    ops.bin_sums: _Taken({"terms": ("float64",), "bins": ("int64",)}, _bins_fit, "two terms or more, each with its bin"),
+    ops.bin_sums: _Taken(
+        {"terms": ("float64",), "bins": ("int64",)}, _bins_fit, "two terms or more, each with its bin"
+    ),
     ops.level_sums: _Taken(
         {
             "rows": ("float32",),

@@ -74,6 +74,34 @@ def products(cupy):
         print(f"| {inputs} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |", flush=True)
 
 
+def fits(cupy):
+    rows, columns = SHAPE[0] * SHAPE[1] // BLOCK, BLOCK
+    entries = cupy.random.standard_normal((rows, columns)).astype("float32")
+    entries /= cupy.abs(entries).max(axis=1, keepdims=True)
+    weights = cupy.random.random((rows, columns)).astype("float32")
+    grid = np.linspace(0.6, 1.1, 30, dtype=np.float32).tolist()
+    print("\n| operation of fits | us |\n|---|---|")
+    for bits in (2, 3, 4, 8):
+        book = lq.normal_float(bits)
+        for own in (None, weights):
+            arguments = (entries, own, book.levels, book.boundaries, None, grid, 2)
+            us = median_us(cupy, lambda a=arguments: ops.best_ratios(*a))
+            print(
+                f"| best_ratios, {bits} bits, 30 ratios{', weighted' if own is not None else ''} | {us:.1f} |",
+                flush=True,
+            )
+        ratios, sets = cupy.ones(rows, dtype="float32"), cupy.zeros(rows, dtype="int64")
+        codes = ops.nearest_codes(entries, book.boundaries)
+        levels = (entries, weights, ratios.astype("float64"), ratios, codes, sets, len(book), 1)
+        us = median_us(cupy, lambda a=levels: ops.level_sums(*a))
+        print(f"| level_sums, {bits} bits | {us:.1f} |", flush=True)
+    for shape in ((rows, columns), SHAPE, (1, rows), (1, rows * columns)):
+        for dtype in ("float32", "float64"):
+            terms = entries.reshape(-1)[: shape[0] * shape[1]].reshape(shape).astype(dtype)
+            us = median_us(cupy, lambda x=terms: ops.row_sums(x))
+            print(f"| row_sums, {shape[0]} x {shape[1]} {dtype} | {us:.1f} |", flush=True)
+
+
 def main():
     if not kernels_run():
         print("No CUDA kernel was timed: CuPy is not installed, or finds no CUDA device.")
@@ -90,6 +118,7 @@ def main():
     print("| kernel | us | GB/s | percent of the copy |\n|---|---|---|---|")
     kernels(cupy, copy_speed)
     products(cupy)
+    fits(cupy)
 
 
 if __name__ == "__main__":

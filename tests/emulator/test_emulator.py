@@ -221,9 +221,9 @@ def test_addresses_beyond_arrays_are_found_by_the_sanitizer_too(name, message):
 
 @pytest.mark.slow
 def test_the_sanitizer_has_nothing_to_say_of_the_kernels_of_the_backend():
-    tests = str(Path(__file__).parents[1] / "backends" / "test_cuda.py")
+    tests = [str(Path(__file__).parents[1] / "backends" / name) for name in ("test_cuda.py", "test_cuda_fits.py")]
     done = again(
-        "addresses", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "stand-in", tests, preload=sanitizer()
+        "addresses", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "stand-in", *tests, preload=sanitizer()
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout

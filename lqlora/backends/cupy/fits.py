@@ -77,9 +77,9 @@ class Fits(Kernels):
 
     def bin_sums(self, terms: Array, bins: Array, count: int) -> Array:
         """Look for the largest term, then add integers up."""
-        found = self._exact_sums(
-            "bin_maximum<double>", "bin_sums<double>", (terms, bins, np.int64(terms.shape[0])), count, 1
-        )
+        entries = terms.shape[0]
+        given = (terms, bins, np.int64(entries))
+        found = self._exact_sums(("bin_maximum<double>", "bin_sums<double>"), given, entries, count, 1)
         return ops.bin_sums.reference(terms, bins, count) if found is None else found
 
     def level_sums(
@@ -98,24 +98,26 @@ class Fits(Kernels):
         sizes = (np.int64(size), np.int64(entries), np.int64(columns), np.float64(1 / columns))
         given = (rows, rows if weights is None else weights, importance, ratios, codes, sets, *sizes)
         weighted = str(weights is not None).lower()
-        found = self._exact_sums(f"level_maxima<{weighted}>", f"level_sums<{weighted}>", given, bins, 2)
+        names = (f"level_maxima<{weighted}>", f"level_sums<{weighted}>")
+        found = self._exact_sums(names, given, entries, bins, 2)
         if found is None:
             return ops.level_sums.reference(rows, weights, importance, ratios, codes, sets, size, count)
         return found[:bins], found[bins:]
 
-    def _exact_sums(self, maxima: str, sums: str, given: tuple[Any, ...], bins: int, kinds: int) -> Array | None:
+    def _exact_sums(
+        self, names: tuple[str, str], given: tuple[Any, ...], entries: int, bins: int, kinds: int
+    ) -> Array | None:
         """Return the sums of one or two kinds of terms in all bins, None if a term is not finite."""
-        like, entries = given[0], given[0].shape[0] if kinds == 1 else int(given[-3])
-        work = -(-entries // _TERMS)
+        like, work = given[0], -(-entries // _TERMS)
         largest = self._zeros(kinds, like)
-        self._run("sums", maxima, work, (*given, largest))
+        self._run("sums", names[0], work, (*given, largest))
         with self._memory.scope(like):
             magnitudes = np.array(largest.tolist(), dtype=np.int64).view(np.float64).tolist()
         if not np.isfinite(magnitudes).all():
             return None
         units = [np.float64(unit_of(magnitude, entries) if magnitude else 1.0) for magnitude in magnitudes]
         totals, found = self._zeros(kinds * bins, like), self._memory.empty(kinds * bins, "float64", like)
-        self._run("sums", sums, work, (*given, *(1 / unit for unit in units), np.int64(bins), totals))
+        self._run("sums", names[1], work, (*given, *(1 / unit for unit in units), np.int64(bins), totals))
         own = (totals, units[0], units[-1], np.int64(bins), found, np.int64(kinds * bins))
         self._run("sums", "in_units<double>", kinds * bins, own)
         return found

@@ -280,7 +280,7 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
     by_set = xp.abs(xp.reshape(importance, (sets, -1)))
     peak = xp.max(by_set, axis=1, keepdims=True)
     relative = xp.reshape(by_set / xp.where(peak > 0, peak, xp.ones_like(peak)), (-1,))
-    importance = relative * relative  # a power is not rounded correctly on every device
+    importance = relative * relative  # CUDA does not promise that a power is rounded correctly
     near = None if source.start is None else source.start.levels
     start = None if near is None else near[which, :]
     with _QUIET():

@@ -147,6 +147,30 @@ def calls(cupy, timer):
                 yield [library, name, what, f"{timer.host(function):.0f}", f"{whole_us(cupy, function):.0f}"]
 
 
+def fits(cupy, timer):
+    """Yield rows: what fits spend their time on, for as many blocks as a 4096 x 4096 weight has."""
+    rows = 4096 * 4096 // BLOCK
+    entries = cupy.random.standard_normal((rows, BLOCK), dtype="float32")
+    entries /= cupy.abs(entries).max(axis=1, keepdims=True)
+    weights = cupy.random.random((rows, BLOCK), dtype="float32")
+    grid = np.linspace(0.6, 1.1, 30, dtype=np.float32).tolist()
+    for bits in (2, 3, 4, 8):
+        book = lq.normal_float(bits)
+        for what, own in (("", None), (", weighted", weights)):
+            searched = (entries, own, book.levels, book.boundaries, None, grid, 2)
+            us = timer.device(lambda a=searched: ops.best_ratios(*a))
+            yield [f"best_ratios, {bits} bits, 30 ratios{what}", f"{us:.0f}"]
+        ratios, sets = cupy.ones(rows, dtype="float32"), cupy.zeros(rows, dtype="int64")
+        codes = ops.nearest_codes(entries, book.boundaries)
+        summed = (entries, weights, ratios.astype("float64"), ratios, codes, sets, len(book), 1)
+        yield [f"level_sums, {bits} bits, until done", f"{whole_us(cupy, lambda a=summed: ops.level_sums(*a)):.0f}"]
+    for shape in ((rows, BLOCK), (4096, 4096), (1, rows)):
+        for dtype in ("float32", "float64"):
+            terms = entries.reshape(-1)[: shape[0] * shape[1]].reshape(shape).astype(dtype)
+            us = timer.device(lambda x=terms: ops.row_sums(x))
+            yield [f"row_sums, {shape[0]} x {shape[1]} {dtype}", f"{us:.0f}"]
+
+
 def whole_us(cupy, function):
     """Time of one call until the device is done."""
     times = []
@@ -173,6 +197,7 @@ def main():
         return
     title = f"{device}: rows of inputs times a 4096 x 4096 weight, in blocks of {BLOCK}"
     record.table(title, ["dtype", "bits", "rows", "packed, us", "dense, us"], products(cupy, timer))
+    record.table(f"{device}: operations of fits", ["operation", "us"], fits(cupy, timer))
     title = f"{device}: whole calls, 4096 x 4096 float32"
     record.table(title, ["library", "format", "call", "host, us", "until done, us"], calls(cupy, timer))
 

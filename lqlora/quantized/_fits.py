@@ -279,7 +279,8 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
     # Each set by itself: next to a set of large weights the sums of another would be rounded away.
     by_set = xp.abs(xp.reshape(importance, (sets, -1)))
     peak = xp.max(by_set, axis=1, keepdims=True)
-    importance = xp.reshape(by_set / xp.where(peak > 0, peak, xp.ones_like(peak)), (-1,)) ** 2
+    relative = xp.reshape(by_set / xp.where(peak > 0, peak, xp.ones_like(peak)), (-1,))
+    importance = relative * relative  # CUDA does not promise that a power is rounded correctly
     near = None if source.start is None else source.start.levels
     start = None if near is None else near[which, :]
     with _QUIET():

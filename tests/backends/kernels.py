@@ -19,6 +19,12 @@ EXACT = {
         "nearest_codes<double>",
     ],
     "packing": [f"{name}<{bits}>" for name in ("pack_codes", "unpack_codes") for bits in _BITS],
+    "search": [f"best_ratios<{bits}>" for bits in _BITS],
+    "sums": [
+        *(f"{name}<{value}>" for name in ("row_sums", "halve_rows") for value in ("float", "double")),
+        *("bin_maximum<double>", "bin_sums<double>", "in_units<double>"),
+        *(f"{name}<{weighted}>" for name in ("level_maxima", "level_sums") for weighted in ("false", "true")),
+    ],
 }
 
 KERNELS = {

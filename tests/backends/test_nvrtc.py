@@ -14,8 +14,9 @@ from tests.requirements import require_or_skip
 #: From the oldest that CUDA 13 still compiles for.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
-#: With so many registers each there is room for two blocks of 256 threads, or three of 128, on every architecture.
-MOST_REGISTERS = {"matmul": 168}
+#: With so many registers each there is room for two blocks of 256 threads, or of 512 in these two files of kernels, or
+#: three of 128, on every architecture.
+MOST_REGISTERS = {"matmul": 168, "search": 64, "sums": 64}
 
 #: Some of each module for a short test.
 SAMPLE = {
@@ -23,6 +24,8 @@ SAMPLE = {
     "decode": ["decode<3, Float16>", "decode<4, float>"],
     "encode": ["encode_packed<4, float>", "nearest_codes<double>"],
     "packing": ["pack_codes<3>", "unpack_codes<4>"],
+    "search": ["best_ratios<4>"],
+    "sums": ["row_sums<double>", "level_sums<true>"],
     "matmul": MATMUL_SAMPLE[1:2],
 }
 

@@ -10,6 +10,7 @@ import lqlora as lq
 from lqlora import ops
 from lqlora.backends.cupy import binary, launch, source
 from tests.backends.conftest import stand_in
+from tests.backends.test_cuda_fits import nearly_equal
 from tests.emulator.build import EmulationError
 
 #: What is planted: the module, the text that is replaced, what it becomes, and what finds it.
@@ -31,6 +32,18 @@ FAULTS = {
     "sign_kept": ("blocks", "high = larger(high, key & ~K::SIGN);", "high = (Bits)larger((Signed)high, (Signed)key);", None),
     "nan_lost": ("blocks", "if (is_nan)", "if (false)", None),
     "positive_minimum": ("blocks", "if (low <= K::SIGN) low = 0;", "", None),
+    "neighbors_first": ("sums", "terms[i] + terms[i + count / 2]", "terms[2 * i] + terms[2 * i + 1]", None),
+    "other_lanes_first": ("sums", "lanes < 32 ? lanes / 2 : 16; distance > 0; distance /= 2", "1; distance < (lanes < 32 ? lanes : 32); distance *= 2", None),
+    "no_barrier_before": ("sums", "      met[threadIdx.x] = own;\n      __syncthreads();", "      met[threadIdx.x] = own;", "shared memory"),
+    "no_barrier_after": ("search", "(others);\n      __syncthreads();", "(others);", "shared memory"),
+    "product_of_reciprocal": ("search", "nearest(entry / ratio)", "nearest(entry * (1.0f / ratio))", None),
+    "last_of_equals": ("search", "left < error", "left <= error", None),
+    "weight_first": ("search", "weight * (difference * difference)", "weight * difference * difference", None),
+    "absent_entries": ("search", "present >> i & 1u ?", "true ?", None),
+    "plain_addition": ("sums", "atomicAdd(own + entry.bin, integer(entry.term * factor))", "own[entry.bin] += integer(entry.term * factor)", "what another thread"),
+    "sums_not_cleared": ("sums", "i < copies * all", "i < copies * all - 1", None),
+    "halves_up": ("sums", "x + shift)", "x + 1e-9 + shift)", None),
+    "all_bins": ("sums", "if (entry.bin < 0 || entry.bin >= bins) continue;", "", None),
 }  # fmt: skip
 
 
@@ -73,6 +86,35 @@ def run(cupy):
         arrays = [cupy.asarray(array) for array in (codes, scales, zeros)]
         found = ops.decode(*arrays, levels, bits, size, cupy.asarray(out)[1:])
         yield found, ops.decode.reference(codes, scales, zeros, levels, bits, size, expected)
+    yield from run_fits(cupy, rng)
+
+
+def run_fits(cupy, rng):
+    """The same for the operations that fits are made of."""
+    for length in (44, 64, 700):
+        rows = rng.standard_normal((6, length)).astype(np.float32) ** 3
+        rows[0] = 0
+        yield ops.row_sums(cupy.asarray(rows)), ops.row_sums.reference(rows)
+        book, weights = lq.normal_float(8), rng.random(rows.shape, dtype=np.float32)
+        for ratio in (0.7, 0.9, 1.1):
+            near = rng.choice(book.boundaries, rows.shape) * np.float32(ratio) * (rows != 0)
+            others = (book.levels, book.boundaries, None, (ratio,), 3)  # later steps change errors in the last bits
+            expected = ops.best_ratios.reference(near, weights, *others)
+            yield ops.best_ratios(cupy.asarray(near), cupy.asarray(weights), *others), expected
+        rows, weights, *others = nearly_equal(rng, length)
+        expected = ops.best_ratios.reference(rows, weights, *others)
+        yield ops.best_ratios(cupy.asarray(rows), cupy.asarray(weights), *others), expected
+    signs = np.float32(1e20) * rng.choice(np.array([-1, 1], np.float32), (3, 13))
+    others = (np.array([-1, 1], np.float32), np.zeros(1, np.float32), None, (1.0, 1e20), 0)
+    yield ops.best_ratios(cupy.asarray(signs), None, *others), ops.best_ratios.reference(signs, None, *others)
+    others = (lq.NF4.levels, lq.NF4.boundaries, None, (0.5, 1.0), 0)
+    yield ops.best_ratios(cupy.asarray(0 * signs), None, *others), np.full(3, 0.5, np.float32)
+    for count in (3, 3000):
+        terms = np.concatenate([rng.standard_normal(1500), [4.0, 0.5 * 2.0**-38, 2.5 * 2.0**-38]])
+        bins = np.concatenate([rng.integers(1, count, 1500), [0, 0, count]])
+        with lq.forced("reference"):
+            expected = ops.bin_sums(terms, bins, count)
+        yield ops.bin_sums(cupy.asarray(terms), cupy.asarray(bins), count), expected
 
 
 def differs(cupy) -> bool:

@@ -79,9 +79,11 @@ template <class... Arguments, void (*kernel)(Arguments...)> struct Kernel<kernel
 // Nothing but shared memory lies in what a module leaves to be filled with zeros, as nothing else of it may be changed.
 #ifdef EMULATED_ADDRESSES
 #define EMULATED_SHARED nullptr, nullptr  // AddressSanitizer has guards there, which must stay
+#define EMULATED_ATOMIC(address)          // it looks at the access itself
 #else
 extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
 #define EMULATED_SHARED __bss_start, _end
+#define EMULATED_ATOMIC(address) emulated::emulated_atomic(address, sizeof *(address))
 #endif
 
 #define EMULATED_HOST extern "C" __attribute__((visibility("default"), no_sanitize("thread")))
@@ -138,9 +140,17 @@ static inline T __shfl_down_sync(unsigned mask, T value, unsigned distance, int 
 
 template <class T>
 __attribute__((no_sanitize("thread"), noinline)) static T atomicMax(T* address, T value) {
-  emulated::emulated_atomic(address, sizeof(T));
+  EMULATED_ATOMIC(address);
   const T before = *address;
   if (value > before) *address = value;
+  return before;
+}
+
+template <class T>
+__attribute__((no_sanitize("thread"), noinline)) static T atomicAdd(T* address, T value) {
+  EMULATED_ATOMIC(address);
+  const T before = *address;
+  *address = before + value;
   return before;
 }
 

@@ -55,6 +55,8 @@ KERNELS = {
     "right_down": "x[threadIdx.x] = __shfl_down_sync(~0u, x[threadIdx.x], 1);",
     "right_broadcast": "x[threadIdx.x] = __shfl_sync(~0u, x[threadIdx.x], 3);",
     "right_maximum": "atomicMax((unsigned*)x, __float_as_uint((float)threadIdx.x));",
+    "right_count": """__shared__ unsigned long long s; if (threadIdx.x == 0) s = 0; __syncthreads();
+        atomicAdd(&s, (1ull << 40) + threadIdx.x); __syncthreads(); x[threadIdx.x] = (float)(s - (64ull << 40));""",
     "order": "if (threadIdx.x < 64) x[threadIdx.x + 1] = atomicMax((unsigned*)x, threadIdx.x + 1);",
 }  # fmt: skip
 
@@ -147,6 +149,7 @@ def test_right_kernels_give_what_they_should_in_every_order(name, schedule):
         "right_by_halves": x[place ^ 15],
         "right_down": x[np.where(place % 32 == 31, place, place + 1).clip(max=63)],
         "right_broadcast": x[place // 32 * 32 + 3],
+        "right_count": np.full(64, x.sum()),
         "right_maximum": np.maximum(x, np.where(place == 0, 63, 0)),
     }[name]
     assert run(name, x, schedule=schedule).tolist() == expected.tolist()
@@ -218,9 +221,9 @@ def test_addresses_beyond_arrays_are_found_by_the_sanitizer_too(name, message):
 
 @pytest.mark.slow
 def test_the_sanitizer_has_nothing_to_say_of_the_kernels_of_the_backend():
-    tests = str(Path(__file__).parents[1] / "backends" / "test_cuda.py")
+    tests = [str(Path(__file__).parents[1] / "backends" / name) for name in ("test_cuda.py", "test_cuda_fits.py")]
     done = again(
-        "addresses", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "stand-in", tests, preload=sanitizer()
+        "addresses", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "stand-in", *tests, preload=sanitizer()
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout

@@ -10,10 +10,10 @@ __all__ = ["MODULES", "OPTIONS", "source"]
 #: Products and sums are not fused, and divisions are rounded correctly: kernels return the bytes of the reference.
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 
-#: Files of kernels. Each is compiled behind the two that all of them share.
-MODULES = ("blocks", "decode", "encode", "matmul", "packing")
+#: Files of kernels. Each is compiled behind those that all of them share.
+MODULES = ("blocks", "decode", "encode", "matmul", "packing", "search", "sums")
 
-_SHARED = ("numbers.cuh", "groups.cuh")
+_SHARED = ("numbers.cuh", "groups.cuh", "halving.cuh")
 
 
 @functools.cache

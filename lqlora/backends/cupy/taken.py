@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lqlora import ops
 from lqlora._dispatch import Takes, dtype_name
 from lqlora._optional import is_installed
-from lqlora.backends.cupy.cuda import GROUP, MOST_INPUTS, Kernels
+from lqlora.backends.cupy.cuda import GROUP, MOST_INPUTS
+from lqlora.backends.cupy.fits import LONGEST_SEARCH, Fits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -44,7 +45,7 @@ def register(memory: Memory) -> None:
     memory : Memory
         How the arrays are reached.
     """
-    kernels = Kernels(memory)
+    kernels = Fits(memory)
     for operation, taken in _TAKEN.items():
         takes = Takes(
             taken.dtypes,
@@ -170,6 +171,49 @@ def _product_fits(
     return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
 
 
+def _rows_fit(rows: Array) -> bool:
+    return len(rows.shape) == 2 and rows.shape[1] >= 1
+
+
+def _search_fits(
+    rows: Array,
+    weights: Array | None,
+    levels: npt.NDArray[np.float32],
+    boundaries: npt.NDArray[np.float32],
+    zeros: Array | None,
+    grid: Sequence[float],
+    refinements: int,
+) -> bool:
+    if not _rows_fit(rows) or rows.shape[1] > LONGEST_SEARCH:
+        return False
+    weights_fit = weights is None or tuple(weights.shape) == tuple(rows.shape)
+    zeros_fit = zeros is None or tuple(zeros.shape) == (rows.shape[0], 1)
+    tables_fit = 1 <= len(levels) <= 256 and len(boundaries) == len(levels) - 1 and len(grid) >= 1
+    return weights_fit and zeros_fit and tables_fit and 0 <= refinements < 2**31
+
+
+def _bins_fit(terms: Array, bins: Array, count: int) -> bool:
+    return len(terms.shape) == 1 and terms.shape[0] >= 2 and tuple(bins.shape) == tuple(terms.shape) and count >= 1
+
+
+def _levels_fit(
+    rows: Array,
+    weights: Array | None,
+    importance: Array,
+    ratios: Array,
+    codes: Array,
+    sets: Array,
+    size: int,
+    count: int,
+) -> bool:
+    if not _rows_fit(rows) or rows.shape[0] * rows.shape[1] < 2 or size < 1 or count < 1:
+        return False
+    by_row = {tuple(array.shape) for array in (importance, ratios, sets)} == {(rows.shape[0],)}
+    return by_row and {tuple(array.shape) for array in (codes, rows if weights is None else weights, rows)} == {
+        tuple(rows.shape)
+    }
+
+
 _NARROW = ("float32", "float16", "bfloat16")
 _FLOATS = (*_NARROW, "float64")
 _CODES: dict[str, tuple[str | None, ...]] = {"packed": ("uint8",)}
@@ -199,5 +243,26 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
         _product_fits,
         f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs, blocks below 2**31, as many codes and scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
         aligned=(0, 1),
+    ),
+    ops.row_sums: _Taken({"rows": _FLOATS[::3]}, _rows_fit, "rows of one entry or more"),
+    ops.best_ratios: _Taken(
+        {"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)},
+        _search_fits,
+        f"rows of 1 to {LONGEST_SEARCH} entries, with a weight for each, and up to 256 levels",
+    ),
+    ops.bin_sums: _Taken(
+        {"terms": ("float64",), "bins": ("int64",)}, _bins_fit, "two terms or more, each with its bin"
+    ),
+    ops.level_sums: _Taken(
+        {
+            "rows": ("float32",),
+            "weights": ("float32", None),
+            "importance": ("float64",),
+            "ratios": ("float32",),
+            "codes": ("uint8",),
+            "sets": ("int64",),
+        },
+        _levels_fit,
+        "two entries or more, with a code for each, and a set and a ratio for each row",
     ),
 }

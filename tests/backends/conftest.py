@@ -12,6 +12,7 @@ import pytest
 
 from lqlora._optional import is_installed
 from lqlora.backends.cupy import taken
+from lqlora.backends.cupy.fits import Fits
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
 from tests.emulator import build
 from tests.emulator.cupy_stand_in import CuPyStandIn
@@ -52,3 +53,19 @@ def stand_in() -> Iterator[CuPyStandIn]:
         taken.kernels_run.cache_clear()
         yield module
     taken.kernels_run.cache_clear()
+
+
+@pytest.fixture
+def on_tensors(emulated: CuPyStandIn, torch: Any, monkeypatch: pytest.MonkeyPatch) -> Fits:
+    """The kernels for tensors, given such in host memory, which the emulator can reach."""
+    from lqlora.backends.cupy.tensors import TorchMemory
+
+    def view(_: TorchMemory, tensor: Any) -> int:
+        own = tensor.detach().view(torch.int16) if tensor.itemsize == 2 else tensor.detach()
+        return emulated.lend(own.numpy())
+
+    stream = type("Stream", (), {"cuda_stream": 0})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(TorchMemory, "device", lambda *_: 0)
+    monkeypatch.setattr(TorchMemory, "view", view)
+    return Fits(TorchMemory())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import cuda, launch, source, taken
+from lqlora.backends.cupy import launch, source, taken
 from lqlora.backends.cupy.binary import Binary
 from lqlora.errors import KernelError, MixedArraysError
 from lqlora.testing import check_backend
@@ -448,21 +448,6 @@ def test_without_a_device_the_reference_runs(emulated, monkeypatch):
 
 
 # ---- Torch ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def on_tensors(emulated, torch, monkeypatch):
-    """The kernels for tensors, given such in host memory, which the emulator can reach."""
-    from lqlora.backends.cupy.tensors import TorchMemory
-
-    def view(_, tensor):
-        return emulated.lend((tensor.detach().view(torch.int16) if tensor.itemsize == 2 else tensor.detach()).numpy())
-
-    stream = type("Stream", (), {"cuda_stream": 0})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(TorchMemory, "device", lambda *_: 0)
-    monkeypatch.setattr(TorchMemory, "view", view)
-    return cuda.Kernels(TorchMemory())
 
 
 @pytest.mark.parametrize("dtype", sorted(FLOATS))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import lqlora as lq
 from lqlora import ops
 from lqlora.backends.cupy import launch
-from lqlora.backends.cupy.fits import LONGEST_SEARCH, Fits
+from lqlora.backends.cupy.fits import LONGEST_SEARCH
 from lqlora.testing.strategies import formats
 from tests.backends.test_cuda import draw_schedule, put, same
 from tests.strategies import stored
@@ -414,13 +414,8 @@ def test_nothing_is_launched_for_no_rows(emulated):
     assert emulated.launched == []
 
 
-def test_fits_run_on_the_memory_of_tensors(emulated, torch, monkeypatch):
-    from lqlora.backends.cupy.tensors import TorchMemory
-
-    stream = type("Stream", (), {"cuda_stream": 0})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    monkeypatch.setattr(TorchMemory, "device", lambda *_: 0)
-    fits, rng = Fits(TorchMemory()), np.random.default_rng(0)
+def test_fits_run_on_the_memory_of_tensors(on_tensors, torch):
+    fits, rng = on_tensors, np.random.default_rng(0)
     arrays = levels(rng, (30, 48), 16, 2, weighted=True)
     tensors = [torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in arrays]
     for found, expected in zip(fits.level_sums(*tensors), ops.level_sums.reference(*tensors), strict=True):

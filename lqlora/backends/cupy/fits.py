@@ -109,24 +109,18 @@ class Fits(Kernels):
     ) -> Array | None:
         """Return the sums of one or two kinds of terms in all bins, None if a term is not finite."""
         like, work = given[0], -(-entries // _TERMS)
-        largest = self._zeros(kinds, like)
+        largest = self._memory.zeros(kinds, "int64", like)
         self._run("sums", names[0], work, (*given, largest))
-        with self._memory.scope(like):
-            magnitudes = np.array(largest.tolist(), dtype=np.int64).view(np.float64).tolist()
+        magnitudes = np.array(largest.tolist(), dtype=np.int64).view(np.float64).tolist()
         if not np.isfinite(magnitudes).all():
             return None
         units = [np.float64(unit_of(magnitude, entries) if magnitude else 1.0) for magnitude in magnitudes]
-        totals, found = self._zeros(kinds * bins, like), self._memory.empty(kinds * bins, "float64", like)
+        totals = self._memory.zeros(kinds * bins, "int64", like)
+        found = self._memory.empty(kinds * bins, "float64", like)
         self._run("sums", names[1], work, (*given, *(1 / unit for unit in units), np.int64(bins), totals))
         own = (totals, units[0], units[-1], np.int64(bins), found, np.int64(kinds * bins))
         self._run("sums", "in_units<double>", kinds * bins, own)
         return found
-
-    def _zeros(self, count: int, like: Array) -> Array:
-        zeros = self._memory.empty(count, "int64", like)
-        with self._memory.scope(like):
-            zeros[...] = 0
-        return zeros
 
 
 def _lanes(length: int) -> int:

@@ -25,6 +25,11 @@ def on(xp: Any, array: np.ndarray) -> Any:
     return xp.asarray(array, copy=True)
 
 
+def on_device(array: Any) -> bool:
+    """Tell whether an array is in the memory of a CUDA device, without help from the library under test."""
+    return array_api_compat.is_cupy_array(array) or (array_api_compat.is_torch_array(array) and array.is_cuda)
+
+
 def host(array: Any) -> np.ndarray:
     """Copy an array of any library to NumPy; bfloat16 becomes that of ml_dtypes."""
     if array_api_compat.is_torch_array(array):

@@ -210,7 +210,7 @@ class QuantizedArray:
         xp : module
             Target namespace, such as ``numpy`` or ``torch``.
         device : object, optional
-            Target device, in the words of that library.
+            Target device, in the words of that library. If not given, arrays of that library stay on their device.
 
         Returns
         -------

@@ -99,7 +99,7 @@ def storage_cast(array: Array, dtype: str) -> Array:
     Returns
     -------
     array of that dtype, same shape
-        Values beyond the range of ``dtype`` become infinite; the caller decides what that means.
+        The array itself if it is of that dtype. Values beyond the range of ``dtype`` become infinite; the caller decides what that means.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def storage_cast(array: Array, dtype: str) -> Array:
     """
     xp = namespace(array)
     with np.errstate(over="ignore", under="ignore"):
-        return xp.astype(array, native_dtype(array, dtype))
+        return xp.astype(array, native_dtype(array, dtype), copy=False)
 
 
 def native_dtype(array: Array, dtype: str) -> Any:

@@ -5,7 +5,7 @@ Matrices are held transposed and in the order of the pass here, so that the colu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -108,7 +108,8 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
     xp = namespace(w)
     wanted = _ordered(w, system)
     coupling, errors = system.feedback, xp.zeros_like(wanted)
-    grid, found, count = _Grid.of(w, q, system), xp.empty_like(wanted), wanted.shape[0]
+    grid, count = _Grid.of(w, q, system), wanted.shape[0]
+    found: list[Array] = []
     with np.errstate(over="ignore", invalid="ignore"):  # a target that is not finite is for the caller to find
         if dense is not None:
             coupling, errors = system.exchange, wanted - _ordered(dense, system)
@@ -120,9 +121,9 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
             inner = xp.matrix_transpose(coupling[start:stop, start:stop])
             for column in range(start, stop):
                 target = base[column - start, :] + inner[column - start, :] @ errors[start:stop, :]
-                found[column, :] = target
+                found.append(target)
                 errors[column, :] = wanted[column, :] - grid.nearest(column, target)
-    return xp.take(xp.matrix_transpose(found), xp.argsort(system.order), axis=1)
+    return xp.take(xp.stack(found, axis=1), xp.argsort(system.order), axis=1)
 
 
 def _ordered(matrix: Array, system: System) -> Array:
@@ -175,9 +176,10 @@ class _Grid:
 
     def nearest(self, column: int, target: Array) -> Array:
         """Round a column, to the very values that its codes will decode to."""
-        rounding = self.rounding
-        if self.sets is not None:
-            rounding = Rounding(None, None, rounding.levels, self.sets[column, :])
-        zeros = None if self.zeros is None else self.zeros[column, :][:, None]
+        zeros = None if self.zeros is None else self.zeros[column, :]
         normalized = target / self.divisors[column, :]
-        return rounding.nearest(normalized[:, None], zeros)[:, 0] * self.scales[column, :]
+        if self.sets is None:
+            values = self.rounding.nearest(normalized, zeros)
+        else:  # formats with zero points have no levels of their own
+            values = replace(self.rounding, sets=self.sets[column, :]).nearest(normalized[:, None], None)[:, 0]
+        return values * self.scales[column, :]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, affine
-from lqlora.ops import decode, encode, nearest_codes, nearest_codes_by_row, normalize, pack_codes, values_by_row
+from lqlora.ops import boundaries_by_set, decode, encode, nearest_codes, nearest_codes_by_row, normalize, pack_codes, values_by_row
 from lqlora.testing.strategies import ALL_CODEBOOKS, ties, weights
 from tests.oracles import quantize as oracle
 from tests.strategies import host, on
@@ -214,7 +214,7 @@ def test_each_row_is_rounded_to_levels_of_its_own(xp, sets, columns, seed, dtype
     entries = np.clip(rng.standard_normal((6, columns)), -1, 1)
     cuts = np.stack([sets[member].boundaries[rng.integers(0, 15, 4)] for member in members])
     rows = np.concatenate([entries, cuts], axis=1).astype(dtype)
-    codes = nearest_codes_by_row(on(xp, rows), on(xp, levels), on(xp, members))
+    codes = nearest_codes_by_row(on(xp, rows), boundaries_by_set(on(xp, levels)), on(xp, members))
     expected = [
         [oracle.nearest(float(value), levels[member]) for value in row]
         for row, member in zip(rows, members, strict=True)
@@ -233,6 +233,6 @@ def test_of_two_zeros_in_a_row_of_levels_the_upper_one_is_taken(xp):
     tiny = np.float32(2.0**-126)
     levels = np.array([[-1, -0.0, 0.0, 1], [-1, 0.5, 0.75, 1]], dtype=np.float32)
     entries = np.array([[-0.75, -2 * tiny, -tiny, -tiny / 2, -0.0, 0.0, tiny, 0.75]], dtype=np.float32)
-    codes = host(nearest_codes_by_row(on(xp, entries), on(xp, levels), on(xp, np.array([0]))))
+    codes = host(nearest_codes_by_row(on(xp, entries), boundaries_by_set(on(xp, levels)), on(xp, np.array([0]))))
     assert codes.tolist() == [[0, 1, 1, 2, 2, 2, 2, 3]]
     assert codes[0].tolist() == nearest_codes(entries[0], Codebook(levels[0]).boundaries).tolist()

@@ -208,6 +208,8 @@ def namespace(*arrays: Array) -> Namespace:
     MixedArraysError
         If the arrays belong to two libraries, or to two devices.
     """
+    if len(arrays) == 1 and (known := _NAMESPACE_OF.get(type(arrays[0]))) is not None:
+        return known
     present = [array for array in arrays if array is not None]
     if not present:
         raise UnsupportedArrayError("Expected a NumPy, torch, CuPy or array API array, got nothing.")

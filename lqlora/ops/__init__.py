@@ -33,7 +33,7 @@ from lqlora.ops.quantize import (
 from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
 from lqlora.ops.slices import put_flat, take_flat
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
-from lqlora.ops.tables import table_beside
+from lqlora.ops.tables import pick, table_beside
 
 __all__ = [
     "LowRank",
@@ -65,6 +65,7 @@ __all__ = [
     "normalize",
     "pack_codes",
     "packed_size",
+    "pick",
     "put_flat",
     "require_finite",
     "require_float",

@@ -11,7 +11,7 @@ from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
 from lqlora.ops.blocks import from_blocks, to_blocks
 from lqlora.ops.casting import storage_cast, widen
 from lqlora.ops.packing import pack_codes, unpack_codes
-from lqlora.ops.tables import table_beside
+from lqlora.ops.tables import pick, table_beside
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -121,7 +121,7 @@ def nearest_codes_by_row(values: Array, boundaries: Array, sets: Array) -> Array
     [[1], [0]]
     """
     xp = namespace(values, boundaries, sets)
-    boundaries = xp.astype(xp.take(boundaries, sets, axis=0), values.dtype, copy=False)
+    boundaries = xp.astype(pick(boundaries, sets, axis=0), values.dtype, copy=False)
     if values.shape[1] == 1:  # more columns would take an array of so many boundaries for each
         above = xp.astype(values > boundaries, xp.uint8)
         return xp.sum(above, axis=1, keepdims=True, dtype=xp.uint8)
@@ -157,7 +157,7 @@ def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
     """
     xp = namespace(codes, levels, sets)
     indices = xp.astype(codes, xp.int64) + sets[:, None] * levels.shape[1]
-    return xp.reshape(xp.take(xp.reshape(levels, (-1,)), xp.reshape(indices, (-1,))), codes.shape)
+    return xp.reshape(pick(xp.reshape(levels, (-1,)), xp.reshape(indices, (-1,))), codes.shape)
 
 
 def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) -> Array:
@@ -313,7 +313,7 @@ def decode(
     """
     xp = namespace(packed, scales, zero_points, out)
     codes = xp.astype(unpack_codes(packed, bits, out.shape[0]), xp.int64)
-    blocks = to_blocks(xp.take(table_beside(levels.astype(np.float32, copy=False), packed), codes), block_size)
+    blocks = to_blocks(pick(table_beside(levels.astype(np.float32, copy=False), packed), codes), block_size)
     if zero_points is not None:
         blocks = blocks - xp.astype(zero_points, xp.float32)[:, None]
     values = from_blocks(blocks * scales[:, None], out.shape[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lqlora._dispatch import device_of, namespace, op
 from lqlora.ops.quantize import nearest_codes
 from lqlora.ops.sums import row_sums
-from lqlora.ops.tables import table_beside
+from lqlora.ops.tables import pick, table_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +95,7 @@ def nearest_values(
     xp = namespace(rows, zeros)
     codes = nearest_codes(rows if zeros is None else rows + zeros, boundaries)
     table = table_beside(levels, rows)
-    values = xp.reshape(xp.take(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), rows.shape)
+    values = xp.reshape(pick(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), rows.shape)
     return values if zeros is None else values - zeros
 
 

@@ -1,4 +1,4 @@
-"""Small tables of the host, such as levels, where an array is."""
+"""Small tables of the host, such as levels, where an array is; and looking entries up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import device_of, namespace
+from lqlora._dispatch import array_library, device_of, namespace
 from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array, Namespace
 
-__all__ = ["table_beside"]
+__all__ = ["pick", "table_beside"]
 
 
 def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
@@ -51,3 +51,30 @@ def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
 def _kept(xp: Namespace, device: object, content: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
     # A copy, as torch warns of memory it may not write to.
     return xp.asarray(np.frombuffer(content, dtype=dtype).reshape(shape).copy(), device=device)
+
+
+def pick(array: Array, index: Array, axis: int = 0) -> Array:
+    """Return some entries, or rows, of an array.
+
+    Parameters
+    ----------
+    array : array
+        Any array.
+    index : array of int64, shape (n,)
+        Positions, none of them negative: to allow for such ones takes torch as long as all the rest.
+    axis : int, default 0
+        Axis of the positions.
+
+    Returns
+    -------
+    array
+        As ``take`` of the standard returns it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pick(np.array([0.5, 2.0]), np.array([1, 1, 0])).tolist()
+    [2.0, 2.0, 0.5]
+    """
+    xp = namespace(array, index)
+    return xp.index_select(array, axis, index) if array_library(array) == "torch" else xp.take(array, index, axis=axis)

@@ -102,7 +102,7 @@ def _encoder(
     def by_set(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
         xp = namespace(flat)
         sets = _sets(layout, fmt, weights, scales)
-        own = xp.astype(xp.take(scales, layout.block_of(weights, scales)), _arithmetic(flat))
+        own = xp.astype(ops.pick(scales, layout.block_of(weights, scales)), _arithmetic(flat))
         normalized = ops.normalize(ops.widen(flat)[:, None], own)
         codes = ops.nearest_codes_by_row(xp.reshape(normalized, (sets.shape[0], -1)), cells, sets)
         return ops.pack_codes(xp.reshape(codes, (-1,)), fmt.bits)
@@ -121,9 +121,8 @@ def _spread(
     """Return the scales of a piece: one per block, or one per weight where the piece begins or ends within a block."""
     if blocks is not None:
         return scales[blocks], None if zero_points is None else zero_points[blocks], layout.block_size
-    xp = namespace(scales)
     index = layout.block_of(weights, scales)
-    return xp.take(scales, index), None if zero_points is None else xp.take(zero_points, index), 1
+    return ops.pick(scales, index), None if zero_points is None else ops.pick(zero_points, index), 1
 
 
 def decode_scales(scales: Array | QuantizedArray) -> Array:
@@ -181,7 +180,7 @@ def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice
         sets = _sets(layout, q.format, weights, scales)
         codes = xp.reshape(ops.unpack_codes(packed, bits, weights.stop - weights.start), (sets.shape[0], -1))
         values = xp.reshape(ops.values_by_row(codes, q.levels, sets), (-1,))
-        values = values * xp.take(scales, layout.block_of(weights, scales))
+        values = values * ops.pick(scales, layout.block_of(weights, scales))
         out[...] = values if out.dtype == values.dtype else ops.storage_cast(values, ops.dtype_name(out))
 
     return by_set

@@ -58,11 +58,11 @@ class System:
     def of(cls, damped: Array, order: Array, dtype: Array) -> System:
         """Factor a second moment, given in float64, into arrays of a dtype."""
         xp = namespace(damped)
-        ordered = xp.take(xp.take(damped, order, axis=0), order, axis=1)
+        ordered = ops.pick(ops.pick(damped, order, axis=0), order, axis=1)
         factor = _upper_factor(ordered)
         roots, diagonal = xp.linalg.diagonal(factor), xp.linalg.diagonal(ordered)
         relative = ordered / diagonal[None, :]
-        importance = xp.take(roots * roots, xp.argsort(order))
+        importance = ops.pick(roots * roots, xp.argsort(order))
         return cls(
             order,
             xp.astype(xp.triu(factor / roots[None, :], k=1), dtype),
@@ -123,13 +123,13 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
                 target = base[column - start, :] + inner[column - start, :] @ errors[start:stop, :]
                 found.append(target)
                 errors[column, :] = wanted[column, :] - grid.nearest(column, target)
-    return xp.take(xp.stack(found, axis=1), xp.argsort(system.order), axis=1)
+    return ops.pick(xp.stack(found, axis=1), xp.argsort(system.order), axis=1)
 
 
 def _ordered(matrix: Array, system: System) -> Array:
     """Return the columns of a matrix as rows, in the order of the pass."""
     xp = namespace(matrix)
-    return xp.take(xp.matrix_transpose(matrix), system.order, axis=0)
+    return ops.pick(xp.matrix_transpose(matrix), system.order, axis=0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class _Grid:
         blocks = layout.block_of(slice(0, layout.count), q.packed)
 
         def by_weight(values: Array) -> Array:
-            return _ordered(in_shape(xp.take(values, blocks), fmt.axis, q.shape), system)
+            return _ordered(in_shape(ops.pick(values, blocks), fmt.axis, q.shape), system)
 
         zeros, sets, rounding = None, None, Rounding.of(fmt.codebook, q.levels, None)
         if q.zero_points is not None:

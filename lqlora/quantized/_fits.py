@@ -384,7 +384,7 @@ def _rounds_to_zero(largest: Array, nonzero: Array, scales: Array, book: Codeboo
     is_level = ops.table_beside(book.levels != 0, largest)
     for extreme in (largest, -largest):
         codes = ops.encode(extreme, scales, None, book.boundaries, 1)
-        if bool(xp.any(nonzero & ~xp.take(is_level, xp.astype(codes, xp.int64)))):
+        if bool(xp.any(nonzero & ~ops.pick(is_level, xp.astype(codes, xp.int64)))):
             return True
     return False
 

@@ -88,7 +88,7 @@ class Rounding:
             return ops.values_by_row(codes, self.levels, self.sets)
         xp = namespace(codes)
         table = ops.table_beside(self.table, codes)
-        return xp.reshape(xp.take(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), codes.shape)
+        return xp.reshape(ops.pick(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), codes.shape)
 
     def nearest(self, rows: Array, zeros: Array | None) -> Array:
         """Return the nearest values, with the zero points of an affine format added before and subtracted after."""

@@ -94,8 +94,8 @@ class RoundingSample:
         xp, zeros = namespace(self._rows), choice.zero_points
         own = Choice(
             choice.stored,
-            xp.take(choice.decoded, self._index),
-            None if zeros is None else xp.take(zeros, self._index),
+            ops.pick(choice.decoded, self._index),
+            None if zeros is None else ops.pick(zeros, self._index),
         )
         lost = self._rows - xp.astype(
             rounded_rows(source, own, None, slice(0, self._rows.shape[0]), self._rows), self._rows.dtype

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, affine
-from lqlora.ops import boundaries_by_set, decode, encode, nearest_codes, nearest_codes_by_row, normalize, pack_codes, values_by_row
+from lqlora.ops import (
+    boundaries_by_set,
+    decode,
+    encode,
+    nearest_codes,
+    nearest_codes_by_row,
+    normalize,
+    pack_codes,
+    values_by_row,
+)
 from lqlora.testing.strategies import ALL_CODEBOOKS, ties, weights
 from tests.oracles import quantize as oracle
 from tests.strategies import host, on

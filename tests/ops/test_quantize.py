@@ -20,7 +20,7 @@ from lqlora.ops import (
 )
 from lqlora.testing.strategies import ALL_CODEBOOKS, ties, weights
 from tests.oracles import quantize as oracle
-from tests.strategies import host, on
+from tests.strategies import host, normal_numbers, on
 
 absmax_codebooks = st.sampled_from([book for book in ALL_CODEBOOKS if book.normalization == "absmax"])
 #: Levels far apart, and clusters of levels closer to each other than buckets are wide.
@@ -153,7 +153,8 @@ def test_ties_encode_as_in_the_oracle(xp, data, codebook):
 def test_encoding_takes_scales_that_are_no_absolute_maximum(xp, w, size, seed, codebook):
     # Quantized scales are off; some are zero, some have a sign, and some are far too small for their weights.
     blocks = -(-len(w) // size)
-    scales = np.random.default_rng(seed).choice(np.array([0, -0.0, 1e-45, 1e-38, 1, -1, 1e38], np.float32), blocks)
+    sizes = normal_numbers(xp, np.array([0, -0.0, 1e-45, 1e-38, 1, -1, 1e38], np.float32))
+    w, scales = normal_numbers(xp, w), np.random.default_rng(seed).choice(sizes, blocks)
     zeros = zeros_for(codebook, blocks, seed)
     codes = encode(on(xp, w), on(xp, scales), None if zeros is None else on(xp, zeros), codebook.boundaries, size)
     assert host(codes).tolist() == oracle.codes_of(w, scales, BlockFormat(codebook, size), zeros)
@@ -195,7 +196,8 @@ def test_a_block_of_scale_zero_decodes_to_zero(xp):
 def test_rows_are_divided_and_shifted(xp, rows, columns, seed, dtype):
     rng = np.random.default_rng(seed)
     blocks = rng.standard_normal((rows, columns)).astype(dtype)
-    scales, zeros = rng.choice([0, -2, 0.3, 1e-40], rows).astype(dtype), rng.integers(0, 16, rows).astype(np.uint8)
+    sizes = normal_numbers(xp, np.array([0, -2, 0.3, 1e-40], dtype))
+    scales, zeros = rng.choice(sizes, rows), rng.integers(0, 16, rows).astype(np.uint8)
     with np.errstate(over="ignore"):
         expected = [
             [value / scale if scale else dtype(0) for value in row] for row, scale in zip(blocks, scales, strict=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lqlora.errors import NonFiniteError
-from lqlora.ops import require_finite, sum_of_squares
+from lqlora.ops import is_finite, require_finite, sum_of_squares
 from lqlora.testing.strategies import shapes, weights
 from tests.strategies import host, normal_numbers, on
 
@@ -70,3 +70,16 @@ def test_the_checked_array_is_not_changed(xp):
     with pytest.raises(NonFiniteError):
         require_finite(w, "w")
     assert np.isnan(host(w)).tolist() == [False, True]
+
+
+@given(
+    w=weights(shape=shapes()),
+    bad=st.sampled_from([None, np.nan, np.inf, -np.inf]),
+    data=st.data(),
+)
+def test_what_is_not_finite_is_seen_wherever_it_is(xp, w, bad, data):
+    w = w.copy()
+    if bad is not None and w.size:
+        w.reshape(-1)[data.draw(st.integers(0, w.size - 1))] = bad
+    for dtype in (np.float32, np.float64):
+        assert is_finite(on(xp, w.astype(dtype))) == bool(np.isfinite(w).all())

@@ -17,7 +17,9 @@ def scale_dtypes(xp: Any) -> tuple[str, ...]:
 
 
 #: Why CuPy is given other numbers in some tests. The kernels of lqlora do not flush, and are tested with all numbers.
-FLUSHES = "CuPy compiles its own arithmetic so that subnormal float32 become zero: its documentation says so."
+FLUSHES = (
+    "CuPy compiles its own arithmetic so that subnormal float32 become zero: see the documentation of cupy.nextafter."
+)
 
 
 def flushes(xp: Any) -> bool:

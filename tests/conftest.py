@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 
 from lqlora._optional import is_installed
 from tests.requirements import require_or_skip
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # No deadlines: the first call on a library imports it, and shared machines stall.
 hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
@@ -31,10 +34,16 @@ NAMESPACES = {
     "torch": "array_api_compat.torch",
     "array-api-strict": "array_api_strict",
     "cupy": "array_api_compat.cupy",
+    "torch-cuda": "array_api_compat.torch",
 }
+
+#: Those that need a device.
+ON_DEVICE = ("cupy", "torch-cuda")
 
 
 def _is_usable(backend: str) -> bool:
+    if backend == "torch-cuda":
+        return is_installed("torch") and importlib.import_module("torch").cuda.is_available()
     if not is_installed(backend.replace("-", "_")):
         return False
     if backend != "cupy":
@@ -50,15 +59,30 @@ def _is_usable(backend: str) -> bool:
 def load(backend: str) -> Any:
     """Return the namespace of an array library, or skip; fail if LQLORA_REQUIRE names the library."""
     require_or_skip(backend, _is_usable(backend))
-    if backend == "torch":
+    if backend.startswith("torch"):
         # torch gives most warnings once in a process: which test fails of them would depend on the order of the tests.
         importlib.import_module("torch").set_warn_always(True)
     return importlib.import_module(NAMESPACES[backend])
 
 
-@pytest.fixture(scope="session", params=list(NAMESPACES))
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=[pytest.mark.gpu] if name in ON_DEVICE else []) for name in NAMESPACES],
+)
 def xp(request: pytest.FixtureRequest) -> Any:
     return load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For "torch-cuda", and no test of another kind, torch makes its tensors on the device: xp is the same module."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if parameters.get("xp") != "torch-cuda":
+        yield
+        return
+    load("torch-cuda")
+    with importlib.import_module("torch").device("cuda"):
+        yield
 
 
 @pytest.fixture(scope="session", params=["numpy", "torch"])
@@ -70,6 +94,13 @@ def fast_xp(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="session")
 def torch() -> Any:
     load("torch")
+    return importlib.import_module("torch")
+
+
+@pytest.fixture(scope="session")
+def cuda_torch() -> Any:
+    """Only torch with a CUDA device, which is not its default one here."""
+    load("torch-cuda")
     return importlib.import_module("torch")
 
 

@@ -16,6 +16,24 @@ def scale_dtypes(xp: Any) -> tuple[str, ...]:
     return SCALE_DTYPES.get(xp.__name__, ("float32", "float16", "bfloat16"))
 
 
+#: Why CuPy is given other numbers in some tests. The kernels of lqlora do not flush, and are tested with all numbers.
+FLUSHES = (
+    "CuPy compiles its own arithmetic so that subnormal float32 become zero: see the documentation of cupy.nextafter."
+)
+
+
+def flushes(xp: Any) -> bool:
+    """Tell whether the arithmetic of a library makes zeros of subnormal numbers."""
+    return "cupy" in xp.__name__
+
+
+def normal_numbers(xp: Any, array: np.ndarray) -> np.ndarray:
+    """Return the numbers of a test; where subnormal ones are flushed, those whose quotients and squares are none."""
+    if not flushes(xp):
+        return array
+    return np.where(np.abs(array) < 1e-5, array.dtype.type(0), np.clip(array, -1e5, 1e5))
+
+
 def on(xp: Any, array: np.ndarray) -> Any:
     """Copy a NumPy array to another library, without help from the library under test."""
     if array.dtype == ml_dtypes.bfloat16 and "torch" in xp.__name__:
@@ -23,6 +41,11 @@ def on(xp: Any, array: np.ndarray) -> Any:
     if "torch" in xp.__name__:
         return xp.asarray(np.array(array, order="C"))
     return xp.asarray(array, copy=True)
+
+
+def on_device(array: Any) -> bool:
+    """Tell whether an array is in the memory of a CUDA device, without help from the library under test."""
+    return array_api_compat.is_cupy_array(array) or (array_api_compat.is_torch_array(array) and array.is_cuda)
 
 
 def host(array: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from lqlora._dispatch.libraries import (
     Library,
     array_library,
+    device_of,
     dtype_name,
     is_contiguous,
     is_on_host,
@@ -27,6 +28,7 @@ __all__ = [
     "Selection",
     "Takes",
     "array_library",
+    "device_of",
     "dtype_name",
     "forced",
     "is_contiguous",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Library",
     "array_library",
+    "device_of",
     "dtype_name",
     "is_contiguous",
     "is_on_host",
@@ -207,6 +208,8 @@ def namespace(*arrays: Array) -> Namespace:
     MixedArraysError
         If the arrays belong to two libraries, or to two devices.
     """
+    if len(arrays) == 1 and (known := _NAMESPACE_OF.get(type(arrays[0]))) is not None:
+        return known
     present = [array for array in arrays if array is not None]
     if not present:
         raise UnsupportedArrayError("Expected a NumPy, torch, CuPy or array API array, got nothing.")
@@ -233,7 +236,7 @@ def _require_one_home(present: list[Array]) -> None:
         raise MixedArraysError("Arrays of two array API libraries in one call: convert one.")
     if library == "numpy":
         return
-    devices = [array.device if library == "torch" else array_api_compat.device(array) for array in present]
+    devices = [device_of(array) for array in present]
     if devices.count(devices[0]) != len(devices):
         named = " and ".join(sorted(set(map(str, devices))))
         raise MixedArraysError(f"Arrays on {named} in one call: move one, lqlora never copies.")
@@ -273,6 +276,28 @@ def dtype_name(array: Array) -> str:
 def spelled(dtype: Any) -> str:
     """Return the name of a dtype without that of its library."""
     return str(dtype).rpartition(".")[2]
+
+
+def device_of(array: Array) -> Any:
+    """Return the device of an array, in the words of its library.
+
+    Parameters
+    ----------
+    array : array
+        Any array.
+
+    Returns
+    -------
+    object
+        What the functions of the library that make arrays take as ``device``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> device_of(np.zeros(1))
+    'cpu'
+    """
+    return array.device if LIBRARY_OF[type(array)] == "torch" else array_api_compat.device(array)
 
 
 def is_on_host(array: Array) -> bool:

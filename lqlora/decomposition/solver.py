@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.decomposition._arguments import check_options, checked_matrix, checked_rank, checked_start
 from lqlora.decomposition._watch import Watch
 from lqlora.decomposition.iteration import remainder, residual_of
@@ -358,7 +357,7 @@ def _fresh_factors(goal: _Goal, rank: int) -> tuple[Array, Array]:
     """Return factors whose product is zero. ``lora_A`` is noise: with both at zero neither would ever get a gradient."""
     xp = namespace(goal.matrix)
     rows, columns = goal.matrix.shape
-    device = array_api_compat.device(goal.matrix)
+    device = device_of(goal.matrix)
     # As PEFT initializes lora_A: uniform within the reciprocal root of the number of inputs.
     lora_A = np.random.default_rng(goal.seed).uniform(-1, 1, (rank, columns)) / max(columns, 1) ** 0.5
     return (
@@ -375,4 +374,4 @@ def _padded(factor: Array, rank: int, axis: int) -> Array:
     if not missing:
         return factor
     shape = tuple(missing if own == axis else size for own, size in enumerate(factor.shape))
-    return xp.concat([factor, xp.zeros(shape, dtype=xp.float32, device=array_api_compat.device(factor))], axis=axis)
+    return xp.concat([factor, xp.zeros(shape, dtype=xp.float32, device=device_of(factor))], axis=axis)

@@ -101,8 +101,7 @@ def _matmul(
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=adjoint)
     if adjoint:
-        dtype = "float32" if x.device.type == "cpu" else _FLOATS[x.dtype]  # as matmul_dense multiplies there
-        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=dtype).T)
+        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T)
     else:
         y = matmul(x, q)
     return y.contiguous()

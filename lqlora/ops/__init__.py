@@ -15,12 +15,13 @@ from lqlora.ops.casting import (
     stored_bytes,
     widen,
 )
-from lqlora.ops.finite import require_finite, sum_of_squares
+from lqlora.ops.finite import is_finite, require_finite, sum_of_squares
 from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
-from lqlora.ops.matmul import add_low_rank, matmul_dense, matmul_packed
+from lqlora.ops.matmul import add_low_rank, factor_dtype, matmul_dense, matmul_packed
 from lqlora.ops.moments import symmetric_moment
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import (
+    boundaries_by_set,
     decode,
     encode,
     encode_packed,
@@ -32,6 +33,7 @@ from lqlora.ops.quantize import (
 from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
 from lqlora.ops.slices import put_flat, take_flat
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
+from lqlora.ops.tables import pick, table_beside
 
 __all__ = [
     "LowRank",
@@ -40,14 +42,17 @@ __all__ = [
     "bin_sums",
     "block_absmax",
     "block_extremes",
+    "boundaries_by_set",
     "convert",
     "decode",
     "dtype_name",
     "encode",
     "encode_packed",
     "exact_svd",
+    "factor_dtype",
     "from_blocks",
     "is_contiguous",
+    "is_finite",
     "is_on_host",
     "least_squares",
     "level_sums",
@@ -60,6 +65,7 @@ __all__ = [
     "normalize",
     "pack_codes",
     "packed_size",
+    "pick",
     "put_flat",
     "require_finite",
     "require_float",
@@ -71,6 +77,7 @@ __all__ = [
     "subspace_svd",
     "sum_of_squares",
     "symmetric_moment",
+    "table_beside",
     "take_flat",
     "to_blocks",
     "unpack_codes",

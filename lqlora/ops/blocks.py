@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import array_api_compat
-
-from lqlora._dispatch import namespace, op
+from lqlora._dispatch import device_of, namespace, op
 from lqlora.ops.casting import widen
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def to_blocks(flat: Array, block_size: int) -> Array:
     block_size = max(1, min(block_size, flat.shape[0]))
     tail = -flat.shape[0] % block_size
     if tail:
-        padding = xp.zeros((tail,), dtype=flat.dtype, device=array_api_compat.device(flat))
+        padding = xp.zeros((tail,), dtype=flat.dtype, device=device_of(flat))
         flat = xp.concat([flat, padding])
     return xp.reshape(flat, (-1, block_size))
 

@@ -99,7 +99,7 @@ def storage_cast(array: Array, dtype: str) -> Array:
     Returns
     -------
     array of that dtype, same shape
-        Values beyond the range of ``dtype`` become infinite; the caller decides what that means.
+        The array itself if it is of that dtype. Values beyond the range of ``dtype`` become infinite; the caller decides what that means.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def storage_cast(array: Array, dtype: str) -> Array:
     """
     xp = namespace(array)
     with np.errstate(over="ignore", under="ignore"):
-        return xp.astype(array, native_dtype(array, dtype))
+        return xp.astype(array, native_dtype(array, dtype), copy=False)
 
 
 def native_dtype(array: Array, dtype: str) -> Any:
@@ -190,7 +190,8 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     xp : module
         Target namespace, such as ``numpy`` or ``torch``.
     device : object, optional
-        Target device, in the words of that library.
+        Target device, in the words of that library. If not given, an array of that library stays on its device; one of
+        another library goes to the host for torch, to the default device for others.
 
     Returns
     -------
@@ -208,6 +209,8 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     >>> convert(np.arange(3), np).tolist()
     [0, 1, 2]
     """
+    if array_library(array) != "numpy" and _plain_name(namespace(array)) == _plain_name(xp):
+        return _moved(array, device)
     host, is_bfloat16 = _on_host(array), dtype_name(array) == "bfloat16"
     if xp.__name__.rpartition(".")[2] == "torch":
         import torch  # noqa: PLC0415 - the caller passed torch, or a wrapper of it, so it is imported already
@@ -221,6 +224,19 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
         return xp.asarray(host) if device is None else xp.asarray(host, device=device)
     except TypeError as error:
         raise UnsupportedArrayError(f"{xp.__name__} has no {host.dtype}: {error}.") from error
+
+
+def _plain_name(xp: Namespace) -> str:
+    """Return the name of a namespace without that of what wraps it."""
+    return str(xp.__name__.removeprefix("array_api_compat."))
+
+
+def _moved(array: Array, device: object) -> Array:
+    """Return an array on another device of its library; never by way of the host."""
+    if array_library(array) != "torch":
+        return array if device is None else namespace(array).asarray(array, device=device)
+    tensor = array.detach()
+    return (tensor if device is None else tensor.to(device)).contiguous()
 
 
 def _on_host(array: Array) -> Any:

@@ -5,13 +5,40 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lqlora._dispatch import namespace
+from lqlora._dispatch import is_on_host, namespace
 from lqlora.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["require_finite", "sum_of_squares"]
+__all__ = ["is_finite", "require_finite", "sum_of_squares"]
+
+
+def is_finite(array: Array) -> bool:
+    """Tell whether an array holds neither NaN nor infinity.
+
+    Parameters
+    ----------
+    array : array of float32 or float64
+        Values.
+
+    Returns
+    -------
+    bool
+        Minimum and maximum tell it, which takes no array of the size of the input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> is_finite(np.array([1.0, np.nan]))
+    False
+    """
+    xp = namespace(array)
+    if 0 in array.shape:
+        return True
+    return (
+        float(xp.min(array)) > -math.inf and float(xp.max(array)) < math.inf
+    )  # NaN is either, and no comparison holds
 
 
 def require_finite(array: Array, what: str) -> None:
@@ -19,7 +46,7 @@ def require_finite(array: Array, what: str) -> None:
 
     Parameters
     ----------
-    array : array of a floating-point dtype
+    array : array of float32 or float64
         Values to check.
     what : str
         What the array is, the first words of the error.
@@ -37,18 +64,20 @@ def require_finite(array: Array, what: str) -> None:
         ...
     lqlora.errors.NonFiniteError: weight 'q_proj' has 1 non-finite value(s), the first at index (0, 1).
     """
+    if is_finite(array):
+        return
     xp = namespace(array)
     finite = xp.isfinite(array)
-    if bool(xp.all(finite)):
-        return
     bad = xp.nonzero(~finite) if array.shape else ()
     first = tuple(int(axis[0]) for axis in bad)
     count = bad[0].shape[0] if bad else 1
     raise NonFiniteError(f"{what} has {count} non-finite value(s), the first at index {first}.")
 
 
-#: Entries widened to float64 at a time: they stay in the cache, and no wide copy of the array is made.
+#: Entries widened to float64 at a time: they stay in the cache, and no wide copy of the array is made. On a device it is
+#: the calls that cost, and waiting for each sum.
 _CHUNK = 1 << 15
+_CHUNK_ON_DEVICE = 1 << 22
 
 
 def sum_of_squares(array: Array, weights: Array | None = None) -> float:
@@ -75,9 +104,9 @@ def sum_of_squares(array: Array, weights: Array | None = None) -> float:
     xp = namespace(array, weights)
     flat = xp.reshape(array, (-1,))
     factors = None if weights is None else xp.reshape(weights, (-1,))
-    partial = []
-    for first in range(0, flat.shape[0], _CHUNK):
-        part = slice(first, min(first + _CHUNK, flat.shape[0]))
+    partial, chunk = [], _CHUNK if is_on_host(array) else _CHUNK_ON_DEVICE
+    for first in range(0, flat.shape[0], chunk):
+        part = slice(first, min(first + chunk, flat.shape[0]))
         wide = xp.astype(flat[part], xp.float64)
         squares = wide * wide
         if factors is not None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import array_api_compat
 import numpy as np
 
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def subspace_svd(
         power_iterations = 2 if start is None else 0
     if start is None:
         sketch = np.random.default_rng(seed).standard_normal((columns, width))
-        start = xp.asarray(sketch, dtype=matrix.dtype, device=array_api_compat.device(matrix))
+        start = xp.asarray(sketch, dtype=matrix.dtype, device=device_of(matrix))
     left, _ = xp.linalg.qr(matrix @ start)
     for _ in range(power_iterations):
         start, _ = xp.linalg.qr(xp.matrix_transpose(matrix) @ left)

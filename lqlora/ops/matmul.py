@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import array_api_compat
-
-from lqlora._dispatch import dtype_name, is_on_host, namespace, op
-from lqlora.ops.casting import storage_cast
+from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
+from lqlora.ops.casting import native_dtype, storage_cast
 from lqlora.ops.quantize import decode
 
 if TYPE_CHECKING:
@@ -17,13 +15,14 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array
 
-__all__ = ["add_low_rank", "matmul_dense", "matmul_packed"]
+__all__ = ["add_low_rank", "factor_dtype", "matmul_dense", "matmul_packed"]
 
 #: Weights that are decoded at a time: 2 MiB of float32, which stay in the cache until they are multiplied; and 8 MiB for
-#: many rows, which BLAS multiplies faster by a wider matrix.
+#: many rows, which BLAS multiplies faster by a wider matrix. On a device one product of most weights, 128 MiB.
 _TILE = 1 << 19
 _TILE_FOR_MANY = 1 << 21
 _MANY = 128
+_TILE_ON_DEVICE = {"float16": 1 << 26, "bfloat16": 1 << 26, "float32": 1 << 25, "float64": 1 << 24}
 
 
 @op
@@ -61,8 +60,7 @@ def matmul_packed(
     Returns
     -------
     array, shape (m, n)
-        ``out``: ``x @ w.T``. Narrow inputs are widened to float32 first, on a device they are multiplied as they are;
-        the order of the additions is the library's.
+        ``out``: ``x @ w.T``, multiplied as by :func:`matmul_dense`; the order of the additions is the library's.
 
     Examples
     --------
@@ -74,8 +72,8 @@ def matmul_packed(
     """
     xp = namespace(x, packed, scales, zero_points, out)
     rows, columns = out.shape[1], x.shape[1]
-    step = _rows_per_tile(rows, columns, block_size, _TILE if x.shape[0] < _MANY else _TILE_FOR_MANY)
-    tile = xp.empty((step * columns,), dtype=_factor_dtype(x), device=array_api_compat.device(x))
+    step = _rows_per_tile(rows, columns, block_size, _tile_size(x))
+    tile = xp.empty((step * columns,), dtype=native_dtype(x, factor_dtype(x)), device=device_of(x))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         codes, blocks = _within(first * columns, last * columns, bits, block_size)
@@ -99,7 +97,9 @@ def matmul_dense(x: Array, weight: Array) -> Array:
     Returns
     -------
     array of the dtype of ``x``, shape (m, n)
-        ``x @ weight.T``. Of narrow numbers in host memory float32 copies are multiplied: processors do that faster.
+        ``x @ weight.T``. Of narrow rows in host memory float32 copies are multiplied, since processors do that faster,
+        and the result is rounded to the dtype of ``x`` once. On a device the weight is rounded to that dtype too, which
+        is what its fast units multiply; sums are the library's, in float32 unless it was told otherwise.
 
     Examples
     --------
@@ -108,14 +108,39 @@ def matmul_dense(x: Array, weight: Array) -> Array:
     [[1.0, 1.0]]
     """
     xp = namespace(x, weight)
-    own = xp.float64 if dtype_name(x) == "float64" else _factor_dtype(x)
+    own = x.dtype if dtype_name(x) == "float64" else native_dtype(x, factor_dtype(x))
     product = xp.astype(x, own, copy=False) @ xp.matrix_transpose(xp.astype(weight, own, copy=False))
     return product if product.dtype == x.dtype else storage_cast(product, dtype_name(x))
 
 
-def _factor_dtype(x: Array) -> Any:
-    """Return the dtype that a weight is decoded to."""
-    return x.dtype if dtype_name(x) in ("float16", "bfloat16") and not is_on_host(x) else namespace(x).float32
+def factor_dtype(x: Array) -> str:
+    """Return the dtype that a quantized weight is decoded to before rows are multiplied by it.
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64
+        The rows.
+
+    Returns
+    -------
+    str
+        That of narrow rows on a device, else ``"float32"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> factor_dtype(np.ones(1, dtype=np.float16))
+    'float32'
+    """
+    name = dtype_name(x)
+    return name if name in ("float16", "bfloat16") and not is_on_host(x) else "float32"
+
+
+def _tile_size(x: Array) -> int:
+    """Return how many weights are decoded at a time."""
+    if not is_on_host(x):
+        return _TILE_ON_DEVICE[dtype_name(x)]
+    return _TILE if x.shape[0] < _MANY else _TILE_FOR_MANY
 
 
 def _rows_per_tile(rows: int, columns: int, block_size: int, limit: int) -> int:

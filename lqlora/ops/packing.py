@@ -16,9 +16,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import array_api_compat
-
-from lqlora._dispatch import namespace, op
+from lqlora._dispatch import device_of, namespace, op
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -88,7 +86,7 @@ def pack_codes(codes: Array, bits: int) -> Array:
     xp = namespace(codes)
     group, width = _period(bits)
     count = codes.shape[0]
-    device = array_api_compat.device(codes)
+    device = device_of(codes)
     if count % group:
         codes = xp.concat([codes, xp.zeros((-count % group,), dtype=xp.uint8, device=device)])
     columns = xp.reshape(codes, (-1, group))
@@ -135,7 +133,7 @@ def unpack_codes(packed: Array, bits: int, count: int) -> Array:
     if packed.shape[0] != packed_size(count, bits):
         needed = packed_size(count, bits)
         raise InvalidArgumentError(f"{count} codes of {bits} bits are {needed} bytes, not {packed.shape[0]}.")
-    device = array_api_compat.device(packed)
+    device = device_of(packed)
     if packed.shape[0] % width:
         packed = xp.concat([packed, xp.zeros((-packed.shape[0] % width,), dtype=xp.uint8, device=device)])
     columns = xp.reshape(packed, (-1, width))

@@ -5,22 +5,32 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import array_api_compat
 import numpy as np
 
-from lqlora._dispatch import dtype_name, namespace, op
+from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
 from lqlora.ops.blocks import from_blocks, to_blocks
 from lqlora.ops.casting import storage_cast, widen
 from lqlora.ops.packing import pack_codes, unpack_codes
+from lqlora.ops.tables import pick, table_beside
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._typing import Array
 
-__all__ = ["decode", "encode", "encode_packed", "nearest_codes", "nearest_codes_by_row", "normalize", "values_by_row"]
+__all__ = [
+    "boundaries_by_set",
+    "decode",
+    "encode",
+    "encode_packed",
+    "nearest_codes",
+    "nearest_codes_by_row",
+    "normalize",
+    "values_by_row",
+]
 
-#: Up to this many boundaries, counting those below a value beats a binary search on every library measured.
+#: Up to this many boundaries, counting those below a value beats a binary search on every library measured, in the
+#: memory of the host. On a device each step of the counting is a kernel.
 FEW = 15
 
 _TINY = 2.0**-126  # the smallest normal float32
@@ -49,49 +59,73 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     [0, 1, 2]
     """
     xp = namespace(values)
-    if len(boundaries) > FEW:
-        # A copy of the boundaries, as torch warns of memory it may not write to; flat, as it warns of strided values.
-        cells = xp.asarray(boundaries.copy(), dtype=values.dtype, device=array_api_compat.device(values))
+    if len(boundaries) > FEW or not is_on_host(values):
+        cells = table_beside(boundaries.astype(dtype_name(values), copy=False), values)
+        # Flat, as torch warns of strided values.
         codes = xp.searchsorted(cells, xp.reshape(values, (-1,)), side="left")
         return xp.reshape(xp.astype(codes, xp.uint8), values.shape)
-    codes = xp.zeros(values.shape, dtype=xp.uint8, device=array_api_compat.device(values))
+    codes = xp.zeros(values.shape, dtype=xp.uint8, device=device_of(values))
     for boundary in boundaries.tolist():
         codes += xp.astype(values > boundary, xp.uint8)
     return codes
 
 
-def nearest_codes_by_row(values: Array, levels: Array, sets: Array) -> Array:
+def boundaries_by_set(levels: Array) -> Array:
+    """Boundaries between the cells of several sets of levels.
+
+    Parameters
+    ----------
+    levels : array of float32, shape (number of sets, n)
+        Sorted levels.
+
+    Returns
+    -------
+    array of float32, shape (number of sets, n - 1)
+        Midpoints of neighbors, rounded to float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> boundaries_by_set(np.array([[-1, 1], [0, 8]], dtype=np.float32)).tolist()
+    [[0.0], [4.0]]
+    """
+    xp = namespace(levels)
+    wide = xp.astype(levels, xp.float64)
+    midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
+    zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # of two zeros the upper one is taken, as by a codebook
+    return xp.where(zeros, xp.full_like(midpoints, -_TINY), midpoints)
+
+
+def nearest_codes_by_row(values: Array, boundaries: Array, sets: Array) -> Array:
     """Index of the nearest level, where each row has levels of its own.
 
     Parameters
     ----------
     values : array of float32 or float64, shape (m, k)
         Normalized weights.
-    levels : array of float32, shape (number of sets, n)
-        Sorted levels.
+    boundaries : array of float32, shape (number of sets, n - 1)
+        Those of :func:`boundaries_by_set`.
     sets : array of int64, shape (m,)
         Which set a row takes.
 
     Returns
     -------
     array of uint8, shape (m, k)
-        Codes; at the midpoint of two levels, rounded to float32, the lower index wins.
+        Codes; at a boundary the lower index wins.
 
     Examples
     --------
     >>> import numpy as np
-    >>> levels = np.array([[-1, 1], [0, 8]], dtype=np.float32)
-    >>> nearest_codes_by_row(np.array([[0.5], [3.0]]), levels, np.array([0, 1])).tolist()
+    >>> boundaries = boundaries_by_set(np.array([[-1, 1], [0, 8]], dtype=np.float32))
+    >>> nearest_codes_by_row(np.array([[0.5], [3.0]]), boundaries, np.array([0, 1])).tolist()
     [[1], [0]]
     """
-    xp = namespace(values, levels, sets)
-    wide = xp.astype(levels, xp.float64)
-    midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
-    zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # of two zeros the upper one is taken, as by a codebook
-    below_zero = xp.asarray(-_TINY, dtype=xp.float32, device=array_api_compat.device(levels))
-    midpoints = xp.where(zeros, below_zero, midpoints)
-    boundaries = xp.astype(xp.take(midpoints, sets, axis=0), values.dtype)
-    codes = xp.zeros(values.shape, dtype=xp.uint8, device=array_api_compat.device(values))
+    xp = namespace(values, boundaries, sets)
+    boundaries = xp.astype(pick(boundaries, sets, axis=0), values.dtype, copy=False)
+    if values.shape[1] == 1:  # more columns would take an array of so many boundaries for each
+        above = xp.astype(values > boundaries, xp.uint8)
+        return xp.sum(above, axis=1, keepdims=True, dtype=xp.uint8)
+    codes = xp.zeros(values.shape, dtype=xp.uint8, device=device_of(values))
     for index in range(boundaries.shape[1]):
         codes += xp.astype(values > boundaries[:, index : index + 1], xp.uint8)
     return codes
@@ -123,7 +157,7 @@ def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
     """
     xp = namespace(codes, levels, sets)
     indices = xp.astype(codes, xp.int64) + sets[:, None] * levels.shape[1]
-    return xp.reshape(xp.take(xp.reshape(levels, (-1,)), xp.reshape(indices, (-1,))), codes.shape)
+    return xp.reshape(pick(xp.reshape(levels, (-1,)), xp.reshape(indices, (-1,))), codes.shape)
 
 
 def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) -> Array:
@@ -279,8 +313,7 @@ def decode(
     """
     xp = namespace(packed, scales, zero_points, out)
     codes = xp.astype(unpack_codes(packed, bits, out.shape[0]), xp.int64)
-    table = xp.asarray(levels.copy(), dtype=xp.float32, device=array_api_compat.device(packed))
-    blocks = to_blocks(xp.take(table, codes), block_size)
+    blocks = to_blocks(pick(table_beside(levels.astype(np.float32, copy=False), packed), codes), block_size)
     if zero_points is not None:
         blocks = blocks - xp.astype(zero_points, xp.float32)[:, None]
     values = from_blocks(blocks * scales[:, None], out.shape[0])

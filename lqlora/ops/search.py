@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import array_api_compat
-
-from lqlora._dispatch import namespace, op
+from lqlora._dispatch import device_of, namespace, op
 from lqlora.ops.quantize import nearest_codes
 from lqlora.ops.sums import row_sums
+from lqlora.ops.tables import pick, table_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -95,8 +94,8 @@ def nearest_values(
     """
     xp = namespace(rows, zeros)
     codes = nearest_codes(rows if zeros is None else rows + zeros, boundaries)
-    table = xp.asarray(levels.copy(), device=array_api_compat.device(rows))
-    values = xp.reshape(xp.take(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), rows.shape)
+    table = table_beside(levels, rows)
+    values = xp.reshape(pick(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), rows.shape)
     return values if zeros is None else values - zeros
 
 
@@ -149,7 +148,7 @@ def _constants(grid: Sequence[float], rows: Array) -> Iterator[Array]:
     """Yield each ratio of a grid as an array of one number: a library may multiply by the reciprocal of a number."""
     xp = namespace(rows)
     for ratio in grid:
-        yield xp.full((1,), ratio, dtype=xp.float32, device=array_api_compat.device(rows))
+        yield xp.full((1,), ratio, dtype=xp.float32, device=device_of(rows))
 
 
 def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Array) -> Array:

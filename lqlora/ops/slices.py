@@ -5,9 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat
-
-from lqlora._dispatch import array_library, is_contiguous, is_on_host, namespace
+from lqlora._dispatch import array_library, device_of, is_contiguous, is_on_host, namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +43,7 @@ def take_flat(array: Array, start: int, stop: int) -> Array:
     """
     xp = namespace(array)
     if start >= stop:
-        return xp.zeros((0,), dtype=array.dtype, device=array_api_compat.device(array))
+        return xp.zeros((0,), dtype=array.dtype, device=device_of(array))
     if len(array.shape) < 2 or is_contiguous(array):
         return xp.reshape(array, (-1,))[start:stop]
     parts = [
@@ -108,7 +106,7 @@ def _flattened(array: Array) -> Array:
         return xp.reshape(array, (-1,))
     if array_library(array) == "torch":
         array = array.detach()  # a graph of many copies is slower than these
-    target = xp.empty(array.shape, dtype=array.dtype, device=array_api_compat.device(array))
+    target = xp.empty(array.shape, dtype=array.dtype, device=device_of(array))
     _copy(target, array)
     return xp.reshape(target, (-1,))
 

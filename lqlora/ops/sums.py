@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import array_api_compat
-
-from lqlora._dispatch import namespace, op
+from lqlora._dispatch import device_of, namespace, op
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def row_sums(rows: Array) -> Array:
     """
     xp = namespace(rows)
     if rows.shape[1] == 0:
-        return xp.zeros((rows.shape[0],), dtype=rows.dtype, device=array_api_compat.device(rows))
+        return xp.zeros((rows.shape[0],), dtype=rows.dtype, device=device_of(rows))
     while rows.shape[1] > 1:
         half = rows.shape[1] // 2
         odd = rows[:, 2 * half :]

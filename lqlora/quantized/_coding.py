@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.codebooks.codebook import cell_boundaries
 from lqlora.quantized._layout import Layout, blocks_last, in_shape, piece_size, stream_size
 from lqlora.quantized.array import QuantizedArray
@@ -58,7 +57,7 @@ def encode_array(
 
 
 def _empty_codes(layout: Layout, fmt: BlockFormat, like: Array) -> Array:
-    size, device = ops.packed_size(layout.count, fmt.bits), array_api_compat.device(like)
+    size, device = ops.packed_size(layout.count, fmt.bits), device_of(like)
     return namespace(like).empty((size,), dtype=namespace(like).uint8, device=device)
 
 
@@ -74,7 +73,7 @@ def _pieces(layout: Layout, fmt: BlockFormat, like: Array, limit: int) -> Iterat
 def _sets(layout: Layout, fmt: BlockFormat, weights: slice, like: Array) -> Array:
     """Return the set of levels of each row that a piece is laid out as: a line, or everything."""
     if not isinstance(fmt.levels, int):
-        return namespace(like).zeros((1,), dtype=namespace(like).int64, device=array_api_compat.device(like))
+        return namespace(like).zeros((1,), dtype=namespace(like).int64, device=device_of(like))
     return layout.lines_of(weights, like) // fmt.levels
 
 
@@ -98,12 +97,14 @@ def _encoder(
 
         return by_table
 
+    cells = ops.boundaries_by_set(levels)
+
     def by_set(flat: Array, weights: slice, blocks: slice | None) -> Array:  # noqa: ARG001
         xp = namespace(flat)
         sets = _sets(layout, fmt, weights, scales)
-        own = xp.astype(xp.take(scales, layout.block_of(weights, scales)), _arithmetic(flat))
+        own = xp.astype(ops.pick(scales, layout.block_of(weights, scales)), _arithmetic(flat))
         normalized = ops.normalize(ops.widen(flat)[:, None], own)
-        codes = ops.nearest_codes_by_row(xp.reshape(normalized, (sets.shape[0], -1)), levels, sets)
+        codes = ops.nearest_codes_by_row(xp.reshape(normalized, (sets.shape[0], -1)), cells, sets)
         return ops.pack_codes(xp.reshape(codes, (-1,)), fmt.bits)
 
     return by_set
@@ -120,9 +121,8 @@ def _spread(
     """Return the scales of a piece: one per block, or one per weight where the piece begins or ends within a block."""
     if blocks is not None:
         return scales[blocks], None if zero_points is None else zero_points[blocks], layout.block_size
-    xp = namespace(scales)
     index = layout.block_of(weights, scales)
-    return xp.take(scales, index), None if zero_points is None else xp.take(zero_points, index), 1
+    return ops.pick(scales, index), None if zero_points is None else ops.pick(zero_points, index), 1
 
 
 def decode_scales(scales: Array | QuantizedArray) -> Array:
@@ -130,7 +130,7 @@ def decode_scales(scales: Array | QuantizedArray) -> Array:
     if not isinstance(scales, QuantizedArray):
         return ops.widen(scales)
     xp = namespace(scales.packed)
-    decoded = xp.empty(scales.shape, dtype=xp.float32, device=array_api_compat.device(scales.packed))
+    decoded = xp.empty(scales.shape, dtype=xp.float32, device=device_of(scales.packed))
     decode_into(scales, decoded)
     return decoded
 
@@ -149,7 +149,7 @@ def decode_into(q: QuantizedArray, out: Array) -> None:
         if in_place:
             flat = ops.take_flat(target, weights.start, weights.stop)
         else:
-            shape, device = (weights.stop - weights.start,), array_api_compat.device(q.packed)
+            shape, device = (weights.stop - weights.start,), device_of(q.packed)
             flat = xp.empty(shape, dtype=own, device=device)
         decode(q.packed[_bytes(weights, q.format.bits)], weights, blocks, flat)
         if q.offset is not None:
@@ -180,7 +180,7 @@ def _decoder(layout: Layout, q: QuantizedArray) -> Callable[[Array, slice, slice
         sets = _sets(layout, q.format, weights, scales)
         codes = xp.reshape(ops.unpack_codes(packed, bits, weights.stop - weights.start), (sets.shape[0], -1))
         values = xp.reshape(ops.values_by_row(codes, q.levels, sets), (-1,))
-        values = values * xp.take(scales, layout.block_of(weights, scales))
+        values = values * ops.pick(scales, layout.block_of(weights, scales))
         out[...] = values if out.dtype == values.dtype else ops.storage_cast(values, ops.dtype_name(out))
 
     return by_set

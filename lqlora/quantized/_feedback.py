@@ -5,7 +5,7 @@ Matrices are held transposed and in the order of the pass here, so that the colu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,11 +58,11 @@ class System:
     def of(cls, damped: Array, order: Array, dtype: Array) -> System:
         """Factor a second moment, given in float64, into arrays of a dtype."""
         xp = namespace(damped)
-        ordered = xp.take(xp.take(damped, order, axis=0), order, axis=1)
+        ordered = ops.pick(ops.pick(damped, order, axis=0), order, axis=1)
         factor = _upper_factor(ordered)
         roots, diagonal = xp.linalg.diagonal(factor), xp.linalg.diagonal(ordered)
         relative = ordered / diagonal[None, :]
-        importance = xp.take(roots * roots, xp.argsort(order))
+        importance = ops.pick(roots * roots, xp.argsort(order))
         return cls(
             order,
             xp.astype(xp.triu(factor / roots[None, :], k=1), dtype),
@@ -108,7 +108,8 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
     xp = namespace(w)
     wanted = _ordered(w, system)
     coupling, errors = system.feedback, xp.zeros_like(wanted)
-    grid, found, count = _Grid.of(w, q, system), xp.empty_like(wanted), wanted.shape[0]
+    grid, count = _Grid.of(w, q, system), wanted.shape[0]
+    found: list[Array] = []
     with np.errstate(over="ignore", invalid="ignore"):  # a target that is not finite is for the caller to find
         if dense is not None:
             coupling, errors = system.exchange, wanted - _ordered(dense, system)
@@ -120,15 +121,15 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
             inner = xp.matrix_transpose(coupling[start:stop, start:stop])
             for column in range(start, stop):
                 target = base[column - start, :] + inner[column - start, :] @ errors[start:stop, :]
-                found[column, :] = target
+                found.append(target)
                 errors[column, :] = wanted[column, :] - grid.nearest(column, target)
-    return xp.take(xp.matrix_transpose(found), xp.argsort(system.order), axis=1)
+    return ops.pick(xp.stack(found, axis=1), xp.argsort(system.order), axis=1)
 
 
 def _ordered(matrix: Array, system: System) -> Array:
     """Return the columns of a matrix as rows, in the order of the pass."""
     xp = namespace(matrix)
-    return xp.take(xp.matrix_transpose(matrix), system.order, axis=0)
+    return ops.pick(xp.matrix_transpose(matrix), system.order, axis=0)
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class _Grid:
         blocks = layout.block_of(slice(0, layout.count), q.packed)
 
         def by_weight(values: Array) -> Array:
-            return _ordered(in_shape(xp.take(values, blocks), fmt.axis, q.shape), system)
+            return _ordered(in_shape(ops.pick(values, blocks), fmt.axis, q.shape), system)
 
         zeros, sets, rounding = None, None, Rounding.of(fmt.codebook, q.levels, None)
         if q.zero_points is not None:
@@ -175,9 +176,10 @@ class _Grid:
 
     def nearest(self, column: int, target: Array) -> Array:
         """Round a column, to the very values that its codes will decode to."""
-        rounding = self.rounding
-        if self.sets is not None:
-            rounding = Rounding(None, None, rounding.levels, self.sets[column, :])
-        zeros = None if self.zeros is None else self.zeros[column, :][:, None]
+        zeros = None if self.zeros is None else self.zeros[column, :]
         normalized = target / self.divisors[column, :]
-        return rounding.nearest(normalized[:, None], zeros)[:, 0] * self.scales[column, :]
+        if self.sets is None:
+            values = self.rounding.nearest(normalized, zeros)
+        else:  # formats with zero points have no levels of their own
+            values = replace(self.rounding, sets=self.sets[column, :]).nearest(normalized[:, None], None)[:, 0]
+        return values * self.scales[column, :]

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.errors import NonFiniteError
 from lqlora.quantized._coding import decode_scales, encode_array, unpacked
 from lqlora.quantized._layout import Layout, blocks_last, piece_size
@@ -94,7 +93,7 @@ class Source:
         if self.fmt.levels == "codebook":
             return None
         xp, layout = namespace(self.array), self.layout
-        numbers = xp.arange(blocks.start, blocks.stop, dtype=xp.int64, device=array_api_compat.device(self.array))
+        numbers = xp.arange(blocks.start, blocks.stop, dtype=xp.int64, device=device_of(self.array))
         blocks_per_set = layout.blocks_per_line * self.fmt.levels if isinstance(self.fmt.levels, int) else layout.blocks
         return numbers // blocks_per_set
 
@@ -155,7 +154,7 @@ def assemble(source: Source, choice: Choice, levels: Array | None = None) -> Qua
 
 def _codebook_levels(source: Source) -> Array:
     table = np.tile(source.fmt.codebook.levels, (source.fmt.level_sets(source.array.shape), 1))
-    return namespace(source.array).asarray(table, device=array_api_compat.device(source.array))
+    return namespace(source.array).asarray(table, device=device_of(source.array))
 
 
 def by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
@@ -267,7 +266,7 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
     parts = [source.read(entries) for entries, _ in pieces]
     scales = xp.concat([statistic[blocks] for _, blocks in pieces])
     rows = ops.normalize(xp.concat([part.entries for part in parts]), scales)
-    members = xp.arange(rows.shape[0], dtype=xp.int64, device=array_api_compat.device(rows)) // (rows.shape[0] // sets)
+    members = xp.arange(rows.shape[0], dtype=xp.int64, device=device_of(rows)) // (rows.shape[0] // sets)
     importance = xp.astype(scales, xp.float64)
     weights = None
     if any(part.weights is not None for part in parts):
@@ -356,32 +355,55 @@ def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array 
 def _may_lose(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> bool:
     """Tell whether there may be such blocks: where a scale is much too large, or is zero."""
     xp, book = namespace(statistic), source.fmt.codebook
-    if levels is None and book.widest == 1.0 and bool(xp.all(statistic == choice.decoded)):
-        # What a scale was made of is rounded as one or minus one are: these stand for all.
-        statistic = xp.ones((1,), dtype=statistic.dtype, device=array_api_compat.device(statistic))
-        choice = Choice(statistic, xp.astype(statistic, xp.float32), None)
+    is_plain = levels is None and book.widest == 1.0
+    if is_plain and statistic is choice.decoded:
+        return _loses_ones(book, ops.dtype_name(statistic))
+    if levels is None and _are_far_from_zero(statistic, choice.decoded, book):
+        return False
+    if is_plain and bool(xp.all(statistic == choice.decoded)):
+        return _loses_ones(book, ops.dtype_name(statistic))
     nonzero = statistic != 0
     if bool(xp.any(nonzero & (choice.decoded == 0))):
         return True
     if levels is not None or book.normalization == "affine":
         return bool(xp.any(nonzero & (xp.abs(choice.decoded) / 2 > xp.abs(statistic))))
-    if _are_far_from_zero(statistic, choice.decoded, book):
-        return False
-    is_level = xp.asarray(book.levels != 0, device=array_api_compat.device(statistic))
     with _QUIET():
         scales, largest = xp.astype(choice.decoded, statistic.dtype), statistic * book.widest
+    return _rounds_to_zero(largest, nonzero, scales, book)
+
+
+@functools.lru_cache(maxsize=256)
+def _loses_ones(book: Codebook, dtype: str) -> bool:
+    """Tell it of scales that are decoded as they were: what they were made of is rounded as one or minus one are."""
+    one = np.ones(1, dtype=dtype)
+    return book.normalization != "affine" and _rounds_to_zero(one, one != 0, one, book)
+
+
+def _rounds_to_zero(largest: Array, nonzero: Array, scales: Array, book: Codebook) -> bool:
+    """Tell whether the largest weight of a block that is not zero, or its negative, is rounded to zero."""
+    xp = namespace(largest)
+    is_level = ops.table_beside(book.levels != 0, largest)
     for extreme in (largest, -largest):
         codes = ops.encode(extreme, scales, None, book.boundaries, 1)
-        if bool(xp.any(nonzero & ~xp.take(is_level, xp.astype(codes, xp.int64)))):
+        if bool(xp.any(nonzero & ~ops.pick(is_level, xp.astype(codes, xp.int64)))):
             return True
     return False
 
 
 def _are_far_from_zero(statistic: Array, decoded: Array, book: Codebook) -> bool:
-    """Tell quickly that no largest weight rounds to zero; if it cannot tell, the codes will."""
-    xp, zeros = namespace(statistic), np.flatnonzero(book.levels == 0)
-    if len(zeros) != 1 or not 0 < zeros[0] < len(book) - 1 or book.normalization != "absmax":
+    """Tell quickly that no scale is zero and no largest weight rounds to zero; if it cannot tell, the codes will."""
+    cell = _cell_of_zero(book)
+    if cell is None:
         return False
-    cell = float(np.abs(book.boundaries[zeros[0] - 1 : zeros[0] + 1]).max()) / book.widest
+    xp = namespace(statistic)
     # One part in a million is more than what rounding does to the quotient of the two.
-    return bool(xp.all((statistic >= 1.000001 * cell * decoded) & (decoded >= 0)))
+    return bool(xp.all((statistic >= 1.000001 * cell * decoded) & (decoded > 0)))
+
+
+@functools.lru_cache(maxsize=256)
+def _cell_of_zero(book: Codebook) -> float | None:
+    """Return up to where normalized weights round to zero, if that is simple to tell."""
+    zeros = np.flatnonzero(book.levels == 0)
+    if len(zeros) != 1 or not 0 < zeros[0] < len(book) - 1 or book.normalization != "absmax":
+        return None
+    return float(np.abs(book.boundaries[zeros[0] - 1 : zeros[0] + 1]).max()) / book.widest

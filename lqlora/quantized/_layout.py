@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import array_api_compat
-
 from lqlora import ops
-from lqlora._dispatch import namespace, preferred_piece
+from lqlora._dispatch import device_of, namespace, preferred_piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +24,7 @@ __all__ = ["Layout", "blocks_last", "blocks_restored", "in_shape", "piece_size",
 
 def piece_size(array: Array) -> int:
     """Return the weights that are worked on at a time: what fits a cache, or fills a device; a multiple of eight."""
-    return 1 << 19 if ops.is_on_host(array) else 1 << 21
+    return 1 << 19 if ops.is_on_host(array) else 1 << 23
 
 
 def stream_size(array: Array) -> int:
@@ -117,7 +115,7 @@ class Layout:
         lines = xp.reshape(flat, (-1, row)) if row else xp.reshape(flat, (0, 0))
         tail = -row % self.block_size
         if tail:
-            padding = xp.zeros((lines.shape[0], tail), dtype=flat.dtype, device=array_api_compat.device(flat))
+            padding = xp.zeros((lines.shape[0], tail), dtype=flat.dtype, device=device_of(flat))
             lines = xp.concat([lines, padding], axis=1)
         return xp.reshape(lines, (-1, self.block_size))
 
@@ -145,11 +143,11 @@ class Layout:
     def lines_of(self, weights: slice, like: Array) -> Array:
         """Return the numbers of the lines of a range of :meth:`line_pieces`, as int64 on the device of another array."""
         first, last = weights.start // self.length, weights.stop // self.length
-        return namespace(like).arange(first, last, dtype=namespace(like).int64, device=array_api_compat.device(like))
+        return namespace(like).arange(first, last, dtype=namespace(like).int64, device=device_of(like))
 
     def block_of(self, weights: slice, like: Array) -> Array:
         """Return the block of each weight of a range, as int64 on the device of another array."""
         xp = namespace(like)
-        numbers = xp.arange(weights.start, weights.stop, dtype=xp.int64, device=array_api_compat.device(like))
+        numbers = xp.arange(weights.start, weights.stop, dtype=xp.int64, device=device_of(like))
         lines = numbers // self.length
         return lines * self.blocks_per_line + (numbers - lines * self.length) // self.block_size

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import array_api_compat
-
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.quantized._coding import decode_into, decode_scales, host_levels
 from lqlora.quantized._layout import Layout
 
@@ -21,9 +19,9 @@ __all__ = ["multiply"]
 def multiply(x: Array, q: QuantizedArray) -> Array:
     """Return ``x @ dequantize(q).T`` in the dtype of ``x``, a matrix."""
     xp, layout = namespace(x, q.packed), Layout.of(q.format, q.shape)
-    levels, device = host_levels(q.levels, q.format.codebook), array_api_compat.device(x)
+    levels, device = host_levels(q.levels, q.format.codebook), device_of(x)
     if levels is None or q.offset is not None or not layout.is_even or q.format.axis in (0, -2):
-        dense = xp.empty(q.shape, dtype=xp.float32, device=device)
+        dense = xp.empty(q.shape, dtype=ops.native_dtype(x, ops.factor_dtype(x)), device=device)
         decode_into(q, dense)
         return ops.matmul_dense(x, dense)
     zeros = None if q.zero_points is None else ops.unpack_codes(q.zero_points, q.format.bits, layout.blocks)

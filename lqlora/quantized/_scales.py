@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
-import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.errors import NonFiniteError
 from lqlora.formats import ScaleFormat
 from lqlora.quantized._coding import decode_scales, encode_array, unpacked
@@ -26,22 +26,25 @@ def store_scales(
     """Return scales as a format stores them, an array of its dtype or codes with second-level scales, and as decoded."""
     if not isinstance(scale_format, ScaleFormat):
         cast = ops.storage_cast(scales, scale_format)
-        require_in_range(ops.widen(cast), scale_format, name)
-        return cast, ops.widen(cast)
+        decoded = cast if scale_format == "float32" else ops.widen(cast)
+        require_in_range(decoded, scale_format, name)
+        return cast, decoded
     xp = namespace(scales)
-    wide = ops.storage_cast(scales, "float32")
-    require_in_range(wide, "float32", name)
-    offset = _offset(wide, scale_format.offset)
-    with np.errstate(over="ignore"):  # what is infinite is refused as a second-level scale
+    wide, fmt = ops.storage_cast(scales, "float32"), scale_format.format
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as a second-level scale
+        offset = _offset(wide, scale_format.offset)
         centered = wide if offset is None else wide - offset
-    fmt = scale_format.format
-    second, decoded_second = store_scales(_absmax(centered, fmt.block_size), fmt.scales, name)
+    try:
+        second, decoded_second = store_scales(_absmax(centered, fmt.block_size), fmt.scales, name)
+    except NonFiniteError:
+        require_in_range(wide, "float32", name)
+        raise
     packed = encode_array(centered, fmt, decoded_second)
     stored = QuantizedArray(packed, second, fmt, tuple(wide.shape), offset)
     decoded = decode_scales(stored)
-    require_in_range(decoded, scale_format, name)  # a rounded second-level scale plus the offset may be out of range
-    if bool(xp.all(decoded > 0)) and bool(xp.all(wide >= 0)):  # nearly always
+    if bool(xp.all((decoded > 0) & (decoded < math.inf) & (wide >= 0))):  # nearly always
         return stored, decoded
+    require_in_range(decoded, scale_format, name)  # a rounded second-level scale plus the offset may be out of range
     wrong = xp.sign(wide) * decoded <= 0
     if not bool(xp.any(wrong & (wide != 0))):
         return stored, decoded
@@ -58,13 +61,13 @@ def _offset(scales: Array, kind: str) -> Array | None:
     if kind == "none":
         return None
     if not scales.shape[0]:
-        return xp.zeros((1,), dtype=xp.float32, device=array_api_compat.device(scales))
+        return xp.zeros((1,), dtype=xp.float32, device=device_of(scales))
     if kind == "min":
         return xp.reshape(xp.min(scales), (1,))
     # Summed in an order of our own: the mean of a library is that of its own order, and so would be the bytes.
     total = ops.row_sums(xp.astype(xp.reshape(scales, (1, -1)), xp.float64))
     # An array of one number and not the number: a library may multiply by the reciprocal of that.
-    count = xp.full((1,), scales.shape[0], dtype=xp.float64, device=array_api_compat.device(scales))
+    count = xp.full((1,), scales.shape[0], dtype=xp.float64, device=device_of(scales))
     return xp.astype(total / count, xp.float32)
 
 

@@ -11,11 +11,10 @@ from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.codebooks.codebook import cell_boundaries
 from lqlora.quantized._coding import host_levels, read_only
 
@@ -57,6 +56,8 @@ class Rounding:
         Those between the cells of the table.
     levels : array of float32, shape (number of sets, n), optional
         Levels by set, where there is no table.
+    cells : array of float32, shape (number of sets, n - 1), optional
+        Boundaries by set.
     sets : array of int64, shape (m,), optional
         The set of each row.
     """
@@ -64,6 +65,7 @@ class Rounding:
     table: npt.NDArray[np.float32] | None
     boundaries: npt.NDArray[np.float32] | None = None
     levels: Array | None = None
+    cells: Array | None = None
     sets: Array | None = None
 
     @classmethod
@@ -71,22 +73,22 @@ class Rounding:
         """Return the rounding to fitted levels, or to those of the codebook if there are none."""
         table = host_levels(levels, codebook)
         if table is None:
-            return cls(None, None, levels, sets)
+            return cls(None, None, levels, ops.boundaries_by_set(levels), sets)
         return cls(table, codebook.boundaries if levels is None else read_only(cell_boundaries(table)))
 
     def codes(self, rows: Array) -> Array:
         """Return the codes of the nearest levels."""
         if self.boundaries is not None:
             return ops.nearest_codes(rows, self.boundaries)
-        return ops.nearest_codes_by_row(rows, self.levels, self.sets)
+        return ops.nearest_codes_by_row(rows, self.cells, self.sets)
 
     def values(self, codes: Array) -> Array:
         """Return the levels of codes."""
         if self.table is None:
             return ops.values_by_row(codes, self.levels, self.sets)
         xp = namespace(codes)
-        table = xp.asarray(self.table.copy(), device=array_api_compat.device(codes))
-        return xp.reshape(xp.take(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), codes.shape)
+        table = ops.table_beside(self.table, codes)
+        return xp.reshape(ops.pick(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), codes.shape)
 
     def nearest(self, rows: Array, zeros: Array | None) -> Array:
         """Return the nearest values, with the zero points of an affine format added before and subtracted after."""
@@ -149,7 +151,7 @@ def fit_levels(
     BOF4, arXiv 2505.06653, for the weights of the centroids; Lloyd (1982). The joint update of scales is ours.
     """
     xp = namespace(rows)
-    device = array_api_compat.device(rows)
+    device = device_of(rows)
     known = xp.asarray(np.tile(codebook.levels, (count, 1)), device=device)
     if start is not None:
         levels = _alternate(rows, weights, importance, sets, start, codebook, again=True)[0]
@@ -176,7 +178,7 @@ def _spread_levels(rows: Array, importance: Array, sets: Array, count: int, size
     quantiles: npt.NDArray[np.float64] = np.array(
         [NormalDist(sigma=3**0.5).inv_cdf((index + 0.5) / size) for index in range(size)]
     )
-    shape = xp.asarray(quantiles, device=array_api_compat.device(rows))
+    shape = xp.asarray(quantiles, device=device_of(rows))
     return xp.astype(xp.sqrt(mean)[:, None] * shape[None, :], xp.float32)
 
 
@@ -194,7 +196,7 @@ def _alternate(
     xp = namespace(rows)
     count, size = levels.shape
     grid = ratio_grid(codebook.bits, signed=codebook.normalization == "signed", coarse=again)
-    ratios = xp.ones((rows.shape[0],), dtype=xp.float32, device=array_api_compat.device(rows))
+    ratios = xp.ones((rows.shape[0],), dtype=xp.float32, device=device_of(rows))
     for step in range(_ROUNDS_AGAIN if again else _ROUNDS):
         rounding = Rounding.of(codebook, levels, sets)
         if step in _SEARCHES or (again and step == 0):

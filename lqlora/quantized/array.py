@@ -210,7 +210,7 @@ class QuantizedArray:
         xp : module
             Target namespace, such as ``numpy`` or ``torch``.
         device : object, optional
-            Target device, in the words of that library.
+            Target device, in the words of that library. If not given, arrays of that library stay on their device.
 
         Returns
         -------
@@ -310,5 +310,4 @@ def _check_decoded_scales(q: QuantizedArray) -> None:
 
 
 def _is_finite(array: Array) -> bool:
-    xp = namespace(array)
-    return ops.dtype_name(array) == "uint8" or bool(xp.all(xp.isfinite(ops.widen(array))))
+    return ops.dtype_name(array) == "uint8" or ops.is_finite(ops.widen(array))

@@ -7,11 +7,10 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.quantized._coding import decode_scales, encode_array
 from lqlora.quantized._feedback import System, targets
@@ -178,7 +177,7 @@ def _system(moment: Array, damping: float, order: Order, w: Array) -> tuple[Syst
     """Return how errors spread from column to column, and the diagonal of the damped moment."""
     xp = namespace(moment)
     diagonal = xp.linalg.diagonal(moment)
-    columns, device = moment.shape[0], array_api_compat.device(moment)
+    columns, device = moment.shape[0], device_of(moment)
     share = damping * float(xp.mean(diagonal))
     damped = moment + share * xp.eye(columns, dtype=xp.float64, device=device)
     places = xp.arange(columns, dtype=xp.int64, device=device)

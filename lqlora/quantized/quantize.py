@@ -8,12 +8,11 @@ from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
-from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning
+from lqlora._dispatch import device_of, namespace
+from lqlora.errors import InvalidArgumentError, NonFiniteError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
 from lqlora.quantized._coding import decode_into
 from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
@@ -92,8 +91,8 @@ def quantize(
     Notes
     -----
     Codes are the nearest levels of ``w / scale``, where ``scale`` is the *decoded* scale, so that the errors of double
-    quantization are compensated by the codes. Beyond its input and its output this takes at most 64 MiB, or a few times
-    the size of one block where that is more.
+    quantization are compensated by the codes. Beyond its input and its output this takes at most 64 MiB, on a device some
+    hundred MiB, or a few times the size of one block where that is more.
 
     Under ``"scale"`` with quantized scales, second-level scales and offset are those of ``"absmax"``, so that its
     choice is among the candidates of every block.
@@ -195,10 +194,13 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
 def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choice, Array | None]:
     """Return the scale that the extremes of each block give it, the scales that a fit chooses, and fitted levels."""
     statistic, low = block_statistics(source)
-    # Whatever is not finite shows in the statistic of its block: the array itself is read again only to say where.
-    if check_finite and not bool(namespace(statistic).all(namespace(statistic).isfinite(statistic))):
-        ops.require_finite(ops.widen(source.array), source.name)
-    first = by_absmax(source, statistic, low)
+    try:
+        first = by_absmax(source, statistic, low)
+    except NonFiniteError:
+        # Whatever is not finite shows in the scale of its block: the array itself is read again only to say where.
+        if check_finite:
+            ops.require_finite(ops.widen(source.array), source.name)
+        raise
     if fit == "levels+scale":
         return statistic, *by_levels(source, statistic, first)
     return statistic, by_scale(source, statistic, first) if fit == "scale" else first, None
@@ -213,18 +215,18 @@ def block_statistics(source: Source) -> tuple[Array, Array | None]:
     found = [_extremes(source, entries, limit) for entries, _ in layout.whole_blocks(limit)]
     if not found:
         dtype = ops.widen(source.array).dtype
-        empty = xp.zeros((0,), dtype=dtype, device=array_api_compat.device(source.array))
+        empty = xp.zeros((0,), dtype=dtype, device=device_of(source.array))
         return empty, empty if book.normalization == "affine" else None
-    low, high = (xp.concat(parts) for parts in zip(*found, strict=True))
+    low, high = found[0] if len(found) == 1 else (xp.concat(parts) for parts in zip(*found, strict=True))
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused when it is stored
         if book.normalization == "affine":
             high = high - low
         elif book.normalization == "signed":
             high = xp.where(high >= -low, high, low)
-        # An array of one number and not the number: a library may multiply by the reciprocal of that.
-        widest = xp.full((1,), book.widest, dtype=high.dtype, device=array_api_compat.device(high))
-        scale = high if book.widest == 1.0 else high / widest
-    return scale, low if book.normalization == "affine" else None
+        if (widest := book.widest) != 1.0:
+            # An array of one number and not the number: a library may multiply by the reciprocal of that.
+            high = high / xp.full((1,), widest, dtype=high.dtype, device=device_of(high))
+    return high, low if book.normalization == "affine" else None
 
 
 def _extremes(source: Source, entries: slice, limit: int) -> tuple[Array, Array]:
@@ -283,7 +285,7 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     """
     xp = namespace(q.packed, out)
     if out is None:
-        out = xp.empty(q.shape, dtype=ops.native_dtype(q.packed, dtype), device=array_api_compat.device(q.packed))
+        out = xp.empty(q.shape, dtype=ops.native_dtype(q.packed, dtype), device=device_of(q.packed))
     elif tuple(out.shape) != q.shape:
         raise InvalidArgumentError(f"out has shape {tuple(out.shape)}, the array has {q.shape}.")
     for index, part in zip(_indices(q.batch_shape), q.unstack(), strict=True):
@@ -321,8 +323,8 @@ def matmul(
 
     Notes
     -----
-    The weight is decoded a few rows at a time, 2 MiB of them: it never exists as a whole, unless its blocks do not run
-    along its rows or its rows have levels of their own.
+    The weight is decoded a few rows at a time, 2 MiB of them, 128 MiB on a device: it never exists as a whole, unless it
+    is smaller, its blocks do not run along its rows or its rows have levels of their own.
 
     Examples
     --------

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import array_api_compat
-
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, rounded_rows
 from lqlora.quantized._layout import piece_size
@@ -64,7 +62,7 @@ class RoundingSample:
         xp = namespace(array)
         self._source = Source(array, None, like, name)
         self._statistic, self._low = block_statistics(self._source)
-        layout, device = self._source.layout, array_api_compat.device(array)
+        layout, device = self._source.layout, device_of(array)
         every = max(1, layout.count // _SAMPLE)
         self._index = xp.arange(0, layout.blocks, every, dtype=xp.int64, device=device)
         own = xp.ones_like(array) if weights is None and not layout.is_even else weights
@@ -96,8 +94,8 @@ class RoundingSample:
         xp, zeros = namespace(self._rows), choice.zero_points
         own = Choice(
             choice.stored,
-            xp.take(choice.decoded, self._index),
-            None if zeros is None else xp.take(zeros, self._index),
+            ops.pick(choice.decoded, self._index),
+            None if zeros is None else ops.pick(zeros, self._index),
         )
         lost = self._rows - xp.astype(
             rounded_rows(source, own, None, slice(0, self._rows.shape[0]), self._rows), self._rows.dtype
@@ -137,5 +135,5 @@ def _spread(array: Array, fmt: BlockFormat, every: int) -> Array:
     parts = [rows.entries[-blocks.start % every :: every, :] for blocks, rows in source.pieces(piece_size(array))]
     if not parts:
         shape = (0, source.layout.block_size)
-        return xp.zeros(shape, dtype=array.dtype, device=array_api_compat.device(array))
+        return xp.zeros(shape, dtype=array.dtype, device=device_of(array))
     return xp.concat(parts)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import array_api_compat
-
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import capitalized, is_zero, require_weights, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, power_of_four
@@ -142,7 +140,7 @@ class RowColumn(ScaledWeighting):
         require_weights(fisher, "Fisher information")
         xp = namespace(fisher)
         if 0 in fisher.shape:
-            device = array_api_compat.device(fisher)
+            device = device_of(fisher)
             return cls(*(xp.ones((size,), dtype=fisher.dtype, device=device) for size in fisher.shape))
         row, col = (xp.sum(fisher, axis=axis, dtype=xp.float64) / fisher.shape[axis] for axis in (1, 0))
         total = xp.mean(row)

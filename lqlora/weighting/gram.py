@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import array_api_compat
-
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, power_of_four
@@ -196,7 +194,7 @@ def _checked(gram: Array, damping: float, what: str) -> tuple[Array, _Root]:
     xp = namespace(wide)
     if is_zero(wide):
         warn_of_zeros(f"entries of the {what}", stacklevel=4)
-        wide = xp.eye(wide.shape[0], dtype=xp.float64, device=array_api_compat.device(wide))
+        wide = xp.eye(wide.shape[0], dtype=xp.float64, device=device_of(wide))
     if not wide.shape[0]:
         empty = xp.astype(wide, dtype)
         return empty, _Root(empty, xp.sum(empty, axis=0), 1.0)
@@ -209,7 +207,7 @@ def _root_of(gram: Array, damping: float, what: str, dtype: object) -> _Root:
     diagonal = xp.linalg.diagonal(gram)
     mean = float(xp.mean(diagonal))
     unit = power_of_four(mean, 2.0) if mean > 0 else 1.0
-    added = xp.eye(gram.shape[0], dtype=gram.dtype, device=array_api_compat.device(gram)) * (damping * mean / unit)
+    added = xp.eye(gram.shape[0], dtype=gram.dtype, device=device_of(gram)) * (damping * mean / unit)
     try:
         lower = xp.linalg.cholesky(gram / unit + added)
     except (ValueError, RuntimeError):  # NumPy's LinAlgError and torch's; others return what is not finite

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from array_api_compat import device
 
 import lqlora as lq
 from lqlora import NF4, ops
@@ -12,7 +13,8 @@ from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
 from lqlora.testing import assert_backend_conforms
 from lqlora.testing._backend_cases import Blocks
-from tests.strategies import host, on
+from lqlora.testing._backend_subject import operations
+from tests.strategies import flushes, host, on
 
 #: What typical arguments are to run on where no compiled kernel is. Operations without an entry have no override.
 FAST = {
@@ -25,9 +27,22 @@ FAST = {
 }
 
 
+#: Properties that draw subnormal numbers.
+WITH_SUBNORMALS = ("special_values", "combinations", "quantize", "dequantize")
+
+
 def test_a_library_returns_the_bytes_of_the_reference(xp):
     few = xp.__name__ == "array_api_strict"  # the references alone, which are slow there
-    assert_backend_conforms(xp, max_examples=5 if few else 15)
+    options = {"device": device(on(xp, np.zeros(1))), "max_examples": 5 if few else 15}
+    assert_backend_conforms(xp, exclude=WITH_SUBNORMALS if flushes(xp) else (), **options)
+
+
+def test_kernels_keep_subnormal_numbers_where_the_library_flushes_them(xp):
+    if not flushes(xp):
+        pytest.skip("The library keeps them too.")
+    kernels = [name for name in operations() if getattr(ops, name).overrides("cupy")]
+    options = {"device": device(on(xp, np.zeros(1))), "max_examples": 15}
+    assert_backend_conforms(xp, only=WITH_SUBNORMALS[:2], operations=kernels, **options)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from lqlora import BlockFormat, decompose, quantize
 from lqlora._parallel import map_matrices
 from tests.decomposition.cases import COLUMNS, FMT, ROWS, SMALL, contents, matrix, small_case
-from tests.strategies import host, on, stored
+from tests.strategies import FLUSHES, flushes, host, on, stored
 from tests.weighting.cases import KINDS, case
 
 
@@ -38,6 +38,8 @@ def test_libraries_agree(xp):
 
 @pytest.mark.parametrize("size", [1e-36, 1e-10, 1e10, 1e30, 1e38])
 def test_the_size_of_the_weights_does_not_matter(xp, size):
+    if flushes(xp) and size < 1e-30:
+        pytest.skip(FLUSHES)
     power = 2.0 ** np.round(np.log2(size))
     d = decompose(on(xp, (matrix() * power).astype(np.float32)), FMT, 4, max_iter=3)
     assert d.relative_error == pytest.approx(decompose(matrix(), FMT, 4, max_iter=3).relative_error, rel=0.02)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lqlora as lq
+from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError
 from tests.requirements import require_module
 
@@ -92,6 +93,16 @@ class TestForward:
         d = lq.decompose(w, FORMATS["nested"], RANK, max_iter=1)
         layer = LQLinear.from_decomposition(d)
         torch.testing.assert_close(_dense_weight(layer), torch.from_numpy(d.reconstruct()))
+
+    @pytest.mark.parametrize("text", [*FORMATS, "zero points", "fitted"])
+    def test_a_layer_made_from_tensors_is_where_they_are(self, text):
+        others = {"zero points": "affine4/8:float32", "fitted": "nf3+fit/8:bfloat16"}
+        fmt = FORMATS.get(text) or lq.BlockFormat.parse(others[text])
+        q = lq.quantize(torch.ones(OUT, IN), fmt).to(torch, "meta")
+        d = StoredMatrix(q, torch.ones(RANK, IN, device="meta"), torch.ones(OUT, RANK, device="meta"), 1.0)
+        layer = LQLinear.from_decomposition(d)
+        assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
+        assert layer.weight.device.type == layer.weight.array.packed.device.type == "meta"
 
     def test_factors_that_do_not_fit_are_refused(self):
         d = lq.decompose(torch.ones(4, 6), FORMATS["plain"], 2)

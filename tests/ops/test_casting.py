@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import array_api_compat
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from lqlora.errors import LQLoRAError, UnsupportedArrayError
 from lqlora.ops import convert, dtype_name, is_on_host, storage_cast, stored_bytes, widen
 from lqlora.testing.strategies import weights
 from tests.oracles.quantize import STORAGE
-from tests.strategies import host, on, scale_dtypes
+from tests.strategies import host, on, on_device, scale_dtypes
 
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -105,8 +106,45 @@ def test_conversion_between_two_libraries_detaches(torch):
     assert convert(parameter, np).tolist() == [1.0, 1.0]
 
 
+def test_arrays_stay_on_their_device_unless_another_is_named(strict):
+    home, away = strict.Device("CPU_DEVICE"), strict.Device("device1")
+    array = strict.ones(2, device=away)
+    assert convert(array, strict).device == away
+    assert convert(array, strict, home).device == home
+    assert convert(strict.ones(2), strict, away).device == away
+    assert convert(np.ones(2), strict, away).device == away
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_tensors_stay_on_their_device_unless_another_is_named(torch, dtype):
+    tensor = torch.ones((2, 3), dtype=getattr(torch, dtype), device="meta").T
+    for namespace in (torch, array_api_compat.torch):
+        there = convert(tensor, namespace)
+        assert (there.device.type, there.dtype, tuple(there.shape)) == ("meta", tensor.dtype, (3, 2))
+        assert there.is_contiguous()
+    assert convert(torch.ones(2), torch, "meta").device.type == "meta"
+    assert convert(np.ones(2), torch, "meta").device.type == "meta"
+    assert convert(torch.ones(2), torch).device.type == "cpu"
+
+
+def test_conversion_within_a_library_detaches_and_copies_nothing(torch):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    there = convert(parameter, torch)
+    assert not there.requires_grad
+    assert there.data_ptr() == parameter.data_ptr()
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_device_stay_there(cuda_torch):
+    tensor = cuda_torch.arange(6, device="cuda").reshape(2, 3)
+    assert convert(tensor, cuda_torch).data_ptr() == tensor.data_ptr()
+    assert convert(tensor, cuda_torch, "cpu").device.type == "cpu"
+    assert convert(tensor, np).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_the_host_is_told_from_other_devices(xp, strict):
-    assert is_on_host(on(xp, np.ones(2)))
+    array = on(xp, np.ones(2))
+    assert is_on_host(array) is not on_device(array)
     assert not is_on_host(strict.ones(2, device=strict.Device("device1")))
 
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lqlora.errors import NonFiniteError
-from lqlora.ops import require_finite, sum_of_squares
+from lqlora.ops import is_finite, require_finite, sum_of_squares
 from lqlora.testing.strategies import shapes, weights
-from tests.strategies import host, on
+from tests.strategies import host, normal_numbers, on
 
 
 @given(w=weights())
@@ -38,6 +38,7 @@ def test_the_error_names_array_count_and_first_index(xp, shape, places, bad):
 
 @given(w=weights())
 def test_squares_are_summed_in_float64(xp, w):
+    w = normal_numbers(xp, w)
     expected = sum(float(value) ** 2 for value in w.reshape(-1))
     assert sum_of_squares(on(xp, w)) == pytest.approx(expected, rel=1e-13, abs=0.0)
 
@@ -53,6 +54,7 @@ def test_squares_of_tiny_values_do_not_vanish(xp):
 
 @given(w=weights(largest=1e37), seed=st.integers(0, 99))
 def test_squares_are_weighted(xp, w, seed):
+    w = normal_numbers(xp, w)
     factors = np.random.default_rng(seed).exponential(size=w.shape).astype(np.float32)
     expected = sum(float(f) * float(value) ** 2 for f, value in zip(factors.reshape(-1), w.reshape(-1), strict=True))
     assert sum_of_squares(on(xp, w), on(xp, factors)) == pytest.approx(expected, rel=1e-13, abs=0.0)
@@ -68,3 +70,16 @@ def test_the_checked_array_is_not_changed(xp):
     with pytest.raises(NonFiniteError):
         require_finite(w, "w")
     assert np.isnan(host(w)).tolist() == [False, True]
+
+
+@given(
+    w=weights(shape=shapes()),
+    bad=st.sampled_from([None, np.nan, np.inf, -np.inf]),
+    data=st.data(),
+)
+def test_what_is_not_finite_is_seen_wherever_it_is(xp, w, bad, data):
+    w = w.copy()
+    if bad is not None and w.size:
+        w.reshape(-1)[data.draw(st.integers(0, w.size - 1))] = bad
+    for dtype in (np.float32, np.float64):
+        assert is_finite(on(xp, w.astype(dtype))) == bool(np.isfinite(w).all())

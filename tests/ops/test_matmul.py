@@ -8,7 +8,7 @@ import lqlora as lq
 from lqlora.errors import MixedArraysError
 from lqlora.ops import add_low_rank, low_rank_product, matmul_dense, matmul_packed, pack_codes
 from lqlora.ops.matmul import _TILE
-from tests.strategies import host, on, scale_dtypes
+from tests.strategies import host, on, on_device, scale_dtypes
 
 NARROW = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -60,9 +60,23 @@ class TestDense:
         if dtype not in scale_dtypes(xp):
             pytest.skip(f"has no {dtype}")
         x, weight = factors["x"][0].astype(NARROW[dtype]), factors["lora_A"]
+        if on_device(on(xp, x)):
+            pytest.skip("On a device the weight is rounded too.")
         y = host(matmul_dense(on(xp, x), on(xp, weight)))
         assert y.dtype == x.dtype
         np.testing.assert_array_equal(y, (x.astype(np.float32) @ weight.T).astype(x.dtype))
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_narrow_rows_are_off_by_the_rounding_of_their_dtype(self, xp, rng, dtype):
+        # On a device of the weight and of the result, on the host of the result alone.
+        if dtype not in scale_dtypes(xp):
+            pytest.skip(f"has no {dtype}")
+        x, weight = rng.standard_normal((7, 64)).astype(NARROW[dtype]), rng.standard_normal((9, 64)).astype(np.float32)
+        y = host(matmul_dense(on(xp, x), on(xp, weight)))
+        assert y.dtype == x.dtype
+        wide = x.astype(np.float64)
+        bound = 2 * float(ml_dtypes.finfo(x.dtype).eps) * (np.abs(wide) @ np.abs(weight).T)
+        assert (np.abs(y.astype(np.float64) - wide @ weight.T) <= bound).all()
 
     def test_wide_rows_stay_wide(self, xp, factors):
         x, weight = factors["x"][0].astype(np.float64) + 1e-12, factors["lora_A"]

@@ -8,10 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, affine
-from lqlora.ops import decode, encode, nearest_codes, nearest_codes_by_row, normalize, pack_codes, values_by_row
+from lqlora.ops import (
+    boundaries_by_set,
+    decode,
+    encode,
+    nearest_codes,
+    nearest_codes_by_row,
+    normalize,
+    pack_codes,
+    values_by_row,
+)
 from lqlora.testing.strategies import ALL_CODEBOOKS, ties, weights
 from tests.oracles import quantize as oracle
-from tests.strategies import host, on
+from tests.strategies import host, normal_numbers, on
 
 absmax_codebooks = st.sampled_from([book for book in ALL_CODEBOOKS if book.normalization == "absmax"])
 #: Levels far apart, and clusters of levels closer to each other than buckets are wide.
@@ -144,7 +153,8 @@ def test_ties_encode_as_in_the_oracle(xp, data, codebook):
 def test_encoding_takes_scales_that_are_no_absolute_maximum(xp, w, size, seed, codebook):
     # Quantized scales are off; some are zero, some have a sign, and some are far too small for their weights.
     blocks = -(-len(w) // size)
-    scales = np.random.default_rng(seed).choice(np.array([0, -0.0, 1e-45, 1e-38, 1, -1, 1e38], np.float32), blocks)
+    sizes = normal_numbers(xp, np.array([0, -0.0, 1e-45, 1e-38, 1, -1, 1e38], np.float32))
+    w, scales = normal_numbers(xp, w), np.random.default_rng(seed).choice(sizes, blocks)
     zeros = zeros_for(codebook, blocks, seed)
     codes = encode(on(xp, w), on(xp, scales), None if zeros is None else on(xp, zeros), codebook.boundaries, size)
     assert host(codes).tolist() == oracle.codes_of(w, scales, BlockFormat(codebook, size), zeros)
@@ -186,7 +196,8 @@ def test_a_block_of_scale_zero_decodes_to_zero(xp):
 def test_rows_are_divided_and_shifted(xp, rows, columns, seed, dtype):
     rng = np.random.default_rng(seed)
     blocks = rng.standard_normal((rows, columns)).astype(dtype)
-    scales, zeros = rng.choice([0, -2, 0.3, 1e-40], rows).astype(dtype), rng.integers(0, 16, rows).astype(np.uint8)
+    sizes = normal_numbers(xp, np.array([0, -2, 0.3, 1e-40], dtype))
+    scales, zeros = rng.choice(sizes, rows), rng.integers(0, 16, rows).astype(np.uint8)
     with np.errstate(over="ignore"):
         expected = [
             [value / scale if scale else dtype(0) for value in row] for row, scale in zip(blocks, scales, strict=True)
@@ -214,7 +225,7 @@ def test_each_row_is_rounded_to_levels_of_its_own(xp, sets, columns, seed, dtype
     entries = np.clip(rng.standard_normal((6, columns)), -1, 1)
     cuts = np.stack([sets[member].boundaries[rng.integers(0, 15, 4)] for member in members])
     rows = np.concatenate([entries, cuts], axis=1).astype(dtype)
-    codes = nearest_codes_by_row(on(xp, rows), on(xp, levels), on(xp, members))
+    codes = nearest_codes_by_row(on(xp, rows), boundaries_by_set(on(xp, levels)), on(xp, members))
     expected = [
         [oracle.nearest(float(value), levels[member]) for value in row]
         for row, member in zip(rows, members, strict=True)
@@ -233,6 +244,6 @@ def test_of_two_zeros_in_a_row_of_levels_the_upper_one_is_taken(xp):
     tiny = np.float32(2.0**-126)
     levels = np.array([[-1, -0.0, 0.0, 1], [-1, 0.5, 0.75, 1]], dtype=np.float32)
     entries = np.array([[-0.75, -2 * tiny, -tiny, -tiny / 2, -0.0, 0.0, tiny, 0.75]], dtype=np.float32)
-    codes = host(nearest_codes_by_row(on(xp, entries), on(xp, levels), on(xp, np.array([0]))))
+    codes = host(nearest_codes_by_row(on(xp, entries), boundaries_by_set(on(xp, levels)), on(xp, np.array([0]))))
     assert codes.tolist() == [[0, 1, 1, 2, 2, 2, 2, 3]]
     assert codes[0].tolist() == nearest_codes(entries[0], Codebook(levels[0]).boundaries).tolist()

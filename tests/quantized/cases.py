@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from lqlora import QuantizedArray, dequantize, quantize
 from lqlora.testing.strategies import formats, largest_for, weights
-from tests.strategies import host, on, scale_dtypes
+from tests.strategies import host, normal_numbers, on, scale_dtypes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,7 +49,7 @@ def shape_for(fmt: BlockFormat, max_side: int = 8) -> st.SearchStrategy[tuple[in
 def draw_case(data: Any, xp: Any, dtype: Any = np.float32, **options: Any) -> tuple[np.ndarray, BlockFormat]:
     """Draw an array and a format for it; ``options`` are those of :func:`tests.strategies.formats`."""
     fmt = data.draw(formats(scale_dtypes(xp), **({"axes": AXES} | options)))
-    w = data.draw(weights(dtype, largest_for(fmt), shape_for(fmt)))
+    w = normal_numbers(xp, data.draw(weights(dtype, largest_for(fmt), shape_for(fmt))))
     # Scales of both signs keep the sign of a zero: tests/quantized/test_signed.py and test_affine.py look at that.
     return (w if fmt.codebook.normalization == "absmax" else w + dtype(0)), fmt
 

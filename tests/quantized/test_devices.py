@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from lqlora import BlockFormat, dequantize, normal_float, ops, quantize
+from lqlora import BlockFormat, dequantize, gptq, matmul, normal_float, ops, quantize
 from tests.quantized.cases import KINDS, normal
 from tests.strategies import host, on, stored
 
@@ -43,3 +44,21 @@ def test_weighted_fits_are_those_of_the_host(away, home, fit, axis):
     q, expected = (quantize(put(w), fmt, weights=put(weights), fit=fit) for put in (away, lambda array: array))
     assert {name: home(array).tobytes() for name, array in q.to_arrays().items()} == stored(expected)
     assert home(dequantize(q)).tobytes() == dequantize(expected).tobytes()
+
+
+@pytest.mark.parametrize("text", ["nf4/16:float32", "nf3/7:u8/5:float32", "affine4/8@-1:float32", "nf4/4@0:float32"])
+@pytest.mark.parametrize("rows", [1, 20, 200])
+def test_products_are_those_of_the_host(away, home, text, rows):
+    fmt, w, x = BlockFormat.parse(text), normal(24, 56), normal(rows, 56, seed=1)
+    found = home(matmul(away(x), quantize(away(w), fmt)))
+    np.testing.assert_allclose(found, matmul(x, quantize(w, fmt)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["nf4/8:float32", "uint5/8:u8/4:float32", "affine4/8:float32", "nf2+fit1/8@-1:float32"]
+)
+def test_error_feedback_is_that_of_the_host(away, home, text):
+    fmt, w, x = BlockFormat.parse(text), normal(6, 24), normal(60, 24, seed=1)
+    fit = "levels+scale" if isinstance(fmt.levels, int) else "scale"
+    q, expected = gptq(away(w), fmt, away(x.T @ x), fit=fit), gptq(w, fmt, x.T @ x, fit=fit)
+    assert {name: home(array).tobytes() for name, array in q.to_arrays().items()} == stored(expected)

@@ -14,7 +14,7 @@ from lqlora.errors import ScaleUnderflowWarning
 from lqlora.testing.strategies import ALL_CODEBOOKS, formats, largest_for, scale_formats, weights
 from tests.oracles import quantize as oracle
 from tests.quantized.cases import draw_case, levels_of, normal, quantized, restored, scales_of
-from tests.strategies import host, on, scale_dtypes, stored
+from tests.strategies import host, normal_numbers, on, scale_dtypes, stored
 
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 
@@ -35,7 +35,7 @@ SCALES = (
 def test_scales_of_any_format_and_depth_equal_the_oracle(xp, data, depth):
     scales = data.draw(scale_formats(scale_dtypes(xp), depth))
     fmt = BlockFormat(NF4, 1, scales)
-    w = data.draw(weights(shape=st.tuples(st.integers(0, 60)), largest=largest_for(fmt)))
+    w = normal_numbers(xp, data.draw(weights(shape=st.tuples(st.integers(0, 60)), largest=largest_for(fmt))))
     statistics = np.abs(w)
     expected, decoded = oracle.store_scales(statistics, scales)
     q = quantize(on(xp, w), fmt)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lqlora.errors import InvalidArgumentError, MixedArraysError
 from lqlora.weighting import AbstractWeighting
 from tests.oracles import weighting as oracle
-from tests.strategies import host, on
+from tests.strategies import FLUSHES, flushes, host, on
 from tests.weighting.cases import CLOSED, KINDS, case, residual
 
 SHAPE = (9, 7)
@@ -208,6 +208,8 @@ def test_rows_and_columns_have_no_order(xp, kind, seed):
 @every_kind
 @pytest.mark.parametrize("size", [1e-36, 1e-25, 1e25, 1e38])
 def test_residuals_of_any_size_are_approximated(xp, kind, size):
+    if flushes(xp) and size < 1e-30:
+        pytest.skip(FLUSHES)
     own, plain = case(kind, dtype=np.float32), residual(dtype=np.float32)
     plain = plain / np.abs(plain).max()
     error = plain * np.float32(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from lqlora import ops
@@ -32,12 +33,12 @@ def checked_rank(matrix: Array, rank: int, init_rank: int | None, name: str, *, 
     if not _is_int(rank) or rank < 0 or (rank > limit and not clip_rank):
         hint = f": clip_rank=True pads the factors with zeros beyond {limit}" if _is_int(rank) and rank > limit else ""
         raise InvalidArgumentError(f"Rank {rank!r} of {name} is no int from 0 to {limit}{hint}.")
-    used = min(rank, limit)
+    used = int(min(rank, limit))
     if init_rank is None:
         return used, used
     if not _is_int(init_rank) or not 0 <= init_rank <= rank:
         raise InvalidArgumentError(f"init_rank is an int from 0 to the rank of {rank}, not {init_rank!r}.")
-    return used, min(init_rank, used)
+    return used, int(min(init_rank, used))
 
 
 def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init: str) -> LowRankStep:
@@ -100,4 +101,5 @@ def check_options(
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Tell integers of Python and of NumPy from all else, truth values too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)

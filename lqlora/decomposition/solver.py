@@ -188,6 +188,7 @@ def decompose(
         extrapolation=extrapolation,
         factor_format=factor_format,
     )
+    rank, max_iter, seed = int(rank), int(max_iter), int(seed)  # NumPy's are integers, too
     weighting = Uniform() if weighting is None else weighting
     if not isinstance(weighting, AbstractWeighting):
         raise InvalidArgumentError(f"A weighting is one of lqlora.weighting, not {type(weighting).__name__}.")

@@ -91,6 +91,17 @@ def test_other_arguments_out_of_range_are_refused(arguments, message):
         decompose(matrix(), FMT, 4, callback=fail, **arguments)
 
 
+def test_integers_of_numpy_are_integers(xp):
+    options = {"max_iter": 3, "seed": 5, "init_rank": 2}
+    numpy_options = {name: np.int64(value) for name, value in options.items()}
+    w = xp.asarray(matrix())
+    found, expected = decompose(w, FMT, np.int32(4), **numpy_options), decompose(w, FMT, 4, **options)
+    assert found.errors == expected.errors
+    assert type(found.rank) is int
+    with pytest.raises(InvalidArgumentError, match="Rank"):
+        decompose(w, FMT, np.True_)
+
+
 def test_a_format_is_no_text():
     with pytest.raises(InvalidArgumentError, match="A format is a BlockFormat"):
         decompose(matrix(), "nf3/16:float32", 4)

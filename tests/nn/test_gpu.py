@@ -135,6 +135,7 @@ class TestOperators:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 class TestWaiting:
     @every_format
     @pytest.mark.parametrize("rows", [1, 40])

@@ -18,7 +18,16 @@ from lqlora._dispatch.libraries import (
     namespace,
     register_library,
 )
-from lqlora._dispatch.operation import Operation, Selection, forced, op, prefer_pieces, preferred_piece
+from lqlora._dispatch.operation import (
+    Operation,
+    Selection,
+    empty,
+    forced,
+    op,
+    prefer_maker,
+    prefer_pieces,
+    preferred_piece,
+)
 from lqlora._dispatch.overrides import Override, Takes
 
 __all__ = [
@@ -30,12 +39,14 @@ __all__ = [
     "array_library",
     "device_of",
     "dtype_name",
+    "empty",
     "forced",
     "is_contiguous",
     "is_on_host",
     "known_libraries",
     "namespace",
     "op",
+    "prefer_maker",
     "prefer_pieces",
     "preferred_piece",
     "register_library",

@@ -7,9 +7,9 @@ import contextvars
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar
 
-from lqlora._dispatch.libraries import LIBRARY_OF, known_libraries
+from lqlora._dispatch.libraries import LIBRARY_OF, device_of, known_libraries, namespace
 from lqlora._dispatch.overrides import Override
 from lqlora.errors import InvalidArgumentError
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from lqlora._dispatch.overrides import Takes
+    from lqlora._typing import Array
 
-__all__ = ["Operation", "Selection", "forced", "op", "prefer_pieces", "preferred_piece"]
+    Maker: TypeAlias = Callable[[tuple[int, ...], Any, Array], Array | None]
+
+__all__ = ["Operation", "Selection", "empty", "forced", "op", "prefer_maker", "prefer_pieces", "preferred_piece"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,6 +125,49 @@ def preferred_piece(array: object) -> int | None:
         return None
     known.load()
     return _PIECES.get(known.name)
+
+
+#: What makes arrays of a library faster than the library does.
+_MAKERS: dict[str, Maker] = {}
+
+
+def prefer_maker(library: str, maker: Maker) -> None:
+    """Let arrays for results be made by something faster than their library.
+
+    Parameters
+    ----------
+    library : str
+        Name of the library.
+    maker : callable
+        From a shape, a dtype of the library and an array to an array of any contents beside that one; None to decline.
+    """
+    _MAKERS[library] = maker
+
+
+def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
+    """Return an array for results, of any contents.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Its shape.
+    dtype : dtype
+        As the library of ``like`` has it.
+    like : array
+        An array of the library, on the device where it is wanted.
+
+    Returns
+    -------
+    array
+        New memory.
+    """
+    library = LIBRARY_OF[type(like)]
+    known = known_libraries().get(library or "")
+    if known is not None and _forced.get() is None:
+        known.load()
+        if known.name in _MAKERS and (made := _MAKERS[known.name](shape, dtype, like)) is not None:
+            return made
+    return namespace(like).empty(shape, dtype=dtype, device=device_of(like))
 
 
 class Operation(Generic[P, R]):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lqlora._dispatch import Takes
+from lqlora._dispatch import Takes, prefer_maker
+from lqlora.backends.large import large_empty
 from lqlora.ops.packing import packed_size, unpack_codes
 from lqlora.ops.quantize import FEW, decode, nearest_codes
 from lqlora.ops.sums import bin_sums, exact_terms
@@ -186,3 +187,6 @@ def bin_sums_counted(
     rounded, unit = exact_terms(terms)
     sums: npt.NDArray[Any] = np.bincount(bins, weights=rounded, minlength=count) * unit
     return sums
+
+
+prefer_maker("numpy", lambda shape, dtype, _: large_empty(shape, dtype))

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from lqlora._dispatch import Operation, Takes, prefer_pieces
+from lqlora._dispatch import Operation, Takes, prefer_maker, prefer_pieces
 from lqlora.backends import native
+from lqlora.backends.large import large_empty
 from lqlora.ops.blocks import block_absmax, block_extremes
 from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, unpack_codes
@@ -90,6 +91,20 @@ def _share(operation: Operation[Any, Any], takes: Takes, backend: str) -> None:
     operation.register("torch", takes=takes)(on_views)
 
 
+_DTYPES = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def _large(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor | None:
+    own = large_empty(shape, _DTYPES[dtype]) if like.device.type == "cpu" and dtype in _DTYPES else None
+    return None if own is None else _tensor(own)
+
+
+prefer_maker("torch", _large)
 for _operation, _takes in _TAKES.items():
     _share(_operation, _takes, "torch")
 if native.status()[0]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import device_of, namespace
+from lqlora._dispatch import device_of, empty, namespace
 from lqlora.errors import InvalidArgumentError, NonFiniteError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
 from lqlora.quantized._coding import decode_into
@@ -283,9 +283,9 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     >>> lq.dequantize(q).tolist()
     [0.0, 2.0, -2.0]
     """
-    xp = namespace(q.packed, out)
+    namespace(q.packed, out)
     if out is None:
-        out = xp.empty(q.shape, dtype=ops.native_dtype(q.packed, dtype), device=device_of(q.packed))
+        out = empty(q.shape, ops.native_dtype(q.packed, dtype), q.packed)
     elif tuple(out.shape) != q.shape:
         raise InvalidArgumentError(f"out has shape {tuple(out.shape)}, the array has {q.shape}.")
     for index, part in zip(_indices(q.batch_shape), q.unstack(), strict=True):

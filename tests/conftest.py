@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 
 from lqlora._optional import is_installed
-from tests.requirements import require_or_skip
+from tests.requirements import require_or_skip, required
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +54,16 @@ def _is_usable(backend: str) -> bool:
         return cupy.cuda.runtime.getDeviceCount() > 0
     except cupy.cuda.runtime.CUDARuntimeError:  # no driver
         return False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a device where there is none and none is required: a skip for each would take a minute."""
+    if any(_is_usable(name) or name in required() for name in ON_DEVICE):
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 def load(backend: str) -> Any:

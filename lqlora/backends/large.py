@@ -53,7 +53,7 @@ def large_empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type[Any]) -> npt
     if memory is None:
         memory = np.empty(size, np.uint8)
     # Arrays refer to what they are views of: to this one object, whose end is the end of all of them.
-    lease = (ctypes.c_ubyte * size).from_buffer(memory)
+    lease = (ctypes.c_ubyte * size).from_buffer(memory.data)
     weakref.finalize(lease, _keep, memory).atexit = False
     return np.frombuffer(memoryview(lease), np.uint8).view(dtype).reshape(shape)
 

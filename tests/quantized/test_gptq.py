@@ -124,7 +124,7 @@ def test_columns_of_large_inputs_come_first(fast_xp):
 
 
 @given(data=st.data())
-@settings(max_examples=30)
+@settings(max_examples=12)
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 def test_it_is_never_worse_than_nearest_rounding(xp, data):
     w, fmt = draw_case(data, xp, codebooks=SMALL, fitted=True)

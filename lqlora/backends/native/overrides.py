@@ -285,7 +285,7 @@ def packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     return found
 
 
-@_overrides(unpack_codes, Takes({"packed": ("uint8",)}, bits=_BITS, contiguous=("packed",)))
+@_overrides(unpack_codes, Takes({"packed": ("uint8",)}, bits=_BITS[:-1], contiguous=("packed",)))
 def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
     """Part eight codes of a word, in three steps."""
     if packed.size != packed_size(count, bits):

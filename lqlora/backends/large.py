@@ -23,6 +23,9 @@ __all__ = ["LARGE", "MOST_KEPT", "large_empty"]
 #: Bytes from which on an array has pages of its own. NumPy asks the system for large pages then, where torch does not.
 LARGE = 1 << 22
 
+#: Bytes of a line of the caches. Results that begin at one are written by whole vectors, past the caches.
+ALIGNMENT = 64
+
 #: Bytes that are kept at most.
 MOST_KEPT = 1 << 27
 
@@ -49,11 +52,12 @@ def large_empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type[Any]) -> npt
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < LARGE:
         return None
-    memory = _taken(size)
+    memory = _taken(size + ALIGNMENT)
     if memory is None:
-        memory = np.empty(size, np.uint8)
+        memory = np.empty(size + ALIGNMENT, np.uint8)
     # Arrays refer to what they are views of: to this one object, whose end is the end of all of them.
-    lease = (ctypes.c_ubyte * size).from_buffer(memory.data)
+    start = -memory.__array_interface__["data"][0] % ALIGNMENT
+    lease = (ctypes.c_ubyte * size).from_buffer(memory.data, start)
     weakref.finalize(lease, _keep, memory).atexit = False
     return np.frombuffer(memoryview(lease), np.uint8).view(dtype).reshape(shape)
 

@@ -36,6 +36,13 @@ def isa(request):
         yield request.param
 
 
+@pytest.fixture
+def one_thread():
+    set_num_threads(1)
+    yield
+    set_num_threads(None)
+
+
 @st.composite
 def values(draw, dtype):
     """Draw values of any size, with zeros of both signs and subnormal numbers among them."""
@@ -130,7 +137,8 @@ def test_packed_codes(isa, bits, count, seed):
     codes = np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.uint8)
     packed = ops.pack_codes.reference(codes, bits)
     same(ran(ops.pack_codes, codes, bits), packed)
-    same(ran(ops.unpack_codes, packed, bits, count), codes)
+    if bits < 8:  # whole bytes are only copied
+        same(ran(ops.unpack_codes, packed, bits, count), codes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -144,6 +152,23 @@ def test_values(isa, dtype, count, size, codebook, seed):
     outs = [np.empty(count, dtype=DTYPES[dtype]) for _ in range(2)]
     arguments = (packed, scales, zeros, codebook.levels, codebook.bits, size)
     same(ran(ops.decode, *arguments, outs[0]), ops.decode.reference(*arguments, outs[1]))
+
+
+@pytest.mark.parametrize("start", [0, 1, 8])
+@pytest.mark.parametrize("codebook", [lq.NF4, lq.normal_float(3), lq.affine(4)], ids=lambda book: book.name)
+@pytest.mark.parametrize("size", [64, 20])
+def test_values_that_are_streamed_past_the_caches(isa, one_thread, codebook, start, size):
+    count, rng = 2**23 + 1013, np.random.default_rng(0)
+    packed = rng.integers(0, 256, ops.packed_size(count, codebook.bits)).astype(np.uint8)
+    scales = rng.standard_normal(-(-count // size)).astype(np.float32)
+    zeros, memory = zeros_of(codebook, len(scales)), np.zeros(count + 32, np.float32)
+    begin = (-memory.ctypes.data % 64) // 4 + start
+    found, expected = memory[begin : begin + count], np.empty(count, np.float32)
+    arguments = (packed, scales, zeros, codebook.levels, codebook.bits, size)
+    ran(ops.decode, *arguments, found)
+    same(found, ops.decode.reference(*arguments, expected))
+    assert not memory[:begin].any()
+    assert not memory[begin + count :].any()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

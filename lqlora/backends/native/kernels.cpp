@@ -448,6 +448,10 @@ void encode(const Encoding* encoding, int64_t first, int64_t last) {
 
 // --- Decoding
 
+// Results of so many numbers leave the caches before anybody looks at them. One thread streams them into memory, which is
+// not read for that before. Two threads are faster without: what one of them streams is all that memory takes.
+constexpr int64_t kBeyondCaches = int64_t{1} << 23;
+
 // Looks codes up in a table of 16 entries or fewer, already multiplied by the scale.
 void look_up_few(const uint8_t* codes, const float table[16], int64_t count, float* values) {
     int64_t i = 0;
@@ -477,7 +481,7 @@ void decode_run(const uint8_t* codes, const float* levels, bool is_few, float ze
 // Decodes runs of one scale straight from packed codes of four bits or fewer: eight of them lie in one word. Returns how
 // many weights that was; words are read whole, so a few at the end of the codes are left over.
 int64_t decode_packed_run(const uint8_t* packed, const uint8_t* end, int bits, const float* levels, float zero, float scale,
-                          int64_t count, float* values) {
+                          int64_t count, bool streams, float* values) {
     int64_t i = 0;
 #if defined(__AVX2__)
     float table[16];
@@ -494,17 +498,18 @@ int64_t decode_packed_run(const uint8_t* packed, const uint8_t* end, int bits, c
             const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
             found = _mm256_blendv_ps(found, _mm256_permutevar8x32_ps(high, codes), is_high);
         }
-        _mm256_storeu_ps(values + i, found);
+        if (streams) _mm256_stream_ps(values + i, found);
+        else _mm256_storeu_ps(values + i, found);
     }
 #else
-    (void)packed, (void)end, (void)bits, (void)levels, (void)zero, (void)scale, (void)count, (void)values;
+    (void)packed, (void)end, (void)bits, (void)levels, (void)zero, (void)scale, (void)count, (void)streams, (void)values;
 #endif
     return i;
 }
 
 // A stripe, block by block. Codes are unpacked where they cannot be looked up as they are.
 void decode_stripe(const Decoding& decoding, const uint8_t* end, const float* levels, int64_t first, int64_t last,
-                   float* values) {
+                   bool streams, float* values) {
     const uint8_t *zeros = decoding.zero_points, *packed = decoding.packed + first / 8 * decoding.bits;
     uint8_t codes[kStripe];
     const bool as_packed = kLooksUpPacked && decoding.bits <= 4 && decoding.block % 8 == 0;
@@ -523,7 +528,7 @@ void decode_stripe(const Decoding& decoding, const uint8_t* end, const float* le
         int64_t done = 0;
         if (as_packed) {
             const uint8_t* own = packed + begin / 8 * decoding.bits;
-            done = decode_packed_run(own, end, decoding.bits, levels, zero, scale, stop - at, values + begin);
+            done = decode_packed_run(own, end, decoding.bits, levels, zero, scale, stop - at, streams, values + begin);
             if (done < stop - at)
                 unpack_stripe(own + done / 8 * decoding.bits, end, decoding.bits, stop - at - done, codes + begin + done);
         }
@@ -537,13 +542,18 @@ void decode(const Decoding* decoding, int64_t first, int64_t last) {
     std::memcpy(levels, decoding->levels, static_cast<size_t>(decoding->level_count) * sizeof(float));
     const uint8_t* end = decoding->packed + (decoding->count * decoding->bits + 7) / 8;
     float wide[kStripe];
+    const bool in_place = decoding->dtype == FLOAT32;
+    const bool is_alone = last - first == decoding->count, is_aligned = reinterpret_cast<uintptr_t>(decoding->out) % 32 == 0;
+    const bool streams = in_place && is_alone && is_aligned && decoding->count >= kBeyondCaches;
     for (int64_t at = first; at < last; at += kStripe) {
         const int64_t stop = least(at + kStripe, last);
-        const bool in_place = decoding->dtype == FLOAT32;
         float* values = in_place ? static_cast<float*>(decoding->out) + at : wide;
-        decode_stripe(*decoding, end, levels, at, stop, values);
+        decode_stripe(*decoding, end, levels, at, stop, streams, values);
         if (!in_place) narrow(wide, decoding->dtype, stop - at, static_cast<uint16_t*>(decoding->out) + at);
     }
+#if defined(__AVX2__)
+    if (streams) _mm_sfence();  // before another thread is told that this one is done
+#endif
 }
 
 // --- Products of a few rows, which would wait for a decoded matrix on its way to memory and back
@@ -572,7 +582,7 @@ void multiply(const Product* product, int64_t first, int64_t last) {
         for (int64_t m = 0; m < product->x_rows; ++m) product->out[m * product->rows + row] = 0;
         for (int64_t at = 0; at < product->columns; at += kStripe) {
             const int64_t size = least(kStripe, product->columns - at);
-            decode_stripe(matrix, end, levels, begin + at, begin + at + size, weights);
+            decode_stripe(matrix, end, levels, begin + at, begin + at + size, false, weights);
             for (int64_t m = 0; m < product->x_rows; ++m)
                 product->out[m * product->rows + row] += dot(weights, product->x + m * product->columns + at, size);
         }

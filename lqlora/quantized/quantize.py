@@ -276,6 +276,11 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     UnsupportedArrayError
         If the library has no such dtype.
 
+    Notes
+    -----
+    On the CPU the memory of a large result, of 4 MiB or more, serves for the next one of its size when the last array or
+    tensor in it is gone: new pages cost more than decoding. At most 128 MiB are kept so.
+
     Examples
     --------
     >>> import numpy as np, lqlora as lq

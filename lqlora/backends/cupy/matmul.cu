@@ -93,7 +93,7 @@ __device__ __forceinline__ void add_rows(const RowOfWeights* rows, const float* 
 }
 
 template <int bits, class Value, int most_inputs>
-__global__ void __launch_bounds__(128, most_inputs > 4 ? 3 : 4)
+__global__ void __launch_bounds__(128, most_inputs > 1 ? 3 : 4)
     matmul_packed(const Value* __restrict__ x, const unsigned char* __restrict__ packed,
                   const float* __restrict__ scales, const unsigned char* __restrict__ zero_points, int affine,
                   const float* __restrict__ levels, Value* __restrict__ out, int inputs, long long rows, int columns,

@@ -159,7 +159,7 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     Returns
     -------
     array
-        New memory.
+        The caller's alone.
     """
     library = LIBRARY_OF[type(like)]
     known = known_libraries().get(library or "")

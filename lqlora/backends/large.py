@@ -1,12 +1,13 @@
 """Large arrays for results, in memory that the system has provided before.
 
-Of the time that a decoder takes for a new array of many megabytes, two thirds are the system's, which clears page after
-page before it hands them out. So the memory of a large result is kept when the last array in it is gone, and serves the
+Of the time that a decoder takes for a new array of many megabytes, most is the system's, which clears page after page
+before it hands them out. So the memory of a large result is kept when the last array in it is gone, and serves the
 next one of its size: a model's weights are decoded one after the other, an alternation's again and again.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import math
@@ -26,12 +27,12 @@ LARGE = 1 << 22
 #: Bytes of a line of the caches. Results that begin at one are written by whole vectors, past the caches.
 ALIGNMENT = 64
 
-#: Bytes that are kept at most.
+#: Bytes of results that are kept at most.
 MOST_KEPT = 1 << 27
 
-#: What is kept, by its bytes. Lists are changed by single calls of their methods: threads, and the collector of garbage
-#: in the midst of one, may come between any two, and whoever pops something has it alone.
-_kept: dict[int, list[npt.NDArray[np.uint8]]] = {}
+#: What is kept, the oldest first. Threads, and the collector of garbage in the midst of one, may come between any two
+#: calls: each call here changes the whole at once, and whoever takes something out has it alone.
+_kept: collections.deque[npt.NDArray[np.uint8]] = collections.deque()
 
 
 def large_empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type[Any]) -> npt.NDArray[Any] | None:
@@ -63,16 +64,23 @@ def large_empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type[Any]) -> npt
 
 
 def _taken(size: int) -> npt.NDArray[np.uint8] | None:
-    try:
-        return _kept[size].pop()
-    except (KeyError, IndexError):
-        return None
+    """Return memory of this size, looking at all that is kept once: what does not fit goes back as the youngest."""
+    for _ in range(len(_kept)):
+        try:
+            memory = _kept.popleft()
+        except IndexError:  # another thread took the last
+            return None
+        if memory.nbytes == size:
+            return memory
+        _kept.append(memory)
+    return None
 
 
 def _keep(memory: npt.NDArray[np.uint8]) -> None:
     """Keep memory, and let go what has been kept for longer if that is too much."""
-    _kept.setdefault(memory.nbytes, []).append(memory)
-    for own in [*_kept.values()]:
-        while own and sum(size * len(same) for size, same in [*_kept.items()]) > MOST_KEPT:
-            with contextlib.suppress(IndexError):
-                own.pop(0)
+    if memory.nbytes - ALIGNMENT > MOST_KEPT:
+        return
+    _kept.append(memory)
+    while sum(other.nbytes - ALIGNMENT for other in _kept.copy()) > MOST_KEPT:
+        with contextlib.suppress(IndexError):
+            _kept.popleft()

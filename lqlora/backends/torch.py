@@ -39,7 +39,7 @@ _TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
     encode: Takes({"flat": _WIDE, **_OWN_SCALES}),
     encode_packed: Takes({"flat": _FLOATS, **_OWN_SCALES}),
     pack_codes: Takes({"codes": ("uint8",)}),
-    unpack_codes: Takes({"packed": ("uint8",)}),
+    unpack_codes: Takes({"packed": ("uint8",)}, bits=tuple(range(1, 8))),
     row_sums: Takes({"rows": _WIDE}),
     level_sums: Takes(
         {

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from lqlora._dispatch import array_library, device_of, namespace
 from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF
@@ -13,9 +11,14 @@ from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from lqlora._typing import Array, Namespace
+    from lqlora._typing import Array
 
 __all__ = ["pick", "table_beside"]
+
+#: Tables beside tensors, by device and contents, the oldest first; half a KiB each on a device. So many that no kernel still
+#: waits to look at one that is given up, on whichever stream.
+_tables: dict[tuple[Any, ...], Array] = {}
+_MOST_TABLES = 4096
 
 
 def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
@@ -43,14 +46,21 @@ def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
     if library == "numpy":
         return table
     if library == "torch":
-        return _kept(namespace(array), device_of(array), table.tobytes(), table.dtype.str, table.shape)
+        return _beside_tensor(table, array)
     return namespace(array).asarray(table.copy(), device=device_of(array))
 
 
-@functools.lru_cache(maxsize=256)
-def _kept(xp: Namespace, device: object, content: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
-    # A copy, as torch warns of memory it may not write to.
-    return xp.asarray(np.frombuffer(content, dtype=dtype).reshape(shape).copy(), device=device)
+def _beside_tensor(table: npt.NDArray[Any], tensor: Array) -> Array:
+    key = device_of(tensor), table.tobytes(), table.dtype.str, table.shape
+    kept = _tables.get(key)
+    if kept is None:
+        kept = namespace(tensor).asarray(table.copy(), device=device_of(tensor))  # of memory that may be written to
+        if PLAIN_LIBRARY_OF[type(kept)] == "torch":  # and not what a compiler traces with
+            while len(_tables) >= _MOST_TABLES:
+                with contextlib.suppress(StopIteration, KeyError, RuntimeError):  # other threads do the same
+                    del _tables[next(iter(_tables))]
+            _tables[key] = kept
+    return kept
 
 
 def pick(array: Array, index: Array, axis: int = 0) -> Array:

@@ -196,14 +196,21 @@ def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choi
     statistic, low = block_statistics(source)
     try:
         first = by_absmax(source, statistic, low)
-    except NonFiniteError:
+    except NonFiniteError as error:
         # Whatever is not finite shows in the scale of its block: the array itself is read again only to say where.
         if check_finite:
-            ops.require_finite(ops.widen(source.array), source.name)
-        raise
+            _say_where(source)
+        raise error from None
     if fit == "levels+scale":
         return statistic, *by_levels(source, statistic, first)
     return statistic, by_scale(source, statistic, first) if fit == "scale" else first, None
+
+
+def _say_where(source: Source) -> None:
+    try:
+        ops.require_finite(ops.widen(source.array), source.name)
+    except NonFiniteError as error:
+        raise error from None  # instead of what was said of a scale
 
 
 def block_statistics(source: Source) -> tuple[Array, Array | None]:
@@ -279,7 +286,8 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     Notes
     -----
     On the CPU the memory of a large result, of 4 MiB or more, serves for the next one of its size when the last array or
-    tensor in it is gone: new pages cost more than decoding. At most 128 MiB are kept so.
+    tensor in it is gone: new pages cost more than decoding. At most 128 MiB are kept so. Such a result cannot be resized
+    in place; its copy can, and ``out`` may be any array.
 
     Examples
     --------
@@ -288,7 +296,7 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     >>> lq.dequantize(q).tolist()
     [0.0, 2.0, -2.0]
     """
-    namespace(q.packed, out)
+    namespace(q.packed, out)  # refuses those of two libraries or devices
     if out is None:
         out = empty(q.shape, ops.native_dtype(q.packed, dtype), q.packed)
     elif tuple(out.shape) != q.shape:

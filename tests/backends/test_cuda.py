@@ -408,6 +408,20 @@ def test_compiled_kernels_are_kept_on_disk(emulated, tmp_path, monkeypatch):
         Binary.of("packing", "pack_codes<5>")
 
 
+DAMAGE = {"cut": lambda whole: whole[:-1], "emptied": lambda _: b"", "changed": lambda whole: whole[:-1] + b"?"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_was_damaged_on_disk_is_compiled_again(emulated, tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    first = Binary.of("packing", "pack_codes<3>")
+    [file] = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGE[damage](whole))
+    assert Binary.of("packing", "pack_codes<3>") == first
+    assert file.read_bytes() == whole
+
+
 def test_where_nothing_can_be_kept_kernels_are_compiled_again(emulated, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))
@@ -436,6 +450,18 @@ def test_tables_are_copied_to_the_device_once(emulated):
     first = launch.table(0, lq.NF4.levels, 16, 0.0)
     assert launch.table(0, lq.NF4.levels, 16, 0.0) is first
     assert launch.table(0, lq.NF4.boundaries, 16, np.inf).get()[-1] == np.inf
+
+
+def test_of_many_tables_all_are_given_up_when_the_device_is_done_with_them(emulated, monkeypatch):
+    done = []
+    monkeypatch.setattr(launch, "_tables", {})
+    monkeypatch.setattr(launch, "_MOST_TABLES", 3)
+    monkeypatch.setattr(launch, "_synchronize", lambda _, devices: done.append((devices, len(launch._tables))))
+    for value in range(8):
+        table = launch.table(0, np.full(3, value, np.float32), 4, 0.0)
+        assert table.get().tolist() == [value, value, value, 0]
+    assert done == [({0}, 3), ({0}, 3)]
+    assert len(launch._tables) == 2
 
 
 def test_without_a_device_the_reference_runs(emulated, monkeypatch):

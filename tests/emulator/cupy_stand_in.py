@@ -41,6 +41,9 @@ class Device:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def synchronize(self) -> None:
+        pass
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Device)
 
@@ -90,12 +93,6 @@ class ndarray:  # noqa: N801 - as CuPy calls it
 
     def get(self) -> np.ndarray:
         return self.values.copy()
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.values.__dlpack__(**options)
-
-    def __dlpack_device__(self) -> Any:
-        return self.values.__dlpack_device__()
 
     def __getitem__(self, index: Any) -> Any:
         return _wrapped(self.values[_unwrapped(index)])

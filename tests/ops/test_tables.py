@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lqlora.ops.tables as tables_module
 from lqlora.ops import pick, table_beside
 from tests.strategies import host, on, on_device
 
@@ -61,6 +62,25 @@ def test_tensors_that_compilers_trace_with_are_not_kept(torch):
         traced = table_beside(table, torch.zeros(1))
         assert traced.fake_mode is mode
     assert table_beside(table, torch.zeros(1)).tolist() == [0.125, 0.75]
+
+
+def test_real_tensors_in_the_presence_of_a_tracing_compiler_are_not_led_astray(torch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    table, real = np.array([0.375, 0.875]), torch.zeros(1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        table_beside(table, real)
+    assert type(table_beside(table, real)) is torch.Tensor
+    assert table_beside(table, real).tolist() == [0.375, 0.875]
+
+
+def test_the_oldest_tables_are_given_up(torch, monkeypatch):
+    monkeypatch.setattr(tables_module, "_tables", {})
+    monkeypatch.setattr(tables_module, "_MOST_TABLES", 3)
+    first, *others = (table_beside(np.array([float(value)]), torch.zeros(1)) for value in range(4))
+    assert table_beside(np.array([3.0]), torch.zeros(1)) is others[2]
+    assert table_beside(np.array([0.0]), torch.zeros(1)) is not first
+    assert len(tables_module._tables) == 3
 
 
 def test_threads_may_ask_at_once(torch):

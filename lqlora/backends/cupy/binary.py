@@ -62,15 +62,42 @@ class Binary(NamedTuple):
         text = source(module)
         key = hashlib.sha256("\0".join((text, kernel, *options, repr(nvrtc.getVersion()))).encode()).hexdigest()[:32]
         kept = _folder() / f"lqlora-{key}.bin"
-        try:
-            symbol, _, code = kept.read_bytes().partition(b"\0")
-            return cls(symbol.decode(), code)
-        except (FileNotFoundError, NotADirectoryError):
-            binary = _compile(nvrtc, text, kernel, options)
-            with suppress(OSError, CheckpointError):  # compiled again, where nothing can be kept
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(kept, binary.symbol.encode() + b"\0" + binary.code)
-            return binary
+        with suppress(OSError):
+            if (binary := cls.from_bytes(kept.read_bytes())) is not None:
+                return binary
+        binary = _compile(nvrtc, text, kernel, options)
+        with suppress(OSError, CheckpointError):  # compiled again, where nothing can be kept
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, binary.to_bytes())
+        return binary
+
+    def to_bytes(self) -> bytes:
+        """Return what is kept of a kernel: a hash, the symbol, and the code.
+
+        Returns
+        -------
+        bytes
+            Content of a file.
+        """
+        content = self.symbol.encode() + b"\0" + self.code
+        return hashlib.sha256(content).digest() + content
+
+    @classmethod
+    def from_bytes(cls, stored: bytes) -> Binary | None:
+        """Read what :meth:`to_bytes` returned.
+
+        Parameters
+        ----------
+        stored : bytes
+            Content of a file.
+
+        Returns
+        -------
+        Binary or None
+            None if that was damaged.
+        """
+        symbol, _, code = stored[32:].partition(b"\0")
+        return cls(symbol.decode(), code) if hashlib.sha256(stored[32:]).digest() == stored[:32] else None
 
 
 def _architecture(cupy: Any) -> str:
@@ -82,7 +109,7 @@ def _architecture(cupy: Any) -> str:
 
 def _folder() -> Path:
     """Return where CuPy keeps its kernels, too."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))  # noqa: PTH111 - never raises
 
 
 def _compile(nvrtc: Any, text: str, kernel: str, options: tuple[str, ...]) -> Binary:

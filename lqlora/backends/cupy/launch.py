@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["launch", "table"]
 
+#: Tables on devices, by what they hold.
+_tables: dict[tuple[Any, ...], Any] = {}
+_MOST_TABLES = 1024
+
 #: Thread blocks of one launch; threads go on with what is beyond them.
 MOST_BLOCKS = 1 << 16
 
@@ -78,15 +82,27 @@ def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: flo
     cupy.ndarray
         Not to be written to.
     """
-    return _on_device(importlib.import_module("cupy"), device, values.tobytes(), length, beyond)
+    cupy = importlib.import_module("cupy")
+    key = cupy, device, values.tobytes(), length, beyond
+    kept = _tables.get(key)
+    if kept is None:
+        kept = _copied(cupy, device, values, length, beyond)
+        if len(_tables) >= _MOST_TABLES:  # kernels on any stream may still look at some of them
+            _synchronize(cupy, {other_device for _, other_device, *_ in list(_tables)})
+            _tables.clear()
+        _tables[key] = kept
+    return kept
 
 
-@functools.lru_cache(maxsize=256)
-def _on_device(cupy: Any, device: int, values: bytes, length: int, beyond: float) -> Any:
+def _copied(cupy: Any, device: int, values: npt.NDArray[np.float32], length: int, beyond: float) -> Any:
     padded = np.full(length, beyond, dtype=np.float32)
-    known = np.frombuffer(values, dtype=np.float32)
-    padded[: len(known)] = known
+    padded[: len(values)] = values
     with cupy.cuda.Device(device):
         copied = cupy.asarray(padded)
         cupy.cuda.get_current_stream().synchronize()  # later calls may run on other streams
     return copied
+
+
+def _synchronize(cupy: Any, devices: set[int]) -> None:
+    for device in devices:
+        cupy.cuda.Device(device).synchronize()

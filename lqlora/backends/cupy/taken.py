@@ -167,7 +167,7 @@ def _product_fits(
     if len(x.shape) != 2 or len(out.shape) != 2 or out.shape[0] != x.shape[0] or out.dtype != x.dtype:
         return False
     (inputs, columns), rows = x.shape, out.shape[1]
-    few = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0 and max(columns, block_size) < 2**31
+    few = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0 and columns < 2**30 and block_size < 2**31
     return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
 
 
@@ -216,20 +216,21 @@ def _levels_fit(
 
 _NARROW = ("float32", "float16", "bfloat16")
 _FLOATS = (*_NARROW, "float64")
+_WIDE = ("float32", "float64")
 _CODES: dict[str, tuple[str | None, ...]] = {"packed": ("uint8",)}
 _SCALES: dict[str, tuple[str | None, ...]] = {"scales": ("float32",), "zero_points": ("uint8", None)}
 
 _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.block_absmax: _Taken({"flat": _FLOATS}, _is_flat, "flat arrays"),
     ops.block_extremes: _Taken({"flat": _FLOATS}, _is_flat, "flat arrays"),
-    ops.nearest_codes: _Taken({"values": _FLOATS[::3]}, _values_fit, "up to 255 boundaries"),
+    ops.nearest_codes: _Taken({"values": _WIDE}, _values_fit, "up to 255 boundaries"),
     ops.encode: _Taken(
-        {"flat": _FLOATS[::3], "scales": _FLOATS[::3], "zero_points": ("uint8", None)},
+        {"flat": _WIDE, "scales": _WIDE, "zero_points": ("uint8", None)},
         _whole_codes_fit,
         "up to 255 boundaries, and flat arrays with a scale for each block",
     ),
     ops.encode_packed: _Taken(
-        {"flat": _FLOATS, "scales": _FLOATS[::3], "zero_points": ("uint8", None)},
+        {"flat": _FLOATS, "scales": _WIDE, "zero_points": ("uint8", None)},
         _encoding_fits,
         "flat arrays with a scale for each block",
     ),
@@ -241,10 +242,10 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.matmul_packed: _Taken(
         {"x": _NARROW, **_CODES, **_SCALES, "out": _NARROW},
         _product_fits,
-        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs, blocks below 2**31, as many codes and scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
+        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs below 2**30, blocks below 2**31, as many codes and scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
         aligned=(0, 1),
     ),
-    ops.row_sums: _Taken({"rows": _FLOATS[::3]}, _rows_fit, "rows of one entry or more"),
+    ops.row_sums: _Taken({"rows": _WIDE}, _rows_fit, "rows of one entry or more"),
     ops.best_ratios: _Taken(
         {"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)},
         _search_fits,

@@ -149,5 +149,5 @@ def test_tensors_in_such_memory_are_tensors_like_others(torch):
 
 def test_small_tensors_are_made_by_torch(torch, monkeypatch):
     q = lq.quantize(torch.randn(8, 64), lq.BlockFormat(lq.NF4))
-    monkeypatch.setattr(np, "frombuffer", None)
+    monkeypatch.setattr(large, "_taken", None)
     assert lq.dequantize(q).shape == (8, 64)

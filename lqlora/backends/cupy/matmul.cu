@@ -23,7 +23,7 @@ struct RowOfWeights {
 // How rows and groups are shared out, by the number of inputs.
 template <int most_inputs> struct Shares {
   static constexpr int rows = most_inputs > 1 ? 2 : 1, groups = most_inputs > 4 ? 1 : most_inputs > 1 ? 2 : 4;
-  static constexpr int inputs_at_once = most_inputs < 4 ? most_inputs : 4;
+  static constexpr int inputs_at_once = most_inputs > 4 ? 4 : most_inputs > 1 ? 2 : 1;
 };
 
 // Adds the products of one group of each row. In plain rows no group is in two blocks, and there are no zero points: their

@@ -6,6 +6,7 @@ The device is given something to wait for before the first of a few calls: what 
 its own work, not that of the host. Arrays are larger than the cache of the device, or taken in turns.
 """
 
+import functools
 import importlib
 import statistics
 import sys
@@ -121,13 +122,12 @@ def packed_weight(cupy, side, bits):
     return ops.encode_packed(w, scales, None, codebook(bits).boundaries, bits, BLOCK), scales
 
 
-def dense_us(timer, dtype, inputs, side, kept={}):  # noqa: B006 - one measurement for all bits
+@functools.cache  # one measurement for all bits
+def dense_us(timer, dtype, inputs, side):
     torch = importlib.import_module("torch")
-    if (dtype, inputs) not in kept:
-        like = {"device": "cuda", "dtype": getattr(torch, dtype)}
-        x, weights = torch.randn(inputs, side, **like), [torch.randn(side, side, **like) for _ in range(CALLS)]
-        kept[dtype, inputs] = timer.device(*(lambda w=w: torch.mm(x, w.T) for w in weights))
-    return kept[dtype, inputs]
+    like = {"device": "cuda", "dtype": getattr(torch, dtype)}
+    x, weights = torch.randn(inputs, side, **like), [torch.randn(side, side, **like) for _ in range(CALLS)]
+    return timer.device(*(lambda w=w: torch.mm(x, w.T) for w in weights))
 
 
 def calls(cupy, timer):

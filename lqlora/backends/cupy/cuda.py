@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.backends.cupy.memory import Memory
 
-__all__ = ["GROUP", "MOST_INPUTS", "Kernels"]
+__all__ = ["GROUP", "MOST_INPUTS", "Kernels", "lanes_for"]
 
 #: How the kernels call the dtypes.
 _TYPES = {"float32": "float", "float16": "Float16", "bfloat16": "BFloat16", "float64": "double"}
@@ -70,7 +70,7 @@ class Kernels:
         low = make(blocks, wide, flat) if extremes else high
         if not count:
             return low, high
-        lanes = _lanes(min(block_size, _PART), _LOADS * 16 // _ITEM_BYTES[name])
+        lanes = lanes_for(min(block_size, _PART), _LOADS * 16 // _ITEM_BYTES[name], 32)
         kernel = f"block_statistics<{_TYPES[name]}, {str(extremes).lower()}>"
         sizes = (np.int64(count), np.int64(block_size), np.int64(_PART))
         cut = (*_blocks(parts), np.int64(blocks * parts), np.int32(lanes))
@@ -190,9 +190,29 @@ class Kernels:
         launch(device, memory.stream(device), module, kernel, threads, work, given)
 
 
-def _lanes(weights: int, at_once: int) -> int:
-    """Return how many lanes of a warp share a part of a block: a power of two, such that each loads so many at once."""
-    return min(32, 1 << max(0, (-(-weights // at_once) - 1).bit_length()))
+def lanes_for(entries: int, each: int, most: int) -> int:
+    """Return how many threads have a row, or a part of a block, together.
+
+    Parameters
+    ----------
+    entries : int
+        Entries of a row.
+    each : int
+        Entries that a thread takes at once.
+    most : int
+        Most threads, a power of two.
+
+    Returns
+    -------
+    int
+        A power of two.
+
+    Examples
+    --------
+    >>> lanes_for(64, 16, 32), lanes_for(65, 16, 32), lanes_for(4096, 16, 32)
+    (4, 8, 32)
+    """
+    return min(most, 1 << max(0, (-(-entries // each) - 1).bit_length()))
 
 
 def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int32]:

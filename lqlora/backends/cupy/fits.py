@@ -8,7 +8,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import dtype_name
-from lqlora.backends.cupy.cuda import Kernels
+from lqlora.backends.cupy.cuda import Kernels, lanes_for
 from lqlora.ops.sums import unit_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Fits(Kernels):
             rows, length = shorter, left
         sums = self._memory.empty(count, name, rows)
         if count:
-            lanes = _lanes(length)
+            lanes = lanes_for(length, _SLOTS, _TEAM)
             arguments = (rows, sums, np.int64(count), np.int32(length), np.int32(lanes))
             self._run("sums", f"row_sums<{_TYPES[name]}>", count * lanes, arguments, _TEAM)
         return sums
@@ -67,7 +67,7 @@ class Fits(Kernels):
         best = self._memory.empty(count, "float32", rows)
         if count:
             bits = max(1, (len(levels) - 1).bit_length())
-            lanes = _lanes(length)
+            lanes = lanes_for(length, _SLOTS, _TEAM)
             tried = np.asarray(grid, dtype=np.float32)
             tables = ((boundaries, 2**bits - 1, np.inf), (levels, 2**bits, 0.0), (tried, len(tried), 0.0))
             sizes = (np.int64(count), np.int32(length), np.int32(lanes))
@@ -121,11 +121,6 @@ class Fits(Kernels):
         own = (totals, units[0], units[-1], np.int64(bins), found, np.int64(kinds * bins))
         self._run("sums", "in_units<double>", kinds * bins, own)
         return found
-
-
-def _lanes(length: int) -> int:
-    """Return how many threads have a row together."""
-    return 1 << max(0, (-(-length // _SLOTS) - 1).bit_length())
 
 
 def _or(array: Array | None, other: Array) -> tuple[Array, np.int32]:

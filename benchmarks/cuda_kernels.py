@@ -40,7 +40,7 @@ class Timer:
     def _one(self, functions):
         events = self._cupy.cuda.Event(), self._cupy.cuda.Event()
         self._cupy.cuda.Device().synchronize()
-        self._wait((1,), (1,), (np.int64(10_000_000),))
+        self._wait((1,), (1,), (np.int64(20_000_000),))
         events[0].record()
         for call in range(CALLS):
             functions[call % len(functions)]()
@@ -130,6 +130,43 @@ def dense_us(timer, dtype, inputs, side):
     return timer.device(*(lambda w=w: torch.mm(x, w.T) for w in weights))
 
 
+def low_rank_parts(timer):
+    """Yield rows: the low-rank part of a few rows of inputs, added; and by the two products of torch.addmm and torch.mm."""
+    torch, side = importlib.import_module("torch"), 4096
+    for dtype in ("float16", "float32"):
+        for rank in (8, 64):
+            like = {"device": "cuda", "dtype": getattr(torch, dtype)}
+            factors = [(torch.randn(rank, side, **like), torch.randn(side, rank, **like)) for _ in range(CALLS)]
+            for inputs in (1, 4, 16):
+                x, y = torch.randn(inputs, side, **like), torch.randn(inputs, side, **like)
+                ours = timer.device(*(lambda a=a, b=b, x=x, y=y: ops.add_low_rank(y, x, a, b, 0.5) for a, b in factors))
+                theirs = timer.device(
+                    *(lambda a=a, b=b, x=x, y=y: torch.addmm(y, torch.mm(x, a.T), b.T, alpha=0.5) for a, b in factors)
+                )
+                yield [dtype, rank, inputs, f"{ours:.1f}", f"{theirs:.1f}"]
+
+
+def layers(timer):
+    """Yield rows: a layer's call without gradients."""
+    torch, nn = importlib.import_module("torch"), importlib.import_module("lqlora.nn")
+    w = torch.randn(4096, 4096, device="cuda")
+    for name in ("nf4/64", "nf4/64:u8/256:float32"):
+        factors = torch.randn(64, 4096), torch.randn(4096, 64)
+        layer = (
+            nn.LQLinear(lq.quantize(w, lq.BlockFormat.parse(name)), *factors)
+            .to("cuda")
+            .requires_grad_(requires_grad=False)
+        )
+        for n in (1, 16, 256):
+            x = torch.randn(n, 4096, device="cuda", dtype=torch.float16)
+            yield [
+                name,
+                n,
+                f"{timer.device(lambda x=x, f=layer: f(x)):.1f}",
+                f"{timer.host(lambda x=x, f=layer: f(x)):.0f}",
+            ]
+
+
 def calls(cupy, timer):
     """Yield rows: whole calls on arrays of either library, and what they take of the host."""
     torch = importlib.import_module("torch")
@@ -197,9 +234,13 @@ def main():
         return
     title = f"{device}: rows of inputs times a 4096 x 4096 weight, in blocks of {BLOCK}"
     record.table(title, ["dtype", "bits", "rows", "packed, us", "dense, us"], products(cupy, timer))
+    title = f"{device}: low-rank parts of 4096 x 4096 weights, added to rows"
+    record.table(title, ["dtype", "rank", "rows", "kernels, us", "torch, us"], low_rank_parts(timer))
     record.table(f"{device}: operations of fits", ["operation", "us"], fits(cupy, timer))
     title = f"{device}: whole calls, 4096 x 4096 float32"
     record.table(title, ["library", "format", "call", "host, us", "until done, us"], calls(cupy, timer))
+    title = f"{device}: a layer of 4096 x 4096 with factors of rank 64, float16 rows"
+    record.table(title, ["format", "rows", "device, us", "host, us"], layers(timer))
 
 
 if __name__ == "__main__":

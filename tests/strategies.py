@@ -40,7 +40,8 @@ def on(xp: Any, array: np.ndarray) -> Any:
         return on(xp, array.view(np.uint16)).view(xp.bfloat16)
     if "torch" in xp.__name__:
         return xp.asarray(np.array(array, order="C"))
-    return xp.asarray(array, copy=True)
+    # CuPy fills arrays without axes, and a zero that it fills with has no sign.
+    return xp.asarray(array, copy=True) if array.ndim else xp.reshape(xp.asarray(array[None], copy=True), ())
 
 
 def on_device(array: Any) -> bool:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError
@@ -195,11 +194,11 @@ class LQLinear(nn.Module):
             Of the dtype of ``x``, or the autocast dtype where autocast is on.
         """
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # the meta device has none
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # which has none; older compilers cannot ask for that
             x = x.to(torch.get_autocast_dtype(kind))
         y: torch.Tensor = torch.ops.lqlora.matmul(x, *self.weight.operands)
-        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        y = y + functional.linear(functional.linear(x, lora_A), lora_B) * self.scaling
+        if self.rank:
+            y = torch.ops.lqlora.add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:

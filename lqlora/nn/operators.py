@@ -1,6 +1,6 @@
 """Quantize, dequantize and multiply as operators of torch, so that compilers see one node and not what is inside.
 
-``torch.ops.lqlora.quantize``, ``.dequantize`` and ``.matmul`` exist once :mod:`lqlora.nn` is imported. What runs inside
+``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.add_low_rank`` exist once :mod:`lqlora.nn` is imported. What runs inside
 is :func:`lqlora.quantize` and its like, which find the fastest implementation for their arrays.
 
 They are registered a layer below ``torch.library.custom_op`` and ``register_autograd``, which check more in every call,
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn import functional
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
@@ -37,6 +38,7 @@ for _schema in (
     "quantize(Tensor w, str fmt, str? codebook=None, *, str fit='absmax', int batch_dims=0) -> Tensor[]",
     "dequantize(Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, ScalarType dtype=float) -> Tensor",
     "matmul(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, bool adjoint=False) -> Tensor",
+    "add_low_rank(Tensor y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -181,6 +183,44 @@ def _matmul_autograd(
     return y
 
 
+def _add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    _check_factors(y, x, lora_A, lora_B)
+    total: Tensor = ops.add_low_rank(y.contiguous(), x.contiguous(), lora_A, lora_B, scaling)
+    return total
+
+
+def _add_low_rank_fake(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # noqa: ARG001
+    _check_factors(y, x, lora_A, lora_B)
+    return y.new_empty(y.shape)
+
+
+def _check_factors(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    given = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B}
+    for name, tensor in given.items():
+        _name_of(tensor.dtype, name)
+    if len(devices := {str(tensor.device): None for tensor in given.values()}) > 1:
+        raise MixedArraysError(f"Sums, rows and factors on {' and '.join(devices)}: move some, lqlora never copies.")
+    if y.dtype != x.dtype or lora_A.dtype != lora_B.dtype:
+        dtypes = ", ".join(str(tensor.dtype) for tensor in given.values())
+        raise InvalidArgumentError(f"Sums and rows are of one dtype, and so are the factors; these are {dtypes}.")
+    sides = y.shape[-1:] + x.shape[-1:] + lora_A.shape[:1]
+    if y.shape[:-1] != x.shape[:-1] or sides != lora_B.shape[:1] + lora_A.shape[1:] + lora_B.shape[1:]:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given.values())
+        raise InvalidArgumentError(f"Sums, rows and factors of shapes {shapes} do not fit.")
+
+
+def _add_low_rank_autograd(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Leave what has a gradient to torch's own products, which are smaller graphs, and saved tensors, than a new one."""
+    given = y, x, lora_A, lora_B
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
+        unpack_dual(t).tangent is not None for t in given
+    ):
+        inner, outer = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        return y + functional.linear(functional.linear(x, inner), outer) * scaling
+    total: Tensor = _below_autograd(torch.ops.lqlora.add_low_rank, *given, scaling)
+    return total
+
+
 def _below_autograd(operator: Any, *args: Any, **kwargs: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 - what torch.library.register_autograd does
         return operator(*args, **kwargs)
@@ -194,6 +234,7 @@ for _name, _kernel, _fake, _autograd in (
     ("quantize", _quantize, _quantize_fake, _without_gradient(torch.ops.lqlora.quantize)),
     ("dequantize", _dequantize, _dequantize_fake, _without_gradient(torch.ops.lqlora.dequantize)),
     ("matmul", _matmul, _matmul_fake, _matmul_autograd),
+    ("add_low_rank", _add_low_rank, _add_low_rank_fake, _add_low_rank_autograd),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     _library.impl(_name, _autograd, "Autograd")

@@ -220,8 +220,10 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
         )  # torch takes no negative strides, and warns of read-only memory
         bits = torch.from_numpy(host.view(np.uint16) if is_bfloat16 else host)
         return (bits.view(torch.bfloat16) if is_bfloat16 else bits).to(device)  # type: ignore[call-overload]
+    line = host.reshape(1) if not host.ndim else host  # CuPy fills arrays without axes: a zero would lose its sign
     try:
-        return xp.asarray(host) if device is None else xp.asarray(host, device=device)
+        there = xp.asarray(line) if device is None else xp.asarray(line, device=device)
+        return there if line is host else xp.reshape(there, ())
     except TypeError as error:
         raise UnsupportedArrayError(f"{xp.__name__} has no {host.dtype}: {error}.") from error
 

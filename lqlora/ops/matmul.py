@@ -161,11 +161,11 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
 
     Parameters
     ----------
-    y : array, shape (..., m)
+    y : array of float16, bfloat16, float32 or float64, shape (..., m)
         What is added to.
     x : array of the same dtype, shape (..., n)
         Inputs.
-    lora_A, lora_B : array of the same dtype, shape (rank, n) and (m, rank)
+    lora_A, lora_B : array of the same dtype or of float32, shape (rank, n) and (m, rank)
         Low-rank factors.
     scaling : float
         Factor of the product.
@@ -173,7 +173,8 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     Returns
     -------
     array of the dtype of ``y``, shape (..., m)
-        ``y + scaling * (x @ lora_A.T) @ lora_B.T``.
+        ``y + scaling * (x @ lora_A.T) @ lora_B.T``. Everything is computed in the dtype that :func:`factor_dtype` names,
+        float64 for float64, and rounded once at the end; the order of the additions is the library's.
 
     Examples
     --------
@@ -181,6 +182,8 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     >>> add_low_rank(np.zeros(2), np.ones(3), np.ones((1, 3)), np.array([[1.0], [2.0]]), 0.5).tolist()
     [1.5, 3.0]
     """
-    xp = namespace(y, x, lora_A, lora_B)
-    update = ((x @ xp.matrix_transpose(lora_A)) @ xp.matrix_transpose(lora_B)) * scaling
-    return y + xp.astype(update, y.dtype, copy=False)  # NumPy multiplies bfloat16 in float32
+    xp, name = namespace(y, x, lora_A, lora_B), dtype_name(y)
+    own = y.dtype if name == "float64" else native_dtype(y, factor_dtype(x))
+    wide, rows, inner, outer = (xp.astype(array, own, copy=False) for array in (y, x, lora_A, lora_B))
+    total = wide + ((rows @ xp.matrix_transpose(inner)) @ xp.matrix_transpose(outer)) * scaling
+    return total if total.dtype == y.dtype else storage_cast(total, name)

@@ -317,7 +317,7 @@ def matmul(
         Inputs.
     q : QuantizedArray of shape (m, n)
         Quantized weight.
-    lora_A, lora_B : array of the dtype of ``x``, shape (rank, n) and (m, rank), optional
+    lora_A, lora_B : array of the dtype of ``x`` or of float32, shape (rank, n) and (m, rank), optional
         Low-rank factors, both or neither.
     scaling : float, default 1.0
         Factor of the low-rank part.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat
 import pytest
 
 from lqlora._optional import is_installed
-from lqlora.backends.cupy import taken
+from lqlora.backends.cupy import launch, taken
 from lqlora.backends.cupy.fits import Fits
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
 from tests.emulator import build
@@ -26,32 +27,43 @@ TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE) for name
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])
-def cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
+def cupy(request: pytest.FixtureRequest) -> Any:
     """The module ``cupy``; whichever it is, kernels run by the backend's own code."""
-    if request.param == "device":
-        require_or_skip("cupy", is_installed("cupy") and importlib.import_module("cupy").cuda.is_available())
-        yield importlib.import_module("cupy")
-    else:
-        yield from stand_in()
+    if request.param == "stand-in":
+        return request.getfixturevalue("emulated")
+    require_or_skip("cupy", is_installed("cupy") and importlib.import_module("cupy").cuda.is_available())
+    return importlib.import_module("cupy")
 
 
 @pytest.fixture(scope="module")
-def emulated() -> Iterator[CuPyStandIn]:
+def emulated() -> CuPyStandIn:
     """Only the stand-in."""
-    yield from stand_in()
-
-
-def stand_in() -> Iterator[CuPyStandIn]:
-    """Put the stand-in where CuPy would be."""
     require_or_skip("g++", build.is_available())
-    module = CuPyStandIn(TOGETHER)
+    return CuPyStandIn(TOGETHER)
+
+
+@pytest.fixture(autouse=True)
+def _the_one_that_is_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Put the stand-in where CuPy would be, for tests that take it and for no other: there may be a real one."""
+    name = next((name for name in ("cupy", "emulated") if name in request.fixturenames), None)
+    module = None if name is None else request.getfixturevalue(name)
+    if isinstance(module, CuPyStandIn):
+        with in_place(module):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def in_place(module: CuPyStandIn) -> Iterator[None]:
+    """Let what imports CuPy find a stand-in, which finds no kernels on disk."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setitem(sys.modules, "cupy", module)
         patch.setitem(sys.modules, "array_api_compat.cupy", module)
         patch.setattr(array_api_compat, "cupy", module, raising=False)
         patch.setenv("CUPY_CACHE_DIR", folder)
         taken.kernels_run.cache_clear()
-        yield module
+        yield
     taken.kernels_run.cache_clear()
 
 
@@ -69,3 +81,9 @@ def on_tensors(emulated: CuPyStandIn, torch: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(TorchMemory, "device", lambda *_: 0)
     monkeypatch.setattr(TorchMemory, "view", view)
     return Fits(TorchMemory())
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads go on with what is beyond the first two blocks of threads."""
+    monkeypatch.setattr(launch, "MOST_BLOCKS", 2)

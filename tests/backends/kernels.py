@@ -27,8 +27,17 @@ EXACT = {
     ],
 }
 
+#: Dtypes of rows and of the factors that they are multiplied by.
+_FACTORS = [(value, factor) for value in _FLOATS for factor in dict.fromkeys((value, "float"))]
+
 KERNELS = {
     **EXACT,
+    "lowrank": [
+        f"{name}<{value}, {factor}, {most}>"
+        for name in ("low_rank_inner", "low_rank_outer")
+        for value, factor in _FACTORS
+        for most in (1, 4)
+    ],
     "matmul": [f"matmul_packed<{bits}, {value}, {most}>" for bits in _BITS for value in _FLOATS for most in (1, 4, 16)],
 }
 

@@ -50,12 +50,6 @@ def codebook(bits):
     return lq.normal_float(bits) if bits > 1 else lq.Codebook(np.array([-1, 1], np.float32))
 
 
-@pytest.fixture
-def few_blocks(monkeypatch):
-    """Threads go on with what is beyond the first two blocks of threads."""
-    monkeypatch.setattr(launch, "MOST_BLOCKS", 2)
-
-
 def draw_schedule(data, cupy):
     cupy.schedule = data.draw(st.sampled_from([0, 1, 7]), label="schedule")
 

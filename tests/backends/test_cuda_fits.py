@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import launch
 from lqlora.backends.cupy.fits import LONGEST_SEARCH
 from lqlora.testing.strategies import formats
 from tests.backends.test_cuda import draw_schedule, put, same
@@ -33,12 +32,6 @@ def terms_of(rng, shape, dtype):
     tiny = float(np.finfo(dtype).smallest_subnormal)
     special = rng.choice(np.array([0.0, -0.0, tiny, -5 * tiny, 1e30, -1e30]), shape)
     return np.where(rng.random(shape) < 0.3, special, drawn).astype(dtype)
-
-
-@pytest.fixture
-def few_blocks(monkeypatch):
-    """Threads go on with what is beyond the first two blocks of threads."""
-    monkeypatch.setattr(launch, "MOST_BLOCKS", 2)
 
 
 # ---- Sums of rows ---------------------------------------------------------------------------------------------------

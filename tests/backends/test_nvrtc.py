@@ -26,6 +26,7 @@ SAMPLE = {
     "packing": ["pack_codes<3>", "unpack_codes<4>"],
     "search": ["best_ratios<4>"],
     "sums": ["row_sums<double>", "level_sums<true>"],
+    "lowrank": ["low_rank_inner<Float16, float, 4>", "low_rank_outer<float, float, 4>"],
     "matmul": MATMUL_SAMPLE[1:2],
 }
 

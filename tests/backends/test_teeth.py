@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,9 +11,13 @@ import pytest
 import lqlora as lq
 from lqlora import ops
 from lqlora.backends.cupy import binary, launch, source
-from tests.backends.conftest import stand_in
+from tests.backends.conftest import TOGETHER, in_place
 from tests.backends.test_cuda_fits import nearly_equal
+from tests.backends.test_cuda_lowrank import case as low_rank
+from tests.emulator import build
 from tests.emulator.build import EmulationError
+from tests.emulator.cupy_stand_in import CuPyStandIn
+from tests.requirements import require_or_skip
 
 #: What is planted: the module, the text that is replaced, what it becomes, and what finds it.
 FAULTS = {
@@ -24,7 +30,7 @@ FAULTS = {
     "tail_written": ("decode", "if (i < count) narrow", "narrow", "out of bounds"),
     "always_aligned": ("encode", "is_aligned(flat, 16)", "true", "no multiple of 16"),
     "reciprocal": ("encode", "values[i] / scaling.divisor", "values[i] * ((Wide)1 / scaling.divisor)", None),
-    "upper_index": ("encode", "normalized > cuts", "normalized >= cuts", None),
+    "upper_index": ("encode", "value > boundaries", "value >= boundaries", None),
     "zero_scale": ("encode", "scale != 0 ? scale :", "scale == scale ? scale :", None),
     "fused": ("decode", "(table[code_in<bits>(group, i)] - zero) * scale", "table[code_in<bits>(group, i)] * scale - zero * scale", None),
     "down": ("decode", "bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u", None),
@@ -44,6 +50,11 @@ FAULTS = {
     "sums_not_cleared": ("sums", "i < copies * all", "i < copies * all - 1", None),
     "halves_up": ("sums", "x + shift)", "x + 1e-9 + shift)", None),
     "all_bins": ("sums", "if (entry.bin < 0 || entry.bin >= bins) continue;", "", None),
+    "sums_not_met": ("lowrank", "    __syncthreads();\n    if (threadIdx.x < most", "    if (threadIdx.x < most", "shared memory"),
+    "sums_met_again": ("lowrank", "    __syncthreads();\n  }\n}", "  }\n}", "what another thread"),
+    "inputs_beyond": ("lowrank", "const int own = first + m < inputs ? first + m : first", "const int own = first + m", "out of bounds"),
+    "rows_beyond": ("lowrank", "turn < parts * rows ? turn : 0", "turn", "out of bounds"),
+    "ranks_beyond": ("lowrank", "i < count ? widen(from[i]) : 0", "widen(from[i])", "out of bounds"),
 }  # fmt: skip
 
 
@@ -87,6 +98,10 @@ def run(cupy):
         found = ops.decode(*arrays, levels, bits, size, cupy.asarray(out)[1:])
         yield found, ops.decode.reference(codes, scales, zeros, levels, bits, size, expected)
     yield from run_fits(cupy, rng)
+    for sizes in ((5, 13, 100, 9), (1, 1, 2100, 3)):
+        arguments = low_rank(rng, ("float16", "float32"), sizes)
+        there = (*map(cupy.asarray, arguments[:4]), arguments[4])
+        yield ops.add_low_rank(*there), ops.add_low_rank.reference(*arguments)
 
 
 def run_fits(cupy, rng):
@@ -125,23 +140,23 @@ def differs(cupy) -> bool:
 @pytest.fixture
 def planted(monkeypatch):
     """Return what plants a fault and gives the stand-in that runs the kernels with it."""
-    opened = []
+    require_or_skip("g++", build.is_available())
+    with ExitStack() as stack:
 
-    def plant(module, text, other):
-        own = source.source
+        def plant(module, text, other):
+            own = source.source
 
-        def changed(name):
-            assert text in own(module)
-            return own(name).replace(text, other)
+            def changed(name):
+                assert text in own(module)
+                return own(name).replace(text, other)
 
-        monkeypatch.setattr(binary, "source", changed)
-        monkeypatch.setattr(launch, "MOST_BLOCKS", 3)
-        opened.append(stand_in())
-        return next(opened[-1])
+            monkeypatch.setattr(binary, "source", changed)
+            monkeypatch.setattr(launch, "MOST_BLOCKS", 3)
+            cupy = CuPyStandIn(TOGETHER)
+            stack.enter_context(in_place(cupy))
+            return cupy
 
-    yield plant
-    for generator in opened:
-        next(generator, None)
+        yield plant
 
 
 def test_without_a_fault_nothing_is_found(planted):

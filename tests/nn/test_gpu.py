@@ -65,7 +65,7 @@ class TestLayers:
         layer = _layer(text)
         there = copy.deepcopy(layer).to("cuda")
         x = _random(rows, IN, seed=4).to(dtype)
-        own, moved = x.float().requires_grad_(), x.to("cuda").requires_grad_()
+        own, moved = x.float().clone().requires_grad_(), x.to("cuda").requires_grad_()
         y, found = layer(own), there(moved)
         assert found.dtype == dtype
         y.square().sum().backward()
@@ -120,6 +120,14 @@ class TestOperators:
         torch.library.opcheck(torch.ops.lqlora.dequantize.default, tuple(operands(q)), {"dtype": torch.bfloat16})
         torch.library.opcheck(torch.ops.lqlora.quantize.default, (_random(OUT, IN).to("cuda"), spelled, codebook))
 
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_add_low_rank(self, grad):
+        shapes = ((3, OUT), (3, IN), (RANK, IN), (OUT, RANK))
+        tensors = [_random(*shape, seed=i).to("cuda").requires_grad_(grad) for i, shape in enumerate(shapes)]
+        torch.library.opcheck(torch.ops.lqlora.add_low_rank.default, (*tensors, 0.5))
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_layers_are_compiled_into_one_graph(self, backend):
         if backend == "inductor" and not is_installed("triton"):
@@ -131,8 +139,11 @@ class TestOperators:
         torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-4)
         (found,) = torch.autograd.grad(y.sum(), x)
         (expected,) = torch.autograd.grad(model(x).sum(), x)
-        torch.compiler.reset()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        with torch.inference_mode():
+            found = torch.compile(model, fullgraph=True, backend=backend)(x)
+            torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
+        torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")

@@ -33,6 +33,9 @@ _LOADS = 4
 _INPUTS = (1, 4, 16)
 MOST_INPUTS = _INPUTS[-1]
 
+#: Rows of inputs that threads multiply by one row of a low-rank factor.
+_INPUTS_AT_ONCE = 4
+
 #: Threads of a block, and those of a matrix product, whose warps have one row each, or two.
 _THREADS, _PRODUCT_THREADS = 256, 128
 
@@ -174,6 +177,23 @@ class Kernels:
         arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
         kernel = f"matmul_packed<{bits}, {_TYPES[dtype_name(x)]}, {most}>"
         self._run("matmul", kernel, -(-rows // (2 if most > 1 else 1)) * 32, arguments, _PRODUCT_THREADS)
+        return out
+
+    def add_low_rank(self, y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> Array:
+        """Multiply by one factor, keep the result in float32, and multiply that by the other."""
+        (rank, columns), rows, inputs = lora_A.shape, lora_B.shape[0], prod(y.shape[:-1])
+        own, factor = _TYPES[dtype_name(y)], _TYPES[dtype_name(lora_A)]
+        out = self._memory.empty(inputs * rows, dtype_name(y), y).reshape(y.shape)
+        if not rows:
+            return out
+        inner = self._memory.empty(inputs * rank, "float32", y)
+        most = 1 if inputs == 1 else _INPUTS_AT_ONCE
+        kind, parts, lanes = f"<{own}, {factor}, {most}>", -(-inputs // most), lanes_for(rank, GROUP, 32)
+        sizes = np.int32(inputs), np.int32(rank)
+        given: tuple[Any, ...] = x, lora_A, inner, *sizes, np.int32(columns)
+        self._run("lowrank", f"low_rank_inner{kind}", parts * rank * _THREADS, given)
+        given = y, inner, lora_B, np.float32(scaling), out, *sizes, np.int64(rows), np.int32(lanes)
+        self._run("lowrank", f"low_rank_outer{kind}", parts * rows * lanes, given)
         return out
 
     def _run(self, module: str, kernel: str, work: int, arguments: tuple[Any, ...], threads: int = _THREADS) -> None:

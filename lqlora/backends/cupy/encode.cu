@@ -1,13 +1,5 @@
 // From weights to codes, given the scales. A thread has eight weights at a time.
 
-// How many of the boundaries are strictly below: those of `cells` cells, in order, filled up with infinity.
-template <class Wide> __device__ __forceinline__ int cell_of(Wide normalized, const float* cuts, int cells) {
-  int code = 0;
-  for (int step = cells / 2; step > 0; step /= 2)
-    if (normalized > cuts[code + step - 1]) code += step;
-  return code;
-}
-
 // What a block of weights is divided by, and its zero point.
 template <class Wide> struct Scaling {
   Wide divisor, zero;
@@ -26,8 +18,9 @@ __global__ void __launch_bounds__(256)
                   unsigned char* __restrict__ packed, long long count, long long block_size, double inverse) {
   using Wide = typename Arithmetic<Value>::type;
   constexpr int cells = 1 << bits;
-  __shared__ float cuts[cells - 1];
-  share(boundaries, cuts);
+  constexpr bool gaps = cells > MANY;
+  __shared__ float cuts[place_of<gaps>(cells)];
+  share_boundaries<gaps>(boundaries, cells, cuts);
   const bool wide_loads = is_aligned(flat, 16), wide_stores = is_aligned(packed, word_bytes<bits>);
   for (long long first = first_thread() * GROUP; first < count; first += thread_count() * GROUP) {
     const int length = group_length(first, count);
@@ -47,7 +40,7 @@ __global__ void __launch_bounds__(256)
       if (i >= length) break;
       if (walk.enters(i)) scaling.of(walk.block, scales, zero_points, affine);
       const Wide normalized = values[i] / scaling.divisor + scaling.zero;
-      group |= (unsigned long long)cell_of(normalized, cuts, cells) << bits * i;
+      group |= (unsigned long long)cell_of<gaps>(normalized, cuts, cells) << bits * i;
     }
     store_group<bits>(packed + first / GROUP * bits, wide_stores, length, group);
   }
@@ -58,8 +51,7 @@ __global__ void __launch_bounds__(256)
     nearest_codes(const Value* __restrict__ flat, const float* __restrict__ boundaries, int cells,
                   unsigned char* __restrict__ codes, long long count) {
   __shared__ float cuts[255];
-  for (int i = threadIdx.x; i < cells - 1; i += blockDim.x) cuts[i] = boundaries[i];
-  __syncthreads();
+  share_boundaries<false>(boundaries, cells, cuts);
   const bool wide_loads = is_aligned(flat, 16), wide_stores = is_aligned(codes, 8);
   for (long long first = first_thread() * GROUP; first < count; first += thread_count() * GROUP) {
     const int length = group_length(first, count);
@@ -72,7 +64,7 @@ __global__ void __launch_bounds__(256)
     }
     unsigned long long group = 0;
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) group |= (unsigned long long)cell_of(values[i], cuts, cells) << 8 * i;
+    for (int i = 0; i < GROUP; ++i) group |= (unsigned long long)cell_of<false>(values[i], cuts, cells) << 8 * i;
     store_group<8>(codes + first, wide_stores, length, group);
   }
 }

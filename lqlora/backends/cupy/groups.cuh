@@ -104,6 +104,26 @@ template <int length> __device__ __forceinline__ void share(const float* __restr
   __syncthreads();
 }
 
+// Where the boundaries of cells lie in shared memory: in order, and if they are many with a gap after every 32. Those that
+// threads ask for in the same step would be in one bank without.
+template <bool gaps> __device__ constexpr int place_of(int boundary) { return gaps ? boundary + boundary / 32 : boundary; }
+
+constexpr int MANY = 128;
+
+template <bool gaps> __device__ __forceinline__ void share_boundaries(const float* __restrict__ from, int cells, float* to) {
+  for (int i = threadIdx.x; i < cells - 1; i += blockDim.x) to[place_of<gaps>(i)] = from[i];
+  __syncthreads();
+}
+
+// How many of the boundaries are strictly below. Steps and cells are powers of two.
+template <bool gaps, class Real>
+__device__ __forceinline__ int cell_of(Real value, const float* boundaries, int cells) {
+  int place = 0;
+  for (int step = cells / 2; step > 0; step /= 2)
+    if (value > boundaries[place + place_of<gaps>(step - 1)]) place += place_of<gaps>(step);
+  return gaps ? place - place / 33 : place;
+}
+
 // The weights that a group of `length` codes stands for; the product is rounded once.
 template <int bits>
 __device__ __forceinline__ void decode_group(unsigned long long group, Position first, int length,

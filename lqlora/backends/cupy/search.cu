@@ -1,17 +1,12 @@
 // The factor of each row's scale that leaves the least squared error. A team of threads has a row, in registers.
 
-// The nearest levels, of a table that lies in shared memory.
+// The nearest levels; boundaries and levels lie in shared memory.
 template <int bits> struct Nearest {
   const float *cuts, *levels;
   float zero;
 
   __device__ __forceinline__ float operator()(float normalized) const {
-    const float shifted = normalized + zero;
-    int code = 0;
-#pragma unroll
-    for (int step = 1 << (bits - 1); step > 0; step /= 2)
-      if (shifted > cuts[code + step - 1]) code += step;
-    return levels[code] - zero;
+    return levels[cell_of<(1 << bits > MANY)>(normalized + zero, cuts, 1 << bits)] - zero;
   }
 };
 
@@ -55,8 +50,9 @@ __global__ void __launch_bounds__(512, 2)
                 const float* __restrict__ zeros, int affine, const float* __restrict__ boundaries,
                 const float* __restrict__ levels, const float* __restrict__ grid, int tried, int refinements,
                 float* __restrict__ best, long long count, int length, int lanes) {
-  __shared__ float cuts[(1 << bits) - 1], table[1 << bits], met[TEAM];
-  share(boundaries, cuts);
+  constexpr bool gaps = 1 << bits > MANY;
+  __shared__ float cuts[place_of<gaps>(1 << bits)], table[1 << bits], met[TEAM];
+  share_boundaries<gaps>(boundaries, 1 << bits, cuts);
   share(levels, table);
   Row<bits> row{{}, {}, 0, {cuts, table, 0.0f}, {lanes, met}};
   const int teams = blockDim.x / lanes;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lqlora import ops
@@ -171,6 +172,16 @@ def _product_fits(
     return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
 
 
+def _factors_fit(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> bool:  # noqa: ARG001
+    if not x.shape or len(lora_A.shape) != 2 or len(lora_B.shape) != 2 or y.dtype != x.dtype:
+        return False
+    (rank, columns), rows = lora_A.shape, lora_B.shape[0]
+    shapes = tuple(lora_B.shape) == (rows, rank) and tuple(x.shape) == (*y.shape[:-1], columns)
+    few = 1 <= prod(x.shape[:-1]) <= MOST_INPUTS and 1 <= rank < 2**20 and 1 <= columns < 2**30
+    dtypes = lora_A.dtype == lora_B.dtype and (lora_A.dtype == x.dtype or dtype_name(lora_A) == "float32")
+    return shapes and few and dtypes and bool(y.shape) and y.shape[-1] == rows
+
+
 def _rows_fit(rows: Array) -> bool:
     return len(rows.shape) == 2 and rows.shape[1] >= 1
 
@@ -244,6 +255,11 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
         _product_fits,
         f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs below 2**30, blocks below 2**31, as many codes and scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
         aligned=(0, 1),
+    ),
+    ops.add_low_rank: _Taken(
+        dict.fromkeys(("y", "x", "lora_A", "lora_B"), _NARROW),
+        _factors_fit,
+        f"1 to {MOST_INPUTS} rows, and factors of one rank or more, of their dtype or of float32",
     ),
     ops.row_sums: _Taken({"rows": _WIDE}, _rows_fit, "rows of one entry or more"),
     ops.best_ratios: _Taken(

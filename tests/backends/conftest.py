@@ -14,7 +14,7 @@ import pytest
 from lqlora._optional import is_installed
 from lqlora.backends.cupy import launch, taken
 from lqlora.backends.cupy.fits import Fits
-from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
+from tests.backends.kernels import KERNELS, MATMUL_SAMPLE, TENSOR_SAMPLE
 from tests.emulator import build
 from tests.emulator.cupy_stand_in import CuPyStandIn
 from tests.requirements import require_or_skip
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: What is compiled together: a call to the compiler for each kernel would take longer.
-TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE) for name in names}
+TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE, TENSOR_SAMPLE) for name in names}
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["EXACT", "KERNELS", "MATMUL_SAMPLE"]
+__all__ = ["EXACT", "KERNELS", "MATMUL_SAMPLE", "TENSOR_SAMPLE"]
 
 _BITS = range(1, 9)
 _FLOATS = ("float", "Float16", "BFloat16")
@@ -38,14 +38,20 @@ KERNELS = {
         for value, factor in _FACTORS
         for most in (1, 4)
     ],
-    "matmul": [f"matmul_packed<{bits}, {value}, {most}>" for bits in _BITS for value in _FLOATS for most in (1, 4, 16)],
+    "matmul": [
+        *(f"matmul_packed<{bits}, {value}, {most}>" for bits in _BITS for value in _FLOATS for most in (1, 4)),
+        *(f"matmul_packed<{bits}, float, 16>" for bits in _BITS),
+    ],
+    "tensor": [f"matmul_tensor<{bits}, {value}>" for bits in _BITS for value in ("Float16", "BFloat16")],
 }
 
 #: Enough of the matrix products for a short test: even, odd and whole bytes; each type; each number of inputs.
 MATMUL_SAMPLE = [
     "matmul_packed<3, float, 4>",
     "matmul_packed<4, float, 1>",
-    "matmul_packed<4, Float16, 16>",
+    "matmul_packed<4, Float16, 1>",
     "matmul_packed<4, BFloat16, 4>",
     "matmul_packed<8, float, 16>",
 ]
+
+TENSOR_SAMPLE = ["matmul_tensor<4, Float16>", "matmul_tensor<3, BFloat16>"]

@@ -10,7 +10,7 @@ import sys
 from lqlora.backends.cupy.source import OPTIONS, source
 from tests.backends.kernels import KERNELS
 from tests.backends.nvrtc import compile_for
-from tests.backends.test_nvrtc import ARCHITECTURES
+from tests.backends.test_nvrtc import ARCHITECTURES, OLDEST
 
 
 def family(name: str) -> str:
@@ -27,7 +27,7 @@ def batched(names: list[str]) -> list[list[str]]:
 def main() -> None:
     table: dict[str, dict[int, list[int]]] = {}
     for module, names in KERNELS.items():
-        for architecture in ARCHITECTURES:
+        for architecture in (number for number in ARCHITECTURES if number >= OLDEST.get(module, 0)):
             for some in batched(names):
                 for name, usage in compile_for(architecture, source(module), OPTIONS, some).usage.items():
                     assert usage.spilled == 0, (name, architecture)
@@ -35,8 +35,8 @@ def main() -> None:
     heads = [f"sm_{architecture}" for architecture in ARCHITECTURES]
     lines = [f"| kernel | instances | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for name, found in table.items():
-        cells = [f"{min(found[a])} to {max(found[a])}" for a in ARCHITECTURES]
-        lines.append(f"| `{name}` | {len(found[ARCHITECTURES[0]])} | {' | '.join(cells)} |")
+        cells = [f"{min(found[a])} to {max(found[a])}" if a in found else "" for a in ARCHITECTURES]
+        lines.append(f"| `{name}` | {len(found[ARCHITECTURES[-1]])} | {' | '.join(cells)} |")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -14,7 +14,8 @@ from lqlora.backends.cupy import launch, source, taken
 from lqlora.errors import MixedArraysError
 from lqlora.testing import check_backend
 from lqlora.testing.strategies import formats
-from tests.backends.kernels import KERNELS, MATMUL_SAMPLE
+from tests.backends.kernels import KERNELS, MATMUL_SAMPLE, TENSOR_SAMPLE
+from tests.emulator.cupy_stand_in import CuPyStandIn
 from tests.requirements import require_or_skip
 from tests.strategies import stored
 
@@ -210,12 +211,16 @@ def test_threads_go_on_beyond_the_largest_grid(cupy, bits):
 # ---- Products -------------------------------------------------------------------------------------------------------
 
 
+#: How many rows of inputs a kernel is given, by the number that its name ends with.
+SHARES = {0: (5, 16), 1: (1, 1), 4: (2, 4), 16: (5, 16)}
+
+
 def product_case(rng, kernel, rows, columns, block_size, affine):
     """Arguments of a product whose every sum is an integer that all types have."""
-    bits, dtype, most = kernel.removeprefix("matmul_packed<").removesuffix(">").split(", ")
-    bits = int(bits)
+    bits, dtype, *most = kernel.partition("<")[2].removesuffix(">").split(", ")
+    bits, fewest, most = int(bits), *SHARES[int(most[0]) if most else 0]
     name = {"float": "float32", "Float16": "float16", "BFloat16": "bfloat16"}[dtype]
-    inputs = int(rng.integers(most // 4 + 1 if (most := int(most)) > 1 else 1, most + 1))
+    inputs = int(rng.integers(fewest, most + 1))
     levels = (np.arange(2**bits) % 4 - (0 if affine else 2)).astype(np.float32)
     blocks = -(-rows * columns // block_size)
     codes = rng.integers(0, 2**bits, rows * columns).astype(np.uint8)
@@ -231,17 +236,19 @@ def product_case(rng, kernel, rows, columns, block_size, affine):
     return x.astype(FLOATS[name]), packed, scales, zeros, levels, bits, block_size, expected.astype(FLOATS[name])
 
 
-def check_product(cupy, case):
+def check_product(cupy, kernel, case):
     x, packed, scales, zeros, levels, bits, block_size, expected = case
     arrays = [None if array is None else put(cupy, array) for array in (x, packed, scales, zeros)]
     out = put(cupy, np.full_like(expected, np.nan))
     arguments = (*arrays, levels, bits, block_size, out)
     assert ops.matmul_packed.select(*arguments).implementation == "cupy.matmul_packed"
     assert ops.matmul_packed(*arguments) is out
+    if isinstance(cupy, CuPyStandIn):
+        assert cupy.launched[-1][0] == kernel
     assert out.get().astype(np.float64).tolist() == expected.astype(np.float64).tolist()
 
 
-@pytest.mark.parametrize("kernel", MATMUL_SAMPLE)
+@pytest.mark.parametrize("kernel", [*MATMUL_SAMPLE, *TENSOR_SAMPLE])
 @given(
     data=st.data(),
     rows=st.integers(1, 40),
@@ -252,17 +259,19 @@ def check_product(cupy, case):
 )
 def test_products_of_integers_are_exact(emulated, kernel, data, rows, groups, block_size, seed, affine):
     draw_schedule(data, emulated)
-    check_product(emulated, product_case(np.random.default_rng(seed), kernel, rows, 8 * groups, block_size, affine))
+    check_product(
+        emulated, kernel, product_case(np.random.default_rng(seed), kernel, rows, 8 * groups, block_size, affine)
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS["matmul"])
+@pytest.mark.parametrize("kernel", [*KERNELS["matmul"], *KERNELS["tensor"]])
 def test_products_are_exact_for_all_bits_types_and_numbers_of_inputs(cupy, kernel):
     for seed, (rows, columns) in enumerate([(1, 8), (37, 256), (8, 1032)]):
-        check_product(cupy, product_case(np.random.default_rng(seed), kernel, rows, columns, 40, seed % 2 == 0))
+        check_product(cupy, kernel, product_case(np.random.default_rng(seed), kernel, rows, columns, 40, seed % 2 == 0))
 
 
-@pytest.mark.parametrize("kernel", MATMUL_SAMPLE)
+@pytest.mark.parametrize("kernel", [*MATMUL_SAMPLE, *TENSOR_SAMPLE])
 def test_products_of_other_numbers_are_close(emulated, kernel):
     rng = np.random.default_rng(0)
     x, packed, scales, zeros, _, bits, block_size, expected = product_case(rng, kernel, 20, 512, 64, affine=False)
@@ -272,7 +281,10 @@ def test_products_of_other_numbers_are_close(emulated, kernel):
     wide, weights = x.astype(np.float64), weights.reshape(20, 512).astype(np.float64)
     out = put(emulated, np.zeros_like(expected))
     ops.matmul_packed(*(put(emulated, a) for a in (x, packed, scales)), None, levels, bits, block_size, out)
-    bound = float(ml_dtypes.finfo(x.dtype).eps) * abs(wide @ weights.T) + 512 * 2.0**-24 * (abs(wide) @ abs(weights).T)
+    sums = abs(wide) @ abs(weights).T
+    bound = float(ml_dtypes.finfo(x.dtype).eps) * abs(wide @ weights.T) + 512 * 2.0**-24 * sums
+    if kernel in TENSOR_SAMPLE:  # weights are rounded too
+        bound += float(ml_dtypes.finfo(x.dtype).eps) / 2 * sums
     assert (abs(out.get().astype(np.float64) - wide @ weights.T) <= bound).all()
 
 
@@ -369,6 +381,22 @@ def test_products_of_many_rows_or_of_parts_of_groups_are_left_to_the_reference(e
     scales = emulated.empty(-(-4 * columns // 64), dtype="float32")
     found = lq.backends.explain("matmul_packed", x, packed, scales, None, lq.NF4.levels, 4, 64, out)
     assert found.implementation == "reference"
+
+
+def test_devices_without_units_for_matrices_decode_the_weight_first(emulated, monkeypatch):
+    kernel = TENSOR_SAMPLE[0]
+    x, packed, scales, zeros, levels, bits, block_size, expected = product_case(
+        np.random.default_rng(0), kernel, 20, 64, 64, affine=False
+    )
+    arguments = (*(put(emulated, array) for array in (x, packed, scales)), zeros, levels, bits, block_size)
+    for capability, last in (("80", kernel), ("75", "decode<4, Float16>")):
+        monkeypatch.setattr(emulated.cuda.Device, "compute_capability", capability)
+        launch._capability.cache_clear()
+        emulated.launched.clear()
+        found = ops.matmul_packed(*arguments, put(emulated, np.zeros_like(expected)))
+        assert emulated.launched[-1][0] == last
+        assert found.get().tolist() == expected.tolist()
+    launch._capability.cache_clear()
 
 
 def test_arrays_of_two_libraries_are_refused(cupy):

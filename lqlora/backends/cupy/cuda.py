@@ -9,7 +9,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import dtype_name
-from lqlora.backends.cupy.launch import launch, table
+from lqlora.backends.cupy.launch import capability, launch, table
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -32,6 +32,10 @@ _LOADS = 4
 #: Rows of inputs that matrix products are compiled for. With more of them, dense products of decoded tiles are faster.
 _INPUTS = (1, 4, 16)
 MOST_INPUTS = _INPUTS[-1]
+
+#: More rows of 16-bit inputs than these are multiplied by units for small matrices, which devices have from some
+#: capability on; a block of threads has so many rows of the weight there.
+_FEW, _MULTIPLIES_MATRICES, _TILE = 4, 80, 16
 
 #: Rows of inputs that threads multiply by one row of a low-rank factor.
 _INPUTS_AT_ONCE = 4
@@ -170,13 +174,19 @@ class Kernels:
         (inputs, columns), rows = x.shape, out.shape[1]
         if not rows:
             return out
-        most = next(most for most in _INPUTS if inputs <= most)
+        own = _TYPES[dtype_name(x)]
         zeros, affine = _zero_points(zero_points, packed)
         shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
         sizes = (np.int32(inputs), np.int64(rows), np.int32(columns), *_blocks(block_size), np.int32(shift))
         arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
-        kernel = f"matmul_packed<{bits}, {_TYPES[dtype_name(x)]}, {most}>"
-        self._run("matmul", kernel, -(-rows // (2 if most > 1 else 1)) * 32, arguments, _PRODUCT_THREADS)
+        if inputs <= _FEW or own == "float":
+            most = next(most for most in _INPUTS if inputs <= most)
+            work = -(-rows // (2 if most > 1 else 1)) * 32
+            self._run("matmul", f"matmul_packed<{bits}, {own}, {most}>", work, arguments, _PRODUCT_THREADS)
+        elif capability(self._memory.device(x) or 0) >= _MULTIPLIES_MATRICES:
+            self._run("tensor", f"matmul_tensor<{bits}, {own}>", -(-rows // _TILE) * _THREADS, arguments)
+        else:
+            ops.matmul_packed.reference(x, packed, scales, zero_points, levels, bits, block_size, out)
         return out
 
     def add_low_rank(self, y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> Array:

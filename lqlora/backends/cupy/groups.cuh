@@ -138,3 +138,18 @@ __device__ __forceinline__ void decode_group(unsigned long long group, Position 
     weights[i] = (table[code_in<bits>(group, i)] - zero) * scale;
   }
 }
+
+// The codes and blocks of one row. Rows and blocks are shorter than 2**31.
+struct RowOfWeights {
+  const unsigned char* codes;
+  const float* scales;                 // of the block that the row begins in
+  const unsigned char* zero_points;
+  unsigned within, size;               // weights of that block before the row, and in all
+  int shift;                           // of sizes that are powers of two, or -1
+
+  __device__ __forceinline__ Position at(unsigned column) const {
+    const unsigned ahead = within + column;
+    const unsigned blocks = shift >= 0 ? ahead >> shift : ahead / size;
+    return {blocks, ahead - blocks * size};
+  }
+};

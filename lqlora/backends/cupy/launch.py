@@ -13,7 +13,7 @@ from lqlora.backends.cupy.binary import Binary
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["launch", "table"]
+__all__ = ["capability", "launch", "table"]
 
 #: Tables on devices, by what they hold.
 _tables: dict[tuple[Any, ...], Any] = {}
@@ -61,6 +61,27 @@ def _loaded(cupy: Any, device: int, module: str, kernel: str) -> Any:  # noqa: A
     loaded = cupy.cuda.Module()
     loaded.load(binary.code)
     return loaded.get_function(binary.symbol)
+
+
+def capability(device: int) -> int:
+    """Return what a device can do, as CUDA counts it.
+
+    Parameters
+    ----------
+    device : int
+        Its number.
+
+    Returns
+    -------
+    int
+        Such as 80 for the Ampere generation.
+    """
+    return _capability(importlib.import_module("cupy"), device)
+
+
+@functools.cache
+def _capability(cupy: Any, device: int) -> int:
+    return int(cupy.cuda.Device(device).compute_capability)
 
 
 def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: float) -> Any:

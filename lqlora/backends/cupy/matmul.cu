@@ -5,21 +5,6 @@
 // are whole groups long; inputs and codes begin at multiples of sixteen bytes. This is the one kernel that fuses
 // multiplications with additions: the order of its sums is no part of the definition.
 
-// The codes and blocks of one row. Rows and blocks are shorter than 2**31.
-struct RowOfWeights {
-  const unsigned char* codes;
-  const float* scales;                 // of the block that the row begins in
-  const unsigned char* zero_points;
-  unsigned within, size;               // weights of that block before the row, and in all
-  int shift;                           // of sizes that are powers of two, or -1
-
-  __device__ __forceinline__ Position at(unsigned column) const {
-    const unsigned ahead = within + column;
-    const unsigned blocks = shift >= 0 ? ahead >> shift : ahead / size;
-    return {blocks, ahead - blocks * size};
-  }
-};
-
 // How rows and groups are shared out, by the number of inputs.
 template <int most_inputs> struct Shares {
   static constexpr int rows = most_inputs > 1 ? 2 : 1, groups = most_inputs > 4 ? 1 : most_inputs > 1 ? 2 : 4;

@@ -11,7 +11,7 @@ __all__ = ["MODULES", "OPTIONS", "source"]
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 
 #: Files of kernels. Each is compiled behind those that all of them share.
-MODULES = ("blocks", "decode", "encode", "lowrank", "matmul", "packing", "search", "sums")
+MODULES = ("blocks", "decode", "encode", "lowrank", "matmul", "packing", "search", "sums", "tensor")
 
 _SHARED = ("numbers.cuh", "groups.cuh", "halving.cuh")
 

@@ -1,0 +1,160 @@
+// Up to sixteen rows of 16-bit inputs times a packed weight, by the units that multiply small matrices: from sm_80 on.
+//
+// A block of threads has sixteen rows of the weight, each of its warps a part of their columns. Which columns a lane gives
+// to the units is free, as long as weights and inputs agree: it takes groups of eight that lie one after the other, so that
+// it reads whole words. Weights are rounded to the dtype of the inputs, as for products of many rows on a device; sums are
+// of float32, and meet in shared memory at the end.
+
+// Two numbers of 16 bits in a word, the first one in its lower half.
+template <class Half> __device__ __forceinline__ unsigned paired(float first, float second) {
+  Half low, high;
+  narrow(first, low);
+  narrow(second, high);
+  return low.bits | (unsigned)high.bits << 16;
+}
+
+#ifdef __CUDA_ARCH__
+
+#if __CUDA_ARCH__ >= 800
+template <> __device__ __forceinline__ unsigned paired<BFloat16>(float first, float second) {
+  unsigned both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+
+template <> __device__ __forceinline__ unsigned paired<Float16>(float first, float second) {
+  unsigned both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+#endif
+
+// Adds the product of a 16 x 16 matrix `a` and a 16 x 8 matrix `b` to the 16 x 8 matrix `sums`. Lane 4 * i + j has of `a`
+// rows i and i + 8, of `b` column i, of both entries 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9 along the other side; of
+// `sums` columns 2 * j and 2 * j + 1 of rows i and i + 8.
+__device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], Float16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], BFloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#else
+
+// The same, by lanes that show each other what they have.
+template <class Half>
+__device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], Half) {
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  for (int j = 0; j < 4; ++j)
+    for (int part = 0; part < 2; ++part) {
+      unsigned rows[2], columns[2];
+      for (int i = 0; i < 2; ++i) {
+        rows[i] = __shfl_sync(0xffffffffu, a[2 * part + i], 4 * row + j);
+        columns[i] = __shfl_sync(0xffffffffu, b[part], 4 * (column + i) + j);
+      }
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 32; k += 16)
+          sums[i] += widen(Half{(unsigned short)(rows[i / 2] >> k)}) * widen(Half{(unsigned short)(columns[i % 2] >> k)});
+    }
+}
+
+#endif
+
+// The weights of a group; zeros where the row has ended.
+template <int bits>
+__device__ __forceinline__ void load_weights(const RowOfWeights& row, int column, bool present, bool plain,
+                                             const float* table, float (&weights)[GROUP]) {
+  if (!present) {
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) weights[i] = 0;
+    return;
+  }
+  const unsigned long long codes = load_group<bits>(row.codes + (long long)(column / GROUP) * bits, true, GROUP);
+  const Position position = row.at(column);
+  if (plain) {  // no group is in two blocks
+    const float scale = row.scales[position.block];
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i) weights[i] = table[code_in<bits>(codes, i)] * scale;
+  } else {
+    decode_group<bits>(codes, position, GROUP, row.scales, row.zero_points, row.zero_points != nullptr, table, row.size,
+                       weights);
+  }
+}
+
+// Rows of weights that a block of threads has, columns that a warp has at a time, inputs of one product.
+constexpr int TILE = 16, STRETCH = 128, WARPS = 8, EIGHT = 8;
+
+// Adds the products of a stretch of columns, a quarter of which each lane of four has.
+template <int bits, class Half>
+__device__ __forceinline__ void add_stretch(const RowOfWeights (&rows)[2], const Half* __restrict__ x, int inputs,
+                                            int columns, int begin, bool plain, const float* table, float (&sums)[2][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int q = 0; q < STRETCH / 4 / GROUP; ++q) {
+    const int column = begin + lane % 4 * (STRETCH / 4) + q * GROUP;
+    const bool present = column < columns;
+    float weights[2][GROUP];
+    for (int r = 0; r < 2; ++r) load_weights<bits>(rows[r], column, present, plain, table, weights[r]);
+    uint4 input[2];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int own = lane / 4 + EIGHT * part;
+      input[part] = present && own < inputs ? *reinterpret_cast<const uint4*>(x + (long long)own * columns + column)
+                                            : uint4{0, 0, 0, 0};
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned a[4] = {
+          paired<Half>(weights[0][4 * i], weights[0][4 * i + 1]), paired<Half>(weights[1][4 * i], weights[1][4 * i + 1]),
+          paired<Half>(weights[0][4 * i + 2], weights[0][4 * i + 3]),
+          paired<Half>(weights[1][4 * i + 2], weights[1][4 * i + 3])};
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        if (EIGHT * part >= inputs) break;
+        const unsigned b[2] = {i ? input[part].z : input[part].x, i ? input[part].w : input[part].y};
+        add_product(sums[part], a, b, Half{});
+      }
+    }
+  }
+}
+
+template <int bits, class Half>
+__global__ void __launch_bounds__(256)
+    matmul_tensor(const Half* __restrict__ x, const unsigned char* __restrict__ packed, const float* __restrict__ scales,
+                  const unsigned char* __restrict__ zero_points, int affine, const float* __restrict__ levels,
+                  Half* __restrict__ out, int inputs, long long rows, int columns, long long block_size, double inverse,
+                  int shift) {
+  __shared__ float table[1 << bits], met[WARPS][2 * EIGHT][TILE + 1];
+  share(levels, table);
+  const bool plain = !affine && block_size % GROUP == 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (long long first = blockIdx.x * (long long)TILE; first < rows; first += gridDim.x * (long long)TILE) {
+    RowOfWeights own[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const long long row = first + lane / 4 + EIGHT * r, start = (row < rows ? row : rows - 1) * columns;
+      const Position begin = position_of(start, {block_size, inverse});
+      own[r] = {packed + start / GROUP * bits, scales + begin.block, affine ? zero_points + begin.block : nullptr,
+                (unsigned)begin.within, (unsigned)block_size, shift};
+    }
+    float sums[2][4] = {};
+    for (int begin = warp * STRETCH; begin < columns; begin += WARPS * STRETCH)
+      add_stretch<bits>(own, x, inputs, columns, begin, plain, table, sums);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      met[warp][i / 4 * EIGHT + lane % 4 * 2 + i % 2][lane / 4 + i % 4 / 2 * EIGHT] = sums[i / 4][i % 4];
+    __syncthreads();
+    const int input = threadIdx.x / TILE, row = threadIdx.x % TILE;
+    if (input < inputs && first + row < rows) {
+      float sum = 0;
+      for (int i = 0; i < WARPS; ++i) sum += met[i][input][row];
+      narrow(sum, out[input * rows + first + row]);
+    }
+    __syncthreads();
+  }
+}

@@ -12,6 +12,8 @@ import lqlora as lq
 from lqlora import ops
 from lqlora.backends.cupy import binary, launch, source
 from tests.backends.conftest import TOGETHER, in_place
+from tests.backends.kernels import TENSOR_SAMPLE
+from tests.backends.test_cuda import product_case
 from tests.backends.test_cuda_fits import nearly_equal
 from tests.backends.test_cuda_lowrank import case as low_rank
 from tests.emulator import build
@@ -54,6 +56,10 @@ FAULTS = {
     "sums_met_again": ("lowrank", "    __syncthreads();\n  }\n}", "  }\n}", "what another thread"),
     "inputs_beyond": ("lowrank", "const int own = first + m < inputs ? first + m : first", "const int own = first + m", "out of bounds"),
     "rows_beyond": ("lowrank", "turn < parts * rows ? turn : 0", "turn", "out of bounds"),
+    "products_not_met": ("tensor", "    __syncthreads();\n    const int input", "    const int input", "shared memory"),
+    "weights_beyond": ("tensor", "row < rows ? row : rows - 1", "row", "out of bounds"),
+    "rows_of_inputs_beyond": ("tensor", "if (at < inputs) input", "input", "out of bounds"),
+    "columns_beyond": ("tensor", "a[k] = present ?", "a[k] = true ?", None),
     "ranks_beyond": ("lowrank", "i < count ? widen(from[i]) : 0", "widen(from[i])", "out of bounds"),
 }  # fmt: skip
 
@@ -102,6 +108,9 @@ def run(cupy):
         arguments = low_rank(rng, ("float16", "float32"), sizes)
         there = (*map(cupy.asarray, arguments[:4]), arguments[4])
         yield ops.add_low_rank(*there), ops.add_low_rank.reference(*arguments)
+    x, *stored, levels, bits, size, expected = product_case(rng, TENSOR_SAMPLE[0], 21, 72, 40, affine=True)
+    there, out = [cupy.asarray(array) for array in (x, *stored)], cupy.asarray(np.zeros_like(expected))
+    yield ops.matmul_packed(*there, levels, bits, size, out), expected + expected.dtype.type(0)  # no zero is negative
 
 
 def run_fits(cupy, rng):

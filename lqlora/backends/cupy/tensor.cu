@@ -65,18 +65,15 @@ __device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a
 
 #endif
 
-// The weights of a group; zeros where the row has ended.
-template <int bits>
-__device__ __forceinline__ void load_weights(const RowOfWeights& row, int column, bool present, bool plain,
-                                             const float* table, float (&weights)[GROUP]) {
-  if (!present) {
-#pragma unroll
-    for (int i = 0; i < GROUP; ++i) weights[i] = 0;
-    return;
-  }
-  const unsigned long long codes = load_group<bits>(row.codes + (long long)(column / GROUP) * bits, true, GROUP);
+// Rows of weights that a block of threads has, columns that a warp has at a time, inputs of one product.
+constexpr int TILE = 16, STRETCH = 64, WARPS = 8, EIGHT = 8;
+
+// The weights of a group. In plain rows no group is in two blocks, and there are no zero points.
+template <bool plain, int bits>
+__device__ __forceinline__ void decode_part(const RowOfWeights& row, unsigned long long codes, unsigned column,
+                                            const float* table, float (&weights)[GROUP]) {
   const Position position = row.at(column);
-  if (plain) {  // no group is in two blocks
+  if constexpr (plain) {
     const float scale = row.scales[position.block];
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) weights[i] = table[code_in<bits>(codes, i)] * scale;
@@ -86,33 +83,41 @@ __device__ __forceinline__ void load_weights(const RowOfWeights& row, int column
   }
 }
 
-// Rows of weights that a block of threads has, columns that a warp has at a time, inputs of one product.
-constexpr int TILE = 16, STRETCH = 128, WARPS = 8, EIGHT = 8;
-
-// Adds the products of a stretch of columns, a quarter of which each lane of four has.
-template <int bits, class Half>
+// Adds the products of a stretch of columns, a quarter of which each lane of four has. Where the row has ended, its first
+// columns stand in, as zeros.
+template <bool plain, int bits, class Half>
 __device__ __forceinline__ void add_stretch(const RowOfWeights (&rows)[2], const Half* __restrict__ x, int inputs,
-                                            int columns, int begin, bool plain, const float* table, float (&sums)[2][4]) {
-  const int lane = threadIdx.x % 32;
+                                            int columns, int begin, const float* table, float (&sums)[2][4]) {
+  constexpr int groups = STRETCH / 4 / GROUP;
+  const int lane = threadIdx.x % 32, own = begin + lane % 4 * (STRETCH / 4);
+  unsigned long long codes[groups][2];
 #pragma unroll
-  for (int q = 0; q < STRETCH / 4 / GROUP; ++q) {
-    const int column = begin + lane % 4 * (STRETCH / 4) + q * GROUP;
-    const bool present = column < columns;
+  for (int q = 0; q < groups; ++q)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int column = own + q * GROUP < columns ? own + q * GROUP : 0;
+      codes[q][r] = load_group<bits>(rows[r].codes + (long long)(column / GROUP) * bits, true, GROUP);
+    }
+#pragma unroll
+  for (int q = 0; q < groups; ++q) {
+    const bool present = own + q * GROUP < columns;
+    const int column = present ? own + q * GROUP : 0;
     float weights[2][GROUP];
-    for (int r = 0; r < 2; ++r) load_weights<bits>(rows[r], column, present, plain, table, weights[r]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) decode_part<plain, bits>(rows[r], codes[q][r], column, table, weights[r]);
     uint4 input[2];
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const int own = lane / 4 + EIGHT * part;
-      input[part] = present && own < inputs ? *reinterpret_cast<const uint4*>(x + (long long)own * columns + column)
-                                            : uint4{0, 0, 0, 0};
+      const int at = lane / 4 + EIGHT * part;
+      input[part] = uint4{0, 0, 0, 0};
+      if (at < inputs) input[part] = *reinterpret_cast<const uint4*>(x + (long long)at * columns + column);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const unsigned a[4] = {
-          paired<Half>(weights[0][4 * i], weights[0][4 * i + 1]), paired<Half>(weights[1][4 * i], weights[1][4 * i + 1]),
-          paired<Half>(weights[0][4 * i + 2], weights[0][4 * i + 3]),
-          paired<Half>(weights[1][4 * i + 2], weights[1][4 * i + 3])};
+      unsigned a[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        a[k] = present ? paired<Half>(weights[k % 2][4 * i + k / 2 * 2], weights[k % 2][4 * i + k / 2 * 2 + 1]) : 0;
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         if (EIGHT * part >= inputs) break;
@@ -123,15 +128,22 @@ __device__ __forceinline__ void add_stretch(const RowOfWeights (&rows)[2], const
   }
 }
 
+// Adds the products of all stretches of a warp.
+template <bool plain, int bits, class Half>
+__device__ __forceinline__ void add_stretches(const RowOfWeights (&rows)[2], const Half* __restrict__ x, int inputs,
+                                              int columns, const float* table, float (&sums)[2][4]) {
+  for (int begin = threadIdx.x / 32 * STRETCH; begin < columns; begin += WARPS * STRETCH)
+    add_stretch<plain, bits>(rows, x, inputs, columns, begin, table, sums);
+}
+
 template <int bits, class Half>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     matmul_tensor(const Half* __restrict__ x, const unsigned char* __restrict__ packed, const float* __restrict__ scales,
                   const unsigned char* __restrict__ zero_points, int affine, const float* __restrict__ levels,
                   Half* __restrict__ out, int inputs, long long rows, int columns, long long block_size, double inverse,
                   int shift) {
   __shared__ float table[1 << bits], met[WARPS][2 * EIGHT][TILE + 1];
   share(levels, table);
-  const bool plain = !affine && block_size % GROUP == 0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (long long first = blockIdx.x * (long long)TILE; first < rows; first += gridDim.x * (long long)TILE) {
     RowOfWeights own[2];
@@ -143,8 +155,8 @@ __global__ void __launch_bounds__(256)
                 (unsigned)begin.within, (unsigned)block_size, shift};
     }
     float sums[2][4] = {};
-    for (int begin = warp * STRETCH; begin < columns; begin += WARPS * STRETCH)
-      add_stretch<bits>(own, x, inputs, columns, begin, plain, table, sums);
+    if (!affine && block_size % GROUP == 0) add_stretches<true, bits>(own, x, inputs, columns, table, sums);
+    else add_stretches<false, bits>(own, x, inputs, columns, table, sums);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       met[warp][i / 4 * EIGHT + lane % 4 * 2 + i % 2][lane / 4 + i % 4 / 2 * EIGHT] = sums[i / 4][i % 4];

@@ -30,6 +30,7 @@ class Timer:
 
     def __init__(self, cupy):
         self._cupy, self._wait = cupy, cupy.RawKernel(WAIT, "wait")
+        self._ticks = 10_000_000
 
     def device(self, *functions):
         """Time functions in turns; they are given as many, so that nothing they read is in a cache."""
@@ -38,17 +39,21 @@ class Timer:
         return statistics.median(self._one(functions) for _ in range(REPEATS))
 
     def _one(self, functions):
-        events = self._cupy.cuda.Event(), self._cupy.cuda.Event()
-        self._cupy.cuda.Device().synchronize()
-        self._wait((1,), (1,), (np.int64(20_000_000),))
-        events[0].record()
-        for call in range(CALLS):
-            functions[call % len(functions)]()
-        events[1].record()
-        if events[0].done:
-            raise RuntimeError("The device was faster than the host: nothing was measured.")
-        events[1].synchronize()
-        return 1e3 * self._cupy.cuda.get_elapsed_time(*events) / CALLS
+        """Return the time of one call; a host that was too slow for that gets twice the time, a few times."""
+        for _ in range(6):
+            events = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            self._cupy.cuda.Device().synchronize()
+            self._wait((1,), (1,), (np.int64(self._ticks),))
+            events[0].record()
+            for call in range(CALLS):
+                functions[call % len(functions)]()
+            events[1].record()
+            waited = not events[0].done
+            events[1].synchronize()
+            if waited:
+                return 1e3 * self._cupy.cuda.get_elapsed_time(*events) / CALLS
+            self._ticks *= 2
+        raise RuntimeError("The device was faster than the host: nothing was measured.")
 
     def host(self, function):
         """Time from call to return, while the device has little to do."""
@@ -147,24 +152,38 @@ def low_rank_parts(timer):
 
 
 def layers(timer):
-    """Yield rows: a layer's call without gradients."""
+    """Yield rows: layers one after the other in a CUDA graph, dense ones with the same factors, and calls without a graph."""
     torch, nn = importlib.import_module("torch"), importlib.import_module("lqlora.nn")
-    w = torch.randn(4096, 4096, device="cuda")
+    like = {"device": "cuda", "dtype": torch.float16}
+    factors = torch.randn(64, 4096, device="cuda"), torch.randn(4096, 64, device="cuda")
+    narrow = [factor.half() for factor in factors]
+    weights = [torch.randn(4096, 4096, **like) for _ in range(CALLS)]
+    dense = [functools.partial(dense_layer, torch, w, *narrow) for w in weights]
     for name in ("nf4/64", "nf4/64:u8/256:float32"):
-        factors = torch.randn(64, 4096), torch.randn(4096, 64)
-        layer = (
-            nn.LQLinear(lq.quantize(w, lq.BlockFormat.parse(name)), *factors)
-            .to("cuda")
-            .requires_grad_(requires_grad=False)
-        )
-        for n in (1, 16, 256):
-            x = torch.randn(n, 4096, device="cuda", dtype=torch.float16)
-            yield [
-                name,
-                n,
-                f"{timer.device(lambda x=x, f=layer: f(x)):.1f}",
-                f"{timer.host(lambda x=x, f=layer: f(x)):.0f}",
-            ]
+        fmt = lq.BlockFormat.parse(name)
+        own = [
+            nn.LQLinear(lq.quantize(w, fmt), *factors).to("cuda").requires_grad_(requires_grad=False) for w in weights
+        ]
+        for rows in (1, 4, 16, 256):
+            x = torch.randn(rows, 4096, **like)
+            times = [timer.device(graph_of(torch, some, x)) / CALLS for some in (own, dense)]
+            yield [name, rows, *(f"{us:.1f}" for us in times), f"{timer.host(lambda x=x, f=own[0]: f(x)):.0f}"]
+
+
+def dense_layer(torch, weight, lora_A, lora_B, x):
+    return torch.addmm(torch.mm(x, weight.T), torch.mm(x, lora_A.T), lora_B.T)
+
+
+def graph_of(torch, functions, x):
+    """Return what runs all functions from a graph."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for function in functions:
+            function(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [function(x) for function in functions]
+    return lambda: (graph.replay(), kept)
 
 
 def calls(cupy, timer):
@@ -239,8 +258,9 @@ def main():
     record.table(f"{device}: operations of fits", ["operation", "us"], fits(cupy, timer))
     title = f"{device}: whole calls, 4096 x 4096 float32"
     record.table(title, ["library", "format", "call", "host, us", "until done, us"], calls(cupy, timer))
-    title = f"{device}: a layer of 4096 x 4096 with factors of rank 64, float16 rows"
-    record.table(title, ["format", "rows", "device, us", "host, us"], layers(timer))
+    title = f"{device}: layers of 4096 x 4096 weights with factors of rank 64, float16 rows"
+    heads = ["format", "rows", "in a graph, us", "dense float16 in a graph, us", "host without a graph, us"]
+    record.table(title, heads, layers(timer))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,11 @@ def test_codes(isa, dtype, data, size, codebook, sign):
     zeros = zeros_of(codebook, len(scales))
     arguments = (flat, scales, zeros, codebook.boundaries, codebook.bits, size)
     same(ran(ops.encode_packed, *arguments), ops.encode_packed.reference(*arguments))
+    arguments = (flat, codebook.boundaries, codebook.bits, size)
+    for found, expected in zip(
+        ran(ops.encode_by_absmax, *arguments), ops.encode_by_absmax.reference(*arguments), strict=True
+    ):
+        same(found, expected)
     if dtype in ("float32", "float64"):
         arguments = (flat, scales, zeros, codebook.boundaries, size)
         same(ran(ops.encode, *arguments), ops.encode.reference(*arguments))

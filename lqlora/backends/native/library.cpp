@@ -1,4 +1,4 @@
-// What Python calls: picks the instruction set once, and cuts the work into a range for each thread.
+// What Python calls: picks the instruction set once, and deals the work out to threads in ranges.
 #include "kernels.h"
 
 #include <atomic>

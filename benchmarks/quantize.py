@@ -8,6 +8,7 @@ into the documentation.
 import statistics
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -80,14 +81,24 @@ def products(weight):
 
 
 def threads(weight):
-    fmt, target = lq.BlockFormat(lq.NF4, 64), np.zeros_like(weight)
+    """Yield rows of ours, and of reading and writing as much memory: no number of threads is faster than that."""
+    fmt, double, target = lq.BlockFormat(lq.NF4, 64), lq.BlockFormat.parse(FORMATS[-1]), np.zeros_like(weight)
     q = lq.quantize(weight, fmt)
-    calls = {"quantize": lambda: lq.quantize(weight, fmt), "dequantize": lambda: lq.dequantize(q, out=target)}
+    pools = {count: ThreadPoolExecutor(count) for count in (1, 2)}
+    # More of them than threads: one half for each would stay in the cache of the core that had it the last time.
+    parts = [np.split(array, 16) for array in (weight, target)]
+    calls = {
+        "quantize": lambda _: lq.quantize(weight, fmt),
+        f"quantize to {double}, which reads twice": lambda _: lq.quantize(weight, double),
+        "dequantize": lambda _: lq.dequantize(q, out=target),
+        "only read (numpy.max)": lambda count: list(pools[count].map(np.max, parts[0])),
+        "only write (numpy.ndarray.fill)": lambda count: list(pools[count].map(lambda part: part.fill(1), parts[1])),
+    }
     for verb, call in calls.items():
         times = []
-        for count in (1, 2):
+        for count in pools:
             lq.backends.set_num_threads(count)
-            times.append(median_ms(call, 15, time.perf_counter))
+            times.append(median_ms(lambda call=call, count=count: call(count), 31, time.perf_counter))
         lq.backends.set_num_threads(None)
         yield verb, *(f"{ms:.1f}" for ms in times), f"{times[0] / times[1]:.2f}"
 
@@ -110,6 +121,10 @@ def operations():
         yield (
             f"encode_packed, {bits} bits",
             lambda b=book, bits=bits: lq.ops.encode_packed(flat, scales, None, b.boundaries, bits, 64),
+        )
+        yield (
+            f"encode_by_absmax, {bits} bits",
+            lambda b=book, bits=bits: lq.ops.encode_by_absmax(flat, b.boundaries, bits, 64),
         )
         yield (
             f"decode, {bits} bits",

@@ -14,7 +14,7 @@ from lqlora.backends.large import large_empty
 from lqlora.ops.blocks import block_absmax, block_extremes
 from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, unpack_codes
-from lqlora.ops.quantize import decode, encode, encode_packed, nearest_codes
+from lqlora.ops.quantize import decode, encode, encode_by_absmax, encode_packed, nearest_codes
 from lqlora.ops.search import best_ratios
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
 
@@ -38,6 +38,7 @@ _TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
     block_extremes: Takes({"flat": _FLOATS}),
     encode: Takes({"flat": _WIDE, **_OWN_SCALES}),
     encode_packed: Takes({"flat": _FLOATS, **_OWN_SCALES}),
+    encode_by_absmax: Takes({"flat": _FLOATS}),
     pack_codes: Takes({"codes": ("uint8",)}),
     unpack_codes: Takes({"packed": ("uint8",)}, bits=tuple(range(1, 8))),
     row_sums: Takes({"rows": _WIDE}),

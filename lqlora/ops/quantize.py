@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
-from lqlora.ops.blocks import from_blocks, to_blocks
+from lqlora.ops.blocks import block_absmax, from_blocks, to_blocks
 from lqlora.ops.casting import storage_cast, widen
 from lqlora.ops.packing import pack_codes, unpack_codes
 from lqlora.ops.tables import pick, table_beside
@@ -22,6 +22,7 @@ __all__ = [
     "boundaries_by_set",
     "decode",
     "encode",
+    "encode_by_absmax",
     "encode_packed",
     "nearest_codes",
     "nearest_codes_by_row",
@@ -267,6 +268,45 @@ def encode_packed(
     [240]
     """
     return pack_codes(encode(widen(flat), scales, zero_points, boundaries, block_size), bits)
+
+
+@op
+def encode_by_absmax(
+    flat: Array, boundaries: npt.NDArray[np.float32], bits: int, block_size: int
+) -> tuple[Array, Array]:
+    """Encode an array under the absolute maxima of its blocks as scales, and pack the codes.
+
+    Parameters
+    ----------
+    flat : array of float16, bfloat16, float32 or float64, shape (n,)
+        Weights.
+    boundaries : ndarray of float32
+        Boundaries of the codebook, fewer than ``2**bits``.
+    bits : int
+        Bits per code, 1 to 8.
+    block_size : int
+        Weights per scale.
+
+    Returns
+    -------
+    tuple of array of float32, or float64 for float64, shape (ceil(n / block_size),), and array of uint8
+        The maxima of :func:`lqlora.ops.block_absmax`, and the codes of :func:`encode_packed`. Where a maximum is not
+        finite, the codes of its block are any.
+
+    References
+    ----------
+    QLoRA, arXiv 2305.14314, section 3, equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> scales, packed = encode_by_absmax(np.array([-2.0, 2.0]), lq.NF4.boundaries, 4, 64)
+    >>> scales.tolist(), packed.tolist()
+    ([2.0], [240])
+    """
+    scales = block_absmax(flat, block_size)
+    with np.errstate(invalid="ignore"):  # whoever asked looks at the scales
+        return scales, encode_packed(flat, scales, None, boundaries, bits, block_size)
 
 
 @op

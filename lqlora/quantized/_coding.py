@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
 
-__all__ = ["decode_into", "decode_scales", "encode_array", "host_levels", "read_only", "unpacked"]
+__all__ = ["decode_into", "decode_scales", "encode_array", "encode_by_absmax", "host_levels", "read_only", "unpacked"]
 
 
 def host_levels(levels: Array | None, codebook: Codebook) -> npt.NDArray[np.float32] | None:
@@ -54,6 +54,26 @@ def encode_array(
         packed = _empty_codes(layout, fmt, array) if packed is None else packed
         packed[_bytes(weights, fmt.bits)] = codes
     return _empty_codes(layout, fmt, array) if packed is None else packed
+
+
+def encode_by_absmax(array: Array, fmt: BlockFormat) -> tuple[Array, Array] | None:
+    """Return absolute maxima of blocks and packed codes, read together; None where these are not the scales as decoded."""
+    book, layout, dense = fmt.codebook, Layout.of(fmt, array.shape), blocks_last(array, fmt.axis)
+    is_plain = fmt.scales == "float32" and fmt.levels == "codebook" and ops.dtype_name(array) != "float64"
+    limit = stream_size(dense)
+    are_whole = layout.count and layout.is_even and 8 * layout.block_size <= limit
+    if not (is_plain and are_whole and book.normalization == "absmax" and book.widest == 1.0):
+        return None
+    scales, packed = [], None
+    for weights, blocks in layout.byte_pieces(limit):
+        flat = ops.take_flat(dense, weights.start, weights.stop)
+        own, codes = ops.encode_by_absmax(flat, book.boundaries, fmt.bits, layout.block_size)
+        if blocks == slice(0, layout.blocks):
+            return own, codes
+        packed = _empty_codes(layout, fmt, array) if packed is None else packed
+        packed[_bytes(weights, fmt.bits)] = codes
+        scales.append(own)
+    return namespace(array).concat(scales), packed
 
 
 def _empty_codes(layout: Layout, fmt: BlockFormat, like: Array) -> Array:

@@ -119,11 +119,12 @@ def _relative(weights: Array, mask: Array) -> tuple[Array, Array, Array]:
 
 
 class Choice(NamedTuple):
-    """Scales for all blocks: as they are stored, as they decode, and the zero points of an affine format."""
+    """Scales for all blocks: as they are stored, as they decode, the zero points of an affine format, codes if known."""
 
     stored: Array | QuantizedArray
     decoded: Array
     zero_points: Array | None
+    packed: Array | None = None
 
 
 def by_absmax(source: Source, statistic: Array, low: Array | None) -> Choice:
@@ -143,11 +144,13 @@ def _zero_points(low: Array, decoded: Array, levels: int) -> Array:
 
 
 def assemble(source: Source, choice: Choice, levels: Array | None = None) -> QuantizedArray:
-    """Encode the array under the scales chosen."""
+    """Encode the array under the scales chosen, unless it is."""
     fmt, zeros = source.fmt, choice.zero_points
     if fmt.levels != "codebook" and levels is None:
         levels = _codebook_levels(source)
-    packed = encode_array(source.array, fmt, choice.decoded, zeros, levels)
+    packed = choice.packed
+    if packed is None:
+        packed = encode_array(source.array, fmt, choice.decoded, zeros, levels)
     packed_zeros = None if zeros is None else ops.pack_codes(zeros, fmt.bits)
     return QuantizedArray(packed, choice.stored, fmt, tuple(source.array.shape), None, packed_zeros, levels)
 

@@ -14,7 +14,7 @@ from lqlora import ops
 from lqlora._dispatch import device_of, empty, namespace
 from lqlora.errors import InvalidArgumentError, NonFiniteError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
-from lqlora.quantized._coding import decode_into
+from lqlora.quantized._coding import decode_into, encode_by_absmax
 from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, by_levels, by_scale, lost_blocks
 from lqlora.quantized._layout import blocks_last, piece_size, stream_size
 from lqlora.quantized._multiply import multiply
@@ -193,7 +193,8 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
 
 def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choice, Array | None]:
     """Return the scale that the extremes of each block give it, the scales that a fit chooses, and fitted levels."""
-    statistic, low = block_statistics(source)
+    encoded = encode_by_absmax(source.array, source.fmt) if fit == "absmax" else None
+    statistic, low = block_statistics(source) if encoded is None else (encoded[0], None)
     try:
         first = by_absmax(source, statistic, low)
     except NonFiniteError as error:
@@ -201,6 +202,8 @@ def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choi
         if check_finite:
             _say_where(source)
         raise error from None
+    if encoded is not None:
+        return statistic, first._replace(packed=encoded[1]), None
     if fit == "levels+scale":
         return statistic, *by_levels(source, statistic, first)
     return statistic, by_scale(source, statistic, first) if fit == "scale" else first, None

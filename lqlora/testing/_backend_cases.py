@@ -51,8 +51,8 @@ class Blocks:
     unused_bits: bool = False
 
     OPERATIONS: ClassVar = (
-        "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "decode", "pack_codes",
-        "unpack_codes", "bin_sums", "row_sums", "best_ratios", "level_sums",
+        "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "encode_by_absmax", "decode",
+        "pack_codes", "unpack_codes", "bin_sums", "row_sums", "best_ratios", "level_sums",
     )  # fmt: skip
 
     def arguments(self, operation: str) -> tuple[Any, ...]:
@@ -65,6 +65,7 @@ class Blocks:
             "nearest_codes": lambda: (self._normalized, boundaries),
             "encode": lambda: (wide, scales, zeros, boundaries, self.block_size),
             "encode_packed": lambda: (weights, scales, zeros, boundaries, self.bits, self.block_size),
+            "encode_by_absmax": lambda: (weights, boundaries, self.bits, self.block_size),
             "decode": lambda: (
                 self.packed, self.scales, zeros, self.codebook.levels, self.bits, self.block_size,
                 np.full(self.count, 7, dtype=DTYPES["float32" if self.dtype == "float64" else self.dtype]),

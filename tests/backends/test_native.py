@@ -22,7 +22,7 @@ from tests.requirements import require_or_skip
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 #: Lengths around those of registers and stripes.
-COUNTS = st.sampled_from([0, 1, 7, 8, 9, 31, 32, 33, 100, 2047, 2048, 2049, 5000])
+COUNTS = st.sampled_from([0, 1, 7, 8, 9, 31, 32, 33, 63, 65, 100, 2047, 2048, 2049, 5000])
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 16, 63, 64, 65, 256, 2048, 2056, 10**6])
 BOOKS = st.sampled_from(ALL_CODEBOOKS)
 
@@ -108,6 +108,11 @@ def test_codes(isa, dtype, data, size, codebook, sign):
     zeros = zeros_of(codebook, len(scales))
     arguments = (flat, scales, zeros, codebook.boundaries, codebook.bits, size)
     same(ran(ops.encode_packed, *arguments), ops.encode_packed.reference(*arguments))
+    arguments = (flat, codebook.boundaries, codebook.bits, size)
+    for found, expected in zip(
+        ran(ops.encode_by_absmax, *arguments), ops.encode_by_absmax.reference(*arguments), strict=True
+    ):
+        same(found, expected)
     if dtype in ("float32", "float64"):
         arguments = (flat, scales, zeros, codebook.boundaries, size)
         same(ran(ops.encode, *arguments), ops.encode.reference(*arguments))

@@ -329,7 +329,58 @@ void nearest(const double* values, int64_t count, const Boundaries<double>& boun
     (boundaries.count <= kFew ? count_below<double> : search_below<double>)(values, count, boundaries, codes);
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+// Entries of a table of 16, 32, 64 or 128, which is held in registers. Of an index the low bits count.
+template <int kSize>
+__m512 entries(const float* table, __m512i index) {
+    if constexpr (kSize <= 16) {
+        return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+    } else if constexpr (kSize == 32) {
+        return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+    } else {
+        const __mmask16 is_high = _mm512_test_epi32_mask(index, _mm512_set1_epi32(kSize / 2));
+        const __m512 low = entries<kSize / 2>(table, index), high = entries<kSize / 2>(table + kSize / 2, index);
+        return _mm512_mask_mov_ps(low, is_high, high);
+    }
+}
+
+// The steps of a binary search from the one that asks for `kSize` boundaries to the last one, in several registers.
+template <int kSize, int kBits, int kRegisters>
+void take_steps(const __m512* values, const float* tree, __m512i* found) {
+    for (int k = 0; k < kRegisters; ++k) {
+        const __mmask16 is_above = _mm512_cmp_ps_mask(values[k], entries<kSize>(tree + kSize, found[k]), _CMP_GT_OQ);
+        const __m512i twice = _mm512_add_epi32(found[k], found[k]);
+        found[k] = _mm512_mask_sub_epi32(twice, is_above, twice, _mm512_set1_epi32(-1));
+    }
+    if constexpr (2 * kSize < 1 << kBits) take_steps<2 * kSize, kBits, kRegisters>(values, tree, found);
+}
+
+// One to `16 * kRegisters` values. No byte beyond their codes is written, and whole registers without a mask: what is
+// stored with one has to reach the cache before it can be read again.
+template <int kBits, int kRegisters>
+void nearest_at_once(const float* values, int64_t count, const float* tree, uint8_t* codes) {
+    __m512 own[kRegisters];
+    __m512i found[kRegisters] = {};
+    const uint64_t all = ~uint64_t(0) >> (64 - count);
+    for (int k = 0; k < kRegisters; ++k)
+        own[k] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(all >> 16 * k), values + 16 * k);
+    take_steps<1, kBits, kRegisters>(own, tree, found);
+    for (int k = 0; k < kRegisters; ++k) {
+        const __mmask16 given = static_cast<__mmask16>(all >> 16 * k);
+        const __m128i bytes = _mm512_cvtepi32_epi8(found[k]);
+        if (given == 0xffff) _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * k), bytes);
+        else _mm_mask_storeu_epi8(codes + 16 * k, given, bytes);
+    }
+}
+
+template <int kBits>
+int64_t nearest_in_tree(const float* values, int64_t count, const float* tree, uint8_t* codes) {
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) nearest_at_once<kBits, 4>(values + i, 64, tree, codes + i);
+    for (; i < count; i += 32) nearest_at_once<kBits, 2>(values + i, least(32, count - i), tree, codes + i);
+    return count;
+}
+#elif defined(__AVX2__)
 __m256i above(__m256 values, __m256 boundary) {
     return _mm256_castps_si256(_mm256_cmp_ps(values, boundary, _CMP_GT_OQ));  // -1 where it is
 }

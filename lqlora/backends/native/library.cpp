@@ -1,6 +1,7 @@
-// What Python calls: picks the instruction set once, and cuts the work into a range for each thread.
+// What Python calls: picks the instruction set once, and deals the work out to threads in ranges.
 #include "kernels.h"
 
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <mutex>
@@ -22,6 +23,9 @@ namespace {
 
 // Entries below which another thread costs more than it saves.
 constexpr int64_t kWorthAThread = 1 << 17;
+// Entries that a core's own cache holds until they are read again. While one thread reads from memory, another computes:
+// all of them reading first, and computing then, would have to share what memory takes.
+constexpr int64_t kAtHand = 1 << 16;
 
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> found{&lqlora_kernels_baseline};
@@ -51,24 +55,26 @@ const Kernels* chosen = nullptr;
 
 const Kernels& kernels() { return chosen ? *chosen : *available().back(); }
 
-// Runs `work` on ranges of [0, count) that begin at multiples of `unit`, each on a thread of its own. Threads end with
-// the call, so that nothing is left behind in a process that forks.
+// Runs `work` on ranges of [0, count) that begin at multiples of `unit`, on several threads. Each of them takes the next
+// range when it is done with one: a thread that begins late, or shares its core, is not waited for. Threads end with the
+// call, so that nothing is left behind in a process that forks.
 void in_ranges(int64_t count, int64_t unit, int64_t entries, int32_t threads,
                const std::function<void(int64_t, int64_t)>& work) {
-    int64_t parts = entries / kWorthAThread;
-    if (parts > threads) parts = threads;
     const int64_t units = (count + unit - 1) / unit;
+    int64_t parts = entries / kWorthAThread;
     if (parts > units) parts = units;
-    if (parts < 1) parts = 1;
+    if (threads < 2 || parts < 2) return work(0, count);
+    std::atomic<int64_t> next{0};
     const auto cut = [&](int64_t part) { return part == parts ? count : units * part / parts * unit; };
+    const auto take = [&] {
+        for (int64_t part = next++; part < parts; part = next++) work(cut(part), cut(part + 1));
+    };
     std::vector<std::thread> others;
-    int64_t begun = 1;
     try {
-        for (; begun < parts; ++begun) others.emplace_back(work, cut(begun), cut(begun + 1));
-    } catch (const std::system_error&) {  // no more threads to be had: the rest is done here
+        while (static_cast<int64_t>(others.size()) + 1 < (parts < threads ? parts : threads)) others.emplace_back(take);
+    } catch (const std::system_error&) {  // no more threads to be had: those that are there do it all
     }
-    work(cut(0), cut(1));
-    if (begun < parts) work(cut(begun), count);
+    take();
     for (std::thread& other : others) other.join();
 }
 
@@ -116,6 +122,23 @@ LQLORA_EXPORT void lqlora_encode(const void* values, int32_t dtype, int64_t coun
                             packed, codes};
     in_ranges(count, 64, count, threads,
               [&](int64_t first, int64_t last) { kernels().encode(&encoding, first, last); });
+}
+
+LQLORA_EXPORT void lqlora_encode_by_absmax(const void* values, int32_t dtype, int64_t count, int64_t block, void* scales,
+                                           const float* boundaries, int32_t boundary_count, int32_t bits,
+                                           uint8_t* packed, int32_t threads) {
+    const Encoding encoding{{values, dtype, count, block}, scales, nullptr, boundaries, boundary_count, bits, packed,
+                            nullptr};
+    int64_t unit = block;
+    while (unit % 8) unit *= 2;  // whole blocks, and whole bytes of codes
+    const int64_t step = unit * (kAtHand / unit > 1 ? kAtHand / unit : 1);
+    in_ranges(count, unit, count, threads, [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; at += step) {
+            const int64_t stop = last - at < step ? last : at + step;
+            kernels().absmax(&encoding.blocks, at / block, (stop + block - 1) / block, scales);
+            kernels().encode(&encoding, at, stop);
+        }
+    });
 }
 
 LQLORA_EXPORT void lqlora_decode(const uint8_t* packed, const float* scales, const uint8_t* zero_points,

@@ -27,6 +27,7 @@ _FUNCTIONS = {
     "absmax": (_POINTER, _INT, _LONG, _LONG, _POINTER),
     "extremes": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER),
     "encode": (*(_POINTER, _INT, _LONG, _LONG), *(_POINTER, _POINTER), *(_POINTER, _INT, _INT), *(_POINTER, _POINTER)),
+    "encode_by_absmax": (*(_POINTER, _INT, _LONG, _LONG), _POINTER, *(_POINTER, _INT, _INT), _POINTER),
     "decode": (*(_POINTER, _POINTER, _POINTER), *(_POINTER, _INT, _INT), *(_LONG, _LONG), *(_POINTER, _INT)),
     "pack": (_POINTER, _INT, _LONG, _POINTER),
     "unpack": (_POINTER, _INT, _LONG, _POINTER),

@@ -16,7 +16,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.ops.blocks import block_absmax, block_extremes
 from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
-from lqlora.ops.quantize import decode, encode, encode_packed, nearest_codes
+from lqlora.ops.quantize import decode, encode, encode_by_absmax, encode_packed, nearest_codes
 from lqlora.ops.search import best_ratios
 from lqlora.ops.sums import level_sums, row_sums, unit_of
 
@@ -173,6 +173,29 @@ def _encode(
     table = np.ascontiguousarray(boundaries, dtype=np.float32)
     weights = (_at(flat), _number(flat), flat.size, block_size)
     _call("encode", *weights, _at(scales), _at(zeros), _at(table), len(table), bits, _at(packed), _at(codes))
+
+
+@_overrides(
+    encode_by_absmax,
+    Takes(
+        {"flat": _FLOATS},
+        bits=_BITS,
+        contiguous=("flat",),
+        condition=lambda _, boundaries, bits, size: size >= 1 and len(boundaries) < 2**bits,
+        sentence="whole blocks, and codes of no more than ``bits`` bits",
+    ),
+)
+def scales_and_codes_of(
+    flat: npt.NDArray[Any], boundaries: npt.NDArray[np.float32], bits: int, block_size: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
+    """Do one after the other with a piece of the array, so that a thread waits for memory while others compute."""
+    size = min(block_size, max(1, flat.size))
+    scales = np.empty(-(-flat.size // size), dtype=_arithmetic(flat))
+    packed = np.empty(packed_size(flat.size, bits), dtype=np.uint8)
+    table = np.ascontiguousarray(boundaries, dtype=np.float32)
+    weights = (_at(flat), _number(flat), flat.size, size)
+    _call("encode_by_absmax", *weights, _at(scales), _at(table), len(table), bits, _at(packed))
+    return scales, packed
 
 
 @_overrides(

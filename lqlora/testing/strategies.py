@@ -363,7 +363,7 @@ def formats(
     dtypes: Sequence[FloatName] = ("float32", "float16", "bfloat16"),
     depth: int = 2,
     *,
-    codebooks: Sequence[Codebook] = ALL_CODEBOOKS,
+    codebooks: Sequence[Codebook] | None = None,
     axes: Sequence[int | None] = (None,),
     fitted: bool = False,
 ) -> BlockFormat:
@@ -375,8 +375,8 @@ def formats(
         Dtypes that scales may be stored in.
     depth : int, default 2
         Most levels of scales above the first.
-    codebooks : sequence of Codebook, default those of every family
-        Codebooks to draw from.
+    codebooks : sequence of Codebook, optional
+        Codebooks to draw from; by default those of every family.
     axes : sequence of int or None, default (None,)
         Axes that blocks may follow.
     fitted : bool, default False
@@ -393,7 +393,8 @@ def formats(
     >>> find(formats(), lambda fmt: fmt.block_size > 60).block_size
     61
     """
-    codebook = draw(st.sampled_from(codebooks))
+    # Not a default of the signature: Hypothesis would spell out every level of every codebook for each format drawn.
+    codebook = draw(st.sampled_from(ALL_CODEBOOKS if codebooks is None else codebooks))
     signed = codebook.normalization == "signed"
     scales: Any = draw(st.sampled_from(dtypes) | scale_formats(dtypes, depth, signed=signed))
     axis = draw(st.sampled_from(axes))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, ScaleFormat, affine, normal_float, paper_grid
 from lqlora.errors import FormatError, InvalidArgumentError
+from lqlora.formats import float_bits
 from lqlora.testing.strategies import formats, shapes
 
 AXES = (None, 0, 1, -1, -2, 17)
@@ -162,6 +163,12 @@ def test_a_block_holds_at_least_one_weight(block_size):
 def test_scales_are_stored_as_known(scales):
     with pytest.raises(FormatError, match="Scales are stored as float32, float16, bfloat16 or by a ScaleFormat"):
         BlockFormat(NF4, 64, scales)
+
+
+def test_factors_are_stored_as_known():
+    assert [float_bits(dtype) for dtype in ("float32", "float16", "bfloat16")] == [32, 16, 16]
+    with pytest.raises(FormatError, match="Numbers are stored as float32, float16, bfloat16, not as 'float64'"):
+        float_bits("float64")
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,9 @@ def row_sums(rows: Array) -> Array:
     if rows.shape[1] == 0:
         return xp.zeros((rows.shape[0],), dtype=rows.dtype, device=device_of(rows))
     while rows.shape[1] > 1:
-        half = rows.shape[1] // 2
-        odd = rows[:, 2 * half :]
-        rows = rows[:, :half] + rows[:, half : 2 * half]
-        rows = xp.concat([rows, odd], axis=1) if odd.shape[1] else rows
+        half, odd = divmod(rows.shape[1], 2)
+        halves = rows[:, :half] + rows[:, half : 2 * half]
+        rows = xp.concat([halves, rows[:, 2 * half :]], axis=1) if odd else halves
     return rows[:, 0]
 
 

@@ -38,8 +38,9 @@ def make_table(shapes, configurations, costs) -> lq.CostTable:
 
 
 @st.composite
-def tables(draw, ranks=(0,), formats=FORMATS, max_rows=4) -> lq.CostTable:
-    """Tables whose costs differ by many orders of magnitude, and are sometimes equal."""
+def tables(draw, ranks=(0,), formats=None, max_rows=4) -> lq.CostTable:
+    """Tables of some formats, of all by default, whose costs differ by many orders of magnitude and are sometimes equal."""
+    formats = FORMATS if formats is None else formats
     rows = draw(st.integers(1, max_rows))
     shapes = [(draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in range(rows)]
     configurations = [lq.Configuration(fmt, rank) for fmt in formats for rank in ranks]

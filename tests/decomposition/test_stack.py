@@ -5,8 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-import lqlora as lq
-from lqlora import BlockFormat, QuantizedArray, decompose, decompose_stack, quantize
+from lqlora import BlockFormat, decompose, decompose_stack
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import InputGram
 from tests.strategies import host, on, stored
@@ -64,18 +63,3 @@ def test_the_matrix_that_is_not_finite_is_named():
     w[1, 2, 3] = np.nan
     with pytest.raises(NonFiniteError, match=r"the stack\[1\]"):
         decompose_stack(w, FMT, 2)
-
-
-def test_stacking_undoes_unstacking(xp):
-    q = quantize(on(xp, experts()), FMT, batch_dims=2)
-    again = QuantizedArray.stack(q.unstack(), (2, 3))
-    assert stored(again) == stored(q)
-    assert again.shape == q.shape
-
-
-def test_only_arrays_of_one_kind_make_a_stack():
-    q = quantize(experts((2,)), FMT, batch_dims=1)
-    other = quantize(experts()[0, 0], lq.BlockFormat.parse("nf2/16:float32"))
-    for parts, shape in ((q.unstack(), (3,)), ([q[0], other], (2,)), ([q], (1,)), ([], (0,))):
-        with pytest.raises(InvalidArgumentError, match="of one format and one shape"):
-            QuantizedArray.stack(parts, shape)

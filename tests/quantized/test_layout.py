@@ -281,6 +281,21 @@ def test_a_single_array_has_no_items(xp):
         q[0]
 
 
+def test_stacking_undoes_unstacking(xp):
+    q = quantize(on(xp, normal(2, 3, 24, 32)), BlockFormat.parse("nf3/16:u8/8:float32"), batch_dims=2)
+    again = QuantizedArray.stack(q.unstack(), (2, 3))
+    assert stored(again) == stored(q)
+    assert again.shape == q.shape
+
+
+def test_only_arrays_of_one_kind_make_a_stack():
+    q = quantize(normal(2, 3, 24, 32), BlockFormat.parse("nf3/16:u8/8:float32"), batch_dims=1)
+    other = quantize(normal(3, 24, 32), BlockFormat.parse("nf2/16:float32"))
+    for parts, shape in ((q.unstack(), (3,)), ([q[0], other], (2,)), ([q], (1,)), ([], (0,))):
+        with pytest.raises(InvalidArgumentError, match="of one format and one shape"):
+            QuantizedArray.stack(parts, shape)
+
+
 def test_an_error_in_a_stack_names_the_array(fast_xp):
     w = normal(2, 3, 4)
     w[1, 2, 0] = np.nan

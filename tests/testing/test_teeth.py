@@ -68,8 +68,9 @@ def test_a_fault_is_found_by_the_property_named_for_it(fault, name, also):
     assert check(fault, only=[name, *also]).failed == tuple(p for p in PROPERTIES if p == name or p in also)
 
 
-#: What finds a fault only if the weights drawn happen to show it.
-SOMETIMES = {broken.SharesAScale: ["idempotence"]}
+#: What finds a fault only if the weights drawn happen to show it: for the second, one just below a boundary, which a
+#: scale that is smaller rounds up.
+SOMETIMES = {broken.SharesAScale: ["idempotence"], broken.Shrinks: ["nearest_level"]}
 
 
 @pytest.mark.slow

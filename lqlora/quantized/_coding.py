@@ -149,15 +149,14 @@ def decode_scales(scales: Array | QuantizedArray) -> Array:
     """Return scales as float32, one per block."""
     if not isinstance(scales, QuantizedArray):
         return ops.widen(scales)
-    xp, layout = namespace(scales.packed), Layout.of(scales.format, scales.shape)
+    xp, fmt, layout = namespace(scales.packed), scales.format, Layout.of(scales.format, scales.shape)
     decoded = xp.empty(scales.shape, dtype=xp.float32, device=device_of(scales.packed))
-    levels = host_levels(scales.levels, scales.format.codebook)
-    if levels is None or scales.zero_points is not None or not layout.is_even or layout.count > piece_size(decoded):
+    if layout.count > piece_size(decoded):
         decode_into(scales, decoded)
         return decoded
-    # One piece, of a new array: the shortest way, which every product with a weight goes.
-    inner, bits = decode_scales(scales.scales), scales.format.bits
-    ops.decode(scales.packed, inner, None, levels, bits, layout.block_size, decoded)
+    # One piece of a new array, in one line, of a codebook as it is: the shortest way, which every product goes.
+    inner = decode_scales(scales.scales)
+    ops.decode(scales.packed, inner, None, fmt.codebook.levels, fmt.bits, layout.block_size, decoded)
     if scales.offset is not None:
         with np.errstate(over="ignore"):
             decoded += scales.offset

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, QuantizedArray, ScaleFormat, dequantize, quantize
 from lqlora.errors import ScaleUnderflowWarning
+from lqlora.quantized import _coding
 from lqlora.testing.strategies import ALL_CODEBOOKS, formats, largest_for, scale_formats, weights
 from tests.oracles import quantize as oracle
 from tests.quantized.cases import draw_case, levels_of, normal, quantized, restored, scales_of
@@ -41,6 +42,14 @@ def test_scales_of_any_format_and_depth_equal_the_oracle(xp, data, depth):
     q = quantize(on(xp, w), fmt)
     assert {name: content for name, content in stored(q).items() if name != "codes"} == expected
     assert scales_of(q).tobytes() == decoded.tobytes()
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_more_scales_than_one_piece_takes_are_the_same(fast_xp, scales, monkeypatch):
+    q = quantize(on(fast_xp, normal(15, 20)), BlockFormat.parse(f"nf4/4:{scales}"))
+    whole = host(dequantize(q))
+    monkeypatch.setattr(_coding, "piece_size", lambda _: 16)
+    assert host(dequantize(q)).tobytes() == whole.tobytes()
 
 
 @quiet

@@ -9,8 +9,8 @@ from torch import nn
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn import operators as _operators  # noqa: F401 - registers torch.ops.lqlora
 from lqlora.nn._operands import Operands, spell_codebook
+from lqlora.nn.operators import is_autocast  # which registers torch.ops.lqlora
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
@@ -194,11 +194,10 @@ class LQLinear(nn.Module):
             Of the dtype of ``x``, or the autocast dtype where autocast is on.
         """
         kind = x.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):  # which has none; older compilers cannot ask for that
+        if is_autocast(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         y: torch.Tensor = torch.ops.lqlora.matmul(x, *self.weight.operands)
-        if self.rank:
-            y = torch.ops.lqlora.add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
+        y = torch.ops.lqlora.add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:

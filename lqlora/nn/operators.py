@@ -9,6 +9,7 @@ and take lists of tensors apart and join them again where there is a gradient: `
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -23,13 +24,19 @@ from lqlora.quantized import dequantize, matmul, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from lqlora.formats import BlockFormat
     from lqlora.quantized import Fit
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__: list[str] = []
+__all__ = ["is_autocast"]
+
+#: Kinds of devices that have autocast; asking about others is an error.
+_HAVE_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "ipu", "xla") if torch.amp.is_autocast_available(kind)
+)
 
 _FLOATS = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 
@@ -41,6 +48,17 @@ for _schema in (
     "add_low_rank(Tensor y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def is_autocast(kind: str) -> bool:
+    """Tell whether autocast is on for a kind of device, such as ``"cuda"``."""
+    return kind in _HAVE_AUTOCAST and torch.is_autocast_enabled(kind)
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which no autocast changes the dtypes of what is multiplied."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
 
 
 def _quantize(
@@ -102,10 +120,8 @@ def _matmul(
 ) -> Tensor:
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=adjoint)
-    if adjoint:
-        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T)
-    else:
-        y = matmul(x, q)
+    with _as_given(x):
+        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T) if adjoint else matmul(x, q)
     return y.contiguous()
 
 
@@ -185,7 +201,8 @@ def _matmul_autograd(
 
 def _add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     _check_factors(y, x, lora_A, lora_B)
-    total: Tensor = ops.add_low_rank(y.contiguous(), x.contiguous(), lora_A, lora_B, scaling)
+    with _as_given(x):
+        total: Tensor = ops.add_low_rank(y.contiguous(), x.contiguous(), lora_A, lora_B, scaling)
     return total
 
 
@@ -200,9 +217,8 @@ def _check_factors(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None
         _name_of(tensor.dtype, name)
     if len(devices := {str(tensor.device): None for tensor in given.values()}) > 1:
         raise MixedArraysError(f"Sums, rows and factors on {' and '.join(devices)}: move some, lqlora never copies.")
-    if y.dtype != x.dtype or lora_A.dtype != lora_B.dtype:
-        dtypes = ", ".join(str(tensor.dtype) for tensor in given.values())
-        raise InvalidArgumentError(f"Sums and rows are of one dtype, and so are the factors; these are {dtypes}.")
+    if y.dtype != x.dtype:
+        raise InvalidArgumentError(f"Sums and rows are of one dtype, not of {y.dtype} and {x.dtype}.")
     sides = y.shape[-1:] + x.shape[-1:] + lora_A.shape[:1]
     if y.shape[:-1] != x.shape[:-1] or sides != lora_B.shape[:1] + lora_A.shape[1:] + lora_B.shape[1:]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given.values())
@@ -215,8 +231,10 @@ def _add_low_rank_autograd(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
     if (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
         unpack_dual(t).tangent is not None for t in given
     ):
+        _check_factors(y, x, lora_A, lora_B)
         inner, outer = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        return y + functional.linear(functional.linear(x, inner), outer) * scaling
+        with _as_given(x):
+            return y + functional.linear(functional.linear(x, inner), outer) * scaling
     total: Tensor = _below_autograd(torch.ops.lqlora.add_low_rank, *given, scaling)
     return total
 

@@ -24,6 +24,9 @@ _TILE_FOR_MANY = 1 << 21
 _MANY = 128
 _TILE_ON_DEVICE = {"float16": 1 << 26, "bfloat16": 1 << 26, "float32": 1 << 25, "float64": 1 << 24}
 
+#: Numbers of 16 bits in host memory that there is a wide copy of at a time.
+_WIDENED = 1 << 17
+
 
 @op
 def matmul_packed(
@@ -185,6 +188,19 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     """
     xp, name = namespace(y, x, lora_A, lora_B), dtype_name(y)
     own = y.dtype if name == "float64" else native_dtype(y, factor_dtype(x))
-    wide, rows, inner, outer = (xp.astype(array, own, copy=False) for array in (y, x, lora_A, lora_B))
-    total = wide + ((rows @ xp.matrix_transpose(inner)) @ xp.matrix_transpose(outer)) * scaling
-    return total if total.dtype == y.dtype else storage_cast(total, name)
+    inner, outer = (xp.matrix_transpose(xp.astype(array, own, copy=False)) for array in (lora_A, lora_B))
+
+    def added(sums: Array, rows: Array) -> Array:
+        total = ((xp.astype(rows, own, copy=False) @ inner) * scaling) @ outer
+        total += xp.astype(sums, own, copy=False)
+        return total if total.dtype == y.dtype else storage_cast(total, name)
+
+    step = max(1, _WIDENED // max(1, *inner.shape, *outer.shape))
+    if own == y.dtype or math.prod(y.shape[:-1]) <= step:
+        return added(y, x)
+    # The wide copies of a few rows at a time stay in a cache.
+    sums, rows = xp.reshape(y, (-1, y.shape[-1])), xp.reshape(x, (-1, x.shape[-1]))
+    out = xp.empty(sums.shape, dtype=y.dtype, device=device_of(y))
+    for first in range(0, sums.shape[0], step):
+        out[first : first + step, :] = added(sums[first : first + step, :], rows[first : first + step, :])
+    return xp.reshape(out, y.shape)

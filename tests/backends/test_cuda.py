@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import launch, source, taken
+from lqlora.backends.cupy import cuda, launch, source, taken
 from lqlora.errors import MixedArraysError
 from lqlora.testing import check_backend
 from lqlora.testing.strategies import formats
@@ -288,6 +288,23 @@ def test_products_of_other_numbers_are_close(emulated, kernel):
     assert (abs(out.get().astype(np.float64) - wide @ weights.T) <= bound).all()
 
 
+@pytest.mark.parametrize("kernel", [*MATMUL_SAMPLE, *TENSOR_SAMPLE])
+@pytest.mark.parametrize("columns", [64, 72])
+def test_infinite_inputs_reach_their_own_rows_only(cupy, kernel, columns):
+    x, *stored, levels, bits, block_size, expected = product_case(
+        np.random.default_rng(0), kernel, 20, columns, 64, affine=False
+    )
+    x[0, 0], x[-1, 7] = np.inf, -np.inf
+    arguments = (*stored, np.abs(levels) + 1, bits, block_size)
+    with np.errstate(invalid="ignore"):
+        expected = ops.matmul_packed.reference(x, *arguments, np.zeros_like(expected))
+    arrays = [None if array is None else put(cupy, array) for array in stored]
+    found = ops.matmul_packed(
+        put(cupy, x), *arrays, np.abs(levels) + 1, bits, block_size, put(cupy, np.zeros_like(expected))
+    )
+    np.testing.assert_array_equal(found.get().astype(np.float64), expected.astype(np.float64))
+
+
 # ---- Whole arrays ---------------------------------------------------------------------------------------------------
 
 
@@ -389,14 +406,12 @@ def test_devices_without_units_for_matrices_decode_the_weight_first(emulated, mo
         np.random.default_rng(0), kernel, 20, 64, 64, affine=False
     )
     arguments = (*(put(emulated, array) for array in (x, packed, scales)), zeros, levels, bits, block_size)
-    for capability, last in (("80", kernel), ("75", "decode<4, Float16>")):
-        monkeypatch.setattr(emulated.cuda.Device, "compute_capability", capability)
-        launch._capability.cache_clear()
+    for own, last in ((80, kernel), (75, "decode<4, Float16>")):
+        monkeypatch.setattr(cuda, "capability", lambda _, own=own: own)
         emulated.launched.clear()
         found = ops.matmul_packed(*arguments, put(emulated, np.zeros_like(expected)))
         assert emulated.launched[-1][0] == last
         assert found.get().tolist() == expected.tolist()
-    launch._capability.cache_clear()
 
 
 def test_arrays_of_two_libraries_are_refused(cupy):

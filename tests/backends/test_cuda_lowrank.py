@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
+from lqlora.backends.cupy import taken
 from tests.backends.kernels import KERNELS
 from tests.backends.test_cuda import FLOATS, NARROW, apart, draw_schedule, put, same, seeds
 
@@ -126,6 +127,29 @@ def test_other_dtypes_are_left_to_the_reference(emulated, dtypes):
     shapes = ((3, 8), (3, 40), (2, 40), (8, 2))
     arrays = [emulated.empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     assert lq.backends.explain("add_low_rank", *arrays, 1.0).implementation == "reference"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_tensors_with_gradients_are_left_to_torch(on_tensors, torch):
+    forward_ad = torch.autograd.forward_ad
+    arrays = [
+        ops.convert(array, torch) for array in case(np.random.default_rng(0), ("float32", "float32"), (2, 5, 64, 9))[:4]
+    ]
+    fits = taken._TAKEN[ops.add_low_rank]
+    memory = on_tensors._memory
+
+    def is_taken(*given):
+        return taken._condition(memory, (0, 1, 2, 3), fits, *given, 0.5)
+
+    assert is_taken(*arrays)
+    for position in range(4):
+        given = [array.clone().requires_grad_(i == position) for i, array in enumerate(arrays)]
+        assert not is_taken(*given)
+        with torch.no_grad():
+            assert is_taken(*given)
+        with forward_ad.dual_level(), torch.no_grad():
+            dual = [forward_ad.make_dual(t.detach(), t) if i == position else t for i, t in enumerate(given)]
+            assert not is_taken(*dual)
 
 
 @pytest.mark.parametrize("pair", [("float16", "float32"), ("bfloat16", "bfloat16")])

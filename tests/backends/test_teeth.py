@@ -58,8 +58,8 @@ FAULTS = {
     "rows_beyond": ("lowrank", "turn < parts * rows ? turn : 0", "turn", "out of bounds"),
     "products_not_met": ("tensor", "    __syncthreads();\n    const int input", "    const int input", "shared memory"),
     "weights_beyond": ("tensor", "row < rows ? row : rows - 1", "row", "out of bounds"),
-    "rows_of_inputs_beyond": ("tensor", "if (at < inputs) input", "input", "out of bounds"),
-    "columns_beyond": ("tensor", "a[k] = present ?", "a[k] = true ?", None),
+    "rows_of_inputs_beyond": ("tensor", "if (present && at < inputs) input", "if (present) input", "out of bounds"),
+    "columns_beyond": ("tensor", "present && at < inputs", "at < inputs", None),
     "ranks_beyond": ("lowrank", "i < count ? widen(from[i]) : 0", "widen(from[i])", "out of bounds"),
 }  # fmt: skip
 
@@ -111,6 +111,11 @@ def run(cupy):
     x, *stored, levels, bits, size, expected = product_case(rng, TENSOR_SAMPLE[0], 21, 72, 40, affine=True)
     there, out = [cupy.asarray(array) for array in (x, *stored)], cupy.asarray(np.zeros_like(expected))
     yield ops.matmul_packed(*there, levels, bits, size, out), expected + expected.dtype.type(0)  # no zero is negative
+    x[0, 0], (packed, scales, _), levels = np.inf, stored, abs(levels) + 1
+    arguments = (x, packed, np.ones_like(scales), None, levels, bits, size)
+    there = [cupy.asarray(array) if isinstance(array, np.ndarray) else array for array in arguments[:4]]
+    found = ops.matmul_packed(*there, levels, bits, size, cupy.asarray(np.zeros_like(expected)))
+    yield found, ops.matmul_packed.reference(*arguments, np.zeros_like(expected))
 
 
 def run_fits(cupy, rng):

@@ -75,9 +75,42 @@ def test_gradients_forwards(position):
     torch.testing.assert_close(found, (exact(*step, 0.5) - exact(*tensors, 0.5)) / 1e-6, rtol=1e-4, atol=1e-6)
 
 
-def test_no_row_is_saved_where_nothing_has_a_gradient():
-    found = torch.ops.lqlora.add_low_rank(*given(2), 0.5)
-    assert not found.requires_grad
+def test_nothing_is_saved_where_no_gradient_is_asked_for():
+    saved = []
+    tensors = [tensor.requires_grad_() for tensor in given(2)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.no_grad():
+            assert not torch.ops.lqlora.add_low_rank(*tensors, 0.5).requires_grad
+        assert not saved
+        assert torch.ops.lqlora.add_low_rank(*tensors, 0.5).requires_grad
+        assert saved
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(grad, dtype):
+    tensors = [tensor.requires_grad_(grad) for tensor in given(3, dtype=dtype, factors=torch.float32)]
+    expected = torch.ops.lqlora.add_low_rank(*tensors, 0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.ops.lqlora.add_low_rank(*tensors, 0.5), expected)
+
+
+def test_factors_may_be_of_two_dtypes():
+    y, x, lora_A, lora_B = given(3)
+    for one, other in ((lora_A.half(), lora_B), (lora_A, lora_B.double())):
+        found = torch.ops.lqlora.add_low_rank(y, x, one, other, 0.5)
+        torch.testing.assert_close(found.double(), exact(y, x, one, other, 0.5), rtol=1e-5, atol=1e-5)
+
+
+def test_factors_of_rank_zero_add_nothing_and_are_trained_all_the_same():
+    w = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
+    layer = LQLinear(lq.quantize(w, lq.BlockFormat.parse("nf4/8:float32")), torch.zeros(0, IN), torch.zeros(OUT, 0))
+    x = given(3)[1]
+    y = layer(x)
+    torch.testing.assert_close(y.detach(), lq.matmul(x, layer.weight.array))
+    y.sum().backward()
+    assert layer.lora_A.grad.shape == (0, IN)
+    assert layer.lora_B.grad.shape == (OUT, 0)
 
 
 WRONG = {
@@ -86,18 +119,23 @@ WRONG = {
     "ranks": (lambda y, x, a, b: (y, x, a[1:], b), InvalidArgumentError, r"\(4, 12\), \(4, 20\), \(2, 20\), \(12, 3\)"),
     "a vector": (lambda y, x, a, b: (y, x, a[0], b), InvalidArgumentError, "do not fit"),
     "a number": (lambda y, x, a, b: (y[0, 0], x, a, b), InvalidArgumentError, "do not fit"),
-    "two dtypes": (lambda y, x, a, b: (y.half(), x, a, b), InvalidArgumentError, "are of one dtype"),
+    "two dtypes": (
+        lambda y, x, a, b: (y.half(), x, a, b),
+        InvalidArgumentError,
+        "of one dtype, not of torch.float16 and torch.float32",
+    ),
     "integers": (lambda y, x, a, b: (y.int(), x.int(), a, b), UnsupportedArrayError, "y is of float16, .* torch.int32"),
     "whole factors": (lambda y, x, a, b: (y, x, a.int(), b), UnsupportedArrayError, "lora_A is of .* not torch.int32"),
 }
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_refused_by_a_sentence(device, case):
+def test_wrong_arguments_are_refused_by_a_sentence(device, case, grad):
     wrong, error, sentence = WRONG[case]
     with pytest.raises(error, match=sentence):
-        torch.ops.lqlora.add_low_rank(*wrong(*(tensor.to(device) for tensor in given(4))), 1.0)
+        torch.ops.lqlora.add_low_rank(*wrong(*(t.to(device).requires_grad_(grad) for t in given(4))), 1.0)
 
 
 def test_tensors_of_two_devices_are_refused():

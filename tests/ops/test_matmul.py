@@ -31,6 +31,24 @@ def test_factors_act_like_the_dense_sum(xp, factors, scaling):
     np.testing.assert_allclose(host(y), factors["y"] + factors["x"] @ product.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("factor", ["own", "float32"])
+def test_many_narrow_rows_are_widened_a_few_at_a_time(xp, rng, monkeypatch, dtype, factor):
+    if dtype not in scale_dtypes(xp):
+        pytest.skip(f"has no {dtype}")
+    shapes = {"y": (3, 7, 5), "x": (3, 7, 8), "lora_A": (4, 8), "lora_B": (5, 4)}
+    given = {name: rng.integers(-1, 2, shape).astype(NARROW[dtype]) for name, shape in shapes.items()}
+    expected = (
+        given["y"] + 0.5 * given["x"].astype(np.float64) @ (given["lora_B"].astype(np.float64) @ given["lora_A"]).T
+    )
+    if factor == "float32":
+        given |= {name: given[name].astype(np.float32) for name in ("lora_A", "lora_B")}
+    monkeypatch.setattr("lqlora.ops.matmul._WIDENED", 40)
+    y = host(add_low_rank(*(on(xp, array) for array in given.values()), 0.5))
+    assert y.dtype == NARROW[dtype]
+    assert y.astype(np.float64).tolist() == expected.tolist()
+
+
 def test_low_rank_product(xp, factors):
     product = low_rank_product(on(xp, factors["lora_B"]), on(xp, factors["lora_A"]), 0.5)
     np.testing.assert_allclose(host(product), 0.5 * factors["lora_B"] @ factors["lora_A"], rtol=1e-4, atol=1e-5)

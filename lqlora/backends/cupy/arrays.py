@@ -34,6 +34,10 @@ class CuPyMemory:
         """Return the array itself."""
         return array
 
+    def is_tracked(self, array: Array) -> bool:  # noqa: ARG002
+        """Return False: CuPy has no gradients."""
+        return False
+
     def empty(self, count: int, dtype: str, like: Array) -> Array:
         """Return an array from CuPy's allocator."""
         with like.device:

@@ -43,8 +43,8 @@ def launch(
     work : int
         How many threads would have one piece of work each.
     arguments : tuple
-        CuPy arrays, addresses as Python integers, and numbers, which must be ``np.int32``, ``np.int64`` or
-        ``np.float64``, as the kernel has them.
+        CuPy arrays, addresses as Python integers, and numbers, which must be ``np.int32``, ``np.int64``,
+        ``np.float32`` or ``np.float64``, as the kernel has them.
     """
     cupy = importlib.import_module("cupy")
     grid = (min(-(-work // threads), MOST_BLOCKS),)

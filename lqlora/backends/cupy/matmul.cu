@@ -2,8 +2,8 @@
 //
 // A warp has one or two rows of the weight; its lanes go along them in groups of eight weights. Each lane loads the codes of
 // a few groups before it decodes the first: loads that do not wait for each other. Sums of the lanes meet at the end. Rows
-// are whole groups long; inputs and codes begin at multiples of sixteen bytes. This is the one kernel that fuses
-// multiplications with additions: the order of its sums is no part of the definition.
+// are whole groups long; inputs and codes begin at multiples of sixteen bytes. Multiplications
+// are fused with additions: the order of the sums is no part of the definition.
 
 // How rows and groups are shared out, by the number of inputs.
 template <int most_inputs> struct Shares {

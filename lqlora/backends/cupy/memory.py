@@ -29,6 +29,9 @@ class Memory(Protocol):
     def view(self, array: Array) -> Any:
         """Return what a kernel is given for an array: a CuPy array, or the address of its memory as an integer."""
 
+    def is_tracked(self, array: Array) -> bool:
+        """Tell whether the library follows an array to differentiate what is computed from it: kernels would be a gap."""
+
     def empty(self, count: int, dtype: str, like: Array) -> Array:
         """Return an array of so many entries on the device of another one."""
 

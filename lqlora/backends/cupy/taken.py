@@ -72,16 +72,22 @@ def _condition(memory: Memory, positions: tuple[int, ...], taken: _Taken, *args:
     one_device = all(array is None or memory.device(array) == device for array in others)
     if device is None or not one_device or not taken.fits(*args):
         return False
+    if taken.differentiable and any(memory.is_tracked(args[position]) for position in positions):
+        return False
     return not any(memory.address(args[position]) % 16 for position in taken.aligned)
 
 
 class _Taken(NamedTuple):
-    """Arrays and their dtypes; what else has to hold, as code and in words; arguments that begin at vectors."""
+    """Arrays and their dtypes; what else has to hold, as code and in words; arguments that begin at vectors.
+
+    What is ``differentiable`` has gradients without a kernel, which it keeps.
+    """
 
     dtypes: dict[str, tuple[str | None, ...]]
     fits: Callable[..., bool]
     sentence: str
     aligned: tuple[int, ...] = ()
+    differentiable: bool = False
 
 
 def _is_flat(flat: Array, block_size: int) -> bool:
@@ -259,7 +265,8 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.add_low_rank: _Taken(
         dict.fromkeys(("y", "x", "lora_A", "lora_B"), _NARROW),
         _factors_fit,
-        f"1 to {MOST_INPUTS} rows, and factors of one rank or more, of their dtype or of float32",
+        f"1 to {MOST_INPUTS} rows, factors of one rank or more, of their dtype or of float32, and no gradients",
+        differentiable=True,
     ),
     ops.row_sums: _Taken({"rows": _WIDE}, _rows_fit, "rows of one entry or more"),
     ops.best_ratios: _Taken(

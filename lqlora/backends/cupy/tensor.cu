@@ -110,7 +110,7 @@ __device__ __forceinline__ void add_stretch(const RowOfWeights (&rows)[2], const
     for (int part = 0; part < 2; ++part) {
       const int at = lane / 4 + EIGHT * part;
       input[part] = uint4{0, 0, 0, 0};
-      if (at < inputs) input[part] = *reinterpret_cast<const uint4*>(x + (long long)at * columns + column);
+      if (present && at < inputs) input[part] = *reinterpret_cast<const uint4*>(x + (long long)at * columns + column);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from lqlora.backends.cupy.taken import register
 
@@ -33,6 +34,10 @@ class TorchMemory:
     def view(self, array: torch.Tensor) -> int:
         """Return the address of the tensor's memory."""
         return array.data_ptr()
+
+    def is_tracked(self, array: torch.Tensor) -> bool:
+        """Tell whether a tensor has a gradient now, or a tangent."""
+        return (array.requires_grad and torch.is_grad_enabled()) or unpack_dual(array).tangent is not None
 
     def empty(self, count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
         """Return a tensor from torch's allocator."""

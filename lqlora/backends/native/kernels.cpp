@@ -334,7 +334,8 @@ void nearest(const double* values, int64_t count, const Boundaries<double>& boun
 template <int kSize>
 __m512 entries(const float* table, __m512i index) {
     if constexpr (kSize <= 16) {
-        return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
+        // With a mask of ones: without one, the header of GCC 12 reads a variable that nobody set, and warns of it.
+        return _mm512_maskz_permutexvar_ps(0xffff, index, _mm512_loadu_ps(table));
     } else if constexpr (kSize == 32) {
         return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
     } else {
@@ -367,7 +368,7 @@ void nearest_at_once(const float* values, int64_t count, const float* tree, uint
     take_steps<1, kBits, kRegisters>(own, tree, found);
     for (int k = 0; k < kRegisters; ++k) {
         const __mmask16 given = static_cast<__mmask16>(all >> 16 * k);
-        const __m128i bytes = _mm512_cvtepi32_epi8(found[k]);
+        const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, found[k]);
         if (given == 0xffff) _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16 * k), bytes);
         else _mm_mask_storeu_epi8(codes + 16 * k, given, bytes);
     }

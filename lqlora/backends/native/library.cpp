@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -59,9 +60,10 @@ const Kernels& kernels() { return chosen ? *chosen : *available().back(); }
 // range when it is done with one: a thread that begins late, or shares its core, is not waited for. Threads end with the
 // call, so that nothing is left behind in a process that forks.
 void in_ranges(int64_t count, int64_t unit, int64_t entries, int32_t threads,
-               const std::function<void(int64_t, int64_t)>& work) {
+               const std::function<void(int64_t, int64_t)>& work, int64_t most = std::numeric_limits<int64_t>::max()) {
     const int64_t units = (count + unit - 1) / unit;
     int64_t parts = entries / kWorthAThread;
+    if (parts > most) parts = most;
     if (parts > units) parts = units;
     if (threads < 2 || parts < 2) return work(0, count);
     std::atomic<int64_t> next{0};
@@ -216,5 +218,5 @@ LQLORA_EXPORT void lqlora_level_sums(const float* rows, const float* weights, co
             above[bin] += own[bin];
             below[bin] += own[bins + bin];
         }
-    });
+    }, threads);  // sums of each range are kept and added: not of more ranges than threads
 }

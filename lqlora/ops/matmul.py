@@ -195,12 +195,13 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
         total += xp.astype(sums, own, copy=False)
         return total if total.dtype == y.dtype else storage_cast(total, name)
 
+    count = math.prod(y.shape[:-1])
+    sums, rows = xp.reshape(y, (count, y.shape[-1])), xp.reshape(x, (count, x.shape[-1]))
     step = max(1, _WIDENED // max(1, *inner.shape, *outer.shape))
-    if own == y.dtype or math.prod(y.shape[:-1]) <= step:
-        return added(y, x)
+    if own == y.dtype or count <= step:
+        return xp.reshape(added(sums, rows), y.shape)
     # The wide copies of a few rows at a time stay in a cache.
-    sums, rows = xp.reshape(y, (-1, y.shape[-1])), xp.reshape(x, (-1, x.shape[-1]))
     out = xp.empty(sums.shape, dtype=y.dtype, device=device_of(y))
-    for first in range(0, sums.shape[0], step):
+    for first in range(0, count, step):
         out[first : first + step, :] = added(sums[first : first + step, :], rows[first : first + step, :])
     return xp.reshape(out, y.shape)

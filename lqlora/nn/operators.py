@@ -51,7 +51,18 @@ for _schema in (
 
 
 def is_autocast(kind: str) -> bool:
-    """Tell whether autocast is on for a kind of device, such as ``"cuda"``."""
+    """Tell whether autocast is on; compilers can trace it, which they cannot do with all of torch's own questions.
+
+    Parameters
+    ----------
+    kind : str
+        Kind of device, such as ``"cuda"``.
+
+    Returns
+    -------
+    bool
+        False for kinds that have no autocast.
+    """
     return kind in _HAVE_AUTOCAST and torch.is_autocast_enabled(kind)
 
 

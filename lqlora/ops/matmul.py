@@ -186,22 +186,25 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     >>> add_low_rank(np.zeros(2), np.ones(3), np.ones((1, 3)), np.array([[1.0], [2.0]]), 0.5).tolist()
     [1.5, 3.0]
     """
-    xp, name = namespace(y, x, lora_A, lora_B), dtype_name(y)
-    own = y.dtype if name == "float64" else native_dtype(y, factor_dtype(x))
+    xp = namespace(y, x, lora_A, lora_B)
+    own = y.dtype if dtype_name(y) == "float64" else native_dtype(y, factor_dtype(x))
     inner, outer = (xp.matrix_transpose(xp.astype(array, own, copy=False)) for array in (lora_A, lora_B))
-
-    def added(sums: Array, rows: Array) -> Array:
-        total = ((xp.astype(rows, own, copy=False) @ inner) * scaling) @ outer
-        total += xp.astype(sums, own, copy=False)
-        return total if total.dtype == y.dtype else storage_cast(total, name)
-
     count = math.prod(y.shape[:-1])
     sums, rows = xp.reshape(y, (count, y.shape[-1])), xp.reshape(x, (count, x.shape[-1]))
     step = max(1, _WIDENED // max(1, *inner.shape, *outer.shape))
     if own == y.dtype or count <= step:
-        return xp.reshape(added(sums, rows), y.shape)
+        return xp.reshape(_added(sums, rows, inner, outer, scaling), y.shape)
     # The wide copies of a few rows at a time stay in a cache.
     out = xp.empty(sums.shape, dtype=y.dtype, device=device_of(y))
     for first in range(0, count, step):
-        out[first : first + step, :] = added(sums[first : first + step, :], rows[first : first + step, :])
+        last = first + step
+        out[first:last, :] = _added(sums[first:last, :], rows[first:last, :], inner, outer, scaling)
     return xp.reshape(out, y.shape)
+
+
+def _added(sums: Array, rows: Array, inner: Array, outer: Array, scaling: float) -> Array:
+    """Return ``sums + scaling * rows @ inner @ outer``, in the dtype of the factors and rounded to that of the sums."""
+    xp = namespace(rows)
+    total = ((xp.astype(rows, inner.dtype, copy=False) @ inner) * scaling) @ outer
+    total += xp.astype(sums, inner.dtype, copy=False)
+    return total if total.dtype == sums.dtype else storage_cast(total, dtype_name(sums))

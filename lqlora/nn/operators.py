@@ -1,7 +1,7 @@
 """Quantize, dequantize and multiply as operators of torch, so that compilers see one node and not what is inside.
 
-``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.add_low_rank`` exist once :mod:`lqlora.nn` is imported. What runs inside
-is :func:`lqlora.quantize` and its like, which find the fastest implementation for their arrays.
+``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.add_low_rank`` exist once :mod:`lqlora.nn` is imported.
+What runs inside is :func:`lqlora.quantize` and its like, which find the fastest implementation for their arrays.
 
 They are registered a layer below ``torch.library.custom_op`` and ``register_autograd``, which check more in every call,
 and take lists of tensors apart and join them again where there is a gradient: ``benchmarks/operators.py`` measures that.

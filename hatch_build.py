@@ -20,7 +20,6 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = Path("lqlora", "backends", "native")
 LIBRARY = "kernels.shared"  # not .so: Python would take it for a module
-SOURCES = ("kernels.h", "kernels.cpp", "library.cpp")
 
 #: No contraction of products and sums, so that every processor returns the same bytes.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
@@ -106,8 +105,8 @@ def found_compiler() -> str:
 
 def digest(folder: Path) -> str:
     """Return a hash of the sources, by which the package knows what its library was compiled from."""
-    text = b"".join((folder / name).read_bytes() for name in SOURCES)
-    return hashlib.sha256(text).hexdigest()
+    sources = sorted([*folder.glob("*.h"), *folder.glob("*.cpp")], key=lambda path: path.name)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def run(command: list[str]) -> None:

@@ -1,7 +1,8 @@
 """Kernels compiled for the CPU when the package was installed: overrides for NumPy, which torch's views take too.
 
-The kernels (``kernels.cpp``) are compiled for several instruction sets; the best one of the machine is chosen when the
-library is loaded. Where the package was installed without a compiler nothing is registered, and NumPy does the work.
+The kernels (``kernels.cpp``, and a header for each kind of them) are compiled for several instruction sets; the best one
+of the machine is chosen when the library is loaded. Where the package was installed without a compiler nothing is
+registered, and NumPy does the work.
 """
 
 from __future__ import annotations

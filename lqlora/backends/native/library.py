@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["instruction_sets", "loaded", "status", "using"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("kernels.h", "kernels.cpp", "library.cpp")
 
 _POINTER, _INT, _LONG, _REAL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 
@@ -74,7 +73,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 def _digest() -> str:
     """Return the hash that the build wrote into the library; ``hatch_build.py`` has the same."""
-    return hashlib.sha256(b"".join((_FOLDER / name).read_bytes() for name in _SOURCES)).hexdigest()
+    sources = sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")], key=lambda path: path.name)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def loaded() -> ctypes.CDLL | None:

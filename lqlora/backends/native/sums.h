@@ -1,0 +1,50 @@
+// Sums of rows: halved again and again, which is the order that lqlora.ops.row_sums defines.
+#pragma once
+
+#include "numbers.h"
+
+#include <cstring>
+
+namespace {
+
+template <typename Real>
+Real halved_sum(Real* terms, int64_t count) {
+    if (count == 0) return 0;
+    while (count > 1) {
+        const int64_t half = count / 2, odd = count % 2;
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep
+#endif
+        for (int64_t i = 0; i < half; ++i) terms[i] += terms[half + i];
+        if (odd) terms[half] = terms[2 * half];
+        count = half + odd;
+    }
+    return terms[0];
+}
+
+template <typename T>
+struct Buffer {
+    T* data;
+    explicit Buffer(int64_t count) : data(new T[static_cast<size_t>(count) + 1]) {}
+    ~Buffer() { delete[] data; }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+};
+
+template <typename Real>
+void row_sums_of(const Real* rows, int64_t columns, int64_t first, int64_t last, Real* sums) {
+    const Buffer<Real> terms(columns);
+    for (int64_t row = first; row < last; ++row) {
+        std::memcpy(terms.data, rows + row * columns, static_cast<size_t>(columns) * sizeof(Real));
+        sums[row] = halved_sum(terms.data, columns);
+    }
+}
+
+void row_sums(const void* rows, int32_t dtype, int64_t columns, int64_t first, int64_t last, void* sums) {
+    if (dtype == FLOAT64)
+        row_sums_of(static_cast<const double*>(rows), columns, first, last, static_cast<double*>(sums));
+    else
+        row_sums_of(static_cast<const float*>(rows), columns, first, last, static_cast<float*>(sums));
+}
+
+}  // namespace

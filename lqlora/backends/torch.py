@@ -22,13 +22,14 @@ __all__: list[str] = []
 
 _WIDE = ("float32", "float64")
 _FLOATS = (*_WIDE, "float16", "bfloat16")
+_DECODED = ("float32", "float16", "bfloat16")
 _OWN_SCALES = {"scales": _WIDE, "zero_points": ("uint8", None)}
 _OF_CODES = {"packed": ("uint8",), "scales": ("float32",), "zero_points": ("uint8", None)}
 
 #: What NumPy does faster than torch, compiled or not.
 _TAKES: dict[Operation[Any, Any], Takes] = {
     nearest_codes: Takes({"values": _WIDE}),
-    decode: Takes({**_OF_CODES, "out": ("float32", "float16", "bfloat16")}),
+    decode: Takes({**_OF_CODES, "out": _DECODED}),
     bin_sums: Takes({"terms": ("float64",), "bins": ("int64",)}),
 }
 
@@ -54,9 +55,11 @@ _TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
     ),
     best_ratios: Takes({"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)}),
     matmul_packed: Takes(
-        {"x": ("float32",), **_OF_CODES, "out": ("float32",)},
+        {"x": _DECODED, **_OF_CODES, "out": _DECODED},
         contiguous=("x", "out"),
-        condition=lambda x, *_: x.shape[0] <= native.FEW_ROWS and x.shape[1] % 8 == 0,
+        condition=lambda x, *others: (
+            x.shape[0] <= native.FEW_ROWS and x.shape[1] % 8 == 0 and x.dtype == others[-1].dtype
+        ),
         sentence=f"up to {native.FEW_ROWS} rows of a multiple of eight entries: torch's BLAS takes the others",
     ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import subprocess
 import sys
 import threading
@@ -218,20 +220,90 @@ def test_ratios(isa, count, columns, codebook, weighted, seed):
         same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
 
 
+#: Blocks that fill registers, and blocks that do not; rows longer than stripes; as many rows as any kernel takes at once.
+PRODUCTS = [
+    (1, 5, 64, 64),
+    (4, 3, 4104, 24),
+    (3, 7, 8, 3),
+    (0, 2, 8, 8),
+    (1, 40, 2048 + 96, 32),
+    (2, 9, 256, 96),
+    (3, 33, 64, 4096),
+    (5, 6, 4096, 64),
+    (8, 17, 160, 32),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize(
-    ("batch", "rows", "columns", "size"), [(1, 5, 64, 64), (4, 3, 4104, 24), (3, 7, 8, 3), (0, 2, 8, 8)]
-)
-def test_products_of_few_rows_are_exact_for_integers(isa, bits, batch, rows, columns, size):
+@pytest.mark.parametrize(("batch", "rows", "columns", "size"), PRODUCTS)
+def test_products_of_few_rows_are_exact_for_integers(isa, bits, batch, rows, columns, size, affine, dtype):
     rng, blocks = np.random.default_rng(bits), -(-rows * columns // size)
     levels = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
     codes = rng.integers(0, 2**bits, rows * columns).astype(np.uint8)
     scales = rng.choice(np.array([-0.5, 0.0, 1, 2], dtype=np.float32), blocks)
-    dense = (levels[codes] * np.repeat(scales, size)[: codes.size]).reshape(rows, columns)
-    x = rng.integers(-4, 5, (batch, columns)).astype(np.float32)
-    out = np.full((batch, rows), 7, dtype=np.float32)
-    ran(ops.matmul_packed, x, ops.pack_codes(codes, bits), scales, None, levels, bits, size, out)
-    np.testing.assert_array_equal(out, x @ dense.T)
+    zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
+    shifted = levels[codes] - (np.repeat(zeros, size)[: codes.size].astype(np.float32) if affine else 0)
+    dense = (shifted * np.repeat(scales, size)[: codes.size]).reshape(rows, columns)
+    x = rng.integers(-4, 5, (batch, columns)).astype(DTYPES[dtype])
+    out = np.full((batch, rows), 7, dtype=x.dtype)
+    ran(ops.matmul_packed, x, ops.pack_codes(codes, bits), scales, zeros, levels, bits, size, out)
+    with np.errstate(over="ignore"):  # in float16
+        same(out, (x.astype(np.float32) @ dense.T + np.float32(0)).astype(x.dtype))
+
+
+@pytest.mark.parametrize(("columns", "size"), [(4096, 64), (2080, 32), (1000, 40)])
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+def test_products_have_the_same_bytes_on_every_instruction_set_and_in_any_company(bits, columns, size):
+    require_or_skip("native", native.status()[0])
+    rng, rows = np.random.default_rng(bits), 70
+    packed = rng.integers(0, 256, rows * columns * bits // 8).astype(np.uint8)
+    weight = packed, rng.random(-(-rows * columns // size)).astype(np.float32), None, lq.normal_float(bits).levels
+    x, found = rng.standard_normal((8, columns)).astype(np.float32), {}
+    for name in native.instruction_sets():
+        for batch in range(1, 9):
+            out = np.empty((batch, rows), dtype=np.float32)
+            with native.using(name):
+                ran(ops.matmul_packed, x[:batch], *weight, bits, size, out)
+            found[name, batch] = out
+    expected = found["baseline", 8]
+    for (_, batch), out in found.items():
+        same(out, expected[:batch])
+    dense = ops.decode(*weight, bits, size, np.empty(rows * columns, np.float32)).reshape(rows, columns)
+    np.testing.assert_allclose(expected, x.astype(np.float64) @ dense.T.astype(np.float64), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def last_page():
+    """A page of memory before one that nobody may read: who reads beyond the end of an array does not live on."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("memory is protected by mprotect")
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    page = np.frombuffer(memory, np.uint8)
+    second = ctypes.c_void_p(page.ctypes.data + mmap.PAGESIZE)
+    assert ctypes.CDLL(None).mprotect(second, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    yield page[: mmap.PAGESIZE]
+    ctypes.CDLL(None).mprotect(second, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 8, 33, 64, 96, 100, 2080])
+def test_no_byte_is_read_beyond_the_codes(isa, last_page, bits, count):
+    rng, levels = np.random.default_rng(count), np.linspace(-1, 1, 2**bits, dtype=np.float32)
+    packed = last_page[mmap.PAGESIZE - ops.packed_size(count, bits) :]
+    packed[:] = ops.pack_codes(rng.integers(0, len(levels), count).astype(np.uint8), bits)
+    for size in (1, 8, 20, 32, 64, 4096):
+        scales = rng.random(-(-count // size)).astype(np.float32)
+        for dtype in ("float32", "float16", "bfloat16"):
+            outs = [np.empty(count, dtype=DTYPES[dtype]) for _ in range(2)]
+            arguments = (packed, scales, None, levels, bits, size)
+            same(ran(ops.decode, *arguments, outs[0]), ops.decode.reference(*arguments, outs[1]))
+        if count % 32 == 0:
+            x, out = np.ones((3, 32), dtype=np.float32), np.empty((3, count // 32), dtype=np.float32)
+            ran(ops.matmul_packed, x, packed, scales, None, levels, bits, size, out)
+            sums = ops.decode.reference(packed, scales, None, levels, bits, size, np.empty(count, np.float32))
+            np.testing.assert_allclose(out[0], sums.reshape(-1, 32).sum(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

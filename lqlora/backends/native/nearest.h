@@ -2,6 +2,7 @@
 #pragma once
 
 #include "numbers.h"
+#include "tables.h"
 
 #include <cstring>
 #include <limits>
@@ -54,21 +55,6 @@ void nearest(const double* values, int64_t count, const Boundaries<double>& boun
 }
 
 #if defined(__AVX512F__)
-// Entries of a table of 16, 32, 64 or 128, which is held in registers. Of an index the low bits count.
-template <int kSize>
-__m512 entries(const float* table, __m512i index) {
-    if constexpr (kSize <= 16) {
-        // With a mask of ones: without one, the header of GCC 12 reads a variable that nobody set, and warns of it.
-        return _mm512_maskz_permutexvar_ps(0xffff, index, _mm512_loadu_ps(table));
-    } else if constexpr (kSize == 32) {
-        return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
-    } else {
-        const __mmask16 is_high = _mm512_test_epi32_mask(index, _mm512_set1_epi32(kSize / 2));
-        const __m512 low = entries<kSize / 2>(table, index), high = entries<kSize / 2>(table + kSize / 2, index);
-        return _mm512_mask_mov_ps(low, is_high, high);
-    }
-}
-
 // The steps of a binary search from the one that asks for `kSize` boundaries to the last one, in several registers.
 template <int kSize, int kBits, int kRegisters>
 void take_steps(const __m512* values, const float* tree, __m512i* found) {

@@ -14,6 +14,7 @@ from lqlora._threads import num_threads
 from lqlora.backends.native.library import loaded
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops.blocks import block_absmax, block_extremes
+from lqlora.ops.casting import storage_cast
 from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_by_absmax, encode_packed, nearest_codes
@@ -253,8 +254,8 @@ def values_of(
     return out
 
 
-#: Up to this many rows, multiplying each decoded row at once is faster than handing many to BLAS.
-FEW_ROWS = 4
+#: Up to this many rows, multiplying each stretch of a decoded row at once is faster than handing many to BLAS.
+FEW_ROWS = 8
 
 
 def _are_few(
@@ -264,39 +265,44 @@ def _are_few(
     blocks = -(-rows * columns // block_size) if block_size >= 1 else -1
     zeros_fit = zero_points is None or zero_points.shape == (blocks,)
     is_whole = packed.size == packed_size(rows * columns, bits) and scales.shape == (blocks,) and zeros_fit
-    return bool(is_whole and x.shape[0] == out.shape[0] <= FEW_ROWS and columns % 8 == 0 and len(levels) <= 2**bits)
+    are_alike = x.shape[0] == out.shape[0] <= FEW_ROWS and x.dtype == out.dtype
+    return bool(is_whole and are_alike and columns % 8 == 0 and len(levels) <= 2**bits)
 
 
 @_overrides(
     matmul_packed,
     Takes(
         {
-            "x": ("float32",),
+            "x": ("float32", "float16", "bfloat16"),
             "packed": ("uint8",),
             "scales": ("float32",),
             "zero_points": ("uint8", None),
-            "out": ("float32",),
+            "out": ("float32", "float16", "bfloat16"),
         },
         bits=_BITS,
         contiguous=("x", "packed", "scales", "zero_points", "out"),
         condition=_are_few,
-        sentence=f"up to {FEW_ROWS} rows of a multiple of eight entries",
+        sentence=f"up to {FEW_ROWS} rows of a multiple of eight entries, and results of their dtype",
     ),
 )
 def products_of_few(
-    x: npt.NDArray[np.float32],
+    x: npt.NDArray[Any],
     packed: npt.NDArray[np.uint8],
     scales: npt.NDArray[np.float32],
     zero_points: npt.NDArray[np.uint8] | None,
     levels: npt.NDArray[np.float32],
     bits: int,
     block_size: int,
-    out: npt.NDArray[np.float32],
-) -> npt.NDArray[np.float32]:
-    """Decode a stretch of a row and multiply it while it is in the cache."""
+    out: npt.NDArray[Any],
+) -> npt.NDArray[Any]:
+    """Look codes up and multiply their values in registers, or at least a stretch of a row while it is in the cache."""
+    rows = np.asarray(x, dtype=np.float32)
+    sums = out if out.dtype == np.float32 else np.empty(out.shape, dtype=np.float32)
     table = np.ascontiguousarray(levels, dtype=np.float32)
     codes = (_at(packed), _at(scales), _at(zero_points), _at(table), len(table), bits, block_size)
-    _call("multiply", _at(x), x.shape[0], out.shape[1], x.shape[1], *codes, _at(out))
+    _call("multiply", _at(rows), rows.shape[0], out.shape[1], rows.shape[1], *codes, _at(sums))
+    if sums is not out:
+        out[...] = storage_cast(sums, out.dtype.name)
     return out
 
 

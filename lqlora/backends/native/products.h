@@ -3,38 +3,123 @@
 
 #include "decoding.h"
 
-#include <cstring>
-
 namespace {
 
-// Thirty-two sums are kept, so that the order of additions is the same on every instruction set.
+// Sums of a product's terms, so many of them that the order of additions is the same on every instruction set.
+constexpr int kSums = 32;
+
+float halved(float sums[kSums]) {
+    for (int half = kSums / 2; half; half /= 2)
+        for (int k = 0; k < half; ++k) sums[k] += sums[half + k];
+    return sums[0];
+}
+
 float dot(const float* a, const float* b, int64_t count) {
-    constexpr int kLanes = 32;
-    float lanes[kLanes] = {};
+    float sums[kSums] = {};
     int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-        for (int k = 0; k < kLanes; ++k) lanes[k] += a[i + k] * b[i + k];
-    for (; i < count; ++i) lanes[i % kLanes] += a[i] * b[i];
-    for (int half = kLanes / 2; half; half /= 2)
-        for (int k = 0; k < half; ++k) lanes[k] += lanes[half + k];
-    return lanes[0];
+    for (; i + kSums <= count; i += kSums)
+        for (int k = 0; k < kSums; ++k) sums[k] += a[i + k] * b[i + k];
+    for (int k = 0; i < count; ++i, ++k) sums[k] += a[i] * b[i];
+    return halved(sums);
+}
+
+#if defined(__AVX2__)
+// Products of up to `kRows` rows and the values of runs, which never leave the registers.
+template <typename Cells, int kBits, int kRows>
+struct Dots {
+    static constexpr int kLanes = Cells::kLanes, kStep = kLanes / 8 * kBits, kParts = kSums / kLanes;
+    const float* x;
+    int64_t columns;
+    typename Cells::Register sums[kRows][kParts] = {};
+
+    void operator()(const Cells& cells, const uint8_t* packed, int64_t count) {
+        for (const float* stop = x + count; x < stop; x += kSums, packed += kParts * kStep) {
+            for (int k = 0; k < kParts; ++k) {
+                const typename Cells::Register values = cells.of(packed + k * kStep);
+                for (int m = 0; m < kRows; ++m) sums[m][k] += values * Cells::load(x + m * columns + k * kLanes);
+            }
+        }
+    }
+};
+
+// Adds the products of a stretch of a row.
+template <int kBits, int kRows>
+void add_products(const Product& product, const float* levels, int64_t row, int64_t at, int64_t size) {
+    using Own = Dots<Wide<kBits>, kBits, kRows>;
+    const int64_t first = row * product.columns + at;
+    Own dots{product.x + at, product.columns};
+    each_run<Wide<kBits>, kBits>(product.matrix, levels, first, first + size, dots);
+    for (int m = 0; m < kRows; ++m) {
+        float sums[kSums];
+        for (int k = 0; k < Own::kParts; ++k) Wide<kBits>::store(sums + k * Own::kLanes, dots.sums[m][k]);
+        product.out[m * product.rows + row] += halved(sums);
+    }
+}
+
+using Adding = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
+
+// The sums of so many rows have room in the registers.
+constexpr int64_t kRowsAtOnce = kSums / Wide<4>::kLanes == 2 ? 4 : 3;
+
+template <int kBits>
+Adding adding(int64_t rows) {
+    constexpr Adding by_rows[] = {add_products<kBits, 1>, add_products<kBits, 2>, add_products<kBits, 3>,
+                                  add_products<kBits, kRowsAtOnce>};
+    return by_rows[rows - 1];
+}
+
+// What adds products in registers; null where runs of blocks do not fill them.
+Adding adding_in_registers(const Decoding& matrix, int64_t rows, int64_t columns) {
+    using Choosing = Adding (*)(int64_t);
+    constexpr Choosing by_bits[] = {adding<1>, adding<2>, adding<3>, adding<4>,
+#if defined(__AVX512F__)
+                                    adding<5>, adding<6>, adding<7>
+#endif
+    };
+    const bool are_filled = matrix.block % kSums == 0 && columns % kSums == 0;
+    return are_filled && matrix.bits <= kMostInRegisters ? by_bits[matrix.bits - 1](rows) : nullptr;
+}
+#else
+using Adding = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
+
+constexpr int64_t kRowsAtOnce = 1;
+
+Adding adding_in_registers(const Decoding&, int64_t, int64_t) { return nullptr; }
+#endif
+
+void multiply_some(const Product& product, int64_t first, int64_t last) {
+    const Decoding& matrix = product.matrix;
+    const LevelTable table(matrix);
+    const uint8_t* end = matrix.packed + (matrix.count * matrix.bits + 7) / 8;
+    const Adding add = adding_in_registers(matrix, least(product.x_rows, kRowsAtOnce), product.columns);
+    float weights[kStripe];
+    for (int64_t row = first; row < last; ++row) {
+        const int64_t begin = row * product.columns;
+        // Registers are filled with bytes beyond their codes, which the last row, or the last few, may not have.
+        const bool in_registers = add && end - matrix.packed >= (begin + product.columns) / 8 * matrix.bits + 16;
+        for (int64_t m = 0; m < product.x_rows; ++m) product.out[m * product.rows + row] = 0;
+        for (int64_t at = 0; at < product.columns; at += kStripe) {
+            const int64_t size = least(kStripe, product.columns - at);
+            if (in_registers) {
+                add(product, table.levels, row, at, size);
+                continue;
+            }
+            decode_stripe(matrix, end, table.levels, begin + at, begin + at + size, false, weights);
+            for (int64_t m = 0; m < product.x_rows; ++m)
+                product.out[m * product.rows + row] += dot(weights, product.x + m * product.columns + at, size);
+        }
+    }
 }
 
 void multiply(const Product* product, int64_t first, int64_t last) {
-    const Decoding& matrix = product->matrix;
-    float levels[256] = {};
-    std::memcpy(levels, matrix.levels, static_cast<size_t>(matrix.level_count) * sizeof(float));
-    const uint8_t* end = matrix.packed + (matrix.count * matrix.bits + 7) / 8;
-    float weights[kStripe];
-    for (int64_t row = first; row < last; ++row) {
-        const int64_t begin = row * product->columns;
-        for (int64_t m = 0; m < product->x_rows; ++m) product->out[m * product->rows + row] = 0;
-        for (int64_t at = 0; at < product->columns; at += kStripe) {
-            const int64_t size = least(kStripe, product->columns - at);
-            decode_stripe(matrix, end, levels, begin + at, begin + at + size, false, weights);
-            for (int64_t m = 0; m < product->x_rows; ++m)
-                product->out[m * product->rows + row] += dot(weights, product->x + m * product->columns + at, size);
-        }
+    const bool in_registers = adding_in_registers(product->matrix, 1, product->columns) != nullptr;
+    const int64_t step = in_registers ? kRowsAtOnce : product->x_rows;
+    for (int64_t m = 0; m < product->x_rows; m += step) {
+        Product some = *product;
+        some.x_rows = least(step, product->x_rows - m);
+        some.x += m * product->columns;
+        some.out += m * product->rows;
+        multiply_some(some, first, last);
     }
 }
 

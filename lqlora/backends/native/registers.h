@@ -1,0 +1,233 @@
+// Packed codes that are looked up in registers, without being unpacked into memory first.
+#pragma once
+
+#include "packing.h"
+#include "tables.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+
+namespace {
+
+// Eight numbers, rounded to 16 bits.
+__m128i narrowed(__m256 wide, int32_t dtype) {
+    if (dtype == FLOAT16) return _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
+    const __m256i bits = _mm256_castps_si256(wide), upper = _mm256_srli_epi32(bits, 16);
+    const __m256i up = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), _mm256_and_si256(upper, _mm256_set1_epi32(1)));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+    const __m256i sign = _mm256_and_si256(upper, _mm256_set1_epi32(0x8000));
+    const __m256i quiet = _mm256_or_si256(sign, _mm256_set1_epi32(0x7fc0));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(wide, wide, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, is_nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+
+// The sixteen cells of a block of codes of four bits or fewer: (level - zero) * scale.
+struct Sixteen {
+    __m256 low, high;
+
+    Sixteen(const float* levels, float zero, float scale) {
+        const __m256 zeros = _mm256_set1_ps(zero), scales = _mm256_set1_ps(scale);
+        low = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(levels), zeros), scales);
+        high = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(levels + 8), zeros), scales);
+    }
+};
+
+#if defined(__AVX512F__)
+
+// Where the codes of a register's lanes are in sixteen bytes: for each byte of a lane that of its code, and the first bit.
+template <int kBits, int kLanes>
+struct Places {
+    alignas(64) uint8_t bytes[64];
+    alignas(64) uint8_t shifts[64];
+
+    constexpr Places() : bytes(), shifts() {
+        constexpr int kWidth = 64 / kLanes;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            for (int k = 0; k < kWidth; ++k) {
+                const int byte = kBits * lane / 8 + k;
+                bytes[kWidth * lane + k] = static_cast<uint8_t>(byte < 16 ? byte : 0x80);  // there are zeros
+            }
+            shifts[kWidth * lane] = static_cast<uint8_t>(kBits * lane % 8);
+        }
+    }
+};
+
+// A code in the low bits of each lane; others may stand above. Reads sixteen bytes.
+template <int kBits, int kLanes>
+__m512i codes_in_lanes(const uint8_t* packed) {
+    static constexpr Places<kBits, kLanes> places;
+    const __m128i own = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    // With a mask of ones: without one, headers of GCC 12 read a variable that nobody set, and warn of it.
+    const __m512i spread = _mm512_shuffle_epi8(_mm512_maskz_broadcast_i32x4(0xffff, own), _mm512_load_si512(places.bytes));
+    const __m512i shifts = _mm512_load_si512(places.shifts);
+    if constexpr (kLanes == 16) return _mm512_maskz_srlv_epi32(0xffff, spread, shifts);
+    else return _mm512_srlv_epi16(spread, shifts);
+}
+
+// Values of sixteen codes at a time, as float.
+template <int kBits>
+struct Wide {
+    using Value = float;
+    using Register = __m512;
+    static constexpr int kLanes = 16, kBytesRead = 16;
+    const float* levels;
+    __m512 zero, scale, low, high;
+
+    Wide(const float* all, float own_zero, float own_scale, int32_t)
+        : levels(all), zero(_mm512_set1_ps(own_zero)), scale(_mm512_set1_ps(own_scale)), low(), high() {
+        if constexpr (kBits <= 5) low = scaled(_mm512_loadu_ps(levels));
+        if constexpr (kBits == 5) high = scaled(_mm512_loadu_ps(levels + 16));
+    }
+
+    __m512 scaled(__m512 own) const { return _mm512_mul_ps(_mm512_sub_ps(own, zero), scale); }
+
+    __m512 of(const uint8_t* packed) const {
+        const __m512i codes = codes_in_lanes<kBits, 16>(packed);
+        if constexpr (kBits <= 4) return _mm512_maskz_permutexvar_ps(0xffff, codes, low);
+        else if constexpr (kBits == 5) return _mm512_permutex2var_ps(low, codes, high);
+        else return scaled(entries<1 << kBits>(levels, codes));
+    }
+
+    static __m512 load(const float* values) { return _mm512_loadu_ps(values); }
+    static void store(float* values, __m512 found) { _mm512_storeu_ps(values, found); }
+    static void stream(float* values, __m512 found) { _mm512_stream_ps(values, found); }
+};
+
+// Of 32 codes of four bits or fewer, rounded to 16 bits: the cells are rounded, and not each value.
+template <int kBits>
+struct Narrow {
+    using Value = uint16_t;
+    using Register = __m512i;
+    static constexpr int kLanes = 32, kBytesRead = 16;
+    __m512i table;  // as many copies of the cells as there is room for
+
+    Narrow(const float* levels, float zero, float scale, int32_t dtype) {
+        const Sixteen cells(levels, zero, scale);
+        const __m256i own = _mm256_set_m128i(narrowed(cells.high, dtype), narrowed(cells.low, dtype));
+        table = _mm512_maskz_broadcast_i64x4(0xff, own);
+    }
+
+    __m512i of(const uint8_t* packed) const {
+        return _mm512_maskz_permutexvar_epi16(~__mmask32(0), codes_in_lanes<kBits, 32>(packed), table);
+    }
+
+    static void store(uint16_t* values, __m512i found) { _mm512_storeu_si512(values, found); }
+};
+
+#else
+
+// Values of eight codes of four bits or fewer at a time, which lie in one word.
+template <int kBits>
+struct Wide {
+    using Value = float;
+    using Register = __m256;
+    static constexpr int kLanes = 8, kBytesRead = 4;
+    Sixteen cells;
+
+    Wide(const float* levels, float zero, float scale, int32_t) : cells(levels, zero, scale) {}
+
+    __m256 of(const uint8_t* packed) const {
+        int32_t word;
+        std::memcpy(&word, packed, 4);
+        const __m256i shifts = _mm256_setr_epi32(0, kBits, 2 * kBits, 3 * kBits, 4 * kBits, 5 * kBits, 6 * kBits, 7 * kBits);
+        const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
+        const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
+        const __m256 first = _mm256_permutevar8x32_ps(cells.low, codes), second = _mm256_permutevar8x32_ps(cells.high, codes);
+        return _mm256_blendv_ps(first, second, is_high);
+    }
+
+    static __m256 load(const float* values) { return _mm256_loadu_ps(values); }
+    static void store(float* values, __m256 found) { _mm256_storeu_ps(values, found); }
+    static void stream(float* values, __m256 found) { _mm256_stream_ps(values, found); }
+};
+
+// Of sixteen codes, rounded to 16 bits: the two bytes of each are looked up by themselves.
+template <int kBits>
+struct Narrow {
+    using Value = uint16_t;
+    using Register = __m256i;
+    static constexpr int kLanes = 16, kBytesRead = 8;
+    __m128i low, high;
+
+    Narrow(const float* levels, float zero, float scale, int32_t dtype) {
+        const Sixteen cells(levels, zero, scale);
+        const __m128i first = narrowed(cells.low, dtype), second = narrowed(cells.high, dtype);
+        const __m128i byte = _mm_set1_epi16(0xff);
+        low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+        high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+    }
+
+    __m256i of(const uint8_t* packed) const {
+        __m128i codes;
+        if constexpr (kBits == 4) {
+            const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)), four = _mm_set1_epi8(15);
+            codes = _mm_unpacklo_epi8(_mm_and_si128(bytes, four), _mm_and_si128(_mm_srli_epi16(bytes, 4), four));
+        } else {
+            uint64_t word;
+            std::memcpy(&word, packed, 8);
+            const uint64_t first = part(word, kBits), second = part(word >> 8 * kBits, kBits);
+            codes = _mm_set_epi64x(static_cast<int64_t>(second), static_cast<int64_t>(first));
+        }
+        const __m128i below = _mm_shuffle_epi8(low, codes), above = _mm_shuffle_epi8(high, codes);
+        return _mm256_set_m128i(_mm_unpackhi_epi8(below, above), _mm_unpacklo_epi8(below, above));
+    }
+
+    static void store(uint16_t* values, __m256i found) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), found); }
+};
+
+#endif
+
+// Goes through the runs of blocks within a range of weights, all of which begin with a byte: `take` is given the cells of
+// a run, where its codes begin, and their number.
+template <typename Cells, int kBits, typename Take>
+void each_run(const Decoding& decoding, const float* levels, int64_t first, int64_t last, Take& take) {
+    const uint8_t* packed = decoding.packed + first / 8 * kBits;
+    int64_t block = first / decoding.block;
+    for (int64_t at = first; at < last; ++block) {
+        const int64_t stop = least((block + 1) * decoding.block, last);
+        const float zero = decoding.zero_points ? static_cast<float>(decoding.zero_points[block]) : 0.0f;
+        take(Cells(levels, zero, decoding.scales[block], decoding.dtype), packed, stop - at);
+        packed += (stop - at) / 8 * kBits;
+        at = stop;
+    }
+}
+
+// Writes the values of runs one after the other. No byte is read at `end` or beyond.
+template <typename Cells, int kBits, bool kStreams>
+struct Stored {
+    using Value = typename Cells::Value;
+    static constexpr int64_t kLanes = Cells::kLanes, kStep = kLanes / 8 * kBits;
+    const uint8_t* end;
+    Value* values;
+
+    void operator()(const Cells& cells, const uint8_t* packed, int64_t count) {
+        const int64_t spare = end - packed - Cells::kBytesRead;
+        const int64_t whole = spare < 0 ? 0 : least(count / kLanes, spare / kStep + 1);
+        int64_t k = 0;
+        for (; k + 4 <= whole; k += 4)
+            for (int i = 0; i < 4; ++i) put(values + (k + i) * kLanes, cells.of(packed + (k + i) * kStep));
+        for (; k < whole; ++k) put(values + k * kLanes, cells.of(packed + k * kStep));
+        if (k * kLanes < count) store_rest(cells, packed + k * kStep, count - k * kLanes, values + k * kLanes);
+        values += count;
+    }
+
+    static void put(Value* to, typename Cells::Register found) {
+        if constexpr (kStreams) Cells::stream(to, found);
+        else Cells::store(to, found);
+    }
+
+    // Registers of which some lanes, or some of the bytes that are read with them, are not there.
+    __attribute__((noinline)) void store_rest(const Cells& cells, const uint8_t* packed, int64_t count, Value* to) const {
+        for (int64_t i = 0; i < count; i += kLanes, packed += kStep) {
+            uint8_t bytes[16] = {};
+            Value own[kLanes];
+            std::memcpy(bytes, packed, static_cast<size_t>(least(16, end - packed)));
+            Cells::store(own, cells.of(bytes));
+            std::memcpy(to + i, own, static_cast<size_t>(least(kLanes, count - i)) * sizeof(Value));
+        }
+    }
+};
+
+}  // namespace
+#endif

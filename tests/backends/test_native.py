@@ -220,6 +220,38 @@ def test_ratios(isa, count, columns, codebook, weighted, seed):
         same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("columns", [48, 64, 100])
+@pytest.mark.parametrize("codebook", ALL_CODEBOOKS, ids=lambda codebook: codebook.name)
+def test_ratios_of_many_rows(isa, codebook, columns, weighted):
+    rng = np.random.default_rng(columns)
+    rows = rng.standard_normal((200, columns)).astype(np.float32)
+    rows /= np.abs(rows).max(axis=1, keepdims=True)
+    weights = rng.random(rows.shape).astype(np.float32) if weighted else None
+    affine = codebook.normalization == "affine"
+    zeros = rng.integers(0, len(codebook), (200, 1)).astype(np.float32) if affine else None
+    grid = (1.0, *np.linspace(0.4, 1.1, 7).tolist(), -0.9, 3.0, 1e-9)
+    arguments = (rows, weights, codebook.levels, codebook.boundaries, zeros, grid, 2)
+    same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("low", [2.0**-21, 0.1, 1.0, 100.0, 1e30])
+def test_ratios_depend_on_the_side_of_a_boundary_to_the_last_bit(isa, low, sign):
+    # Below the boundary the first ratio is the better one, above it the second.
+    rng, levels = np.random.default_rng(0), np.array([0, 1], dtype=np.float32)
+    steps = np.arange(-3, 4, dtype=np.int32)
+    for ratio, cut in zip(rng.uniform(low, 2 * low, 100).astype(np.float32), rng.uniform(0.375, 0.425, 100), strict=True):
+        boundary = np.array([cut], dtype=np.float32)
+        entries = np.repeat(((ratio * boundary).view(np.int32) + steps).view(np.float32), 3)
+        rows = np.repeat(sign * entries[:, None], 64, axis=1)
+        grid = (float(sign * ratio), float(sign * ratio * np.float32(0.9)))
+        with np.errstate(over="ignore"):
+            expected = ops.best_ratios.reference(rows, None, levels, boundary, None, grid, 0)
+            same(ran(ops.best_ratios, rows, None, levels, boundary, None, grid, 0), expected)
+        assert len(set(expected.tolist())) == 2 or low == 1e30  # whose squares are infinite
+
+
 #: Blocks that fill registers, and blocks that do not; rows longer than stripes; as many rows as any kernel takes at once.
 PRODUCTS = [
     (1, 5, 64, 64),

@@ -26,6 +26,10 @@ struct Boundaries {
         while ((1 << bits) - 1 < count) ++bits;
         for (int i = 0; i < 256; ++i)
             table[i] = i < count ? static_cast<Real>(given[i]) : std::numeric_limits<Real>::infinity();
+        plant(table, bits, tree);
+    }
+
+    static void plant(const Real* table, int bits, Real* tree) {
         for (int done = 0; done < bits; ++done)
             for (int j = 0; j < 1 << done; ++j) tree[(1 << done) + j] = table[(2 * j + 1) * (1 << (bits - done - 1)) - 1];
     }
@@ -59,9 +63,14 @@ void nearest(const double* values, int64_t count, const Boundaries<double>& boun
 template <int kSize, int kBits, int kRegisters>
 void take_steps(const __m512* values, const float* tree, __m512i* found) {
     for (int k = 0; k < kRegisters; ++k) {
-        const __mmask16 is_above = _mm512_cmp_ps_mask(values[k], entries<kSize>(tree + kSize, found[k]), _CMP_GT_OQ);
-        const __m512i twice = _mm512_add_epi32(found[k], found[k]);
-        found[k] = _mm512_mask_sub_epi32(twice, is_above, twice, _mm512_set1_epi32(-1));
+        if constexpr (kSize == 1) {
+            const __mmask16 is_above = _mm512_cmp_ps_mask(values[k], _mm512_set1_ps(tree[1]), _CMP_GT_OQ);
+            found[k] = _mm512_maskz_set1_epi32(is_above, 1);
+        } else {
+            const __mmask16 is_above = _mm512_cmp_ps_mask(values[k], entries<kSize>(tree + kSize, found[k]), _CMP_GT_OQ);
+            const __m512i twice = _mm512_add_epi32(found[k], found[k]);
+            found[k] = _mm512_mask_sub_epi32(twice, is_above, twice, _mm512_set1_epi32(-1));
+        }
     }
     if constexpr (2 * kSize < 1 << kBits) take_steps<2 * kSize, kBits, kRegisters>(values, tree, found);
 }
@@ -71,7 +80,7 @@ void take_steps(const __m512* values, const float* tree, __m512i* found) {
 template <int kBits, int kRegisters>
 void nearest_at_once(const float* values, int64_t count, const float* tree, uint8_t* codes) {
     __m512 own[kRegisters];
-    __m512i found[kRegisters] = {};
+    __m512i found[kRegisters];
     const uint64_t all = ~uint64_t(0) >> (64 - count);
     for (int k = 0; k < kRegisters; ++k)
         own[k] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(all >> 16 * k), values + 16 * k);

@@ -26,6 +26,7 @@ struct Rounding {
 
     explicit Rounding(const Search& search) : boundaries(search.boundaries, search.level_count - 1), levels{} {
         std::memcpy(levels, search.levels, static_cast<size_t>(search.level_count) * sizeof(float));
+        for (int j = 1 << boundaries.bits; j < 16; ++j) levels[j] = levels[j - (1 << boundaries.bits)];
     }
 };
 
@@ -42,14 +43,14 @@ void round_row(const Row& row, const Rounding& rounding, float ratio) {
         for (int64_t i = 0; i < row.count; ++i) row.values[i] -= row.zero;
 }
 
-float error_of(const Row& row, float ratio) {
+// Leaves the weighted squares of what the values are off by in `scratch`.
+void square_errors(const Row& row, float ratio) {
     for (int64_t i = 0; i < row.count; ++i) {
         const float difference = row.entries[i] - ratio * row.values[i];
         row.scratch[i] = difference * difference;
     }
     if (row.weights)
         for (int64_t i = 0; i < row.count; ++i) row.scratch[i] = row.weights[i] * row.scratch[i];
-    return halved_sum(row.scratch, row.count);
 }
 
 // The ratio that is best for the values at hand; the old one where none of the same sign is.
@@ -69,21 +70,24 @@ float least_squares(const Row& row, float ratio) {
     return below > 0 && refined * ratio > 0 && is_finite ? refined : ratio;
 }
 
-float best_ratio(const Row& row, const Rounding& rounding, const Search& search) {
+// Tries ratios, `round` with each of which leaves values and squares of a row. It is told which one of the search's ratios
+// that is, or -1.
+template <typename Round>
+float best_ratio(const Row& row, const Search& search, const Round& round) {
     float best = search.ratios[0], error = 0;
     for (int32_t k = 0; k < search.ratio_count; ++k) {
-        round_row(row, rounding, search.ratios[k]);
-        const float own = error_of(row, search.ratios[k]);
+        round(search.ratios[k], k);
+        const float own = halved_sum(row.scratch, row.count);
         if (k == 0 || own < error) {
             best = search.ratios[k];
             error = own;
         }
     }
     for (int32_t k = 0; k < search.refinements; ++k) {
-        round_row(row, rounding, best);
+        round(best, -1);
         const float refined = least_squares(row, best);
-        round_row(row, rounding, refined);
-        const float own = error_of(row, refined);
+        round(refined, -1);
+        const float own = halved_sum(row.scratch, row.count);
         if (own < error) {
             best = refined;
             error = own;
@@ -92,17 +96,158 @@ float best_ratio(const Row& row, const Rounding& rounding, const Search& search)
     return best;
 }
 
+// --- The same in registers
+
+#if defined(__AVX512F__)
+constexpr int kMostSearched = 8;
+
+struct Lanes {
+    using Register = __m512;
+    static constexpr int kCount = 16;
+    static __m512 load(const float* values) { return _mm512_loadu_ps(values); }
+    static __m512 all(float value) { return _mm512_set1_ps(value); }
+    static void store(float* values, __m512 own) { _mm512_storeu_ps(values, own); }
+
+    template <int kBits>
+    static __m512 nearest(__m512 compared, const float* tree, const float* levels) {
+        __m512i found;
+        take_steps<1, kBits, 1>(&compared, tree, &found);
+        return entries<1 << kBits>(levels, found);
+    }
+};
+#elif defined(__AVX2__)
+constexpr int kMostSearched = 4;
+
+struct Lanes {
+    using Register = __m256;
+    static constexpr int kCount = 8;
+    static __m256 load(const float* values) { return _mm256_loadu_ps(values); }
+    static __m256 all(float value) { return _mm256_set1_ps(value); }
+    static void store(float* values, __m256 own) { _mm256_storeu_ps(values, own); }
+
+    template <int kBits>
+    static __m256 nearest(__m256 compared, const float* tree, const float* levels) {
+        const __m256 first = _mm256_loadu_ps(tree), last = _mm256_loadu_ps(tree + 8);
+        __m256i found = _mm256_set1_epi32(1);  // the entry of the tree that is asked for
+        for (int done = 0; done < kBits; ++done) {
+            const __m256 boundary = _mm256_permutevar8x32_ps(done < 3 ? first : last, found);
+            found = _mm256_sub_epi32(_mm256_add_epi32(found, found), above(compared, boundary));
+        }
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), found);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), found);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(found, 28)));
+    }
+};
+#endif
+
+// The number that comes so many steps after another one.
+float after(float value, int32_t steps) {
+    const int32_t bits = bits_as<int32_t>(value), lowest = std::numeric_limits<int32_t>::min();
+    const int32_t order = (bits < 0 ? lowest - bits : bits) + steps;
+    return bits_as<float>(order < 0 ? lowest - order : order);
+}
+
+// The largest number whose quotient with a positive ratio, as it is rounded, is not above a boundary.
+float last_below(float boundary, float ratio) {
+    float last = boundary * ratio;
+    while (last / ratio > boundary) last = after(last, -1);
+    while (after(last, 1) / ratio <= boundary) last = after(last, 1);
+    return last;
+}
+
+// Entries are compared with boundaries, after they were divided, or with what those are for a ratio, which takes no
+// division. A negative ratio is one of the opposite entries.
+struct Cuts {
+    bool divides;
+    float tree[256];
+
+    Cuts() : divides(true), tree{} {}
+
+    void move(const Boundaries<float>& boundaries, float ratio) {
+        divides = !can_be_moved(boundaries, ratio);
+        if (divides) return;
+        float table[256];
+        for (int i = 0; i < 256; ++i)
+            table[i] = i < boundaries.count ? last_below(boundaries.table[i], ratio < 0 ? -ratio : ratio) : boundaries.table[i];
+        Boundaries<float>::plant(table, boundaries.bits, tree);
+    }
+
+    // Whether all quotients around are normal numbers, so that there is a last one within a few steps.
+    static bool can_be_moved(const Boundaries<float>& boundaries, float ratio) {
+        const float size = ratio < 0 ? -ratio : ratio;
+        if (!(size >= 0x1p-20f && size <= 1.5f)) return false;
+        for (int i = 0; i < boundaries.count; ++i) {
+            const float own = boundaries.table[i] < 0 ? -boundaries.table[i] : boundaries.table[i];
+            if (!(own == 0 || (own >= 0x1p-60f && own <= 0x1p20f))) return false;
+        }
+        return true;
+    }
+};
+
+#if defined(__AVX2__)
+// Rounds the entries to `values`, and leaves the weighted squares of what they are off by in `scratch`.
+template <int kBits, bool kDivides>
+void round_in_registers(const Row& row, const Rounding& rounding, const float* tree, float ratio) {
+    using Register = Lanes::Register;
+    const Register factor = Lanes::all(ratio), sign = Lanes::all(ratio < 0 ? -1.0f : 1.0f), zero = Lanes::all(row.zero);
+    for (int64_t i = 0; i < row.count; i += Lanes::kCount) {
+        const Register own = Lanes::load(row.entries + i), compared = kDivides ? own / factor + zero : own * sign;
+        Register value = Lanes::nearest<kBits>(compared, tree, rounding.levels);
+        if constexpr (kDivides) value = value - zero;
+        const Register difference = own - factor * value, square = difference * difference;
+        Lanes::store(row.values + i, value);
+        Lanes::store(row.scratch + i, row.weights ? Lanes::load(row.weights + i) * square : square);
+    }
+}
+
+template <int kBits>
+float best_in_registers(const Row& row, const Rounding& rounding, const Cuts* cuts, const Search& search) {
+    return best_ratio(row, search, [&](float ratio, int32_t k) {
+        if (k < 0 || cuts[k].divides) round_in_registers<kBits, true>(row, rounding, rounding.boundaries.tree, ratio);
+        else round_in_registers<kBits, false>(row, rounding, cuts[k].tree, ratio);
+    });
+}
+
+using Searching = float (*)(const Row&, const Rounding&, const Cuts*, const Search&);
+
+// What searches rows that fill registers; null for others.
+Searching searching_in_registers(const Rounding& rounding, int64_t columns) {
+    constexpr Searching by_bits[] = {best_in_registers<1>, best_in_registers<2>, best_in_registers<3>, best_in_registers<4>,
+#if defined(__AVX512F__)
+                                     best_in_registers<5>, best_in_registers<6>, best_in_registers<7>, best_in_registers<8>
+#endif
+    };
+    const int bits = rounding.boundaries.bits;
+    return columns % Lanes::kCount == 0 && bits <= kMostSearched ? by_bits[bits - 1] : nullptr;
+}
+#else
+using Searching = float (*)(const Row&, const Rounding&, const Cuts*, const Search&);
+
+Searching searching_in_registers(const Rounding&, int64_t) { return nullptr; }
+#endif
+
+// So many entries are worth moving the boundaries for.
+constexpr int64_t kWorthMoving = 1 << 10;
+
 void search(const Search* search, int64_t first, int64_t last) {
     const Rounding rounding(*search);
     const int64_t columns = search->columns;
     const Buffer<float> floats(2 * columns);
     const Buffer<uint8_t> codes(columns);
+    const Searching in_registers = searching_in_registers(rounding, columns);
+    const Buffer<Cuts> cuts(search->ratio_count);
+    if (in_registers && !search->zero_points && (last - first) * columns >= kWorthMoving)
+        for (int32_t k = 0; k < search->ratio_count; ++k) cuts.data[k].move(rounding.boundaries, search->ratios[k]);
     for (int64_t r = first; r < last; ++r) {
         const float* weights = search->weights ? search->weights + r * columns : nullptr;
         const float zero = search->zero_points ? search->zero_points[r] : 0.0f;
         const Row row{search->rows + r * columns, weights, columns, search->zero_points != nullptr, zero,
                       floats.data, floats.data + columns, codes.data};
-        search->best[r] = best_ratio(row, rounding, *search);
+        search->best[r] = in_registers ? in_registers(row, rounding, cuts.data, *search)
+                                       : best_ratio(row, *search, [&](float ratio, int32_t) {
+                                             round_row(row, rounding, ratio);
+                                             square_errors(row, ratio);
+                                         });
     }
 }
 

@@ -4,6 +4,9 @@
 #include "numbers.h"
 
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -21,6 +24,23 @@ Real halved_sum(Real* terms, int64_t count) {
     }
     return terms[0];
 }
+
+#if defined(__AVX2__)
+// Eight at a time as long as both halves are whole registers: most rows are of 64 or 128 entries.
+float halved_sum(float* terms, int64_t count) {
+    while (count > 16 && count % 16 == 0) {
+        const int64_t half = count / 2;
+        for (int64_t i = 0; i < half; i += 8)
+            _mm256_storeu_ps(terms + i, _mm256_add_ps(_mm256_loadu_ps(terms + i), _mm256_loadu_ps(terms + half + i)));
+        count = half;
+    }
+    if (count != 16) return halved_sum<float>(terms, count);
+    const __m256 eight = _mm256_add_ps(_mm256_loadu_ps(terms), _mm256_loadu_ps(terms + 8));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
 
 template <typename T>
 struct Buffer {

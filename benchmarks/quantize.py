@@ -69,31 +69,38 @@ def dtypes(weight):
 
 def products(weight):
     """Yield rows of a fused product, a dense one, and the memory it takes beside input and output."""
-    q = lq.quantize(weight, lq.BlockFormat(lq.NF4, 64))
-    for batch in (1, 16, 256):
-        x = np.random.default_rng(batch).standard_normal((batch, SHAPE[1]), dtype=np.float32)
-        fused, dense = median_ms(lambda x=x: lq.matmul(x, q)), median_ms(lambda x=x: x @ weight.T)
-        tracemalloc.start()
-        y = lq.matmul(x, q)
-        memory = (tracemalloc.get_traced_memory()[1] - y.nbytes) / 2**20
-        tracemalloc.stop()
-        yield batch, f"{fused:.1f}", f"{dense:.1f}", f"{fused / dense:.2f}", f"{memory:.1f}"
+    for text in ("nf4/64:float32", FORMATS[-1]):
+        q = lq.quantize(weight, lq.BlockFormat.parse(text))
+        for batch in (1, 2, 4, 8, 16, 256):
+            x = np.random.default_rng(batch).standard_normal((batch, SHAPE[1]), dtype=np.float32)
+            fused, dense = median_ms(lambda x=x, q=q: lq.matmul(x, q)), median_ms(lambda x=x: x @ weight.T)
+            tracemalloc.start()
+            y = lq.matmul(x, q)
+            memory = (tracemalloc.get_traced_memory()[1] - y.nbytes) / 2**20
+            tracemalloc.stop()
+            yield text, batch, f"{fused:.1f}", f"{dense:.1f}", f"{fused / dense:.2f}", f"{memory:.1f}"
 
 
 def threads(weight):
     """Yield rows of ours, and of reading and writing as much memory: no number of threads is faster than that."""
-    fmt, double, target = lq.BlockFormat(lq.NF4, 64), lq.BlockFormat.parse(FORMATS[-1]), np.zeros_like(weight)
-    q = lq.quantize(weight, fmt)
+    target = np.zeros_like(weight)
     pools = {count: ThreadPoolExecutor(count) for count in (1, 2)}
     # More of them than threads: one half for each would stay in the cache of the core that had it the last time.
     parts = [np.split(array, 16) for array in (weight, target)]
     calls = {
-        "quantize": lambda _: lq.quantize(weight, fmt),
-        f"quantize to {double}, which reads twice": lambda _: lq.quantize(weight, double),
-        "dequantize": lambda _: lq.dequantize(q, out=target),
         "only read (numpy.max)": lambda count: list(pools[count].map(np.max, parts[0])),
         "only write (numpy.ndarray.fill)": lambda count: list(pools[count].map(lambda part: part.fill(1), parts[1])),
     }
+    for name, text in (
+        *(("float32", f"nf{bits}/64:float32") for bits in (4, 6, 8)),
+        ("float32", FORMATS[-1]),
+        *((name, "nf4/64:float32") for name in ("float16", "bfloat16")),
+    ):
+        array = weight if name == "float32" else np.tile(weight, (2, 1)).astype(DTYPES[name])
+        fmt, out = lq.BlockFormat.parse(text), np.zeros_like(array)
+        q = lq.quantize(array, fmt)
+        calls[f"quantize {name} to {text}"] = lambda _, array=array, fmt=fmt: lq.quantize(array, fmt)
+        calls[f"dequantize {name} from {text}"] = lambda _, q=q, out=out: lq.dequantize(q, out=out)
     for verb, call in calls.items():
         times = []
         for count in pools:
@@ -173,12 +180,12 @@ def main():
         dtypes(weight),
     )
     record.table(
-        "Rows times a weight of nf4/64:float32, float32, one thread, CPU time; memory beside input and output",
-        ("rows", "lq.matmul, ms", "dense, ms", "times dense", "memory, MiB"),
+        "Rows times a 4096 x 4096 weight, float32, one thread, CPU time; memory beside input and output",
+        ("format", "rows", "lq.matmul, ms", "dense, ms", "times dense", "memory, MiB"),
         products(weight),
     )
     record.table(
-        "nf4/64:float32, 64 MiB of float32, wall time",
+        "Arrays of 64 MiB, wall time",
         ("operation", "one thread, ms", "two threads, ms", "times faster"),
         threads(weight),
     )

@@ -69,9 +69,9 @@ class QuantizedWeight(nn.Module):
         return Operands(self._tensors(), *self._spelling)
 
     def _tensors(self) -> list[torch.Tensor]:
-        scales = self.scales._tensors() if isinstance(self.scales, QuantizedWeight) else [self.scales]  # noqa: SLF001 - of this class
-        optional = (getattr(self, name) for name in _OPTIONAL)
-        return [self.codes, *scales, *(array for array in optional if array is not None)]
+        own = cast("dict[str, torch.Tensor]", self._buffers)  # sooner than attribute by attribute, in every product
+        scales = [own["scales"]] if "scales" in own else self.scales._tensors()  # noqa: SLF001 - of this class
+        return [own["codes"], *scales, *(own[name] for name in _OPTIONAL if own[name] is not None)]
 
     @property
     def device(self) -> torch.device:

@@ -39,6 +39,7 @@ _HAVE_AUTOCAST = frozenset(
 )
 
 _FLOATS = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
+_WIDE = (torch.float32, torch.float64)
 
 _library = torch.library.Library("lqlora", "DEF")
 for _schema in (
@@ -213,8 +214,14 @@ def _matmul_autograd(
 def _add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     _check_factors(y, x, lora_A, lora_B)
     with _as_given(x):
+        if x.dtype == lora_A.dtype == lora_B.dtype and x.dtype in _WIDE and x.device.type == "cpu":
+            return _added(y, x, lora_A, lora_B, scaling)  # what the operation does, a dispatch sooner
         total: Tensor = ops.add_low_rank(y.contiguous(), x.contiguous(), lora_A, lora_B, scaling)
     return total
+
+
+def _added(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, scaling: float) -> Tensor:
+    return y + functional.linear(functional.linear(x, inner), outer) * scaling
 
 
 def _add_low_rank_fake(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # noqa: ARG001
@@ -226,7 +233,8 @@ def _check_factors(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None
     given = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B}
     for name, tensor in given.items():
         _name_of(tensor.dtype, name)
-    if len(devices := {str(tensor.device): None for tensor in given.values()}) > 1:
+    if not x.device == y.device == lora_A.device == lora_B.device:
+        devices = dict.fromkeys(str(tensor.device) for tensor in given.values())
         raise MixedArraysError(f"Sums, rows and factors on {' and '.join(devices)}: move some, lqlora never copies.")
     if y.dtype != x.dtype:
         raise InvalidArgumentError(f"Sums and rows are of one dtype, not of {y.dtype} and {x.dtype}.")
@@ -245,7 +253,7 @@ def _add_low_rank_autograd(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor,
         _check_factors(y, x, lora_A, lora_B)
         inner, outer = lora_A.to(x.dtype), lora_B.to(x.dtype)
         with _as_given(x):
-            return y + functional.linear(functional.linear(x, inner), outer) * scaling
+            return _added(y, x, inner, outer, scaling)
     total: Tensor = _below_autograd(torch.ops.lqlora.add_low_rank, *given, scaling)
     return total
 

@@ -322,13 +322,15 @@ def _total(source: Source, choice: Choice, levels: Array | None) -> float:
 
 
 def _piece_errors(source: Source, choice: Choice, levels: Array | None) -> Iterator[Array]:
-    xp = namespace(choice.decoded)
     for blocks, (rows, _, _, weights) in source.pieces(piece_size(choice.decoded) // _WIDE):
-        values = rounded_rows(source, choice, levels, blocks, rows)
+        rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
         with _QUIET():
-            difference = xp.astype(rows, xp.float64) - xp.astype(values, xp.float64)
-            squares = difference * difference
-            yield ops.row_sums(squares if weights is None else squares * weights)
+            if rounding.table is None or rounding.boundaries is None:
+                yield ops.wide_errors(rows, weights, rounded_rows(source, choice, levels, blocks, rows))
+                continue
+            zeros = None if choice.zero_points is None else choice.zero_points[blocks]
+            scales, tables = choice.decoded[blocks], (rounding.table, rounding.boundaries)
+            yield ops.rounding_errors(rows, weights, scales, zeros, *tables)
 
 
 def rounded_rows(source: Source, choice: Choice, levels: Array | None, blocks: slice, rows: Array) -> Array:

@@ -324,10 +324,10 @@ def _codes(choice: Choice) -> Array:
 def _winners(source: Source, choices: list[Choice], levels: Array | None) -> Array:
     """Return for each block which choice leaves the least error; of equals the first."""
     xp, found = namespace(choices[0].decoded), []
-    for blocks, (error, *errors) in _piece_errors(source, choices, levels):
-        best = xp.zeros_like(error, dtype=xp.uint8)
-        for index, (other, own) in enumerate(zip(choices[1:], errors, strict=True), 1):
-            scales = other.decoded[blocks]
+    for blocks, errors in _piece_errors(source, choices, levels):
+        best, error = xp.zeros_like(errors[0], dtype=xp.uint8), errors[0]
+        for index in range(1, len(choices)):
+            scales, own = choices[index].decoded[blocks], errors[index]
             better = (own < error) & xp.isfinite(scales)
             if source.fmt.codebook.normalization != "signed":
                 better &= scales >= 0
@@ -348,7 +348,8 @@ def _piece_errors(source: Source, choices: list[Choice], levels: Array | None) -
         rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
         weights = rows.exact_weights()
         with _QUIET():
-            yield blocks, [_block_errors(rows.entries, weights, rounding, choice, blocks) for choice in choices]
+            errors = [_block_errors(rows.entries, weights, rounding, choice, blocks) for choice in choices]
+        yield blocks, errors
 
 
 def _block_errors(rows: Array, weights: Array | None, rounding: Rounding, choice: Choice, blocks: slice) -> Array:

@@ -52,7 +52,7 @@ def rounding_errors(
 
     References
     ----------
-    LQ-LoRA, arXiv 2311.12023, section 3.2, equation 5: the weighted error that a quantization is to keep small.
+    LQ-LoRA, arXiv 2311.12023, section 3.2, for errors that are weighted entry by entry.
 
     Examples
     --------

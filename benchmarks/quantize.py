@@ -145,6 +145,10 @@ def operations():
             f"best_ratios, {bits} bits, 13 ratios",
             lambda t=tables, w=wide: lq.ops.best_ratios(w, None, *t, None, tuple(np.linspace(0.5, 1.1, 13)), 2),
         )
+        yield (
+            f"rounding_errors, {bits} bits",
+            lambda t=tables: lq.ops.rounding_errors(values, None, scales, None, *t),
+        )
         grid, known = codes.reshape(values.shape), (ones, ones.astype(np.float32))
         yield (
             f"level_sums, {bits} bits",

@@ -15,6 +15,7 @@ from lqlora.ops.blocks import block_absmax, block_extremes
 from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_by_absmax, encode_packed, nearest_codes
+from lqlora.ops.rounding import rounding_errors
 from lqlora.ops.search import best_ratios
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
 
@@ -54,6 +55,9 @@ _TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
         }
     ),
     best_ratios: Takes({"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)}),
+    rounding_errors: Takes(
+        {"rows": _WIDE, "weights": (*_WIDE, None), "scales": ("float32",), "zero_points": ("uint8", None)}
+    ),
     matmul_packed: Takes(
         {"x": _DECODED, **_OF_CODES, "out": _DECODED},
         contiguous=("x", "out"),

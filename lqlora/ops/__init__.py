@@ -31,6 +31,7 @@ from lqlora.ops.quantize import (
     normalize,
     values_by_row,
 )
+from lqlora.ops.rounding import rounding_errors, wide_errors
 from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
 from lqlora.ops.slices import put_flat, take_flat
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
@@ -71,6 +72,7 @@ __all__ = [
     "put_flat",
     "require_finite",
     "require_float",
+    "rounding_errors",
     "row_sums",
     "search_ratios",
     "squared_errors",
@@ -84,5 +86,6 @@ __all__ = [
     "to_blocks",
     "unpack_codes",
     "values_by_row",
+    "wide_errors",
     "widen",
 ]

@@ -79,14 +79,12 @@ class Source:
         layout, dense = self.layout, blocks_last(self.array, self.fmt.axis)
         flat = ops.widen(ops.take_flat(dense, entries.start, entries.stop))
         rows = layout.as_blocks(flat)
-        if self.weights is None and layout.is_even and flat.shape[0] % layout.block_size == 0:
-            return Rows(rows, None, None, None)
-        mask = layout.as_blocks(namespace(flat).ones_like(flat))  # what short blocks are padded with counts nothing
-        if self.weights is not None:
-            dense = blocks_last(self.weights, self.fmt.axis)
-            weights = layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop)))
-            return Rows(rows, *_relative(weights, mask))
-        return Rows(rows, mask, mask[:, 0], namespace(mask).astype(mask, namespace(mask).float64))
+        is_whole = layout.is_even and flat.shape[0] % layout.block_size == 0
+        there = None if is_whole else layout.as_blocks(namespace(flat).ones_like(flat))
+        if self.weights is None:
+            return Rows(rows, None, there)
+        dense = blocks_last(self.weights, self.fmt.axis)
+        return Rows(rows, layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop))), there)
 
     def sets_of(self, blocks: slice) -> Array | None:
         """Return the set of levels that each of a range of blocks has."""
@@ -99,23 +97,37 @@ class Source:
 
 
 class Rows(NamedTuple):
-    """Blocks as rows; weights divided by the largest of each row, these largest weights, and the weights in float64."""
+    """Blocks as rows; their weights; one for each entry that is there and zero for what short blocks are padded with.
+
+    In a block that nothing weighs every entry counts the same.
+    """
 
     entries: Array
     weights: Array | None
-    largest: Array | None
-    exact: Array | None
+    there: Array | None
 
+    def exact_weights(self) -> Array | None:
+        """Return the weights of squares."""
+        if self.weights is None:
+            return self.there
+        positive, _, equal = self._largest(self.weights)
+        return namespace(self.weights).where(positive, self.weights, equal)
 
-def _relative(weights: Array, mask: Array) -> tuple[Array, Array, Array]:
-    """Return three of the members of :class:`Rows`; in a block that nothing weighs every entry counts the same."""
-    xp = namespace(weights)
-    mask = xp.astype(mask, weights.dtype)
-    largest = xp.max(weights, axis=1, keepdims=True)
-    positive = largest > 0
-    relative = xp.where(positive, weights / xp.where(positive, largest, xp.ones_like(largest)), mask)
-    exact = xp.where(positive, weights, mask)
-    return relative, largest[:, 0], xp.astype(exact, xp.float64)
+    def relative_weights(self) -> tuple[Array | None, Array | None]:
+        """Return weights divided by the largest of each row, and these largest weights."""
+        if self.weights is None:
+            return self.there, None if self.there is None else self.there[:, 0]
+        positive, largest, equal = self._largest(self.weights)
+        xp = namespace(largest)
+        relative = xp.where(positive, self.weights / xp.where(positive, largest, xp.ones_like(largest)), equal)
+        return relative, largest[:, 0]
+
+    def _largest(self, weights: Array) -> tuple[Array, Array, Array]:
+        """Tell which rows anything weighs, their largest weights, and the weights where nothing does."""
+        xp = namespace(weights)
+        largest = xp.max(weights, axis=1, keepdims=True)
+        equal = xp.ones_like(largest) if self.there is None else xp.astype(self.there, weights.dtype)
+        return largest > 0, largest, equal
 
 
 class Choice(NamedTuple):
@@ -219,8 +231,9 @@ def _search(source: Source, statistic: Array, first: Choice, levels: Array | Non
     book = source.fmt.codebook
     grid = ratio_grid(book.bits, signed=book.normalization == "signed", coarse=source.start is not None)
     found = []
-    for blocks, (rows, weights, _, _) in source.pieces(piece_size(statistic) // _WIDE):
-        normalized = xp.astype(ops.normalize(rows, statistic[blocks]), xp.float32)
+    for blocks, rows in source.pieces(piece_size(statistic) // _WIDE):
+        normalized = xp.astype(ops.normalize(rows.entries, statistic[blocks]), xp.float32)
+        weights, _ = rows.relative_weights()
         own = None if weights is None else xp.astype(weights, xp.float32)
         zeros = None if first.zero_points is None else xp.astype(first.zero_points[blocks], xp.float32)[:, None]
         rounding = Rounding.of(book, levels, source.sets_of(blocks))
@@ -272,10 +285,11 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
     members = xp.arange(rows.shape[0], dtype=xp.int64, device=device_of(rows)) // (rows.shape[0] // sets)
     importance = xp.astype(scales, xp.float64)
     weights = None
-    if any(part.weights is not None for part in parts):
+    shares = [part.relative_weights() for part in parts]
+    if any(own is not None for own, _ in shares):
         ones = [xp.ones_like(part.entries) for part in parts]
-        own = [one if part.weights is None else part.weights for part, one in zip(parts, ones, strict=True)]
-        largest = [one[:, 0] if part.largest is None else part.largest for part, one in zip(parts, ones, strict=True)]
+        own = [one if share is None else share for (share, _), one in zip(shares, ones, strict=True)]
+        largest = [one[:, 0] if peak is None else peak for (_, peak), one in zip(shares, ones, strict=True)]
         weights = xp.concat([xp.astype(weight, xp.float32) for weight in own])
         importance = importance * xp.sqrt(xp.concat([xp.astype(weight, xp.float64) for weight in largest]))
     # Each set by itself: next to a set of large weights the sums of another would be rounded away.
@@ -291,57 +305,74 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
 
 def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice:
     """Return the best of several choices block by block; of equals the first."""
-    xp = namespace(choices[0].decoded)
-    best, error = choices[0], _errors(source, choices[0], levels)
-    codes = unpacked(best.stored) if isinstance(best.stored, QuantizedArray) else best.stored
-    decoded, zeros = best.decoded, best.zero_points
-    for other in choices[1:]:
-        own = _errors(source, other, levels)
-        better = (own < error) & xp.isfinite(other.decoded)
-        if source.fmt.codebook.normalization != "signed":
-            better &= other.decoded >= 0
-        error, decoded = xp.where(better, own, error), xp.where(better, other.decoded, decoded)
-        codes = xp.where(
-            better, unpacked(other.stored) if isinstance(other.stored, QuantizedArray) else other.stored, codes
-        )
-        zeros = None if zeros is None else xp.where(better, other.zero_points, zeros)
-    stored = with_codes(best.stored, codes) if isinstance(best.stored, QuantizedArray) else codes
+    xp, first = namespace(choices[0].decoded), choices[0]
+    winners = _winners(source, choices, levels)
+    codes, decoded, zeros = _codes(first), first.decoded, first.zero_points
+    for index, other in enumerate(choices[1:], 1):
+        wins = winners == index
+        codes, decoded = xp.where(wins, _codes(other), codes), xp.where(wins, other.decoded, decoded)
+        zeros = None if zeros is None else xp.where(wins, other.zero_points, zeros)
+    stored = with_codes(first.stored, codes) if isinstance(first.stored, QuantizedArray) else codes
     return Choice(stored, decoded, zeros)
 
 
-def _errors(source: Source, choice: Choice, levels: Array | None) -> Array:
-    """Return the weighted squared error of each block in float64."""
-    errors = list(_piece_errors(source, choice, levels))
-    xp = namespace(choice.decoded)
-    return xp.concat(errors) if errors else xp.astype(choice.decoded, xp.float64)
+def _codes(choice: Choice) -> Array:
+    """Return the scales as they are stored, or their codes."""
+    return unpacked(choice.stored) if isinstance(choice.stored, QuantizedArray) else choice.stored
+
+
+def _winners(source: Source, choices: list[Choice], levels: Array | None) -> Array:
+    """Return for each block which choice leaves the least error; of equals the first."""
+    xp, found = namespace(choices[0].decoded), []
+    for blocks, errors in _piece_errors(source, choices, levels):
+        best, error = xp.zeros_like(errors[0], dtype=xp.uint8), errors[0]
+        for index in range(1, len(choices)):
+            scales, own = choices[index].decoded[blocks], errors[index]
+            better = (own < error) & xp.isfinite(scales)
+            if source.fmt.codebook.normalization != "signed":
+                better &= scales >= 0
+            best, error = xp.where(better, xp.full_like(best, index), best), xp.where(better, own, error)
+        found.append(best)
+    return xp.concat(found) if found else xp.zeros_like(choices[0].decoded, dtype=xp.uint8)
 
 
 def _total(source: Source, choice: Choice, levels: Array | None) -> float:
     """Return the weighted squared error of the whole array."""
-    return math.fsum(float(ops.row_sums(errors[None, :])[0]) for errors in _piece_errors(source, choice, levels))
+    pieces = _piece_errors(source, [choice], levels)
+    return math.fsum(float(ops.row_sums(errors[None, :])[0]) for _, (errors,) in pieces)
 
 
-def _piece_errors(source: Source, choice: Choice, levels: Array | None) -> Iterator[Array]:
-    xp = namespace(choice.decoded)
-    for blocks, (rows, _, _, weights) in source.pieces(piece_size(choice.decoded) // _WIDE):
-        values = rounded_rows(source, choice, levels, blocks, rows)
+def _piece_errors(source: Source, choices: list[Choice], levels: Array | None) -> Iterator[tuple[slice, list[Array]]]:
+    """Yield ranges of blocks, and the weighted squared error of each block in float64 under each choice."""
+    for blocks, rows in source.pieces(piece_size(choices[0].decoded) // _WIDE):
+        rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
+        weights = rows.exact_weights()
         with _QUIET():
-            difference = xp.astype(rows, xp.float64) - xp.astype(values, xp.float64)
-            squares = difference * difference
-            yield ops.row_sums(squares if weights is None else squares * weights)
+            errors = [_block_errors(rows.entries, weights, rounding, choice, blocks) for choice in choices]
+        yield blocks, errors
+
+
+def _block_errors(rows: Array, weights: Array | None, rounding: Rounding, choice: Choice, blocks: slice) -> Array:
+    if rounding.table is None or rounding.boundaries is None:
+        return ops.wide_errors(rows, weights, _rounded(rows, rounding, choice, blocks))
+    zeros = None if choice.zero_points is None else choice.zero_points[blocks]
+    return ops.rounding_errors(rows, weights, choice.decoded[blocks], zeros, rounding.table, rounding.boundaries)
 
 
 def rounded_rows(source: Source, choice: Choice, levels: Array | None, blocks: slice, rows: Array) -> Array:
     """Return what a range of blocks comes back as under some scales."""
-    xp = namespace(rows)
-    scales = choice.decoded[blocks]
-    zeros = None if choice.zero_points is None else choice.zero_points[blocks]
     rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
     with _QUIET():
-        values = rounding.values(rounding.codes(ops.normalize(rows, xp.astype(scales, rows.dtype), zeros)))
-        if zeros is not None:
-            values = values - xp.astype(zeros, xp.float32)[:, None]
-        return values * scales[:, None]
+        return _rounded(rows, rounding, choice, blocks)
+
+
+def _rounded(rows: Array, rounding: Rounding, choice: Choice, blocks: slice) -> Array:
+    xp, scales = namespace(rows), choice.decoded[blocks]
+    zeros = None if choice.zero_points is None else choice.zero_points[blocks]
+    values = rounding.values(rounding.codes(ops.normalize(rows, xp.astype(scales, rows.dtype), zeros)))
+    if zeros is not None:
+        values = values - xp.astype(zeros, xp.float32)[:, None]
+    return values * scales[:, None]
 
 
 def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> int:
@@ -349,7 +380,7 @@ def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array 
     if not _may_lose(source, statistic, choice, levels):
         return 0
     xp, count = namespace(statistic), 0
-    for blocks, (rows, _, _, _) in source.pieces(piece_size(statistic) // _WIDE):
+    for blocks, (rows, _, _) in source.pieces(piece_size(statistic) // _WIDE):
         kept = xp.any(rounded_rows(source, choice, levels, blocks, rows) != 0, axis=1)
         count += int(xp.count_nonzero(xp.any(rows != 0, axis=1) & ~kept))
     return count

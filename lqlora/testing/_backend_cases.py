@@ -52,7 +52,8 @@ class Blocks:
 
     OPERATIONS: ClassVar = (
         "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "encode_by_absmax", "decode",
-        "pack_codes", "unpack_codes", "bin_sums", "row_sums", "best_ratios", "level_sums",
+        "pack_codes", "unpack_codes", "bin_sums", "row_sums", "rounding_errors", "best_ratios",
+        "level_sums",
     )  # fmt: skip
 
     def arguments(self, operation: str) -> tuple[Any, ...]:
@@ -74,6 +75,7 @@ class Blocks:
             "unpack_codes": lambda: (self.packed, self.bits, self.count),
             "bin_sums": lambda: (wide.astype(np.float64), self.codes.astype(np.int64) % 16, 16),
             "row_sums": lambda: (self._rows(wide),),
+            "rounding_errors": self._rounding,
             "best_ratios": self._search,
             "level_sums": self._fit,
         }  # fmt: skip
@@ -94,6 +96,13 @@ class Blocks:
         sets = rng.integers(0, 2, rows.shape[0])
         weights = rng.random(rows.shape).astype(np.float32) if self.seed % 2 else None
         return rows, weights, importance, ratios.astype(np.float32), self._rows(self.codes), sets, size, 2
+
+    def _rounding(self) -> tuple[Any, ...]:
+        """Return rows to round under scales, with weights or without: none is zero, which times infinity is no number."""
+        rows = np.nan_to_num(self._rows(self.wide), posinf=1, neginf=-1)
+        weights = np.random.default_rng(self.seed + 5).uniform(0.5, 1, rows.shape) if self.seed % 2 else None
+        scales, zeros = self.scales[: len(rows)], None if self.zeros is None else self.zeros[: len(rows)]
+        return rows, weights, scales, zeros, self.codebook.levels, self.codebook.boundaries
 
     def _search(self) -> tuple[Any, ...]:
         """Return rows to search ratios for, with weights or without."""

@@ -241,7 +241,9 @@ def test_ratios_depend_on_the_side_of_a_boundary_to_the_last_bit(isa, low, sign)
     # Below the boundary the first ratio is the better one, above it the second.
     rng, levels = np.random.default_rng(0), np.array([0, 1], dtype=np.float32)
     steps = np.arange(-3, 4, dtype=np.int32)
-    for ratio, cut in zip(rng.uniform(low, 2 * low, 100).astype(np.float32), rng.uniform(0.375, 0.425, 100), strict=True):
+    for ratio, cut in zip(
+        rng.uniform(low, 2 * low, 100).astype(np.float32), rng.uniform(0.375, 0.425, 100), strict=True
+    ):
         boundary = np.array([cut], dtype=np.float32)
         entries = np.repeat(((ratio * boundary).view(np.int32) + steps).view(np.float32), 3)
         rows = np.repeat(sign * entries[:, None], 64, axis=1)
@@ -250,6 +252,38 @@ def test_ratios_depend_on_the_side_of_a_boundary_to_the_last_bit(isa, low, sign)
             expected = ops.best_ratios.reference(rows, None, levels, boundary, None, grid, 0)
             same(ran(ops.best_ratios, rows, None, levels, boundary, None, grid, 0), expected)
         assert len(set(expected.tolist())) == 2 or low == 1e30  # whose squares are infinite
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(
+    count=st.integers(0, 40),
+    columns=st.sampled_from([1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 100, 2047, 2048, 2049, 5000]),
+    codebook=BOOKS,
+    weighted=st.sampled_from([None, np.float32, np.float64]),
+    spread=st.sampled_from([0.0, 2.0, 8.0]),
+    seed=st.integers(0, 99),
+)
+def test_errors_of_rounding(isa, dtype, count, columns, codebook, weighted, spread, seed):
+    rng, count = np.random.default_rng(seed), min(count, 20000 // columns)
+    rows = np.exp(spread * rng.standard_normal((count, columns))) * rng.standard_normal((count, columns))
+    rows = rows.astype(dtype)
+    scales = (np.abs(rows).max(axis=1) * rng.choice([-0.7, 0.4, 1.0, 1.1], count)).astype(np.float32)
+    scales[::6] = rng.choice(np.array([0.0, -0.0, 1e-45, 3e38], np.float32), len(scales[::6]))
+    weights = None if weighted is None else rng.random((count, columns)).astype(weighted)
+    arguments = (rows, weights, scales, zeros_of(codebook, count), codebook.levels, codebook.boundaries)
+    with np.errstate(over="ignore"):
+        expected = ops.rounding_errors.reference(*arguments)
+    assert not np.isnan(expected).any()
+    same(ran(ops.rounding_errors, *arguments), expected)
+
+
+def test_threads_change_no_error_of_rounding(isa):
+    rows = np.random.default_rng(0).standard_normal((9001, 70)).astype(np.float32)
+    arguments = (rows, np.abs(rows), ops.block_absmax(rows.reshape(-1), 70), None, lq.NF4.levels, lq.NF4.boundaries)
+    expected = ops.rounding_errors.reference(*arguments)
+    for count in (1, 2, 5):
+        with on_threads(count):
+            same(ran(ops.rounding_errors, *arguments), expected)
 
 
 #: Blocks that fill registers, and blocks that do not; rows longer than stripes; as many rows as any kernel takes at once.
@@ -383,6 +417,16 @@ class TestWhatIsLeftToOthers:
         flat, cuts = np.ones(100, dtype=np.float32), lq.NF4.boundaries
         for scales in (np.ones(3, dtype=np.float32), np.ones(2, dtype=np.float64)):
             assert ops.encode_packed.select(flat, scales, None, cuts, 4, 64).implementation == "reference"
+
+    def test_errors_under_scales_or_weights_of_another_number(self):
+        rows, tables = np.ones((3, 8), dtype=np.float32), (lq.NF4.levels, lq.NF4.boundaries)
+        scales, zeros = np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.uint8)
+        one = slice(0, 1)  # each of these the reference spreads over all rows
+        others = [(None, scales[one], None), (rows[one], scales, None), (None, scales, zeros[one])]
+        expected = ops.rounding_errors(rows, None, scales, None, *tables)
+        for given_arrays in others:
+            assert ops.rounding_errors.select(rows, *given_arrays, *tables).implementation == "reference"
+            same(ops.rounding_errors(rows, *given_arrays, *tables), expected)
 
     def test_forced_numpy_passes_them_over(self):
         with lq.forced("numpy"):

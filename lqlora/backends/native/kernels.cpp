@@ -10,6 +10,7 @@
 #include "level_sums.h"
 #include "packing.h"
 #include "products.h"
+#include "rounding.h"
 #include "search.h"
 #include "sums.h"
 
@@ -20,5 +21,5 @@
 
 extern "C" const Kernels LQLORA_NAME(LQLORA_ISA);
 const Kernels LQLORA_NAME(LQLORA_ISA) = {LQLORA_STRING(LQLORA_ISA), absmax, extremes, encode, decode, pack, unpack,
-                                         row_sums, search, level_maxima, level_sums,
-                                         multiply};
+                                         row_sums, search, rounding_errors, level_maxima,
+                                         level_sums, multiply};

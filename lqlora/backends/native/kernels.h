@@ -64,6 +64,21 @@ struct Search {
     float* best;
 };
 
+// Rows, each to be encoded and decoded under a scale. `dtype` is that of the rows.
+struct RoundingErrors {
+    const void* rows;
+    int32_t dtype;
+    const void* weights;  // of the squared errors, or null
+    int32_t weights_dtype;
+    int64_t columns;
+    const float* scales;
+    const uint8_t* zero_points;  // one for each row, or null
+    const float* levels;
+    const float* boundaries;
+    int32_t level_count;
+    double* sums;
+};
+
 // Rows whose entries are summed by the level that their codes name, `size` levels in each set.
 struct Levels {
     const float* rows;
@@ -87,6 +102,7 @@ struct Kernels {
     void (*unpack)(const uint8_t* packed, int32_t bits, int64_t count, int64_t first, int64_t last, uint8_t* codes);
     void (*row_sums)(const void* rows, int32_t dtype, int64_t columns, int64_t first, int64_t last, void* sums);
     void (*search)(const Search*, int64_t first, int64_t last);
+    void (*rounding_errors)(const RoundingErrors*, int64_t first, int64_t last);
     void (*level_maxima)(const Levels*, int64_t first, int64_t last, double* above, double* below);
     void (*level_sums)(const Levels*, int64_t first, int64_t last, double above_unit, double below_unit, double* above,
                        double* below);

@@ -177,6 +177,16 @@ LQLORA_EXPORT void lqlora_search(const float* rows, const float* weights, int64_
               [&](int64_t first, int64_t last) { kernels().search(&search, first, last); });
 }
 
+LQLORA_EXPORT void lqlora_rounding_errors(const void* rows, int32_t dtype, const void* weights, int32_t weights_dtype,
+                                          int64_t count, int64_t columns, const float* scales,
+                                          const uint8_t* zero_points, const float* levels, const float* boundaries,
+                                          int32_t level_count, double* sums, int32_t threads) {
+    const RoundingErrors errors{rows, dtype, weights, weights_dtype, columns, scales, zero_points, levels, boundaries,
+                                level_count, sums};
+    in_ranges(count, 1, count * columns, threads,
+              [&](int64_t first, int64_t last) { kernels().rounding_errors(&errors, first, last); });
+}
+
 LQLORA_EXPORT void lqlora_multiply(const float* x, int64_t x_rows, int64_t rows, int64_t columns,
                                    const uint8_t* packed, const float* scales, const uint8_t* zero_points,
                                    const float* levels, int32_t level_count, int32_t bits, int64_t block, float* out,

@@ -43,6 +43,11 @@ _FUNCTIONS = {
         _POINTER,
     ),
     "row_sums": (_POINTER, _INT, _LONG, _LONG, _POINTER),
+    "rounding_errors": (
+        *(_POINTER, _INT, _POINTER, _INT, _LONG, _LONG),
+        *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),
+        _POINTER,
+    ),
     "search": (
         *(_POINTER, _POINTER, _LONG, _LONG, _POINTER),
         *(_POINTER, _POINTER, _INT, _POINTER, _INT, _INT),

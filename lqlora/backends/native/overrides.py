@@ -18,6 +18,7 @@ from lqlora.ops.casting import storage_cast
 from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_by_absmax, encode_packed, nearest_codes
+from lqlora.ops.rounding import rounding_errors
 from lqlora.ops.search import best_ratios
 from lqlora.ops.sums import level_sums, row_sums, unit_of
 
@@ -374,6 +375,44 @@ def searched_ratios(
     known = (_at(tables[0]), _at(tables[1]), len(levels), _at(tables[2]), len(grid), refinements)
     _call("search", _at(rows), _at(weights), *rows.shape, _at(zeros), *known, _at(best))
     return best
+
+
+def _is_encodable(rows: Any, weights: Any, scales: Any, zero_points: Any, levels: Any, boundaries: Any) -> bool:
+    weights_fit = weights is None or weights.shape == rows.shape
+    zeros_fit = zero_points is None or zero_points.shape == rows.shape[:1]
+    tables_fit = 1 <= len(levels) <= 256 and len(boundaries) == len(levels) - 1
+    is_even = rows.ndim == 2 and scales.shape == rows.shape[:1] and 1 <= rows.shape[1] <= _LONGEST_ROW
+    return bool(weights_fit and zeros_fit and tables_fit and is_even)
+
+
+@_overrides(
+    rounding_errors,
+    Takes(
+        {
+            "rows": ("float32", "float64"),
+            "weights": ("float32", "float64", None),
+            "scales": ("float32",),
+            "zero_points": ("uint8", None),
+        },
+        contiguous=("rows", "weights", "scales", "zero_points"),
+        condition=_is_encodable,
+        sentence="rows of a million entries at most, with a scale for each row and a weight for each entry",
+    ),
+)
+def errors_of_rows(
+    rows: npt.NDArray[Any],
+    weights: npt.NDArray[Any] | None,
+    scales: npt.NDArray[np.float32],
+    zero_points: npt.NDArray[np.uint8] | None,
+    levels: npt.NDArray[np.float32],
+    boundaries: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float64]:
+    """Divide, round, look up, multiply, and add squares up, a row at a time."""
+    tables = [np.ascontiguousarray(table, dtype=np.float32) for table in (levels, boundaries)]
+    sums = np.empty(rows.shape[0], dtype=np.float64)
+    given = (_at(rows), _number(rows), _at(weights), 0 if weights is None else _number(weights), *rows.shape)
+    _call("rounding_errors", *given, _at(scales), _at(zero_points), *map(_at, tables), len(levels), _at(sums))
+    return sums
 
 
 def _can_be_summed(

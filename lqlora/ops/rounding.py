@@ -1,0 +1,99 @@
+"""What rounding loses: squared errors in float64, which tell candidates apart that float32 would not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lqlora._dispatch import namespace, op
+from lqlora.ops.quantize import nearest_codes, normalize
+from lqlora.ops.sums import row_sums
+from lqlora.ops.tables import pick, table_beside
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from lqlora._typing import Array
+
+__all__ = ["rounding_errors", "wide_errors"]
+
+
+@op
+def rounding_errors(
+    rows: Array,
+    weights: Array | None,
+    scales: Array,
+    zero_points: Array | None,
+    levels: npt.NDArray[np.float32],
+    boundaries: npt.NDArray[np.float32],
+) -> Array:
+    """Return the weighted squared error that each block has under a scale, when it is encoded and decoded.
+
+    Parameters
+    ----------
+    rows : array of float32 or float64, shape (m, k)
+        One block per row.
+    weights : array of float32 or float64, shape (m, k), optional
+        Weights of the squares.
+    scales : array of float32, shape (m,)
+        Scales as they are decoded, of either sign. A block whose scale is zero decodes to zeros.
+    zero_points : array of uint8, shape (m,), optional
+        Codes that zero has in an affine format.
+    levels : ndarray of float32, shape (n,)
+        Levels of the codebook.
+    boundaries : ndarray of float32, shape (n - 1,)
+        Boundaries between its cells.
+
+    Returns
+    -------
+    array of float64, shape (m,)
+        Sums of ``weights * (rows - values)**2``, where the values are those that :func:`lqlora.ops.decode` makes, in
+        float32, of the codes of :func:`lqlora.ops.encode`. The terms are added as :func:`lqlora.ops.row_sums` adds.
+
+    References
+    ----------
+    LQ-LoRA, arXiv 2311.12023, section 3.2, for errors that are weighted entry by entry.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> rows, scales = np.array([[1.0, 0.5], [1.0, 0.5]], dtype=np.float32), np.array([1.0, 0.0], dtype=np.float32)
+    >>> rounding_errors(rows, None, scales, None, lq.uniform(2).levels, lq.uniform(2).boundaries).tolist()
+    [0.25, 1.25]
+    """
+    xp = namespace(rows, weights, scales, zero_points)
+    codes = nearest_codes(normalize(rows, xp.astype(scales, rows.dtype), zero_points), boundaries)
+    indices = xp.astype(xp.reshape(codes, (-1,)), xp.int64)
+    values = xp.reshape(pick(table_beside(levels, rows), indices), rows.shape)
+    if zero_points is not None:
+        values = values - xp.astype(zero_points, xp.float32)[:, None]
+    return wide_errors(rows, weights, values * scales[:, None])
+
+
+def wide_errors(rows: Array, weights: Array | None, values: Array) -> Array:
+    """Return the weighted squared difference of rows and what they were rounded to.
+
+    Parameters
+    ----------
+    rows : array of float32 or float64, shape (m, k)
+        Rows.
+    weights : array of float32 or float64, shape (m, k), optional
+        Weights of the squares.
+    values : array of float32, shape (m, k)
+        Values the rows were rounded to.
+
+    Returns
+    -------
+    array of float64, shape (m,)
+        Sums of ``weights * (rows - values)**2``, computed in float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> wide_errors(np.ones((1, 2)), np.array([[1.0, 3.0]]), np.array([[1.0, 0.5]], dtype=np.float32)).tolist()
+    [0.75]
+    """
+    xp = namespace(rows, weights, values)
+    difference = xp.astype(rows, xp.float64) - xp.astype(values, xp.float64)
+    squares = difference * difference
+    return row_sums(squares if weights is None else squares * xp.astype(weights, xp.float64))

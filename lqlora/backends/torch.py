@@ -64,7 +64,7 @@ _TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
         condition=lambda x, *others: (
             x.shape[0] <= native.FEW_ROWS and x.shape[1] % 8 == 0 and x.dtype == others[-1].dtype
         ),
-        sentence=f"up to {native.FEW_ROWS} rows of a multiple of eight entries: torch's BLAS takes the others",
+        sentence=f"up to {native.FEW_ROWS} rows of a multiple of eight entries, and results of their dtype",
     ),
 }
 

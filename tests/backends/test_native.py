@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from lqlora._threads import num_threads, on_threads, set_num_threads
 from lqlora.backends import native
 from lqlora.errors import InvalidArgumentError
 from lqlora.testing.strategies import ALL_CODEBOOKS
-from tests.requirements import require_or_skip
+from tests.requirements import is_installed, require_or_skip
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 #: Lengths around those of registers and stripes.
@@ -163,9 +164,9 @@ def test_values(isa, dtype, count, size, codebook, seed):
 
 @pytest.mark.parametrize("start", [0, 1, 8])
 @pytest.mark.parametrize("codebook", [lq.NF4, lq.normal_float(3), lq.affine(4)], ids=lambda book: book.name)
-@pytest.mark.parametrize("size", [64, 20])
-def test_values_that_are_streamed_past_the_caches(isa, one_thread, codebook, start, size):
-    count, rng = 2**23 + 1013, np.random.default_rng(0)
+@pytest.mark.parametrize(("size", "more"), [(64, 1013), (64, 1024), (40, 1024), (20, 1024)])
+def test_values_that_are_streamed_past_the_caches(isa, one_thread, codebook, start, size, more):
+    count, rng = 2**23 + more, np.random.default_rng(0)
     packed = rng.integers(0, 256, ops.packed_size(count, codebook.bits)).astype(np.uint8)
     scales = rng.standard_normal(-(-count // size)).astype(np.float32)
     zeros, memory = zeros_of(codebook, len(scales)), np.zeros(count + 32, np.float32)
@@ -179,7 +180,8 @@ def test_values_that_are_streamed_past_the_caches(isa, one_thread, codebook, sta
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_narrow_number_is_read_and_written(isa, dtype):
+@pytest.mark.parametrize("size", [1, 32, 40])
+def test_every_narrow_number_is_read_and_written(isa, dtype, size):
     every = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype])
     finite = every[np.isfinite(every.astype(np.float32))]
     assert ops.block_absmax(finite, 1).tobytes() == np.abs(finite.astype(np.float32)).tobytes()
@@ -187,10 +189,17 @@ def test_every_narrow_number_is_read_and_written(isa, dtype):
     levels = np.array([1.0], dtype=np.float32)
     near = finite.astype(np.float32)
     between = ((near[1:].astype(np.float64) + near[:-1]) / 2).astype(np.float32)
-    for scales in (near, between, np.nextafter(between, np.float32(np.inf)), np.nextafter(between, np.float32(0))):
-        packed = np.zeros(-(-len(scales) // 8), dtype=np.uint8)
-        out = np.empty(len(scales), dtype=DTYPES[dtype])
-        same(ran(ops.decode, packed, scales, None, levels, 1, 1, out), scales.astype(DTYPES[dtype]))
+    others = np.array([np.inf, -np.inf, np.nan, -np.nan], dtype=np.float32)
+    payload = np.array([0x7FC12345, 0xFFC54321], dtype=np.uint32).view(np.float32)
+    up, down = (np.nextafter(between, np.float32(end)) for end in (np.inf, 0))
+    for scales in (near, between, up, down, np.concatenate([others, payload] * 3)):
+        packed = np.zeros(-(-len(scales) * size // 8), dtype=np.uint8)
+        out = np.empty(len(scales) * size, dtype=DTYPES[dtype])
+        with np.errstate(over="ignore"):
+            same(
+                ran(ops.decode, packed, scales, None, levels, 1, size, out),
+                np.repeat(scales.astype(DTYPES[dtype]), size),
+            )
 
 
 @given(count=st.integers(0, 40), columns=st.integers(1, 300), seed=st.integers(0, 99))
@@ -297,6 +306,9 @@ PRODUCTS = [
     (3, 33, 64, 4096),
     (5, 6, 4096, 64),
     (8, 17, 160, 32),
+    (3, 9, 40, 32),
+    (3, 9, 96, 48),
+    (3, 9, 64, 16),
 ]
 
 
@@ -317,6 +329,32 @@ def test_products_of_few_rows_are_exact_for_integers(isa, bits, batch, rows, col
     ran(ops.matmul_packed, x, ops.pack_codes(codes, bits), scales, zeros, levels, bits, size, out)
     with np.errstate(over="ignore"):  # in float16
         same(out, (x.astype(np.float32) @ dense.T + np.float32(0)).astype(x.dtype))
+
+
+@pytest.mark.parametrize("size", [2**62, 2**63, 2**64, 2**70])
+def test_a_block_is_as_long_as_the_array_at_most(isa, size):
+    flat = np.random.default_rng(0).standard_normal(100).astype(np.float32)
+    scale, levels, cuts = np.abs(flat).max(keepdims=True), lq.NF4.levels, lq.NF4.boundaries
+    packed = ops.encode_packed.reference(flat, scale, None, cuts, 4, 100)
+    same(ran(ops.encode_packed, flat, scale, None, cuts, 4, size), packed)
+    same(ran(ops.encode_by_absmax, flat, cuts, 4, size)[1], packed)
+    outs = [np.empty(100, dtype=np.float32) for _ in range(2)]
+    same(
+        ran(ops.decode, packed, scale, None, levels, 4, size, outs[0]),
+        ops.decode.reference(packed, scale, None, levels, 4, 100, outs[1]),
+    )
+    x, y = np.eye(4, 8, dtype=np.float32), np.empty((4, 12), dtype=np.float32)
+    ran(ops.matmul_packed, x, packed[:48], scale, None, levels, 4, size, y)
+    np.testing.assert_array_equal(y, outs[0][:96].reshape(12, 8).T[:4])
+
+
+def test_products_may_overwrite_their_rows(isa):
+    rng = np.random.default_rng(0)
+    packed, scales = rng.integers(0, 256, 2048).astype(np.uint8), np.ones(64, dtype=np.float32)
+    arguments = packed, scales, None, lq.NF4.levels, 4, 64
+    x = rng.standard_normal((2, 64)).astype(np.float32)
+    expected = ran(ops.matmul_packed, x, *arguments, np.empty_like(x))
+    same(ran(ops.matmul_packed, x, *arguments, x), expected)
 
 
 @pytest.mark.parametrize(("columns", "size"), [(4096, 64), (2080, 32), (1000, 40)])
@@ -427,6 +465,27 @@ class TestWhatIsLeftToOthers:
         for given_arrays in others:
             assert ops.rounding_errors.select(rows, *given_arrays, *tables).implementation == "reference"
             same(ops.rounding_errors(rows, *given_arrays, *tables), expected)
+
+    def test_results_that_may_not_be_written(self):
+        packed, scales, out = np.zeros(32, dtype=np.uint8), np.ones(1, dtype=np.float32), np.zeros(64, np.float32)
+        x, y = np.ones((1, 64), dtype=np.float32), np.zeros((1, 1), dtype=np.float32)
+        out.flags.writeable = y.flags.writeable = False
+        rest = packed, scales, None, lq.NF4.levels, 4, 64
+        for operation, arguments in ((ops.decode, (*rest, out)), (ops.matmul_packed, (x, *rest, y))):
+            assert not operation.select(*arguments).implementation.startswith("native.")
+            with pytest.raises(ValueError, match="read-only"):
+                operation(*arguments)
+
+    @pytest.mark.parametrize("library", ["numpy", "torch"])
+    def test_products_of_another_dtype_than_their_rows(self, library):
+        require_or_skip("torch", library == "numpy" or is_installed("torch"))
+        xp = importlib.import_module(library)
+        packed, scales = xp.zeros(32, dtype=xp.uint8), xp.ones(1, dtype=xp.float32)
+        rest = packed, scales, None, lq.NF4.levels, 4, 64
+        x, wide = xp.ones((1, 64), dtype=xp.float16), xp.zeros((1, 1), dtype=xp.float32)
+        assert ops.matmul_packed.select(x, *rest, wide).implementation == "reference"
+        same_dtype = ops.matmul_packed.select(x, *rest, xp.zeros((1, 1), dtype=xp.float16))
+        assert same_dtype.implementation.startswith("native.") == native.status()[0]
 
     def test_forced_numpy_passes_them_over(self):
         with lq.forced("numpy"):

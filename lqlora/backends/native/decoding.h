@@ -22,25 +22,16 @@ struct LevelTable {
 
 // --- Codes of a byte each: how those of other numbers of bits, other blocks and other processors are decoded
 
-struct Cells {
-    const float* levels;
-    bool are_few;  // no more than sixteen
-    float zero;
-    float scale;
-
-    float operator[](int code) const { return (levels[code] - zero) * scale; }
-};
-
 // Not inlined: a compiler that knows that levels and values are not the same numbers gathers eight levels at once, which
 // most processors do more slowly than one after the other.
-__attribute__((noinline)) void decode_run(const uint8_t* codes, const Cells& cells, int64_t count, int32_t, float* values) {
-    if (cells.are_few && count >= 16) {
+__attribute__((noinline)) void decode_run(const uint8_t* codes, const float* levels, bool are_few, float zero, float scale,
+                                          int64_t count, float* values) {
+    if (are_few && count >= 16) {
         float table[16];
-        for (int j = 0; j < 16; ++j) table[j] = cells[j];
+        for (int j = 0; j < 16; ++j) table[j] = (levels[j] - zero) * scale;
         look_up_few(codes, table, count, values);
         return;
     }
-    const float *levels = cells.levels, zero = cells.zero, scale = cells.scale;
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
         uint64_t eight;
@@ -52,24 +43,13 @@ __attribute__((noinline)) void decode_run(const uint8_t* codes, const Cells& cel
     for (; i < count; ++i) values[i] = (levels[codes[i]] - zero) * scale;
 }
 
-// Of few cells each is rounded to 16 bits, and not each value.
-void decode_run(const uint8_t* codes, const Cells& cells, int64_t count, int32_t dtype, uint16_t* values) {
-    float wide[16];
-    uint16_t table[16];
-    for (int j = 0; j < 16; ++j) wide[j] = cells[j];
-    narrow(wide, dtype, 16, table);
-    for (int64_t i = 0; i < count; ++i) values[i] = table[codes[i]];
-}
-
-template <typename Value>
 void decode_bytes(const uint8_t* codes, const Decoding& decoding, const float* levels, int64_t first, int64_t last,
-                  Value* values) {
+                  float* values) {
     int64_t block = first / decoding.block;
     for (int64_t at = first; at < last; ++block) {
         const int64_t stop = least((block + 1) * decoding.block, last), begin = at - first;
         const float zero = decoding.zero_points ? static_cast<float>(decoding.zero_points[block]) : 0.0f;
-        const Cells cells{levels, decoding.bits <= 4, zero, decoding.scales[block]};
-        decode_run(codes + begin, cells, stop - at, decoding.dtype, values + begin);
+        decode_run(codes + begin, levels, decoding.bits <= 4, zero, decoding.scales[block], stop - at, values + begin);
         at = stop;
     }
 }
@@ -93,11 +73,11 @@ constexpr int kMostInRegisters = 7;
 constexpr int kMostInRegisters = 4;
 #endif
 
-template <typename Cells, int kBits, bool kStreams>
+template <typename Lookup, int kBits, bool kStreams>
 void store_stripe(const Decoding& decoding, const uint8_t* end, const float* levels, int64_t first, int64_t last,
-                  typename Cells::Value* values) {
-    Stored<Cells, kBits, kStreams> stored{end, values};
-    each_run<Cells, kBits>(decoding, levels, first, last, stored);
+                  typename Lookup::Value* values) {
+    Stored<Lookup, kBits, kStreams> stored{end, values};
+    each_run<Lookup, kBits>(decoding, levels, first, last, stored);
 }
 
 template <typename Value>
@@ -128,8 +108,8 @@ constexpr int64_t kBeyondCaches = int64_t{1} << 23;
 bool is_streamed(const Decoding& decoding, int64_t count) {
     constexpr int64_t kLanes = Wide<4>::kLanes;
     const bool is_aligned = reinterpret_cast<uintptr_t>(decoding.out) % (kLanes * sizeof(float)) == 0;
-    const bool are_whole = decoding.block % kLanes == 0 && decoding.count % kLanes == 0;
-    return decoding.dtype == FLOAT32 && count == decoding.count && count >= kBeyondCaches && is_aligned && are_whole;
+    const bool is_long = count == decoding.count && count >= kBeyondCaches;
+    return decoding.dtype == FLOAT32 && is_long && is_aligned && decoding.block % kLanes == 0;
 }
 #else
 bool is_streamed(const Decoding&, int64_t) { return false; }
@@ -148,23 +128,18 @@ void decode_stripe(const Decoding& decoding, const uint8_t* end, const float* le
     uint8_t unpacked[kStripe];
     if (decoding.bits < 8) unpack_stripe(packed, end, decoding.bits, last - first, unpacked);
     const uint8_t* codes = decoding.bits < 8 ? unpacked : packed;
-    (decoding.block == 1 ? decode_single : decode_bytes<float>)(codes, decoding, levels, first, last, values);
+    (decoding.block == 1 ? decode_single : decode_bytes)(codes, decoding, levels, first, last, values);
 }
 
-// Blocks so long that sixteen cells are rounded sooner than all weights.
+// In blocks so long, sixteen cells are rounded sooner than all weights.
 constexpr int64_t kLongBlock = 32;
 
 void decode_stripe(const Decoding& decoding, const uint8_t* end, const float* levels, int64_t first, int64_t last,
                    bool, uint16_t* values) {
-    if (decoding.bits <= 4 && decoding.block >= kLongBlock) {
 #if defined(__AVX2__)
-        if (decoding.block % 8 == 0)
-            return storing_narrow(decoding.bits)(decoding, end, levels, first, last, values);
+    if (decoding.bits <= 4 && decoding.block % 8 == 0 && decoding.block >= kLongBlock)
+        return storing_narrow(decoding.bits)(decoding, end, levels, first, last, values);
 #endif
-        uint8_t codes[kStripe];
-        unpack_stripe(decoding.packed + first / 8 * decoding.bits, end, decoding.bits, last - first, codes);
-        return decode_bytes(codes, decoding, levels, first, last, values);
-    }
     float wide[kStripe];
     decode_stripe(decoding, end, levels, first, last, false, wide);
     narrow(wide, decoding.dtype, last - first, values);

@@ -3,7 +3,7 @@
 // it uses no templates of the standard library but constants.
 //
 // Results are those of lqlora.ops to the bit: no contraction of products and sums, division and not multiplication by
-// the reciprocal, and sums in the order that lqlora.ops.row_sums defines.
+// the reciprocal, and sums in the order that lqlora.ops.row_sums defines. Products of matrices have an order of their own.
 #include "blocks.h"
 #include "decoding.h"
 #include "encoding.h"

@@ -40,7 +40,8 @@ uint16_t to_half(float value) {
     const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     const uint32_t finite = magnitude < 0x38800000u ? small : normal;
-    const uint32_t rounded = magnitude > 0x7f800000u ? 0x7e00u : magnitude >= 0x47800000u ? 0x7c00u : finite;
+    const uint32_t quiet = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+    const uint32_t rounded = magnitude > 0x7f800000u ? quiet : magnitude >= 0x47800000u ? 0x7c00u : finite;
     return static_cast<uint16_t>(rounded | sign);
 }
 

@@ -64,12 +64,8 @@ void pack_stripe(const uint8_t* codes, int bits, int64_t count, uint8_t* packed)
     }
 }
 
-// `stop` is the end of the packed bytes: words are read whole where they end before it.
+// Codes of fewer than eight bits. `stop` is the end of the packed bytes: words are read whole where they end before it.
 void unpack_stripe(const uint8_t* packed, const uint8_t* stop, int bits, int64_t count, uint8_t* codes) {
-    if (bits == 8) {
-        std::memcpy(codes, packed, static_cast<size_t>(count));
-        return;
-    }
     int64_t i = 0;
 #if defined(__AVX2__)
     if (bits == 4) {

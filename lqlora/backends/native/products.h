@@ -23,20 +23,22 @@ float dot(const float* a, const float* b, int64_t count) {
     return halved(sums);
 }
 
+using Adding = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
+
 #if defined(__AVX2__)
-// Products of up to `kRows` rows and the values of runs, which never leave the registers.
-template <typename Cells, int kBits, int kRows>
+// Products of `kRows` rows and the values of runs, which never leave the registers.
+template <typename Lookup, int kBits, int kRows>
 struct Dots {
-    static constexpr int kLanes = Cells::kLanes, kStep = kLanes / 8 * kBits, kParts = kSums / kLanes;
+    static constexpr int kLanes = Lookup::kLanes, kStep = kLanes / 8 * kBits, kParts = kSums / kLanes;
     const float* x;
     int64_t columns;
-    typename Cells::Register sums[kRows][kParts] = {};
+    typename Lookup::Register sums[kRows][kParts] = {};
 
-    void operator()(const Cells& cells, const uint8_t* packed, int64_t count) {
+    void operator()(const Lookup& cells, const uint8_t* packed, int64_t count) {
         for (const float* stop = x + count; x < stop; x += kSums, packed += kParts * kStep) {
             for (int k = 0; k < kParts; ++k) {
-                const typename Cells::Register values = cells.of(packed + k * kStep);
-                for (int m = 0; m < kRows; ++m) sums[m][k] += values * Cells::load(x + m * columns + k * kLanes);
+                const typename Lookup::Register values = cells.of(packed + k * kStep);
+                for (int m = 0; m < kRows; ++m) sums[m][k] += values * Lookup::load(x + m * columns + k * kLanes);
             }
         }
     }
@@ -56,9 +58,7 @@ void add_products(const Product& product, const float* levels, int64_t row, int6
     }
 }
 
-using Adding = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
-
-// The sums of so many rows have room in the registers.
+// The sums of so many rows have room in the registers: four of AVX-512, three of AVX2.
 constexpr int64_t kRowsAtOnce = kSums / Wide<4>::kLanes == 2 ? 4 : 3;
 
 template <int kBits>
@@ -68,7 +68,7 @@ Adding adding(int64_t rows) {
     return by_rows[rows - 1];
 }
 
-// What adds products in registers; null where runs of blocks do not fill them.
+// What adds products in registers; null where runs of blocks do not fill them, and for codes of more bits.
 Adding adding_in_registers(const Decoding& matrix, int64_t rows, int64_t columns) {
     using Choosing = Adding (*)(int64_t);
     constexpr Choosing by_bits[] = {adding<1>, adding<2>, adding<3>, adding<4>,
@@ -80,8 +80,6 @@ Adding adding_in_registers(const Decoding& matrix, int64_t rows, int64_t columns
     return are_filled && matrix.bits <= kMostInRegisters ? by_bits[matrix.bits - 1](rows) : nullptr;
 }
 #else
-using Adding = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
-
 constexpr int64_t kRowsAtOnce = 1;
 
 Adding adding_in_registers(const Decoding&, int64_t, int64_t) { return nullptr; }
@@ -95,7 +93,7 @@ void multiply_some(const Product& product, int64_t first, int64_t last) {
     float weights[kStripe];
     for (int64_t row = first; row < last; ++row) {
         const int64_t begin = row * product.columns;
-        // Registers are filled with bytes beyond their codes, which the last row, or the last few, may not have.
+        // Registers are filled with bytes beyond their codes: of the last row, or the last few, they may not be there.
         const bool in_registers = add && end - matrix.packed >= (begin + product.columns) / 8 * matrix.bits + 16;
         for (int64_t m = 0; m < product.x_rows; ++m) product.out[m * product.rows + row] = 0;
         for (int64_t at = 0; at < product.columns; at += kStripe) {

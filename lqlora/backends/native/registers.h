@@ -35,7 +35,8 @@ struct Sixteen {
 
 #if defined(__AVX512F__)
 
-// Where the codes of a register's lanes are in sixteen bytes: for each byte of a lane that of its code, and the first bit.
+// Where the codes of a register's lanes are in sixteen bytes: the byte that each byte of a lane is taken from, and the bit
+// of the first of them that the lane's code begins with.
 template <int kBits, int kLanes>
 struct Places {
     alignas(64) uint8_t bytes[64];
@@ -92,6 +93,11 @@ struct Wide {
     static __m512 load(const float* values) { return _mm512_loadu_ps(values); }
     static void store(float* values, __m512 found) { _mm512_storeu_ps(values, found); }
     static void stream(float* values, __m512 found) { _mm512_stream_ps(values, found); }
+
+    static bool store_some(float* values, __m512 found, int64_t count) {
+        _mm512_mask_storeu_ps(values, static_cast<__mmask16>((1u << count) - 1), found);
+        return true;
+    }
 };
 
 // Of 32 codes of four bits or fewer, rounded to 16 bits: the cells are rounded, and not each value.
@@ -113,6 +119,11 @@ struct Narrow {
     }
 
     static void store(uint16_t* values, __m512i found) { _mm512_storeu_si512(values, found); }
+
+    static bool store_some(uint16_t* values, __m512i found, int64_t count) {
+        _mm512_mask_storeu_epi16(values, (uint32_t{1} << count) - 1, found);
+        return true;
+    }
 };
 
 #else
@@ -140,6 +151,7 @@ struct Wide {
     static __m256 load(const float* values) { return _mm256_loadu_ps(values); }
     static void store(float* values, __m256 found) { _mm256_storeu_ps(values, found); }
     static void stream(float* values, __m256 found) { _mm256_stream_ps(values, found); }
+    static bool store_some(float*, __m256, int64_t) { return false; }  // but for the last ones, all blocks fill registers
 };
 
 // Of sixteen codes, rounded to 16 bits: the two bytes of each are looked up by themselves.
@@ -174,56 +186,67 @@ struct Narrow {
     }
 
     static void store(uint16_t* values, __m256i found) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), found); }
+
+    static bool store_some(uint16_t* values, __m256i found, int64_t count) {
+        if (count != 8) return false;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm256_castsi256_si128(found));
+        return true;
+    }
 };
 
 #endif
 
 // Goes through the runs of blocks within a range of weights, all of which begin with a byte: `take` is given the cells of
 // a run, where its codes begin, and their number.
-template <typename Cells, int kBits, typename Take>
+template <typename Lookup, int kBits, typename Take>
 void each_run(const Decoding& decoding, const float* levels, int64_t first, int64_t last, Take& take) {
     const uint8_t* packed = decoding.packed + first / 8 * kBits;
     int64_t block = first / decoding.block;
     for (int64_t at = first; at < last; ++block) {
         const int64_t stop = least((block + 1) * decoding.block, last);
         const float zero = decoding.zero_points ? static_cast<float>(decoding.zero_points[block]) : 0.0f;
-        take(Cells(levels, zero, decoding.scales[block], decoding.dtype), packed, stop - at);
+        take(Lookup(levels, zero, decoding.scales[block], decoding.dtype), packed, stop - at);
         packed += (stop - at) / 8 * kBits;
         at = stop;
     }
 }
 
 // Writes the values of runs one after the other. No byte is read at `end` or beyond.
-template <typename Cells, int kBits, bool kStreams>
+template <typename Lookup, int kBits, bool kStreams>
 struct Stored {
-    using Value = typename Cells::Value;
-    static constexpr int64_t kLanes = Cells::kLanes, kStep = kLanes / 8 * kBits;
+    using Value = typename Lookup::Value;
+    static constexpr int64_t kLanes = Lookup::kLanes, kStep = kLanes / 8 * kBits;
     const uint8_t* end;
     Value* values;
 
-    void operator()(const Cells& cells, const uint8_t* packed, int64_t count) {
-        const int64_t spare = end - packed - Cells::kBytesRead;
+    void operator()(const Lookup& cells, const uint8_t* packed, int64_t count) {
+        const int64_t spare = end - packed - Lookup::kBytesRead;
         const int64_t whole = spare < 0 ? 0 : least(count / kLanes, spare / kStep + 1);
         int64_t k = 0;
         for (; k + 4 <= whole; k += 4)
             for (int i = 0; i < 4; ++i) put(values + (k + i) * kLanes, cells.of(packed + (k + i) * kStep));
         for (; k < whole; ++k) put(values + k * kLanes, cells.of(packed + k * kStep));
-        if (k * kLanes < count) store_rest(cells, packed + k * kStep, count - k * kLanes, values + k * kLanes);
+        if (const int64_t left = count - k * kLanes) store_last(cells, packed + k * kStep, left, values + k * kLanes);
         values += count;
     }
 
-    static void put(Value* to, typename Cells::Register found) {
-        if constexpr (kStreams) Cells::stream(to, found);
-        else Cells::store(to, found);
+    static void put(Value* to, typename Lookup::Register found) {
+        if constexpr (kStreams) Lookup::stream(to, found);
+        else Lookup::store(to, found);
+    }
+
+    void store_last(const Lookup& cells, const uint8_t* packed, int64_t count, Value* to) const {
+        const bool is_readable = count < kLanes && end - packed >= Lookup::kBytesRead;
+        if (!is_readable || !Lookup::store_some(to, cells.of(packed), count)) store_rest(cells, packed, count, to);
     }
 
     // Registers of which some lanes, or some of the bytes that are read with them, are not there.
-    __attribute__((noinline)) void store_rest(const Cells& cells, const uint8_t* packed, int64_t count, Value* to) const {
+    __attribute__((noinline)) void store_rest(const Lookup& cells, const uint8_t* packed, int64_t count, Value* to) const {
         for (int64_t i = 0; i < count; i += kLanes, packed += kStep) {
             uint8_t bytes[16] = {};
             Value own[kLanes];
             std::memcpy(bytes, packed, static_cast<size_t>(least(16, end - packed)));
-            Cells::store(own, cells.of(bytes));
+            Lookup::store(own, cells.of(bytes));
             std::memcpy(to + i, own, static_cast<size_t>(least(kLanes, count - i)) * sizeof(Value));
         }
     }

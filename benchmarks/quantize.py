@@ -92,9 +92,8 @@ def threads(weight):
         "only write (numpy.ndarray.fill)": lambda count: list(pools[count].map(lambda part: part.fill(1), parts[1])),
     }
     for name, text in (
-        *(("float32", f"nf{bits}/64:float32") for bits in (4, 6, 8)),
         ("float32", FORMATS[-1]),
-        *((name, "nf4/64:float32") for name in ("float16", "bfloat16")),
+        *((name, f"nf{bits}/64:float32") for name in DTYPES for bits in (4, 6, 8)),
     ):
         array = weight if name == "float32" else np.tile(weight, (2, 1)).astype(DTYPES[name])
         fmt, out = lq.BlockFormat.parse(text), np.zeros_like(array)

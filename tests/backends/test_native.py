@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
+from lqlora._optional import is_installed
 from lqlora._threads import num_threads, on_threads, set_num_threads
 from lqlora.backends import native
 from lqlora.errors import InvalidArgumentError
 from lqlora.testing.strategies import ALL_CODEBOOKS
-from tests.requirements import is_installed, require_or_skip
+from tests.requirements import require_or_skip
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 #: Lengths around those of registers and stripes.
@@ -305,7 +306,7 @@ PRODUCTS = [
     (2, 9, 256, 96),
     (3, 33, 64, 4096),
     (5, 6, 4096, 64),
-    (8, 17, 160, 32),
+    (native.FEW_ROWS, 17, 160, 32),
     (3, 9, 40, 32),
     (3, 9, 96, 48),
     (3, 9, 64, 16),
@@ -364,14 +365,14 @@ def test_products_have_the_same_bytes_on_every_instruction_set_and_in_any_compan
     rng, rows = np.random.default_rng(bits), 70
     packed = rng.integers(0, 256, rows * columns * bits // 8).astype(np.uint8)
     weight = packed, rng.random(-(-rows * columns // size)).astype(np.float32), None, lq.normal_float(bits).levels
-    x, found = rng.standard_normal((8, columns)).astype(np.float32), {}
+    x, found = rng.standard_normal((native.FEW_ROWS, columns)).astype(np.float32), {}
     for name in native.instruction_sets():
-        for batch in range(1, 9):
+        for batch in range(1, native.FEW_ROWS + 1):
             out = np.empty((batch, rows), dtype=np.float32)
             with native.using(name):
                 ran(ops.matmul_packed, x[:batch], *weight, bits, size, out)
             found[name, batch] = out
-    expected = found["baseline", 8]
+    expected = found["baseline", native.FEW_ROWS]
     for (_, batch), out in found.items():
         same(out, expected[:batch])
     dense = ops.decode(*weight, bits, size, np.empty(rows * columns, np.float32)).reshape(rows, columns)

@@ -60,6 +60,12 @@ void widen(const uint16_t* values, int32_t dtype, int64_t count, float* wide) {
         return;
     }
     int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i));
+        _mm512_storeu_ps(wide + i, _mm512_maskz_cvtph_ps(0xffff, halves));
+    }
+#endif
 #if defined(__F16C__)
     for (; i + 8 <= count; i += 8) {
         const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i));

@@ -118,6 +118,8 @@ def operations():
     yield "block_absmax", lambda: lq.ops.block_absmax(flat, 64)
     yield "block_extremes", lambda: lq.ops.block_extremes(flat, 64)
     yield "row_sums", lambda: lq.ops.row_sums(values)
+    matrix, across = flat.reshape(512, -1), np.empty((PIECE // 512, 512), np.float32)
+    yield "copy_across", lambda: lq.ops.copy_across(matrix.T, across)
     for bits in (2, 3, 4, 5, 6, 8):
         book, out = lq.normal_float(bits), np.empty_like(flat)
         codes = lq.ops.encode(flat, scales, None, book.boundaries, 64)

@@ -17,6 +17,7 @@ from lqlora.ops.packing import pack_codes, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_by_absmax, encode_packed, nearest_codes
 from lqlora.ops.rounding import rounding_errors
 from lqlora.ops.search import best_ratios
+from lqlora.ops.slices import copy_across
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
 
 __all__: list[str] = []
@@ -41,6 +42,7 @@ _TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
     encode: Takes({"flat": _WIDE, **_OWN_SCALES}),
     encode_packed: Takes({"flat": _FLOATS, **_OWN_SCALES}),
     encode_by_absmax: Takes({"flat": _FLOATS}),
+    copy_across: Takes({"source": _FLOATS, "out": _FLOATS}),
     pack_codes: Takes({"codes": ("uint8",)}),
     unpack_codes: Takes({"packed": ("uint8",)}, bits=tuple(range(1, 8))),
     row_sums: Takes({"rows": _WIDE}),

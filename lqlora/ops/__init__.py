@@ -33,7 +33,7 @@ from lqlora.ops.quantize import (
 )
 from lqlora.ops.rounding import rounding_errors, wide_errors
 from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
-from lqlora.ops.slices import put_flat, take_flat
+from lqlora.ops.slices import copy_across, put_flat, take_flat
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
 from lqlora.ops.tables import pick, table_beside
 
@@ -46,6 +46,7 @@ __all__ = [
     "block_extremes",
     "boundaries_by_set",
     "convert",
+    "copy_across",
     "decode",
     "dtype_name",
     "encode",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lqlora._dispatch import array_library, device_of, is_contiguous, is_on_host, namespace
+from lqlora._dispatch import array_library, device_of, is_contiguous, is_on_host, namespace, op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lqlora._typing import Array
 
-__all__ = ["put_flat", "take_flat"]
+__all__ = ["copy_across", "put_flat", "take_flat"]
 
 #: Where two arrays lie across each other in memory they are copied in strips of so many lines, which the nearest cache
 #: holds until all of them is used. Strips of few entries would cost more in calls than they save.
@@ -112,16 +112,42 @@ def _flattened(array: Array) -> Array:
 
 
 def _copy(target: Array, source: Array) -> None:
-    """Copy an array into another of its shape; in strips if the two lie across each other in memory."""
-    axis = _fastest_axis(target)
-    if axis == _fastest_axis(source):
+    """Copy an array into another of its shape."""
+    if _fastest_axis(target) == _fastest_axis(source):
         target[...] = source
-        return
-    length = target.shape[axis]
-    width = max(_STRIP, _STRIP_ENTRIES * length // prod(target.shape))
+    else:
+        copy_across(source, target)
+
+
+@op
+def copy_across(source: Array, out: Array) -> Array:
+    """Copy an array into another one, across which it lies in memory: a matrix and the transpose of one.
+
+    Parameters
+    ----------
+    source : array
+        What is copied.
+    out : array of the same shape and dtype
+        Written to; no part of the memory of ``source``.
+
+    Returns
+    -------
+    array
+        ``out``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> copy_across(np.arange(6).reshape(2, 3).T, np.empty((3, 2), dtype=np.int64)).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    """
+    axis = _fastest_axis(out)
+    length = out.shape[axis]
+    width = max(_STRIP, _STRIP_ENTRIES * length // max(1, prod(out.shape)))
     for first in range(0, length, width):
         strip = (*[slice(None)] * axis, slice(first, first + width), ...)
-        target[strip] = source[strip]
+        out[strip] = source[strip]
+    return out
 
 
 def _fastest_axis(array: Array) -> int:

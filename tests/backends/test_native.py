@@ -203,6 +203,38 @@ def test_every_narrow_number_is_read_and_written(isa, dtype, size):
             )
 
 
+def tensor_of(array):
+    """Return a tensor of the same memory."""
+    torch = importlib.import_module("torch")
+    is_bfloat16 = array.dtype == ml_dtypes.bfloat16
+    return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(array)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (7, 300), (300, 9), (257, 264), (31, 33), (520, 512)])
+def test_copies_across(isa, dtype, shape, library):
+    require_or_skip("torch", library == "numpy" or is_installed("torch"))
+    rng = np.random.default_rng(0)
+    whole = rng.integers(-99, 99, (shape[1] + 3, shape[0] + 5)).astype(DTYPES[dtype])
+    memory = np.zeros((shape[0] + 2, shape[1] + 7), dtype=DTYPES[dtype])
+    sources = whole[: shape[1], : shape[0]].T, whole[3:, 5:].T
+    for source, out in ((sources[0], memory[: shape[0], : shape[1]]), (sources[1], memory[1:-1, 3:-4])):
+        memory[...] = 7
+        for count in (1, 3):
+            out[...] = 7
+            with on_threads(count):
+                if library == "numpy":
+                    assert ran(ops.copy_across, source, out) is out
+                else:
+                    ran(ops.copy_across, tensor_of(source), tensor_of(out))
+            np.testing.assert_array_equal(out, source)
+        out[...] = 7
+        assert (memory == 7).all()  # and nothing beside it was written
+        ran(ops.copy_across, source.T, out.T)  # where rows and columns have changed places
+        np.testing.assert_array_equal(out, source)
+
+
 @given(count=st.integers(0, 40), columns=st.integers(1, 300), seed=st.integers(0, 99))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_sums_of_rows(isa, dtype, count, columns, seed):

@@ -5,6 +5,7 @@
 // Results are those of lqlora.ops to the bit: no contraction of products and sums, division and not multiplication by
 // the reciprocal, and sums in the order that lqlora.ops.row_sums defines. Products of matrices have an order of their own.
 #include "blocks.h"
+#include "crossing.h"
 #include "decoding.h"
 #include "encoding.h"
 #include "level_sums.h"
@@ -22,4 +23,4 @@
 extern "C" const Kernels LQLORA_NAME(LQLORA_ISA);
 const Kernels LQLORA_NAME(LQLORA_ISA) = {LQLORA_STRING(LQLORA_ISA), absmax, extremes, encode, decode, pack, unpack,
                                          row_sums, search, rounding_errors, level_maxima,
-                                         level_sums, multiply};
+                                         level_sums, multiply, cross};

@@ -91,6 +91,16 @@ struct Levels {
     int64_t size;
 };
 
+// `target[i * target_step + j] = source[j * source_step + i]`, of words of two, four or eight bytes. Steps are in words.
+struct Crossing {
+    const void* source;
+    void* target;
+    int64_t columns;
+    int64_t source_step;
+    int64_t target_step;
+    int32_t width;
+};
+
 // Each function works on a range of blocks, of weights (from a multiple of eight) or of rows.
 struct Kernels {
     const char* name;
@@ -107,4 +117,5 @@ struct Kernels {
     void (*level_sums)(const Levels*, int64_t first, int64_t last, double above_unit, double below_unit, double* above,
                        double* below);
     void (*multiply)(const Product*, int64_t first, int64_t last);
+    void (*cross)(const Crossing*, int64_t first, int64_t last);
 };

@@ -198,6 +198,13 @@ LQLORA_EXPORT void lqlora_multiply(const float* x, int64_t x_rows, int64_t rows,
               [&](int64_t first, int64_t last) { kernels().multiply(&product, first, last); });
 }
 
+LQLORA_EXPORT void lqlora_cross(const void* source, void* target, int64_t rows, int64_t columns, int64_t source_step,
+                                int64_t target_step, int32_t width, int32_t threads) {
+    const Crossing crossing{source, target, columns, source_step, target_step, width};
+    in_ranges(rows, 8, rows * columns, threads,
+              [&](int64_t first, int64_t last) { kernels().cross(&crossing, first, last); });
+}
+
 LQLORA_EXPORT void lqlora_level_maxima(const float* rows, const float* weights, const double* importance,
                                        const float* ratios, int64_t count, int64_t columns, double* maxima,
                                        int32_t threads) {

@@ -27,6 +27,7 @@ _FUNCTIONS = {
     "extremes": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER),
     "encode": (*(_POINTER, _INT, _LONG, _LONG), *(_POINTER, _POINTER), *(_POINTER, _INT, _INT), *(_POINTER, _POINTER)),
     "encode_by_absmax": (*(_POINTER, _INT, _LONG, _LONG), _POINTER, *(_POINTER, _INT, _INT), _POINTER),
+    "cross": (_POINTER, _POINTER, *(_LONG, _LONG, _LONG, _LONG), _INT),
     "decode": (*(_POINTER, _POINTER, _POINTER), *(_POINTER, _INT, _INT), *(_LONG, _LONG), *(_POINTER, _INT)),
     "pack": (_POINTER, _INT, _LONG, _POINTER),
     "unpack": (_POINTER, _INT, _LONG, _POINTER),

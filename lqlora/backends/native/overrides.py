@@ -20,6 +20,7 @@ from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.quantize import decode, encode, encode_by_absmax, encode_packed, nearest_codes
 from lqlora.ops.rounding import rounding_errors
 from lqlora.ops.search import best_ratios
+from lqlora.ops.slices import copy_across
 from lqlora.ops.sums import level_sums, row_sums, unit_of
 
 if TYPE_CHECKING:
@@ -198,6 +199,35 @@ def scales_and_codes_of(
     weights = (_at(flat), _number(flat), flat.size, size)
     _call("encode_by_absmax", *weights, _at(scales), _at(table), len(table), bits, _at(packed))
     return scales, packed
+
+
+def _lie_across(source: Any, out: Any) -> bool:
+    if source.ndim != 2 or source.shape != out.shape or source.dtype != out.dtype or not source.size:
+        return False
+    word, steps = source.itemsize, (*source.strides, *out.strides)
+    are_across = _are_columns_to_rows(source, out) or _are_columns_to_rows(source.T, out.T)
+    is_plain = all(step > 0 and step % word == 0 for step in steps) and source.flags.aligned and out.flags.aligned
+    return bool(are_across and is_plain and out.flags.writeable and not np.may_share_memory(source, out))
+
+
+def _are_columns_to_rows(source: Any, out: Any) -> bool:
+    return bool(source.strides[0] == source.itemsize == out.strides[1])
+
+
+@_overrides(
+    copy_across,
+    Takes(
+        {"source": _FLOATS, "out": _FLOATS},
+        condition=_lie_across,
+        sentence="two matrices, the rows of one and the columns of the other without gaps",
+    ),
+)
+def crossed(source: npt.NDArray[Any], out: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Copy squares that stay in the caches, eight by eight entries in registers."""
+    word = source.itemsize
+    own, target = (source, out) if _are_columns_to_rows(source, out) else (source.T, out.T)
+    _call("cross", _at(own), _at(target), *own.shape, own.strides[1] // word, target.strides[0] // word, word)
+    return out
 
 
 @_overrides(

@@ -221,7 +221,7 @@ def test_hot_operations_are_dispatched(name):
 def test_explain_names_the_operations_there_are():
     with pytest.raises(
         InvalidArgumentError,
-        match="'to_blocks' is no operation; there are add_low_rank, best_ratios, bin_sums, block_absmax, block_extremes, decode, encode",
+        match="'to_blocks' is no operation; there are add_low_rank, best_ratios, bin_sums, block_absmax, block_extremes, copy_across, decode, encode",
     ):
         lq.backends.explain("to_blocks", np.zeros(1))
 

@@ -52,7 +52,7 @@ class Blocks:
 
     OPERATIONS: ClassVar = (
         "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "encode_by_absmax", "decode",
-        "pack_codes", "unpack_codes", "bin_sums", "row_sums", "rounding_errors", "best_ratios",
+        "pack_codes", "unpack_codes", "bin_sums", "row_sums", "copy_across", "rounding_errors", "best_ratios",
         "level_sums",
     )  # fmt: skip
 
@@ -75,6 +75,7 @@ class Blocks:
             "unpack_codes": lambda: (self.packed, self.bits, self.count),
             "bin_sums": lambda: (wide.astype(np.float64), self.codes.astype(np.int64) % 16, 16),
             "row_sums": lambda: (self._rows(wide),),
+            "copy_across": lambda: (self._rows(weights).T, np.full_like(self._rows(weights).T, 7, order="C")),
             "rounding_errors": self._rounding,
             "best_ratios": self._search,
             "level_sums": self._fit,

@@ -262,19 +262,18 @@ def test_ratios(isa, count, columns, codebook, weighted, seed):
         same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("columns", [48, 64, 100])
 @pytest.mark.parametrize("codebook", ALL_CODEBOOKS, ids=lambda codebook: codebook.name)
-def test_ratios_of_many_rows(isa, codebook, columns, weighted):
-    rng = np.random.default_rng(columns)
-    rows = rng.standard_normal((200, columns)).astype(np.float32)
-    rows /= np.abs(rows).max(axis=1, keepdims=True)
-    weights = rng.random(rows.shape).astype(np.float32) if weighted else None
-    affine = codebook.normalization == "affine"
-    zeros = rng.integers(0, len(codebook), (200, 1)).astype(np.float32) if affine else None
+def test_ratios_of_many_rows(isa, codebook):
     grid = (1.0, *np.linspace(0.4, 1.1, 7).tolist(), -0.9, 3.0, 1e-9)
-    arguments = (rows, weights, codebook.levels, codebook.boundaries, zeros, grid, 2)
-    same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
+    for columns in (48, 64, 100):
+        rng = np.random.default_rng(columns)
+        rows = rng.standard_normal((50, columns)).astype(np.float32)
+        rows /= np.abs(rows).max(axis=1, keepdims=True)
+        affine = codebook.normalization == "affine"
+        zeros = rng.integers(0, len(codebook), (50, 1)).astype(np.float32) if affine else None
+        for weights in (None, rng.random(rows.shape).astype(np.float32)):
+            arguments = (rows, weights, codebook.levels, codebook.boundaries, zeros, grid, 2)
+            same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -345,23 +344,24 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize(("batch", "rows", "columns", "size"), PRODUCTS)
-def test_products_of_few_rows_are_exact_for_integers(isa, bits, batch, rows, columns, size, affine, dtype):
-    rng, blocks = np.random.default_rng(bits), -(-rows * columns // size)
-    levels = np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
-    codes = rng.integers(0, 2**bits, rows * columns).astype(np.uint8)
-    scales = rng.choice(np.array([-0.5, 0.0, 1, 2], dtype=np.float32), blocks)
-    zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
-    shifted = levels[codes] - (np.repeat(zeros, size)[: codes.size].astype(np.float32) if affine else 0)
-    dense = (shifted * np.repeat(scales, size)[: codes.size]).reshape(rows, columns)
-    x = rng.integers(-4, 5, (batch, columns)).astype(DTYPES[dtype])
-    out = np.full((batch, rows), 7, dtype=x.dtype)
-    ran(ops.matmul_packed, x, ops.pack_codes(codes, bits), scales, zeros, levels, bits, size, out)
-    with np.errstate(over="ignore"):  # in float16
-        same(out, (x.astype(np.float32) @ dense.T + np.float32(0)).astype(x.dtype))
+@pytest.mark.parametrize("affine", [False, True])
+def test_products_of_few_rows_are_exact_for_integers(isa, bits, affine):
+    rng, levels = np.random.default_rng(bits), np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
+    for batch, rows, columns, size in PRODUCTS:
+        blocks = -(-rows * columns // size)
+        codes = rng.integers(0, 2**bits, rows * columns).astype(np.uint8)
+        scales = rng.choice(np.array([-0.5, 0.0, 1, 2], dtype=np.float32), blocks)
+        zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
+        shifted = levels[codes] - (np.repeat(zeros, size)[: codes.size].astype(np.float32) if affine else 0)
+        dense = (shifted * np.repeat(scales, size)[: codes.size]).reshape(rows, columns)
+        arguments = ops.pack_codes(codes, bits), scales, zeros, levels, bits, size
+        for dtype in ("float32", "float16", "bfloat16"):
+            x = rng.integers(-4, 5, (batch, columns)).astype(DTYPES[dtype])
+            out = np.full((batch, rows), 7, dtype=x.dtype)
+            ran(ops.matmul_packed, x, *arguments, out)
+            with np.errstate(over="ignore"):  # in float16
+                same(out, (x.astype(np.float32) @ dense.T + np.float32(0)).astype(x.dtype))
 
 
 @pytest.mark.parametrize("size", [2**62, 2**63, 2**64, 2**70])

@@ -69,9 +69,12 @@ class QuantizedWeight(nn.Module):
         return Operands(self._tensors(), *self._spelling)
 
     def _tensors(self) -> list[torch.Tensor]:
-        own = cast("dict[str, torch.Tensor]", self._buffers)  # sooner than attribute by attribute, in every product
-        scales = [own["scales"]] if "scales" in own else self.scales._tensors()  # noqa: SLF001 - of this class
-        return [own["codes"], *scales, *(own[name] for name in _OPTIONAL if own[name] is not None)]
+        own = self._buffers  # sooner than attributes, in every product; what is parametrized is an attribute
+        codes, scales, *optional = (
+            own[name] if name in own else getattr(self, name) for name in ("codes", "scales", *_OPTIONAL)
+        )
+        inner = scales._tensors() if isinstance(scales, QuantizedWeight) else [scales]  # noqa: SLF001 - of this class
+        return [cast("torch.Tensor", codes), *inner, *(array for array in optional if array is not None)]
 
     @property
     def device(self) -> torch.device:

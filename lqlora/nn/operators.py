@@ -215,7 +215,7 @@ def _add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
     _check_factors(y, x, lora_A, lora_B)
     with _as_given(x):
         if x.dtype == lora_A.dtype == lora_B.dtype and x.dtype in _WIDE and x.device.type == "cpu":
-            return _added(y, x, lora_A, lora_B, scaling)  # what the operation does, a dispatch sooner
+            return _added(y.contiguous(), x, lora_A, lora_B, scaling)  # what the operation does, a dispatch sooner
         total: Tensor = ops.add_low_rank(y.contiguous(), x.contiguous(), lora_A, lora_B, scaling)
     return total
 

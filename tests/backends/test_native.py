@@ -8,6 +8,7 @@ import mmap
 import subprocess
 import sys
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -293,6 +294,58 @@ def test_ratios_depend_on_the_side_of_a_boundary_to_the_last_bit(isa, low, sign)
             expected = ops.best_ratios.reference(rows, None, levels, boundary, None, grid, 0)
             same(ran(ops.best_ratios, rows, None, levels, boundary, None, grid, 0), expected)
         assert len(set(expected.tolist())) == 2 or low == 1e30  # whose squares are infinite
+
+
+#: Boundaries and ratios that no codebook and no search of ours has.
+ODD = [0.0, -0.0, 1e-45, 2.0**-60, 2.0**60, 3e38, -1e-45, -(2.0**-61), np.inf, -np.inf]
+
+
+@given(data=st.data(), size=st.integers(1, 40), seed=st.integers(0, 99), weighted=st.booleans())
+def test_ratios_of_any_tables(isa, data, size, seed, weighted):
+    rng = np.random.default_rng(seed)
+    cuts = rng.standard_normal(size - 1)
+    odd = data.draw(st.lists(st.sampled_from(ODD), max_size=size - 1))
+    cuts[: len(odd)] = odd
+    levels, boundaries = np.sort(rng.standard_normal(size)).astype(np.float32), np.sort(cuts).astype(np.float32)
+    ratios = st.sampled_from([0.5, -0.75, 1.0, 1.5, -1.5, 1.5000001, 2.0**-20, 2.0**-21, 0.0, np.inf, np.nan, 1e-45])
+    grid = tuple(data.draw(st.lists(ratios, min_size=1, max_size=4)))
+    rows = rng.standard_normal((40, 32)).astype(np.float32)
+    rows[:, ::7] = rng.choice(np.array([0.0, -0.0, 1e-45, 1e30, -1e-45], np.float32), rows[:, ::7].shape)
+    arguments = rows, np.abs(rows[::-1]).copy() if weighted else None, levels, boundaries, None, grid, 1
+    with np.errstate(all="ignore"):
+        expected = ops.best_ratios.reference(*arguments)
+    found = ran(ops.best_ratios, *arguments)
+    same(np.where(np.isnan(found), 0, found), np.where(np.isnan(expected), 0, expected))
+    assert (np.isnan(found) == np.isnan(expected)).all()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_threads_change_no_ratio(isa, affine):
+    rng = np.random.default_rng(0)
+    rows = np.clip(rng.standard_normal((4001, 64)) / 3, -1, 1).astype(np.float32)
+    zeros = rng.integers(0, 16, (4001, 1)).astype(np.float32) if affine else None
+    tables = lq.NF4.levels, lq.NF4.boundaries
+    arguments = rows, rng.random(rows.shape, dtype=np.float32), *tables, zeros, tuple(np.linspace(0.5, 1.1, 5)), 1
+    expected = ops.best_ratios.reference(*arguments)
+    for count in (1, 2, 5):
+        with on_threads(count):
+            same(ran(ops.best_ratios, *arguments), expected)
+
+
+def test_a_search_among_flushed_numbers_ends(isa):
+    torch = pytest.importorskip("torch")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes no subnormal numbers")
+    try:
+        rows = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+        levels, cuts = np.array([-1, -0.5, 0.5, 1], np.float32), np.array([-0.75, 0, 0.75], np.float32)
+        start = time.process_time()
+        found = ran(ops.best_ratios, rows, None, levels, cuts, None, tuple(np.linspace(0.5, 1.1, 13)), 0)
+        spent = time.process_time() - start
+    finally:
+        torch.set_flush_denormal(False)
+    same(found, ops.best_ratios.reference(rows, None, levels, cuts, None, tuple(np.linspace(0.5, 1.1, 13)), 0))
+    assert spent < 0.05  # going through all subnormal numbers takes that long for three ratios
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

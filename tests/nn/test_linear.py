@@ -13,6 +13,8 @@ from lqlora.errors import InvalidArgumentError
 from tests.requirements import require_module
 
 torch = require_module("torch")
+from torch.nn.utils.parametrize import register_parametrization  # noqa: E402 - needs torch
+
 from lqlora.nn import LQLinear  # noqa: E402 - needs torch
 
 OUT, IN, RANK = 12, 20, 3
@@ -192,6 +194,18 @@ class TestDtypesAndCopies:
 
 
 class TestState:
+    @pytest.mark.parametrize("name", ["codes", "scales"])
+    def test_what_is_parametrized_is_what_multiplies(self, name):
+        class Zeros(torch.nn.Module):
+            def forward(self, buffer):
+                return torch.zeros_like(buffer)
+
+        q = lq.quantize(torch.randn(8, 64), lq.BlockFormat(lq.NF4, 64))
+        layer = LQLinear(q, torch.zeros(2, 64), torch.zeros(8, 2))
+        register_parametrization(layer.weight, name, Zeros(), unsafe=True)
+        expected = lq.dequantize(layer.weight.array) @ torch.ones(64)
+        torch.testing.assert_close(layer(torch.ones(64)), expected)
+
     @pytest.mark.parametrize(
         ("name", "keys"),
         [

@@ -51,9 +51,16 @@ def test_opcheck(grad, dtype, factors):
     torch.library.opcheck(torch.ops.lqlora.add_low_rank.default, (*tensors, 0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_of_sums_in_any_layout(dtype):
+    y, *others = given(4, dtype=dtype)
+    torch.library.opcheck(torch.ops.lqlora.add_low_rank.default, (y.T.contiguous().T, *others, 0.5))
+
+
 def test_rows_in_any_layout():
     y, x, lora_A, lora_B = given(4)
     found = torch.ops.lqlora.add_low_rank(y.T.contiguous().T, x[:, ::2], lora_A[:, ::2], lora_B, 2.0)
+    assert found.is_contiguous()
     torch.testing.assert_close(found.double(), exact(y, x[:, ::2], lora_A[:, ::2], lora_B, 2.0), rtol=1e-5, atol=1e-5)
 
 

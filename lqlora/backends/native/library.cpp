@@ -174,7 +174,8 @@ LQLORA_EXPORT void lqlora_search(const float* rows, const float* weights, int64_
     const Search search{rows, weights, columns, zero_points, levels, boundaries, level_count, ratios, ratio_count,
                         refinements, best};
     in_ranges(count, 1, count * columns * ratio_count, threads,
-              [&](int64_t first, int64_t last) { kernels().search(&search, first, last); });
+              [&](int64_t first, int64_t last) { kernels().search(&search, first, last); },
+              4 * threads);  // each range begins with a table for every ratio
 }
 
 LQLORA_EXPORT void lqlora_rounding_errors(const void* rows, int32_t dtype, const void* weights, int32_t weights_dtype,

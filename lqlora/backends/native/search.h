@@ -147,12 +147,16 @@ float after(float value, int32_t steps) {
     return bits_as<float>(order < 0 ? lowest - order : order);
 }
 
-// The largest number whose quotient with a positive ratio, as it is rounded, is not above a boundary.
-float last_below(float boundary, float ratio) {
-    float last = boundary * ratio;
-    while (last / ratio > boundary) last = after(last, -1);
-    while (after(last, 1) / ratio <= boundary) last = after(last, 1);
-    return last;
+// The largest number whose quotient with a positive ratio, as it is rounded, is not above a boundary: a step or two from
+// their product. Zero has no quotients nearby: the smallest number divided by a ratio of up to 1.5 is still above it.
+bool find_last_below(float boundary, float ratio, float* last) {
+    constexpr int kSteps = 8;
+    int steps = 0;
+    *last = boundary * ratio;
+    if (boundary == 0) return true;
+    for (; *last / ratio > boundary && steps < kSteps; ++steps) *last = after(*last, -1);
+    for (; after(*last, 1) / ratio <= boundary && steps < kSteps; ++steps) *last = after(*last, 1);
+    return steps < kSteps;
 }
 
 // Entries are compared with boundaries, after they were divided, or with what those are for a ratio, which takes no
@@ -164,15 +168,16 @@ struct Cuts {
     Cuts() : divides(true), tree{} {}
 
     void move(const Boundaries<float>& boundaries, float ratio) {
-        divides = !can_be_moved(boundaries, ratio);
-        if (divides) return;
+        if (!can_be_moved(boundaries, ratio)) return;
         float table[256];
-        for (int i = 0; i < 256; ++i)
-            table[i] = i < boundaries.count ? last_below(boundaries.table[i], ratio < 0 ? -ratio : ratio) : boundaries.table[i];
+        std::memcpy(table, boundaries.table, sizeof(table));
+        for (int i = 0; i < boundaries.count; ++i)
+            if (!find_last_below(boundaries.table[i], ratio < 0 ? -ratio : ratio, table + i)) return;
         Boundaries<float>::plant(table, boundaries.bits, tree);
+        divides = false;
     }
 
-    // Whether all quotients around are normal numbers, so that there is a last one within a few steps.
+    // Whether all quotients around are zero or normal numbers.
     static bool can_be_moved(const Boundaries<float>& boundaries, float ratio) {
         const float size = ratio < 0 ? -ratio : ratio;
         if (!(size >= 0x1p-20f && size <= 1.5f)) return false;

@@ -24,8 +24,8 @@ void look_up_few(const uint8_t* codes, const float table[16], int64_t count, flo
 }
 
 #if defined(__AVX512F__)
-// Entries of a table of up to 128, which is held in registers; of a smaller one than sixteen as many are read. Of an index
-// the low bits count.
+// Entries of a table of up to 256, which is held in registers as far as there are any; of a smaller one than sixteen as many
+// are read. Of an index the low bits count.
 template <int kSize>
 __m512 entries(const float* table, __m512i index) {
     if constexpr (kSize <= 16) {

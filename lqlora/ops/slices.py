@@ -145,7 +145,7 @@ def copy_across(source: Array, out: Array) -> Array:
     length = out.shape[axis]
     width = max(_STRIP, _STRIP_ENTRIES * length // max(1, prod(out.shape)))
     for first in range(0, length, width):
-        strip = (*[slice(None)] * axis, slice(first, first + width), ...)
+        strip = (*[slice(None)] * axis, slice(first, min(first + width, length)), ...)
         out[strip] = source[strip]
     return out
 

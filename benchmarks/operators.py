@@ -66,12 +66,14 @@ def row(text):
             lambda: layer(x),
         ]
     )
-    return [function, *(time - function for time in operators), whole]
+    with torch.inference_mode():
+        (inferred,) = microseconds([lambda: layer(x)])
+    return [function, *(time - function for time in operators), whole, inferred]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("| format | lq.matmul | operator adds | with gradient | custom_op adds | with gradient | LQLinear |")
-    print("|---|---|---|---|---|---|---|")
+    print("| format | lq.matmul | operator adds | with gradient | custom_op adds | with gradient | LQLinear | in inference mode |")
+    print("|---|---|---|---|---|---|---|---|")
     for text in FORMATS:
         print(f"| {text} | {' | '.join(f'{time:.0f}' for time in row(text))} |")

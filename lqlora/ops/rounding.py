@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lqlora._dispatch import namespace, op
-from lqlora.ops.quantize import nearest_codes, normalize
+from lqlora.ops.quantize import normalize
+from lqlora.ops.search import nearest_values
 from lqlora.ops.sums import row_sums
-from lqlora.ops.tables import pick, table_beside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,12 +62,9 @@ def rounding_errors(
     [0.25, 1.25]
     """
     xp = namespace(rows, weights, scales, zero_points)
-    codes = nearest_codes(normalize(rows, xp.astype(scales, rows.dtype), zero_points), boundaries)
-    indices = xp.astype(xp.reshape(codes, (-1,)), xp.int64)
-    values = xp.reshape(pick(table_beside(levels, rows), indices), rows.shape)
-    if zero_points is not None:
-        values = values - xp.astype(zero_points, xp.float32)[:, None]
-    return wide_errors(rows, weights, values * scales[:, None])
+    normalized = normalize(rows, xp.astype(scales, rows.dtype))
+    zeros = None if zero_points is None else xp.astype(zero_points, xp.float32)[:, None]
+    return wide_errors(rows, weights, nearest_values(normalized, levels, boundaries, zeros) * scales[:, None])
 
 
 def wide_errors(rows: Array, weights: Array | None, values: Array) -> Array:

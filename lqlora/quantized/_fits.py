@@ -368,11 +368,8 @@ def rounded_rows(source: Source, choice: Choice, levels: Array | None, blocks: s
 
 def _rounded(rows: Array, rounding: Rounding, choice: Choice, blocks: slice) -> Array:
     xp, scales = namespace(rows), choice.decoded[blocks]
-    zeros = None if choice.zero_points is None else choice.zero_points[blocks]
-    values = rounding.values(rounding.codes(ops.normalize(rows, xp.astype(scales, rows.dtype), zeros)))
-    if zeros is not None:
-        values = values - xp.astype(zeros, xp.float32)[:, None]
-    return values * scales[:, None]
+    zeros = None if choice.zero_points is None else xp.astype(choice.zero_points[blocks], xp.float32)[:, None]
+    return rounding.nearest(ops.normalize(rows, xp.astype(scales, rows.dtype)), zeros) * scales[:, None]
 
 
 def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> int:

@@ -1,6 +1,7 @@
 // Packed codes that are looked up in registers, without being unpacked into memory first.
 #pragma once
 
+#include "lanes.h"
 #include "packing.h"
 #include "tables.h"
 
@@ -68,10 +69,9 @@ __m512i codes_in_lanes(const uint8_t* packed) {
 
 // Values of sixteen codes at a time, as float.
 template <int kBits>
-struct Wide {
+struct Wide : Lanes {
     using Value = float;
-    using Register = __m512;
-    static constexpr int kLanes = 16, kBytesRead = 16;
+    static constexpr int kLanes = kCount, kBytesRead = 16;
     const float* levels;
     __m512 zero, scale, low, high;
 
@@ -89,10 +89,6 @@ struct Wide {
         else if constexpr (kBits == 5) return _mm512_permutex2var_ps(low, codes, high);
         else return scaled(entries<1 << kBits>(levels, codes));
     }
-
-    static __m512 load(const float* values) { return _mm512_loadu_ps(values); }
-    static void store(float* values, __m512 found) { _mm512_storeu_ps(values, found); }
-    static void stream(float* values, __m512 found) { _mm512_stream_ps(values, found); }
 
     static bool store_some(float* values, __m512 found, int64_t count) {
         _mm512_mask_storeu_ps(values, static_cast<__mmask16>((1u << count) - 1), found);
@@ -130,10 +126,9 @@ struct Narrow {
 
 // Values of eight codes of four bits or fewer at a time, which lie in one word.
 template <int kBits>
-struct Wide {
+struct Wide : Lanes {
     using Value = float;
-    using Register = __m256;
-    static constexpr int kLanes = 8, kBytesRead = 4;
+    static constexpr int kLanes = kCount, kBytesRead = 4;
     Sixteen cells;
 
     Wide(const float* levels, float zero, float scale, int32_t) : cells(levels, zero, scale) {}
@@ -148,9 +143,6 @@ struct Wide {
         return _mm256_blendv_ps(first, second, is_high);
     }
 
-    static __m256 load(const float* values) { return _mm256_loadu_ps(values); }
-    static void store(float* values, __m256 found) { _mm256_storeu_ps(values, found); }
-    static void stream(float* values, __m256 found) { _mm256_stream_ps(values, found); }
     static bool store_some(float*, __m256, int64_t) { return false; }  // but for the last ones, all blocks fill registers
 };
 

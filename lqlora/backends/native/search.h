@@ -1,9 +1,10 @@
 // The scale of least error.
 #pragma once
 
-#include "decoding.h"
+#include "lanes.h"
 #include "nearest.h"
 #include "sums.h"
+#include "tables.h"
 
 #include <cstring>
 
@@ -101,43 +102,27 @@ float best_ratio(const Row& row, const Search& search, const Round& round) {
 #if defined(__AVX512F__)
 constexpr int kMostSearched = 8;
 
-struct Lanes {
-    using Register = __m512;
-    static constexpr int kCount = 16;
-    static __m512 load(const float* values) { return _mm512_loadu_ps(values); }
-    static __m512 all(float value) { return _mm512_set1_ps(value); }
-    static void store(float* values, __m512 own) { _mm512_storeu_ps(values, own); }
-
-    template <int kBits>
-    static __m512 nearest(__m512 compared, const float* tree, const float* levels) {
-        __m512i found;
-        take_steps<1, kBits, 1>(&compared, tree, &found);
-        return entries<1 << kBits>(levels, found);
-    }
-};
+template <int kBits>
+__m512 nearest_level(__m512 compared, const float* tree, const float* levels) {
+    __m512i found;
+    take_steps<1, kBits, 1>(&compared, tree, &found);
+    return entries<1 << kBits>(levels, found);
+}
 #elif defined(__AVX2__)
 constexpr int kMostSearched = 4;
 
-struct Lanes {
-    using Register = __m256;
-    static constexpr int kCount = 8;
-    static __m256 load(const float* values) { return _mm256_loadu_ps(values); }
-    static __m256 all(float value) { return _mm256_set1_ps(value); }
-    static void store(float* values, __m256 own) { _mm256_storeu_ps(values, own); }
-
-    template <int kBits>
-    static __m256 nearest(__m256 compared, const float* tree, const float* levels) {
-        const __m256 first = _mm256_loadu_ps(tree), last = _mm256_loadu_ps(tree + 8);
-        __m256i found = _mm256_set1_epi32(1);  // the entry of the tree that is asked for
-        for (int done = 0; done < kBits; ++done) {
-            const __m256 boundary = _mm256_permutevar8x32_ps(done < 3 ? first : last, found);
-            found = _mm256_sub_epi32(_mm256_add_epi32(found, found), above(compared, boundary));
-        }
-        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), found);
-        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), found);
-        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(found, 28)));
+template <int kBits>
+__m256 nearest_level(__m256 compared, const float* tree, const float* levels) {
+    const __m256 first = _mm256_loadu_ps(tree), last = _mm256_loadu_ps(tree + 8);
+    __m256i found = _mm256_set1_epi32(1);  // the entry of the tree that is asked for
+    for (int done = 0; done < kBits; ++done) {
+        const __m256 boundary = _mm256_permutevar8x32_ps(done < 3 ? first : last, found);
+        found = _mm256_sub_epi32(_mm256_add_epi32(found, found), above(compared, boundary));
     }
-};
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), found);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), found);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(found, 28)));
+}
 #endif
 
 // The number that comes so many steps after another one.
@@ -189,6 +174,8 @@ struct Cuts {
     }
 };
 
+using Searching = float (*)(const Row&, const Rounding&, const Cuts*, const Search&);
+
 #if defined(__AVX2__)
 // Rounds the entries to `values`, and leaves the weighted squares of what they are off by in `scratch`.
 template <int kBits, bool kDivides>
@@ -197,7 +184,7 @@ void round_in_registers(const Row& row, const Rounding& rounding, const float* t
     const Register factor = Lanes::all(ratio), sign = Lanes::all(ratio < 0 ? -1.0f : 1.0f), zero = Lanes::all(row.zero);
     for (int64_t i = 0; i < row.count; i += Lanes::kCount) {
         const Register own = Lanes::load(row.entries + i), compared = kDivides ? own / factor + zero : own * sign;
-        Register value = Lanes::nearest<kBits>(compared, tree, rounding.levels);
+        Register value = nearest_level<kBits>(compared, tree, rounding.levels);
         if constexpr (kDivides) value = value - zero;
         const Register difference = own - factor * value, square = difference * difference;
         Lanes::store(row.values + i, value);
@@ -213,8 +200,6 @@ float best_in_registers(const Row& row, const Rounding& rounding, const Cuts* cu
     });
 }
 
-using Searching = float (*)(const Row&, const Rounding&, const Cuts*, const Search&);
-
 // What searches rows that fill registers; null for others.
 Searching searching_in_registers(const Rounding& rounding, int64_t columns) {
     constexpr Searching by_bits[] = {best_in_registers<1>, best_in_registers<2>, best_in_registers<3>, best_in_registers<4>,
@@ -226,8 +211,6 @@ Searching searching_in_registers(const Rounding& rounding, int64_t columns) {
     return columns % Lanes::kCount == 0 && bits <= kMostSearched ? by_bits[bits - 1] : nullptr;
 }
 #else
-using Searching = float (*)(const Row&, const Rounding&, const Cuts*, const Search&);
-
 Searching searching_in_registers(const Rounding&, int64_t) { return nullptr; }
 #endif
 

@@ -1,4 +1,4 @@
-"""CuPy for the tests of the CUDA kernels: the stand-in that emulates them, and the real one where there is a device."""
+"""Instruction sets for the tests of compiled kernels; CuPy for those of CUDA: the stand-in that emulates it, and a device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import array_api_compat
 import pytest
 
 from lqlora._optional import is_installed
+from lqlora.backends import native
 from lqlora.backends.cupy import launch, taken
 from lqlora.backends.cupy.fits import Fits
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE, TENSOR_SAMPLE
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 #: What is compiled together: a call to the compiler for each kernel would take longer.
 TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE, TENSOR_SAMPLE) for name in names}
+
+
+@pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set of this machine, which the compiled kernels use."""
+    require_or_skip("native", native.status()[0])
+    if request.param not in native.instruction_sets():
+        pytest.skip(f"this machine has no {request.param}")
+    with native.using(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])

@@ -73,7 +73,8 @@ def row(text):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("| format | lq.matmul | operator adds | with gradient | custom_op adds | with gradient | LQLinear | in inference mode |")
+    operators = "operator adds | with gradient | custom_op adds | with gradient"
+    print(f"| format | lq.matmul | {operators} | LQLinear | in inference mode |")
     print("|---|---|---|---|---|---|---|---|")
     for text in FORMATS:
         print(f"| {text} | {' | '.join(f'{time:.0f}' for time in row(text))} |")

@@ -10,10 +10,11 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 _NEED_TORCH = (
-    "lqlora/backends/cupy/tensors.py",
-    "lqlora/backends/torch.py",
+    "lqlora/backends/cpu/torch.py",
+    "lqlora/backends/cuda/torch.py",
     "lqlora/cli/*",
     "lqlora/nn/*",
+    "lqlora/recipes/*",
     "tests/data/*",
     "tests/test_docstrings.py",
     "tests/tiny_gguf.py",

@@ -1,4 +1,4 @@
-"""Compile the kernels of ``lqlora/backends/native`` while the package is built, where there is a compiler.
+"""Compile the kernels of ``lqlora/backends/cpu/kernels`` while the package is built, where there is a compiler.
 
 Without one the package is installed all the same, and runs on NumPy. ``lqlora.backends.available()`` says which.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FOLDER = Path("lqlora", "backends", "native")
+FOLDER = Path("lqlora", "backends", "cpu", "kernels")
 LIBRARY = "kernels.shared"  # not .so: Python would take it for a module
 
 #: No contraction of products and sums, so that every processor returns the same bytes.

@@ -17,7 +17,7 @@ from records import Record
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy.taken import kernels_run
+from lqlora.backends.cuda.registration import kernels_run
 
 SIDE, BLOCK = 8192, 64
 CALLS, REPEATS = 8, 9

@@ -16,7 +16,7 @@ import torch
 from records import Record
 
 import lqlora as lq
-from lqlora.backends import native
+from lqlora.backends.cpu import loading
 
 SHAPE = (4096, 4096)
 FORMATS = [*(f"nf{bits}/64:float32" for bits in range(2, 9)), "nf4/64@0:float32", "nf4/64:u8/256:float32"]
@@ -172,7 +172,7 @@ def main():
     target = np.empty_like(weight)
     record = Record("cpu", ("numpy", "torch"))
     copy_ms = median_ms(lambda: np.copyto(target, weight))
-    print(f"Compiled kernels: {native.status()[1]}.")
+    print(f"Compiled kernels: {loading.status()[1]}.")
     compared = ("compiled, ms", "NumPy, ms", "reference, ms")
     record.table(
         f"{SHAPE[0]} x {SHAPE[1]} float32, one thread, CPU time; numpy.copyto takes {copy_ms:.1f} ms",

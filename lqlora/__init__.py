@@ -9,22 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from lqlora import backends, codebooks, errors, initializers, ops, solvers, weighting
+from lqlora import backends, codebooks, errors, initializers, ops, reports, solvers, weighting
 from lqlora._dispatch import forced
-from lqlora.allocation import (
-    Configuration,
-    CostStore,
-    CostTable,
-    Demand,
-    Limit,
-    Plan,
-    allocate,
-    cache_bytes,
-    cost_table,
-    memory_budget,
-    pareto,
-    ties,
-)
+from lqlora.allocation import Demand, Limit, Plan, allocate, cache_bytes, memory_budget, pareto, ties
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
 from lqlora.codebooks import (
     NF4,
@@ -38,9 +25,12 @@ from lqlora.codebooks import (
     student_float,
     uniform,
 )
+from lqlora.costs import Configuration, CostStore, CostTable, cost_table
 from lqlora.decomposition import Decomposition, DecompositionStack, decompose, decompose_stack
 from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
-from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
+from lqlora.quantized import QuantizedArray, dequantize, matmul
+from lqlora.quantized import error_feedback as gptq
+from lqlora.quantized import quantization as quantize
 
 if TYPE_CHECKING:
     from lqlora import nn, testing
@@ -88,6 +78,7 @@ __all__ = [
     "paper_grid",
     "pareto",
     "quantize",
+    "reports",
     "save",
     "small_float",
     "solvers",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lqlora._plots import by_layer, kind_and_layer
+from lqlora.reports.pictures import by_layer, kind_and_layer
 
 
 def test_kinds_of_one_last_word_do_not_share_a_row():

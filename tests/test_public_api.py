@@ -27,7 +27,9 @@ def modules():
     """Every module of the package that can be imported here."""
     names = [module.name for module in pkgutil.walk_packages(lqlora.__path__, "lqlora.", onerror=lambda _: None)]
     return [
-        name for name in names if is_installed("torch") or not name.startswith(("lqlora.nn", "lqlora.backends.torch"))
+        name
+        for name in names
+        if is_installed("torch") or not name.startswith(("lqlora.nn", "lqlora.backends.cpu.torch"))
     ]
 
 

@@ -82,15 +82,18 @@ _LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
         Library(
-            "numpy", ("numpy:ndarray", "numpy:generic"), ("lqlora.backends.native", "lqlora.backends.numpy"), "host"
+            "numpy",
+            ("numpy:ndarray", "numpy:generic"),
+            ("lqlora.backends.cpu.compiled", "lqlora.backends.cpu.numpy"),
+            "host",
         ),
         Library(
             "torch",
             ("torch:Tensor", "torch.nn:Parameter"),
-            ("lqlora.backends.torch", "lqlora.backends.cupy.tensors"),
+            ("lqlora.backends.cpu.torch", "lqlora.backends.cuda.torch"),
             exact=True,
         ),
-        Library("cupy", ("cupy:ndarray",), ("lqlora.backends.cupy.arrays",), "device"),
+        Library("cupy", ("cupy:ndarray",), ("lqlora.backends.cuda.cupy",), "device"),
     )
 }
 

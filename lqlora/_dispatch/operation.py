@@ -192,11 +192,13 @@ class Operation(Generic[P, R]):
         """Name of the operation, as in messages."""
         return self.reference.__name__
 
-    def register(self, library: str, *, takes: Takes) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    def register(
+        self, library: str, *, takes: Takes, backend: str | None = None
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Return a decorator that adds an override for one library.
 
-        Overrides are tried in the order in which they are registered. One of the same name, of module and function,
-        takes the place of the earlier one.
+        Overrides are tried in the order in which they are registered. Registering an override of the same backend and
+        function name again replaces the earlier one.
 
         Parameters
         ----------
@@ -204,6 +206,9 @@ class Operation(Generic[P, R]):
             Library whose arrays the override takes: ``"numpy"``, ``"torch"``, ``"cupy"``, or one that was registered.
         takes : Takes
             The calls that it takes.
+        backend : str, optional
+            What the override runs on, such as ``"native"``; the first part of its name, and what :func:`forced` knows.
+            The name of the library by default.
 
         Returns
         -------
@@ -217,7 +222,7 @@ class Operation(Generic[P, R]):
         """
 
         def add(function: Callable[P, R]) -> Callable[P, R]:
-            name = f"{_backend(function.__module__)}.{function.__name__}"
+            name = f"{backend or library}.{function.__name__}"
             override = Override(name, library, function, takes, self._signature)
             self._overrides.setdefault(library, {})[name] = override
             self._ready.pop(library, None)
@@ -307,12 +312,6 @@ class Operation(Generic[P, R]):
         override = self._choice(positional)
         implementation: Callable[..., R] = self.reference if override is None else override.function
         return implementation(*positional)
-
-
-def _backend(module: str) -> str:
-    """Return the backend that a module belongs to: its part below lqlora.backends, elsewhere its last part."""
-    inside = module.removeprefix("lqlora.backends.")
-    return module.rpartition(".")[2] if inside == module else inside.partition(".")[0]
 
 
 def op(reference: Callable[P, R]) -> Operation[P, R]:

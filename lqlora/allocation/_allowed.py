@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from lqlora.allocation.table import Configuration
+from lqlora.costs.table import Configuration
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lqlora._patterns import Pattern
     from lqlora.allocation._names import Names
-    from lqlora.allocation.table import CostTable
+    from lqlora.costs.table import CostTable
 
 __all__ = ["Wanted", "allowed_columns"]
 

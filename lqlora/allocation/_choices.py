@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lqlora._patterns import Pattern
     from lqlora.allocation._allowed import Wanted
     from lqlora.allocation.limits import Limit
-    from lqlora.allocation.table import CostTable
     from lqlora.allocation.ties import Tie
+    from lqlora.costs.table import CostTable
 
 __all__ = ["Bound", "Choices", "constrain"]
 

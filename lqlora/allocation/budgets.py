@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lqlora.allocation._allowed import Wanted
     from lqlora.allocation._choices import Bound, Choices
     from lqlora.allocation.plan import Plan
-    from lqlora.allocation.table import CostTable
     from lqlora.allocation.ties import Tie
+    from lqlora.costs.table import CostTable
 
 __all__ = ["allocate"]
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lqlora._patterns import Pattern
     from lqlora.allocation._allowed import Wanted
     from lqlora.allocation.plan import Plan
-    from lqlora.allocation.table import CostTable
     from lqlora.allocation.ties import Tie
+    from lqlora.costs.table import CostTable
     from lqlora.solvers import Solution
 
 __all__ = ["pareto"]

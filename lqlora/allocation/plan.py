@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lqlora import _plots
-from lqlora.allocation import _document, _page, _tables
-from lqlora.allocation.kinds import summarize_kinds
+from lqlora.allocation import _document
 from lqlora.errors import InvalidArgumentError
+from lqlora.reports import html as _page
+from lqlora.reports import pictures as _plots
+from lqlora.reports import tables as _tables
+from lqlora.reports.projections import summarize_kinds
 from lqlora.solvers import relative_gap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lqlora._plots import Grid
     from lqlora.allocation.demand import Demand
-    from lqlora.allocation.kinds import Kind
     from lqlora.formats import BlockFormat
+    from lqlora.reports.pictures import Grid
+    from lqlora.reports.projections import Kind
 
 __all__ = ["Plan"]
 

@@ -68,10 +68,10 @@ def available() -> dict[str, Availability]:
     >>> bool(available()["numpy"])
     True
     """
-    from lqlora.backends import native  # noqa: PLC0415 - it registers overrides, which wait for the first array
+    from lqlora.backends.cpu import loading  # noqa: PLC0415 - an import of kernels waits for the first array
 
     found = {name: _installed(name) for name in known_libraries()}
-    return {**found, "native": Availability(*native.status())}
+    return {**found, "native": Availability(*loading.status())}
 
 
 def _installed(package: str) -> Availability:

@@ -9,7 +9,7 @@ import typer
 
 from lqlora import checkpoint
 from lqlora.cli import console, costs, plan
-from lqlora.cli.settings import Settings
+from lqlora.recipes.settings import Settings
 
 __all__ = ["app"]
 
@@ -37,7 +37,7 @@ def demo_command(
     model: Annotated[Path | None, typer.Option(help="GGUF file instead of SmolLM2-135M-Instruct.")] = None,
 ) -> None:
     """Compress, fine-tune, save, reload and measure a pretrained language model."""
-    from lqlora.cli import demo  # noqa: PLC0415 - needs torch; the other commands do not
+    from lqlora.recipes import demo  # noqa: PLC0415 - needs torch; the other commands do not
 
     make = Settings.fast if fast else Settings
     settings = make(rank=rank, seed=seed, budgets=(None, bits))

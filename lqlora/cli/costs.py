@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import lqlora as lq
 from lqlora.cli import console
 from lqlora.cli.outputs import check_outputs, write_outputs
-from lqlora.cli.weights import KEPT, open_weights
-from lqlora.cli.words import read_formats, read_numbers, read_pattern
+from lqlora.cli.parsing import read_formats, read_numbers, read_pattern
 from lqlora.errors import InvalidArgumentError
 from lqlora.integrations.gguf import packaged_smollm2
+from lqlora.integrations.sources import KEPT, open_weights
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import lqlora as lq
 from lqlora.cli import console
 from lqlora.cli.outputs import check_outputs, write_outputs
-from lqlora.cli.words import read_bytes, read_number, read_pairs, read_ties
+from lqlora.cli.parsing import read_bytes, read_number, read_pairs, read_ties
 from lqlora.errors import CheckpointError, InvalidArgumentError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lqlora.allocation import CostTable, Plan
+    from lqlora.allocation import Plan
+    from lqlora.costs import CostTable
 
 __all__ = ["PlanOptions", "PlanOutputs", "run"]
 

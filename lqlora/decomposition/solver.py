@@ -15,12 +15,13 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.decomposition._arguments import check_options, checked_matrix, checked_rank, checked_start
-from lqlora.decomposition._watch import Watch
+from lqlora.decomposition._stopping import Watch
 from lqlora.decomposition.iteration import remainder, residual_of
 from lqlora.decomposition.quantizers import make_quantizer
 from lqlora.decomposition.result import Decomposition
 from lqlora.errors import InvalidArgumentError
-from lqlora.quantized import QuantizedArray, dequantize, quantize
+from lqlora.quantized import QuantizedArray, dequantize
+from lqlora.quantized import quantization as quantize
 from lqlora.weighting import AbstractWeighting, Uniform
 
 if TYPE_CHECKING:

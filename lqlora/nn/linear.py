@@ -9,7 +9,7 @@ from torch import nn
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn._operands import Operands, spell_codebook
+from lqlora.nn.operands import Operands, spell_codebook
 from lqlora.nn.operators import is_autocast  # which registers torch.ops.lqlora
 from lqlora.quantized import QuantizedArray
 

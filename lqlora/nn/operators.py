@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
-from lqlora.nn._operands import check_tensors, from_operands, read_format, stored_tensors
-from lqlora.quantized import dequantize, matmul, quantize
+from lqlora.nn.operands import check_tensors, from_operands, read_format, stored_tensors
+from lqlora.quantized import dequantize, matmul
+from lqlora.quantized import quantization as quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,8 +9,8 @@ import torch
 from lqlora import ops
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
-from lqlora.nn.convert import quantized_keys, replace_module, select_linears
 from lqlora.nn.linear import LQLinear
+from lqlora.nn.model import quantized_keys, replace_module, select_linears
 
 if TYPE_CHECKING:
     import os

@@ -15,12 +15,7 @@ from lqlora.ops.casting import (
     stored_bytes,
     widen,
 )
-from lqlora.ops.finite import is_finite, require_finite, sum_of_squares
-from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
-from lqlora.ops.matmul import add_low_rank, factor_dtype, matmul_dense, matmul_packed
-from lqlora.ops.moments import symmetric_moment
-from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
-from lqlora.ops.quantize import (
+from lqlora.ops.coding import (
     boundaries_by_set,
     decode,
     encode,
@@ -31,6 +26,11 @@ from lqlora.ops.quantize import (
     normalize,
     values_by_row,
 )
+from lqlora.ops.finite import is_finite, require_finite, sum_of_squares
+from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
+from lqlora.ops.matmul import add_low_rank, factor_dtype, matmul_dense, matmul_packed
+from lqlora.ops.moments import symmetric_moment
+from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.rounding import rounding_errors, wide_errors
 from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
 from lqlora.ops.slices import copy_across, put_flat, take_flat

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
 from lqlora.ops.casting import native_dtype, storage_cast
-from lqlora.ops.quantize import decode
+from lqlora.ops.coding import decode
 
 if TYPE_CHECKING:
     import numpy as np

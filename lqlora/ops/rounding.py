@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lqlora._dispatch import namespace, op
-from lqlora.ops.quantize import normalize
+from lqlora.ops.coding import normalize
 from lqlora.ops.search import nearest_values
 from lqlora.ops.sums import row_sums
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lqlora._dispatch import device_of, namespace, op
-from lqlora.ops.quantize import nearest_codes
+from lqlora.ops.coding import nearest_codes
 from lqlora.ops.sums import row_sums
 from lqlora.ops.tables import pick, table_beside
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lqlora.quantized.array import QuantizedArray
-from lqlora.quantized.gptq import Order, gptq
-from lqlora.quantized.quantize import Fit, dequantize, matmul, quantize
+from lqlora.quantized.error_feedback import Order, gptq
+from lqlora.quantized.quantization import Fit, dequantize, matmul, quantize
 
 __all__ = ["Fit", "Order", "QuantizedArray", "dequantize", "gptq", "matmul", "quantize"]

@@ -13,7 +13,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import NonFiniteError
-from lqlora.quantized._coding import decode_scales, encode_array, unpacked
+from lqlora.quantized._encoding import decode_scales, encode_array, unpacked
 from lqlora.quantized._layout import Layout, blocks_last, piece_size
 from lqlora.quantized._scales import code_neighbors, store_scales, with_codes
 from lqlora.quantized._search import Rounding, best_ratios, fit_levels, ratio_grid

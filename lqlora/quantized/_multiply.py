@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
-from lqlora.quantized._coding import decode_into, decode_scales, host_levels
+from lqlora.quantized._encoding import decode_into, decode_scales, host_levels
 from lqlora.quantized._layout import Layout
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import NonFiniteError
 from lqlora.formats import ScaleFormat
-from lqlora.quantized._coding import decode_scales, encode_array, unpacked
+from lqlora.quantized._encoding import decode_scales, encode_array, unpacked
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.codebooks.codebook import cell_boundaries
-from lqlora.quantized._coding import host_levels, read_only
+from lqlora.quantized._encoding import host_levels, read_only
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -64,7 +64,7 @@ class QuantizedArray:
     @property
     def codes(self) -> Array:
         """Unpacked codes as an array of uint8 of the dense shape, computed at each access."""
-        from lqlora.quantized._coding import unpacked  # noqa: PLC0415 - which needs this class
+        from lqlora.quantized._encoding import unpacked  # noqa: PLC0415 - which needs this class
 
         return stacked([unpacked(q) for q in self.unstack()], self.batch_shape)
 
@@ -299,7 +299,7 @@ def _check_scales(scales: Array, *, signed: bool) -> None:
 
 def _check_decoded_scales(q: QuantizedArray) -> None:
     """Refuse what :func:`quantize` never stores: second-level scales or an offset under which a scale overflows."""
-    from lqlora.quantized._coding import decode_scales  # noqa: PLC0415 - which needs this class
+    from lqlora.quantized._encoding import decode_scales  # noqa: PLC0415 - which needs this class
 
     if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
         return

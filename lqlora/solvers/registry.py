@@ -6,8 +6,9 @@ from typing import cast
 
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
-from lqlora.solvers import cbc, gurobi, highs, mckp, ortools, scip, scipy_milp
 from lqlora.solvers.adapter import Adapter, License
+from lqlora.solvers.mckp import solver as mckp
+from lqlora.solvers.vendors import cbc, gurobi, highs, ortools, scip, scipy_milp
 
 __all__ = ["ADAPTERS", "FINISHERS", "available", "check_license", "find", "finisher", "register"]
 

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from lqlora.errors import MissingDependencyError, SolverError
 from lqlora.solvers.adapter import RawResult
 from lqlora.solvers.greedy import price_out, repair
-from lqlora.solvers.knapsack import split
+from lqlora.solvers.mckp.fixing import shrink
+from lqlora.solvers.mckp.knapsack import split
 from lqlora.solvers.presolve import Reduced, reduce_problem
 from lqlora.solvers.problem import Problem, Solution, SolveOptions, Status, StopReason, evaluate
 from lqlora.solvers.registry import available, find, finisher
-from lqlora.solvers.shrink import shrink
 
 __all__ = ["select", "solve"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.allocation import _fast
+from lqlora.costs import _fast
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn
 from tests.allocation.cases import FORMATS, matrices, same

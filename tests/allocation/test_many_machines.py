@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.allocation import CostStore
+from lqlora.costs import CostStore
 from tests.allocation.cases import FORMATS, matrices, same
 from tests.requirements import require_or_skip
 

@@ -13,7 +13,7 @@ import pytest
 
 import lqlora as lq
 from lqlora._optional import is_installed
-from lqlora.allocation import ParetoPoint, pareto_points, plot_pareto
+from lqlora.reports import ParetoPoint, pareto_points, plot_pareto
 from lqlora.errors import InvalidArgumentError
 from tests.allocation.tables import FORMATS, SHAPES, make_table
 from tests.requirements import require_or_skip

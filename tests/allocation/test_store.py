@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.allocation import CostStore, StoredRow
-from lqlora.allocation.store import NUMERICS
+from lqlora.costs import CostStore, StoredRow
+from lqlora.costs.store import NUMERICS
 from lqlora.errors import InvalidArgumentError, StoreError
 from lqlora.weighting import Elementwise, InputGram, RowColumn
 from tests.allocation.cases import FORMATS, NF2, NF4, matrices, same
@@ -134,7 +134,7 @@ class TestRefusing:
 
     def test_another_version_of_the_numerics_is_refused(self, weights, path, monkeypatch):
         lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
-        monkeypatch.setattr("lqlora.allocation.store.NUMERICS", 2)
+        monkeypatch.setattr("lqlora.costs.store.NUMERICS", 2)
         with pytest.raises(StoreError, match="another version of the numerics"):
             lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
 

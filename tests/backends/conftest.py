@@ -12,9 +12,10 @@ import array_api_compat
 import pytest
 
 from lqlora._optional import is_installed
-from lqlora.backends import native
-from lqlora.backends.cupy import launch, taken
-from lqlora.backends.cupy.fits import Fits
+from lqlora.backends.cpu import loading
+from lqlora.backends.cuda import launching as launch
+from lqlora.backends.cuda import registration as taken
+from lqlora.backends.cuda.fits import Fits
 from tests.backends.kernels import KERNELS, MATMUL_SAMPLE, TENSOR_SAMPLE
 from tests.emulator import build
 from tests.emulator.cupy_stand_in import CuPyStandIn
@@ -30,10 +31,10 @@ TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE, TENSOR_S
 @pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """An instruction set of this machine, which the compiled kernels use."""
-    require_or_skip("native", native.status()[0])
-    if request.param not in native.instruction_sets():
+    require_or_skip("native", loading.status()[0])
+    if request.param not in loading.instruction_sets():
         pytest.skip(f"this machine has no {request.param}")
-    with native.using(request.param):
+    with loading.using(request.param):
         yield request.param
 
 
@@ -81,7 +82,7 @@ def in_place(module: CuPyStandIn) -> Iterator[None]:
 @pytest.fixture
 def on_tensors(emulated: CuPyStandIn, torch: Any, monkeypatch: pytest.MonkeyPatch) -> Fits:
     """The kernels for tensors, given such in host memory, which the emulator can reach."""
-    from lqlora.backends.cupy.tensors import TorchMemory
+    from lqlora.backends.cuda.torch import TorchMemory
 
     def view(_: TorchMemory, tensor: Any) -> int:
         own = tensor.detach().view(torch.int16) if tensor.itemsize == 2 else tensor.detach()

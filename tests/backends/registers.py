@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from lqlora.backends.cupy.source import OPTIONS, source
+from lqlora.backends.cuda.kernel_text import OPTIONS, source
 from tests.backends.kernels import KERNELS
 from tests.backends.nvrtc import compile_for
 from tests.backends.test_nvrtc import ARCHITECTURES, OLDEST

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lqlora._optional import is_installed
-from lqlora.backends.native import library
+from lqlora.backends.cpu import loading as library
 from tests.requirements import require_or_skip
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import cuda, launch, source, taken
+from lqlora.backends.cuda import kernel_text as source
+from lqlora.backends.cuda import launching as launch
+from lqlora.backends.cuda import operations as cuda
+from lqlora.backends.cuda import registration as taken
 from lqlora.errors import MixedArraysError
 from lqlora.testing import check_backend
 from lqlora.testing.strategies import formats
@@ -74,7 +77,7 @@ def test_block_statistics_are_those_of_the_reference(cupy, data, size, dtype, se
     (count, block_size), rng = size, np.random.default_rng(seed)
     w = values(rng, count, FLOATS[dtype])
     there = apart(cupy, w, start)
-    assert ops.block_absmax.select(there, block_size).implementation == "cupy.block_absmax"
+    assert ops.block_absmax.select(there, block_size).implementation == "cuda.block_absmax"
     same(ops.block_absmax(there, block_size), ops.block_absmax.reference(w, block_size))
     for found, expected in zip(
         ops.block_extremes(there, block_size), ops.block_extremes.reference(w, block_size), strict=True
@@ -129,7 +132,7 @@ def test_packed_codes_are_those_of_the_reference(cupy, data, size, bits, dtype, 
     w[near] = np.nextafter(at, rng.choice(np.array([-9e9, 9e9], wide), len(near))).astype(w.dtype)
     zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
     arguments = (apart(cupy, w, start), put(cupy, scales), None if zeros is None else put(cupy, zeros), boundaries)
-    assert ops.encode_packed.select(*arguments, bits, block_size).implementation == "cupy.encode_packed"
+    assert ops.encode_packed.select(*arguments, bits, block_size).implementation == "cuda.encode_packed"
     expected = ops.encode_packed.reference(w, scales, zeros, boundaries, bits, block_size)
     same(ops.encode_packed(*arguments, bits, block_size), expected)
 
@@ -153,7 +156,7 @@ def test_decoded_weights_are_those_of_the_reference(cupy, data, size, bits, dtyp
     zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
     out = apart(cupy, np.zeros(count, FLOATS[dtype]), start)
     arguments = (apart(cupy, packed, start), put(cupy, scales), None if zeros is None else put(cupy, zeros), levels)
-    assert ops.decode.select(*arguments, bits, block_size, out).implementation == "cupy.decode"
+    assert ops.decode.select(*arguments, bits, block_size, out).implementation == "cuda.decode"
     expected = np.empty(count, FLOATS[dtype])
     ops.decode.reference(packed, scales, zeros, levels, bits, block_size, expected)
     assert ops.decode(*arguments, bits, block_size, out) is out
@@ -168,8 +171,8 @@ def test_codes_are_packed_and_unpacked_as_by_the_reference(cupy, data, count, bi
     packed = ops.pack_codes(there, bits)
     same(packed, ops.pack_codes.reference(codes, bits))
     same(ops.unpack_codes(packed, bits, count), codes)
-    assert ops.pack_codes.select(there, bits).implementation == "cupy.pack_codes"
-    assert ops.unpack_codes.select(packed, bits, count).implementation == "cupy.unpack_codes"
+    assert ops.pack_codes.select(there, bits).implementation == "cuda.pack_codes"
+    assert ops.unpack_codes.select(packed, bits, count).implementation == "cuda.unpack_codes"
 
 
 @given(data=st.data(), count=st.integers(0, 700), length=st.integers(0, 255), seed=seeds, dtype=st.sampled_from("fd"))
@@ -241,7 +244,7 @@ def check_product(cupy, kernel, case):
     arrays = [None if array is None else put(cupy, array) for array in (x, packed, scales, zeros)]
     out = put(cupy, np.full_like(expected, np.nan))
     arguments = (*arrays, levels, bits, block_size, out)
-    assert ops.matmul_packed.select(*arguments).implementation == "cupy.matmul_packed"
+    assert ops.matmul_packed.select(*arguments).implementation == "cuda.matmul_packed"
     assert ops.matmul_packed(*arguments) is out
     if isinstance(cupy, CuPyStandIn):
         assert cupy.launched[-1][0] == kernel
@@ -358,7 +361,7 @@ def test_typical_arguments_run_a_kernel_that_changes_none_of_them(cupy, name):
     arguments = typical(cupy)[name]
     read = [a for a in (arguments[:-1] if name == "decode" else arguments) if isinstance(a, cupy.ndarray)]
     before = [array.get().tobytes() for array in read]
-    assert lq.backends.explain(name, *arguments).implementation == f"cupy.{name}"
+    assert lq.backends.explain(name, *arguments).implementation == f"cuda.{name}"
     getattr(ops, name)(*arguments)
     assert [array.get().tobytes() for array in read] == before
 
@@ -485,8 +488,8 @@ def test_kernels_run_on_the_memory_of_tensors(on_tensors, torch, dtype, bits):
 def test_tensors_elsewhere_are_not_taken(torch, emulated):
     for device in ("cpu", "meta"):
         found = ops.block_absmax.select(torch.zeros(8, device=device), 4)
-        assert not found.implementation.startswith("cupy")
-        assert "cupy.block_absmax declined" in found.reason or found.implementation != "reference"
+        assert not found.implementation.startswith("cuda")
+        assert "cuda.block_absmax declined" in found.reason or found.implementation != "reference"
 
 
 @pytest.mark.gpu
@@ -496,5 +499,5 @@ def test_tensors_on_a_device_take_the_kernels(torch):
     fmt = lq.BlockFormat(lq.NF4)
     with torch.cuda.stream(torch.cuda.Stream()):
         there = lq.quantize(w.cuda(), fmt)
-        assert lq.backends.explain("block_absmax", w.cuda().reshape(-1), 64).implementation == "cupy.block_absmax"
+        assert lq.backends.explain("block_absmax", w.cuda().reshape(-1), 64).implementation == "cuda.block_absmax"
         assert stored(there) == stored(lq.quantize(w, fmt))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy.fits import LONGEST_SEARCH
+from lqlora.backends.cuda.fits import LONGEST_SEARCH
 from lqlora.testing.strategies import formats
 from tests.backends.test_cuda import draw_schedule, put, same
 from tests.strategies import stored
@@ -39,7 +39,7 @@ def terms_of(rng, shape, dtype):
 
 def check_row_sums(cupy, rows, start=0):
     there = apart(cupy, rows, start)
-    assert ops.row_sums.select(there).implementation == "cupy.row_sums"
+    assert ops.row_sums.select(there).implementation == "cuda.row_sums"
     same(ops.row_sums(there), ops.row_sums.reference(rows))
 
 
@@ -102,7 +102,7 @@ def check_search(cupy, arguments, start=0):
     entries, weights, levels, boundaries, zeros, grid, refinements = arguments
     there = (apart(cupy, entries, start), None if weights is None else apart(cupy, weights, start))
     others = (levels, boundaries, None if zeros is None else put(cupy, zeros), grid, refinements)
-    assert ops.best_ratios.select(*there, *others).implementation == "cupy.best_ratios"
+    assert ops.best_ratios.select(*there, *others).implementation == "cuda.best_ratios"
     same(ops.best_ratios(*there, *others), ops.best_ratios.reference(*arguments))
 
 
@@ -184,7 +184,7 @@ def test_the_levels_of_every_number_of_bits_are_searched(cupy, bits, affine):
 
 def check_bin_sums(cupy, terms, bins, count):
     there = put(cupy, terms), put(cupy, bins), count
-    assert ops.bin_sums.select(*there).implementation == "cupy.bin_sums"
+    assert ops.bin_sums.select(*there).implementation == "cuda.bin_sums"
     same(ops.bin_sums(*there), ops.bin_sums.reference(terms, bins, count))
 
 
@@ -240,7 +240,7 @@ def levels(rng, shape, size, count, *, weighted):
 
 def check_level_sums(cupy, arguments):
     there = tuple(put(cupy, value) if isinstance(value, np.ndarray) else value for value in arguments)
-    assert ops.level_sums.select(*there).implementation == "cupy.level_sums"
+    assert ops.level_sums.select(*there).implementation == "cuda.level_sums"
     with lq.forced("reference"):
         expected = ops.level_sums(*arguments)
     for found, own in zip(ops.level_sums(*there), expected, strict=True):
@@ -357,7 +357,7 @@ def test_typical_arguments_run_a_kernel_that_changes_none_of_them(cupy, name):
     arguments = typical(cupy)[name]
     read = [value for value in arguments if isinstance(value, cupy.ndarray)]
     before = [array.get().tobytes() for array in read]
-    assert lq.backends.explain(name, *arguments).implementation == f"cupy.{name}"
+    assert lq.backends.explain(name, *arguments).implementation == f"cuda.{name}"
     getattr(ops, name)(*arguments)
     assert [array.get().tobytes() for array in read] == before
 

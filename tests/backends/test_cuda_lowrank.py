@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import taken
+from lqlora.backends.cuda import registration as taken
 from tests.backends.kernels import KERNELS
 from tests.backends.test_cuda import FLOATS, NARROW, apart, draw_schedule, put, same, seeds
 
@@ -33,7 +33,7 @@ def case(rng, pair, sizes):
 def check(cupy, arguments, start=0):
     arrays, scaling = arguments[:4], arguments[4]
     there = [apart(cupy, array.reshape(-1), start).reshape(array.shape) for array in arrays]
-    assert ops.add_low_rank.select(*there, scaling).implementation == "cupy.add_low_rank"
+    assert ops.add_low_rank.select(*there, scaling).implementation == "cuda.add_low_rank"
     same(ops.add_low_rank(*there, scaling), ops.add_low_rank.reference(*arguments))
     assert [array.get().tobytes() for array in there] == [array.tobytes() for array in arrays]
 
@@ -108,7 +108,7 @@ def test_a_product_with_a_quantized_weight_takes_both_kernels(emulated):
 )
 def test_other_shapes_are_left_to_the_reference(emulated, changed):
     shapes = {"y": (3, 8), "x": (3, 40), "lora_A": (2, 40), "lora_B": (8, 2)}
-    for asked, implementation in ((shapes, "cupy.add_low_rank"), (shapes | changed, "reference")):
+    for asked, implementation in ((shapes, "cuda.add_low_rank"), (shapes | changed, "reference")):
         arrays = [emulated.empty(shape, dtype="float32") for shape in asked.values()]
         assert lq.backends.explain("add_low_rank", *arrays, 1.0).implementation == implementation
 

@@ -12,8 +12,8 @@ import pytest
 
 import lqlora as lq
 from lqlora._dispatch import forced
-from lqlora.backends import large
-from lqlora.backends.large import ALIGNMENT, LARGE, MOST_KEPT, large_empty
+from lqlora.backends.cpu import buffer_pool as large
+from lqlora.backends.cpu.buffer_pool import ALIGNMENT, LARGE, MOST_KEPT, large_empty
 from tests.strategies import host, on
 
 pytestmark = pytest.mark.skipif(sys.implementation.name != "cpython", reason="elsewhere garbage is found later")

@@ -17,7 +17,7 @@ import lqlora as lq
 from lqlora import ops
 from lqlora._optional import is_installed
 from lqlora._threads import num_threads, on_threads, set_num_threads
-from lqlora.backends import native
+from lqlora.backends.cpu import loading
 from lqlora.errors import InvalidArgumentError
 from lqlora.testing.strategies import ALL_CODEBOOKS
 from tests.backends.compiled import BOOKS, COUNTS, DTYPES, SIZES, ran, same, zeros_of
@@ -241,7 +241,7 @@ class TestWhatIsLeftToOthers:
         x, wide = xp.ones((1, 64), dtype=xp.float16), xp.zeros((1, 1), dtype=xp.float32)
         assert ops.matmul_packed.select(x, *rest, wide).implementation == "reference"
         same_dtype = ops.matmul_packed.select(x, *rest, xp.zeros((1, 1), dtype=xp.float16))
-        assert same_dtype.implementation.startswith("native.") == native.status()[0]
+        assert same_dtype.implementation.startswith("native.") == loading.status()[0]
 
     def test_forced_numpy_passes_them_over(self):
         with lq.forced("numpy"):
@@ -277,16 +277,16 @@ class TestThreads:
 
 class TestTheLibrary:
     def test_an_instruction_set_that_is_not_there_is_refused(self):
-        with pytest.raises(InvalidArgumentError, match="not 'sse9'"), native.using("sse9"):
+        with pytest.raises(InvalidArgumentError, match="not 'sse9'"), loading.using("sse9"):
             pass
 
     @pytest.mark.usefixtures("isa")
     def test_the_choice_ends_with_the_block(self):
-        before = native.status()
-        with native.using("baseline"):
-            assert "baseline" in native.status()[1]
-        assert native.status() == before
+        before = loading.status()
+        with loading.using("baseline"):
+            assert "baseline" in loading.status()[1]
+        assert loading.status() == before
 
     def test_it_is_not_loaded_with_the_package(self):
-        code = "import sys, lqlora; sys.exit('lqlora.backends.native' in sys.modules)"
+        code = "import sys, lqlora; sys.exit('lqlora.backends.cpu' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,7 +7,7 @@ import pytest
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends import native
+from lqlora.backends.cpu import compiled, loading
 from tests.backends.compiled import DTYPES, ran, same
 from tests.requirements import require_or_skip
 
@@ -21,7 +21,7 @@ PRODUCTS = [
     (2, 9, 256, 96),
     (3, 33, 64, 4096),
     (5, 6, 4096, 64),
-    (native.FEW_ROWS, 17, 160, 32),
+    (compiled.FEW_ROWS, 17, 160, 32),
     (3, 9, 40, 32),
     (3, 9, 96, 48),
     (3, 9, 64, 16),
@@ -60,18 +60,18 @@ def test_products_may_overwrite_their_rows(isa):
 @pytest.mark.parametrize(("columns", "size"), [(4096, 64), (2080, 32), (1000, 40)])
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
 def test_products_have_the_same_bytes_on_every_instruction_set_and_in_any_company(bits, columns, size):
-    require_or_skip("native", native.status()[0])
+    require_or_skip("native", loading.status()[0])
     rng, rows = np.random.default_rng(bits), 70
     packed = rng.integers(0, 256, rows * columns * bits // 8).astype(np.uint8)
     weight = packed, rng.random(-(-rows * columns // size)).astype(np.float32), None, lq.normal_float(bits).levels
-    x, found = rng.standard_normal((native.FEW_ROWS, columns)).astype(np.float32), {}
-    for name in native.instruction_sets():
-        for batch in range(1, native.FEW_ROWS + 1):
+    x, found = rng.standard_normal((compiled.FEW_ROWS, columns)).astype(np.float32), {}
+    for name in loading.instruction_sets():
+        for batch in range(1, compiled.FEW_ROWS + 1):
             out = np.empty((batch, rows), dtype=np.float32)
-            with native.using(name):
+            with loading.using(name):
                 ran(ops.matmul_packed, x[:batch], *weight, bits, size, out)
             found[name, batch] = out
-    expected = found["baseline", native.FEW_ROWS]
+    expected = found["baseline", compiled.FEW_ROWS]
     for (_, batch), out in found.items():
         same(out, expected[:batch])
     dense = ops.decode(*weight, bits, size, np.empty(rows * columns, np.float32)).reshape(rows, columns)

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lqlora.backends.cupy import binary
-from lqlora.backends.cupy.launch import launch
-from lqlora.backends.cupy.source import source
-from lqlora.backends.cupy.taken import kernels_run
+from lqlora.backends.cuda import compiling as binary
+from lqlora.backends.cuda.kernel_text import source
+from lqlora.backends.cuda.launching import launch
+from lqlora.backends.cuda.registration import kernels_run
 from tests.emulator import build as emulator
 from tests.emulator.build import Range, build
 from tests.requirements import require_or_skip

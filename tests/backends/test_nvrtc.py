@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lqlora.backends.cupy.source import OPTIONS, source
+from lqlora.backends.cuda.kernel_text import OPTIONS, source
 from tests.backends import nvrtc
 from tests.backends.kernels import EXACT, KERNELS, MATMUL_SAMPLE, TENSOR_SAMPLE
 from tests.requirements import require_or_skip

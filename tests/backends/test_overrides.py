@@ -12,8 +12,8 @@ from lqlora._dispatch import known_libraries
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
 from lqlora.testing import assert_backend_conforms
-from lqlora.testing._backend_cases import Blocks
-from lqlora.testing._backend_subject import operations
+from lqlora.testing.backends.cases import Blocks
+from lqlora.testing.backends.subject import operations
 from tests.strategies import flushes, host, on
 
 #: What typical arguments are to run on where no compiled kernel is. Operations without an entry have no override.
@@ -79,7 +79,7 @@ def test_the_table_lists_what_runs(fast_xp):
     assert listed >= set(FAST[library].items())
     for name, implementation in sorted(listed):
         overrides = {override.name: override for override in getattr(ops, name).overrides(library)}
-        assert overrides[implementation].takes.memory == ("device" if implementation.startswith("cupy.") else "host")
+        assert overrides[implementation].takes.memory == ("device" if implementation.startswith("cuda.") else "host")
 
 
 def test_the_table_needs_no_library_that_is_absent():

@@ -10,7 +10,9 @@ import pytest
 
 import lqlora as lq
 from lqlora import ops
-from lqlora.backends.cupy import binary, launch, source
+from lqlora.backends.cuda import compiling as binary
+from lqlora.backends.cuda import kernel_text as source
+from lqlora.backends.cuda import launching as launch
 from tests.backends.conftest import TOGETHER, in_place
 from tests.backends.kernels import TENSOR_SAMPLE
 from tests.backends.test_cuda import product_case

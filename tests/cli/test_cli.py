@@ -122,7 +122,7 @@ class TestDemo:
         assert _cells(folders[0])[0][-1] == "seconds"
 
     def test_force_replaces_a_folder(self, inputs, tmp_path, monkeypatch):
-        from lqlora.cli import demo
+        from lqlora.recipes import demo
 
         monkeypatch.setattr(demo, "_compare", lambda *_: None)  # the rest was tested above, and takes long
         monkeypatch.setattr(demo, "draw", lambda *_: None)
@@ -212,7 +212,7 @@ class TestDemoFailures:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_full_disk_at_the_last_moment(self, failure, monkeypatch):
-        from lqlora.cli import demo
+        from lqlora.recipes import demo
 
         def full(*arguments, **options):
             raise OSError(28, "No space left on device")
@@ -222,7 +222,7 @@ class TestDemoFailures:
         assert "No space left" in failure()
 
     def test_an_interrupt_leaves_nothing(self, inputs, tmp_path, monkeypatch):
-        from lqlora.cli import demo
+        from lqlora.recipes import demo
 
         def interrupt(*arguments):
             raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 import lqlora as lq
-from lqlora.cli import words
+from lqlora.cli import parsing as words
 from lqlora.errors import InvalidArgumentError
 
 

@@ -18,7 +18,7 @@ torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
 
 from lqlora.nn import LQLinear, quantize_model, select_linears  # noqa: E402
-from lqlora.nn.convert import weight_arrays  # noqa: E402
+from lqlora.nn.model import weight_arrays  # noqa: E402
 
 NF4 = lq.BlockFormat.parse("nf4/16:float32")
 NF2 = lq.BlockFormat.parse("nf2/8:u8/16:float16")

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.quantized import sample
-from lqlora.quantized.sample import RoundingSample
+from lqlora.quantized import rounding_sample as sample
+from lqlora.quantized.rounding_sample import RoundingSample
 from tests.strategies import host, stored
 
 SCALES = [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, QuantizedArray, ScaleFormat, dequantize, quantize
 from lqlora.errors import ScaleUnderflowWarning
-from lqlora.quantized import _coding
+from lqlora.quantized import _encoding as _coding
 from lqlora.testing.strategies import ALL_CODEBOOKS, formats, largest_for, scale_formats, weights
 from tests.oracles import quantize as oracle
 from tests.quantized.cases import draw_case, levels_of, normal, quantized, restored, scales_of

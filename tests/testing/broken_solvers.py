@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lqlora.solvers import RawResult, StopReason, scipy_milp
+from lqlora.solvers import RawResult, StopReason
+from lqlora.solvers.vendors import scipy_milp
 
 
 class Correct:

@@ -12,8 +12,8 @@ from lqlora import backends, ops
 from lqlora._dispatch import Takes, libraries
 from lqlora.errors import ConformanceError, InvalidArgumentError, MissingDependencyError
 from lqlora.testing import BACKEND_PROPERTIES, _running, assert_backend_conforms, check_backend
-from lqlora.testing._backend_cases import Blocks, Product
-from lqlora.testing._backend_subject import operations
+from lqlora.testing.backends.cases import Blocks, Product
+from lqlora.testing.backends.subject import operations
 from tests.testing import broken_backends as broken
 from tests.testing.broken_backends import planted
 

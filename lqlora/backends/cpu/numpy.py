@@ -1,0 +1,192 @@
+"""NumPy overrides that keep their workspace in the cache. ``benchmarks/quantize.py`` has the rows that justify them."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lqlora._dispatch import Takes, prefer_maker
+from lqlora.backends.cpu.buffer_pool import large_empty
+from lqlora.ops.coding import FEW, decode, nearest_codes
+from lqlora.ops.packing import packed_size, unpack_codes
+from lqlora.ops.sums import bin_sums, exact_terms
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__: list[str] = []
+
+#: Values looked up at a time: they, their buckets and their codes fit into a second-level cache.
+_CHUNK = 32768
+
+#: Buckets that the range of the boundaries is cut into.
+_BUCKETS = 2048
+
+#: Boundaries that span less than this are left to the reference: buckets would be too many per unit for float32.
+_NARROW = 2.0**-100
+
+#: From so many weights on two bytes are looked up at a time: below, making the table of 1 MiB takes longer than it saves.
+_MANY = 1 << 18
+
+
+def _can_be_bucketed(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> bool:  # noqa: ARG001
+    """Accept what the reference would search; it counts the boundaries below a value where these are few."""
+    return len(boundaries) > FEW and float(boundaries[-1]) - float(boundaries[0]) >= _NARROW
+
+
+@nearest_codes.register(
+    "numpy",
+    takes=Takes(
+        {"values": ("float32", "float64")},
+        condition=_can_be_bucketed,
+        sentence=f"more than {FEW} boundaries that span 2**-100 or more",
+    ),
+)
+def nearest_codes_in_buckets(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Look up how many boundaries are below a value's bucket, chunk by chunk."""
+    flat, codes = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
+    table = _buckets(boundaries.tobytes(), values.dtype)
+    with np.errstate(over="ignore"):
+        for first in range(0, len(flat), _CHUNK):
+            _look_up(table, flat[first : first + _CHUNK], codes[first : first + _CHUNK])
+    return codes.reshape(values.shape)
+
+
+class _Buckets(NamedTuple):
+    """Where a value's bucket is, and the boundaries that are below all values of a bucket."""
+
+    low: Any
+    factor: Any
+    below: npt.NDArray[np.uint8]
+    cuts: npt.NDArray[Any]
+    most: int
+
+
+@functools.lru_cache(maxsize=64)
+def _buckets(boundaries: bytes, dtype: np.dtype[Any]) -> _Buckets:
+    cuts = np.frombuffer(boundaries, dtype=np.float32).astype(dtype)
+    low, factor = cuts[0], dtype.type((_BUCKETS - 1) / (float(cuts[-1]) - float(cuts[0])))
+    own = _bucket(cuts, low, factor)
+    below = np.searchsorted(own, np.arange(_BUCKETS), side="left").astype(np.uint8)
+    most = int(np.bincount(own).max())
+    return _Buckets(low, factor, below, np.append(cuts, dtype.type(np.inf)), most)
+
+
+def _bucket(values: npt.NDArray[Any], low: Any, factor: Any) -> npt.NDArray[np.intp]:
+    """Return a number that never falls when the value rises: rounding keeps the order of products and differences."""
+    place = values - low
+    place *= factor
+    with np.errstate(invalid="ignore"):  # NaN ends in some bucket, and is found to be above no boundary
+        buckets: npt.NDArray[np.intp] = np.clip(place, 0, _BUCKETS - 1, out=place).astype(np.intp)
+        return buckets
+
+
+def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.uint8]) -> None:
+    """Start from the boundaries in lower buckets, then pass those in the value's own bucket one by one."""
+    np.take(table.below, _bucket(values, table.low, table.factor), out=codes, mode="clip")
+    for _ in range(table.most):
+        above = values > np.take(table.cuts, codes, mode="clip")
+        np.add(codes, above.view(np.uint8), out=codes)
+
+
+@decode.register(
+    "numpy",
+    takes=Takes(
+        {"packed": ("uint8",), "scales": ("float32",), "zero_points": ("uint8", None), "out": ("float32",)},
+        bits=(1, 2, 3, 4, 6, 8),
+        contiguous=("packed", "out"),
+    ),
+)
+def decode_lookup(
+    packed: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float32],
+    zero_points: npt.NDArray[np.uint8] | None,
+    levels: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+    out: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Look several codes up at once: an entry of the table holds the levels of all codes in one byte, or twelve bits."""
+    count = out.shape[0]
+    if packed.shape[0] != packed_size(count, bits):
+        unpack_codes(packed, bits, count)  # raises the reference's error
+    index_bits = _index_bits(bits, count)
+    table = _lookup_table(levels.tobytes(), bits, index_bits)
+    at_once = index_bits // bits
+    indices = _indices(packed, index_bits)
+    whole = min(count // at_once, len(indices)) // 2 * 2  # two numbers of twelve bits end with a byte
+    # No bounds are checked in this mode, and an index of one byte or twelve bits cannot be out of bounds.
+    np.take(table, indices[:whole], out=out[: whole * at_once].view(table.dtype), mode="wrap")
+    if whole * at_once < count:
+        rest = slice(whole * index_bits // 8, None)
+        codes = unpack_codes(packed[rest], bits, count - whole * at_once)
+        np.take(levels, codes, out=out[whole * at_once :], mode="clip")
+    if zero_points is not None:
+        np.subtract(out, _by_weight(zero_points, block_size, count), out=out)
+    np.multiply(out, _by_weight(scales, block_size, count), out=out)
+    return out
+
+
+def _by_weight(per_block: npt.NDArray[Any], block_size: int, count: int) -> npt.NDArray[Any]:
+    """Repeat the number of each block for its weights: one long product is faster than one for each block."""
+    return per_block if block_size == 1 else np.repeat(per_block, min(block_size, count))[:count]
+
+
+def _index_bits(bits: int, count: int) -> int:
+    """Return how many bits of packed codes are looked up at a time."""
+    if 8 % bits:
+        return 12
+    return 16 if bits in (4, 8) and count >= _MANY else 8
+
+
+def _indices(packed: npt.NDArray[np.uint8], index_bits: int) -> npt.NDArray[Any]:
+    """Cut a stream of bytes into numbers of so many bits, least significant bit first; a rest is left out."""
+    if index_bits == 8:
+        return packed
+    if index_bits == 16:
+        pairs: npt.NDArray[Any] = packed[: len(packed) // 2 * 2].view("<u2")
+        return pairs
+    triples = packed[: len(packed) // 3 * 3].reshape(-1, 3)
+    numbers = np.empty((len(triples), 2), dtype=np.uint16)
+    middle = triples[:, 1].astype(np.uint16)
+    numbers[:, 0] = triples[:, 0] | (middle & 15) << 8
+    numbers[:, 1] = middle >> 4 | triples[:, 2].astype(np.uint16) << 4
+    return numbers.reshape(-1)
+
+
+#: Types that stand for a number of float32 values: copying one number is faster than copying a short row.
+_AS_ONE = {1: np.float32, 2: np.int64, 4: np.complex128}
+
+
+@functools.lru_cache(maxsize=64)
+def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]:
+    indices = np.arange(2**index_bits)[:, None]
+    codes = indices >> np.arange(0, index_bits, bits) & (2**bits - 1)
+    known = np.frombuffer(levels, dtype=np.float32)
+    # Codes beyond a codebook whose length is no power of two never occur; their rows only have to exist.
+    rows = known[np.minimum(codes, len(known) - 1)]
+    table: npt.NDArray[Any] = rows.view(_AS_ONE.get(rows.shape[1], np.dtype((np.void, 4 * rows.shape[1]))))[:, 0]
+    table.flags.writeable = False
+    return table
+
+
+@bin_sums.register(
+    "numpy",
+    takes=Takes(
+        {"terms": ("float64",), "bins": ("int64",)},
+        condition=lambda terms, bins, _: terms.shape == bins.shape,  # NumPy takes no bins for any number of terms
+        sentence="a bin for each term",
+    ),
+)
+def bin_sums_counted(
+    terms: npt.NDArray[np.float64], bins: npt.NDArray[np.int64], count: int
+) -> npt.NDArray[np.float64]:
+    """Sum all bins in one pass: the rounded terms are integers, so their order does not matter."""
+    rounded, unit = exact_terms(terms)
+    sums: npt.NDArray[Any] = np.bincount(bins, weights=rounded, minlength=count) * unit
+    return sums
+
+
+prefer_maker("numpy", lambda shape, dtype, _: large_empty(shape, dtype))

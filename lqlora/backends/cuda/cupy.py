@@ -1,0 +1,54 @@
+"""Registers the kernels for CuPy's own arrays."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lqlora._dispatch import prefer_pieces
+from lqlora.backends.cuda.registration import kernels_run, register
+
+if TYPE_CHECKING:
+    from lqlora._typing import Array
+
+__all__: list[str] = []
+
+
+class CuPyMemory:
+    """CuPy's own arrays, on CuPy's current stream."""
+
+    library = "cupy"
+
+    def device(self, array: Array) -> int:
+        """Return the number of the device."""
+        return int(array.data.device_id)
+
+    def stream(self, device: int) -> None:
+        """Return None: the current stream is CuPy's."""
+
+    def address(self, array: Array) -> int:
+        """Return where the memory of an array begins."""
+        return int(array.data.ptr)
+
+    def view(self, array: Array) -> Any:
+        """Return the array itself."""
+        return array
+
+    def is_tracked(self, array: Array) -> bool:  # noqa: ARG002
+        """Return False: CuPy has no gradients."""
+        return False
+
+    def empty(self, count: int, dtype: str, like: Array) -> Array:
+        """Return an array from CuPy's allocator."""
+        with like.device:
+            return importlib.import_module("cupy").empty((count,), dtype=dtype)
+
+    def zeros(self, count: int, dtype: str, like: Array) -> Array:
+        """Return an array from CuPy's allocator, set to zero."""
+        with like.device:
+            return importlib.import_module("cupy").zeros((count,), dtype=dtype)
+
+
+register(CuPyMemory())
+if kernels_run():  # they need no workspace
+    prefer_pieces("cupy", 1 << 30)

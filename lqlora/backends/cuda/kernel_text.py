@@ -1,0 +1,40 @@
+"""The text of the kernels, and how it is compiled."""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+
+__all__ = ["MODULES", "OPTIONS", "source"]
+
+#: Products and sums are not fused, and divisions are rounded correctly: kernels return the bytes of the reference.
+OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+
+#: Files of kernels. Each is compiled behind those that all of them share.
+MODULES = ("blocks", "decode", "encode", "lowrank", "matmul", "packing", "search", "sums", "tensor")
+
+_SHARED = ("numbers.cuh", "groups.cuh", "halving.cuh")
+
+
+@functools.cache
+def source(module: str) -> str:
+    """Return the CUDA C++ text of a file of kernels, which includes no header.
+
+    Parameters
+    ----------
+    module : str
+        One of :data:`MODULES`.
+
+    Returns
+    -------
+    str
+        The text; errors of a compiler name the file and line they are in.
+
+    Examples
+    --------
+    >>> "block_statistics" in source("blocks")
+    True
+    """
+    folder = resources.files(__package__) / "kernels"
+    names = (*_SHARED, f"{module}.cu")
+    return "".join(f'#line 1 "{name}"\n{(folder / name).read_text(encoding="utf-8")}' for name in names)

@@ -1,0 +1,255 @@
+"""How the kernel of each operation is called."""
+
+from __future__ import annotations
+
+from math import inf, prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lqlora import ops
+from lqlora._dispatch import dtype_name
+from lqlora.backends.cuda.launching import capability, launch, table
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from lqlora._typing import Array
+    from lqlora.backends.cuda.memory import Memory
+
+__all__ = ["GROUP", "MOST_INPUTS", "Kernels", "lanes_for"]
+
+#: How the kernels call the dtypes.
+_TYPES = {"float32": "float", "float16": "Float16", "bfloat16": "BFloat16", "float64": "double"}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+#: Weights that one team of lanes looks at; the statistics of the parts of longer blocks meet in global memory.
+_PART = 4096
+
+#: Vectors of sixteen bytes that a lane loads at a time.
+_LOADS = 4
+
+#: Rows of inputs that matrix products are compiled for. With more of them, dense products of decoded tiles are faster.
+_INPUTS = (1, 4, 16)
+MOST_INPUTS = _INPUTS[-1]
+
+#: More rows of 16-bit inputs than these are multiplied by units for small matrices, which devices have from some
+#: capability on; a block of threads has so many rows of the weight there.
+_FEW, _MULTIPLIES_MATRICES, _TILE = 4, 80, 16
+
+#: Rows of inputs that threads multiply by one row of a low-rank factor.
+_INPUTS_AT_ONCE = 4
+
+#: Threads of a block, and those of a matrix product, whose warps have one row each, or two.
+_THREADS, _PRODUCT_THREADS = 256, 128
+
+#: Weights, or codes, that a thread has at a time.
+GROUP = 8
+
+
+class Kernels:
+    """The operations on the arrays of one library; methods are named as the operations are.
+
+    Parameters
+    ----------
+    memory : Memory
+        How the arrays are reached.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def block_absmax(self, flat: Array, block_size: int) -> Array:
+        """Reduce each block in a team of lanes."""
+        return self._statistics(flat, block_size, extremes=False)[1]
+
+    def block_extremes(self, flat: Array, block_size: int) -> tuple[Array, Array]:
+        """Reduce each block in a team of lanes."""
+        return self._statistics(flat, block_size, extremes=True)
+
+    def _statistics(self, flat: Array, block_size: int, *, extremes: bool) -> tuple[Array, Array]:
+        count, name = flat.shape[0], dtype_name(flat)
+        block_size = max(1, min(block_size, count))
+        blocks, wide = -(-count // block_size), "float64" if name == "float64" else "float32"
+        parts = -(-block_size // _PART)
+        make = self._memory.empty if parts == 1 else self._memory.zeros  # the parts of a block are merged into zeros
+        high = make(blocks, wide, flat)
+        low = make(blocks, wide, flat) if extremes else high
+        if not count:
+            return low, high
+        lanes = lanes_for(min(block_size, _PART), _LOADS * 16 // _ITEM_BYTES[name], 32)
+        kernel = f"block_statistics<{_TYPES[name]}, {str(extremes).lower()}>"
+        sizes = (np.int64(count), np.int64(block_size), np.int64(_PART))
+        cut = (*_blocks(parts), np.int64(blocks * parts), np.int32(lanes))
+        self._run("blocks", kernel, blocks * parts * lanes, (flat, low, high, *sizes, *cut))
+        return low, high
+
+    def nearest_codes(self, values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
+        """Search the boundaries of each value."""
+        count = prod(values.shape)
+        codes = self._memory.empty(count, "uint8", values)
+        if count:
+            cells = 1 << len(boundaries).bit_length()
+            cuts = (boundaries, max(1, cells - 1), inf)
+            arguments = (values, cuts, np.int32(cells), codes, np.int64(count))
+            self._run("encode", f"nearest_codes<{_TYPES[dtype_name(values)]}>", -(-count // GROUP), arguments)
+        return codes.reshape(values.shape)
+
+    def encode(
+        self,
+        flat: Array,
+        scales: Array,
+        zero_points: Array | None,
+        boundaries: npt.NDArray[np.float32],
+        block_size: int,
+    ) -> Array:
+        """Pack codes of eight bits, which are whole bytes."""
+        return self.encode_packed(flat, scales, zero_points, boundaries, 8, block_size)
+
+    def encode_packed(
+        self,
+        flat: Array,
+        scales: Array,
+        zero_points: Array | None,
+        boundaries: npt.NDArray[np.float32],
+        bits: int,
+        block_size: int,
+    ) -> Array:
+        """Divide, search and pack in one pass."""
+        count = flat.shape[0]
+        packed = self._memory.empty(ops.packed_size(count, bits), "uint8", flat)
+        if count:
+            zeros, affine = _zero_points(zero_points, packed)
+            cuts = (boundaries, 2**bits - 1, inf)
+            arguments = (flat, scales, zeros, affine, cuts, packed, np.int64(count), *_blocks(block_size))
+            self._run("encode", f"encode_packed<{bits}, {_TYPES[dtype_name(flat)]}>", -(-count // GROUP), arguments)
+        return packed
+
+    def decode(
+        self,
+        packed: Array,
+        scales: Array,
+        zero_points: Array | None,
+        levels: npt.NDArray[np.float32],
+        bits: int,
+        block_size: int,
+        out: Array,
+    ) -> Array:
+        """Look up, multiply and round in one pass."""
+        count = out.shape[0]
+        if count:
+            zeros, affine = _zero_points(zero_points, packed)
+            known = (levels, 2**bits, 0.0)
+            arguments = (packed, scales, zeros, affine, known, out, np.int64(count), *_blocks(block_size))
+            self._run("decode", f"decode<{bits}, {_TYPES[dtype_name(out)]}>", -(-count // GROUP), arguments)
+        return out
+
+    def pack_codes(self, codes: Array, bits: int) -> Array:
+        """Pack eight codes in each thread."""
+        count = codes.shape[0]
+        packed = self._memory.empty(ops.packed_size(count, bits), "uint8", codes)
+        if count:
+            self._run("packing", f"pack_codes<{bits}>", -(-count // GROUP), (codes, packed, np.int64(count)))
+        return packed
+
+    def unpack_codes(self, packed: Array, bits: int, count: int) -> Array:
+        """Unpack eight codes in each thread."""
+        codes = self._memory.empty(count, "uint8", packed)
+        if count:
+            self._run("packing", f"unpack_codes<{bits}>", -(-count // GROUP), (packed, codes, np.int64(count)))
+        return codes
+
+    def matmul_packed(
+        self,
+        x: Array,
+        packed: Array,
+        scales: Array,
+        zero_points: Array | None,
+        levels: npt.NDArray[np.float32],
+        bits: int,
+        block_size: int,
+        out: Array,
+    ) -> Array:
+        """Decode each weight once, in registers, for all rows of inputs."""
+        (inputs, columns), rows = x.shape, out.shape[1]
+        if not rows:
+            return out
+        own = _TYPES[dtype_name(x)]
+        zeros, affine = _zero_points(zero_points, packed)
+        shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
+        sizes = (np.int32(inputs), np.int64(rows), np.int32(columns), *_blocks(block_size), np.int32(shift))
+        arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
+        if inputs <= _FEW or own == "float":
+            most = next(most for most in _INPUTS if inputs <= most)
+            work = -(-rows // (2 if most > 1 else 1)) * 32
+            self._run("matmul", f"matmul_packed<{bits}, {own}, {most}>", work, arguments, _PRODUCT_THREADS)
+        elif capability(self._memory.device(x) or 0) >= _MULTIPLIES_MATRICES:
+            self._run("tensor", f"matmul_tensor<{bits}, {own}>", -(-rows // _TILE) * _THREADS, arguments)
+        else:
+            ops.matmul_packed.reference(x, packed, scales, zero_points, levels, bits, block_size, out)
+        return out
+
+    def add_low_rank(self, y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> Array:
+        """Multiply by one factor, keep the result in float32, and multiply that by the other."""
+        (rank, columns), rows, inputs = lora_A.shape, lora_B.shape[0], prod(y.shape[:-1])
+        own, factor = _TYPES[dtype_name(y)], _TYPES[dtype_name(lora_A)]
+        out = self._memory.empty(inputs * rows, dtype_name(y), y).reshape(y.shape)
+        if not rows:
+            return out
+        inner = self._memory.empty(inputs * rank, "float32", y)
+        most = 1 if inputs == 1 else _INPUTS_AT_ONCE
+        kind, parts, lanes = f"<{own}, {factor}, {most}>", -(-inputs // most), lanes_for(rank, GROUP, 32)
+        sizes = np.int32(inputs), np.int32(rank)
+        given: tuple[Any, ...] = x, lora_A, inner, *sizes, np.int32(columns)
+        self._run("lowrank", f"low_rank_inner{kind}", parts * rank * _THREADS, given)
+        given = y, inner, lora_B, np.float32(scaling), out, *sizes, np.int64(rows), np.int32(lanes)
+        self._run("lowrank", f"low_rank_outer{kind}", parts * rows * lanes, given)
+        return out
+
+    def _run(self, module: str, kernel: str, work: int, arguments: tuple[Any, ...], threads: int = _THREADS) -> None:
+        """Launch a kernel; a table of the host is given as its entries, their number, and what fills it up."""
+        memory, device = self._memory, self._memory.device(arguments[0]) or 0
+        given = tuple(
+            value
+            if isinstance(value, np.generic)
+            else table(device, *value)
+            if isinstance(value, tuple)
+            else memory.view(value)
+            for value in arguments
+        )
+        launch(device, memory.stream(device), module, kernel, threads, work, given)
+
+
+def lanes_for(entries: int, each: int, most: int) -> int:
+    """Return how many threads have a row, or a part of a block, together.
+
+    Parameters
+    ----------
+    entries : int
+        Entries of a row.
+    each : int
+        Entries that a thread takes at once.
+    most : int
+        Most threads, a power of two.
+
+    Returns
+    -------
+    int
+        A power of two.
+
+    Examples
+    --------
+    >>> lanes_for(64, 16, 32), lanes_for(65, 16, 32), lanes_for(4096, 16, 32)
+    (4, 8, 32)
+    """
+    return min(most, 1 << max(0, (-(-entries // each) - 1).bit_length()))
+
+
+def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int32]:
+    """Return what a kernel is given for zero points, and whether it may look: CuPy has no word for a null pointer."""
+    return (other, np.int32(0)) if zero_points is None else (zero_points, np.int32(1))
+
+
+def _blocks(block_size: int) -> tuple[np.int64, np.float64]:
+    """Return the length of blocks, and its reciprocal: on a device a long division is a call."""
+    return np.int64(block_size), np.float64(1 / block_size)

@@ -1,0 +1,1 @@
+"""Calibration statistics of linear layers: Fisher information, Gram matrices and Kronecker factors."""

@@ -1,0 +1,1 @@
+"""The built-in solver of multiple-choice knapsack problems, in NumPy."""

@@ -1,0 +1,1 @@
+"""Property tests that run on any quantizer."""

@@ -28,9 +28,7 @@ from lqlora.codebooks import (
 from lqlora.costs import Configuration, CostStore, CostTable, cost_table
 from lqlora.decomposition import Decomposition, DecompositionStack, decompose, decompose_stack
 from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
-from lqlora.quantized import QuantizedArray, dequantize, matmul
-from lqlora.quantized import error_feedback as gptq
-from lqlora.quantized import quantization as quantize
+from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
 if TYPE_CHECKING:
     from lqlora import nn, testing

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lqlora._dispatch import namespace
-from lqlora.quantized import QuantizedArray, dequantize
-from lqlora.quantized import quantization as quantize
+from lqlora.quantized import QuantizedArray, dequantize, quantize
 
 if TYPE_CHECKING:
     from lqlora._typing import Array

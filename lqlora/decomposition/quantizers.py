@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
-from lqlora.quantized import QuantizedArray
-from lqlora.quantized import error_feedback as gptq
-from lqlora.quantized import quantization as quantize
+from lqlora.quantized import QuantizedArray, gptq, quantize
 
 if TYPE_CHECKING:
     from lqlora._typing import Array

@@ -20,8 +20,7 @@ from lqlora.decomposition.iteration import remainder, residual_of
 from lqlora.decomposition.quantizers import make_quantizer
 from lqlora.decomposition.result import Decomposition
 from lqlora.errors import InvalidArgumentError
-from lqlora.quantized import QuantizedArray, dequantize
-from lqlora.quantized import quantization as quantize
+from lqlora.quantized import QuantizedArray, dequantize, quantize
 from lqlora.weighting import AbstractWeighting, Uniform
 
 if TYPE_CHECKING:

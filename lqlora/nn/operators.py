@@ -20,8 +20,7 @@ from torch.nn import functional
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn.operands import check_tensors, from_operands, read_format, stored_tensors
-from lqlora.quantized import dequantize, matmul
-from lqlora.quantized import quantization as quantize
+from lqlora.quantized import dequantize, matmul, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,8 +13,8 @@ import pytest
 
 import lqlora as lq
 from lqlora._optional import is_installed
-from lqlora.reports import ParetoPoint, pareto_points, plot_pareto
 from lqlora.errors import InvalidArgumentError
+from lqlora.reports import ParetoPoint, pareto_points, plot_pareto
 from tests.allocation.tables import FORMATS, SHAPES, make_table
 from tests.requirements import require_or_skip
 

@@ -15,7 +15,7 @@ from lqlora.backends.cpu import loading as library
 from tests.requirements import require_or_skip
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "lqlora" / "backends" / "native"
+SOURCES = ROOT / "lqlora" / "backends" / "cpu" / "kernels"
 
 
 @pytest.fixture(scope="module")

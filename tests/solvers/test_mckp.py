@@ -12,13 +12,13 @@ from lqlora.solvers import (
     SolveOptions,
     Status,
     StopReason,
-    beam,
     evaluate,
-    mckp,
     reduce_problem,
     registry,
     solve,
 )
+from lqlora.solvers.mckp import beam
+from lqlora.solvers.mckp import solver as mckp
 from tests.solvers.oracle import check_against_brute_force, dynamic_program
 
 EXACT = SolveOptions(rel_gap=0.0)

@@ -11,7 +11,7 @@ import numpy as np
 from lqlora._dispatch import forced
 from lqlora.errors import MixedArraysError, UnsupportedArrayError
 from lqlora.quantized import dequantize as dequantized
-from lqlora.quantized import quantization as quantized
+from lqlora.quantized import quantized
 from lqlora.testing._promises import Property, promises
 from lqlora.testing._verdicts import RefusedError, ViolationError, named
 from lqlora.testing.backends import inputs as inputs

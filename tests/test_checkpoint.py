@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
-from lqlora import checkpoint
 from lqlora._optional import is_installed
+from lqlora.checkpoint import file as checkpoint
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from tests.requirements import require_or_skip
 

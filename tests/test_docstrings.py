@@ -12,7 +12,7 @@ from numpydoc.validate import validate
 import lqlora
 
 CHECKS = {"GL08", "SS01", "PR01", "PR02", "PR03", "RT01"}
-PRIVATE_ROOMS = ("cli", "backends.numpy", "backends.torch", "backends.cupy")
+PRIVATE_ROOMS = ("cli", "backends.cpu", "backends.cuda")
 
 
 def public_modules():

@@ -8,8 +8,8 @@ import math
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from lqlora.reports._svg import curve, escape, heat_map
 from lqlora.reports.frontier import pareto_points
-from lqlora.reports.svg import curve, escape, heat_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

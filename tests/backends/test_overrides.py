@@ -12,8 +12,8 @@ from lqlora._dispatch import known_libraries
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
 from lqlora.testing import assert_backend_conforms
-from lqlora.testing.backends.cases import Blocks
-from lqlora.testing.backends.subject import operations
+from lqlora.testing.backends._cases import Blocks
+from lqlora.testing.backends._subject import operations
 from tests.strategies import flushes, host, on
 
 #: What typical arguments are to run on where no compiled kernel is. Operations without an entry have no override.

@@ -24,7 +24,7 @@ from lqlora.solvers import (
     solve,
 )
 from lqlora.testing import SOLVER_PROPERTIES, check_solver
-from lqlora.testing.solvers.inputs import larger_problem
+from lqlora.testing.solvers._inputs import larger_problem
 from tests.requirements import require_or_skip
 
 #: Before any test registers another.

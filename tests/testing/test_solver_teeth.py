@@ -10,7 +10,7 @@ from lqlora.errors import ConformanceError, InvalidArgumentError, MissingDepende
 from lqlora.solvers import Budget, Problem
 from lqlora.testing import SOLVER_PROPERTIES, _running, assert_solver_conforms, check_solver
 from lqlora.testing.solvers import properties as _solver_properties
-from lqlora.testing.solvers.subject import optimum
+from lqlora.testing.solvers._subject import optimum
 from tests.testing import broken_solvers as broken
 
 #: The fault, and the properties that are named for it.

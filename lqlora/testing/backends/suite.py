@@ -10,8 +10,8 @@ from lqlora._dispatch import array_library
 from lqlora._optional import is_installed
 from lqlora.errors import ConformanceError, InvalidArgumentError, MissingDependencyError
 from lqlora.testing._running import try_properties
-from lqlora.testing.backends import subject as _backend_subject
-from lqlora.testing.backends.properties import REGISTRY
+from lqlora.testing.backends import _subject as _backend_subject
+from lqlora.testing.backends._properties import REGISTRY
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -10,8 +10,8 @@ import numpy as np
 from lqlora.codebooks import Codebook
 from lqlora.errors import ConformanceError, InvalidArgumentError
 from lqlora.testing._running import try_properties
-from lqlora.testing.quantizers.properties import REGISTRY
-from lqlora.testing.quantizers.subject import Subject
+from lqlora.testing.quantizers._properties import REGISTRY
+from lqlora.testing.quantizers._subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence

@@ -9,8 +9,8 @@ from lqlora._optional import is_installed
 from lqlora.errors import ConformanceError, InvalidArgumentError, MissingDependencyError
 from lqlora.solvers.registry import find
 from lqlora.testing._running import try_properties
-from lqlora.testing.solvers.properties import REGISTRY
-from lqlora.testing.solvers.subject import SolverSubject
+from lqlora.testing.solvers._properties import REGISTRY
+from lqlora.testing.solvers._subject import SolverSubject
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

@@ -19,7 +19,7 @@ from lqlora.testing.strategies import LAYOUTS, block_weights, lay_out
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lqlora.testing.quantizers.subject import Subject
+    from lqlora.testing.quantizers._subject import Subject
 
 Weights: TypeAlias = npt.NDArray[np.float32]
 Inputs: TypeAlias = SearchStrategy[dict[str, Any]]

@@ -13,8 +13,8 @@ from lqlora import ops
 from lqlora._dispatch import Operation, array_library, forced
 from lqlora.errors import UnsupportedArrayError
 from lqlora.testing._verdicts import NotApplicableError, RefusedError, ViolationError, named
-from lqlora.testing.backends.cases import DTYPES
-from lqlora.testing.quantizers.subject import on_host
+from lqlora.testing.backends._cases import DTYPES
+from lqlora.testing.quantizers._subject import on_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._typing import Array, Namespace
-    from lqlora.testing.backends.cases import Blocks, Product
+    from lqlora.testing.backends._cases import Blocks, Product
 
 __all__ = ["BackendSubject", "Call", "operations"]
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from lqlora.testing._verdicts import NotApplicableError
-from lqlora.testing.backends.cases import Blocks, Product
+from lqlora.testing.backends._cases import Blocks, Product
 from lqlora.testing.strategies import formats, largest_for, weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lqlora.formats import BlockFormat
-    from lqlora.testing.backends.subject import BackendSubject
+    from lqlora.testing.backends._subject import BackendSubject
 
 Inputs: TypeAlias = SearchStrategy[dict[str, Any]]
 

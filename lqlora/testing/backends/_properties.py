@@ -11,12 +11,12 @@ import numpy as np
 from lqlora._dispatch import forced
 from lqlora.errors import MixedArraysError, UnsupportedArrayError
 from lqlora.quantized import dequantize as dequantized
-from lqlora.quantized import quantized
+from lqlora.quantized import quantize as quantized
 from lqlora.testing._promises import Property, promises
 from lqlora.testing._verdicts import RefusedError, ViolationError, named
-from lqlora.testing.backends import inputs as inputs
-from lqlora.testing.backends.subject import BackendSubject, expect_bytes, operations, right
-from lqlora.testing.quantizers.subject import on_host
+from lqlora.testing.backends import _inputs as inputs
+from lqlora.testing.backends._subject import BackendSubject, expect_bytes, operations, right
+from lqlora.testing.quantizers._subject import on_host
 from lqlora.testing.strategies import lay_out
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array
     from lqlora.formats import BlockFormat
-    from lqlora.testing.backends.cases import Blocks, Product
-    from lqlora.testing.backends.subject import Call
+    from lqlora.testing.backends._cases import Blocks, Product
+    from lqlora.testing.backends._subject import Call
 
 __all__ = ["REGISTRY"]
 

@@ -10,12 +10,12 @@ import numpy as np
 from lqlora.solvers import RawResult, SolveOptions, StopReason, reduce_problem
 from lqlora.testing._promises import Property, promises
 from lqlora.testing._verdicts import ViolationError
-from lqlora.testing.solvers import inputs as inputs
-from lqlora.testing.solvers.subject import SolverSubject, optimum
+from lqlora.testing.solvers import _inputs as inputs
+from lqlora.testing.solvers._subject import SolverSubject, optimum
 
 if TYPE_CHECKING:
     from lqlora.solvers import Problem
-    from lqlora.testing.solvers.subject import Answer
+    from lqlora.testing.solvers._subject import Answer
 
 __all__ = ["REGISTRY"]
 

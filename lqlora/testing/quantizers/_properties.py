@@ -9,15 +9,15 @@ import numpy as np
 
 from lqlora.testing._promises import Property, promises
 from lqlora.testing._verdicts import AdapterError, NotApplicableError, RefusedError, ViolationError
-from lqlora.testing.quantizers import inputs as _inputs
-from lqlora.testing.quantizers.subject import as_row, on_host
+from lqlora.testing.quantizers import _inputs
+from lqlora.testing.quantizers._subject import as_row, on_host
 from lqlora.testing.strategies import lay_out
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from lqlora.testing.quantizers.inputs import Weights
-    from lqlora.testing.quantizers.subject import Subject, Wide
+    from lqlora.testing.quantizers._inputs import Weights
+    from lqlora.testing.quantizers._subject import Subject, Wide
 
 __all__ = ["REGISTRY"]
 

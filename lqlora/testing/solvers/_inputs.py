@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from lqlora.solvers import Budget, Problem
-from lqlora.testing.solvers.subject import optimum
+from lqlora.testing.solvers._subject import optimum
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from hypothesis.strategies import DrawFn
 
-    from lqlora.testing.solvers.subject import SolverSubject
+    from lqlora.testing.solvers._subject import SolverSubject
 
 Inputs: TypeAlias = SearchStrategy[dict[str, Any]]
 

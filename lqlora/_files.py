@@ -40,6 +40,7 @@ def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> It
         If the file cannot be written. The old file is unchanged then, and the temporary one is removed.
     """
     path = Path(path)
+    expected: tuple[type[Exception], ...] = (OSError, *failures)
     beside = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
         yield beside
@@ -48,7 +49,7 @@ def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> It
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)  # atomic in POSIX, because both names are in one folder and so on one file system
-    except (OSError, *failures) as error:
+    except expected as error:
         raise CheckpointError(f"{path} cannot be written: {error}. Nothing was changed.") from error
     finally:
         with suppress(OSError):

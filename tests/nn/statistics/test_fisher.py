@@ -1,4 +1,4 @@
-"""Fisher information against the gradient of every single example, one backward pass each."""
+"""Fisher information against one backward pass for each example."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_progress_counts_examples():
     assert seen == [2, 5]
 
 
-def test_it_works_where_gradients_are_switched_off():
+def test_it_works_under_no_grad():
     model, data = _mlp(), torch.randn(3, 4)
     expected = collect_fisher(model, [data], loss=_squared)
     with torch.no_grad():
@@ -211,27 +211,27 @@ class TestNothingIsLeftBehind:
 
     def test_after_a_loss_that_is_not_finite(self, model):
         before = self._state(model)
-        with pytest.raises(NonFiniteError, match="after the first 2"):
+        with pytest.raises(NonFiniteError, match=r"loss.*examples 2 to 2"):
             collect_fisher(model, [torch.ones(2, 4), torch.full((1, 4), float("nan"))], loss=_squared)
         assert self._state(model) == before
 
 
 def test_a_loss_of_no_dimensions_is_refused():
-    with pytest.raises(InvalidArgumentError, match="one number per example"):
+    with pytest.raises(InvalidArgumentError, match=r"loss.*\(\)"):
         collect_fisher(_mlp(), [torch.ones(2, 4)], loss=lambda model, x: model(x).sum())
 
 
 def test_no_batches_are_refused():
-    with pytest.raises(InvalidArgumentError, match="at least one batch"):
+    with pytest.raises(InvalidArgumentError, match="batches"):
         collect_fisher(_mlp(), [], loss=_squared)
 
 
 def test_no_matching_layers_are_refused():
-    with pytest.raises(InvalidArgumentError, match="matches"):
+    with pytest.raises(InvalidArgumentError, match=r"include.*nothing"):
         collect_fisher(_mlp(), [torch.ones(1, 4)], loss=_squared, include="nothing")
 
 
-def test_a_layer_that_does_not_see_the_examples_apart_is_refused():
+def test_a_layer_with_examples_and_tokens_on_one_axis_is_refused():
     class Merged(nn.Module):
         def __init__(self):
             super().__init__()
@@ -240,12 +240,12 @@ def test_a_layer_that_does_not_see_the_examples_apart_is_refused():
         def forward(self, x):
             return self.layer(x.reshape(-1, 4)).reshape(x.shape)
 
-    with pytest.raises(InvalidArgumentError, match="'layer' sees has length 6"):
+    with pytest.raises(InvalidArgumentError, match=r"2 examples.*'layer'.*length 6"):
         collect_fisher(Merged(), [torch.ones(2, 3, 4)], loss=lambda model, x: model(x).square().sum(dim=(1, 2)))
 
 
 def test_autocast_does_not_lower_the_precision_of_products():
-    """In bfloat16 layers compute in 8 bits, but inputs and gradients of few bits have exact products in float32."""
+    """Layers compute in the 8 bits of bfloat16, but the products of inputs and gradients are those of float32."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(64, 3, bias=False))
     x = torch.randn(1, 200, 64).bfloat16().float()

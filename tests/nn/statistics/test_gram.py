@@ -1,4 +1,4 @@
-"""Second moments against loops over rows and single gradients."""
+"""Gram matrices and Kronecker factors against loops over rows and over gradients of single examples."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class TestInputs:
         assert products.count == len(["q and k", "other", "late", "last"])
 
     def test_many_batches_lose_no_precision(self):
-        """A float32 total would stand still at 2**24 ones; here the ones come on top of a large first batch."""
+        """A float32 sum of 2**28 stays the same when ones are added, as 2**28 + 1 is not a float32. This one is float64."""
         first, ones = torch.full((1, 1), 2.0**14), torch.ones(1, 1)
         found = collect_gram(nn.Sequential(nn.Linear(1, 1)), [first, *[ones] * 4095])["0"]
         assert found.item() == 65537.0
@@ -311,11 +311,11 @@ class TestKroneckerFactors:
             collect_kronecker(model, [torch.ones(1, 4)], loss=lambda model, x: (model(x) * 1e25).sum(dim=1))
 
     def test_a_loss_of_no_dimensions_is_refused(self):
-        with pytest.raises(InvalidArgumentError, match="one number per example"):
+        with pytest.raises(InvalidArgumentError, match=r"loss.*\(\)"):
             collect_kronecker(MODELS["mlp"](), [torch.ones(2, 4)], loss=lambda model, x: model(x).sum())
 
     def test_a_loss_that_is_not_finite_is_refused(self):
-        with pytest.raises(NonFiniteError, match="after the first 2"):
+        with pytest.raises(NonFiniteError, match=r"loss.*examples 2 to 2"):
             collect_kronecker(
                 MODELS["mlp"](),
                 [torch.ones(2, 4), torch.ones(1, 4)],
@@ -355,19 +355,19 @@ class TestBoth:
         torch.testing.assert_close(found[name], data.T @ data / 50, rtol=1e-5, atol=1e-6)
 
     def test_no_batches_are_refused(self, collect):
-        with pytest.raises(InvalidArgumentError, match="at least one batch"):
+        with pytest.raises(InvalidArgumentError, match="batches"):
             collect(MODELS["mlp"](), [])
 
     def test_a_layer_that_is_never_used_is_refused_by_name(self, collect):
         model = MODELS["mlp"]()
         model[2].spare = nn.Linear(2, 2)
-        with pytest.raises(InvalidArgumentError, match=r"'2\.spare' never saw an input"):
+        with pytest.raises(InvalidArgumentError, match=r"include.*'2\.spare'"):
             collect(model, [torch.ones(1, 4)])
 
     def test_inputs_that_are_not_finite_are_refused_by_name(self, collect):
         for bad in (float("nan"), float("inf"), 1e30):
             model = nn.Sequential(nn.Tanh(), nn.Linear(4, 3), nn.Threshold(1e9, bad), nn.Linear(3, 2))
-            with pytest.raises(NonFiniteError, match=r"'3' holds NaN|loss of an example"):
+            with pytest.raises(NonFiniteError, match=r"input of '3'|loss"):
                 collect(model, [torch.ones(1, 4)])
 
     def test_nothing_is_left_behind(self, collect):
@@ -398,5 +398,5 @@ def test_include_and_exclude_select_layers(collect):
     model = MODELS["mlp"]()
     assert list(collect(model, [torch.ones(1, 4)], include="2")) == ["2"]
     assert list(collect(model, [torch.ones(1, 4)], exclude="2")) == ["0"]
-    with pytest.raises(InvalidArgumentError, match="matches"):
+    with pytest.raises(InvalidArgumentError, match=r"include.*nothing"):
         collect(model, [torch.ones(1, 4)], include="nothing")

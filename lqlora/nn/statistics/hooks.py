@@ -134,9 +134,11 @@ def watch_gradient(output: torch.Tensor, see: Callable[[torch.Tensor], None]) ->
     Tensor
         What a forward hook returns in place of the output.
     """
-    # Parameters require no gradient here, and the first layer has nothing before it that does, so autograd would stop
-    # after it. The new leaf is cloned because autograd forbids to change a leaf in place, as ReLU(inplace=True) does.
-    output = output if output.requires_grad else output.detach().requires_grad_().clone()
+    # Parameters require no gradient here, and the first layer has nothing before it that does: without a new leaf,
+    # autograd would stop after it. The clone is for activations that change the output in place. Autograd forbids that
+    # for a leaf. For a view it replaces the history, so that the hook would never be called, and torch returns a view
+    # for inputs of three or more axes.
+    output = (output if output.requires_grad else output.detach().requires_grad_()).clone()
     output.register_hook(see)
     return output
 

@@ -62,6 +62,14 @@ class Unused(nn.Module):
         return self.layer(x)
 
 
+class Doubled(nn.Module):
+    """Changes a slice of its input in place."""
+
+    def forward(self, x):
+        x[..., :2] *= 2
+        return x
+
+
 class ByKeyword(nn.Module):
     def __init__(self):
         super().__init__()
@@ -78,6 +86,8 @@ def _mlp(activation=None) -> nn.Module:
 MODELS = {
     "mlp": _mlp,
     "in-place activation": lambda: _mlp(nn.ReLU(inplace=True)),
+    "in-place activation in the middle": lambda: nn.Sequential(nn.Linear(4, 4), _mlp(nn.ReLU(inplace=True))),
+    "in-place change of a slice": lambda: nn.Sequential(nn.Linear(4, 4), _mlp(Doubled())),
     "layer used twice": Twice,
     "result not used": Unused,
     "input by keyword": ByKeyword,

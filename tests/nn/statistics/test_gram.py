@@ -111,6 +111,9 @@ class Sometimes(nn.Module):
 
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3, bias=False)),
+    "in-place activation in the middle": lambda: nn.Sequential(
+        nn.Linear(4, 4), nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)
+    ),
     "shared input": Attention,
     "layer used twice": Twice,
     "sometimes shared": Sometimes,

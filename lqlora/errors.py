@@ -78,7 +78,7 @@ class KernelError(LQLoRAError, RuntimeError):
 
 
 class ConformanceError(LQLoRAError, AssertionError):
-    """A quantizer, solver or backend does not have a property that a suite of :mod:`lqlora.testing` checks."""
+    """A quantizer, solver or backend does not have a property that a suite of ``lqlora.testing`` checks."""
 
 
 class InfeasibleBudgetError(LQLoRAError, ValueError):

@@ -292,6 +292,7 @@ def _take_matrix(arrays: dict[str, Any], name: str, row: Mapping[str, Any]) -> S
     text = str(row["format"])
     codebook = None if levels is None else Codebook(levels, codebook_name(text), row["normalization"])
     shape = tuple(row["shape"])
+    # Lengths below 2**31 keep the number of entries within 64 bits, whatever a damaged file says.
     if len(shape) != 2 or not all(isinstance(length, int) and 0 <= length < 2**31 for length in shape):
         raise FormatError(f"shape of {name!r} must be two integers from 0 to {2**31 - 1}, got {shape}.")
     quantized = QuantizedArray.from_arrays(own, BlockFormat.parse(text, codebook), shape)

@@ -69,6 +69,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     dict of str to torch.nn.Linear
         Layers in the order of the model; a layer with several names is listed under the first.
     """
+    # The exact class, not isinstance: a derived layer may compute something else, and the owner of torch's
+    # NonDynamicallyQuantizableLinear passes its weight to a function, which a replacement would break.
     return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
 
 
@@ -126,6 +128,7 @@ class QuantizationReport:
     @property
     def factor_bytes(self) -> int:
         """Bytes of the low-rank factors, in float32."""
+        # B and A of an (m, n) matrix have rank * m and rank * n entries of 4 bytes.
         return sum(4 * d.rank * sum(d.quantized.shape) for d in self.decompositions.values())
 
     @property
@@ -198,6 +201,7 @@ def quantize_model(
         if layer_rank is None:
             raise InvalidArgumentError(f"rank must be given for {name!r}. Pass rank=, or a plan that has ranks.")
         items.append((name, load, by_name[name], layer_rank, (weighting or {}).get(name)))
+    # All layers are decomposed before the first one is replaced, so that an error leaves the model as it was.
     found = map_matrices(functools.partial(_decompose_one, options=options), items, executor, progress)
     decompositions = dict(zip(linears, found, strict=True))
     model.requires_grad_(requires_grad=False)
@@ -243,6 +247,8 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         The replacement. Its training flag is set to that of the old module.
     """
     new.train(old.training)
+    # A module with several names is an attribute of several parents, and named_modules() lists it once by default. The
+    # names are collected first, because the loop changes the tree that named_modules() walks.
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
     for name in names:
         parent, _, child = name.rpartition(".")

@@ -95,6 +95,8 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     _check_fit(path, model, linears, content, tied)
     model.requires_grad_(requires_grad=False)
     state = model.state_dict(keep_vars=True)
+    # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
+    # last: they take over the biases that were just filled.
     with torch.no_grad():
         for name in [*content.tensors, *tied]:
             state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))

@@ -138,6 +138,8 @@ class _Recorder:
     ) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
+        # The input is kept without a copy until its gradient arrives. A change in place in between would pair the
+        # gradient with other values, so the version of the tensor is compared.
         x = input_of(args, kwargs).detach()
         version = x._version  # noqa: SLF001 - torch has no public name for it
         self._uses += 1

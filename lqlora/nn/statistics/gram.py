@@ -230,6 +230,7 @@ class _Inputs:
 
     def see(self, name: str, x: torch.Tensor) -> None:
         """Record that a layer sees a tensor. Its product is computed for the first layer that sees it."""
+        # Tensors are compared by identity: comparing their values would take about as long as the product that it saves.
         self.settle(all_of_them=False)
         for seen in self._seen:
             if seen.tensor() is x:
@@ -239,6 +240,8 @@ class _Inputs:
 
     def settle(self, *, all_of_them: bool = True) -> None:
         """Add products to the sums: those whose tensor no layer can see again, or all at the end of a pass."""
+        # A tensor that is gone, or was changed in place, cannot be the input of another layer any more: its list of
+        # layers, and with it the key of its sum, is complete.
         current = [] if all_of_them else [seen for seen in self._seen if seen.is_current()]
         for seen in self._seen:
             if seen in current:
@@ -252,6 +255,9 @@ class _Inputs:
 
     def means(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the mean of each layer. Layers with the same uses of the same sums get the same tensor."""
+        # A layer with c_k uses of the tensors of sum k, whose total is T_k over r_k rows, has the mean
+        #     (sum_k c_k T_k) / (sum_k c_k r_k).
+        # Layers with equal counts have equal means, and share one tensor.
         shared: dict[tuple[tuple[tuple[str, ...], int], ...], torch.Tensor] = {}
         found = {}
         for name in names:

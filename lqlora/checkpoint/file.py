@@ -250,7 +250,9 @@ def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], document: di
     """Sort the tensors of a file into matrices and plain tensors."""
     try:
         matrices = {name: _take_matrix(arrays, name, row) for name, row in document["matrices"].items()}
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path} is inconsistent: {error} is missing.") from error
+    except (AttributeError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
         raise CheckpointError(f"{path} is inconsistent: {error}") from error
     return Checkpoint(matrices, arrays, document["metadata"])
 

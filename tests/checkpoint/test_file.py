@@ -354,6 +354,12 @@ class TestDamage:
         _rewrite(path, lambda document: document["matrices"]["b"].pop(key))
         _assert_refused(path)
 
+    @pytest.mark.parametrize("name", ["b.lora_A", "b.lora_B"])
+    def test_a_missing_tensor_is_named(self, path, name):
+        _replace_tensors(path, lambda arrays: arrays.pop(name))
+        with pytest.raises(CheckpointError, match=rf"{name}.*missing"):
+            lq.load(path)
+
     def test_a_matrix_without_tensors_is_refused(self, path):
         _rewrite(path, lambda document: document["matrices"].update(c=document["matrices"]["b"]))
         _assert_refused(path)

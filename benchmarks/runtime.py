@@ -1,7 +1,7 @@
-"""Time and memory of one decomposition, for 1 to 100 million weights, on one thread.
+"""Time and peak memory of one decomposition, for 1 to 100 million weights, on one thread.
 
-Run by ``scripts/bench``. Each row is a process of its own, so that its peak of memory is its own. ``docs/explanation/
-runtime.md`` reads the table that ``benchmarks/README.md`` has recorded.
+``scripts/bench`` runs it. Each row is measured in a separate process, because the peak memory of a process never falls.
+``benchmarks/README.md`` has the recorded table, and ``docs/explanation/runtime.md`` discusses it.
 """
 
 import json
@@ -19,12 +19,12 @@ from lqlora.weighting import InputGram
 FORMAT = lq.BlockFormat.parse("nf3/64:u8/64:float32")
 RANK, ITERATIONS = 64, 5
 
-#: Sides of the square matrices. The Gram norm takes n**3 a step: for 100 million weights, minutes.
+#: Side and norm of each square matrix. A step of the Gram norm takes n**3 operations: minutes for 100 million weights.
 JOBS = [(size, "Uniform") for size in (1000, 2000, 3162, 10000)] + [(size, "InputGram") for size in (1000, 2000, 3162)]
 
 
 def matrix(size):
-    """Return noise with a low-rank part, made row by row: it must not take more memory than the decomposition."""
+    """Return noise plus a low-rank part, computed in slices of rows to use less memory than the decomposition."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal((size, size), dtype=np.float32)
     left, right = (rng.standard_normal(shape, dtype=np.float32) for shape in ((size, RANK), (RANK, size)))
@@ -34,6 +34,7 @@ def matrix(size):
 
 
 def weighting(name, size):
+    """Return the norm of a row of the table."""
     if name == "Uniform":
         return None
     inputs = np.random.default_rng(1).standard_normal((2 * size, size), dtype=np.float32)
@@ -41,6 +42,7 @@ def weighting(name, size):
 
 
 def measure(size, name):
+    """Return CPU seconds in all and per iteration, and the peak memory in bytes, of one decomposition."""
     w, given = matrix(size), weighting(name, size)
     lq.decompose(w[:64, :64], FORMAT, 8)  # imports and tables
     marks = []
@@ -56,12 +58,14 @@ def measure(size, name):
     )
     total = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The first two marks are those of the safeguards, and before the third there is the SVD of the matrix, too.
+    # The callback sees the two safeguards first (rank 0, and one SVD of the residual), then the iterations. The time
+    # before the third call includes the SVD that starts the iteration, so the mean is taken between later calls.
     per_iteration = (marks[-1] - marks[2]) / (ITERATIONS - 1)
     return {"total": total, "iteration": per_iteration, "peak": peak * 1024}
 
 
 def main():
+    """Print the table."""
     print(f"Rank {RANK}, {FORMAT}, one thread, CPU seconds; {ITERATIONS} iterations, with start and refit.")
     print(f"NumPy {np.__version__}, Python {sys.version.split()[0]}.\n")
     print(

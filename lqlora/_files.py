@@ -1,42 +1,75 @@
-"""Whole files: an old one is there until the new one is complete."""
+"""Atomic writing of files: a reader finds the old content or the new content, never a part of either."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lqlora.errors import CheckpointError
 
-__all__ = ["write_whole"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["replace_file", "write_whole"]
+
+
+@contextmanager
+def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename it to the final name when the body has written it.
+
+    Use it for content that a library writes to a path. :func:`write_whole` is for content in memory.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write; an existing one is replaced at the end.
+    *failures : exception classes
+        What the body may raise, besides :class:`OSError`, if it cannot write.
+
+    Yields
+    ------
+    Path
+        The temporary file. The body creates it and closes it.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be written. The old file is unchanged then, and the temporary one is removed.
+    """
+    path = Path(path)
+    expected: tuple[type[Exception], ...] = (OSError, *failures)
+    beside = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
+    try:
+        yield beside
+        # A file system may commit a rename before the data it names. Without the flush, a loss of power after the
+        # rename could leave the final name with an empty file. fsync flushes the file, whichever descriptor wrote it.
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)  # atomic in POSIX, because both names are in one folder and so on one file system
+    except expected as error:
+        raise CheckpointError(f"{path} cannot be written: {error}. Nothing was changed.") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file beside its final name, flush it, and rename it.
+    """Write a file atomically.
 
     Parameters
     ----------
     path : path-like
         File to write; an existing one is replaced at the end.
     data : bytes
-        All of it.
+        The whole content.
 
     Raises
     ------
     CheckpointError
         If the file cannot be written. Nothing has changed then.
     """
-    path = Path(path)
-    beside = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # a rename must not overtake the data
-        beside.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {path}: {error}. Nothing was changed.") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+    with replace_file(path) as beside:
+        beside.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Matrices and layers, chosen by name."""
+"""Selecting matrices and layers by name: shell patterns, regular expressions, functions, and default exclusions."""
 
 from __future__ import annotations
 
@@ -6,16 +6,34 @@ import fnmatch
 import re
 from typing import TYPE_CHECKING, TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+from lqlora.errors import InvalidArgumentError
 
-__all__ = ["Pattern", "Patterns", "as_patterns", "matches"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+__all__ = [
+    "EMBEDDINGS",
+    "OUTPUT_HEADS",
+    "NameIndex",
+    "Pattern",
+    "Patterns",
+    "as_patterns",
+    "list_names",
+    "matches",
+    "select",
+]
 
 #: A shell pattern, a compiled regular expression that matches the whole name, or a function of the name.
 Pattern: TypeAlias = "str | re.Pattern[str] | Callable[[str], bool]"
 
 #: One pattern or several.
 Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
+
+#: Output heads stay as they are unless a caller asks for them: they are few, sensitive, and often tied to the embedding.
+OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "*.lm_head")
+
+#: Embeddings are matrices of a model file, but not linear layers. They stay as they are for the same reasons.
+EMBEDDINGS: tuple[str, ...] = ("*embed*",)
 
 
 def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
@@ -24,7 +42,7 @@ def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
     Parameters
     ----------
     patterns : pattern or iterable of patterns
-        What a caller gave.
+        Argument of a caller.
 
     Returns
     -------
@@ -37,7 +55,7 @@ def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
 
 
 def matches(name: str, pattern: Pattern) -> bool:
-    """Tell whether a name matches a pattern.
+    """Return whether a name matches a pattern.
 
     Parameters
     ----------
@@ -56,6 +74,151 @@ def matches(name: str, pattern: Pattern) -> bool:
     >>> matches("layers.0.q", "layers.*.q"), matches("layers.0.q", re.compile("layers")), matches("a[0]", "a[0]")
     (True, False, True)
     """
+    return name == pattern or bool(_predicate(pattern)(name))
+
+
+def select(
+    names: Collection[str],
+    include: Patterns = "*",
+    exclude: Patterns = (),
+    *,
+    what: str = "matrix",
+    where: str = "",
+) -> list[str]:
+    """Return the names that one of ``include`` matches and none of ``exclude`` does.
+
+    A pattern that matches nothing is no error as long as another one selects a name. :class:`NameIndex` is stricter.
+
+    Parameters
+    ----------
+    names : collection of str
+        Names to select from.
+    include, exclude : pattern or iterable of patterns
+        Shell patterns (``"*.q_proj"``), compiled regular expressions that match the whole name, or functions of it.
+    what : str, default "matrix"
+        What the names stand for, in the singular. Errors use it.
+    where : str, optional
+        What the names belong to, such as ``" of model.safetensors"``. Errors use it.
+
+    Returns
+    -------
+    list of str
+        In the order of the names.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no name is selected. The message gives the patterns and some of the names.
+
+    Examples
+    --------
+    >>> select(["layers.0.q", "layers.0.k", "lm_head"], "*", ["*.k", *OUTPUT_HEADS])
+    ['layers.0.q']
+    """
+    wanted, unwanted = as_patterns(include), as_patterns(exclude)
+    is_wanted, is_unwanted = _predicate_of_any(wanted), _predicate_of_any(unwanted)
+    found = [name for name in names if is_wanted(name) and not is_unwanted(name)]
+    if not found:
+        but = f" without exclude={exclude!r}" if unwanted else ""
+        raise InvalidArgumentError(
+            f"include must select a {what}{where}, but {include!r}{but} selects none of {len(names)} "
+            f"({list_names(names)})."
+        )
+    return found
+
+
+class NameIndex:
+    """Names in a fixed order, to be looked up by pattern where every pattern must match.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Different names.
+    what : str, default "matrix"
+        What the names stand for, in the singular. Errors use it.
+
+    Examples
+    --------
+    >>> NameIndex(["layers.0.q", "layers.0.k", "layers.1.q"]).rows("*.q", exclude="layers.0.*")
+    [2]
+    """
+
+    def __init__(self, names: Sequence[str], what: str = "matrix") -> None:
+        self._row = {name: row for row, name in enumerate(names)}
+        self._what = what
+
+    def rows(self, include: Patterns, exclude: Patterns = (), *, parameter: str = "include") -> list[int]:
+        """Return the rows that one of ``include`` matches and none of ``exclude`` does.
+
+        Parameters
+        ----------
+        include, exclude : pattern or iterable of patterns
+            A string that is one of the names stands for this name alone.
+        parameter : str, default "include"
+            Argument that the patterns of ``include`` come from. Errors begin with it.
+
+        Returns
+        -------
+        list of int
+            Sorted; empty if ``exclude`` leaves nothing.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If one of the patterns matches no name.
+        """
+        wanted = {row for own in as_patterns(include) for row in self._matching(own, parameter)}
+        if unwanted := as_patterns(exclude):
+            wanted -= {row for own in unwanted for row in self._matching(own, "exclude")}
+        return sorted(wanted)
+
+    def _matching(self, pattern: Pattern, parameter: str) -> list[int]:
+        # A tie may list thousands of names, one pattern each: those are looked up, not compared with every name.
+        if isinstance(pattern, str) and pattern in self._row:
+            return [self._row[pattern]]
+        predicate = _predicate(pattern)
+        found = [row for name, row in self._row.items() if predicate(name)]
+        if not found:
+            raise InvalidArgumentError(
+                f"{parameter} must match a {self._what}, but {pattern!r} matches none of {len(self._row)} "
+                f"({list_names(self._row)})."
+            )
+        return found
+
+
+def list_names(names: Collection[str], most: int = 5) -> str:
+    """Return the first names and the number of the others, for errors and reports.
+
+    Parameters
+    ----------
+    names : collection of str
+        Names, such as those that a selection left out.
+    most : int, default 5
+        How many names are listed.
+
+    Returns
+    -------
+    str
+        Names separated by commas, or ``"there are none"``.
+
+    Examples
+    --------
+    >>> list_names(["q", "k", "v"], 2), list_names([])
+    ('q, k and 1 more', 'there are none')
+    """
+    listed = ", ".join([*names][:most]) or "there are none"
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _predicate_of_any(patterns: Sequence[Pattern]) -> Callable[[str], bool]:
+    """Return the function that is true of a name which one of the patterns matches."""
+    exact = {own for own in patterns if isinstance(own, str)}
+    predicates = [_predicate(own) for own in patterns]
+    return lambda name: name in exact or any(predicate(name) for predicate in predicates)
+
+
+def _predicate(pattern: Pattern) -> Callable[[str], object]:
+    """Return the function that is true of a name which matches."""
     if isinstance(pattern, str):
-        return name == pattern or fnmatch.fnmatchcase(name, pattern)
-    return pattern.fullmatch(name) is not None if isinstance(pattern, re.Pattern) else bool(pattern(name))
+        return re.compile(fnmatch.translate(pattern)).match
+    return pattern.fullmatch if isinstance(pattern, re.Pattern) else pattern

@@ -1,7 +1,7 @@
-"""Every exception the library raises on purpose, and the one warning.
+"""Exception classes of the library, with :class:`LQLoRAError` as their base, and its warning.
 
-Each message says what was wrong, where, and what to do about it. Each class also inherits the built-in exception a
-caller would expect, so ``except ValueError`` keeps working.
+A message begins with the parameter or file it is about, and says the value seen, what is allowed, and what to do. Each
+class also inherits from the built-in exception that fits, so ``except ValueError`` catches bad arguments.
 """
 
 from __future__ import annotations
@@ -30,67 +30,67 @@ __all__ = [
 
 
 class LQLoRAError(Exception):
-    """Base class of every error raised by lqlora."""
+    """Base class of all exceptions of lqlora."""
 
 
 class InvalidArgumentError(LQLoRAError, ValueError):
-    """An argument has a value the operation is not defined for."""
+    """An argument has a value for which the operation is not defined."""
 
 
 class FormatError(InvalidArgumentError):
-    """A block format, or the text that should spell one, is not valid."""
+    """A block format, its spelling, or an array that is stored in it is not valid."""
 
 
 class NonFiniteError(LQLoRAError, ValueError):
-    """An array holds NaN or infinity where finite numbers are needed."""
+    """An array or a loss holds NaN or infinity where finite numbers are needed."""
 
 
 class ScaleUnderflowWarning(UserWarning):
-    """Blocks that are not zero decode to zeros, because the format cannot tell their scale from zero."""
+    """Blocks with nonzero weights decode to zeros, because the format rounds their scale to zero."""
 
 
 class UnsupportedArrayError(LQLoRAError, TypeError):
-    """An argument is not an array, or has a dtype the operation does not take."""
+    """An argument is not an array, or has a dtype that the operation does not support."""
 
 
 class MixedArraysError(LQLoRAError, TypeError):
-    """Arrays of two libraries (or two devices) met in one call."""
+    """Arrays of two libraries, or on two devices, were passed to one call."""
 
 
 class MissingDependencyError(LQLoRAError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed."""
 
 
 class SolverError(LQLoRAError, RuntimeError):
-    """A solver failed, or returned something its own constraints contradict."""
+    """A solver failed, or returned a solution that violates its constraints."""
 
 
 class CheckpointError(LQLoRAError, OSError):
-    """A checkpoint is truncated, inconsistent, or cannot be written."""
+    """A file is truncated or inconsistent, does not fit a model, or cannot be written."""
 
 
 class StoreError(LQLoRAError, OSError):
-    """A store of costs is corrupt, in use, or of other work."""
+    """A store of costs is corrupt, in use by another process, or was made with other settings."""
 
 
 class KernelError(LQLoRAError, RuntimeError):
-    """A CUDA kernel could not be compiled for the device at hand."""
+    """A CUDA kernel could not be compiled for the present device."""
 
 
 class ConformanceError(LQLoRAError, AssertionError):
-    """A quantizer or a solver broke a promise that a test asked of it."""
+    """A quantizer, solver or backend does not have a property that a suite of ``lqlora.testing`` checks."""
 
 
 class InfeasibleBudgetError(LQLoRAError, ValueError):
-    """No assignment of formats fits a budget or a limit.
+    """No assignment of formats satisfies a budget or a limit.
 
     Parameters
     ----------
     message : str
-        Which limit cannot be met, what range is feasible, and what to do.
+        Constraint that cannot be satisfied, its feasible range, and what to do.
     asked, minimum, maximum : Fraction
-        The limit asked for, and what the smallest and the largest assignment take, in bits per weight of the matrices
-        that the limit is for; of a limit of the error, the least and the greatest sum of costs.
+        Requested limit, and the values of the smallest and the largest assignment. Limits of storage are in bits per
+        weight of the matrices they apply to. Limits of the error are sums of costs.
     """
 
     def __init__(self, message: str, *, asked: Fraction, minimum: Fraction, maximum: Fraction) -> None:

@@ -1,10 +1,15 @@
-"""Checkpoints: one safetensors file, written beside its final name and renamed.
+"""Checkpoint files: quantized matrices with their low-rank factors, and plain tensors, in one safetensors file.
 
-A quantized matrix ``m`` is a handful of tensors: ``m.weight.codes``, ``m.weight.scales`` (or, under double
-quantization, ``m.weight.scales.codes``, ``m.weight.scales.scales`` and ``m.weight.scales.offset``), ``m.lora_A`` and
-``m.lora_B``; ``m.weight.levels`` if its levels are fitted, and ``m.weight.codebook`` if its codebook has no standard
-name. One JSON document, kept under the key
-``lqlora`` of the file's own metadata, names formats and shapes. No pickle is read or written.
+A quantized matrix ``m`` is stored as these tensors:
+
+- ``m.weight.codes`` and ``m.weight.scales``. Under double quantization the scales are a quantized array themselves:
+  ``m.weight.scales.codes``, ``m.weight.scales.scales`` and, if the format has an offset, ``m.weight.scales.offset``.
+- ``m.weight.zero_points`` if the codebook is affine, ``m.weight.levels`` if the levels are fitted.
+- ``m.weight.codebook``, the levels of the codebook, if its name is not a standard one.
+- ``m.lora_A`` and ``m.lora_B``.
+
+One JSON document, under the key ``lqlora`` of the metadata of the safetensors file, has the format, shape and scaling of
+each matrix, the metadata of the caller, and a SHA-256 fingerprint of the whole content. No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -12,9 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,24 +27,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lqlora import ops
+from lqlora._files import replace_file
 from lqlora.codebooks import Codebook, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
 from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from lqlora._typing import Array
 
 __all__ = ["Checkpoint", "StoredMatrix", "load", "save", "verify"]
 
+#: Version of the JSON document. A reader refuses every other one.
 _SPEC = 2
+
+#: Key of the JSON document in the metadata of a safetensors file.
 _KEY = "lqlora"
 
 
 class _Matrix(Protocol):
-    """What :func:`save` needs of a matrix; a :class:`lqlora.Decomposition` has it."""
+    """Attributes that :func:`save` reads of a matrix. :class:`lqlora.Decomposition` and :class:`StoredMatrix` have them."""
 
     @property
     def quantized(self) -> QuantizedArray: ...
@@ -56,7 +63,7 @@ class _Matrix(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StoredMatrix:
-    """One matrix as it is stored: ``dequantize(quantized) + scaling * lora_B @ lora_A``.
+    """A quantized matrix with its low-rank factors: ``dequantize(quantized) + scaling * lora_B @ lora_A``.
 
     Parameters
     ----------
@@ -83,9 +90,9 @@ class Checkpoint:
     matrices : dict of str to StoredMatrix
         Quantized matrices by module name, as NumPy arrays.
     tensors : dict of str to ndarray
-        Everything that is not quantized.
+        Tensors that are not quantized, by name.
     metadata : dict
-        What the writer added: JSON values.
+        JSON values that the caller of :func:`save` gave.
     """
 
     matrices: dict[str, StoredMatrix]
@@ -99,7 +106,9 @@ def save(
     tensors: Mapping[str, Array] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint. A crash at any moment leaves the old file, or none, never half of one.
+    """Write a checkpoint atomically.
+
+    The file is written beside its final name and renamed. A crash at any moment leaves the old file, or none.
 
     Parameters
     ----------
@@ -108,16 +117,17 @@ def save(
     matrices : mapping of str to Decomposition or StoredMatrix
         Quantized matrices by module name, of any array library.
     tensors : mapping of str to array, optional
-        What is not quantized: embeddings, norms, biases.
+        Tensors that are not quantized, such as embeddings, norms and biases.
     metadata : mapping, optional
-        JSON values of your own.
+        JSON values to store with the matrices. Keys that are numbers become text.
 
     Raises
     ------
     CheckpointError
         If the file cannot be written.
     InvalidArgumentError
-        If two tensors have one name, or the metadata is not JSON.
+        If two tensors have one name, a name is reserved, a matrix could not be read again, or the metadata is not
+        JSON.
 
     Examples
     --------
@@ -139,34 +149,37 @@ def save(
             "scaling": float(matrix.scaling),
             "normalization": matrix.quantized.format.codebook.normalization,
         }
-    prefixes = tuple(f"{name}.weight." for name in matrices)
-    if taken := [name for name in tensors or {} if prefixes and name.startswith(prefixes)]:
-        raise InvalidArgumentError(f"Tensor {taken[0]!r} would be taken for a part of a quantized matrix.")
+    reserved = tuple(map(_weight_key, matrices))
+    if taken := [name for name in tensors or {} if name.startswith(reserved)]:
+        raise InvalidArgumentError(
+            f"tensors: the name {taken[0]!r} is reserved for a part of a quantized matrix. Rename the tensor."
+        )
     _add_all(arrays, {name: ops.convert(tensor, np) for name, tensor in (tensors or {}).items()})
     arrays = {name: _plain(array) for name, array in arrays.items()}
     _check_readable(arrays, rows)
     document: dict[str, Any] = {"spec": _SPEC, "matrices": rows}
     try:
-        # What JSON makes of it is what will be read: keys that are numbers become text.
+        # The fingerprint is computed from what a reader will see: JSON turns keys that are numbers into text.
         document["metadata"] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
         document["sha256"] = _digest(arrays, document)
         header = json.dumps(document, allow_nan=False)
     except (RecursionError, TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"The metadata of a checkpoint must be JSON values: {error}.") from None
-    # One key only: safetensors writes several in an order that differs from run to run.
-    _write(Path(path), arrays, {_KEY: header})
+        raise InvalidArgumentError(f"metadata must hold JSON values only: {error}.") from None
+    with replace_file(path, SafetensorError) as beside:
+        # One key only: safetensors writes several in an order that differs from run to run.
+        save_file(arrays, beside, metadata={_KEY: header})
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the matrices together as a reader would, before a file that works is replaced by one that does not."""
+    """Read the matrices back from the arrays: a file that can be loaded is not replaced by one that cannot."""
     left = dict(arrays)
     try:
         for name, row in rows.items():
             _take_matrix(left, name, row)
     except (KeyError, LQLoRAError) as error:
-        raise InvalidArgumentError(f"Matrix {name!r} cannot be stored: {error}") from error
+        raise InvalidArgumentError(f"matrices: {name!r} cannot be stored: {error}") from error
     if "__metadata__" in arrays:
-        raise InvalidArgumentError("No tensor can be named '__metadata__': safetensors reserves the name.")
+        raise InvalidArgumentError("tensors: the name '__metadata__' is reserved by safetensors. Rename the tensor.")
 
 
 def _plain(array: Any) -> Any:
@@ -175,22 +188,32 @@ def _plain(array: Any) -> Any:
     return np.asarray(native, order="C")
 
 
+def _weight_key(matrix: str, array: str = "") -> str:
+    """Return the name of a stored array of a quantized matrix; without an array, the prefix of all of them."""
+    return f"{matrix}.weight.{array}"
+
+
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
-    arrays = {f"{name}.weight.{key}": array for key, array in matrix.quantized.to(np).to_arrays().items()}
+    """Return all tensors that store a matrix, by name; :func:`_take_matrix` is the inverse."""
+    arrays = {_weight_key(name, key): array for key, array in matrix.quantized.to(np).to_arrays().items()}
     codebook = matrix.quantized.format.codebook
     if not is_standard(codebook):
-        arrays[f"{name}.weight.codebook"] = codebook.levels
+        arrays[_weight_key(name, "codebook")] = codebook.levels
     return arrays | {f"{name}.lora_{x}": ops.convert(getattr(matrix, f"lora_{x}"), np) for x in "AB"}
 
 
 def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Add tensors, unless a name is in use."""
     if twice := sorted(set(arrays) & set(new)):
-        raise InvalidArgumentError(f"Two tensors are named {twice[0]!r}.")
+        raise InvalidArgumentError(f"tensors: the name {twice[0]!r} is used twice. Rename one of the tensors.")
     arrays.update(new)
 
 
 def _digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """Fingerprint of all tensors and of the description, except for the fingerprint itself."""
+    """Return the fingerprint of all tensors and of the JSON document, without the fingerprint that it may hold."""
+    # SHA-256 of the document with sorted keys, then for each tensor, in the order of names, a line
+    # "name dtype shape" and its bytes in row-major order. The line separates the tensors: without it, bytes could move
+    # from the end of one tensor to the start of the next and leave the hash the same.
     described = {key: value for key, value in document.items() if key != "sha256"}
     total = hashlib.sha256(json.dumps(described, sort_keys=True, allow_nan=False).encode())
     for name in sorted(arrays):
@@ -200,22 +223,10 @@ def _digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     return total.hexdigest()
 
 
-def _write(path: Path, arrays: dict[str, Any], header: dict[str, str]) -> None:
-    beside = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
-    try:
-        save_file(arrays, beside, metadata=header)
-        with open(beside, "rb+") as file:  # noqa: PTH123 - a rename must not overtake the data
-            os.fsync(file.fileno())
-        os.replace(beside, path)  # noqa: PTH105
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot write {path}: {error}. Nothing was changed.") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint, checking every length, dtype and code before anything is decoded.
+    """Read a checkpoint, and check every length, dtype and code before anything is decoded.
+
+    The fingerprint is not compared: :func:`verify` does that.
 
     Parameters
     ----------
@@ -225,7 +236,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     Returns
     -------
     Checkpoint
-        As NumPy arrays, bit for bit what was saved.
+        NumPy arrays, bit for bit those that were saved.
 
     Raises
     ------
@@ -236,59 +247,73 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], document: dict[str, Any]) -> Checkpoint:
+    """Sort the tensors of a file into matrices and plain tensors."""
     try:
         matrices = {name: _take_matrix(arrays, name, row) for name, row in document["matrices"].items()}
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
-        raise CheckpointError(f"{path} contradicts itself: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} is inconsistent: {error} is missing.") from error
+    except (AttributeError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
+        raise CheckpointError(f"{path} is inconsistent: {error}") from error
     return Checkpoint(matrices, arrays, document["metadata"])
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tensors and the JSON document of a file."""
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get(_KEY)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
-        raise CheckpointError(f"There is no file {path}.") from None
-    except (AttributeError, OSError, SafetensorError, TypeError) as error:  # the first and the last: dtypes NumPy lacks
-        hint = "is it truncated, or a git-lfs pointer?"
-        raise CheckpointError(f"{path} is no readable safetensors file ({error}): {hint}") from error
+        raise CheckpointError(f"{path} does not exist.") from None
+    # AttributeError and TypeError are what safetensors raises for a dtype that NumPy does not have.
+    except (AttributeError, OSError, SafetensorError, TypeError) as error:
+        hint = "Is it truncated, or a git-lfs pointer?"
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). {hint}") from error
     if text is None:
-        raise CheckpointError(f"{path} is a safetensors file, but not one that lqlora wrote.")
+        raise CheckpointError(
+            f"{path} is a safetensors file that lqlora.save did not write: it has no {_KEY!r} metadata."
+        )
     try:
         document = json.loads(text)
         spec = document["spec"]
         complete = all(isinstance(document[key], dict) for key in ("matrices", "metadata"))
     except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The description inside {path} is broken: {type(error).__name__}.") from error
-    if spec != _SPEC or not complete:
-        raise CheckpointError(f"{path} has version {spec!r}; this library reads {_SPEC}.")
+        raise CheckpointError(f"{path} has a damaged JSON document: {type(error).__name__}.") from error
+    if spec != _SPEC:
+        raise CheckpointError(f"{path} has a JSON document of version {spec!r}; this lqlora reads version {_SPEC}.")
+    if not complete:
+        raise CheckpointError(f"{path} has a damaged JSON document: 'matrices' and 'metadata' must be objects.")
     return arrays, document
 
 
 def _take_matrix(arrays: dict[str, Any], name: str, row: Mapping[str, Any]) -> StoredMatrix:
-    prefix = f"{name}.weight."
+    """Remove the tensors of a matrix from the arrays, check them, and return the matrix."""
+    prefix = _weight_key(name)
     own = {key.removeprefix(prefix): arrays.pop(key) for key in list(arrays) if key.startswith(prefix)}
     levels = own.pop("codebook", None)
     text = str(row["format"])
     codebook = None if levels is None else Codebook(levels, codebook_name(text), row["normalization"])
     shape = tuple(row["shape"])
+    # Lengths below 2**31 keep the number of entries within 64 bits, whatever a damaged file says.
     if len(shape) != 2 or not all(isinstance(length, int) and 0 <= length < 2**31 for length in shape):
-        raise FormatError(f"Matrix {name!r} has the shape {shape}.")
+        raise FormatError(f"shape of {name!r} must be two integers from 0 to {2**31 - 1}, got {shape}.")
     quantized = QuantizedArray.from_arrays(own, BlockFormat.parse(text, codebook), shape)
     lora_A, lora_B = arrays.pop(f"{name}.lora_A"), arrays.pop(f"{name}.lora_B")
     if lora_A.ndim != 2 or lora_B.shape != (shape[0], len(lora_A)) or lora_A.shape[1] != shape[1]:
-        raise FormatError(f"Factors of shapes {lora_B.shape} and {lora_A.shape} do not fit {name!r}, {shape}.")
-    ops.widen(lora_A, f"lora_A of {name!r}")
+        raise FormatError(
+            f"lora_B and lora_A of {name!r} must have shapes ({shape[0]}, rank) and (rank, {shape[1]}), got {lora_B.shape} "
+            f"and {lora_A.shape}."
+        )
+    ops.widen(lora_A, f"lora_A of {name!r}")  # refuses what is not floating-point
     ops.widen(lora_B, f"lora_B of {name!r}")
     scaling = float(row["scaling"])
     if not math.isfinite(scaling):
-        raise FormatError(f"The scaling of {name!r} is {scaling}.")
+        raise FormatError(f"scaling of {name!r} must be finite, got {scaling}.")
     return StoredMatrix(quantized, lora_A, lora_B, scaling)
 
 
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint, and also compare its fingerprint and look for values that are not finite.
+    """Read a checkpoint as :func:`load` does, compare its fingerprint, and check that all numbers are finite.
 
     Parameters
     ----------
@@ -298,20 +323,22 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     Returns
     -------
     Checkpoint
-        The content, verified.
+        NumPy arrays, bit for bit those that were saved.
 
     Raises
     ------
     CheckpointError
-        As :func:`load` does, and if a byte of the data has changed or a number is NaN or infinite.
+        If :func:`load` would raise, a byte of the data has changed, or a number is NaN or infinite.
     """
     arrays, document = _read(Path(path))
     try:
         same = _digest(arrays, document) == document.get("sha256")
-    except ValueError:  # a number that JSON does not have
+    except ValueError:  # the document holds NaN or infinity, which JSON does not have and save() refuses
         same = False
     if not same:
-        raise CheckpointError(f"The content of {path} is not what was written: its SHA-256 differs.")
+        raise CheckpointError(
+            f"{path} was changed after it was written: its content has another SHA-256 than it states."
+        )
     for name, array in arrays.items():
         if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):
             try:

@@ -1,4 +1,4 @@
-"""The torch.nn bridge: operators of torch, quantized linear layers, conversion of models, Fisher information, second moments."""
+"""Quantized torch models: linear layers, torch operators, conversion, checkpoints, and calibration statistics."""
 
 from __future__ import annotations
 

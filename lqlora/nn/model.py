@@ -1,4 +1,4 @@
-"""Replacing the linear layers of a model by quantized ones."""
+"""Conversion of torch models: select linear layers, replace them by quantized ones, and report the storage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lqlora._parallel import map_matrices
-from lqlora._patterns import as_patterns, matches
+from lqlora._patterns import OUTPUT_HEADS, list_names, select
 from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
@@ -27,25 +27,22 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizationReport", "quantize_model", "select_linears", "weight_arrays"]
 
-#: Output heads stay as they are unless asked for: they are few, often tied to the embedding, and sensitive.
-_KEPT: tuple[str, ...] = ("lm_head", "*.lm_head")
 
-
-def select_linears(model: nn.Module, include: Patterns = "*", exclude: Patterns = _KEPT) -> dict[str, nn.Linear]:
-    """Find linear layers by name.
+def select_linears(model: nn.Module, include: Patterns = "*", exclude: Patterns = OUTPUT_HEADS) -> dict[str, nn.Linear]:
+    """Return the linear layers of a model whose names match patterns.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model.
     include, exclude : str, compiled regular expression, callable, or several of them
-        Shell patterns (``"*.q_proj"``), expressions that match the whole name, or functions of the name. A layer is
-        selected if one of ``include`` matches and none of ``exclude`` does.
+        Shell patterns (``"*.q_proj"``), regular expressions that match the whole name, or functions of the name. A layer
+        is selected if one of ``include`` matches and none of ``exclude`` does. By default the output head is excluded.
 
     Returns
     -------
     dict of str to torch.nn.Linear
-        By name, in the order of the model. Layers of derived classes are not among them: their owners may use the
+        Layers by name, in the order of the model. Layers of derived classes are not selected: their owners may use the
         weight without calling the layer, as torch's own attention does.
 
     Raises
@@ -53,17 +50,28 @@ def select_linears(model: nn.Module, include: Patterns = "*", exclude: Patterns 
     InvalidArgumentError
         If nothing matches.
     """
-    wanted, unwanted = as_patterns(include), as_patterns(exclude)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    found = {
-        name: module
-        for name, module in linears.items()
-        if any(matches(name, p) for p in wanted) and not any(matches(name, p) for p in unwanted)
+    linears = linear_layers(model)
+    return {
+        name: linears[name] for name in select(linears, include, exclude, what="linear layer", where=" of the model")
     }
-    if not found:
-        some = ", ".join(list(linears)[:5]) or "none"
-        raise InvalidArgumentError(f"No linear layer matches {include!r}; the model has {len(linears)} ({some}, …).")
-    return found
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return all layers of exactly the class :class:`torch.nn.Linear`, by name.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    dict of str to torch.nn.Linear
+        Layers in the order of the model; a layer with several names is listed under the first.
+    """
+    # The exact class, not isinstance: a derived layer may compute something else, and the owner of torch's
+    # NonDynamicallyQuantizableLinear passes its weight to a function, which a replacement would break.
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
 
 
 def weight_arrays(linears: Mapping[str, nn.Linear]) -> dict[str, Callable[[], Any]]:
@@ -77,8 +85,8 @@ def weight_arrays(linears: Mapping[str, nn.Linear]) -> dict[str, Callable[[], An
     Returns
     -------
     dict of str to callable
-        A loader returns a NumPy view of a weight in host memory (NumPy is the faster backend there; bfloat16 is widened
-        to float32), or the tensor itself elsewhere.
+        In host memory a loader returns a NumPy view of the weight, because NumPy is the faster backend there; bfloat16,
+        which NumPy does not have, is widened to float32. On other devices it returns the tensor.
     """
     return {name: functools.partial(_weight_array, module) for name, module in linears.items()}
 
@@ -92,14 +100,14 @@ def _weight_array(module: nn.Linear) -> Any:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What :func:`quantize_model` did.
+    """Decompositions of the layers that :func:`quantize_model` replaced, with the exact storage of the model.
 
     Parameters
     ----------
     decompositions : dict of str to Decomposition
-        By layer.
+        Decompositions by name of the layer.
     kept : dict of str to int
-        Parameters that stayed as they were, and their bytes. Tied ones are listed once.
+        Bytes of each parameter and buffer that was not replaced. Tied parameters are listed once.
     """
 
     decompositions: dict[str, Decomposition]
@@ -107,12 +115,12 @@ class QuantizationReport:
 
     @property
     def storage_bits(self) -> int:
-        """Exact bits of the quantized parts."""
+        """Exact number of bits of the quantized parts, scales and padding included."""
         return sum(8 * d.quantized.nbytes for d in self.decompositions.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight of the quantized parts, scales and padding included, low-rank factors not."""
+        """Bits per weight of the quantized parts, scales and padding included. Low-rank factors are not counted."""
         return self.storage_bits / sum(
             d.quantized.shape[0] * d.quantized.shape[1] for d in self.decompositions.values()
         )
@@ -120,11 +128,12 @@ class QuantizationReport:
     @property
     def factor_bytes(self) -> int:
         """Bytes of the low-rank factors, in float32."""
+        # B and A of an (m, n) matrix have rank * m and rank * n entries of 4 bytes.
         return sum(4 * d.rank * sum(d.quantized.shape) for d in self.decompositions.values())
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole model: quantized parts, factors and everything kept."""
+        """Bytes of the whole model: quantized parts, low-rank factors and everything kept."""
         return self.storage_bits // 8 + self.factor_bytes + sum(self.kept.values())
 
 
@@ -134,7 +143,7 @@ def quantize_model(
     *,
     rank: int | None = None,
     include: Patterns = "*",
-    exclude: Patterns = _KEPT,
+    exclude: Patterns = OUTPUT_HEADS,
     weighting: Mapping[str, AbstractWeighting] | None = None,
     scaling: float = 1.0,
     seed: int = 0,
@@ -147,16 +156,16 @@ def quantize_model(
     Parameters
     ----------
     model : torch.nn.Module
-        Any model; changed only after every layer was decomposed.
+        Any model. It is changed only after every layer was decomposed.
     formats : BlockFormat, mapping of str to BlockFormat, or Plan
-        One format for all selected layers, or one by name; with names, exactly those layers are replaced.
+        One format for all selected layers, or a format for each name. With names, exactly those layers are replaced.
     rank : int, optional
-        Rank of the low-rank parts; taken from the plan if not given.
+        Rank of the low-rank parts. If it is not given, the plan's ranks are used.
     include, exclude : patterns
-        See :func:`select_linears`; not used when ``formats`` names the layers.
+        See :func:`select_linears`. They are not used when ``formats`` names the layers.
     weighting : mapping of str to AbstractWeighting, optional
-        Norms by layer, such as ``lq.weighting.Elementwise(fisher[name].numpy())`` of what :func:`collect_fisher`
-        returns: of NumPy arrays for a model in host memory, of tensors elsewhere.
+        Norms by name of the layer, such as ``lq.weighting.Elementwise(fisher[name].numpy())`` with the result of
+        :func:`collect_fisher`. They hold NumPy arrays for a model in host memory, and tensors for one on a device.
     scaling, seed : float, int
         See :func:`lqlora.decompose`.
     executor, progress : Executor and callable, optional
@@ -167,29 +176,32 @@ def quantize_model(
     Returns
     -------
     QuantizationReport
-        Decompositions, what was kept, and the exact storage.
+        Decompositions, parameters that were kept, and the exact storage.
 
     Raises
     ------
     InvalidArgumentError
-        If no layer matches, a name is not a linear layer of the model, or there is no rank.
+        If no layer matches, a name is not a linear layer of the model, or a layer has no rank.
     NonFiniteError
-        If a weight holds NaN or infinity; the model is then unchanged.
+        If a weight holds NaN or infinity. The model is unchanged then.
     """
     by_name = _resolve(model, formats, include, exclude)
     ranks = formats.ranks if isinstance(formats, Plan) and rank is None else dict.fromkeys(by_name, rank)
-    linears = select_linears(model, include=by_name.__contains__, exclude=())
+    linears = {name: module for name, module in linear_layers(model).items() if name in by_name}
     if "" in linears:
-        raise InvalidArgumentError("The model is itself a linear layer: wrap it in torch.nn.Sequential first.")
+        raise InvalidArgumentError(
+            "model must contain its linear layers, but is one itself. Wrap it in torch.nn.Sequential."
+        )
     if unknown := sorted(set(weighting or {}) - set(linears)):
-        raise InvalidArgumentError(f"Weightings for layers that are not quantized: {', '.join(unknown[:5])}.")
+        raise InvalidArgumentError(f"weighting must name layers that are quantized, got {list_names(unknown)}.")
     options = {**options, "scaling": scaling, "seed": seed}
     items = []
     for name, load in weight_arrays(linears).items():
         layer_rank = ranks[name]
         if layer_rank is None:
-            raise InvalidArgumentError("Give a rank, or a plan that has ranks.")
+            raise InvalidArgumentError(f"rank must be given for {name!r}. Pass rank=, or a plan that has ranks.")
         items.append((name, load, by_name[name], layer_rank, (weighting or {}).get(name)))
+    # All layers are decomposed before the first one is replaced, so that an error leaves the model as it was.
     found = map_matrices(functools.partial(_decompose_one, options=options), items, executor, progress)
     decompositions = dict(zip(linears, found, strict=True))
     model.requires_grad_(requires_grad=False)
@@ -204,14 +216,16 @@ def _resolve(
     include: Patterns,
     exclude: Patterns,
 ) -> dict[str, BlockFormat]:
+    """Return the format of each layer to replace."""
     if isinstance(formats, BlockFormat):
         return dict.fromkeys(select_linears(model, include, exclude), formats)
     by_name = formats.formats if isinstance(formats, Plan) else formats
     if not isinstance(by_name, Mapping) or not by_name:
-        raise InvalidArgumentError(f"Formats are a BlockFormat, a Plan, or a format for each layer, not {formats!r}.")
-    linears = select_linears(model, "*", ())
-    if unknown := sorted(set(by_name) - set(linears)):
-        raise InvalidArgumentError(f"The model has no linear layer {unknown[0]!r} ({len(unknown)} unknown in all).")
+        raise InvalidArgumentError(
+            f"formats must be a BlockFormat, a Plan, or a mapping of layer names to formats, got {formats!r:.80}."
+        )
+    if unknown := sorted(set(by_name) - set(linear_layers(model))):
+        raise InvalidArgumentError(f"formats must name linear layers of the model, got {list_names(unknown)}.")
     return dict(by_name)
 
 
@@ -221,18 +235,20 @@ def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> Decompo
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, under each of its names.
+    """Replace a submodule by another one, under each of its names.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Root.
+        Root of the modules.
     old : torch.nn.Module
-        The module to replace; not the root.
+        The module to replace. It cannot be the root.
     new : torch.nn.Module
-        The replacement; takes over the training flag.
+        The replacement. Its training flag is set to that of the old module.
     """
     new.train(old.training)
+    # A module with several names is an attribute of several parents, and named_modules() lists it once by default. The
+    # names are collected first, because the loop changes the tree that named_modules() walks.
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -240,14 +256,36 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _kept(model: nn.Module) -> dict[str, int]:
-    """List parameters and persistent buffers outside quantized layers."""
+    """Return the bytes of each parameter and persistent buffer outside quantized layers; tied ones count once."""
     inside = quantized_keys(model)
-    found = {id(tensor): (name, tensor) for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
-    return {name: t.numel() * t.element_size() for name, t in reversed(found.values()) if name not in inside}
+    state = model.state_dict(keep_vars=True)
+    kept = [name for name, first in first_names(state).items() if name == first and name not in inside]
+    return {name: state[name].numel() * state[name].element_size() for name in kept}
+
+
+def first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return for each entry of a state dict the first name of the same tensor.
+
+    Tied weights are one tensor under several names. They are found by identity, not by equal values or shared memory:
+    two tensors that are equal now may be trained apart.
+
+    Parameters
+    ----------
+    state : mapping of str to Tensor
+        ``model.state_dict(keep_vars=True)``. Without ``keep_vars``, torch makes a new tensor for each name, and ties are
+        not found.
+
+    Returns
+    -------
+    dict of str to str
+        The name itself, unless an earlier name is tied to it.
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
 def quantized_keys(model: nn.Module) -> set[str]:
-    """Name the entries of a state dict that belong to quantized layers, under each of their names; biases do not.
+    """Return the names of a state dict's entries that belong to quantized layers, without biases.
 
     Parameters
     ----------
@@ -257,7 +295,7 @@ def quantized_keys(model: nn.Module) -> set[str]:
     Returns
     -------
     set of str
-        Keys of ``model.state_dict()``.
+        Keys of ``model.state_dict()``. A layer with several names has keys under each of them.
     """
     return {
         f"{name}.{key}"

@@ -1,4 +1,4 @@
-"""Models to and from checkpoint files."""
+"""Saving torch models with quantized layers to checkpoint files, and loading them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lqlora import ops
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.linear import LQLinear
-from lqlora.nn.model import quantized_keys, replace_module, select_linears
+from lqlora.nn.model import first_names, linear_layers, quantized_keys, replace_module
 
 if TYPE_CHECKING:
     import os
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["load_model", "save_model"]
 
+#: Key of the metadata under which :func:`save_model` keeps the ties: the other names of tensors that are stored once.
 _TIED = "tied"
 
 
 def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a model with quantized layers to one file.
+    """Write a model with quantized layers to one checkpoint file, atomically. Tied weights are stored once.
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     model : torch.nn.Module
         A model that :func:`quantize_model` changed.
     metadata : mapping, optional
-        JSON values of your own; not under the key ``tied``.
+        JSON values to store with the model. The key ``tied`` is reserved.
 
     Raises
     ------
@@ -44,39 +45,37 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
     if not layers:
-        raise InvalidArgumentError("The model has no quantized layer to save.")
+        raise InvalidArgumentError("model must have a quantized layer to save, got none. Call quantize_model first.")
     if "" in layers:
-        raise InvalidArgumentError("The model is itself a quantized layer: wrap it in torch.nn.Sequential first.")
+        raise InvalidArgumentError(
+            "model must contain its quantized layers, but is one itself. Wrap it in torch.nn.Sequential."
+        )
     if _TIED in (metadata or {}):
-        raise InvalidArgumentError(f"The key {_TIED!r} of the metadata is reserved.")
+        raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     matrices = {
         name: StoredMatrix(layer.weight.array, layer.lora_A, layer.lora_B, layer.scaling)
         for name, layer in layers.items()
     }
     own = quantized_keys(model)
-    tensors: dict[str, torch.Tensor] = {}
-    tied: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in own:
-            continue
-        origin = first.setdefault(id(tensor), name)  # tied parameters are one object under two names
-        if origin == name:
-            tensors[name] = tensor
-        else:
-            tied[name] = origin
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in own}
+    first = first_names(state)
+    tensors = {name: tensor for name, tensor in state.items() if first[name] == name}
+    tied = {name: origin for name, origin in first.items() if origin != name}
     save(path, matrices, tensors, {**(metadata or {}), _TIED: tied})
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """Load a file of :func:`save_model` into a model of the same architecture, in place.
 
+    Linear layers that are matrices of the file are replaced by :class:`LQLinear`. Other tensors are copied into those of
+    the model, so that ties of the model stay. Everything but the low-rank factors is frozen.
+
     Parameters
     ----------
     path : path-like
-        The file.
+        File to read.
     model : torch.nn.Module
-        A model with plain linear layers, of any values; changed only after the file was checked against it.
+        A model with plain linear layers, of any values. It is changed only after the file was checked against it.
 
     Returns
     -------
@@ -86,19 +85,18 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If the file is broken, or does not fit the model: a layer or tensor is missing, left over or of another shape.
+        If the file is damaged, or does not fit the model: a layer or tensor is missing, left over or of another shape.
     """
     content = load(path)
     if not content.matrices:
-        raise CheckpointError(f"{path} holds no quantized matrix.")
-    try:
-        linears = select_linears(model, include=content.matrices.__contains__, exclude=())
-    except InvalidArgumentError as error:
-        raise CheckpointError(f"{path} does not fit the model: {error}") from None
+        raise CheckpointError(f"{path} holds no quantized matrix, so save_model did not write it.")
+    linears = {name: module for name, module in linear_layers(model).items() if name in content.matrices}
     tied = _ties(path, content)
     _check_fit(path, model, linears, content, tied)
     model.requires_grad_(requires_grad=False)
     state = model.state_dict(keep_vars=True)
+    # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
+    # last: they take over the biases that were just filled.
     with torch.no_grad():
         for name in [*content.tensors, *tied]:
             state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
@@ -109,10 +107,10 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
 
 
 def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
-    """Read which tensors are others under a second name."""
+    """Return the stored name of each tied tensor by its other name."""
     tied = content.metadata.get(_TIED, {})
     if not isinstance(tied, dict) or not all(origin in content.tensors for origin in map(str, tied.values())):
-        raise CheckpointError(f"{path} names ties to tensors that it does not have.")
+        raise CheckpointError(f"{path} is inconsistent: it has ties to tensors that it does not hold.")
     return tied
 
 
@@ -123,7 +121,9 @@ def _check_fit(
     content: Checkpoint,
     tied: Mapping[str, str],
 ) -> None:
-    """Compare names and shapes of everything in the file with everything in the model."""
+    """Raise unless the file and the model have the same names, shapes and, as far as needed, ties."""
+    # A layer of the file stands for the weight of a linear layer. The weight is known by identity, so that it counts as
+    # replaced under each of its names.
     replaced = {id(module.weight) for module in linears.values()}
     state = model.state_dict(keep_vars=True)
     expected = {name: tuple(t.shape) for name, t in state.items() if id(t) not in replaced}
@@ -138,10 +138,13 @@ def _check_fit(
         if name in expected and expected[name] != shape
     ]
     faults += [f"{name!r} is on the meta device and holds no data" for name, t in state.items() if t.is_meta]
-    first: dict[int, str] = {}
-    for name in content.tensors:
-        other = first.setdefault(id(state.get(name, name)), name)
-        if other != name:
-            faults.append(f"{name!r} and {other!r} are one tensor in the model and two in the file")
+    # A tie of the file that the model does not have is harmless: both tensors get the same values. The opposite is not:
+    # of two stored tensors that are one in the model, the second would overwrite the first.
+    first = first_names({name: state[name] for name in content.tensors if name in state})
+    faults += [
+        f"{name!r} and {other!r} are one tensor in the model and two in the file"
+        for name, other in first.items()
+        if other != name
+    ]
     if faults:
         raise CheckpointError(f"{path} does not fit the model: {faults[0]} ({len(faults)} differences in all).")

@@ -1,4 +1,4 @@
-"""Layers, operators and decompositions on a CUDA device, against the CPU; and that nothing waits or is copied there."""
+"""Layers, operators and decompositions on a CUDA device: equal to the CPU, without waits or copies to the host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS = {
     "down the columns": lq.BlockFormat.parse("nf4/16@0:float32"),
 }
 
-#: Norm of the difference from the CPU over the norm: rounding of weights and results.
+#: Norm of the difference from the CPU's result over the norm of that: rounding of weights and results.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 every_format = pytest.mark.parametrize("text", list(FORMATS))
@@ -92,7 +92,7 @@ class TestLayers:
             assert torch.equal(there.to_arrays()[name].cpu(), array)
         assert torch.equal(lq.dequantize(there).cpu(), lq.dequantize(_quantized(text)))
 
-    def test_what_is_decomposed_there_stays_there_and_is_as_good(self):
+    def test_a_decomposition_stays_on_the_device_and_has_the_error_of_the_cpu(self):
         w = _random(OUT, IN)
         here = lq.decompose(w.numpy(), FORMATS["plain"], RANK, max_iter=5)
         d = lq.decompose(w.to("cuda"), FORMATS["plain"], RANK, max_iter=5)
@@ -147,8 +147,8 @@ class TestOperators:
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
-    @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # one that Inductor makes to begin with
-    def test_a_compiler_puts_layers_into_graphs_of_the_device(self):
+    @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # Inductor makes one when it starts
+    def test_a_compiler_puts_layers_into_cuda_graphs(self):
         if not is_installed("triton"):
             pytest.skip("Inductor needs triton.")
         model = torch.nn.Sequential(_layer("nested"), torch.nn.Tanh()).to("cuda")
@@ -169,13 +169,13 @@ class TestWaiting:
     @every_format
     @pytest.mark.parametrize("rows", [1, 40])
     @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-    def test_matmul_is_captured_in_a_graph(self, text, rows, dtype):
+    def test_matmul_is_captured_in_a_cuda_graph(self, text, rows, dtype):
         q = _quantized(text).to(torch, "cuda")
         x, other = (_random(rows, IN, seed=seed).to("cuda", dtype) for seed in (1, 2))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # kernels are compiled, tables copied
+            for _ in range(3):  # compiles kernels and copies tables, which a capture forbids
                 lq.matmul(x, q)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -195,7 +195,7 @@ class TestWaiting:
             lq.matmul(x, q)
             layer(x.clone().requires_grad_()).sum().backward()
 
-        work()  # kernels are compiled, tables copied
+        work()  # compiles kernels and copies tables
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -204,7 +204,7 @@ class TestWaiting:
             torch.cuda.set_sync_debug_mode("default")
 
     @pytest.mark.parametrize(("text", "most"), [("plain", 3), ("nested", 8)])
-    def test_quantize_waits_only_to_look_for_what_is_not_finite_or_gets_lost(self, text, most):
+    def test_quantize_waits_only_to_check_for_nonfinite_weights_and_lost_blocks(self, text, most):
         w = _random(OUT, IN).to("cuda")
         lq.quantize(w, FORMATS[text])
         torch.cuda.set_sync_debug_mode("warn")

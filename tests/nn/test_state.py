@@ -1,4 +1,4 @@
-"""Models to files and back: bit-equal outputs, or an error and an untouched model."""
+"""Saving and loading of models: bit-equal outputs, or an error and an unchanged model."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class TestMismatch:
         _assert_refused(path, model, r"up\.bias")
 
     def test_a_model_that_ties_what_the_file_has_apart(self, tmp_path):
-        # Both cannot be loaded into one tensor: the second would silently overwrite the first.
+        # Two stored tensors cannot be loaded into one: the second would silently overwrite the first.
         apart = Model(tied=False)
         quantize_model(apart, FORMAT, rank=1)
         save_model(tmp_path / "t", apart)
@@ -169,21 +169,21 @@ class TestMismatch:
         _assert_refused(path, Model(), "truncated")
 
     def test_a_missing_file(self, tmp_path):
-        _assert_refused(tmp_path / "nowhere", Model(), "no file")
+        _assert_refused(tmp_path / "nowhere", Model(), "nowhere")
 
 
 class TestSaving:
     def test_a_model_without_quantized_layers_is_refused(self, tmp_path):
-        with pytest.raises(InvalidArgumentError, match="no quantized layer"):
+        with pytest.raises(InvalidArgumentError, match="model"):
             save_model(tmp_path / "t", Model())
         assert list(tmp_path.iterdir()) == []
 
     def test_reserved_metadata_is_refused(self, tmp_path, quantized):
-        with pytest.raises(InvalidArgumentError, match="tied"):
+        with pytest.raises(InvalidArgumentError, match=r"metadata.*tied"):
             save_model(tmp_path / "t", quantized, {"tied": {}})
 
     def test_a_folder_that_does_not_exist(self, tmp_path, quantized):
-        with pytest.raises(CheckpointError, match="Cannot write"):
+        with pytest.raises(CheckpointError, match="nowhere"):
             save_model(tmp_path / "nowhere" / "t", quantized)
         assert list(tmp_path.iterdir()) == []
 
@@ -198,11 +198,11 @@ class TestSaving:
 
 
 def test_a_model_on_the_meta_device_is_refused(path):
-    with pytest.raises(CheckpointError, match="holds no data"):
+    with pytest.raises(CheckpointError, match="meta device"):
         load_model(path, Model().to("meta"))
 
 
 def test_a_layer_by_itself_is_refused(tmp_path):
     d = lq.decompose(torch.eye(8).numpy(), FORMAT, 1)
-    with pytest.raises(InvalidArgumentError, match="Sequential"):
+    with pytest.raises(InvalidArgumentError, match=r"model.*Sequential"):
         save_model(tmp_path / "t", LQLinear.from_decomposition(d))

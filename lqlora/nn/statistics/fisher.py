@@ -1,4 +1,4 @@
-"""Diagonal empirical Fisher information of linear layers."""
+"""Diagonal of the empirical Fisher information of linear layers, from the gradients of single examples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from lqlora._patterns import OUTPUT_HEADS
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.model import select_linears
-from lqlora.nn.statistics.hooks import checked_losses, connected, frozen, hooked, input_of
+from lqlora.nn.statistics.hooks import example_losses, input_of, run_batches, sum_outer_products, watch_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,14 +23,15 @@ __all__ = ["causal_lm_loss", "collect_fisher"]
 
 
 def causal_lm_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    """Mean negative log-likelihood of the next token, for each sequence of a batch.
+    """Return the mean negative log-likelihood of the next token, for each sequence of a batch.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Called with ``batch``; returns logits, or an object that has ``logits``, of shape (examples, tokens, words).
+        Called with ``batch``. It returns logits of shape (examples, tokens, vocabulary), or an object with the attribute
+        ``logits``.
     batch : Tensor of int64, shape (examples, tokens)
-        Token numbers.
+        Token ids.
 
     Returns
     -------
@@ -48,19 +50,21 @@ def collect_fisher(
     *,
     loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
     include: Patterns = "*",
-    exclude: Patterns = ("lm_head", "*.lm_head"),
+    exclude: Patterns = OUTPUT_HEADS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Average the squared gradients of single examples.
+    r"""Return the mean of the squared gradients of single examples, for the weights of linear layers.
+
+    Use it as importance of the entries in :class:`lqlora.weighting.Elementwise`.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any model; its gradients, flags and mode are as before afterwards.
+        Any model. Its gradients, flags and modes are the same afterwards.
     batches : iterable
-        What ``loss`` takes. Layers must see the examples of a batch along their first axis.
+        Arguments of ``loss``. Layers must see the examples of a batch along their first axis.
     loss : callable, default :func:`causal_lm_loss`
-        ``loss(model, batch)`` returns one loss per example, shape (examples,).
+        ``loss(model, batch)`` returns one loss per example, shape (examples,). A loss must not depend on other examples.
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -80,9 +84,13 @@ def collect_fisher(
 
     Notes
     -----
-    The square of a sum over a batch is not the sum of squares over its examples. The gradient of each example is formed
-    from the layer's input and the gradient at its output, so batches may be larger than one; a layer used several times
-    in one pass has its contributions added before they are squared. Weights get no ``.grad``.
+    With losses :math:`L_n` of :math:`N` examples, the result is
+    :math:`\frac{1}{N} \sum_n (\partial L_n / \partial W)^2`, entry by entry. Gradients of whole batches do not have it:
+    the square of a sum over examples is not the sum of their squares. The gradient of each example is computed from the
+    layer's inputs and the gradients at its outputs, so one backward pass serves a batch of any size.
+
+    A layer that is used several times in one pass has the gradients of its uses added before they are squared. The
+    gradient is that of the losses of the data, not of labels drawn from the model. Weights get no ``.grad``.
 
     References
     ----------
@@ -91,28 +99,32 @@ def collect_fisher(
     linears = select_linears(model, include, exclude)
     fisher = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}
     recorders = {name: _Recorder(name, total) for name, total in fisher.items()}
-    examples = 0
-    with frozen(model), hooked(linears, recorders), torch.enable_grad():
-        for batch in batches:
-            losses = checked_losses(loss(model, batch), examples)
-            for recorder in recorders.values():
-                recorder.examples = losses.shape[0]
-            losses.sum().backward()
-            for recorder in recorders.values():
-                recorder.finish()
-            examples += losses.shape[0]
-            if progress is not None:
-                progress(examples)
-    if examples == 0:
-        raise InvalidArgumentError("Fisher information needs at least one batch.")
+
+    def step(batch: Any, done: int) -> int:
+        losses = example_losses(loss(model, batch), done)
+        for recorder in recorders.values():
+            recorder.examples = losses.shape[0]
+        # The sum over examples has, at the output of a layer for example n, the gradient of L_n alone: no other loss
+        # depends on that output.
+        losses.sum().backward()
+        for recorder in recorders.values():
+            recorder.finish()
+        return losses.shape[0]
+
+    examples = run_batches(model, batches, step, linears, recorders, gradients=True, progress=progress)
     return {name: values.div_(examples) for name, values in fisher.items()}
 
 
 class _Recorder:
-    """Forward hook of one layer, which adds the squared gradient of each example to a total.
+    """Forward hook of one layer that adds the squared gradient of each example to a total.
 
-    A layer that is used once in a forward pass is done with as soon as the gradient at its output is known. One that is
-    used several times waits for the end of the backward pass: not every result need have reached the loss.
+    The layer computes y_t = W x_t for the rows x_t of its input, so with g_t = dL/dy_t the gradient of example n is
+    dL_n/dW = sum of g_t x_t^T over the rows t of the example, and over all uses of the layer. Cross terms between rows
+    belong to its square; those between examples do not. Hence one matrix product per example, and no shortcut by
+    squared inputs and gradients.
+
+    If the layer is used once in a pass, its gradient is added as soon as it is known, which frees the input. If it is
+    used several times, the sum waits for the end of the backward pass, because an unused result gets no gradient.
     """
 
     def __init__(self, name: str, total: torch.Tensor) -> None:
@@ -126,43 +138,39 @@ class _Recorder:
     ) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
+        # The input is kept without a copy until its gradient arrives. A change in place in between would pair the
+        # gradient with other values, so the version of the tensor is compared.
         x = input_of(args, kwargs).detach()
         version = x._version  # noqa: SLF001 - torch has no public name for it
-        output = connected(output)
         self._uses += 1
 
         def see(gradient: torch.Tensor) -> None:
             if x._version != version:  # noqa: SLF001
-                raise InvalidArgumentError(f"The input of {self._name!r} is changed in place after the layer saw it.")
+                raise InvalidArgumentError(
+                    f"model changes the input of {self._name!r} in place after the layer saw it. Exclude the layer."
+                )
             self._seen.append((x, gradient.detach()))
             if self._uses == 1:
                 self._add()
 
-        output.register_hook(see)
-        return output
+        return watch_gradient(output, see)
 
     def finish(self) -> None:
-        """Add what is left, and get ready for the next batch."""
+        """Add the gradients that are left, and reset the count of uses for the next batch."""
         if self._seen:
             self._add()
         self._uses = 0
 
     def _add(self) -> None:
+        """Add the squares of all gradients seen so far, example by example."""
         seen, self._seen = self._seen, []
         lengths = {inputs.shape[0] for inputs, _ in seen}
         if lengths != {self.examples}:
             raise InvalidArgumentError(
-                f"The first axis of what {self._name!r} sees has length {max(lengths)}, not one entry for each of the "
-                f"{self.examples} examples: exclude the layer, or do not merge the axes of examples and tokens."
+                f"model must keep the {self.examples} examples apart on the first axis of the input of {self._name!r}, "
+                f"got length {max(lengths)}. Exclude the layer, or do not merge the axes of examples and tokens."
             )
         for example in range(self.examples):
-            parts = [_one_gradient(inputs[example], grad[example]) for inputs, grad in seen]
+            parts = [sum_outer_products(grad[example], inputs[example]) for inputs, grad in seen]
             gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
             self._total.addcmul_(gradient_of_weight, gradient_of_weight)
-
-
-def _one_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of one example in float32, whatever the precision of a surrounding autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        rows = gradient.reshape(-1, gradient.shape[-1]).float()
-        return rows.T @ x.reshape(-1, x.shape[-1]).float()

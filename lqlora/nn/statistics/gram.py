@@ -1,4 +1,4 @@
-"""Second moments of what linear layers see, and of the gradients at their outputs."""
+"""Second moments of linear layers: Gram matrices of their inputs, and Kronecker factors of the Fisher information."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from lqlora._patterns import OUTPUT_HEADS
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn.model import select_linears
 from lqlora.nn.statistics.fisher import causal_lm_loss
-from lqlora.nn.statistics.hooks import checked_losses, connected, frozen, hooked, input_of
+from lqlora.nn.statistics.hooks import example_losses, input_of, run_batches, sum_outer_products, watch_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,26 +24,28 @@ if TYPE_CHECKING:
 __all__ = ["collect_gram", "collect_kronecker"]
 
 
-@torch.inference_mode(mode=False)  # tensors made in it have no version, so a change in place could not be noticed
+@torch.inference_mode(mode=False)  # tensors of inference mode have no version that shows a change in place
 def collect_gram(
     model: nn.Module,
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], Any] | None = None,
     include: Patterns = "*",
-    exclude: Patterns = ("lm_head", "*.lm_head"),
+    exclude: Patterns = OUTPUT_HEADS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    r"""Average the outer products of the inputs of linear layers.
+    r"""Return the second moments of the inputs of linear layers.
+
+    Use them in :class:`lqlora.weighting.InputGram` and :func:`lqlora.gptq`.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any model; its flags and mode are as before afterwards.
+        Any model. Its flags and modes are the same afterwards.
     batches : iterable
-        What the model takes as its only argument, or what ``loss`` takes.
+        The only argument of the model, or the second one of ``loss``.
     loss : callable, optional
-        ``loss(model, batch)`` runs the model in place of ``model(batch)``; what it returns is not used.
+        ``loss(model, batch)`` runs the model in place of ``model(batch)``. Its result is not used.
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -51,8 +54,9 @@ def collect_gram(
     Returns
     -------
     dict of str to Tensor of float32, shape (in_features, in_features)
-        Mean of :math:`x x^T` over all rows ``x`` that the layer saw (the tokens of all sequences, and of all uses in a
-        pass), exactly symmetric, in host memory wherever the model is. Layers that saw the same inputs share one tensor.
+        Mean of :math:`x x^T` over all rows ``x`` that the layer saw: the tokens of all sequences, and of all uses in a
+        pass. It is exactly symmetric, and in host memory for every device of the model. Layers that saw the same inputs
+        share one tensor.
 
     Raises
     ------
@@ -66,10 +70,10 @@ def collect_gram(
     The squared error of a layer's outputs, averaged over those rows, is :math:`\operatorname{tr}(E G E^T)`, where
     ``E`` is the error of the weight and ``G`` this matrix.
 
-    Products are formed in float32 for each batch and added up in float64, in host memory: the matrices of a large model
-    do not fit beside it on a GPU. The result is rounded to float32, which a single product has no more digits than.
-    Layers that are called with the very same tensor, such as projections to queries, keys and values, share product and
-    sum. For thousands of batches the additions count: larger batches have fewer.
+    The products of each batch are computed in float32 and added in float64, in host memory, because the matrices of a
+    large model do not fit beside it on a GPU. The mean is rounded to float32, the precision of a single product. Layers
+    that are called with the very same tensor, such as the projections to queries, keys and values, share one product
+    and one sum. The additions take time: prefer a few large batches to thousands of small ones.
 
     References
     ----------
@@ -85,16 +89,13 @@ def collect_gram(
     linears = select_linears(model, include, exclude)
     inputs = _Inputs()
     hooks = {name: _Hook(name, inputs, None) for name in linears}
-    count = 0
-    with frozen(model), hooked(linears, hooks), torch.no_grad():
-        for batch in batches:
-            _ = model(batch) if loss is None else loss(model, batch)
-            inputs.settle()
-            count += 1
-            if progress is not None:
-                progress(count)
-    if count == 0:
-        raise InvalidArgumentError("Second moments need at least one batch.")
+
+    def step(batch: Any, _: int) -> int:
+        model(batch) if loss is None else loss(model, batch)
+        inputs.settle()
+        return 1
+
+    run_batches(model, batches, step, linears, hooks, gradients=False, progress=progress)
     return inputs.means(linears)
 
 
@@ -105,19 +106,21 @@ def collect_kronecker(
     *,
     loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
     include: Patterns = "*",
-    exclude: Patterns = ("lm_head", "*.lm_head"),
+    exclude: Patterns = OUTPUT_HEADS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    r"""Collect the two factors of a Kronecker product that approximates the Fisher information of each layer.
+    r"""Return the two factors of a Kronecker product that approximates the Fisher information of each layer.
+
+    Use them in :class:`lqlora.weighting.Kronecker`.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any model; its gradients, flags and mode are as before afterwards.
+        Any model. Its gradients, flags and modes are the same afterwards.
     batches : iterable
-        What ``loss`` takes.
+        Arguments of ``loss``.
     loss : callable, default :func:`causal_lm_loss`
-        ``loss(model, batch)`` returns one loss per example, shape (examples,). No loss may depend on other examples.
+        ``loss(model, batch)`` returns one loss per example, shape (examples,). A loss must not depend on other examples.
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -126,8 +129,8 @@ def collect_kronecker(
     Returns
     -------
     dict of str to (Tensor, Tensor), both float32, shapes (out_features, out_features) and (in_features, in_features)
-        Second moment of the gradients at the output, then that of the inputs, in host memory. The second is as of
-        :func:`collect_gram`, shared in the same way.
+        Second moment of the gradients at the output, then that of the inputs, in host memory. The second is the result of
+        :func:`collect_gram`, and layers share it in the same way.
 
     Raises
     ------
@@ -144,11 +147,14 @@ def collect_kronecker(
 
     .. math:: A = \frac{1}{\text{rows}} \sum_t x_t x_t^T, \qquad G = \frac{1}{\text{examples}} \sum_t g_t g_t^T.
 
-    ``A`` is a mean over rows (tokens) and ``G`` a mean over examples of sums over their rows. So :math:`G \otimes A`
-    approximates, on its own scale, the empirical Fisher information of the weight with its entries in rows, the mean
-    over examples of the outer product of the gradient :math:`\sum_t g_t x_t^T` with itself. It is exact for one example
-    of one row, and else supposes that inputs and gradients are independent and gradients of different rows are not
-    correlated (K-FAC). The gradient is that of the losses of the data, not of labels drawn from the model.
+    ``A`` is a mean over rows (tokens), and ``G`` a mean over examples of sums over their rows. Then :math:`G \otimes A`
+    approximates the empirical Fisher information of the weight, flattened row by row, on the same scale. That
+    information is the mean over examples of :math:`v v^T`, where :math:`v = \sum_t g_t \otimes x_t` is the flattened
+    gradient.
+
+    The approximation is exact for one example of one row. Otherwise it supposes, as K-FAC does, that inputs are
+    independent of gradients, and that gradients of different rows are not correlated. The gradient is that of the
+    losses of the data, not of labels drawn from the model.
 
     References
     ----------
@@ -168,23 +174,27 @@ def collect_kronecker(
     inputs = _Inputs()
     outputs = {name: _zeros(module.out_features) for name, module in linears.items()}
     hooks = {name: _Hook(name, inputs, total) for name, total in outputs.items()}
-    examples = 0
-    with frozen(model), hooked(linears, hooks), torch.enable_grad():
-        for batch in batches:
-            losses = checked_losses(loss(model, batch), examples)
-            losses.sum().backward()
-            inputs.settle()
-            examples += losses.shape[0]
-            if progress is not None:
-                progress(examples)
-    if examples == 0:
-        raise InvalidArgumentError("Kronecker factors need at least one batch.")
+
+    def step(batch: Any, done: int) -> int:
+        losses = example_losses(loss(model, batch), done)
+        # At the output of a layer for example n, the sum has the gradient of the loss of n alone: no other depends on it.
+        losses.sum().backward()
+        inputs.settle()
+        return losses.shape[0]
+
+    # With v = sum_t g_t (x) x_t, the mean of v v^T over examples is a sum over pairs of rows,
+    #     E[sum_t sum_s (g_t g_s^T) (x) (x_t x_s^T)].
+    # Uncorrelated gradients of different rows leave the pairs t = s. Independence of gradients and inputs makes the
+    # mean of a product the product of the means, and A = E[x_t x_t^T] is the same for each row. What is left is
+    #     E[sum_t g_t g_t^T] (x) A,
+    # so gradients are divided by the number of examples, and inputs by the number of rows.
+    examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
     means = inputs.means(linears)
     return {name: (_mean(total, examples), means[name]) for name, total in outputs.items()}
 
 
 class _Hook:
-    """Forward hook of one layer: adds what it sees, and the gradients at its output if there is a total for them."""
+    """Forward hook of one layer: records its input, and adds the second moment of output gradients to a total, if any."""
 
     def __init__(self, name: str, inputs: _Inputs, gradients: torch.Tensor | None) -> None:
         self._name, self._inputs, self._gradients = name, inputs, gradients
@@ -200,15 +210,18 @@ class _Hook:
             return None
 
         def see(gradient: torch.Tensor) -> None:
-            total.add_(_second_moment(gradient, f"The gradient at the output of {self._name!r}").cpu())
+            total.add_(_second_moment(gradient, f"gradient at the output of {self._name!r}").cpu())
 
-        output = connected(output)
-        output.register_hook(see)
-        return output
+        return watch_gradient(output, see)
 
 
 class _Inputs:
-    """Sums of second moments of inputs, one for each set of layers that saw the same ones."""
+    """Sums of second moments of inputs, one sum for each set of layers that saw the same tensors.
+
+    The key of a sum is the sorted tuple of the layers that saw a tensor. A layer that was called twice with the tensor
+    is in the tuple twice. So q, k and v of an attention have one sum under ``(k, q, v)``, and a layer that sees other
+    tensors as well has further sums, which :meth:`means` adds.
+    """
 
     def __init__(self) -> None:
         self._seen: list[_Seen] = []
@@ -216,7 +229,8 @@ class _Inputs:
         self._rows: Counter[tuple[str, ...]] = Counter()
 
     def see(self, name: str, x: torch.Tensor) -> None:
-        """Note that a layer sees a tensor; the product is formed at its first sight."""
+        """Record that a layer sees a tensor. Its product is computed for the first layer that sees it."""
+        # Tensors are compared by identity: comparing their values would take about as long as the product that it saves.
         self.settle(all_of_them=False)
         for seen in self._seen:
             if seen.tensor() is x:
@@ -225,7 +239,9 @@ class _Inputs:
         self._seen.append(_Seen(name, x))
 
     def settle(self, *, all_of_them: bool = True) -> None:
-        """Add to the sums what no layer can see again, or everything at the end of a pass."""
+        """Add products to the sums: those whose tensor no layer can see again, or all at the end of a pass."""
+        # A tensor that is gone, or was changed in place, cannot be the input of another layer any more: its list of
+        # layers, and with it the key of its sum, is complete.
         current = [] if all_of_them else [seen for seen in self._seen if seen.is_current()]
         for seen in self._seen:
             if seen in current:
@@ -238,14 +254,19 @@ class _Inputs:
         self._seen = current
 
     def means(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the mean of each layer, the same tensor for layers with the same uses of the same sums."""
+        """Return the mean of each layer. Layers with the same uses of the same sums get the same tensor."""
+        # A layer with c_k uses of the tensors of sum k, whose total is T_k over r_k rows, has the mean
+        #     (sum_k c_k T_k) / (sum_k c_k r_k).
+        # Layers with equal counts have equal means, and share one tensor.
         shared: dict[tuple[tuple[tuple[str, ...], int], ...], torch.Tensor] = {}
         found = {}
         for name in names:
             uses = tuple((key, key.count(name)) for key in self._totals if name in key)
             rows = sum(count * self._rows[key] for key, count in uses)
             if rows == 0:
-                raise InvalidArgumentError(f"The layer {name!r} never saw an input: exclude it, or give other batches.")
+                raise InvalidArgumentError(
+                    f"include selects the layer {name!r}, which no batch reached. Exclude it, or pass other batches."
+                )
             if uses not in shared:
                 (first, count), *others = uses
                 total = self._totals[first] * count
@@ -257,9 +278,9 @@ class _Inputs:
 
 
 class _Seen:
-    """The product of an input, kept while another layer may still see the same tensor.
+    """The product of one input, kept as long as another layer may see the same tensor.
 
-    The tensor itself is not kept: of a long pass only few inputs are alive at any time.
+    The tensor itself is held by a weak reference: of a long pass only few inputs are alive at any time.
     """
 
     def __init__(self, name: str, x: torch.Tensor) -> None:
@@ -267,31 +288,35 @@ class _Seen:
         self.tensor = TensorWeakRef(x)
         self._version = _version(x)
         self.rows = x.numel() // max(x.shape[-1], 1)
-        self.product = _second_moment(x, f"The input of {name!r}")
+        self.product = _second_moment(x, f"input of {name!r}")
 
     def is_current(self) -> bool:
-        """Tell whether the tensor lives and was not changed in place."""
+        """Return whether the tensor is alive and was not changed in place."""
         x = self.tensor()
         return x is not None and _version(x) == self._version
 
 
 def _version(x: torch.Tensor) -> int | None:
+    """Return the number of changes in place of a tensor; tensors of inference mode have none."""
     return None if x.is_inference() else x._version  # noqa: SLF001 - torch has no public name for it
 
 
 def _second_moment(x: torch.Tensor, what: str) -> torch.Tensor:
-    """Return the sum of outer products of rows in float32, whatever the precision of a surrounding autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        product = rows.T @ rows
-    if not bool(torch.isfinite(product.diagonal()).all()):  # where anything else that is not finite shows too
+    """Return the sum of the outer products of rows with themselves, in float32."""
+    product = sum_outer_products(x.detach(), x.detach())
+    # The diagonal has the sums of squares of the columns. They are not finite if any entry of x is not, or if a square
+    # overflows; entries off the diagonal are smaller, by the inequality of Cauchy and Schwarz.
+    if not bool(torch.isfinite(product.diagonal()).all()):
         raise NonFiniteError(f"{what} holds NaN, infinity, or numbers whose squares overflow float32.")
     return product
 
 
 def _zeros(size: int) -> torch.Tensor:
+    """Return a sum to start with: float64 in host memory."""
     return torch.zeros(size, size, dtype=torch.float64, device="cpu")
 
 
 def _mean(total: torch.Tensor, count: int) -> torch.Tensor:
-    return ((total + total.T) / (2 * count)).float()  # a product of matrices need not be symmetric to the last bit
+    """Return a sum divided by a count, made exactly symmetric, in float32."""
+    # Products of matrices need not be symmetric to the last bit: the two halves are summed in different orders.
+    return ((total + total.T) / (2 * count)).float()

@@ -1,4 +1,4 @@
-"""Running a model to watch its linear layers, and leaving it as it was."""
+"""Shared parts of the collectors: runs over batches with hooks on linear layers, checks of losses, outer products."""
 
 from __future__ import annotations
 
@@ -10,27 +10,73 @@ import torch
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
-__all__ = ["checked_losses", "connected", "frozen", "hooked", "input_of"]
+__all__ = ["example_losses", "input_of", "run_batches", "sum_outer_products", "watch_gradient"]
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode and off the gradients of parameters, and put everything back.
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Any],
+    step: Callable[[Any, int], int],
+    linears: Mapping[str, nn.Linear],
+    hooks: Mapping[str, Callable[..., Any]],
+    *,
+    gradients: bool,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Run a step on every batch while hooks watch the linear layers, and return the total count.
+
+    The model is in evaluation mode meanwhile, and its parameters require no gradients. Afterwards its flags, modes and
+    hooks are as before, also after an exception.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model.
+    batches : iterable
+        Arguments of ``step``.
+    step : callable
+        ``step(batch, done)`` runs the model and returns what to add to the count, such as the number of examples;
+        ``done`` is the count so far.
+    linears : mapping of str to torch.nn.Linear
+        Layers by name.
+    hooks : mapping of str to callable
+        ``hook(module, args, kwargs, output)`` by the same names, called after each use of the layer. What it returns,
+        unless None, replaces the output.
+    gradients : bool
+        Whether autograd records the steps, also if the caller has switched it off.
+    progress : callable, optional
+        Called with the count after each batch.
 
-    Yields
+    Returns
+    -------
+    int
+        The count, at least 1.
+
+    Raises
     ------
-    None
-        Flags and modes are as before at the end.
+    InvalidArgumentError
+        If nothing was counted.
     """
+    count = 0
+    with _frozen(model), _hooked(linears, hooks), torch.set_grad_enabled(gradients):
+        for batch in batches:
+            count += step(batch, count)
+            if progress is not None:
+                progress(count)
+    if count == 0:
+        raise InvalidArgumentError(
+            "batches must hold at least one batch with examples, got none. Was an iterator used up?"
+        )
+    return count
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode and switch off the gradients of parameters; restore both at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -45,21 +91,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(linears: Mapping[str, nn.Linear], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Call a hook after each use of a layer, and remove all hooks at the end.
-
-    Parameters
-    ----------
-    linears : mapping of str to torch.nn.Linear
-        Layers by name.
-    hooks : mapping of str to callable
-        ``hook(module, args, kwargs, output)`` by the same names; what it returns, if anything, replaces the output.
-
-    Yields
-    ------
-    None
-        The hooks are in place meanwhile.
-    """
+def _hooked(linears: Mapping[str, nn.Linear], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Register a forward hook on each layer, and remove all hooks at the end."""
     handles = []
     try:
         for name, module in linears.items():
@@ -76,57 +109,85 @@ def input_of(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor])
     Parameters
     ----------
     args, kwargs : tuple and mapping
-        What the layer was called with.
+        Arguments that the layer was called with.
 
     Returns
     -------
     Tensor
-        The input, the very object.
+        The input itself, not a copy.
     """
     return args[0] if args else kwargs["input"]
 
 
-def connected(output: torch.Tensor) -> torch.Tensor:
-    """Make sure that a gradient reaches the output of a layer, though no parameter requires one.
+def watch_gradient(output: torch.Tensor, see: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    """Call a function with the gradient at the output of a layer, as soon as the backward pass has it.
 
     Parameters
     ----------
     output : Tensor
         Output of the layer.
+    see : callable
+        Called with the gradient, unless the output does not reach the loss.
 
     Returns
     -------
     Tensor
-        The output, or a tensor to put in its place.
+        What a forward hook returns in place of the output.
     """
-    # The first layer has nothing before it that requires a gradient; a clone, because a leaf must not be changed.
-    return output if output.requires_grad else output.detach().requires_grad_().clone()
+    # Parameters require no gradient here, and the first layer has nothing before it that does: without a new leaf,
+    # autograd would stop after it. The clone is for activations that change the output in place. Autograd forbids that
+    # for a leaf. For a view it replaces the history, so that the hook would never be called, and torch returns a view
+    # for inputs of three or more axes.
+    output = (output if output.requires_grad else output.detach().requires_grad_()).clone()
+    output.register_hook(see)
+    return output
 
 
-def checked_losses(losses: torch.Tensor, examples: int) -> torch.Tensor:
+def example_losses(losses: torch.Tensor, done: int) -> torch.Tensor:
     """Return the losses of a batch, unless they are not one finite number per example.
 
     Parameters
     ----------
     losses : Tensor
-        What a loss returned.
-    examples : int
-        Number of examples before this batch, for the error.
+        Result of the caller's ``loss``.
+    done : int
+        Number of examples before this batch. Errors use it.
 
     Returns
     -------
     Tensor, shape (examples of the batch,)
-        The losses.
+        The same tensor.
 
     Raises
     ------
     InvalidArgumentError
-        If they have another shape.
+        If the losses have another shape.
     NonFiniteError
-        If one is NaN or infinite.
+        If a loss is NaN or infinite.
     """
     if losses.ndim != 1:
-        raise InvalidArgumentError(f"The loss must be one number per example, not of shape {tuple(losses.shape)}.")
+        raise InvalidArgumentError(
+            f"loss must return one number per example, shape (examples,), got shape {tuple(losses.shape)}."
+        )
     if not bool(torch.isfinite(losses).all()):
-        raise NonFiniteError(f"The loss of an example after the first {examples} is NaN or infinite.")
+        last = done + losses.shape[0] - 1
+        raise NonFiniteError(f"loss must be finite, got NaN or infinity for one of the examples {done} to {last}.")
     return losses
+
+
+def sum_outer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    r"""Return :math:`\sum_t l_t r_t^T` over the rows of two tensors, in float32.
+
+    Parameters
+    ----------
+    left, right : Tensor, shape (..., m) and (..., n)
+        Rows along the last axis; all other axes are summed over.
+
+    Returns
+    -------
+    Tensor of float32, shape (m, n)
+        The sum. An autocast around the call does not lower its precision.
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        rows = left.reshape(-1, left.shape[-1]).float()
+        return rows.T @ right.reshape(-1, right.shape[-1]).float()

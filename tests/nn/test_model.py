@@ -1,4 +1,4 @@
-"""Replacing linear layers: which, how, what stays, and what is reported."""
+"""Conversion of models: selection of layers, replacement, what stays unchanged, and the report."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class TestSelection:
     )
     def test_patterns(self, model, include, expected):
         if expected is None:
-            with pytest.raises(InvalidArgumentError, match="No linear layer matches"):
+            with pytest.raises(InvalidArgumentError, match=r"include.*linear layer"):
                 select_linears(model, include)
         else:
             assert list(select_linears(model, include)) == expected
@@ -108,7 +108,7 @@ class TestSelection:
     def test_excluded_layers_are_not_selected(self, model):
         assert list(select_linears(model, "*", ["*.q_proj", "lm_head", "layers.1.*"])) == [NAMES[1]]
 
-    def test_the_error_names_some_layers_there_are(self, model):
+    def test_the_error_names_some_layers_of_the_model(self, model):
         with pytest.raises(InvalidArgumentError, match=re.escape("layers.0.q_proj")):
             select_linears(model, "nothing")
 
@@ -118,7 +118,7 @@ class TestSelection:
             np.testing.assert_array_equal(load(), linears[name].weight.detach().numpy())
 
     def test_bfloat16_weights_are_loaded_exactly_in_float32(self, model):
-        # NumPy for every model in host memory: one kind of weighting fits all.
+        # Every model in host memory gives NumPy arrays, so that weightings of NumPy arrays suit all of them.
         linears = select_linears(model.bfloat16())
         loaded = weight_arrays(linears)[NAMES[0]]()
         assert loaded.dtype == np.float32
@@ -178,9 +178,9 @@ class TestConversion:
         assert isinstance(model.first, LQLinear)
 
     def test_a_model_that_is_itself_a_linear_layer_is_refused(self):
-        # In place there is nothing that could be replaced: nn.Module allows no child without a name.
+        # In place there is nothing to replace: a child of nn.Module must have a name.
         layer = nn.Linear(8, 8)
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(InvalidArgumentError, match="model"):
             quantize_model(layer, NF4, rank=1)
         assert layer.weight.requires_grad
         assert list(layer.children()) == []
@@ -219,14 +219,14 @@ class TestPlans:
         return lq.allocate(table, bits_per_weight=5.0)
 
     def test_formats_and_ranks_come_from_the_plan(self, model, plan):
-        assert len(set(plan.formats.values())) == 2  # else the plan would not matter
+        assert len(set(plan.formats.values())) == 2  # with one format the test would show nothing
         report = quantize_model(model, plan)
         assert {name: d.quantized.format for name, d in report.decompositions.items()} == plan.formats
         assert {d.rank for d in report.decompositions.values()} == {2}
         assert report.storage_bits == plan.storage_bits
         assert report.bits_per_weight == pytest.approx(float(plan.bits_per_weight))
 
-    def test_a_rank_of_ones_own_wins(self, model, plan):
+    def test_a_given_rank_overrides_that_of_the_plan(self, model, plan):
         report = quantize_model(model, plan, rank=1)
         assert {d.rank for d in report.decompositions.values()} == {1}
 
@@ -248,7 +248,12 @@ class TestPlans:
 class TestFailures:
     @pytest.mark.parametrize(
         ("options", "message"),
-        [({}, "rank"), ({"rank": 9}, "Rank 9"), ({"rank": -1}, "Rank -1"), ({"rank": 1, "include": "x"}, "matches")],
+        [
+            ({}, "rank"),
+            ({"rank": 9}, "(?i)rank.*9"),
+            ({"rank": -1}, "(?i)rank.*-1"),
+            ({"rank": 1, "include": "x"}, "include.*'x'"),
+        ],
         ids=["no rank", "rank too large", "negative rank", "no match"],
     )
     def test_bad_arguments_leave_the_model_unchanged(self, model, options, message):
@@ -274,7 +279,7 @@ class TestReport:
         unique = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         return sum(t.numel() * t.element_size() for t in unique.values())
 
-    def test_bytes_are_those_of_the_tensors_there_are(self, model):
+    def test_bytes_are_those_of_all_tensors_of_the_model(self, model):
         report = quantize_model(model, NF2, rank=2)
         assert report.total_bytes == self._bytes(model)
         layers = [model.get_submodule(name) for name in NAMES]
@@ -304,11 +309,11 @@ class TestReport:
 
 
 def test_a_weighting_of_an_unknown_layer_is_refused(model):
-    with pytest.raises(InvalidArgumentError, match="not quantized: typo"):
+    with pytest.raises(InvalidArgumentError, match=r"weighting.*typo"):
         quantize_model(model, NF4, rank=1, weighting={"typo": Elementwise(np.ones((2, 2)))})
 
 
 @pytest.mark.parametrize("formats", [{}, "nf4/64:float32", None])
-def test_what_names_no_formats_is_refused(model, formats):
-    with pytest.raises(InvalidArgumentError, match="Formats are"):
+def test_formats_of_another_kind_are_refused(model, formats):
+    with pytest.raises(InvalidArgumentError, match=f"formats.*{formats!r}"):
         quantize_model(model, formats, rank=1)

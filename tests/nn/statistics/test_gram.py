@@ -1,22 +1,18 @@
-"""Second moments against loops over rows and single gradients."""
+"""Gram matrices and Kronecker factors against loops over rows and over gradients of single examples."""
 
 from __future__ import annotations
 
 import pytest
 
-from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from tests.requirements import require_module, require_or_skip
+from tests.requirements import require_module
 
 torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lqlora.nn import causal_lm_loss, collect_fisher, collect_gram, collect_kronecker, select_linears  # noqa: E402
-
-
-def _squared(model, batch):
-    return model(batch).square().flatten(1).sum(dim=1)
+from tests.nn.statistics.models import mixed_state_model, squared, state_of, tokens  # noqa: E402
 
 
 def _input_loop(model, batches) -> dict:
@@ -111,6 +107,9 @@ class Sometimes(nn.Module):
 
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3, bias=False)),
+    "in-place activation in the middle": lambda: nn.Sequential(
+        nn.Linear(4, 4), nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)
+    ),
     "shared input": Attention,
     "layer used twice": Twice,
     "sometimes shared": Sometimes,
@@ -130,29 +129,6 @@ def batches(request) -> list:
     return [torch.randn(shape), torch.randn(shape) + 2, torch.randn(1, *shape[1:])]
 
 
-@pytest.fixture(scope="module")
-def llama():
-    require_or_skip("transformers", is_installed("transformers"))
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def _tokens(examples: int):
-    return torch.randint(50, (examples, 9), generator=torch.Generator().manual_seed(examples))
-
-
 class TestInputs:
     def test_it_is_the_mean_outer_product_of_rows(self, model, batches):
         _assert_close(collect_gram(model, batches), _input_loop(model, batches))
@@ -163,7 +139,7 @@ class TestInputs:
         assert torch.equal(gram, gram.T)
 
     def test_a_language_model_shares_what_it_sees_between_projections(self, llama):
-        batches = [_tokens(3), _tokens(1)]
+        batches = [tokens(3), tokens(1)]
         found = collect_gram(llama, batches)
         expected = _input_loop(llama, batches)
         _assert_close(found, expected)
@@ -198,7 +174,7 @@ class TestInputs:
         assert products.count == len(["q and k", "other", "late", "last"])
 
     def test_many_batches_lose_no_precision(self):
-        """A float32 total would stand still at 2**24 ones; here the ones come on top of a large first batch."""
+        """A float32 sum of 2**28 stays the same when ones are added, as 2**28 + 1 is not a float32. This one is float64."""
         first, ones = torch.full((1, 1), 2.0**14), torch.ones(1, 1)
         found = collect_gram(nn.Sequential(nn.Linear(1, 1)), [first, *[ones] * 4095])["0"]
         assert found.item() == 65537.0
@@ -211,9 +187,9 @@ class TestInputs:
             _assert_close(collect_gram(model, data.split(size)), whole)
 
     def test_a_loss_runs_the_model(self, llama):
-        batches = [{"input_ids": _tokens(2)}]
+        batches = [{"input_ids": tokens(2)}]
         found = collect_gram(llama, batches, loss=lambda model, batch: model(**batch))
-        _assert_close(found, collect_gram(llama, [_tokens(2)]))
+        _assert_close(found, collect_gram(llama, [tokens(2)]))
 
     def test_progress_counts_batches(self):
         seen = []
@@ -234,12 +210,12 @@ class TestInputs:
 
 class TestKroneckerFactors:
     def test_they_are_the_moments_of_inputs_and_of_gradients(self, model, batches):
-        found = collect_kronecker(model, batches, loss=_squared)
+        found = collect_kronecker(model, batches, loss=squared)
         _assert_close({name: inputs for name, (_, inputs) in found.items()}, _input_loop(model, batches))
-        _assert_close({name: outputs for name, (outputs, _) in found.items()}, _gradient_loop(model, batches, _squared))
+        _assert_close({name: outputs for name, (outputs, _) in found.items()}, _gradient_loop(model, batches, squared))
 
     def test_inputs_are_those_of_the_other_function_and_shared_too(self, llama):
-        batches = [_tokens(3), _tokens(1)]
+        batches = [tokens(3), tokens(1)]
         found = collect_kronecker(llama, batches)
         gradients = _gradient_loop(llama, batches, causal_lm_loss)
         _assert_close({name: inputs for name, (_, inputs) in found.items()}, collect_gram(llama, batches))
@@ -247,7 +223,7 @@ class TestKroneckerFactors:
         assert found["model.layers.0.mlp.gate_proj"][1] is found["model.layers.0.mlp.up_proj"][1]
 
     @pytest.mark.parametrize("examples", [1, 5])
-    def test_their_product_is_the_fisher_information_of_equal_tokens(self, examples):
+    def test_their_product_is_the_fisher_information_of_equaltokens(self, examples):
         """Exact for one example of one row, and for several whose inputs are the same up to sign."""
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 3))
@@ -278,26 +254,26 @@ class TestKroneckerFactors:
         fisher = collect_fisher(model, [x], loss=loss)["0"]
         assert (outputs.trace() * inputs.trace() / fisher.sum()).item() == pytest.approx(1, abs=0.03)
 
-    def test_layers_may_merge_examples_and_tokens(self):
+    def test_layers_may_merge_examples_andtokens(self):
         torch.manual_seed(0)
         model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 5, 4)
         merged = collect_kronecker(model, [x], loss=lambda m, b: m(b.view(-1, 4)).square().view(2, -1).sum(dim=1))
-        apart = collect_kronecker(model, [x], loss=_squared)
+        apart = collect_kronecker(model, [x], loss=squared)
         for found, expected in zip(merged["0"], apart["0"], strict=True):
             torch.testing.assert_close(found, expected)
 
     def test_progress_counts_examples(self):
         seen = []
-        collect_kronecker(MODELS["mlp"](), [torch.ones(2, 4), torch.ones(3, 4)], loss=_squared, progress=seen.append)
+        collect_kronecker(MODELS["mlp"](), [torch.ones(2, 4), torch.ones(3, 4)], loss=squared, progress=seen.append)
         assert seen == [2, 5]
 
     def test_it_works_where_gradients_are_switched_off(self):
         torch.manual_seed(0)
         model, data = MODELS["mlp"](), torch.randn(3, 4)
-        expected = collect_kronecker(model, [data], loss=_squared)
+        expected = collect_kronecker(model, [data], loss=squared)
         for off in (torch.no_grad, torch.inference_mode):
             with off():
-                found = collect_kronecker(model, [data], loss=_squared)
+                found = collect_kronecker(model, [data], loss=squared)
             assert all(torch.equal(a, b) for name in found for a, b in zip(found[name], expected[name], strict=True))
 
     def test_an_input_that_is_not_finite_is_refused_though_the_loss_is(self):
@@ -311,15 +287,15 @@ class TestKroneckerFactors:
             collect_kronecker(model, [torch.ones(1, 4)], loss=lambda model, x: (model(x) * 1e25).sum(dim=1))
 
     def test_a_loss_of_no_dimensions_is_refused(self):
-        with pytest.raises(InvalidArgumentError, match="one number per example"):
+        with pytest.raises(InvalidArgumentError, match=r"loss.*\(\)"):
             collect_kronecker(MODELS["mlp"](), [torch.ones(2, 4)], loss=lambda model, x: model(x).sum())
 
     def test_a_loss_that_is_not_finite_is_refused(self):
-        with pytest.raises(NonFiniteError, match="after the first 2"):
+        with pytest.raises(NonFiniteError, match=r"loss.*examples 2 to 2"):
             collect_kronecker(
                 MODELS["mlp"](),
                 [torch.ones(2, 4), torch.ones(1, 4)],
-                loss=lambda m, x: _squared(m, x).log() / (len(x) - 1),
+                loss=lambda m, x: squared(m, x).log() / (len(x) - 1),
             )
 
 
@@ -330,7 +306,7 @@ def _gram(model, batches):
 def _kronecker(model, batches):
     return {
         f"{name}.{which}": moment
-        for name, moments in collect_kronecker(model, batches, loss=_squared).items()
+        for name, moments in collect_kronecker(model, batches, loss=squared).items()
         for which, moment in zip(("outputs", "inputs"), moments, strict=True)
     }
 
@@ -355,48 +331,35 @@ class TestBoth:
         torch.testing.assert_close(found[name], data.T @ data / 50, rtol=1e-5, atol=1e-6)
 
     def test_no_batches_are_refused(self, collect):
-        with pytest.raises(InvalidArgumentError, match="at least one batch"):
+        with pytest.raises(InvalidArgumentError, match="batches"):
             collect(MODELS["mlp"](), [])
 
     def test_a_layer_that_is_never_used_is_refused_by_name(self, collect):
         model = MODELS["mlp"]()
         model[2].spare = nn.Linear(2, 2)
-        with pytest.raises(InvalidArgumentError, match=r"'2\.spare' never saw an input"):
+        with pytest.raises(InvalidArgumentError, match=r"include.*'2\.spare'"):
             collect(model, [torch.ones(1, 4)])
 
     def test_inputs_that_are_not_finite_are_refused_by_name(self, collect):
         for bad in (float("nan"), float("inf"), 1e30):
             model = nn.Sequential(nn.Tanh(), nn.Linear(4, 3), nn.Threshold(1e9, bad), nn.Linear(3, 2))
-            with pytest.raises(NonFiniteError, match=r"'3' holds NaN|loss of an example"):
+            with pytest.raises(NonFiniteError, match=r"input of '3'|loss"):
                 collect(model, [torch.ones(1, 4)])
 
     def test_nothing_is_left_behind(self, collect):
-        model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, 3)).train()
-        model[1].eval()
-        model[0].weight.requires_grad = False
-        model[3].weight.grad = torch.full((3, 6), 7.0)
-        before = _state(model)
+        model = mixed_state_model()
+        before = state_of(model)
         collect(model, [torch.randn(5, 4)])
-        assert _state(model) == before
+        assert state_of(model) == before
         with pytest.raises(NonFiniteError):
             collect(model, [torch.randn(5, 4), torch.full((1, 4), float("nan"))])
-        assert _state(model) == before
+        assert state_of(model) == before
 
 
-def _state(model) -> dict:
-    return {
-        "flags": [p.requires_grad for p in model.parameters()],
-        "modes": [m.training for m in model.modules()],
-        "grads": [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
-        "values": {name: tensor.tolist() for name, tensor in model.state_dict().items()},
-        "hooks": [len(m._forward_hooks) for m in model.modules()],
-    }
-
-
-@pytest.mark.parametrize("collect", [collect_gram, lambda *a, **k: collect_kronecker(*a, loss=_squared, **k)])
+@pytest.mark.parametrize("collect", [collect_gram, lambda *a, **k: collect_kronecker(*a, loss=squared, **k)])
 def test_include_and_exclude_select_layers(collect):
     model = MODELS["mlp"]()
     assert list(collect(model, [torch.ones(1, 4)], include="2")) == ["2"]
     assert list(collect(model, [torch.ones(1, 4)], exclude="2")) == ["0"]
-    with pytest.raises(InvalidArgumentError, match="matches"):
+    with pytest.raises(InvalidArgumentError, match=r"include.*nothing"):
         collect(model, [torch.ones(1, 4)], include="nothing")

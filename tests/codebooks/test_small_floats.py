@@ -49,12 +49,21 @@ def test_all_codes_but_one_zero_are_finite_levels(fields):
     assert (codebook.levels[-1], codebook.levels[len(codebook) // 2]) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("exponent", "mantissa"), [(0, 3), (8, 0), (2, -1), (2, 7), (4, 4), (2.0, 1), (True, 1), (2, None)]
-)
-def test_other_fields_are_refused(exponent, mantissa):
-    with pytest.raises(InvalidArgumentError, match=r"exponent of|mantissa of|more than 8 bits"):
+@pytest.mark.parametrize(("exponent", "mantissa"), [(0, 3), (8, 0), (2.0, 1), (True, 1)])
+def test_exponents_out_of_range_are_refused(exponent, mantissa):
+    with pytest.raises(InvalidArgumentError, match=f"^exponent_bits .*got {exponent}"):
         small_float(exponent, mantissa)
+
+
+@pytest.mark.parametrize("mantissa", [-1, 7, None])
+def test_mantissas_out_of_range_are_refused(mantissa):
+    with pytest.raises(InvalidArgumentError, match=f"^mantissa_bits .*got {mantissa}"):
+        small_float(2, mantissa)
+
+
+def test_more_than_eight_bits_together_are_refused():
+    with pytest.raises(InvalidArgumentError, match=r"exponent_bits and mantissa_bits .*got 4 and 4"):
+        small_float(4, 4)
 
 
 def test_fp4_is_e2m1():

@@ -219,14 +219,14 @@ def test_a_unit_gram_changes_nothing(w):
 
 
 @pytest.mark.parametrize("method", [qera, cloq])
-def test_grams_that_do_not_fit_are_refused(w, method):
+def test_grams_of_another_size_are_refused(w, method):
     with pytest.raises(InvalidArgumentError, match="does not fit the columns"):
         method(w, FMT, RANK, gram=np.eye(COLUMNS + 1))
     with pytest.raises(UnsupportedArrayError, match="array"):
         method(w, FMT, RANK, gram=[1.0] * COLUMNS)
 
 
-def test_a_diagonal_is_no_gram_for_error_feedback(w):
+def test_error_feedback_refuses_a_diagonal_gram(w):
     with pytest.raises(InvalidArgumentError, match="is square"):
         cloq(w, FMT, RANK, gram=np.ones(COLUMNS))
     with pytest.raises(InvalidArgumentError, match="do not fit"):
@@ -234,7 +234,7 @@ def test_a_diagonal_is_no_gram_for_error_feedback(w):
 
 
 @pytest.mark.parametrize("method", [loftq, pissa])
-def test_there_is_at_least_one_iteration(w, method):
+def test_fewer_than_one_iteration_is_refused(w, method):
     with pytest.raises(InvalidArgumentError, match="max_iter is at least 1"):
         method(w, FMT, RANK, iterations=0)
 

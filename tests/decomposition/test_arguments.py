@@ -44,7 +44,7 @@ def test_a_scale_out_of_range_names_the_matrix():
 
 
 @pytest.mark.parametrize("weighting", [np.ones((2, 2)), "fisher"])
-def test_what_is_no_weighting_is_refused(weighting):
+def test_other_types_than_weightings_are_refused(weighting):
     with pytest.raises(InvalidArgumentError, match="A weighting is one of"):
         decompose(matrix(), FMT, 1, weighting=weighting)
 
@@ -102,18 +102,18 @@ def test_integers_of_numpy_are_integers(xp):
         decompose(w, FMT, np.True_)
 
 
-def test_a_format_is_no_text():
+def test_a_format_as_text_is_refused():
     with pytest.raises(InvalidArgumentError, match="A format is a BlockFormat"):
         decompose(matrix(), "nf3/16:float32", 4)
 
 
-def test_a_rank_beyond_the_matrix_hints_at_the_option():
+def test_a_rank_above_the_limit_mentions_clip_rank():
     with pytest.raises(InvalidArgumentError, match="clip_rank=True pads the factors with zeros beyond 32"):
         decompose(matrix(), FMT, 33)
     with pytest.raises(InvalidArgumentError, match=r"is no int from 0 to 32\."):
         decompose(matrix(), FMT, -1, clip_rank=True)
 
 
-def test_what_is_no_array_is_refused():
+def test_other_types_than_arrays_are_refused():
     with pytest.raises(UnsupportedArrayError, match="Expected a NumPy, torch, CuPy or array API array, got list"):
         decompose([[1.0]], FMT, 0)

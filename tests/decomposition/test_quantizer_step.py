@@ -11,7 +11,7 @@ from tests.decomposition.cases import FMT, SMALL, contents, matrix, residual_of,
 from tests.strategies import host, on, stored
 
 
-def test_a_callable_is_given_what_it_returned_for_the_iterate_that_is_gone_on_from(xp):
+def test_a_callable_receives_its_result_for_the_iterate_continued_from(xp):
     calls = []
 
     def step(target, previous):
@@ -26,14 +26,14 @@ def test_a_callable_is_given_what_it_returned_for_the_iterate_that_is_gone_on_fr
     assert contents(d) == contents(decompose(on(xp, w), FMT, 6, max_iter=4))
 
 
-def test_a_callable_may_use_a_format_of_its_own():
+def test_a_callable_may_use_another_format():
     fmt = BlockFormat.parse("nf4/8:float32")
     d = decompose(matrix(), FMT, 4, quantizer=lambda target, _: quantize(target, fmt), max_iter=3)
     assert d.quantized.format == fmt
     assert contents(d) == contents(decompose(matrix(), fmt, 4, max_iter=3))
 
 
-def test_a_worse_quantizer_never_takes_the_place_of_a_better_one():
+def test_a_worse_quantizer_never_replaces_a_better_result():
     # The first call is the only good one: quantization alone and one SVD of its residual.
     calls = []
 
@@ -104,7 +104,7 @@ def test_error_feedback_needs_a_gram():
 @pytest.mark.parametrize(
     "bad", [lambda w, _: w, lambda *_: None, lambda w, _: (w, w)], ids=["an array", "nothing", "two arrays"]
 )
-def test_what_is_no_quantized_array_is_refused(bad):
+def test_other_results_of_a_quantizer_are_refused(bad):
     with pytest.raises(InvalidArgumentError, match=r"quantizer returned .* of shape \(24, 16\)"):
         decompose(matrix(0, *SMALL), FMT, 2, quantizer=bad)
 

@@ -51,13 +51,13 @@ def test_the_scaling_does_not_change_what_is_approximated(xp, scaling):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
-def test_other_dtypes_are_taken(dtype):
+def test_other_dtypes_are_accepted(dtype):
     d = decompose(matrix().astype(dtype), FMT, 4, max_iter=3)
     assert d.lora_A.dtype == d.lora_B.dtype == np.float32
     assert d.relative_error == pytest.approx(decompose(matrix(), FMT, 4, max_iter=3).relative_error, rel=0.02)
 
 
-def test_double_quantization_is_taken(xp):
+def test_double_quantization_works(xp):
     d = decompose(on(xp, matrix()), BlockFormat.parse("nf3/16:u8/8:float32"), 4, max_iter=3)
     assert d.relative_error < d.errors[0]
 

@@ -37,7 +37,7 @@ def test_it_stops_when_the_error_stops_falling():
     assert lowest[-4] - lowest[-1] < 0.01 * lowest[-1]
 
 
-def test_it_stops_when_the_callback_says_so():
+def test_it_stops_when_the_callback_returns_true():
     seen = []
 
     def watch(iteration, error):
@@ -59,7 +59,7 @@ def test_a_callback_that_only_watches_changes_nothing(answer):
     )
 
 
-def test_what_a_callback_raises_comes_through():
+def test_an_exception_of_a_callback_propagates():
     def interrupt(iteration, error):
         raise KeyboardInterrupt
 
@@ -84,7 +84,7 @@ def test_without_a_tolerance_extrapolation_stops_where_a_plain_step_fails(seed):
         assert len(d.errors) == 62
 
 
-def test_no_error_is_the_end():
+def test_it_stops_at_zero_error():
     rng = np.random.default_rng(0)
     levels = dequantize(quantize(rng.standard_normal(SMALL).astype(np.float32), FMT))
     d = decompose(levels, FMT, 4, init="quantize", rtol=0.0, max_iter=50)
@@ -93,7 +93,7 @@ def test_no_error_is_the_end():
     assert len(d.errors) < 10
 
 
-def test_it_stops_when_the_time_is_up():
+def test_it_stops_at_the_time_limit():
     seen = []
     d = decompose(matrix(), FMT, 4, time_limit=0.02, rtol=0.0, callback=lambda *_: seen.append(time.sleep(0.03)))
     assert d.stop_reason == "time_limit"

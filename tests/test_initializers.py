@@ -220,22 +220,22 @@ def test_a_unit_gram_changes_nothing(w):
 
 @pytest.mark.parametrize("method", [qera, cloq])
 def test_grams_of_another_size_are_refused(w, method):
-    with pytest.raises(InvalidArgumentError, match="does not fit the columns"):
+    with pytest.raises(InvalidArgumentError, match=r"^gram .*column"):
         method(w, FMT, RANK, gram=np.eye(COLUMNS + 1))
     with pytest.raises(UnsupportedArrayError, match="array"):
         method(w, FMT, RANK, gram=[1.0] * COLUMNS)
 
 
 def test_error_feedback_refuses_a_diagonal_gram(w):
-    with pytest.raises(InvalidArgumentError, match="is square"):
+    with pytest.raises(InvalidArgumentError, match=r"(?i)^gram .*square"):
         cloq(w, FMT, RANK, gram=np.ones(COLUMNS))
-    with pytest.raises(InvalidArgumentError, match="do not fit"):
+    with pytest.raises(InvalidArgumentError, match=r"^col .*column.*got"):
         qera(w, FMT, RANK, gram=np.ones(COLUMNS + 1))
 
 
 @pytest.mark.parametrize("method", [loftq, pissa])
 def test_fewer_than_one_iteration_is_refused(w, method):
-    with pytest.raises(InvalidArgumentError, match="max_iter is at least 1"):
+    with pytest.raises(InvalidArgumentError, match=r"^max_iter .*got 0"):
         method(w, FMT, RANK, iterations=0)
 
 

@@ -1,4 +1,4 @@
-"""Matrices to decompose, weights for them, and the two steps of the alternation on the host."""
+"""Matrices, importance and host versions of the two steps of the alternation, for the tests of decompositions."""
 
 from __future__ import annotations
 

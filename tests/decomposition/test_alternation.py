@@ -1,4 +1,4 @@
-"""The alternation itself: against its restatement, and never worse than what it starts from."""
+"""The alternation: equal to its oracle, and never worse than its start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must not matter: the run, the thread, the library, the memory layout, the order, the unit."""
+"""Invariance of a decomposition to the run, threads, library, memory layout, order of rows, and scale of the matrix."""
 
 from __future__ import annotations
 

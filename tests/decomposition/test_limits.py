@@ -1,4 +1,4 @@
-"""Rank zero, full rank, zeros, nothing."""
+"""Limiting cases of a decomposition: rank zero, full rank, matrices of zeros, empty matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How what the low-rank part leaves is quantized: to nearest, with fits, with error feedback, by one's own function."""
+"""Quantizer step of a decomposition: nearest rounding, fits, error feedback, and callables."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_first_entry_of_error_feedback_is_that_of_gptq(fit):
 
 def test_error_feedback_needs_a_gram():
     for kind in ("uniform", "row-column", "elementwise"):
-        with pytest.raises(InvalidArgumentError, match="it needs a weighting that has one"):
+        with pytest.raises(InvalidArgumentError, match=r"^quantizer='gptq' .*InputGram"):
             decompose(matrix(0, *SMALL), FMT, 2, weighting=small_case(kind).on(np), quantizer="gptq")
 
 
@@ -105,12 +105,12 @@ def test_error_feedback_needs_a_gram():
     "bad", [lambda w, _: w, lambda *_: None, lambda w, _: (w, w)], ids=["an array", "nothing", "two arrays"]
 )
 def test_other_results_of_a_quantizer_are_refused(bad):
-    with pytest.raises(InvalidArgumentError, match=r"quantizer returned .* of shape \(24, 16\)"):
+    with pytest.raises(InvalidArgumentError, match=r"^quantizer .*\(24, 16\), got"):
         decompose(matrix(0, *SMALL), FMT, 2, quantizer=bad)
 
 
 def test_a_quantized_array_of_another_shape_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"quantizer returned .* of shape \(24, 16\)"):
+    with pytest.raises(InvalidArgumentError, match=r"^quantizer .*\(24, 16\), got"):
         decompose(matrix(0, *SMALL), FMT, 2, quantizer=lambda w, _: quantize(w[:-1], FMT))
 
 

@@ -1,4 +1,4 @@
-"""What is returned: the best pair, its error, its factors as an adapter holds them, and their exact size."""
+"""Result of a decomposition: the best iterate, its error, its factors as an adapter holds them, its exact size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting an alternation from a low-rank part that is given."""
+"""Decomposition from a given low-rank part (``start=``)."""
 
 from __future__ import annotations
 

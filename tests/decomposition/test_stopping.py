@@ -1,4 +1,4 @@
-"""Why an alternation stops."""
+"""Stopping rules of the alternation."""
 
 from __future__ import annotations
 

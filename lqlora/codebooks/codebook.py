@@ -139,7 +139,8 @@ def _check_levels(values: npt.NDArray[np.float32]) -> None:
     if not increasing.all():
         index = int(np.flatnonzero(~increasing)[0])
         raise InvalidArgumentError(
-            f"levels must strictly increase in float32, got {values[index]} before {values[index + 1]} at index {index}."
+            f"levels must strictly increase in float32, got {values[index]} before {values[index + 1]} "
+            f"at index {index}."
         )
 
 

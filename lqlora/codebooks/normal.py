@@ -17,8 +17,9 @@ def normal_float(bits: int) -> Codebook:
     """Return NormalFloat for a number of bits, by LQ-LoRA's rule.
 
     The levels are quantiles of the standard normal distribution, divided by the largest so that they end at -1 and 1.
-    There are ``2**(bits - 1)`` equally spaced probabilities up to one half and ``2**(bits - 1) + 1`` from there on;
-    both lists share the zero at one half. The outermost probability is 0.9677083 for every number of bits.
+    The rule takes ``2**(bits - 1)`` equally spaced probabilities from ``1 - 0.9677083`` to one half, and
+    ``2**(bits - 1) + 1`` from one half to 0.9677083. Both lists contain one half, whose quantile is zero and is kept
+    once. The number 0.9677083 is the same for every number of bits.
 
     Parameters
     ----------

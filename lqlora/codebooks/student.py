@@ -17,9 +17,9 @@ _USUAL_DF = 5
 
 @functools.lru_cache(maxsize=None, typed=True)
 def student_float(bits: int, df: int = _USUAL_DF) -> Codebook:
-    """Return Student float, NormalFloat with the quantiles of the Student t distribution.
+    """Return Student float: the construction of NormalFloat with quantiles of the Student t distribution.
 
-    The t distribution has heavier tails, so the levels are denser near zero. They suit weights with outliers.
+    Its tails are heavier than normal, so the levels are denser near zero. Use it for weights with outliers.
 
     Parameters
     ----------

@@ -23,7 +23,8 @@ def checked_matrix(w: Array, name: str) -> Array:
     matrix = ops.widen(w, name)
     if len(matrix.shape) != 2:
         raise InvalidArgumentError(
-            f"{name} must have two dimensions, got shape {tuple(matrix.shape)}. Use decompose_stack for stacks of matrices."
+            f"{name} must have two dimensions, got shape {tuple(matrix.shape)}. "
+            "Use decompose_stack for stacks of matrices."
         )
     ops.require_finite(matrix, name)
     return matrix

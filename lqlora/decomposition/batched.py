@@ -78,8 +78,8 @@ def decompose_stack(
 ) -> DecompositionStack:
     """Decompose each matrix of a stack independently, several at a time.
 
-    The result equals that of :func:`lqlora.decompose` for each matrix. The stacked arrays can be stored and multiplied as
-    one.
+    The result equals that of :func:`lqlora.decompose` for each matrix. The stacked arrays can be stored and multiplied
+    as one.
 
     Parameters
     ----------

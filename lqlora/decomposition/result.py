@@ -37,12 +37,13 @@ class Decomposition:
     best : int
         Index into ``errors`` of the returned iterate.
     stop_reason : {"converged", "max_iter", "target", "time_limit", "rank_zero", "callback"}
-        Reason why the alternation ended. ``"rank_zero"`` means that there was no alternation: rank 0 or ``init="zero"``.
+        Reason why the alternation ended. ``"rank_zero"`` means that there was no alternation: rank 0 or
+        ``init="zero"``.
     squared_error : float
         Weighted squared norm of the residual, not normalized.
     factors : tuple of QuantizedArray, optional
-        ``lora_A`` and ``lora_B`` in quantized form, if ``factor_format`` was given. The arrays ``lora_A`` and ``lora_B``
-        are then their decoded values.
+        ``lora_A`` and ``lora_B`` in quantized form, if ``factor_format`` was given. The arrays ``lora_A`` and
+        ``lora_B`` are then their decoded values.
     """
 
     quantized: QuantizedArray

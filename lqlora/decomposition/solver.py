@@ -1,7 +1,7 @@
 r"""The alternating solver of ``W ≈ Q + B A``: quantize ``W - B A``, approximate ``W - Q`` by low rank, and repeat.
 
-LQ-LoRA, LoftQ and their relatives are options of this one loop: the start, the norm, the quantizer and the stopping rule.
-Each iterate ends with the low-rank step, so that its factors are the best for its own ``Q``. The best iterate is
+LQ-LoRA, LoftQ and their relatives are options of this one loop: the start, the norm, the quantizer and the stopping
+rule. Each iterate ends with the low-rank step, so that its factors are the best for its own ``Q``. The best iterate is
 returned, not the last.
 """
 
@@ -78,8 +78,9 @@ def decompose(
 ) -> Decomposition:
     r"""Split a matrix into a quantized part and a low-rank part, by alternating between the two.
 
-    The default options are LQ-LoRA with extrapolation; :mod:`lqlora.initializers` has the methods of papers by name. Use :func:`lqlora.decompose_stack` for several matrices in one array, and
-    :func:`lqlora.nn.quantize_model` for a whole torch model.
+    The default options are LQ-LoRA with extrapolation; :mod:`lqlora.initializers` has the methods of papers by name.
+    Use :func:`lqlora.decompose_stack` for several matrices in one array, and :func:`lqlora.nn.quantize_model` for a
+    whole torch model.
 
     Parameters
     ----------
@@ -110,10 +111,11 @@ def decompose(
         Rule that chooses scales and levels, see :func:`lqlora.quantize`. Squared errors are weighted by the importance
         of single entries. From the second iterate on, a fit starts from the scales and levels of the iterate before.
     extrapolation : float, optional
-        Multiple of the last change of the low-rank part that is added to it before it is subtracted for the next
-        quantization, 0 to 1. When the error rises it is halved, and the alternation continues from the best iterate.
-        0 is the plain alternation of the papers, which always continues from the last iterate. The default is 0.95 for
-        nearest rounding with a fit. Otherwise it is 0.75, or 0 if quantization alone leaves a relative error above 0.3.
+        Momentum of the alternation, 0 to 1. Before each quantization, this multiple of the last change of the low-rank
+        part is added to it. When the error rises the momentum is halved, and the alternation continues from the best
+        iterate. 0 is the plain alternation of the papers, which always continues from the last iterate. The default is
+        0.95 for nearest rounding with a fit. Otherwise it is 0.75, or 0 if quantization alone leaves a relative error
+        above 0.3.
     max_iter : int, default 100
         Largest number of iterations, at least 1.
     rtol : float, default 1e-3
@@ -154,10 +156,11 @@ def decompose(
 
     Notes
     -----
-    The alternation lowers :math:`\lVert W - Q - BA \rVert` over :math:`Q` and :math:`BA` in turns. Plain alternation takes
-    many short steps: the change of :math:`BA` keeps its direction from iterate to iterate. Quantizing
-    :math:`W - B_k A_k - \beta (B_k A_k - B_{k-1} A_{k-1})` instead needs an eighth to a third of the iterations, and ends
-    at a lower error (``experiments/alternation.py``). Each low-rank step starts from the subspace of the previous one.
+    The alternation lowers :math:`\lVert W - Q - BA \rVert` over :math:`Q` and :math:`BA` in turns. Plain alternation
+    takes many short steps: the change of :math:`BA` keeps its direction from iterate to iterate. Quantizing
+    :math:`W - B_k A_k - \beta (B_k A_k - B_{k-1} A_{k-1})` instead needs an eighth to a third of the iterations, and
+    ends at a lower error (``experiments/alternation.py``). Each low-rank step starts from the subspace of the previous
+    one.
 
     References
     ----------
@@ -251,7 +254,8 @@ def _iterates(
         return
     if isinstance(kept, int):
         kept = goal.weighting.low_rank(goal.matrix, kept, seed=goal.seed)
-    # Start the subspace iteration from the SVD of the matrix if that has the rank of the steps, else from the safeguard.
+    # Start the subspace iteration from the SVD of the matrix if that has the rank of the steps, else from the
+    # safeguard.
     previous = kept if kept.basis is not None and kept.left.shape[1] == goal.rank else step
     yield from _alternate(goal, kept, _Iterate(first, previous, math.inf), max_iter, extrapolation)
 
@@ -281,8 +285,8 @@ def _alternate(
     #     Q_{k+1} = quantize(W - P_k - beta (P_k - P_{k-1})),    P_{k+1} = low_rank(W - Q_{k+1}).
     # Codes are coarse, so most of them stay when P moves a little, and Q takes up most of the move: the changes
     # P_k - P_{k-1} are short and nearly parallel. The term with beta repeats the last change, as momentum does.
-    # Only the target of the quantizer is extrapolated. The low-rank step is exact for its Q, so every iterate is an
-    # ordinary pair with an ordinary error, and the safeguard can compare errors.
+    # Only the target of the quantizer is extrapolated, never the low-rank part itself. Every iterate is therefore an
+    # ordinary pair whose factors belong to its Q, and the safeguard can compare errors.
     #
     # Safeguard: `kept` and `best` move only when the error falls below the best. After a failure the momentum is
     # dropped (former = None), so the next step is a plain one from the best iterate, and beta is halved for later.

@@ -32,8 +32,8 @@ def require_importance(importance: Array, name: str) -> None:
     xp = namespace(importance)
     if bool(xp.any(importance < 0)):
         raise InvalidArgumentError(
-            f"{name} must not be negative, got {float(xp.min(importance))!r}. Pass mean squares, such as the diagonal of "
-            "the Fisher information."
+            f"{name} must not be negative, got {float(xp.min(importance))!r}. "
+            "Pass mean squares, such as the diagonal of the Fisher information."
         )
 
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AbstractWeighting", "LowRankStep", "ScaledWeighting", "balanced", "unit_of"]
 
-#: A truncated SVD leaves ``||M||**2 - sum(s**2)``. In float32 this difference is exact to 2e-7 of ``||M||**2``, so that
-#: it has no digits left where the rest is small. Below this share of the whole the residual is formed and measured. In a
-#: matrix of 2**18 entries or more rounding errors average out: the difference is exact to 1e-8.
+#: A truncated SVD leaves ``||M||**2 - sum(s**2)``. In float32 this difference is exact to 2e-7 of ``||M||**2``, which
+#: is no digit of a small rest. Below this share of the whole the residual is formed and measured instead. In a matrix
+#: of 2**18 entries or more rounding errors average out, and the difference is exact to 1e-8.
 _CANCELLED, _CANCELLED_IN_LARGE, _LARGE = 0.1, 1e-3, 2**18
 
 
@@ -44,7 +44,7 @@ class LowRankStep(NamedTuple):
 class AbstractWeighting(abc.ABC):
     """Norm in which :func:`lqlora.decompose` measures errors.
 
-    Derive from this class, or from :class:`ScaledWeighting`, to add a norm. Do not derive from the norms of this package.
+    Derive from this class, or from :class:`ScaledWeighting`, to add a norm. The norms of this package are final.
     """
 
     #: True if all importance was zero. Entries then have equal importance, but an allocation counts no error for them.
@@ -100,7 +100,7 @@ class AbstractWeighting(abc.ABC):
     def low_rank(
         self, residual: Array, rank: int, *, previous: LowRankStep | None = None, seed: int = 0
     ) -> LowRankStep:
-        """Return the low-rank approximation of a residual with the least error in this norm.
+        """Return a low-rank approximation of a residual: the best one in this norm, if that has a closed form.
 
         Parameters
         ----------
@@ -124,7 +124,8 @@ class ScaledWeighting(AbstractWeighting):
     r"""Norm of the form :math:`\lVert A E C \rVert_F` with invertible matrices A and C.
 
     The best low-rank approximation has a closed form: the truncated SVD of the mapped residual, mapped back (Eckart and
-    Young 1936). A subclass defines the map, with entries of about one, and the factor ``_factor`` for its unit.
+    Young 1936). A subclass defines the map, scaled so that its entries are about one. The attribute ``_factor``
+    restores the scale of the squared norm.
     """
 
     # With Y = A X C,  || A (E - X) C ||_F = || A E C - Y ||_F,  and X has the rank of Y because A and C are invertible.
@@ -160,6 +161,8 @@ class ScaledWeighting(AbstractWeighting):
         mapped = self._map(residual)
         svd = ops.subspace_svd(mapped, rank, seed=seed, start=None if previous is None else previous.basis)
         left, right = balanced(*self._factors(svd, residual))
+        # The rows of svd.right are orthogonal and have the singular values as norms, so that
+        # ||M - M_r||**2 = ||M||**2 - ||right||**2.
         total = ops.sum_of_squares(mapped)
         rest = total - ops.sum_of_squares(svd.right)
         if rest < (_CANCELLED if math.prod(mapped.shape) < _LARGE else _CANCELLED_IN_LARGE) * total:
@@ -183,8 +186,8 @@ def unit_of(residual: Array) -> float:
     float
         Power of four near the largest magnitude; 1 if that is between ``2**-40`` and ``2**40``.
     """
-    # If E / 4**k = L R, then E = (2**k L) (2**k R): the root of a power of four is a power of two, so both factors carry
-    # their half of the unit without rounding. Scaling a residual by 4**k then changes no digit of the result.
+    # If E / 4**k = L R, then E = (2**k L) (2**k R): the root of a power of four is a power of two, so both factors
+    # carry their half of the unit without rounding. Scaling a residual by 4**k then changes no digit of the result.
     if not min(residual.shape):
         return 1.0
     xp = namespace(residual)
@@ -208,9 +211,8 @@ def power_of_four(size: float, tolerance: float) -> float:
     """
     if size == 0.0 or 1 / tolerance < size < tolerance:
         return 1.0
-    return 4.0 ** min(
-        max(round(math.log(size, 4)), -63), 63
-    )  # float32 holds these and their reciprocals as normal numbers
+    # float32 holds 4**-63, 4**63 and their reciprocals as normal numbers.
+    return 4.0 ** min(max(round(math.log(size, 4)), -63), 63)
 
 
 def balanced(left: Array, right: Array) -> tuple[Array, Array]:

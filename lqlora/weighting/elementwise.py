@@ -54,9 +54,10 @@ class Elementwise(AbstractWeighting):
     -----
     The best low-rank approximation in this norm has no closed form, and finding it is NP-hard (Gillis and Glineur
     2011). The step starts from the best approximation for the surrogate :meth:`RowColumn.from_fisher`, or from the
-    factors of the previous iterate, and lowers the true norm. With one factor fixed, each row of the other is a separate
-    least-squares problem; conjugate gradients (Hestenes and Stiefel 1952) work on all of them at once. Errors of entries
-    of zero importance are ignored. A row of zeros keeps the factors of the surrogate, whose importance has a floor.
+    factors of the previous iterate, and lowers the true norm. With one factor fixed, each row of the other is a
+    separate least-squares problem; conjugate gradients (Hestenes and Stiefel 1952) work on all of them at once. Errors
+    of entries of zero importance are ignored. A row of zeros keeps the factors of the surrogate, whose importance has a
+    floor.
 
     Examples
     --------
@@ -115,10 +116,10 @@ class Elementwise(AbstractWeighting):
         return LowRankStep(left, right, start.basis, self.squared_norm(residual - left @ right))
 
     def _swept(self, residual: Array, left: Array, right: Array) -> tuple[Array, Array]:
-        """Return the factors after the sweeps, balanced."""
-        # The factor that is fixed is made orthonormal first: right = T^T Q^T by QR, so left @ right = (left @ T^T) @ Q^T.
-        # The normal equations of row i are then Q^T diag(F_i) Q, whose eigenvalues lie between the smallest and the
-        # largest importance of the row: their condition does not depend on the singular values of the factors.
+        """Return the factors after the sweeps, balanced, in the units of the residual."""
+        # The factor that is fixed is made orthonormal first: right = T^T Q^T by QR, so left @ right = (left @ T^T) @
+        # Q^T. The normal equations of row i are then Q^T diag(F_i) Q, whose eigenvalues lie between the smallest and
+        # the largest importance of the row: their condition does not depend on the singular values of the factors.
         xp = namespace(residual, self.weights)
         unit = unit_of(residual)
         importance = xp.astype(self.weights / self._unit, residual.dtype)
@@ -139,8 +140,9 @@ def _solved(target: Array, importance: Array, factor: Array, other: Array) -> Ar
     """Return a factor that lowers ``sum(importance * (target - factor @ other)**2)``, ``other`` held fixed."""
     # Row f of the factor solves the normal equations  f N = t diag(F) A^T  with N = A diag(F) A^T, A = other, and t and
     # F the rows of target and importance. N is never formed: f N is ((F * (f A)) A^T), two products for all rows
-    # together. Each row runs its own preconditioned conjugate gradients (step, progress and ratio are columns, one number
-    # for each row), with the diagonal of N as preconditioner. Every step lowers the error of every row, or leaves it.
+    # together. Each row runs its own preconditioned conjugate gradients (step, progress and ratio are columns, one
+    # number for each row), with the diagonal of N as preconditioner. Every step lowers the error of every row, or
+    # leaves it.
     xp = namespace(target)
     back = xp.matrix_transpose(other)
     diagonal = importance @ (back * back)

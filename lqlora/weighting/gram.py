@@ -29,8 +29,8 @@ class _Root(NamedTuple):
 class InputGram(ScaledWeighting):
     r"""Second moment of the inputs: the squared norm is :math:`\operatorname{tr}(E R E^\top)`.
 
-    This is the mean squared error at the outputs of a layer, :math:`\mathbb{E} \lVert E x \rVert^2`, over the inputs that
-    ``R`` was collected from.
+    This is the mean squared error at the outputs of a layer, :math:`\mathbb{E} \lVert E x \rVert^2`, over the inputs
+    that ``R`` was collected from.
 
     Parameters
     ----------
@@ -55,9 +55,9 @@ class InputGram(ScaledWeighting):
     Notes
     -----
     The low-rank step is exact. With :math:`R = C C^\top`, and :math:`U` the leading left singular vectors of
-    :math:`E C`, the best approximation is :math:`U U^\top E`. QERA (arXiv 2410.06040, theorem 1) writes the same optimum
-    with the symmetric root of :math:`R` and its inverse, which are not needed. CLoQ (arXiv 2501.18475) and EoRA (arXiv
-    2410.21271) have the same optimum.
+    :math:`E C`, the best approximation is :math:`U U^\top E`. QERA (arXiv 2410.06040, theorem 1) writes the same
+    optimum with the symmetric root of :math:`R` and its inverse, which are not needed. CLoQ (arXiv 2501.18475) and EoRA
+    (arXiv 2410.21271) have the same optimum.
 
     Examples
     --------
@@ -215,9 +215,9 @@ def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
 
 def _root_of(gram: Array, damping: float, name: str, dtype: object) -> _Root:
     """Return the Cholesky root of a damped Gram matrix of float64, in a unit that brings its entries to about one."""
-    # R + damping * mean(diag R) * I = unit * C C^T, with a power of four as unit: its root is exact, and C keeps entries
-    # of about one in float32 however large the inputs were. A semidefinite R becomes definite by the damping; an
-    # eigenvalue below -damping * mean(diag R) makes the factorization fail.
+    # R + damping * mean(diag R) * I = unit * C C^T, with a power of four as unit: its root is exact, and C keeps
+    # entries of about one in float32 however large the inputs were. A semidefinite R becomes definite by the damping;
+    # an eigenvalue below -damping * mean(diag R) makes the factorization fail.
     xp = namespace(gram)
     diagonal = xp.linalg.diagonal(gram)
     mean = float(xp.mean(diagonal))
@@ -225,10 +225,7 @@ def _root_of(gram: Array, damping: float, name: str, dtype: object) -> _Root:
     added = xp.eye(gram.shape[0], dtype=gram.dtype, device=device_of(gram)) * (damping * mean / unit)
     try:
         lower = xp.linalg.cholesky(gram / unit + added)
-    except (
-        ValueError,
-        RuntimeError,
-    ):  # LinAlgError of NumPy and of torch; other libraries return values that are not finite
+    except (ValueError, RuntimeError):  # LinAlgError of NumPy, of torch; other libraries return NaN or infinity
         lower = xp.full_like(gram, float("nan"))
     if mean <= 0 or not bool(xp.all(xp.isfinite(lower))):
         raise InvalidArgumentError(

@@ -68,7 +68,7 @@ def test_unknown_names_are_refused(name):
 
 
 def test_the_message_for_an_unknown_name_lists_the_families():
-    with pytest.raises(FormatError, match=r"^Unknown codebook 'what': known names are nf2…nf8, .*bof\{bits\}s-.*\.$"):
+    with pytest.raises(FormatError, match=r"^Unknown codebook 'what'.*nf2…nf8, .*bof\{bits\}s-"):
         by_name("what")
 
 

@@ -39,7 +39,7 @@ _FAMILIES = (
     _Family("int2…int8", f"int{_DIGIT}", uniform),
     _Family("uint1…uint8", f"uint{_DIGIT}", functools.partial(uniform, signed=False)),
     _Family("affine1…affine8", f"affine{_DIGIT}", affine),
-    _Family("e2m1 and its like", f"e{_DIGIT}m{_DIGIT}", small_float),
+    _Family("e{exponent bits}m{mantissa bits}", f"e{_DIGIT}m{_DIGIT}", small_float),
     _Family("fp4", "fp4", fp4),
     _Family("fp4-bnb", "fp4-bnb", lambda: FP4_BNB),
     _Family("dynamic8", "dynamic8", dynamic8),

@@ -57,9 +57,8 @@ def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init:
     elif isinstance(start, tuple) and len(start) == 2:
         step = LowRankStep(start[0], start[1], None, math.inf)
     else:
-        raise InvalidArgumentError(
-            f"start must be a pair (lora_B, lora_A) or a LowRankStep, got {type(start).__name__}."
-        )
+        found = f"a tuple of {len(start)}" if isinstance(start, tuple) else type(start).__name__
+        raise InvalidArgumentError(f"start must be a pair (lora_B, lora_A) or a LowRankStep, got {found}.")
     xp = namespace(matrix, step.left, step.right)
     shapes = tuple(step.left.shape), tuple(step.right.shape)
     if [len(shape) for shape in shapes] != [2, 2] or (shapes[0][0], shapes[1][1], shapes[0][1]) != (

@@ -9,7 +9,7 @@ from lqlora.codebooks._block_normal import block_normal_density
 from lqlora.codebooks._optimal_levels import Ends, optimal_levels
 from lqlora.errors import InvalidArgumentError
 
-#: Yoshida, arXiv 2306.06965, to the eight digits that the author's program prints; without -1, 0 and 1.
+#: Yoshida, arXiv 2306.06965, to the eight digits that the author's program prints, without -1, 0 and 1.
 PUBLISHED = {
     32: [-0.72380075, -0.54068711, -0.3963985, -0.2723577, -0.15956821, -0.05258802,
          0.04554747, 0.13780891, 0.23375854, 0.33656744, 0.4508456, 0.58437857, 0.75299116],
@@ -53,7 +53,7 @@ def test_levels_are_medians_of_their_cells(bits):
 
 @pytest.mark.parametrize("block_size", [2, 3, 16, 64, 1000])
 def test_the_density_is_that_of_normal_weights_over_the_largest_of_their_block(block_size):
-    def joint(m, x):  # of the largest weight and another one divided by it
+    def joint(m, x):  # density of the largest weight and of another weight divided by it
         outside = 1 - integrate.quad(lambda w: np.exp(-w * w / 2), -m, m)[0] / np.sqrt(2 * np.pi)
         return (1 - outside) ** (block_size - 2) * np.exp(-(m * m) * (1 + x * x) / 2) * m
 

@@ -6,7 +6,7 @@ from lqlora import NF4, BlockFormat, Codebook, affine, dynamic8, fp4, logarithmi
 from lqlora.codebooks import AF4, FP4_BNB, abnormal_float, block_optimal, by_name, is_standard
 from lqlora.errors import FormatError, InvalidArgumentError
 
-#: One codebook for each way to spell a name, and what the name has to give.
+#: One name for each spelling, and its codebook.
 SPELLED = {
     "nf4": NF4,
     "int8": uniform(8),

@@ -33,7 +33,7 @@ BOF4_S = {
 
 
 def normalized(block_size, signed, count=2**20):
-    """Normal weights by block divided by their largest, and what they were divided by."""
+    """Return normal weights divided by the largest of their block, and these divisors."""
     weights = np.random.default_rng(7).standard_normal((count // block_size, block_size))
     largest = np.take_along_axis(weights, np.abs(weights).argmax(axis=1)[:, None], axis=1)
     scales = largest if signed else np.abs(largest)
@@ -41,7 +41,7 @@ def normalized(block_size, signed, count=2**20):
 
 
 def squared_error(codebook, block_size):
-    """Mean squared error of normal weights that are rounded to a codebook."""
+    """Return the mean squared error of normal weights rounded to a codebook."""
     x, scales = normalized(block_size, codebook.normalization == "signed")
     levels = codebook.levels.astype(np.float64)
     rounded = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x)]

@@ -24,12 +24,12 @@ OCP = {
 def test_levels_are_the_finite_numbers_of_ocp(fields):
     dtype, bits = OCP[fields]
     numbers = np.arange(2**bits, dtype=np.uint8).view(dtype).astype(np.float64)
-    finite = np.unique(numbers[np.isfinite(numbers)])  # one zero
+    finite = np.unique(numbers[np.isfinite(numbers)])  # -0.0 and 0.0 become one
     assert small_float(*fields).levels.tolist() == (finite / finite[-1]).astype(np.float32).tolist()
 
 
 def test_e3m0_has_powers_of_two():
-    # No mantissa: exponent 0 holds the zero only, the others one number each.
+    # Without a mantissa, exponent 0 has only zero and each other exponent one number.
     assert (64 * small_float(3, 0).levels[7:]).tolist() == [0, 1, 2, 4, 8, 16, 32, 64]
 
 

@@ -21,7 +21,7 @@ def test_the_alternation_improves_on_its_start():
     assert d.best >= 2
 
 
-# --- against its restatement
+# --- equal to the oracle
 
 
 @pytest.mark.parametrize("kind", CLOSED)
@@ -44,7 +44,7 @@ def test_zero_extrapolation_is_the_alternation_of_the_papers(xp, kind, init):
 
 @pytest.mark.parametrize("init_rank", [0, 1, 3, 6])
 def test_init_rank_may_be_a_part_of_the_rank(xp, init_rank):
-    w = matrix(1, 24, 11, np.float64)  # whatever its rank, a sketch spans it
+    w = matrix(1, 24, 11, np.float64)  # a sketch spans it for every rank
     d = decompose(on(xp, w), FMT, 6, init_rank=init_rank, extrapolation=0.0, max_iter=3, rtol=0.0)
 
     def approximated(target):
@@ -75,7 +75,7 @@ def test_extrapolation_ends_lower_after_as_many_iterations(fit):
 
 
 def test_extrapolation_repeats_the_last_change():
-    # The third target is the matrix without its low-rank part carried on; the first two are those of the papers.
+    # The third target is extrapolated; the first two are those of the papers.
     w, targets = matrix(1, *SMALL, np.float64), []
 
     def spy(target, previous):
@@ -92,7 +92,7 @@ def test_extrapolation_repeats_the_last_change():
     np.testing.assert_allclose(third, w - products[2] - 0.5 * (products[2] - products[1]), atol=1e-12)
 
 
-# --- never worse
+# --- safeguards
 
 
 @pytest.mark.parametrize("kind", KINDS)

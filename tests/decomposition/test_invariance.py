@@ -31,7 +31,7 @@ def test_another_seed_gives_another_sketch():
 def test_libraries_agree(xp):
     mine, numpys = (decompose(w, FMT, 4, max_iter=5, rtol=0.0) for w in (on(xp, matrix()), matrix()))
     assert stored(quantize(on(xp, matrix()), FMT)) == stored(quantize(matrix(), FMT))
-    # Another BLAS rounds differently, a few codes flip, and the iterates drift apart by little.
+    # Another BLAS rounds differently: a few codes change, and the iterates differ slightly.
     assert len(mine.errors) == len(numpys.errors)
     np.testing.assert_allclose(mine.errors, numpys.errors, rtol=0.02)
 

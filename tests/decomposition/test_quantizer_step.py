@@ -21,7 +21,7 @@ def test_a_callable_receives_its_result_for_the_iterate_continued_from(xp):
 
     w = matrix(0, *SMALL, np.float64)
     d = decompose(on(xp, w), FMT, 6, quantizer=step, max_iter=4)
-    assert len(calls) == len(d.errors) - 1  # one SVD of the first residual needs no quantization
+    assert len(calls) == len(d.errors) - 1  # entry 1 reuses the first quantization
     np.testing.assert_array_equal(calls[0][0], w)
     assert contents(d) == contents(decompose(on(xp, w), FMT, 6, max_iter=4))
 
@@ -34,7 +34,7 @@ def test_a_callable_may_use_another_format():
 
 
 def test_a_worse_quantizer_never_replaces_a_better_result():
-    # The first call is the only good one: quantization alone and one SVD of its residual.
+    # Only the first call quantizes well, that of the two safeguards.
     calls = []
 
     def decaying(target, previous):

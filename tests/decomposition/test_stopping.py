@@ -25,7 +25,7 @@ def test_it_stops_at_the_target():
 def test_it_stops_after_max_iter(init, count):
     d = decompose(matrix(), FMT, 4, init=init, max_iter=count, rtol=0.0)
     assert d.stop_reason == "max_iter"
-    # Entry 0 is quantization alone; entry 1 is the first iterate where quantization comes first.
+    # Entry 0 is quantization alone. With init="quantize", entry 1 is the first iterate.
     assert len(d.errors) == 1 + count + (init == "svd")
 
 
@@ -48,7 +48,7 @@ def test_it_stops_when_the_callback_returns_true():
     assert d.stop_reason == "callback"
     assert [iteration for iteration, _ in seen] == [0, 1, 2]
     assert len(d.errors) == 3
-    # The factors of the best pair are refitted afterwards.
+    # The factors of the best iterate are refitted afterwards.
     assert all(before == after for (index, before), after in zip(seen, d.errors, strict=True) if index != d.best)
 
 
@@ -98,7 +98,7 @@ def test_it_stops_at_the_time_limit():
     d = decompose(matrix(), FMT, 4, time_limit=0.02, rtol=0.0, callback=lambda *_: seen.append(time.sleep(0.03)))
     assert d.stop_reason == "time_limit"
     assert len(seen) == len(d.errors) == 1
-    # What there is by then is returned: quantization alone, with fresh factors.
+    # Only quantization alone was computed: it is returned, with fresh factors.
     assert not d.lora_B.any()
 
 

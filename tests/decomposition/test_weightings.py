@@ -15,7 +15,7 @@ from tests.weighting.cases import KINDS, case
 
 
 def test_the_weighted_low_rank_step_is_optimal(xp):
-    # For weights of rank one the optimum has a closed form: scale by the roots, truncate, scale back.
+    # Importance of rank one has a closed form: scale by the roots, truncate the SVD, scale back.
     w = matrix()
     rng = np.random.default_rng(3)
     row, col = rng.exponential(size=ROWS) + 0.01, rng.exponential(size=COLUMNS) + 0.01
@@ -95,7 +95,7 @@ def test_every_norm_is_lowered_on_every_library(xp, kind):
     own, w = case(kind, 0, ROWS, COLUMNS, np.float32), matrix()
     d = decompose(on(xp, w), FMT, 4, weighting=own.on(xp), max_iter=3)
     numpys = decompose(w, FMT, 4, weighting=own.on(np), max_iter=3)
-    # Another BLAS rounds differently, a few codes flip, and the iterates drift apart by little.
+    # Another BLAS rounds differently: a few codes change, and the iterates differ slightly.
     assert d.relative_error == pytest.approx(numpys.relative_error, rel=0.03)
     assert d.relative_error < 0.95 * d.errors[0]
     assert own.norm(residual_of(w, d)) == pytest.approx(d.squared_error, rel=1e-3)
@@ -110,7 +110,7 @@ def test_every_norm_is_lowered_by_every_fit(fast_xp, kind, fit):
         for chosen in (fit, "absmax")
     )
     assert d.relative_error < d.errors[0]
-    if kind not in ("gram", "kronecker"):  # a fit weighs entries one by one, by the diagonal of these forms
+    if kind not in ("gram", "kronecker"):  # a fit uses the diagonal of these forms only
         assert d.relative_error < 1.02 * plain.relative_error
     assert own.norm(residual_of(w, d)) == pytest.approx(d.squared_error, rel=1e-3)
 

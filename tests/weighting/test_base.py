@@ -26,7 +26,7 @@ def product(step):
     return host(step.left).astype(np.float64) @ host(step.right).astype(np.float64)
 
 
-# --- one norm
+# --- the norm
 
 
 @every_kind
@@ -51,7 +51,7 @@ def test_element_weights_are_the_diagonal_of_the_form(xp, kind, seed):
         return
     found = np.broadcast_to(host(importance), SHAPE).ravel()
     expected = np.diag(own.form(SHAPE))
-    # One factor is common to all, which spares float32 the products of small numbers.
+    # All share one factor, which keeps products of small numbers in the range of float32.
     np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-11)
 
 
@@ -66,7 +66,7 @@ def test_the_error_of_a_step_is_the_norm_of_what_it_leaves(xp, kind, rank, dtype
     assert step.squared_error == pytest.approx(left, rel=precision, abs=precision**2 * own.norm(error))
 
 
-# --- the best low-rank matrix
+# --- the low-rank step
 
 
 @pytest.mark.parametrize("kind", CLOSED)
@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_bytes(xp, kind):
     assert first == again != other
 
 
-# --- units and orders do not matter
+# --- invariance to scale and order
 
 
 @every_kind
@@ -204,7 +204,7 @@ def test_permuting_rows_and_columns_permutes_the_step(xp, kind, seed):
     np.testing.assert_allclose(product(moved), product(plain)[rows][:, columns], atol=1e-7)
 
 
-# --- extremes
+# --- limiting cases
 
 
 @every_kind

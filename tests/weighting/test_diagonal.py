@@ -24,7 +24,7 @@ def test_fisher_information_of_rank_one_is_exact(xp, seed):
     rng = np.random.default_rng(seed)
     fisher = np.outer(rng.exponential(size=5), rng.exponential(size=7))
     weighting = RowColumn.from_fisher(on(xp, fisher))
-    # No weight is so small that the floor would raise it.
+    # All values are above the floor.
     np.testing.assert_allclose(np.outer(host(weighting.row), host(weighting.col)), fisher, rtol=1e-5, atol=1e-6)
 
 

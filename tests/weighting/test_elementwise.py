@@ -22,7 +22,7 @@ some = settings(max_examples=10)
 
 
 def spread(seed, rows=9, columns=7, dtype=np.float64):
-    """Weights over several orders of magnitude, far from rank one."""
+    """Return importance over several orders of magnitude, far from rank one."""
     return np.exp(2 * np.random.default_rng(seed).standard_normal((rows, columns))).astype(dtype)
 
 
@@ -67,7 +67,7 @@ def test_many_sweeps_reach_a_local_minimum(seed):
     weights, error = spread(seed), residual(seed)
     step = Elementwise(weights, sweeps=300).low_rank(error, 2)
     rest = weights * (error - step.left @ step.right)
-    # Both parts of the gradient, against what they would be if the residual were parallel to the factors.
+    # Both parts of the gradient, relative to their largest possible size.
     slopes = [
         np.linalg.norm(rest @ step.right.T) / (np.linalg.norm(rest) * np.linalg.norm(step.right)),
         np.linalg.norm(step.left.T @ rest) / (np.linalg.norm(rest) * np.linalg.norm(step.left)),
@@ -103,7 +103,7 @@ def test_a_step_continues_from_the_previous_one(xp):
 
 
 def test_entries_of_zero_importance_are_ignored(xp):
-    # A matrix of rank one with a fifth of its entries replaced: what is left tells the rest.
+    # A matrix of rank one with a fifth of its entries replaced: the other entries determine these.
     rng = np.random.default_rng(0)
     truth = np.outer(rng.uniform(1, 2, 12), rng.uniform(1, 2, 10))
     missing = rng.random(truth.shape) < 0.2

@@ -30,7 +30,7 @@ def product(step):
 
 
 def conditioned(seed, size, condition):
-    """A positive definite matrix whose eigenvalues fall evenly by a factor in all."""
+    """Return a positive definite matrix with geometrically spaced eigenvalues and a given condition."""
     vectors, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
     return (vectors * np.logspace(0, -np.log10(condition), size)) @ vectors.T
 
@@ -54,7 +54,7 @@ def test_an_output_gram_of_the_identity_changes_nothing(xp):
     inputs, error = gram(np.random.default_rng(0), 7), residual()
     one, two = (make(kind, xp, inputs).low_rank(on(xp, error), 2) for kind in ("gram", "kronecker"))
     np.testing.assert_allclose(product(two), product(one), atol=1e-9)
-    assert two.squared_error == pytest.approx(1.01 * one.squared_error, rel=1e-9)  # it is damped, too
+    assert two.squared_error == pytest.approx(1.01 * one.squared_error, rel=1e-9)  # damping adds 1 %
 
 
 @given(seed=seeds, damping=st.sampled_from([1e-6, 1e-2, 1.0]))

@@ -226,7 +226,7 @@ def qera(w: Array, fmt: BlockFormat, rank: int, *, gram: Array, seed: int = 0) -
     Returns
     -------
     Decomposition
-        Quantized matrix, whose quantization ignores the inputs, and a low-rank part that is optimal for them.
+        Matrix quantized without regard to the inputs, and the low-rank part of least error at the outputs.
 
     References
     ----------

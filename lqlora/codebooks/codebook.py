@@ -34,8 +34,8 @@ class Codebook:
         Finite values, strictly increasing after rounding to float32, in which they are kept. One exception: -0.0 may
         stand directly before 0.0. The length need not be a power of two; some codes then stay unused.
     name : str, optional
-        Name in the spelling of a format: a letter, then letters, digits, ``_``, ``.`` and ``-``. Files store the levels
-        of a codebook only if :func:`lqlora.codebooks.by_name` does not know its name.
+        Name in the spelling of a format: a letter, then letters, digits, ``_``, ``.`` and ``-``. Files store the name
+        alone if :func:`lqlora.codebooks.by_name` restores the codebook from it, else the levels too.
     normalization : {"absmax", "signed", "affine"}, optional
         ``"absmax"`` divides a block by its largest absolute value, so scales are never negative. ``"signed"`` divides a
         block by its entry of largest magnitude with its sign, so that this entry becomes 1 and scales may be negative.

@@ -25,6 +25,8 @@ FLOOR = 1e-6
 class Uniform(ScaledWeighting):
     """Equal importance of all entries: the Frobenius norm.
 
+    It is the default of :func:`lqlora.decompose` and needs no statistics.
+
     Examples
     --------
     >>> import numpy as np
@@ -49,6 +51,9 @@ class Uniform(ScaledWeighting):
 @dataclass(frozen=True, eq=False)
 class RowColumn(ScaledWeighting):
     r"""Importance of rows and of columns: the squared norm is :math:`\sum_{ij} r_i c_j E_{ij}^2`.
+
+    Use it with the mean squares of the inputs as ``col``, or with Fisher information through :meth:`from_fisher`. The
+    low-rank step is exact.
 
     Parameters
     ----------
@@ -110,7 +115,7 @@ class RowColumn(ScaledWeighting):
         Parameters
         ----------
         fisher : array, shape (m, n)
-            Diagonal Fisher information, finite and not negative.
+            Diagonal Fisher information, finite and not negative; see :func:`lqlora.nn.collect_fisher`.
 
         Returns
         -------

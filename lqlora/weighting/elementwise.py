@@ -30,6 +30,9 @@ _NEGLIGIBLE = 2.0**-100
 class Elementwise(AbstractWeighting):
     r"""Importance of every entry: the squared norm is :math:`\sum_{ij} F_{ij} E_{ij}^2`.
 
+    Use it with the Fisher information of each weight, from :func:`lqlora.nn.collect_fisher`. Its low-rank step is
+    iterative and takes longer than those of the other norms; ``sweeps=0`` avoids that.
+
     Parameters
     ----------
     weights : array of float32 or float64, shape (m, n)

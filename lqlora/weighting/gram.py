@@ -30,7 +30,7 @@ class InputGram(ScaledWeighting):
     r"""Second moment of the inputs: the squared norm is :math:`\operatorname{tr}(E R E^\top)`.
 
     This is the mean squared error at the outputs of a layer, :math:`\mathbb{E} \lVert E x \rVert^2`, over the inputs
-    that ``R`` was collected from.
+    that ``R`` was collected from. :func:`lqlora.nn.collect_gram` collects it, with forward passes only.
 
     Parameters
     ----------
@@ -106,6 +106,7 @@ class Kronecker(ScaledWeighting):
 
     ``G`` is the second moment of the gradients at the outputs of a layer. The Kronecker product of ``G`` and ``R``
     approximates the whole Fisher information of the weight matrix, not only its diagonal (K-FAC).
+    :func:`lqlora.nn.collect_kronecker` collects both. Estimating ``G`` needs many gradients.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""The papers' methods by name: thin presets of :func:`lqlora.decompose`.
+"""Published methods by name (LQ-LoRA, LoftQ, QLoRA, LoRC, QPiSSA, QERA, CLoQ), as presets of ``lqlora.decompose``.
 
-Each returns what its paper describes, or something better in the same norm: a decomposition is the best pair seen,
-quantization alone and quantization with one SVD of its residual included, and its factors always fit its own quantized
-part.
+Each returns the decomposition of its paper, or one with a smaller error in the same norm. That is because
+:func:`lqlora.decompose` returns the best iterate, compares it with quantization alone and with quantization plus one
+SVD of its residual, and refits the factors to the quantized part that is returned.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ if TYPE_CHECKING:
 
 __all__ = ["cloq", "loftq", "lorc", "lqlora", "pissa", "qera", "qlora"]
 
-#: What keeps the Gram matrix of few inputs invertible, where the paper has none: a ten-thousandth of the usual damping.
+#: Damping where the paper has none, a ten-thousandth of the default: it keeps the Gram matrix of few inputs invertible.
 _SLIGHT_DAMPING = 1e-6
 
 
 def lqlora(
     w: Array, fmt: BlockFormat, rank: int, *, fisher: Array | None = None, max_iter: int = 100, seed: int = 0
 ) -> Decomposition:
-    """LQ-LoRA: SVD first, alternate until the error stops falling, weighted by Fisher information if there is any.
+    """Decompose by LQ-LoRA: start from an SVD and alternate, weighted by Fisher information if given.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        The matrix.
+        Weight matrix, outputs by inputs.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
         Rank of the low-rank part.
     fisher : array, shape (m, n), optional
-        Diagonal Fisher information. Its row and column means weigh the SVD; errors are weighed entry by entry.
+        Diagonal Fisher information. The SVD is weighted by its row and column means, errors by each entry.
     max_iter : int, default 100
         Largest number of iterations.
     seed : int, default 0
-        Of the randomized SVD.
+        Seed of the randomized SVD.
 
     Returns
     -------
     Decomposition
-        The best iterate; the published code returns the one after it. It stops at the first error that rises, this when
-        three iterations together gain too little.
+        The best iterate. The published code stops at the first increase of the error and returns the iterate with that
+        error. This function stops after three iterations without progress.
 
     See Also
     --------
-    lqlora.decompose : by default it extrapolates, and improves the factors in the norm of every single weight.
+    lqlora.decompose : extrapolates by default, and ``Elementwise(fisher)`` weights the low-rank step by each entry.
 
     References
     ----------
@@ -64,30 +64,31 @@ def lqlora(
     >>> lq.initializers.lqlora(w, lq.BlockFormat.parse("nf2/16:float32"), rank=4).rank
     4
     """
+    # sweeps=0: the rank-one surrogate in the low-rank step, the true Fisher information in the error, as in the paper.
     weighting = None if fisher is None else Elementwise(fisher, sweeps=0)
     return decompose(w, fmt, rank, weighting=weighting, init="svd", extrapolation=0.0, max_iter=max_iter, seed=seed)
 
 
 def loftq(w: Array, fmt: BlockFormat, rank: int, *, iterations: int = 5, seed: int = 0) -> Decomposition:
-    """LoftQ: quantize first, then a fixed number of alternations.
+    """Decompose by LoftQ: quantize first, then alternate a fixed number of times.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        The matrix.
+        Weight matrix, outputs by inputs.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
         Rank of the low-rank part.
     iterations : int, default 5
-        Alternations; one is :func:`lorc`.
+        Number of alternations; with one the result is that of :func:`lorc`.
     seed : int, default 0
-        Of the randomized SVD.
+        Seed of the randomized SVD.
 
     Returns
     -------
     Decomposition
-        The best of the iterates.
+        The best iterate.
 
     References
     ----------
@@ -104,23 +105,23 @@ def loftq(w: Array, fmt: BlockFormat, rank: int, *, iterations: int = 5, seed: i
 
 
 def qlora(w: Array, fmt: BlockFormat, rank: int, *, seed: int = 0) -> Decomposition:
-    """QLoRA: quantize, and start the adapter at zero.
+    """Decompose by QLoRA: quantize, and start the adapter at zero.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        The matrix.
+        Weight matrix, outputs by inputs.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
         Rank of the low-rank part.
     seed : int, default 0
-        Of the noise in ``lora_A``.
+        Seed of the noise in ``lora_A``.
 
     Returns
     -------
     Decomposition
-        ``lora_B`` is zero.
+        Quantized matrix with ``lora_B`` at zero and noise in ``lora_A``, ready for training.
 
     References
     ----------
@@ -137,23 +138,23 @@ def qlora(w: Array, fmt: BlockFormat, rank: int, *, seed: int = 0) -> Decomposit
 
 
 def lorc(w: Array, fmt: BlockFormat, rank: int, *, seed: int = 0) -> Decomposition:
-    """LoRC: quantize, and repair what that did by one SVD of the residual.
+    """Decompose by LoRC: quantize, then approximate the residual by one SVD.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        The matrix.
+        Weight matrix, outputs by inputs.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
         Rank of the low-rank part.
     seed : int, default 0
-        Of the randomized SVD.
+        Seed of the randomized SVD.
 
     Returns
     -------
     Decomposition
-        Quantized without regard to the low-rank part.
+        Quantized matrix, and the low-rank approximation of its residual.
 
     References
     ----------
@@ -171,26 +172,26 @@ def lorc(w: Array, fmt: BlockFormat, rank: int, *, seed: int = 0) -> Decompositi
 
 
 def pissa(w: Array, fmt: BlockFormat, rank: int, *, iterations: int = 1, seed: int = 0) -> Decomposition:
-    """QPiSSA: keep the leading singular components back from the quantizer, and quantize the rest.
+    """Decompose by QPiSSA: subtract the leading singular components, and quantize the rest.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        The matrix.
+        Weight matrix, outputs by inputs.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
         Rank of the low-rank part.
     iterations : int, default 1
-        Times that the rest is quantized.
+        Number of times that the rest is quantized.
     seed : int, default 0
-        Of the randomized SVD.
+        Seed of the randomized SVD.
 
     Returns
     -------
     Decomposition
-        The best of the iterates. The paper's adapter is that from before the last quantization; this one is fitted to
-        it, so that a single iteration is closer to the matrix, too.
+        The best iterate. The adapter of the paper is the one from before the last quantization. This function fits it
+        to the quantized part afterwards, so that even a single iteration has a smaller error.
 
     References
     ----------
@@ -207,25 +208,25 @@ def pissa(w: Array, fmt: BlockFormat, rank: int, *, iterations: int = 1, seed: i
 
 
 def qera(w: Array, fmt: BlockFormat, rank: int, *, gram: Array, seed: int = 0) -> Decomposition:
-    """QERA: quantize, and repair what that did to the outputs of the layer.
+    """Decompose by QERA: quantize, then minimize the error at the outputs of the layer.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        The matrix.
+        Weight matrix, outputs by inputs.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
         Rank of the low-rank part.
     gram : array, shape (n, n) or (n,)
-        Second moment of the inputs (QERA-exact), or its diagonal, the mean square of each input (QERA-approx).
+        Second moment of the inputs (QERA-exact), or its diagonal, the mean squares of the inputs (QERA-approx).
     seed : int, default 0
-        Of the randomized SVD.
+        Seed of the randomized SVD.
 
     Returns
     -------
     Decomposition
-        Quantized without regard to the inputs.
+        Matrix quantized without regard to the inputs, and the low-rank part of least error at the outputs.
 
     References
     ----------
@@ -248,30 +249,30 @@ def qera(w: Array, fmt: BlockFormat, rank: int, *, gram: Array, seed: int = 0) -
 
 
 def cloq(w: Array, fmt: BlockFormat, rank: int, *, gram: Array, seed: int = 0) -> Decomposition:
-    """CLoQ: quantize by error feedback, and repair what is left of the errors at the outputs of the layer.
+    """Decompose by CLoQ: quantize by error feedback (GPTQ), then minimize the remaining error at the outputs.
 
     Parameters
     ----------
     w : array, shape (m, n)
-        The matrix.
+        Weight matrix, outputs by inputs.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
         Rank of the low-rank part.
     gram : array, shape (n, n)
-        Second moment of the inputs; a hundredth of its mean diagonal is added to its diagonal.
+        Second moment of the inputs. One percent of the mean of its diagonal is added to the diagonal.
     seed : int, default 0
-        Of the randomized SVD.
+        Seed of the randomized SVD.
 
     Returns
     -------
     Decomposition
-        Quantized by :func:`lqlora.gptq`, with scales fitted to its targets. The paper shrinks outliers before it
-        quantizes (MagR), which is left out.
+        Matrix quantized by :func:`lqlora.gptq` with ``fit="scale"``, and the low-rank part of its residual. The
+        preprocessing of the paper, which shrinks outliers (MagR), is not implemented.
 
     References
     ----------
-    CLoQ, arXiv 2501.18475; the damping is that of its experiments.
+    CLoQ, arXiv 2501.18475; the damping is the one of its experiments.
 
     Examples
     --------

@@ -1,4 +1,8 @@
-"""Codebooks: the sorted values a code can stand for, each with the rule that normalizes a block before rounding."""
+"""Codebooks: the levels that codes stand for, and the normalization of a block before its entries are rounded.
+
+Each family is a function that returns a :class:`Codebook`: NormalFloat, AF4, BOF4, Student float, integers, small
+floats, dynamic and logarithmic maps. :func:`by_name` finds a codebook by the name that formats and files use.
+"""
 
 from __future__ import annotations
 

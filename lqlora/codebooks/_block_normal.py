@@ -1,4 +1,4 @@
-"""Normal weights divided by the largest of their block."""
+"""Density of normal weights after each block is divided by its absolute maximum."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ if TYPE_CHECKING:
 
 _NODES = 200
 
-#: Probability of the block maxima that the integration leaves out on either side.
+#: Probability of block maxima below, and of maxima above, the range of the integration.
 _TAIL = 1e-18
 
 
 def block_normal_density(block_size: int, power: int) -> Density:
-    """Density of normalized weights between 0 and 1, each counted ``maximum**power`` times, up to a factor.
+    """Return the density of normalized weights on 0 to 1, up to a constant factor.
 
-    Given that the largest magnitude of a block is ``m``, each other weight is normal and cut off at ``m`` on either
-    side, so the density is the integral over ``m`` of ``phi(m x) m / P(|w| < m)`` times the density of ``m``. The
-    largest weight itself is a point mass at 1, which is a level and adds no error.
+    The density is that of ``|w| / absmax`` for the weights of a block that are not its maximum. Each weight counts
+    ``absmax**power`` times: ``power=2`` turns an error of the normalized weight into an error of the weight itself.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    # Let M be the largest of B independent |w|, w normal, and P(m) = Pr(|w| < m) = 1 - erfc(m / sqrt(2)).
+    # M has the density 2 B phi(m) P(m)**(B - 1). Given M = m, each other weight has the density phi(w) / P(m) on
+    # |w| < m, so x = w / m has m phi(m x) / P(m). Integrating over m, with each m counted m**power times, gives
+    #     p(x)  ~  integral of  phi(m x) phi(m) P(m)**(B - 2) m**(power + 1)  dm.
+    # The maximum itself is a point mass at x = 1. It adds no error, because 1 is a level.
+    #
+    # Limits of integration: P(m)**B = _TAIL below; above, Pr(M > m) <= 2 B (1 - Phi(m)) = _TAIL (union bound).
+    # expm1 and log1p keep the digits of 1 - P(m) when B is large and of P(m) when B is small.
+    nodes, quadrature = np.polynomial.legendre.leggauss(_NODES)
     smallest = -NormalDist().inv_cdf(-math.expm1(math.log(_TAIL) / block_size) / 2)
     largest = -NormalDist().inv_cdf(_TAIL / 2 / block_size)
     maxima = smallest + (largest - smallest) * (nodes + 1) / 2
     outside = np.array([math.erfc(m / math.sqrt(2)) for m in maxima])
-    mixture = weights * np.exp((block_size - 2) * np.log1p(-outside) - maxima**2 / 2) * maxima ** (power + 1)
+    mixture = quadrature * np.exp((block_size - 2) * np.log1p(-outside) - maxima**2 / 2) * maxima ** (power + 1)
     return functools.partial(_mixed, maxima, mixture / mixture.sum())
 
 
 def _mixed(maxima: Reals, mixture: Reals, x: Reals) -> Reals:
+    """Return ``sum_m mixture[m] * exp(-(m * x)**2 / 2)``: the integral over the block maximum as a finite sum."""
     values: Reals = np.exp(-((x[..., None] * maxima) ** 2) / 2) @ mixture
     return values

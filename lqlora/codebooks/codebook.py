@@ -1,4 +1,4 @@
-"""The codebook itself: levels, boundaries, and how a block is normalized."""
+"""The Codebook class: levels, cell boundaries and normalization of a block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Codebook", "Normalization", "cell_boundaries"]
 
-#: What a block is divided by, or shifted by, before its entries are rounded to levels.
+#: Rule that maps the entries of a block to the range of the levels before they are rounded.
 Normalization: TypeAlias = Literal["absmax", "signed", "affine"]
 
 _MAX_LEVELS = 256
@@ -24,35 +24,38 @@ _MAX_LEVELS = 256
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """Sorted levels, the boundaries between the cells that are rounded to them, and the normalization they are for.
+    """Sorted levels, with the boundaries of their rounding cells and the normalization of a block.
+
+    Pass one to :class:`lqlora.BlockFormat` to quantize with levels of your own.
 
     Parameters
     ----------
     levels : sequence of float, length 2 to 256
-        Strictly increasing finite values, kept as float32, except that -0.0 may stand directly before 0.0. A length
-        that is no power of two is allowed: the codes then do not use all their bits.
+        Finite values, strictly increasing after rounding to float32, in which they are kept. One exception: -0.0 may
+        stand directly before 0.0. The length need not be a power of two; some codes then stay unused.
     name : str, optional
-        How plans and reports spell it: a letter, then letters, digits, ``_``, ``.`` and ``-``. Codebooks with a name
-        that :func:`lqlora.codebooks.by_name` knows are not stored in files.
+        Name in the spelling of a format: a letter, then letters, digits, ``_``, ``.`` and ``-``. Files store the name
+        alone if :func:`lqlora.codebooks.by_name` restores the codebook from it, else the levels too.
     normalization : {"absmax", "signed", "affine"}, optional
-        ``"absmax"``: a block is divided by its largest absolute value, so its scale is not negative. ``"signed"``: a
-        block is divided by its entry of largest magnitude, sign included, so that this entry becomes 1 and the scale
-        may be negative. ``"affine"``: an entry is its code, less the zero point of its block, times the scale; the
-        levels are then the integers 0 to ``2**bits - 1``.
+        ``"absmax"`` divides a block by its largest absolute value, so scales are never negative. ``"signed"`` divides a
+        block by its entry of largest magnitude with its sign, so that this entry becomes 1 and scales may be negative.
+        ``"affine"`` decodes an entry as ``scale * (code - zero_point)``; the levels must be the integers 0 to
+        ``2**bits - 1``.
 
     Attributes
     ----------
     levels : ndarray of float32, shape (n,)
-        Read-only.
+        The levels, read-only.
     boundaries : ndarray of float32, shape (n - 1,)
-        Midpoints of neighboring levels, rounded to float32. A value equal to a boundary belongs to the lower level.
-        Between -0.0 and 0.0 it is the negative normal number next to zero, so that zero of either sign becomes 0.0.
+        Midpoints of neighboring levels, rounded to float32. A value equal to a boundary is rounded to the lower level.
+        Between -0.0 and 0.0 the boundary is the largest negative normal number, so that zero of either sign becomes
+        0.0.
 
     Raises
     ------
     InvalidArgumentError
-        If the levels are not 2 to 256 strictly increasing finite numbers (after rounding to float32), if they do not
-        suit the normalization, or if the name has characters that the spelling of a format does not allow.
+        If the levels are not 2 to 256 finite numbers that strictly increase in float32, if they contradict the
+        normalization, or if the name has a character that the spelling of a format does not allow.
 
     References
     ----------
@@ -77,10 +80,12 @@ class Codebook:
         name: str = "custom",
         normalization: Normalization = "absmax",
     ) -> None:
-        with np.errstate(over="ignore"):  # what overflows is refused below
-            values = np.array(levels, dtype=np.float32)  # a copy: the caller's array stays his own
+        with np.errstate(over="ignore"):  # an overflow becomes infinity, which _check_levels refuses
+            values = np.array(levels, dtype=np.float32)  # a copy: it is made read-only below
         if re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name) is None:
-            raise InvalidArgumentError(f"A codebook is named by letters, digits, '_', '.' and '-', not {name!r}.")
+            raise InvalidArgumentError(
+                f"name must be a letter followed by letters, digits, '_', '.' or '-', got {name!r}: formats spell it."
+            )
         _check_levels(values)
         _check_normalization(values, normalization)
         boundaries = cell_boundaries(values)
@@ -96,7 +101,7 @@ class Codebook:
 
     @property
     def widest(self) -> float:
-        """The level that the largest entry of a block is scaled to: the largest absolute one, or the last if signed."""
+        """Level that the largest entry of a block is scaled to: the largest in magnitude, or the last one if signed."""
         return float(self.levels[-1] if self.normalization == "signed" else np.abs(self.levels).max())
 
     def __len__(self) -> int:
@@ -104,7 +109,7 @@ class Codebook:
         return len(self.levels)
 
     def __eq__(self, other: object) -> bool:
-        """Compare levels bit for bit, and normalizations; the name does not count."""
+        """Compare the levels bit by bit, and the normalization; names are ignored."""
         return isinstance(other, Codebook) and self._identity() == other._identity()
 
     def __hash__(self) -> int:
@@ -116,7 +121,7 @@ class Codebook:
 
 
 def _twin_zeros(values: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Where -0.0 stands directly before 0.0."""
+    """Return a mask of the pairs of neighbors that are -0.0 and 0.0, in this order."""
     zero, negative = values == 0, np.signbit(values)
     twins: npt.NDArray[np.bool_] = zero[:-1] & zero[1:] & negative[:-1] & ~negative[1:]
     return twins
@@ -124,33 +129,46 @@ def _twin_zeros(values: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
 
 def _check_levels(values: npt.NDArray[np.float32]) -> None:
     if values.ndim != 1 or not 2 <= values.size <= _MAX_LEVELS:
-        raise InvalidArgumentError(f"A codebook has 2 to {_MAX_LEVELS} levels in one dimension, not {values.shape}.")
-    if not np.isfinite(values).all() or not ((values[1:] > values[:-1]) | _twin_zeros(values)).all():
-        raise InvalidArgumentError("The levels of a codebook must be finite and strictly increasing in float32.")
+        raise InvalidArgumentError(
+            f"levels must be a sequence of 2 to {_MAX_LEVELS} numbers, got an array of shape {values.shape}."
+        )
+    if not np.isfinite(values).all():
+        index = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise InvalidArgumentError(f"levels must be finite in float32, got {values[index]} at index {index}.")
+    increasing = (values[1:] > values[:-1]) | _twin_zeros(values)
+    if not increasing.all():
+        index = int(np.flatnonzero(~increasing)[0])
+        raise InvalidArgumentError(
+            f"levels must strictly increase in float32, got {values[index]} before {values[index + 1]} "
+            f"at index {index}."
+        )
 
 
 def _check_normalization(values: npt.NDArray[np.float32], normalization: object) -> None:
     if normalization not in get_args(Normalization):
-        raise InvalidArgumentError(f"A block is normalized by 'absmax', 'signed' or 'affine', not {normalization!r}.")
+        raise InvalidArgumentError(f"normalization must be 'absmax', 'signed' or 'affine', got {normalization!r}.")
     if normalization == "signed" and values[-1] <= 0:
-        raise InvalidArgumentError("A signed codebook needs a largest level above zero.")
+        raise InvalidArgumentError(f"levels must end above 0 for normalization='signed', got {values[-1]}.")
     count = values.size
     if normalization == "affine" and (count & (count - 1) or (values != np.arange(count)).any()):
-        raise InvalidArgumentError("The levels of an affine codebook are the integers from 0 to 2**bits - 1.")
+        raise InvalidArgumentError(
+            f"levels must be the integers 0 to 2**bits - 1 for normalization='affine', got {count} levels from "
+            f"{values[0]} to {values[-1]}. lqlora.affine(bits) returns them."
+        )
 
 
 def cell_boundaries(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Boundaries between the cells of levels: what is above one of them is rounded to a higher level.
+    """Return the boundaries between the cells of sorted levels; a value above a boundary has a higher level.
 
     Parameters
     ----------
     levels : ndarray of float32, shape (n,)
-        In ascending order.
+        Levels in ascending order.
 
     Returns
     -------
     ndarray of float32, shape (n - 1,)
-        Midpoints, rounded to float32. Between two zeros it is below zero, so that zero is rounded to the upper one.
+        Midpoints, rounded to float32. The boundary between two zeros is negative, so that zero gets the upper one.
 
     Examples
     --------
@@ -159,7 +177,8 @@ def cell_boundaries(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """
     wide = levels.astype(np.float64)
     middles = ((wide[1:] + wide[:-1]) / 2).astype(np.float32)
-    # A normal number, as some devices read smaller ones as zero.
+    # A normal number: devices that flush subnormal numbers to zero would otherwise send 0.0 to the code of -0.0.
     middles[(levels[1:] == 0) & (levels[:-1] == 0)] = -np.finfo(np.float32).tiny
+    # The replaced boundary may lie below its predecessor if the level before -0.0 is subnormal.
     boundaries: npt.NDArray[np.float32] = np.maximum.accumulate(middles)
     return boundaries

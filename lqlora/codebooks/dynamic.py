@@ -1,4 +1,4 @@
-"""The dynamic 8-bit map of bitsandbytes: seven decades, each cut more finely than the one below."""
+"""The dynamic 8-bit map of bitsandbytes: seven decades, each with twice the levels of the one below."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _DECADES = 7
 
 @functools.lru_cache(maxsize=None, typed=True)
 def dynamic8(*, signed: bool = True) -> Codebook:
-    """Dynamic 8-bit codes: a sign, a decimal exponent, and a fraction that gets the bits the exponent leaves.
+    """Return the dynamic 8-bit codebook, in which bitsandbytes stores scales and optimizer states.
 
-    Decade ``i`` from 0 to 6 is the interval from ``10**(i - 7)`` to ``10**(i - 6)``, cut into ``2**i`` equal cells
-    (``2**(i + 1)`` if unsigned) whose centers are levels. Zero and one are added; minus one is no level.
+    Decade ``i`` from 0 to 6 is the interval from ``10**(i - 7)`` to ``10**(i - 6)``. It is cut into ``2**i`` equal
+    cells (``2**(i + 1)`` if unsigned), whose centers are levels. Zero and one are added; -1 is not a level.
 
     Parameters
     ----------
     signed : bool, default True
-        False: no negative levels, and twice as many cells per decade.
+        False leaves out the negative levels and doubles the number of cells per decade.
 
     Returns
     -------
     Codebook
-        256 levels, from -0.99297 to 1 or from 0 to 1, named ``dynamic8`` or ``udynamic8``. Bit for bit the map of
-        bitsandbytes.
+        Codebook of 256 levels, from -0.99297 to 1 or from 0 to 1, named ``dynamic8`` or ``udynamic8``. It equals the
+        map of bitsandbytes bit by bit.
 
     References
     ----------
@@ -49,10 +49,11 @@ def dynamic8(*, signed: bool = True) -> Codebook:
 
 
 def _centers(count: int) -> npt.NDArray[np.float32]:
-    """Centers of equal cells of 0.1 to 1, with edges rounded to float32 once, as torch rounds them on a CPU."""
+    """Return the centers of equal cells between 0.1 and 1, rounded as ``torch.linspace`` rounds on a CPU."""
     first, last, edges = np.float32(0.1), np.float32(1), np.arange(count + 1)
     step = float((last - first) / np.float32(count))
-    # float64 holds these products and sums exactly. Each half of the edges counts from its own end.
+    # torch.linspace computes the first half of the edges from the first end and the second half from the last end,
+    # and rounds each once. float64 holds these products and sums exactly, so a single cast gives the same floats.
     values = np.where(edges < (count + 1) // 2, float(first) + step * edges, float(last) - step * (count - edges))
     rounded = values.astype(np.float32)
     return (rounded[1:] + rounded[:-1]) / np.float32(2)

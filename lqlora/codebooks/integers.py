@@ -1,4 +1,4 @@
-"""Equally spaced levels: as fractions of the largest weight, or as integers with a zero point."""
+"""Uniform codebooks: equally spaced levels, symmetric, unsigned, or with a zero point (affine)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from lqlora.codebooks._checks import require_whole
+from lqlora.codebooks._checks import require_integer
 from lqlora.codebooks.codebook import Codebook
 
 __all__ = ["affine", "uniform"]
@@ -14,20 +14,20 @@ __all__ = ["affine", "uniform"]
 
 @functools.lru_cache(maxsize=None, typed=True)
 def uniform(bits: int, *, signed: bool = True) -> Codebook:
-    """Equally spaced levels.
+    """Return a codebook of equally spaced levels that end at 1.
 
     Parameters
     ----------
     bits : int
-        1 to 8 (2 to 8 if signed).
+        Bits of a code, 1 to 8, or 2 to 8 if signed.
     signed : bool, default True
-        True: ``2**bits - 1`` levels ``k / (2**(bits-1) - 1)``, symmetric about an exact zero, from -1 to 1.
-        False: ``2**bits`` levels ``k / (2**bits - 1)`` from 0 to 1, as LQ-LoRA uses for scales.
+        True: ``2**bits - 1`` levels ``k / (2**(bits-1) - 1)`` from -1 to 1, symmetric about an exact zero.
+        False: ``2**bits`` levels ``k / (2**bits - 1)`` from 0 to 1, in which LQ-LoRA stores scales.
 
     Returns
     -------
     Codebook
-        Named ``int{bits}`` if signed, else ``uint{bits}``.
+        Codebook named ``int{bits}`` if signed, else ``uint{bits}``.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def uniform(bits: int, *, signed: bool = True) -> Codebook:
     >>> uniform(3).levels.size
     7
     """
-    require_whole("Uniform codebooks take", bits, 1 + signed, 8)
+    require_integer("bits", bits, 1 + signed, 8, "signed integers" if signed else "unsigned integers")
     steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     codes = np.arange(-steps if signed else 0, steps + 1)
     return Codebook(codes / steps, name=f"{'int' if signed else 'uint'}{bits}")
@@ -53,19 +53,19 @@ def uniform(bits: int, *, signed: bool = True) -> Codebook:
 
 @functools.lru_cache(maxsize=None, typed=True)
 def affine(bits: int) -> Codebook:
-    """Integers from 0, for blocks that have a zero point beside their scale.
+    """Return the codebook of asymmetric integer quantization, with a zero point for each block.
 
-    A code stands for ``scale * (code - zero_point)``: round-to-nearest as PEQA starts from, and the grid of GPTQ.
+    A code decodes to ``scale * (code - zero_point)``. This is the grid of GPTQ, and of PEQA before training.
 
     Parameters
     ----------
     bits : int
-        1 to 8.
+        Bits of a code, 1 to 8.
 
     Returns
     -------
     Codebook
-        Levels 0 to ``2**bits - 1``, normalization ``"affine"``, named ``affine{bits}``.
+        Codebook of the levels 0 to ``2**bits - 1`` with normalization ``"affine"``, named ``affine{bits}``.
 
     Raises
     ------
@@ -74,12 +74,13 @@ def affine(bits: int) -> Codebook:
 
     References
     ----------
-    PEQA, arXiv 2305.14152, equations 1 to 3; GPTQ, arXiv 2210.17323, section 5, setup (asymmetric grid from minimum to maximum).
+    PEQA, arXiv 2305.14152, equations 1 to 3; GPTQ, arXiv 2210.17323, section 5, setup (asymmetric grid from minimum to
+    maximum).
 
     Examples
     --------
     >>> affine(2).levels.tolist(), affine(2).normalization
     ([0.0, 1.0, 2.0, 3.0], 'affine')
     """
-    require_whole("Affine codebooks take", bits, 1, 8)
+    require_integer("bits", bits, 1, 8, "affine codebooks")
     return Codebook(np.arange(2**bits), name=f"affine{bits}", normalization="affine")

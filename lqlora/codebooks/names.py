@@ -1,4 +1,4 @@
-"""Which codebook a name stands for."""
+"""Names of codebooks, as formats, plans and files spell them, and the codebooks that they stand for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["by_name", "is_standard"]
 
 
 class _Family(NamedTuple):
-    """Codebooks spelled alike: for people, for the machine, and what makes them of the numbers in the name."""
+    """A family of names: its spelling for messages, its pattern, and the function called with the numbers in it."""
 
     spelling: str
     pattern: str
@@ -39,7 +39,7 @@ _FAMILIES = (
     _Family("int2…int8", f"int{_DIGIT}", uniform),
     _Family("uint1…uint8", f"uint{_DIGIT}", functools.partial(uniform, signed=False)),
     _Family("affine1…affine8", f"affine{_DIGIT}", affine),
-    _Family("e2m1 and its like", f"e{_DIGIT}m{_DIGIT}", small_float),
+    _Family("e{exponent bits}m{mantissa bits}", f"e{_DIGIT}m{_DIGIT}", small_float),
     _Family("fp4", "fp4", fp4),
     _Family("fp4-bnb", "fp4-bnb", lambda: FP4_BNB),
     _Family("dynamic8", "dynamic8", dynamic8),
@@ -55,24 +55,24 @@ _FAMILIES = (
 
 
 def by_name(name: str) -> Codebook:
-    """Return the codebook that a name in a plan, a report or a file stands for.
+    """Return the codebook of a name, as formats, plans and files spell it.
 
     Parameters
     ----------
     name : str
-        As the functions of ``lqlora.codebooks`` name what they return: ``nf4``, ``int8``, ``uint8``, ``affine4``,
+        A name that a function of ``lqlora.codebooks`` gives to its result: ``nf4``, ``int8``, ``uint8``, ``affine4``,
         ``e2m1``, ``fp4``, ``fp4-bnb``, ``dynamic8``, ``udynamic8``, ``log8``, ``af4``, ``af4-128``, ``bof4-64``,
         ``bof4s-64``, ``sf4``, ``sf4-3``, …
 
     Returns
     -------
     Codebook
-        The codebook.
+        The codebook; functions cache their results, so equal names give the same object.
 
     Raises
     ------
     FormatError
-        If the name is unknown.
+        If the name is unknown, or a number in it is out of range.
 
     Examples
     --------
@@ -88,11 +88,11 @@ def by_name(name: str) -> Codebook:
             except InvalidArgumentError as error:
                 raise FormatError(f"Unknown codebook {name!r}: {error}") from None
     known = ", ".join(family.spelling for family in _FAMILIES)
-    raise FormatError(f"Unknown codebook {name[:40]!r}: known are {known}.")
+    raise FormatError(f"Unknown codebook {name[:40]!r}: known names are {known}.")
 
 
 def is_standard(codebook: Codebook) -> bool:
-    """Tell whether a codebook is the one its name stands for, so that the name is enough to restore it.
+    """Return whether a codebook can be restored from its name alone.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def is_standard(codebook: Codebook) -> bool:
     Returns
     -------
     bool
-        True if :func:`by_name` gives the same levels and the same normalization.
+        True if :func:`by_name` returns the same levels and normalization for its name.
 
     Examples
     --------

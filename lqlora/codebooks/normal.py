@@ -1,11 +1,11 @@
-"""NormalFloat: quantiles of the normal distribution."""
+"""NormalFloat (NF2 to NF8): levels at quantiles of the normal distribution."""
 
 from __future__ import annotations
 
 import functools
 from statistics import NormalDist
 
-from lqlora.codebooks._checks import require_whole
+from lqlora.codebooks._checks import require_integer
 from lqlora.codebooks._quantiles import quantile_levels
 from lqlora.codebooks.codebook import Codebook
 
@@ -14,22 +14,23 @@ __all__ = ["NF4", "normal_float"]
 
 @functools.lru_cache(maxsize=None, typed=True)
 def normal_float(bits: int) -> Codebook:
-    """NormalFloat for any number of bits, by LQ-LoRA's rule.
+    """Return NormalFloat for a number of bits, by LQ-LoRA's rule.
 
-    Quantiles of the standard normal distribution at ``2**(bits - 1)`` equally spaced probabilities below one half and
-    ``2**(bits - 1) + 1`` above it, which share the zero at one half, divided by the largest so that the ends are -1
-    and 1. The outermost probability is 0.9677083 for every number of bits.
+    The levels are quantiles of the standard normal distribution, divided by the largest so that they end at -1 and 1.
+    The rule takes ``2**(bits - 1)`` equally spaced probabilities from ``1 - 0.9677083`` to one half, and
+    ``2**(bits - 1) + 1`` from one half to 0.9677083. Both lists contain one half, whose quantile is zero and is kept
+    once. The number 0.9677083 is the same for every number of bits.
 
     Parameters
     ----------
     bits : int
-        2 to 8.
+        Bits of a code, 2 to 8.
 
     Returns
     -------
     Codebook
-        ``2**bits`` levels named ``nf{bits}``. ``normal_float(4)`` is :data:`NF4`, the table as published: it differs
-        from the formula evaluated in float64 by up to 1.1e-7.
+        Codebook of ``2**bits`` levels, named ``nf{bits}``. ``normal_float(4)`` is :data:`NF4`, the published table,
+        which differs from the formula evaluated in float64 by up to 1.1e-7.
 
     Raises
     ------
@@ -45,11 +46,12 @@ def normal_float(bits: int) -> Codebook:
     >>> [round(float(level), 4) for level in normal_float(2).levels]
     [-1.0, 0.0, 0.3379, 1.0]
     """
-    require_whole("NormalFloat takes", bits, 2, 8)
+    require_integer("bits", bits, 2, 8, "NormalFloat")
     return NF4 if bits == 4 else Codebook(quantile_levels(bits, NormalDist().inv_cdf), name=f"nf{bits}")
 
 
-#: NF4 exactly as published (QLoRA, arXiv 2305.14314, appendix E), to the digits of float32.
+#: NF4 as published, to the digits of float32 (QLoRA, arXiv 2305.14314, appendix E). It is data, not computed: the
+#: published table was made in float32, and files of other libraries hold exactly these values.
 NF4 = Codebook(
     [
         -1.0,

@@ -1,4 +1,4 @@
-"""Block-wise optimal float: the levels of least squared error for normal weights in blocks."""
+"""Block-wise optimal float (BOF4, BOF4-S): levels of least squared error for normal weights in blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import numpy as np
 
 from lqlora.codebooks._block_normal import block_normal_density
-from lqlora.codebooks._checks import require_whole
+from lqlora.codebooks._checks import require_integer
 from lqlora.codebooks._optimal_levels import Ends, optimal_levels
 from lqlora.codebooks.codebook import Codebook
 
@@ -16,26 +16,28 @@ __all__ = ["block_optimal"]
 
 @functools.lru_cache(maxsize=None, typed=True)
 def block_optimal(bits: int, block_size: int, *, signed: bool = False) -> Codebook:
-    """BOF4 and BOF4-S for any number of bits: least mean squared error of normal weights in blocks of a size.
+    """Return BOF4 or BOF4-S, or their counterpart for another number of bits and block size.
 
-    A level is the mean of the normalized weights of its cell, each weighted by the square of the maximum of its
-    block, because that is the error of the weight itself. The means are integrals, not samples.
+    The levels minimize the mean squared error of normal weights. Each level is the mean of the normalized weights of
+    its cell, weighted by the square of their block maximum: that turns the error of the normalized weight into the
+    error of the weight. The means are computed by quadrature, not from samples.
 
     Parameters
     ----------
     bits : int
-        2 to 8.
+        Bits of a code, 2 to 8.
     block_size : int
-        Weights per block that the levels are for, 2 to 2**32. Blocks of another size can be rounded to them too.
+        Block size that the levels are computed for, 2 to 2**32. A format may use them with another block size.
     signed : bool, default False
-        False (BOF4): blocks are divided by their absolute maximum; -1, 0 and 1 are levels. True (BOF4-S): blocks are
-        divided by their entry of largest magnitude with its sign, which becomes 1; 0 and 1 are levels, -1 is not.
+        False is BOF4: blocks are divided by their absolute maximum, and -1, 0 and 1 are levels. True is BOF4-S: blocks
+        are divided by their entry of largest magnitude with its sign, so that it becomes 1; 0 and 1 are levels, -1
+        is not.
 
     Returns
     -------
     Codebook
-        ``2**bits`` levels named ``bof{bits}-{block_size}``, or ``bof{bits}s-{block_size}`` with the normalization
-        ``"signed"``. The tables published for 4 bits were fitted to samples: they differ by up to 4e-4.
+        Codebook of ``2**bits`` levels, named ``bof{bits}-{block_size}``, or ``bof{bits}s-{block_size}`` with
+        normalization ``"signed"``. The tables published for 4 bits were fitted to samples and differ by up to 4e-4.
 
     Raises
     ------
@@ -51,8 +53,10 @@ def block_optimal(bits: int, block_size: int, *, signed: bool = False) -> Codebo
     >>> [round(float(level), 4) for level in block_optimal(3, 64, signed=True).levels]
     [-0.7107, -0.4199, -0.1983, 0.0, 0.1796, 0.3763, 0.6192, 1.0]
     """
-    require_whole("Block-wise optimal float takes", bits, 2, 8)
-    require_whole("The levels are optimal for blocks of", block_size, 2, 2**32, "weights")
+    require_integer("bits", bits, 2, 8, "block-wise optimal float")
+    require_integer("block_size", block_size, 2, 2**32, "block-wise optimal float")
+    # E(w - scale * level)**2 = E scale**2 (x - level)**2 with x = w / scale: the density of x counts each block
+    # absmax**2 times. It is symmetric, so the two sides are independent problems between the fixed levels.
     density = block_normal_density(block_size, power=2)
     half = 2 ** (bits - 1)
     above = optimal_levels(density, half - 1, 2, Ends())

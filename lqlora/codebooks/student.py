@@ -1,4 +1,4 @@
-"""Student float: quantiles of the Student t distribution."""
+"""Student float (SF2 to SF8): levels at quantiles of the Student t distribution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 from scipy.special import stdtrit
 
-from lqlora.codebooks._checks import require_whole
+from lqlora.codebooks._checks import require_integer
 from lqlora.codebooks._quantiles import quantile_levels
 from lqlora.codebooks.codebook import Codebook
 
@@ -17,19 +17,22 @@ _USUAL_DF = 5
 
 @functools.lru_cache(maxsize=None, typed=True)
 def student_float(bits: int, df: int = _USUAL_DF) -> Codebook:
-    """NormalFloat's construction with the quantiles of the Student t distribution, whose tails are heavier.
+    """Return Student float: the construction of NormalFloat with quantiles of the Student t distribution.
+
+    Its tails are heavier than normal, so the levels are denser near zero. Use it for weights with outliers.
 
     Parameters
     ----------
     bits : int
-        2 to 8.
+        Bits of a code, 2 to 8.
     df : int, default 5
-        Degrees of freedom, 1 to 1000. The fewer, the closer the levels are to zero.
+        Degrees of freedom, 1 to 1000. Fewer degrees mean heavier tails and levels closer to zero.
 
     Returns
     -------
     Codebook
-        ``2**bits`` levels from -1 to 1 with a zero, named ``sf{bits}``, or ``sf{bits}-{df}`` if ``df`` is not 5.
+        Codebook of ``2**bits`` levels from -1 to 1, zero included, named ``sf{bits}``, or ``sf{bits}-{df}`` if ``df``
+        is not 5.
 
     Raises
     ------
@@ -45,7 +48,8 @@ def student_float(bits: int, df: int = _USUAL_DF) -> Codebook:
     >>> [round(float(level), 3) for level in student_float(3).levels]
     [-1.0, -0.411, -0.18, 0.0, 0.133, 0.284, 0.491, 1.0]
     """
-    require_whole("Student float takes", bits, 2, 8)
-    require_whole("Student float takes", df, 1, 1000, "degrees of freedom")
+    require_integer("bits", bits, 2, 8, "Student float")
+    require_integer("df", df, 1, 1000, "Student float")
+    # quantile_levels divides by the largest quantile, so the scale of the t distribution does not matter.
     name = f"sf{bits}" if df == _USUAL_DF else f"sf{bits}-{df}"
     return Codebook(quantile_levels(bits, functools.partial(stdtrit, df)), name=name)

@@ -1,4 +1,4 @@
-"""The alternating decomposition ``W ≈ Q + scaling * lora_B @ lora_A``."""
+"""Decomposition ``W ≈ Q + scaling * lora_B @ lora_A`` into a quantized and a low-rank part, by alternation."""
 
 from lqlora.decomposition.batched import DecompositionStack, decompose_stack
 from lqlora.decomposition.quantizers import Quantizer, QuantizerName

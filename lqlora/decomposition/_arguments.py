@@ -1,4 +1,4 @@
-"""Looking at the arguments of a decomposition before any work is done."""
+"""Checks of the arguments of a decomposition, made before any work is done."""
 
 from __future__ import annotations
 
@@ -19,47 +19,56 @@ __all__ = ["check_options", "checked_matrix", "checked_rank", "checked_start"]
 
 
 def checked_matrix(w: Array, name: str) -> Array:
-    """Return a finite matrix of float32 or float64."""
+    """Return a matrix in float32 or float64; raise unless it has two dimensions and finite entries."""
     matrix = ops.widen(w, name)
     if len(matrix.shape) != 2:
-        raise InvalidArgumentError(f"{name} has {len(matrix.shape)} dimensions; a decomposition needs two.")
+        raise InvalidArgumentError(
+            f"{name} must have two dimensions, got shape {tuple(matrix.shape)}. "
+            "Use decompose_stack for stacks of matrices."
+        )
     ops.require_finite(matrix, name)
     return matrix
 
 
 def checked_rank(matrix: Array, rank: int, init_rank: int | None, name: str, *, clip_rank: bool) -> tuple[int, int]:
-    """Return the rank that the matrix can have, and that of the start."""
+    """Return the rank that the matrix can have, and the rank of the starting approximation."""
     limit = min(matrix.shape)
     if not _is_int(rank) or rank < 0 or (rank > limit and not clip_rank):
-        hint = f": clip_rank=True pads the factors with zeros beyond {limit}" if _is_int(rank) and rank > limit else ""
-        raise InvalidArgumentError(f"Rank {rank!r} of {name} is no int from 0 to {limit}{hint}.")
+        hint = " Pass clip_rank=True to pad the factors with zeros." if _is_int(rank) and rank > limit else ""
+        raise InvalidArgumentError(
+            f"rank must be an integer between 0 and {limit} (the smaller side of {name}), got {rank!r}.{hint}"
+        )
     used = int(min(rank, limit))
     if init_rank is None:
         return used, used
     if not _is_int(init_rank) or not 0 <= init_rank <= rank:
-        raise InvalidArgumentError(f"init_rank is an int from 0 to the rank of {rank}, not {init_rank!r}.")
+        raise InvalidArgumentError(
+            f"init_rank must be an integer between 0 and rank, which is {rank}, got {init_rank!r}."
+        )
     return used, int(min(init_rank, used))
 
 
 def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init: str) -> LowRankStep:
-    """Return the low-rank part to start from, in the dtype of the matrix."""
+    """Return the low-rank part to start from, in the dtype of the matrix; raise unless its shapes match."""
     if init != "svd":
-        raise InvalidArgumentError(
-            f"A start takes the place of an SVD of the matrix: it needs init='svd', not {init!r}."
-        )
+        raise InvalidArgumentError(f"start replaces the SVD of init='svd', got init={init!r}. Drop one of the two.")
     if isinstance(start, LowRankStep):
         step = start
     elif isinstance(start, tuple) and len(start) == 2:
         step = LowRankStep(start[0], start[1], None, math.inf)
     else:
-        raise InvalidArgumentError("A start is a pair of lora_B and lora_A, or a LowRankStep.")
+        found = f"a tuple of {len(start)}" if isinstance(start, tuple) else type(start).__name__
+        raise InvalidArgumentError(f"start must be a pair (lora_B, lora_A) or a LowRankStep, got {found}.")
     xp = namespace(matrix, step.left, step.right)
     shapes = tuple(step.left.shape), tuple(step.right.shape)
     if [len(shape) for shape in shapes] != [2, 2] or (shapes[0][0], shapes[1][1], shapes[0][1]) != (
         *matrix.shape,
         shapes[1][0],
     ):
-        raise InvalidArgumentError(f"Factors of {shapes[0]} and {shapes[1]} are no start for {tuple(matrix.shape)}.")
+        rows, columns = matrix.shape
+        raise InvalidArgumentError(
+            f"start must hold factors of shapes ({rows}, k) and (k, {columns}), got {shapes[0]} and {shapes[1]}."
+        )
     left, right = (xp.astype(factor, matrix.dtype) for factor in (step.left, step.right))
     ops.require_finite(left, "lora_B")
     ops.require_finite(right, "lora_A")
@@ -79,27 +88,35 @@ def check_options(
     extrapolation: float | None,
     factor_format: BlockFormat | None,
 ) -> None:
-    """Raise if an option is out of range."""
+    """Raise if an option is out of range; comparisons are written so that NaN is refused, too."""
     if init not in ("svd", "quantize", "zero"):
-        raise InvalidArgumentError(f"init is 'svd', 'quantize' or 'zero', not {init!r}.")
+        raise InvalidArgumentError(f"init must be 'svd', 'quantize' or 'zero', got {init!r}.")
     if fit not in ("absmax", "scale", "levels+scale"):
-        raise InvalidArgumentError(f"fit is 'absmax', 'scale' or 'levels+scale', not {fit!r}.")
+        raise InvalidArgumentError(f"fit must be 'absmax', 'scale' or 'levels+scale', got {fit!r}.")
     if not _is_int(max_iter) or max_iter < 1:
-        raise InvalidArgumentError(f"max_iter is at least 1, not {max_iter!r}.")
-    if not rtol >= 0 or (target is not None and not target >= 0):
-        raise InvalidArgumentError(f"rtol and target are at least 0, not {rtol!r} and {target!r}.")
-    if time_limit is not None and not time_limit >= 0:
-        raise InvalidArgumentError(f"time_limit is at least 0 seconds, not {time_limit!r}.")
+        raise InvalidArgumentError(f"max_iter must be an integer of at least 1, got {max_iter!r}.")
+    _require_not_negative("rtol", rtol)
+    if target is not None:
+        _require_not_negative("target", target)
+    if time_limit is not None:
+        _require_not_negative("time_limit", time_limit)
     if not 0 < scaling < float("inf"):
-        raise InvalidArgumentError(f"scaling is positive and finite, not {scaling!r}.")
+        raise InvalidArgumentError(f"scaling must be positive and finite, got {scaling!r}.")
     if not _is_int(seed) or seed < 0:
-        raise InvalidArgumentError(f"seed is an int of at least 0, not {seed!r}.")
+        raise InvalidArgumentError(f"seed must be an integer of at least 0, got {seed!r}.")
     if extrapolation is not None and not 0 <= extrapolation <= 1:
-        raise InvalidArgumentError(f"extrapolation is 0 to 1, not {extrapolation!r}.")
+        raise InvalidArgumentError(f"extrapolation must be between 0 and 1, got {extrapolation!r}.")
     if factor_format is not None and not isinstance(factor_format, BlockFormat):
-        raise InvalidArgumentError(f"factor_format is a BlockFormat, not {factor_format!r}.")
+        raise InvalidArgumentError(
+            f"factor_format must be a BlockFormat, got {factor_format!r}. Use BlockFormat.parse for text."
+        )
+
+
+def _require_not_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise InvalidArgumentError(f"{name} must be at least 0, got {value!r}.")
 
 
 def _is_int(value: object) -> bool:
-    """Tell integers of Python and of NumPy from all else, truth values too."""
+    """Return whether a value is an integer of Python or NumPy; True and False are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Keeping the best iterate, and deciding when to stop."""
+"""Stopping rule of the alternation, which also keeps the best iterate and the history of errors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ if TYPE_CHECKING:
 
     from lqlora.decomposition.result import StopReason
 
-__all__ = ["Watch"]
+__all__ = ["StoppingRule"]
 
 T = TypeVar("T")
 
-#: Iterations in a row that must bring less than ``rtol`` together before the alternation counts as converged. One is
-#: too few: the error of an alternation is not monotone, since the quantizer need not lower the norm of the residual.
+#: The alternation has converged when this many iterations in a row together lower the error by less than ``rtol``. One
+#: is too few: the error need not fall in each iteration, because the quantizer need not lower the norm of the residual.
 _PATIENCE = 3
 
 
-class Watch(Generic[T]):
-    """Keeps the best of what it sees.
+class StoppingRule(Generic[T]):
+    """Records iterates, keeps the best one, and decides when to stop.
 
     Parameters
     ----------
     norm : float
-        Squared norm of the matrix.
+        Squared norm of the matrix, by which squared errors are divided.
     rtol, target, time_limit : float, float or None, float or None
         See :func:`lqlora.decompose`.
     callback : callable, optional
-        See there.
+        See :func:`lqlora.decompose`.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Watch(Generic[T]):
         self._norm, self._rtol, self._target, self._callback = norm, rtol, target, callback
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
         self.errors: list[float] = []
-        self._lowest: list[float] = []
+        self._lowest: list[float] = []  # after each iterate, the least error so far: it never rises
         self.best = 0
         self.best_iterate: T
         self.reason: StopReason = "max_iter"
 
-    def see(self, iterate: T, squared_error: float) -> bool:
-        """Take note of an iterate, and tell whether it is to be the last."""
+    def record(self, iterate: T, squared_error: float) -> bool:
+        """Record an iterate and return whether to stop."""
         error = self._relative(squared_error)
         self.errors.append(error)
         if len(self.errors) == 1 or error < self.errors[self.best]:
@@ -60,12 +60,12 @@ class Watch(Generic[T]):
             self.reason = reason
         return reason is not None
 
-    def improve(self, squared_error: float) -> None:
-        """Take note that the best iterate was improved afterwards."""
+    def revise_best(self, squared_error: float) -> None:
+        """Replace the recorded error of the best iterate, after its factors were refitted or quantized."""
         self.errors[self.best] = self._relative(squared_error)
 
     def _relative(self, squared_error: float) -> float:
-        # A matrix of norm zero is represented exactly, unless the weighting is zero: both count as no error.
+        # The norm is zero for a matrix of zeros and for one whose entries all have zero importance: no error in both.
         return (squared_error / self._norm) ** 0.5 if self._norm > 0 else 0.0
 
     def _reason_to_stop(self, error: float) -> StopReason | None:
@@ -78,7 +78,9 @@ class Watch(Generic[T]):
         return "converged" if self._stalled() else None
 
     def _stalled(self) -> bool:
-        if len(self._lowest) < _PATIENCE + 3:  # the two safeguards are no iterations
+        # The first two errors are those of the safeguards, not of iterations, and the oldest error compared is that of
+        # an iteration.
+        if len(self._lowest) < _PATIENCE + 3:
             return False
         return (
             self._lowest[-1] == 0.0 or self._lowest[-1 - _PATIENCE] - self._lowest[-1] < self._rtol * self._lowest[-1]

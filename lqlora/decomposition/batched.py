@@ -1,4 +1,4 @@
-"""Decomposition of several matrices that are stored as one array, such as the experts of a layer."""
+"""Decomposition of a stack: several matrices stored as one array, such as the experts of a layer."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = ["DecompositionStack", "decompose_stack"]
 
 @dataclass(frozen=True, eq=False)
 class DecompositionStack:
-    """Quantized matrices and their low-rank factors.
+    """Result of :func:`decompose_stack`: quantized matrices and their low-rank factors, stacked.
 
     Parameters
     ----------
     quantized : QuantizedArray of shape (..., m, n)
-        The frozen part, a stack.
+        Frozen quantized part.
     lora_A : array of float32, shape (..., rank, n)
         Right factors.
     lora_B : array of float32, shape (..., m, rank)
         Left factors.
     scaling : float
-        Factor of the products.
+        Factor of each product ``lora_B @ lora_A``.
     parts : tuple of Decomposition
-        The matrices one by one, in row-major order, with their histories.
+        Decomposition of each matrix, in row-major order, with its history of errors.
     """
 
     quantized: QuantizedArray
@@ -51,7 +51,7 @@ class DecompositionStack:
 
     @property
     def storage_bits(self) -> int:
-        """Exact bits of all quantized parts and factors."""
+        """Exact number of bits of all quantized parts and factors."""
         return sum(part.storage_bits for part in self.parts)
 
     def reconstruct(self) -> Array:
@@ -76,34 +76,37 @@ def decompose_stack(
     name: str = "the stack",
     **options: Any,
 ) -> DecompositionStack:
-    """Decompose each matrix of a stack by itself, several at a time.
+    """Decompose each matrix of a stack independently, several at a time.
+
+    The result equals that of :func:`lqlora.decompose` for each matrix. The stacked arrays can be stored and multiplied
+    as one.
 
     Parameters
     ----------
     w : array of a floating-point dtype, shape (..., m, n)
-        At least one matrix.
+        Stack of at least one matrix.
     fmt : BlockFormat
         Format of the quantized parts.
     rank : int
         Rank of each low-rank part.
     weighting : AbstractWeighting, or a sequence with one (or None) for each matrix, optional
-        Norms of the residuals; one weighting serves all.
+        Norm of the residual, one for all matrices or one for each.
     executor, progress : Executor and callable, optional
-        See :func:`lqlora.cost_table`.
+        As in :func:`lqlora.cost_table`.
     name : str, optional
-        What the stack is, for errors.
+        Name of the stack in error messages.
     **options
-        See :func:`lqlora.decompose`.
+        Options of :func:`lqlora.decompose`.
 
     Returns
     -------
     DecompositionStack
-        The same as matrix by matrix.
+        Stacked results, and the result of each matrix.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no matrix, or the number of weightings is another.
+        If there is no matrix, or the number of weightings differs from the number of matrices.
 
     Examples
     --------
@@ -115,13 +118,17 @@ def decompose_stack(
     """
     xp = namespace(w)
     if len(w.shape) < 2 or not prod(w.shape[:-2]):
-        raise InvalidArgumentError(f"A stack has the shape (..., m, n) and at least one matrix, not {tuple(w.shape)}.")
+        raise InvalidArgumentError(
+            f"{name} must have shape (..., m, n) and hold at least one matrix, got shape {tuple(w.shape)}."
+        )
     batch_shape = tuple(w.shape[:-2])
     matrices = xp.reshape(w, (-1, *w.shape[-2:]))
     count = matrices.shape[0]
     norms = [weighting] * count if weighting is None or isinstance(weighting, AbstractWeighting) else [*weighting]
     if len(norms) != count:
-        raise InvalidArgumentError(f"{len(norms)} weightings are not one for each of the {count} matrices of {name}.")
+        raise InvalidArgumentError(
+            f"weighting must be one norm, or one for each of the {count} matrices of {name}, got {len(norms)}."
+        )
     items = [(matrices[index, ...], norms[index], f"{name}[{index}]") for index in range(count)]
     parts = map_matrices(partial(_decompose_one, fmt=fmt, rank=rank, options=options), items, executor, progress)
     return DecompositionStack(
@@ -136,5 +143,6 @@ def decompose_stack(
 def _decompose_one(
     item: tuple[Array, AbstractWeighting | None, str], *, fmt: BlockFormat, rank: int, options: dict[str, Any]
 ) -> Decomposition:
+    """Return the decomposition of one matrix; a function of the module, so that processes can run it."""
     matrix, weighting, name = item
     return decompose(matrix, fmt, rank, weighting=weighting, name=name, **options)

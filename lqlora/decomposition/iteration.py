@@ -1,4 +1,4 @@
-"""One iteration of the alternation, by itself."""
+"""One iteration of the alternation: quantize the matrix without the low-rank part, approximate the residual."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ __all__ = ["iterate", "remainder", "residual_of"]
 def iterate(
     matrix: Array, target: Array, fmt: BlockFormat, weighting: AbstractWeighting, previous: LowRankStep
 ) -> LowRankStep:
-    """Quantize what a low-rank part left of a matrix, then approximate what the quantized part leaves.
+    """Return the low-rank step of one iteration: quantize the target, then approximate what that leaves.
+
+    Cost tables use it to continue, in one format, from the low-rank part of a similar format.
 
     Parameters
     ----------
     matrix : array of float32 or float64, shape (m, n)
-        The matrix; finite.
+        Matrix of finite entries.
     target : array of the same shape and dtype
-        The matrix minus a low-rank part, which may be that of a similar format: see :func:`remainder`.
+        Matrix minus a low-rank part, which may come from a similar format; see :func:`remainder`.
     fmt : BlockFormat
         Format of the quantized part.
     weighting : AbstractWeighting
         Norm of the residual.
     previous : LowRankStep
-        A step on a similar residual, which this one starts from; its rank is that of the result.
+        Step on a similar residual, to start from. The result has its rank.
 
     Returns
     -------
     LowRankStep
-        The low-rank part, and the error that it leaves together with the quantized part.
+        Low-rank part, and the error of its sum with the quantized part.
 
     Examples
     --------
@@ -53,27 +55,28 @@ def iterate(
 
 
 def remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None = None, extrapolation: float = 0.0) -> Array:
-    """Return the matrix without a low-rank part, which may be carried on in the direction of its last change.
+    """Return the matrix minus a low-rank part, which may be extrapolated along its last change.
 
     Parameters
     ----------
     matrix : array of float32 or float64, shape (m, n)
-        The matrix.
+        Matrix.
     kept : LowRankStep
-        The low-rank part.
+        Low-rank part to subtract.
     former : LowRankStep, optional
-        What it was before; not given, nothing is carried on.
+        Low-rank part one iteration earlier; without it there is no extrapolation.
     extrapolation : float, default 0.0
-        How far: 1 repeats the change.
+        Multiple of the last change that is added to the low-rank part; 1 repeats the change.
 
     Returns
     -------
     array of the same shape and dtype
-        What is to be quantized.
+        Target of the next quantization.
     """
     left, right = -kept.left, kept.right
     if former is not None:
-        # One product of twice the rank: no dense array but the result is made.
+        # W - P - beta * (P - P') with P = B A and P' = B' A' is W + [-(1 + beta) B, beta B'] [A; A']: one product of
+        # twice the rank, so that the result is the only dense array.
         xp = namespace(matrix)
         left = xp.concat([left * (1 + extrapolation), former.left * extrapolation], axis=1)
         right = xp.concat([right, former.right], axis=0)
@@ -83,19 +86,19 @@ def remainder(matrix: Array, kept: LowRankStep, former: LowRankStep | None = Non
 
 
 def residual_of(matrix: Array, quantized: QuantizedArray) -> Array:
-    """Return the matrix minus a quantized part, in the memory that the part is decoded to.
+    """Return the matrix minus a quantized part, computed in the memory of the decoded part.
 
     Parameters
     ----------
     matrix : array of float32 or float64, shape (m, n)
-        The matrix.
+        Matrix.
     quantized : QuantizedArray of shape (m, n)
-        The quantized part.
+        Quantized part to subtract.
 
     Returns
     -------
     array of the same shape and dtype as ``matrix``
-        What is to be approximated.
+        Residual, which the low-rank step approximates.
     """
     residual = namespace(matrix).astype(dequantize(quantized), matrix.dtype, copy=False)
     residual *= -1

@@ -1,4 +1,4 @@
-"""The quantizer step: how what the low-rank part leaves is quantized."""
+"""Quantizer step of the alternation: nearest rounding, error feedback (GPTQ), or a callable of the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QuantizerName: TypeAlias = Literal["nearest", "gptq"]
 
 
 class Quantizer(Protocol):
-    """A quantizer step of one's own."""
+    """Signature of a custom quantizer, which :func:`lqlora.decompose` accepts as ``quantizer``."""
 
     def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
         """Quantize a matrix.
@@ -29,14 +29,14 @@ class Quantizer(Protocol):
         Parameters
         ----------
         target : array of float32 or float64, shape (m, n)
-            The matrix minus a low-rank part.
+            Matrix minus a low-rank part.
         previous : QuantizedArray, optional
-            What this quantizer returned for the iterate that is gone on from; None for the first.
+            Result of this quantizer for the iterate that the alternation continues from; None for the first call.
 
         Returns
         -------
         QuantizedArray of shape (m, n)
-            In the library and on the device of the target.
+            Quantized target, of the same library and on the same device.
         """
 
 
@@ -48,60 +48,61 @@ def make_quantizer(
     Parameters
     ----------
     quantizer : {"nearest", "gptq"} or callable
-        What was asked for.
+        Name or callable.
     fmt : BlockFormat
-        Format.
+        Format of the quantized part.
     fit : {"absmax", "scale", "levels+scale"}
-        How scales and levels are chosen.
+        Rule that chooses scales and levels.
     weighting : AbstractWeighting
         Norm of the residual.
     name : str
-        What the matrix is, for errors.
+        Name of the matrix in error messages.
 
     Returns
     -------
     callable
-        The step.
+        Quantizer step.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no such quantizer, or the weighting lacks what it needs.
+        If the name is unknown, or the weighting has no second moment of the inputs and ``"gptq"`` needs one.
     """
     if callable(quantizer):
-        return _Looked(quantizer)
+        return _Custom(quantizer)
     if quantizer == "nearest":
         return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
     if quantizer != "gptq":
-        raise InvalidArgumentError(f"quantizer is 'nearest', 'gptq' or a callable, not {quantizer!r}.")
+        raise InvalidArgumentError(f"quantizer must be 'nearest', 'gptq' or a callable, got {quantizer!r}.")
     if weighting.feedback_gram is None:
         raise InvalidArgumentError(
-            "quantizer='gptq' feeds errors back by the second moment of the inputs: it needs a weighting that has one, "
-            "such as lqlora.weighting.InputGram."
+            f"quantizer='gptq' needs a weighting with the second moment of the inputs, got {type(weighting).__name__}. "
+            "Use lqlora.weighting.InputGram or Kronecker."
         )
-    return _Feedback(fmt, fit, weighting.feedback_gram, name)
+    return _ErrorFeedback(fmt, fit, weighting.feedback_gram, name)
 
 
 @dataclass(frozen=True)
 class _Nearest:
-    """Nearest levels, fitted from those of the iterate before."""
+    """Rounding to the nearest level, with scales and levels fitted from those of the previous iterate."""
 
     fmt: BlockFormat
     fit: Fit
-    weights: Array | None
+    importance: Array | None
     name: str
 
     def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
-        # The residual may overflow the range of narrow scales although the matrix did not: it is checked, too.
-        options: dict[str, Any] = {"weights": self.weights, "fit": self.fit, "name": self.name}
+        # The target is checked, although the matrix was: its scales may leave the range of float16 where those of the
+        # matrix did not.
+        options: dict[str, Any] = {"weights": self.importance, "fit": self.fit, "name": self.name}
         if self.fit == "absmax" or previous is None:
             return quantize(target, self.fmt, **options)
         return quantize(target, previous.format, start=previous, **options)
 
 
 @dataclass(frozen=True)
-class _Feedback:
-    """Error feedback."""
+class _ErrorFeedback:
+    """Error feedback (GPTQ) by the second moment of the inputs."""
 
     fmt: BlockFormat
     fit: Fit
@@ -115,17 +116,17 @@ class _Feedback:
 
 
 @dataclass(frozen=True)
-class _Looked:
-    """A quantizer of one's own, whose results are looked at."""
+class _Custom:
+    """Quantizer of the user, with checks of its results."""
 
     quantizer: Quantizer
 
     def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
         q = self.quantizer(target, previous)
         if not isinstance(q, QuantizedArray) or q.shape != tuple(target.shape):
-            found = f"one of shape {q.shape}" if isinstance(q, QuantizedArray) else type(q).__name__
+            found = f"shape {q.shape}" if isinstance(q, QuantizedArray) else type(q).__name__
             raise InvalidArgumentError(
-                f"The quantizer returned {found}, not a QuantizedArray of shape {tuple(target.shape)}."
+                f"quantizer must return a QuantizedArray of shape {tuple(target.shape)}, got {found}."
             )
-        namespace(target, q.packed)
+        namespace(target, q.packed)  # raises if the two are of different libraries
         return q

@@ -1,4 +1,4 @@
-"""What a decomposition returns."""
+"""Decomposition: the result of ``decompose``, with its history of errors."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ StopReason: TypeAlias = Literal["converged", "max_iter", "target", "time_limit",
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """A quantized matrix and its low-rank factors, with the history of how they were found.
+    """Result of :func:`lqlora.decompose`: a quantized matrix, low-rank factors, and the history of errors.
 
     Parameters
     ----------
     quantized : QuantizedArray of shape (m, n)
-        The frozen part.
+        Frozen quantized part.
     lora_A : array of float32, shape (rank, n)
         Right factor.
     lora_B : array of float32, shape (m, rank)
         Left factor.
     scaling : float
-        Factor of the product: the matrix is ``dequantize(quantized) + scaling * lora_B @ lora_A``.
+        Factor of the product in ``dequantize(quantized) + scaling * lora_B @ lora_A``.
     errors : tuple of float
-        Relative weighted errors. Entry 0 is quantization alone (rank 0), entry 1 adds one SVD of its residual, then come
-        the iterates. The entry of the pair that is returned counts its factors as they are, refitted and quantized.
+        Relative weighted errors. Entry 0 is quantization alone (rank 0), entry 1 is quantization with one SVD of its
+        residual, and the iterates follow. Entry ``best`` is the error of the factors as returned, after refitting and
+        quantization.
     best : int
-        Index into ``errors`` of the pair that is returned.
+        Index into ``errors`` of the returned iterate.
     stop_reason : {"converged", "max_iter", "target", "time_limit", "rank_zero", "callback"}
-        Why the alternation ended; ``"rank_zero"`` if there was none, as for rank 0 and ``init="zero"``.
+        Reason why the alternation ended. ``"rank_zero"`` means that there was no alternation: rank 0 or
+        ``init="zero"``.
     squared_error : float
-        Weighted sum of squares of the residual of the returned pair, not divided by anything.
+        Weighted squared norm of the residual, not normalized.
     factors : tuple of QuantizedArray, optional
-        ``lora_A`` and ``lora_B`` as they are stored, if a format was given for them; ``lora_A`` and ``lora_B`` are what
-        they decode to.
+        ``lora_A`` and ``lora_B`` in quantized form, if ``factor_format`` was given. The arrays ``lora_A`` and
+        ``lora_B`` are then their decoded values.
     """
 
     quantized: QuantizedArray
@@ -61,12 +63,12 @@ class Decomposition:
 
     @property
     def relative_error(self) -> float:
-        """Weighted norm of the residual, divided by the weighted norm of the matrix."""
+        """Weighted norm of the residual divided by the weighted norm of the matrix."""
         return self.errors[self.best]
 
     @property
     def storage_bits(self) -> int:
-        """Exact bits of the quantized part and of the factors: as quantized, or 32 for each of their entries."""
+        """Exact number of bits of the quantized part and the factors, which take 32 bits an entry unless quantized."""
         if self.factors is not None:
             return 8 * (self.quantized.nbytes + sum(factor.nbytes for factor in self.factors))
         return 8 * self.quantized.nbytes + 32 * self.rank * sum(self.quantized.shape)

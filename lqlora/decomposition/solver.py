@@ -1,8 +1,8 @@
-r"""The alternation: quantize what the low-rank part leaves, then approximate what the quantized part leaves.
+r"""The alternating solver of ``W ≈ Q + B A``: quantize ``W - B A``, approximate ``W - Q`` by low rank, and repeat.
 
-LQ-LoRA, LoftQ and their relatives are choices of this one loop: where it starts, which norm it lowers, how it quantizes
-and when it stops. Each iterate ends with the low-rank step, so that its factors are fitted to its own ``Q``, and the
-best iterate is returned, not the last.
+LQ-LoRA, LoftQ and their relatives are options of this one loop: the start, the norm, the quantizer and the stopping
+rule. Each iterate ends with the low-rank step, so that its factors are the best for its own ``Q``. The best iterate is
+returned, not the last.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.decomposition._arguments import check_options, checked_matrix, checked_rank, checked_start
-from lqlora.decomposition._stopping import Watch
+from lqlora.decomposition._stopping import StoppingRule
 from lqlora.decomposition.iteration import remainder, residual_of
 from lqlora.decomposition.quantizers import make_quantizer
 from lqlora.decomposition.result import Decomposition
@@ -36,20 +36,20 @@ __all__ = ["Init", "decompose"]
 
 Init: TypeAlias = Literal["svd", "quantize", "zero"]
 
-#: How far the low-rank part is carried on in the direction of its last change before the next quantization. Measured on
-#: matrices of a language model: nearest rounding under a fit lowers the error by itself, and takes more. Absolute maxima
-#: at two bits do not lower it reliably, and take none.
+#: Default extrapolation beta, measured on matrices of a language model. Nearest rounding with a fit lowers the error in
+#: each step and tolerates more of it. With absmax scales at two bits the error does not fall reliably in each step, so
+#: the default there is 0.
 _EXTRAPOLATION = 0.75
 _FITTED = 0.95
 
-#: Steps that the factors of the returned pair are refined by. Two find what is left to be found.
+#: Largest number of low-rank steps that refine the factors of the returned iterate.
 _REFITS = 2
 
 #: A refit that lowers the squared error by less than this fraction is the last.
 _REFIT_GAIN = 1e-3
 
-#: Relative error of quantization alone above which codes change so much from iterate to iterate that the low-rank step
-#: takes two rounds to follow: two bits.
+#: Relative error of quantization alone above which the format is coarse, which in practice means two bits. Codes then
+#: change so much from iterate to iterate that the low-rank step needs two rounds to follow.
 _COARSE = 0.3
 
 
@@ -76,95 +76,97 @@ def decompose(
     callback: Callable[[int, float], bool | None] | None = None,
     name: str = "the matrix",
 ) -> Decomposition:
-    r"""Split a matrix into a quantized and a low-rank part, by alternating between the two.
+    r"""Split a matrix into a quantized part and a low-rank part, by alternating between the two.
+
+    The default options are LQ-LoRA with extrapolation; :mod:`lqlora.initializers` has the methods of papers by name.
+    Use :func:`lqlora.decompose_stack` for several matrices in one array, and :func:`lqlora.nn.quantize_model` for a
+    whole torch model.
 
     Parameters
     ----------
     w : array of float16, bfloat16, float32 or float64, shape (m, n)
-        The matrix, outputs by inputs. A view of one stored the other way round, as in ``Conv1D``, is as good.
+        Matrix, outputs by inputs. It may be a transposed view, as of a ``Conv1D`` weight.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
-        Rank of the low-rank part, 0 to ``min(m, n)``. At rank 0 this is plain quantization.
+        Rank of the low-rank part, 0 to ``min(m, n)``. Rank 0 is plain quantization.
     weighting : AbstractWeighting, optional
-        Norm of the residual to minimize; every entry counts the same if not given.
+        Norm of the residual to minimize; the Frobenius norm if not given.
     init : {"svd", "quantize", "zero"}
         ``"svd"`` starts from the best low-rank approximation of ``w`` (LQ-LoRA), ``"quantize"`` from the quantized
-        ``w`` (LoftQ), ``"zero"`` quantizes ``w`` and leaves the product of the factors at zero (QLoRA): ``lora_B`` is
-        zero and ``lora_A`` uniform noise, ready to be trained.
+        ``w`` (LoftQ). ``"zero"`` quantizes ``w`` and does not alternate (QLoRA): ``lora_B`` is zero and ``lora_A``
+        uniform noise, ready for training.
     init_rank : int, optional
-        Rank of the approximation that ``init="svd"`` starts from, 0 to ``rank``; ``rank`` if not given. Between the two
-        it splits the rank: part is kept back from the quantizer, the rest is left to repair what it does.
+        Rank of the approximation that ``init="svd"`` starts from, 0 to ``rank``; ``rank`` if not given. A smaller value
+        splits the rank: the first part is subtracted before quantization, the rest corrects errors of quantization.
     start : tuple of arrays of shapes (m, k) and (k, n), optional
-        ``lora_B`` and ``lora_A`` of a similar decomposition with a scaling of 1, for ``init="svd"`` to start from their
-        product instead of an approximation of ``w``. What ``weighting.low_rank(w, rank, seed=seed)`` returned serves,
-        too: it is what would be computed, so that many formats can share it.
+        ``lora_B`` and ``lora_A`` of a similar decomposition with a scaling of 1. ``init="svd"`` then starts from their
+        product instead of an approximation of ``w``. The result of ``weighting.low_rank(w, rank, seed=seed)`` is also
+        accepted: it is what would be computed, so that decompositions in many formats can share it.
     quantizer : {"nearest", "gptq"} or callable
-        ``"nearest"`` rounds every entry by itself (:func:`lqlora.quantize`), ``"gptq"`` feeds errors back
-        (:func:`lqlora.gptq`; it needs a weighting with the second moment of the inputs). A callable takes the matrix to
-        quantize and what it returned for the iterate it goes on from (None for the first), and returns a
-        QuantizedArray.
+        ``"nearest"`` rounds each entry independently (:func:`lqlora.quantize`). ``"gptq"`` feeds errors back
+        (:func:`lqlora.gptq`) and needs a weighting with the second moment of the inputs. A callable takes the matrix to
+        quantize and its own result for the iterate to continue from (None at first), and returns a QuantizedArray.
     fit : {"absmax", "scale", "levels+scale"}
-        How scales and levels are chosen, see :func:`lqlora.quantize`; by squares of errors that the weighting weighs
-        entry by entry. From the second iterate on they are fitted from those of the iterate it goes on from.
+        Rule that chooses scales and levels, see :func:`lqlora.quantize`. Squared errors are weighted by the importance
+        of single entries. From the second iterate on, a fit starts from the scales and levels of the iterate before.
     extrapolation : float, optional
-        How far the low-rank part is carried on, in the direction of its last change, before it is subtracted for the
-        next quantization: 1 repeats the change. It is halved whenever the error rises, and the alternation then goes
-        on from the best iterate. 0 is the plain alternation of the papers, which goes on from wherever it is. If not
-        given, 0.95 for nearest rounding under a fit; else 0.75, or 0 where quantization alone leaves an error above
-        0.3.
+        Momentum of the alternation, 0 to 1. Before each quantization, this multiple of the last change of the low-rank
+        part is added to it. When the error rises the momentum is halved, and the alternation continues from the best
+        iterate. 0 is the plain alternation of the papers, which always continues from the last iterate. The default is
+        0.95 for nearest rounding with a fit. Otherwise it is 0.75, or 0 if quantization alone leaves a relative error
+        above 0.3.
     max_iter : int, default 100
         Largest number of iterations, at least 1.
     rtol : float, default 1e-3
-        Stop when three iterations together lower the error by less than this fraction. 0 stops early only where
-        nothing can follow: at no error, or when a plain step from the best iterate fails.
+        Stop when three iterations together lower the error by less than this fraction. With 0 the alternation stops
+        early only at zero error, or when a step without extrapolation from the best iterate fails.
     target : float, optional
-        Stop as soon as the relative error is at most this.
+        Relative error at which to stop.
     time_limit : float, optional
-        Stop after the first iteration that ends later than this, in seconds from the call.
+        Seconds from the call, after which no further iteration starts.
     scaling : float, default 1.0
-        ``lora_alpha / rank`` of the adapter that will hold the factors (with rsLoRA, ``lora_alpha / rank**0.5``); it is
-        divided out of them, so the matrix is approximated whatever its value.
+        Scaling of the adapter that will hold the factors: ``lora_alpha / rank``, or ``lora_alpha / rank**0.5`` with
+        rsLoRA. The factors are divided by its root, so that it does not change what is approximated.
     factor_format : BlockFormat, optional
-        Quantize the factors, too, at the end. ``lora_A`` and ``lora_B`` are then what ``factors`` decode to, and the
-        matrix is quantized once more beside them if that lowers the error.
+        Format in which to quantize the factors at the end. ``lora_A`` and ``lora_B`` are then the decoded factors, and
+        the matrix is quantized again to compensate for their errors, if that lowers the error.
     clip_rank : bool, default False
-        Allow a rank above ``min(m, n)``: the factors then have rows and columns of zeros beyond it.
+        Allow a rank above ``min(m, n)``, and pad the factors with zeros.
     seed : int, default 0
-        Of the randomized SVD, and of the noise under ``init="zero"``.
+        Seed of the randomized SVD, and of the noise of ``init="zero"``.
     callback : callable, optional
-        Called with the iteration and its relative error; a true return value stops.
+        Function called with the index and the relative error of each entry of ``errors``. A true result stops.
     name : str, optional
-        What the matrix is, for errors.
+        Name of the matrix in error messages.
 
     Returns
     -------
     Decomposition
-        The best pair seen, its factors refitted. Its weighted error is never above that of quantization alone nor
-        above that of quantization plus one SVD of the residual (except under ``init="zero"``, which is quantization
-        alone, where it is stopped before that, and up to the rounding of factors that are quantized).
+        Best iterate, with refitted factors. Its weighted error is never above that of quantization alone, nor above
+        that of quantization with one SVD of its residual. The second promise does not hold for ``init="zero"``, or if
+        a stopping rule ends the call before that SVD. Both hold up to the rounding of quantized factors.
 
     Raises
     ------
     InvalidArgumentError
-        If the rank, the shape, the scaling, a tolerance or the number of iterations is out of range, or the weighting
-        or the quantizer does not fit.
+        If an argument is out of range, or the weighting, the start or the quantizer does not suit the matrix.
     NonFiniteError
-        If the matrix holds NaN or infinity.
+        If the matrix or the start holds NaN or infinity.
 
     Notes
     -----
-    It lowers :math:`\lVert W - Q - BA \rVert` over :math:`Q` and :math:`BA` in turns. Plain alternation creeps: what
-    changes in :math:`BA` from one iterate to the next keeps its direction. Quantizing
-    :math:`W - B_k A_k - \beta (B_k A_k - B_{k-1} A_{k-1})` instead needs an eighth to a third of the iterations, and ends lower
-    (``benchmarks/alternation.py``).
-    The low-rank step starts from the subspace of the iterate before.
+    The alternation lowers :math:`\lVert W - Q - BA \rVert` over :math:`Q` and :math:`BA` in turns. Plain alternation
+    takes many short steps: the change of :math:`BA` keeps its direction from iterate to iterate. Quantizing
+    :math:`W - B_k A_k - \beta (B_k A_k - B_{k-1} A_{k-1})` instead needs an eighth to a third of the iterations, and
+    ends at a lower error (``experiments/alternation.py``). Each low-rank step starts from the subspace of the previous
+    one.
 
     References
     ----------
     LQ-LoRA, arXiv 2311.12023, algorithm 1; LoftQ, arXiv 2310.08659, algorithm 1; CALDERA, arXiv 2405.18886, for keeping
-    the best iterate and for quantized factors; SRR, arXiv 2602.02001, for splitting the rank. The extrapolation is
-    ours.
+    the best iterate and for quantized factors; SRR, arXiv 2602.02001, for splitting the rank. The extrapolation was
+    developed for this library.
 
     Examples
     --------
@@ -188,31 +190,32 @@ def decompose(
         extrapolation=extrapolation,
         factor_format=factor_format,
     )
-    rank, max_iter, seed = int(rank), int(max_iter), int(seed)  # NumPy's are integers, too
+    rank, max_iter, seed = int(rank), int(max_iter), int(seed)  # integers of NumPy become Python's
     weighting = Uniform() if weighting is None else weighting
     if not isinstance(weighting, AbstractWeighting):
-        raise InvalidArgumentError(f"A weighting is one of lqlora.weighting, not {type(weighting).__name__}.")
+        raise InvalidArgumentError(f"weighting must be a norm of lqlora.weighting, got {type(weighting).__name__}.")
     weighting.check(tuple(matrix.shape))
     if extrapolation is None and quantizer == "nearest" and fit != "absmax":
         extrapolation = _FITTED
     kept = None if start is None else checked_start(start, matrix, init)
     goal = _Goal(matrix, used, weighting, make_quantizer(quantizer, fmt, fit, weighting, name), seed)
     norm = weighting.squared_norm(matrix)
-    watch: Watch[_Iterate] = Watch(norm, rtol, target, time_limit, callback)
+    stopping: StoppingRule[_Iterate] = StoppingRule(norm, rtol, target, time_limit, callback)
     for iterate in _iterates(goal, norm, init, init_rank if kept is None else kept, max_iter, extrapolation):
-        if watch.see(iterate, iterate.squared_error):
+        if stopping.record(iterate, iterate.squared_error):
             break
     else:
+        # The generator ended. Under "quantize" the second safeguard is the first iteration.
         every = 1 + (init == "svd") + max_iter  # safeguards and iterations
-        watch.reason = "max_iter" if len(watch.errors) == every else "converged"
+        stopping.reason = "max_iter" if len(stopping.errors) == every else "converged"
         if used == 0 or init == "zero":
-            watch.reason = "rank_zero"
-    best = _refitted(goal, watch.best_iterate)
-    return _finished(goal, best, watch, scaling, rank, factor_format)
+            stopping.reason = "rank_zero"
+    best = _refitted(goal, stopping.best_iterate)
+    return _finished(goal, best, stopping, scaling, rank, factor_format)
 
 
 class _Goal(NamedTuple):
-    """What does not change during an alternation."""
+    """Everything that stays the same during an alternation."""
 
     matrix: Array
     rank: int
@@ -223,7 +226,7 @@ class _Goal(NamedTuple):
 
 
 class _Iterate(NamedTuple):
-    """A quantized part, and what approximates its residual: nothing for quantization alone."""
+    """A quantized part and the low-rank step of its residual, which is None for quantization alone."""
 
     quantized: QuantizedArray
     step: LowRankStep | None
@@ -233,7 +236,7 @@ class _Iterate(NamedTuple):
 def _iterates(
     goal: _Goal, norm: float, init: Init, kept: LowRankStep | int, max_iter: int, extrapolation: float | None
 ) -> Iterator[_Iterate]:
-    """Yield quantization alone, then one SVD of its residual, then the alternation from the chosen start."""
+    """Yield the two safeguards, quantization without and with one SVD of its residual, then the alternation."""
     first = goal.quantizer(goal.matrix, None)
     residual = residual_of(goal.matrix, first)
     alone = goal.weighting.squared_norm(residual)
@@ -251,7 +254,8 @@ def _iterates(
         return
     if isinstance(kept, int):
         kept = goal.weighting.low_rank(goal.matrix, kept, seed=goal.seed)
-    # Of the two bases one is as wide as the steps to come.
+    # Start the subspace iteration from the SVD of the matrix if that has the rank of the steps, else from the
+    # safeguard.
     previous = kept if kept.basis is not None and kept.left.shape[1] == goal.rank else step
     yield from _alternate(goal, kept, _Iterate(first, previous, math.inf), max_iter, extrapolation)
 
@@ -259,47 +263,62 @@ def _iterates(
 def _alternate(
     goal: _Goal, kept: LowRankStep, best: _Iterate, max_iter: int, extrapolation: float
 ) -> Iterator[_Iterate]:
-    """Yield iterates; where one is worse than the best, go back there with half the extrapolation.
+    """Yield iterates, each a quantization and a low-rank step, with extrapolation and a safeguard.
 
-    Plain alternation, without any, never goes back: that is what the papers do.
+    If an iterate is worse than the best, the next one starts from the best with half the extrapolation. Without
+    extrapolation each iterate starts from the one before, as in the papers.
 
     Parameters
     ----------
     goal : _Goal
-        What to approximate.
+        Problem to solve.
     kept : LowRankStep
-        Low-rank part to begin with.
+        Low-rank part to subtract first.
     best : _Iterate
-        What the first steps start from.
+        Iterate whose quantized part and subspace the first steps start from.
     max_iter : int
         Largest number of iterates.
     extrapolation : float
-        See :func:`decompose`.
+        As in :func:`decompose`.
     """
+    # With P_k = B_k A_k, an iteration computes
+    #     Q_{k+1} = quantize(W - P_k - beta (P_k - P_{k-1})),    P_{k+1} = low_rank(W - Q_{k+1}).
+    # Codes are coarse, so most of them stay when P moves a little, and Q takes up most of the move: the changes
+    # P_k - P_{k-1} are short and nearly parallel. The term with beta repeats the last change, as momentum does.
+    # Only the target of the quantizer is extrapolated, never the low-rank part itself. Every iterate is therefore an
+    # ordinary pair whose factors belong to its Q, and the safeguard can compare errors.
+    #
+    # Safeguard: `kept` and `best` move only when the error falls below the best. After a failure the momentum is
+    # dropped (former = None), so the next step is a plain one from the best iterate, and beta is halved for later.
+    # If that plain step fails too, the loop ends: it would compute the same again.
+    # In plain mode (beta = 0) `best` is the last iterate, whatever its error.
     former, is_plain = None, extrapolation == 0
     for _ in range(max_iter):
         quantized = goal.quantizer(remainder(goal.matrix, kept, former, extrapolation), best.quantized)
         iterate = _approximated(goal, quantized, best.step)
         if goal.is_coarse or (iterate.squared_error >= best.squared_error and not is_plain):
+            # The step is one round of subspace iteration from the previous subspace: before a failure is believed, a
+            # second round from its own result.
             iterate = _approximated(goal, quantized, iterate.step)
         yield iterate
         if is_plain or iterate.squared_error < best.squared_error:
             assert iterate.step is not None  # only quantization alone has none
             former, kept, best = None if is_plain else kept, iterate.step, iterate
         elif former is None and best.squared_error < math.inf:
-            return  # once more would be the same
+            return  # a plain step from the best iterate failed
         else:
             former, extrapolation = None, extrapolation / 2
 
 
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
+    """Return the iterate of a quantized part: the low-rank step of its residual, from a previous step."""
     residual = residual_of(goal.matrix, quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)
 
 
 def _refitted(goal: _Goal, best: _Iterate) -> _Iterate:
-    """Return the best pair, its factors brought closer to the best for its quantized part and its error measured."""
+    """Return the best iterate with factors refined for its quantized part, and with its error measured."""
     if best.step is None:
         return best
     for _ in range(_REFITS):
@@ -308,34 +327,39 @@ def _refitted(goal: _Goal, best: _Iterate) -> _Iterate:
         best = again if gained > 0 else best
         if gained < _REFIT_GAIN * best.squared_error:
             break
-    assert best.step is not None  # nor is it after a refit
-    # A step may tell its error as a difference; what is returned is told exactly.
+    assert best.step is not None  # refits keep the step
+    # A step may compute its error as a difference of squares. The error that is returned is measured.
     rest = residual_of(goal.matrix, best.quantized) - best.step.left @ best.step.right
     return best._replace(squared_error=goal.weighting.squared_norm(rest))
 
 
 def _finished(
-    goal: _Goal, best: _Iterate, watch: Watch[_Iterate], scaling: float, rank: int, factor_format: BlockFormat | None
+    goal: _Goal,
+    best: _Iterate,
+    stopping: StoppingRule[_Iterate],
+    scaling: float,
+    rank: int,
+    factor_format: BlockFormat | None,
 ) -> Decomposition:
-    """Return the best pair as the factors of an adapter."""
+    """Return the best iterate as a decomposition, its factors in the form of an adapter."""
     if best.step is None:
         lora_A, lora_B = _fresh_factors(goal, rank)
     else:
-        share = scaling**-0.5
+        share = scaling**-0.5  # in both factors: scaling * (share B) (share A) = B A, and they stay balanced
         lora_A, lora_B = _padded(best.step.right * share, rank, 0), _padded(best.step.left * share, rank, 1)
     factors = None
     if factor_format is not None:
         best, factors = _with_quantized_factors(goal, best, lora_A, lora_B, scaling, factor_format)
         lora_A, lora_B = (dequantize(factor) for factor in factors)
-    watch.improve(best.squared_error)
+    stopping.revise_best(best.squared_error)
     return Decomposition(
         best.quantized,
         lora_A,
         lora_B,
         scaling,
-        tuple(watch.errors),
-        watch.best,
-        watch.reason,
+        tuple(stopping.errors),
+        stopping.best,
+        stopping.reason,
         best.squared_error,
         factors,
     )
@@ -344,7 +368,7 @@ def _finished(
 def _with_quantized_factors(
     goal: _Goal, best: _Iterate, lora_A: Array, lora_B: Array, scaling: float, fmt: BlockFormat
 ) -> tuple[_Iterate, tuple[QuantizedArray, QuantizedArray]]:
-    """Quantize the factors, and the matrix once more beside them: its errors make up for some of theirs."""
+    """Return the iterate with quantized factors, its matrix quantized again to compensate for their errors."""
     factors = quantize(lora_A, fmt, name="lora_A"), quantize(lora_B, fmt, name="lora_B")
     rest = goal.matrix - ops.low_rank_product(dequantize(factors[1]), dequantize(factors[0]), scaling)
     tried = [
@@ -355,11 +379,14 @@ def _with_quantized_factors(
 
 
 def _fresh_factors(goal: _Goal, rank: int) -> tuple[Array, Array]:
-    """Return factors whose product is zero. ``lora_A`` is noise: with both at zero neither would ever get a gradient."""
+    """Return factors whose product is zero: ``lora_B`` is zero and ``lora_A`` noise.
+
+    The gradient of each factor is proportional to the other one, so both at zero would never train.
+    """
     xp = namespace(goal.matrix)
     rows, columns = goal.matrix.shape
     device = device_of(goal.matrix)
-    # As PEFT initializes lora_A: uniform within the reciprocal root of the number of inputs.
+    # PEFT draws lora_A from the same distribution: uniform between plus and minus 1 / sqrt(number of inputs).
     lora_A = np.random.default_rng(goal.seed).uniform(-1, 1, (rank, columns)) / max(columns, 1) ** 0.5
     return (
         xp.asarray(lora_A, dtype=xp.float32, device=device),
@@ -368,7 +395,7 @@ def _fresh_factors(goal: _Goal, rank: int) -> tuple[Array, Array]:
 
 
 def _padded(factor: Array, rank: int, axis: int) -> Array:
-    """Return a factor as float32, with zeros beyond the rank that the matrix has."""
+    """Return a factor as float32, padded with zeros to a rank above that of the matrix."""
     xp = namespace(factor)
     factor = xp.astype(factor, xp.float32)
     missing = rank - factor.shape[axis]

@@ -1,7 +1,7 @@
-"""Weightings: what an error in each entry of a matrix counts.
+"""Weightings: the norm in which a decomposition measures errors, that is, how much an error in each entry matters.
 
-A weighting is the norm of :func:`lqlora.decompose`. It gives the solver three things: the norm of a residual, the
-low-rank matrix that is best in that norm, and weights of single entries for the quantizer.
+Pass one to :func:`lqlora.decompose` as ``weighting``. It provides the norm of a residual, the best low-rank
+approximation in that norm, and the importance of single entries for the quantizer.
 """
 
 from lqlora.weighting.base import AbstractWeighting, LowRankStep, ScaledWeighting

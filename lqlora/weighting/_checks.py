@@ -1,4 +1,4 @@
-"""What weights must be."""
+"""Checks of importance arrays, shared by all weightings."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["capitalized", "is_zero", "require_weights", "warn_of_zeros"]
+__all__ = ["is_zero", "require_importance", "require_matrix", "warn_of_zeros"]
 
 
-def capitalized(what: str) -> str:
-    """Return a text that can begin a sentence."""
-    return what[0].upper() + what[1:]
+def is_zero(importance: Array) -> bool:
+    """Return whether an array has entries and all of them are zero."""
+    return 0 not in importance.shape and not bool(namespace(importance).any(importance != 0))
 
 
-def is_zero(weights: Array) -> bool:
-    """Tell whether there are weights, and all are zero."""
-    return 0 not in weights.shape and not bool(namespace(weights).any(weights != 0))
+def warn_of_zeros(name: str, stacklevel: int) -> None:
+    """Warn that an array of zeros is replaced by equal importance."""
+    message = f"{name} holds only zeros: equal importance is used instead. Check that statistics were collected."
+    warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
 
-def warn_of_zeros(what: str, stacklevel: int) -> None:
-    """Say that weights of zero count as none."""
-    warnings.warn(f"All {what} are zero: all count the same.", UserWarning, stacklevel=stacklevel + 1)
+def require_importance(importance: Array, name: str) -> None:
+    """Raise unless all values are finite and not negative."""
+    ops.require_finite(importance, name)
+    xp = namespace(importance)
+    if bool(xp.any(importance < 0)):
+        raise InvalidArgumentError(
+            f"{name} must not be negative, got {float(xp.min(importance))!r}. "
+            "Pass mean squares, such as the diagonal of the Fisher information."
+        )
 
 
-def require_weights(weights: Array, what: str) -> None:
-    """Raise unless all weights are finite and not negative."""
-    ops.require_finite(weights, what)
-    if bool(namespace(weights).any(weights < 0)):
-        raise InvalidArgumentError(f"{capitalized(what)} must not be negative.")
+def require_matrix(importance: Array, name: str) -> None:
+    """Raise unless an array has two dimensions."""
+    if len(importance.shape) != 2:
+        raise InvalidArgumentError(f"{name} must have two dimensions, got shape {tuple(importance.shape)}.")

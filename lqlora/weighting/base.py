@@ -1,4 +1,4 @@
-"""What every weighting provides."""
+"""Base classes of weightings, and the numerical helpers they share: units, balanced factors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ["AbstractWeighting", "LowRankStep", "ScaledWeighting", "balanced", "unit_of"]
 
-#: Below this share of the whole, what a truncated SVD leaves is measured and not computed as a difference of squares,
-#: which is exact to 2e-7 of the whole in float32. In a large matrix roundings cancel: 2**18 entries leave 1e-8.
+#: A truncated SVD leaves ``||M||**2 - sum(s**2)``. In float32 this difference is exact to 2e-7 of ``||M||**2``, which
+#: is no digit of a small rest. Below this share of the whole the residual is formed and measured instead. In a matrix
+#: of 2**18 entries or more rounding errors average out, and the difference is exact to 1e-8.
 _CANCELLED, _CANCELLED_IN_LARGE, _LARGE = 0.1, 1e-3, 2**18
 
 
 class LowRankStep(NamedTuple):
-    """A low-rank approximation of a residual.
+    """Low-rank approximation of a residual, as a weighting returns it.
 
     Parameters
     ----------
@@ -29,9 +30,9 @@ class LowRankStep(NamedTuple):
     right : array, shape (r, n)
         Right factor; ``left @ right`` is the approximation.
     basis : array, optional
-        What the next step, on a similar residual, starts from.
+        Right subspace that the next step, on a similar residual, starts from.
     squared_error : float
-        Squared norm of what is left.
+        Weighted squared norm of the residual minus the approximation.
     """
 
     left: Array
@@ -41,19 +42,22 @@ class LowRankStep(NamedTuple):
 
 
 class AbstractWeighting(abc.ABC):
-    """A norm of residuals. Implementations are final: compose them, do not derive from them."""
+    """Norm in which :func:`lqlora.decompose` measures errors.
 
-    #: True if all weights were zero: entries then count the same, but their errors cost an allocation nothing.
+    Derive from this class, or from :class:`ScaledWeighting`, to add a norm. The norms of this package are final.
+    """
+
+    #: True if all importance was zero. Entries then have equal importance, but an allocation counts no error for them.
     all_zero: bool = False
 
     @property
     def feedback_gram(self) -> Array | None:
-        """Second moment of the inputs, of shape (n, n), if the weighting has one: what error feedback needs."""
+        """Second moment of the inputs, shape (n, n), or None. Error feedback (GPTQ) needs it."""
         return None
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise unless the weighting fits a matrix.
+        """Raise unless the weighting has the sizes that a matrix needs.
 
         Parameters
         ----------
@@ -63,12 +67,12 @@ class AbstractWeighting(abc.ABC):
         Raises
         ------
         InvalidArgumentError
-            If it does not fit.
+            If a size differs.
         """
 
     @abc.abstractmethod
     def squared_norm(self, residual: Array) -> float:
-        """Return the weighted sum of squares of a residual.
+        """Return the squared norm of a residual.
 
         Parameters
         ----------
@@ -78,25 +82,25 @@ class AbstractWeighting(abc.ABC):
         Returns
         -------
         float
-            The sum, accumulated in float64.
+            Weighted sum of squares, accumulated in float64.
         """
 
     @abc.abstractmethod
     def element_weights(self) -> Array | None:
-        """Return what single entries count, for a quantizer that weighs squares one by one.
+        """Return the importance of single entries, for a quantizer that sums weighted squares.
 
         Returns
         -------
         array that broadcasts to (m, n), optional
-            The diagonal of the quadratic form that the norm is, up to one factor, so that products of small weights do
-            not vanish; None if all entries count the same.
+            Diagonal of the quadratic form of the norm, up to one common factor that keeps products of small numbers
+            from underflowing. None if all entries have the same importance.
         """
 
     @abc.abstractmethod
     def low_rank(
         self, residual: Array, rank: int, *, previous: LowRankStep | None = None, seed: int = 0
     ) -> LowRankStep:
-        """Return the low-rank matrix nearest to a residual.
+        """Return a low-rank approximation of a residual: the best one in this norm, if that has a closed form.
 
         Parameters
         ----------
@@ -105,34 +109,40 @@ class AbstractWeighting(abc.ABC):
         rank : int
             0 to ``min(m, n)``.
         previous : LowRankStep, optional
-            Result for a similar residual, of the same rank: makes the step cheaper.
+            Result of the same rank for a similar residual. Starting from it makes the step cheaper.
         seed : int, default 0
-            Of the randomized start where there is no previous step.
+            Seed of the randomized SVD, used where there is no previous step.
 
         Returns
         -------
         LowRankStep
-            Factors of equal norms, component by component.
+            Factors and their error. Both factors of each component have the same norm.
         """
 
 
 class ScaledWeighting(AbstractWeighting):
-    r"""A norm that is Frobenius' after a linear map: :math:`\lVert A E C \rVert`.
+    r"""Norm of the form :math:`\lVert A E C \rVert_F` with invertible matrices A and C.
 
-    The best approximation then is a truncated SVD of the mapped residual, mapped back (Eckart and Young 1936). What is
-    left to an implementation is the map, with weights of about one, and the factor that makes up for that.
+    The best low-rank approximation has a closed form: the truncated SVD of the mapped residual, mapped back (Eckart and
+    Young 1936). A subclass defines the map, scaled so that its entries are about one. The attribute ``_factor``
+    restores the scale of the squared norm.
     """
 
-    #: Factor of the squared norm.
+    # With Y = A X C,  || A (E - X) C ||_F = || A E C - Y ||_F,  and X has the rank of Y because A and C are invertible.
+    # By Eckart and Young the best Y is SVD_r(A E C), so the best X is A**-1 SVD_r(A E C) C**-1. It leaves
+    # || A E C ||**2 - sum_{i <= r} s_i**2. With Y = U U^T (A E C), U the leading left singular vectors, C cancels:
+    # X = A**-1 U U^T A E. Only A has to be inverted, and not even that where A is the identity (InputGram).
+
+    #: The squared norm is this factor times the squared Frobenius norm of the mapped residual.
     _factor: float = 1.0
 
     @abc.abstractmethod
     def _map(self, residual: Array) -> Array:
-        """Return the mapped residual."""
+        """Return the mapped residual ``A @ residual @ C``."""
 
     @abc.abstractmethod
     def _factors(self, svd: ops.LowRank, residual: Array) -> tuple[Array, Array]:
-        """Return factors of the approximation of the residual, given those of the mapped residual."""
+        """Return the factors of the approximation, from the truncated SVD of the mapped residual."""
 
     def squared_norm(self, residual: Array) -> float:
         """Return the weighted sum of squares."""
@@ -142,12 +152,17 @@ class ScaledWeighting(AbstractWeighting):
     def low_rank(
         self, residual: Array, rank: int, *, previous: LowRankStep | None = None, seed: int = 0
     ) -> LowRankStep:
-        """Return the truncated SVD of the mapped residual, mapped back; from a previous step, two passes suffice."""
+        """Return the truncated SVD of the mapped residual, mapped back.
+
+        From a previous step two passes over the residual suffice, instead of six.
+        """
         unit = unit_of(residual)
         residual = residual if unit == 1.0 else residual / unit
         mapped = self._map(residual)
         svd = ops.subspace_svd(mapped, rank, seed=seed, start=None if previous is None else previous.basis)
         left, right = balanced(*self._factors(svd, residual))
+        # The rows of svd.right are orthogonal and have the singular values as norms, so that
+        # ||M - M_r||**2 = ||M||**2 - ||right||**2.
         total = ops.sum_of_squares(mapped)
         rest = total - ops.sum_of_squares(svd.right)
         if rest < (_CANCELLED if math.prod(mapped.shape) < _LARGE else _CANCELLED_IN_LARGE) * total:
@@ -159,18 +174,20 @@ class ScaledWeighting(AbstractWeighting):
 
 
 def unit_of(residual: Array) -> float:
-    """Return a power of four near the largest entry if squares of entries might leave the range of float32, else 1.
+    """Return a power of four to divide a residual by, so that squares of its entries stay in the range of float32.
 
     Parameters
     ----------
     residual : array
-        Finite values.
+        Array of finite values.
 
     Returns
     -------
     float
-        What to divide by. Its root is a power of two, so that both factors can carry it without rounding.
+        Power of four near the largest magnitude; 1 if that is between ``2**-40`` and ``2**40``.
     """
+    # If E / 4**k = L R, then E = (2**k L) (2**k R): the root of a power of four is a power of two, so both factors
+    # carry their half of the unit without rounding. Scaling a residual by 4**k then changes no digit of the result.
     if not min(residual.shape):
         return 1.0
     xp = namespace(residual)
@@ -183,36 +200,39 @@ def power_of_four(size: float, tolerance: float) -> float:
     Parameters
     ----------
     size : float
-        Not negative.
+        Size, not negative.
     tolerance : float
-        How many times 1, or 1 how many times the size, counts as near.
+        A size between ``1 / tolerance`` and ``tolerance`` is near 1.
 
     Returns
     -------
     float
-        A power of four.
+        Power of four between ``2**-126`` and ``2**126``.
     """
     if size == 0.0 or 1 / tolerance < size < tolerance:
         return 1.0
-    return 4.0 ** min(max(round(math.log(size, 4)), -63), 63)  # what float32 can be divided by
+    # float32 holds 4**-63, 4**63 and their reciprocals as normal numbers.
+    return 4.0 ** min(max(round(math.log(size, 4)), -63), 63)
 
 
 def balanced(left: Array, right: Array) -> tuple[Array, Array]:
-    """Give both factors of each component the same norm.
+    """Return factors of the same product in which both factors of each component have the same norm.
 
-    Weights stretch one side more than the other, by orders of magnitude for Fisher information. The product does not
-    care, but an optimizer that moves every entry by the same step would destroy the shorter factor.
+    Weightings stretch one side more than the other, by orders of magnitude for Fisher information. The product is the
+    same, but an optimizer such as Adam moves all entries by similar steps, which would destroy the shorter factor.
 
     Parameters
     ----------
     left, right : array, shape (m, r) and (r, n)
-        Factors.
+        Factors, one component for each column of ``left`` and row of ``right``.
 
     Returns
     -------
     left, right : array
-        Factors of the same product.
+        Balanced factors. A component with a factor of zeros is returned unchanged.
     """
+    # b_i a_i = (t b_i) (a_i / t) for any t > 0. The norms are equal at t = sqrt(|a_i| / |b_i|): both become
+    # sqrt(|a_i| |b_i|), which also minimizes |t b_i|**2 + |a_i / t|**2.
     xp = namespace(left, right)
     norms = xp.sqrt(xp.sum(left * left, axis=0)), xp.sqrt(xp.sum(right * right, axis=1))
     positive = (norms[0] > 0) & (norms[1] > 0)

@@ -1,4 +1,4 @@
-"""Weights by row and by column."""
+"""Diagonal weightings: uniform, and importance by row and by column."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
-from lqlora.weighting._checks import capitalized, is_zero, require_weights, warn_of_zeros
+from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, power_of_four
 
 if TYPE_CHECKING:
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 __all__ = ["RowColumn", "Uniform"]
 
-#: Row and column weights below this fraction of the largest are raised to it. A weight of zero says that a row may
-#: be anything; without a floor the low-rank factor of that row would be a division by zero.
+#: Importance of rows and columns below this fraction of the largest is raised to it. The low-rank step divides by its
+#: root: without a floor, the factors of a row of zero importance would not be finite.
 FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
 class Uniform(ScaledWeighting):
-    """Every entry counts the same: the squared norm is Frobenius'.
+    """Equal importance of all entries: the Frobenius norm.
+
+    It is the default of :func:`lqlora.decompose` and needs no statistics.
 
     Examples
     --------
@@ -36,7 +38,7 @@ class Uniform(ScaledWeighting):
         """Accept any matrix."""
 
     def element_weights(self) -> Array | None:
-        """Return None: all entries count the same."""
+        """Return None: all entries have the same importance."""
         return None
 
     def _map(self, residual: Array) -> Array:
@@ -48,33 +50,36 @@ class Uniform(ScaledWeighting):
 
 @dataclass(frozen=True, eq=False)
 class RowColumn(ScaledWeighting):
-    r"""Rank-one weights: the squared norm is :math:`\sum_{ij} r_i c_j E_{ij}^2`.
+    r"""Importance of rows and of columns: the squared norm is :math:`\sum_{ij} r_i c_j E_{ij}^2`.
+
+    Use it with the mean squares of the inputs as ``col``, or with Fisher information through :meth:`from_fisher`. The
+    low-rank step is exact.
 
     Parameters
     ----------
     row : array of float32 or float64, shape (m,), optional
-        Row weights, finite and not negative; None if all rows count the same.
+        Importance of each row, finite and not negative. None gives all rows the same importance.
     col : array of the same kind, shape (n,), optional
-        Column weights, such as the mean square of each input.
+        Importance of each column, such as the mean square of each input.
 
     Raises
     ------
     InvalidArgumentError
-        If a weight is negative, an array is not one-dimensional, or both are None.
+        If a value is negative, an array is not one-dimensional, or both are None.
     NonFiniteError
-        If a weight is NaN or infinite.
+        If a value is NaN or infinite.
 
     Warns
     -----
     UserWarning
-        If all rows or all columns weigh zero; they then count the same.
+        If the values of all rows, or of all columns, are zero. Equal importance is used instead.
 
     Notes
     -----
-    Weights below ``1e-6`` of the largest are raised to that: a row of zero Fisher information may be anything, and the
-    factors of such a row would not be finite otherwise. LQ-LoRA (arXiv 2311.12023, section 3.2) approximates the Fisher
-    information by such weights and solves with ``SVD(sqrt(r) E sqrt(c))``, which is exact for them. Column weights alone
-    are the diagonal case of QERA (arXiv 2410.06040, theorem 2).
+    Values below ``1e-6`` of the largest are raised to that, since the factors of a row of zero importance would not be
+    finite. LQ-LoRA (arXiv 2311.12023, section 3.2) approximates the Fisher information by importance of this form. Its
+    solution, the truncated SVD of ``sqrt(r) E sqrt(c)``, is exact for this norm. Importance of columns alone is the
+    diagonal case of QERA (arXiv 2410.06040, theorem 2).
 
     Examples
     --------
@@ -90,10 +95,11 @@ class RowColumn(ScaledWeighting):
 
     def __post_init__(self) -> None:
         if self.row is None and self.col is None:
-            raise InvalidArgumentError("Give row weights, column weights or both; without any, use Uniform().")
-        namespace(*(weights for weights in (self.row, self.col) if weights is not None))
-        row, col = _checked(self.row, "row weights"), _checked(self.col, "column weights")
-        zero = [weights is not None and is_zero(weights) for weights in (self.row, self.col)]
+            raise InvalidArgumentError("row and col are both None. Pass at least one of them, or use Uniform().")
+        given = [importance for importance in (self.row, self.col) if importance is not None]
+        namespace(*given)
+        row, col = _checked(self.row, "row"), _checked(self.col, "col")
+        zero = [is_zero(importance) for importance in given]
         (left, left_unit), (right, right_unit) = _normalized_root(row), _normalized_root(col)
         object.__setattr__(self, "all_zero", any(zero))
         object.__setattr__(self, "row", row)
@@ -104,22 +110,22 @@ class RowColumn(ScaledWeighting):
 
     @classmethod
     def from_fisher(cls, fisher: Array) -> RowColumn:
-        """Approximate an elementwise Fisher information by its row and column means.
+        """Return the weighting of the row and column means of an elementwise Fisher information.
 
         Parameters
         ----------
         fisher : array, shape (m, n)
-            Diagonal Fisher information, finite and not negative.
+            Diagonal Fisher information, finite and not negative; see :func:`lqlora.nn.collect_fisher`.
 
         Returns
         -------
         RowColumn
-            Row means times column means, divided by the overall mean: exact where the Fisher information has rank one.
+            Importance ``row mean * column mean / overall mean``. It is exact if the Fisher information has rank one.
 
         Raises
         ------
         InvalidArgumentError
-            If an entry is negative or the array is no matrix.
+            If an entry is negative or the array is not two-dimensional.
         NonFiniteError
             If an entry is NaN or infinite.
 
@@ -134,32 +140,37 @@ class RowColumn(ScaledWeighting):
         >>> w.row.tolist(), w.col.tolist()
         ([2.0, 4.0], [0.5, 1.5])
         """
-        fisher = ops.widen(fisher, "Fisher information")
-        if len(fisher.shape) != 2:
-            raise InvalidArgumentError(f"Fisher information of a matrix has two dimensions, not {len(fisher.shape)}.")
-        require_weights(fisher, "Fisher information")
+        fisher = ops.widen(fisher, "fisher")
+        require_matrix(fisher, "fisher")
+        require_importance(fisher, "fisher")
         xp = namespace(fisher)
         if 0 in fisher.shape:
             device = device_of(fisher)
             return cls(*(xp.ones((size,), dtype=fisher.dtype, device=device) for size in fisher.shape))
+        # Of all rank-one matrices r c^T this one has the same row sums and column sums as the Fisher information.
         row, col = (xp.sum(fisher, axis=axis, dtype=xp.float64) / fisher.shape[axis] for axis in (1, 0))
         total = xp.mean(row)
         col = col / xp.where(total > 0, total, xp.ones_like(total))
         return cls(xp.astype(row, fisher.dtype), xp.astype(col, fisher.dtype))
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise unless there is a weight for every row and every column."""
-        found = tuple(None if weights is None else weights.shape[0] for weights in (self.row, self.col))
-        if len(shape) != 2 or any(own not in (None, size) for own, size in zip(found, shape, strict=True)):
-            raise InvalidArgumentError(f"Weights of {found[0]} rows and {found[1]} columns do not fit {tuple(shape)}.")
+        """Raise unless there is a value for every row and every column."""
+        for side, (name, own) in enumerate((("row", self.row), ("col", self.col))):
+            if own is not None and (len(shape) != 2 or own.shape[0] != shape[side]):
+                raise InvalidArgumentError(
+                    f"{name} must hold one value for each {('row', 'column')[side]} of the matrix of shape "
+                    f"{tuple(shape)}, got {own.shape[0]}."
+                )
 
     def element_weights(self) -> Array | None:
-        """Return the products of row and column weights, each near one."""
+        """Return the products of the importance of rows and columns, each divided by its unit."""
         row = None if self.row is None else self.row[:, None] / self._units[0]
         col = None if self.col is None else self.col[None, :] / self._units[1]
         if row is None or col is None:
             return col if row is None else row
         return row * col
+
+    # A = diag(sqrt(r)) and C = diag(sqrt(c)) in the notation of ScaledWeighting; both are inverted by a division.
 
     def _map(self, residual: Array) -> Array:
         row, col = self._roots_like(residual)
@@ -172,7 +183,7 @@ class RowColumn(ScaledWeighting):
         return svd.left if row is None else svd.left / row, svd.right if col is None else svd.right / col
 
     def _roots_like(self, residual: Array) -> tuple[Array | None, Array | None]:
-        """Return the roots of the weights in the dtype of a residual, as a column and as a row."""
+        """Return the roots of the importance in the dtype of a residual, as a column and as a row."""
         row, col = self._roots
         xp = namespace(residual, row, col)
         return (
@@ -181,25 +192,26 @@ class RowColumn(ScaledWeighting):
         )
 
 
-def _checked(weights: Array | None, what: str) -> Array | None:
-    if weights is None:
+def _checked(importance: Array | None, name: str) -> Array | None:
+    """Return importance of float32 or float64 with its floor, or equal importance for zeros."""
+    if importance is None:
         return None
-    xp = namespace(weights)
-    weights = ops.widen(weights, what)
-    if len(weights.shape) != 1:
-        raise InvalidArgumentError(f"{capitalized(what)} have one dimension, not {len(weights.shape)}.")
-    require_weights(weights, what)
-    largest = float(xp.max(weights)) if weights.shape[0] else 1.0
+    xp = namespace(importance)
+    importance = ops.widen(importance, name)
+    if len(importance.shape) != 1:
+        raise InvalidArgumentError(f"{name} must have one dimension, got shape {tuple(importance.shape)}.")
+    require_importance(importance, name)
+    largest = float(xp.max(importance)) if importance.shape[0] else 1.0
     if largest == 0.0:
-        warn_of_zeros(what, stacklevel=4)
-        return xp.ones_like(weights)
-    return xp.where(weights > FLOOR * largest, weights, xp.full_like(weights, FLOOR * largest))
+        warn_of_zeros(name, stacklevel=4)
+        return xp.ones_like(importance)
+    return xp.where(importance > FLOOR * largest, importance, xp.full_like(importance, FLOOR * largest))
 
 
-def _normalized_root(weights: Array | None) -> tuple[Array | None, float]:
-    """Return the roots of weights divided by a power of four near the largest, and that power."""
-    if weights is None or not weights.shape[0]:
-        return weights, 1.0
-    xp = namespace(weights)
-    unit = power_of_four(float(xp.max(weights)), 2.0)
-    return xp.sqrt(weights / unit), unit
+def _normalized_root(importance: Array | None) -> tuple[Array | None, float]:
+    """Return the roots of ``importance / unit``, and the unit: a power of four near the largest value."""
+    if importance is None or not importance.shape[0]:
+        return importance, 1.0
+    xp = namespace(importance)
+    unit = power_of_four(float(xp.max(importance)), 2.0)
+    return xp.sqrt(importance / unit), unit

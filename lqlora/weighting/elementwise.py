@@ -1,4 +1,4 @@
-"""A weight for every entry: the diagonal of the Fisher information."""
+"""Elementwise weighting: an importance for every entry, such as the diagonal of the Fisher information."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
-from lqlora.weighting._checks import is_zero, require_weights, warn_of_zeros
+from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
 from lqlora.weighting.base import AbstractWeighting, LowRankStep, balanced, power_of_four, unit_of
 from lqlora.weighting.diagonal import RowColumn
 
@@ -17,45 +17,50 @@ if TYPE_CHECKING:
 
 __all__ = ["Elementwise"]
 
-#: Steps of conjugate gradients for each half of a sweep. They start from the factor at hand, so that a few are enough;
-#: what is left is taken up by the next sweep.
+#: Steps of conjugate gradients for each half of a sweep. They start from the current factor, so a few are enough; the
+#: next sweep continues where they stopped.
 _STEPS = 5
 
-#: A row whose weights are below this, of the largest, stays as it is: their reciprocals are beyond the range of float32.
+#: A component whose diagonal of the normal equations is below this, relative to the largest importance, is not changed:
+#: its reciprocal would leave the range of float32.
 _NEGLIGIBLE = 2.0**-100
 
 
 @dataclass(frozen=True, eq=False)
 class Elementwise(AbstractWeighting):
-    r"""A weight for every entry: the squared norm is :math:`\sum_{ij} F_{ij} E_{ij}^2`.
+    r"""Importance of every entry: the squared norm is :math:`\sum_{ij} F_{ij} E_{ij}^2`.
+
+    Use it with the Fisher information of each weight, from :func:`lqlora.nn.collect_fisher`. Its low-rank step is
+    iterative and takes longer than those of the other norms; ``sweeps=0`` avoids that.
 
     Parameters
     ----------
     weights : array of float32 or float64, shape (m, n)
-        Weights, such as the diagonal Fisher information; finite and not negative.
+        Importance of each entry, finite and not negative, such as the diagonal Fisher information.
     sweeps : int, default 1
-        Sweeps of the low-rank step: each improves the left factor for the right one at hand, then the right for the
-        left. 0 stops at the rank-one surrogate, as LQ-LoRA does (arXiv 2311.12023, section 3.2).
+        Sweeps of the low-rank step. A sweep improves the left factor with the right one fixed, then the right factor
+        with the left one fixed. 0 uses the rank-one surrogate only, as LQ-LoRA does (arXiv 2311.12023, section 3.2).
 
     Raises
     ------
     InvalidArgumentError
-        If a weight is negative, the array is no matrix, or the number of sweeps is negative.
+        If a value is negative, the array is not two-dimensional, or ``sweeps`` is not an integer of at least 0.
     NonFiniteError
-        If a weight is NaN or infinite.
+        If a value is NaN or infinite.
 
     Warns
     -----
     UserWarning
-        If all weights are zero; they then count the same.
+        If all values are zero. Equal importance is used instead.
 
     Notes
     -----
-    The best low-rank approximation in this norm has no closed form, and to find it is NP-hard (Gillis and Glineur
-    2011). The step starts from the best one for the surrogate :meth:`RowColumn.from_fisher`, or from the factors of the
-    iterate before, and lowers the true norm: for one factor fixed, each row of the other is a least-squares problem of
-    its own, and conjugate gradients (Hestenes and Stiefel 1952) work on all of them at once. An entry of weight zero
-    counts nothing; a row of zeros keeps the factors of the surrogate, whose weights have a floor.
+    The best low-rank approximation in this norm has no closed form, and finding it is NP-hard (Gillis and Glineur
+    2011). The step starts from the best approximation for the surrogate :meth:`RowColumn.from_fisher`, or from the
+    factors of the previous iterate, and lowers the true norm. With one factor fixed, each row of the other is a
+    separate least-squares problem; conjugate gradients (Hestenes and Stiefel 1952) work on all of them at once. Errors
+    of entries of zero importance are ignored. A row of zeros keeps the factors of the surrogate, whose importance has a
+    floor.
 
     Examples
     --------
@@ -70,37 +75,41 @@ class Elementwise(AbstractWeighting):
     _unit: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        weights = ops.widen(self.weights, "weights")
-        xp = namespace(weights)
-        require_weights(weights, "weights")
+        importance = ops.widen(self.weights, "weights")
+        xp = namespace(importance)
+        require_importance(importance, "weights")
         if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 0:
-            raise InvalidArgumentError(f"sweeps is an int of at least 0, not {self.sweeps!r}.")
-        if is_zero(weights):
+            raise InvalidArgumentError(f"sweeps must be an integer of at least 0, got {self.sweeps!r}.")
+        require_matrix(importance, "weights")
+        if is_zero(importance):
             warn_of_zeros("weights", stacklevel=3)
-            weights = xp.ones_like(weights)
+            importance = xp.ones_like(importance)
             object.__setattr__(self, "all_zero", True)
-            object.__setattr__(self, "sweeps", 0)  # the surrogate is exact
-        object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "surrogate", RowColumn.from_fisher(weights))
-        object.__setattr__(self, "_unit", power_of_four(float(xp.max(weights)) if min(weights.shape) else 0.0, 2.0))
+            object.__setattr__(self, "sweeps", 0)  # the surrogate is exact for equal importance
+        largest = float(xp.max(importance)) if min(importance.shape) else 0.0
+        object.__setattr__(self, "weights", importance)
+        object.__setattr__(self, "surrogate", RowColumn.from_fisher(importance))
+        object.__setattr__(self, "_unit", power_of_four(largest, 2.0))
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise unless there is a weight for every entry."""
+        """Raise unless there is a value for every entry."""
         if tuple(self.weights.shape) != tuple(shape):
-            raise InvalidArgumentError(f"Weights of shape {tuple(self.weights.shape)} do not fit {tuple(shape)}.")
+            raise InvalidArgumentError(
+                f"weights must have the shape of the matrix, {tuple(shape)}, got {tuple(self.weights.shape)}."
+            )
 
     def squared_norm(self, residual: Array) -> float:
         """Return the weighted sum of squares."""
         return ops.sum_of_squares(residual, self.weights)
 
     def element_weights(self) -> Array | None:
-        """Return the weights."""
+        """Return the importance of each entry."""
         return self.weights
 
     def low_rank(
         self, residual: Array, rank: int, *, previous: LowRankStep | None = None, seed: int = 0
     ) -> LowRankStep:
-        """Improve the factors of the previous step, or of the surrogate, in the true norm."""
+        """Return the factors of the previous step, or of the surrogate, improved in the true norm."""
         start = previous if previous is not None and self.sweeps else None
         if start is None:
             start = self.surrogate.low_rank(residual, rank, previous=previous, seed=seed)
@@ -110,37 +119,43 @@ class Elementwise(AbstractWeighting):
         return LowRankStep(left, right, start.basis, self.squared_norm(residual - left @ right))
 
     def _swept(self, residual: Array, left: Array, right: Array) -> tuple[Array, Array]:
+        """Return the factors after the sweeps, balanced, in the units of the residual."""
+        # The factor that is fixed is made orthonormal first: right = T^T Q^T by QR, so left @ right = (left @ T^T) @
+        # Q^T. The normal equations of row i are then Q^T diag(F_i) Q, whose eigenvalues lie between the smallest and
+        # the largest importance of the row: their condition does not depend on the singular values of the factors.
         xp = namespace(residual, self.weights)
         unit = unit_of(residual)
-        weights = xp.astype(self.weights / self._unit, residual.dtype)
-        flipped, flipped_weights = xp.matrix_transpose(residual) / unit, xp.matrix_transpose(weights)
+        importance = xp.astype(self.weights / self._unit, residual.dtype)
+        flipped, flipped_importance = xp.matrix_transpose(residual) / unit, xp.matrix_transpose(importance)
         residual, left = residual / unit, left / unit
         for _ in range(self.sweeps):
             rows, triangle = xp.linalg.qr(xp.matrix_transpose(right))
-            left = _solved(residual, weights, left @ xp.matrix_transpose(triangle), xp.matrix_transpose(rows))
+            left = _solved(residual, importance, left @ xp.matrix_transpose(triangle), xp.matrix_transpose(rows))
             columns, triangle = xp.linalg.qr(left)
             right = xp.matrix_transpose(triangle @ xp.matrix_transpose(rows))
-            right = xp.matrix_transpose(_solved(flipped, flipped_weights, right, xp.matrix_transpose(columns)))
+            right = xp.matrix_transpose(_solved(flipped, flipped_importance, right, xp.matrix_transpose(columns)))
             left = columns
         left, right = balanced(left, right)
         return left * unit**0.5, right * unit**0.5
 
 
-def _solved(target: Array, weights: Array, factor: Array, other: Array) -> Array:
-    """Lower ``sum(weights * (target - factor @ other)**2)`` over the rows of a factor, each by conjugate gradients.
-
-    The preconditioner is the diagonal of each row's normal equations.
-    """
+def _solved(target: Array, importance: Array, factor: Array, other: Array) -> Array:
+    """Return a factor that lowers ``sum(importance * (target - factor @ other)**2)``, ``other`` held fixed."""
+    # Row f of the factor solves the normal equations  f N = t diag(F) A^T  with N = A diag(F) A^T, A = other, and t and
+    # F the rows of target and importance. N is never formed: f N is ((F * (f A)) A^T), two products for all rows
+    # together. Each row runs its own preconditioned conjugate gradients (step, progress and ratio are columns, one
+    # number for each row), with the diagonal of N as preconditioner. Every step lowers the error of every row, or
+    # leaves it.
     xp = namespace(target)
     back = xp.matrix_transpose(other)
-    diagonal = weights @ (back * back)
+    diagonal = importance @ (back * back)
     counts = diagonal > _NEGLIGIBLE
     inverse = xp.where(counts, 1 / xp.where(counts, diagonal, xp.ones_like(diagonal)), xp.zeros_like(diagonal))
-    rest = (weights * (target - factor @ other)) @ back
+    rest = (importance * (target - factor @ other)) @ back
     direction = rest * inverse
     progress = xp.sum(rest * direction, axis=1, keepdims=True)
     for _ in range(_STEPS):
-        mapped = (weights * (direction @ other)) @ back
+        mapped = (importance * (direction @ other)) @ back
         curvature = xp.sum(direction * mapped, axis=1, keepdims=True)
         step = _ratio(progress, curvature)
         factor, rest = factor + step * direction, rest - step * mapped
@@ -151,6 +166,6 @@ def _solved(target: Array, weights: Array, factor: Array, other: Array) -> Array
 
 
 def _ratio(above: Array, below: Array) -> Array:
-    """Divide; nothing is to be gained where the divisor is zero."""
+    """Return the quotient, or zero where the divisor is zero: such a row has converged and takes no more steps."""
     xp = namespace(above)
     return xp.where(below > 0, above / xp.where(below > 0, below, xp.ones_like(below)), xp.zeros_like(above))

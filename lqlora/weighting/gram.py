@@ -1,4 +1,4 @@
-"""Norms of outputs: weightings by second moments of inputs and of gradients."""
+"""Weightings by Gram matrices: second moments of the inputs (InputGram), and of gradients too (Kronecker)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["InputGram", "Kronecker"]
 
 
 class _Root(NamedTuple):
-    """A damped Gram matrix ``unit * lower @ lower.T`` and its diagonal."""
+    """Cholesky root of a damped Gram matrix ``unit * lower @ lower.T``, and the diagonal of that matrix."""
 
     lower: Array
     diagonal: Array
@@ -27,16 +27,18 @@ class _Root(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class InputGram(ScaledWeighting):
-    r"""Second moments of the inputs: the squared norm is :math:`\operatorname{tr}(E R E^\top)`.
+    r"""Second moment of the inputs: the squared norm is :math:`\operatorname{tr}(E R E^\top)`.
 
-    That is the mean square of the error at the output of a layer, over the inputs that ``R`` was collected from.
+    This is the mean squared error at the outputs of a layer, :math:`\mathbb{E} \lVert E x \rVert^2`, over the inputs
+    that ``R`` was collected from. :func:`lqlora.nn.collect_gram` collects it, with forward passes only.
 
     Parameters
     ----------
     gram : array of float32 or float64, shape (n, n)
         Second moment :math:`R = \mathbb{E}[x x^\top]` of the inputs, or any positive multiple.
     damping : float, default 1e-2
-        Added to the diagonal, as a fraction of its mean. Inputs that were never seen may come.
+        Fraction of the mean of the diagonal that is added to the diagonal. It gives some importance to directions that
+        the calibration inputs do not contain.
 
     Raises
     ------
@@ -48,13 +50,14 @@ class InputGram(ScaledWeighting):
     Warns
     -----
     UserWarning
-        If the array is zero; all inputs then count the same.
+        If all entries are zero. Equal importance is used instead.
 
     Notes
     -----
-    The best low-rank approximation is exact: with :math:`R = C C^\top`, and :math:`U` the leading left singular vectors
-    of :math:`E C`, it is :math:`U U^\top E`. This is what QERA (arXiv 2410.06040, theorem 1) writes with the symmetric
-    root and its inverse; neither is needed. CLoQ (arXiv 2501.18475) and EoRA (arXiv 2410.21271) have the same optimum.
+    The low-rank step is exact. With :math:`R = C C^\top`, and :math:`U` the leading left singular vectors of
+    :math:`E C`, the best approximation is :math:`U U^\top E`. QERA (arXiv 2410.06040, theorem 1) writes the same
+    optimum with the symmetric root of :math:`R` and its inverse, which are not needed. CLoQ (arXiv 2501.18475) and EoRA
+    (arXiv 2410.21271) have the same optimum.
 
     Examples
     --------
@@ -68,7 +71,7 @@ class InputGram(ScaledWeighting):
     _root: _Root = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        gram, root = _checked(self.gram, self.damping, "input Gram matrix")
+        gram, root = _checked(self.gram, self.damping, "gram")
         object.__setattr__(self, "all_zero", is_zero(self.gram))
         object.__setattr__(self, "gram", gram)
         object.__setattr__(self, "_root", root)
@@ -76,16 +79,18 @@ class InputGram(ScaledWeighting):
 
     @property
     def feedback_gram(self) -> Array | None:
-        """The second moment, not damped."""
+        """Second moment of the inputs, without damping."""
         return self.gram
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise unless there is an input for every column."""
-        _check_side(self.gram, shape, 1, "input Gram matrix", "columns")
+        """Raise unless the Gram matrix has a row for every column of the matrix."""
+        _check_side(self.gram, shape, 1, "gram")
 
     def element_weights(self) -> Array | None:
         """Return the mean square of each input, as one row."""
         return self._root.diagonal[None, :]
+
+    # tr(E R E^T) = || E C ||_F**2 with R = C C^T. The best X has X C = U U^T E C, so X = U (U^T E).
 
     def _map(self, residual: Array) -> Array:
         namespace(residual, self._root.lower)
@@ -97,10 +102,11 @@ class InputGram(ScaledWeighting):
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(ScaledWeighting):
-    r"""Second moments of inputs and of output gradients: :math:`\operatorname{tr}(G E R E^\top)`.
+    r"""Second moments of inputs and of output gradients: the squared norm is :math:`\operatorname{tr}(G E R E^\top)`.
 
-    With ``G`` the second moment of the gradients at the output of a layer, the Kronecker product of the two
-    approximates the Fisher information of its weight matrix, entries off the diagonal included (K-FAC).
+    ``G`` is the second moment of the gradients at the outputs of a layer. The Kronecker product of ``G`` and ``R``
+    approximates the whole Fisher information of the weight matrix, not only its diagonal (K-FAC).
+    :func:`lqlora.nn.collect_kronecker` collects both. Estimating ``G`` needs many gradients.
 
     Parameters
     ----------
@@ -109,7 +115,7 @@ class Kronecker(ScaledWeighting):
     input_gram : array of the same kind, shape (n, n)
         Second moment :math:`R = \mathbb{E}[x x^\top]` of the inputs.
     damping : float, default 1e-2
-        Added to both diagonals, as a fraction of their means.
+        Fraction of the mean of each diagonal that is added to that diagonal.
 
     Raises
     ------
@@ -121,7 +127,7 @@ class Kronecker(ScaledWeighting):
     Warns
     -----
     UserWarning
-        If an array is zero; all inputs, or outputs, then count the same.
+        If all entries of an array are zero. Equal importance of its inputs, or outputs, is used instead.
 
     References
     ----------
@@ -142,31 +148,35 @@ class Kronecker(ScaledWeighting):
 
     def __post_init__(self) -> None:
         xp = namespace(self.output_gram, self.input_gram)
-        outputs, left = _checked(self.output_gram, self.damping, "output Gram matrix")
-        inputs, right = _checked(self.input_gram, self.damping, "input Gram matrix")
+        outputs, left = _checked(self.output_gram, self.damping, "output_gram")
+        inputs, right = _checked(self.input_gram, self.damping, "input_gram")
         object.__setattr__(self, "all_zero", is_zero(self.output_gram) or is_zero(self.input_gram))
         object.__setattr__(self, "output_gram", outputs)
         object.__setattr__(self, "input_gram", inputs)
         object.__setattr__(self, "_roots", (left, right))
-        # Once, in float64, where solving in each low-rank step would factor the triangle again.
+        # L**-T, once and in float64: the array API has no triangular solve, so that solving in each low-rank step would
+        # factor L again.
         inverse = xp.linalg.inv(xp.astype(left.lower, xp.float64))
         object.__setattr__(self, "_inverse", xp.astype(xp.matrix_transpose(inverse), left.lower.dtype))
         object.__setattr__(self, "_factor", left.unit * right.unit)
 
     @property
     def feedback_gram(self) -> Array | None:
-        """The second moment of the inputs, not damped."""
+        """Second moment of the inputs, without damping."""
         return self.input_gram
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise unless there is an output for every row and an input for every column."""
-        _check_side(self.output_gram, shape, 0, "output Gram matrix", "rows")
-        _check_side(self.input_gram, shape, 1, "input Gram matrix", "columns")
+        """Raise unless the Gram matrices have the sides of the matrix."""
+        _check_side(self.output_gram, shape, 0, "output_gram")
+        _check_side(self.input_gram, shape, 1, "input_gram")
 
     def element_weights(self) -> Array | None:
-        """Return the products of the two diagonals, each near one."""
+        """Return the products of the two diagonals, each divided by its unit."""
         left, right = (root.diagonal / root.unit for root in self._roots)
         return left[:, None] * right[None, :]
+
+    # With G = L L^T and R = C C^T, tr(G E R E^T) = || L^T E C ||_F**2. With U the leading left singular vectors of
+    # L^T E C, the best approximation X has L^T X C = U U^T L^T E C, so X = (L**-T U) (U^T L^T E). C needs no inverse.
 
     def _map(self, residual: Array) -> Array:
         xp = namespace(residual, self._roots[0].lower)
@@ -180,29 +190,35 @@ class Kronecker(ScaledWeighting):
         return left, (xp.matrix_transpose(svd.left) @ upper) @ residual
 
 
-def _check_side(gram: Array, shape: tuple[int, ...], side: int, what: str, of: str) -> None:
+def _check_side(gram: Array, shape: tuple[int, ...], side: int, name: str) -> None:
+    """Raise unless a Gram matrix has as many rows as the matrix has rows (side 0) or columns (side 1)."""
     if len(shape) != 2 or gram.shape[0] != shape[side]:
-        size = f"{gram.shape[0]}x{gram.shape[0]}"
-        raise InvalidArgumentError(f"An {what} of {size} does not fit the {of} of {tuple(shape)}.")
+        raise InvalidArgumentError(
+            f"{name} must have one row and column for each {('row', 'column')[side]} of the matrix of shape "
+            f"{tuple(shape)}, got shape {tuple(gram.shape)}."
+        )
 
 
-def _checked(gram: Array, damping: float, what: str) -> tuple[Array, _Root]:
-    """Return a Gram matrix, symmetric to the last bit, and the root of what it is damped to."""
+def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
+    """Return a Gram matrix, symmetric to the last bit, and the root of the damped matrix."""
     if not 0 < damping < float("inf"):
-        raise InvalidArgumentError(f"damping is positive and finite, not {damping!r}.")
-    wide, dtype = ops.symmetric_moment(gram, f"the {what}"), ops.widen(gram, what).dtype
+        raise InvalidArgumentError(f"damping must be positive and finite, got {damping!r}.")
+    wide, dtype = ops.symmetric_moment(gram, name), ops.widen(gram, name).dtype
     xp = namespace(wide)
     if is_zero(wide):
-        warn_of_zeros(f"entries of the {what}", stacklevel=4)
+        warn_of_zeros(name, stacklevel=4)
         wide = xp.eye(wide.shape[0], dtype=xp.float64, device=device_of(wide))
     if not wide.shape[0]:
         empty = xp.astype(wide, dtype)
         return empty, _Root(empty, xp.sum(empty, axis=0), 1.0)
-    return xp.astype(wide, dtype), _root_of(wide, damping, what, dtype)
+    return xp.astype(wide, dtype), _root_of(wide, damping, name, dtype)
 
 
-def _root_of(gram: Array, damping: float, what: str, dtype: object) -> _Root:
-    """Return the Cholesky factor of a Gram matrix of float64, whose entries are brought to about one."""
+def _root_of(gram: Array, damping: float, name: str, dtype: object) -> _Root:
+    """Return the Cholesky root of a damped Gram matrix of float64, in a unit that brings its entries to about one."""
+    # R + damping * mean(diag R) * I = unit * C C^T, with a power of four as unit: its root is exact, and C keeps
+    # entries of about one in float32 however large the inputs were. A semidefinite R becomes definite by the damping;
+    # an eigenvalue below -damping * mean(diag R) makes the factorization fail.
     xp = namespace(gram)
     diagonal = xp.linalg.diagonal(gram)
     mean = float(xp.mean(diagonal))
@@ -210,8 +226,11 @@ def _root_of(gram: Array, damping: float, what: str, dtype: object) -> _Root:
     added = xp.eye(gram.shape[0], dtype=gram.dtype, device=device_of(gram)) * (damping * mean / unit)
     try:
         lower = xp.linalg.cholesky(gram / unit + added)
-    except (ValueError, RuntimeError):  # NumPy's LinAlgError and torch's; others return what is not finite
+    except (ValueError, RuntimeError):  # LinAlgError of NumPy, of torch; other libraries return NaN or infinity
         lower = xp.full_like(gram, float("nan"))
     if mean <= 0 or not bool(xp.all(xp.isfinite(lower))):
-        raise InvalidArgumentError(f"The {what} is not positive semidefinite.")
+        raise InvalidArgumentError(
+            f"{name} must be positive semidefinite; with damping={damping!r} it has no Cholesky root. Pass a mean of "
+            "x @ x.T over real inputs, or more damping."
+        )
     return _Root(xp.astype(lower, dtype), xp.astype(diagonal + damping * mean, dtype), unit)

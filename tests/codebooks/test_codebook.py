@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -47,19 +49,28 @@ def test_equality_compares_the_normalization_too():
 
 @pytest.mark.parametrize("levels", [[], [1.0], [[0.0, 1.0]], list(range(257))])
 def test_a_wrong_number_of_levels_is_refused(levels):
-    with pytest.raises(InvalidArgumentError, match="2 to 256 levels in one dimension"):
+    with pytest.raises(InvalidArgumentError, match=r"^levels must .*2 to 256.*shape"):
         Codebook(levels)
 
 
-@pytest.mark.parametrize("levels", [[1, 0], [0, 0], [0, 1e-46], [0, np.nan], [-np.inf, 0], [0, 1e39]])
+@pytest.mark.parametrize("levels", [[1, 0], [0, 0], [0, 1e-46]])
 def test_levels_that_do_not_increase_in_float32_are_refused(levels):
-    with pytest.raises(InvalidArgumentError, match="finite and strictly increasing in float32"):
+    with pytest.raises(InvalidArgumentError, match=r"^levels must .*increase.*index 0"):
+        Codebook(levels)
+
+
+@pytest.mark.parametrize(
+    ("levels", "found"),
+    [([0, np.nan], "nan at index 1"), ([-np.inf, 0], "-inf at index 0"), ([0, 1e39], "inf at index 1")],
+)
+def test_levels_that_are_not_finite_in_float32_are_refused(levels, found):
+    with pytest.raises(InvalidArgumentError, match=f"^levels must .*got {found}"):
         Codebook(levels)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a b", "a:b", "4nf", "a+b", "é", "-a"])
 def test_names_that_a_format_cannot_spell_are_refused(name):
-    with pytest.raises(InvalidArgumentError, match="is named by"):
+    with pytest.raises(InvalidArgumentError, match=f"^name must .*{re.escape(repr(name))}"):
         Codebook([-1, 1], name=name)
 
 
@@ -77,7 +88,7 @@ def test_boundaries_never_decrease_beside_two_zeros():
 
 @pytest.mark.parametrize("zeros", [[0.0, -0.0], [0.0, 0.0], [-0.0, -0.0], [-0.0, 0.0, 0.0]])
 def test_zeros_in_any_other_order_are_refused(zeros):
-    with pytest.raises(InvalidArgumentError, match="strictly increasing"):
+    with pytest.raises(InvalidArgumentError, match=r"^levels must .*increase"):
         Codebook([-1, *zeros, 1])
 
 
@@ -92,17 +103,17 @@ def test_the_widest_level_is_what_the_largest_entry_becomes():
 
 @pytest.mark.parametrize("normalization", ["minmax", "", None, 1])
 def test_other_normalizations_are_refused(normalization):
-    with pytest.raises(InvalidArgumentError, match="'absmax', 'signed' or 'affine', not"):
+    with pytest.raises(InvalidArgumentError, match=f"^normalization must .*got {normalization!r}"):
         Codebook([0, 1], normalization=normalization)
 
 
 @pytest.mark.parametrize("levels", [[-1, 0], [-2, -1], [-1, -0.5, -0.0]])
 def test_a_signed_codebook_needs_a_level_above_zero(levels):
-    with pytest.raises(InvalidArgumentError, match="largest level above zero"):
+    with pytest.raises(InvalidArgumentError, match=f"^levels must .*signed.*got {float(levels[-1])}"):
         Codebook(levels, normalization="signed")
 
 
 @pytest.mark.parametrize("levels", [[0, 1, 2], [1, 2], [0, 2], [0, 1, 2, 4], [-1, 0]])
 def test_affine_levels_are_all_integers_of_some_bits(levels):
-    with pytest.raises(InvalidArgumentError, match="integers from 0 to"):
+    with pytest.raises(InvalidArgumentError, match=f"^levels must .*affine.*got {len(levels)}"):
         Codebook(levels, normalization="affine")

@@ -25,7 +25,7 @@ def test_unsigned_levels_go_from_zero_to_one(bits):
 @pytest.mark.parametrize(("bits", "signed"), [(1, True), (9, True), (0, False), (9, False), (4.0, True), (True, False)])
 def test_uniform_refuses_other_bits(bits, signed):
     uniform(4), uniform(1, signed=False)  # a cache must not let 4.0 pass for 4, nor True for 1
-    with pytest.raises(InvalidArgumentError, match="Uniform codebooks take"):
+    with pytest.raises(InvalidArgumentError, match=f"^bits .*got {bits}"):
         uniform(bits, signed=signed)
 
 
@@ -40,5 +40,5 @@ def test_affine_levels_are_the_codes_themselves(bits):
 @pytest.mark.parametrize("bits", [0, 9, 4.0, True])
 def test_affine_refuses_other_bits(bits):
     affine(1), affine(4)
-    with pytest.raises(InvalidArgumentError, match="Affine codebooks take 1 to 8 bits"):
+    with pytest.raises(InvalidArgumentError, match=f"^bits .* 1 to 8 .*got {bits}"):
         affine(bits)

@@ -1,4 +1,4 @@
-"""Matrices to decompose, weights for them, and the two steps of the alternation on the host."""
+"""Matrices, importance and host versions of the two steps of the alternation, for the tests of decompositions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.weighting.cases import Case, case
 FMT = BlockFormat.parse("nf3/16:float32")
 ROWS, COLUMNS = 40, 32
 
-#: So small that a sketch would span it: the low-rank step is an exact SVD.
+#: A sketch would span this small matrix, so the low-rank step is an exact SVD.
 SMALL = (24, 16)
 
-#: Each example is a whole alternation; the properties do not hide in rare inputs.
+#: Few examples: each runs a whole alternation, and the properties do not depend on rare inputs.
 few = settings(max_examples=10)
 
 
 def matrix(seed: int = 0, rows: int = ROWS, columns: int = COLUMNS, dtype: Any = np.float32) -> np.ndarray:
-    """Noise with a few strong directions and a few outliers, as weights have."""
+    """Return noise with a few strong directions and outliers, similar to weights."""
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((rows, columns)) * 0.02
     w += 0.05 * np.outer(rng.standard_normal(rows), rng.standard_normal(columns))
@@ -31,7 +31,7 @@ def matrix(seed: int = 0, rows: int = ROWS, columns: int = COLUMNS, dtype: Any =
 
 
 def fisher(seed: int = 0, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
-    """Spread over several orders of magnitude."""
+    """Return importance over several orders of magnitude."""
     rng = np.random.default_rng(seed + 1)
     return (np.exp(2 * rng.standard_normal((rows, 1))) * rng.exponential(size=(rows, columns))).astype(np.float32)
 
@@ -49,11 +49,11 @@ def rounded(target: np.ndarray, fmt: BlockFormat = FMT, **options: Any) -> np.nd
 
 
 def residual_of(w: np.ndarray, d: Decomposition) -> np.ndarray:
-    """What the returned pair leaves, by what the documentation says it approximates."""
+    """Return the residual of a decomposition, computed as its documentation defines the approximation."""
     product = host(d.lora_B).astype(np.float64) @ host(d.lora_A).astype(np.float64)
     return w.astype(np.float64) - host(dequantize(d.quantized)) - d.scaling * product
 
 
 def contents(d: Decomposition) -> tuple[Any, ...]:
-    """Everything that two equal decompositions share, bytes included."""
+    """Return everything that two equal decompositions have in common, bytes included."""
     return stored(d.quantized), host(d.lora_A).tobytes(), host(d.lora_B).tobytes(), d.errors, d.best, d.stop_reason

@@ -1,4 +1,4 @@
-"""The alternation itself: against its restatement, and never worse than what it starts from."""
+"""The alternation: equal to its oracle, and never worse than its start."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_the_alternation_improves_on_its_start():
     assert d.best >= 2
 
 
-# --- against its restatement
+# --- equal to the oracle
 
 
 @pytest.mark.parametrize("kind", CLOSED)
 @pytest.mark.parametrize("init", ["svd", "quantize"])
-def test_without_extrapolation_it_is_the_alternation_of_the_papers(xp, kind, init):
+def test_zero_extrapolation_is_the_alternation_of_the_papers(xp, kind, init):
     own, w = small_case(kind), matrix(1, *SMALL, np.float64)
     d = decompose(
         on(xp, w), FMT, 6, weighting=own.on(xp), init=init, extrapolation=0.0, max_iter=5, rtol=0.0, quantizer="nearest"
@@ -43,8 +43,8 @@ def test_without_extrapolation_it_is_the_alternation_of_the_papers(xp, kind, ini
 
 
 @pytest.mark.parametrize("init_rank", [0, 1, 3, 6])
-def test_the_start_may_keep_a_part_of_the_rank(xp, init_rank):
-    w = matrix(1, 24, 11, np.float64)  # whatever its rank, a sketch spans it
+def test_init_rank_may_be_a_part_of_the_rank(xp, init_rank):
+    w = matrix(1, 24, 11, np.float64)  # a sketch spans it for every rank
     d = decompose(on(xp, w), FMT, 6, init_rank=init_rank, extrapolation=0.0, max_iter=3, rtol=0.0)
 
     def approximated(target):
@@ -56,7 +56,7 @@ def test_the_start_may_keep_a_part_of_the_rank(xp, init_rank):
     assert d.errors[2:] == pytest.approx(errors, rel=1e-9)
 
 
-def test_a_start_that_keeps_nothing_is_quantization_first():
+def test_init_rank_zero_equals_quantization_first():
     w = matrix(1, *SMALL, np.float64)
     nothing = decompose(w, FMT, 6, init_rank=0, extrapolation=0.0, max_iter=4, rtol=0.0)
     first = decompose(w, FMT, 6, init="quantize", extrapolation=0.0, max_iter=4, rtol=0.0)
@@ -75,7 +75,7 @@ def test_extrapolation_ends_lower_after_as_many_iterations(fit):
 
 
 def test_extrapolation_repeats_the_last_change():
-    # The third target is the matrix without its low-rank part carried on; the first two are those of the papers.
+    # The third target is extrapolated; the first two are those of the papers.
     w, targets = matrix(1, *SMALL, np.float64), []
 
     def spy(target, previous):
@@ -92,7 +92,7 @@ def test_extrapolation_repeats_the_last_change():
     np.testing.assert_allclose(third, w - products[2] - 0.5 * (products[2] - products[1]), atol=1e-12)
 
 
-# --- never worse
+# --- safeguards
 
 
 @pytest.mark.parametrize("kind", KINDS)

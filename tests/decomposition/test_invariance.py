@@ -1,4 +1,4 @@
-"""What must not matter: the run, the thread, the library, the memory layout, the order, the unit."""
+"""Invariance of a decomposition to the run, threads, library, memory layout, order of rows, and scale of the matrix."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def test_another_seed_gives_another_sketch():
 def test_libraries_agree(xp):
     mine, numpys = (decompose(w, FMT, 4, max_iter=5, rtol=0.0) for w in (on(xp, matrix()), matrix()))
     assert stored(quantize(on(xp, matrix()), FMT)) == stored(quantize(matrix(), FMT))
-    # Another BLAS rounds differently, a few codes flip, and the iterates drift apart by little.
+    # Another BLAS rounds differently: a few codes change, and the iterates differ slightly.
     assert len(mine.errors) == len(numpys.errors)
     np.testing.assert_allclose(mine.errors, numpys.errors, rtol=0.02)
 
 
 @pytest.mark.parametrize("size", [1e-36, 1e-10, 1e10, 1e30, 1e38])
-def test_the_size_of_the_weights_does_not_matter(xp, size):
+def test_the_magnitude_of_the_weights_does_not_matter(xp, size):
     if flushes(xp) and size < 1e-30:
         pytest.skip(FLUSHES)
     power = 2.0 ** np.round(np.log2(size))
@@ -63,7 +63,7 @@ def test_threads_give_the_same_bytes(kind):
 
 
 @pytest.mark.parametrize("fit", ["absmax", "scale"])
-def test_a_transposed_view_is_its_entries(xp, fit):
+def test_a_transposed_view_gives_the_same_bytes_as_a_copy(xp, fit):
     w = matrix(0, *SMALL, np.float64)
     view = xp.matrix_transpose(on(xp, np.ascontiguousarray(w.T)))
     one, two = (decompose(array, FMT, 6, fit=fit, max_iter=3) for array in (view, on(xp, w)))
@@ -73,7 +73,7 @@ def test_a_transposed_view_is_its_entries(xp, fit):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_blocks_have_no_order(kind):
+def test_permuting_rows_of_whole_blocks_permutes_the_result(kind):
     fmt = BlockFormat.parse("nf3/8@-1:float32")
     order = np.random.default_rng(0).permutation(SMALL[0])
     own, w = small_case(kind), matrix(0, *SMALL, np.float64)
@@ -97,7 +97,7 @@ def test_a_power_of_two_scales_everything(fast_xp, fit, exponent):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "uniform"])
 @pytest.mark.parametrize("exponent", [-40, 40])
-def test_the_unit_of_any_weights_does_not_matter(kind, exponent):
+def test_the_unit_of_any_importance_does_not_matter(kind, exponent):
     own, w = small_case(kind), matrix(0, *SMALL, np.float64)
     plain, scaled = (
         decompose(w, FMT, 6, weighting=weights.on(np), fit="scale", max_iter=3)

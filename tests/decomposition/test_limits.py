@@ -1,4 +1,4 @@
-"""Rank zero, full rank, zeros, nothing."""
+"""Limiting cases of a decomposition: rank zero, full rank, matrices of zeros, empty matrices."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_matrix_of_zeros_is_exact(xp, init):
     assert np.isfinite(host(d.lora_A)).all()
 
 
-def test_a_matrix_of_low_rank_is_met_almost_exactly(xp):
+def test_a_matrix_of_low_rank_is_almost_exact(xp):
     rng = np.random.default_rng(0)
     w = (rng.standard_normal((ROWS, 4)) @ rng.standard_normal((4, COLUMNS))).astype(np.float32)
     assert decompose(on(xp, w), FMT, 4).relative_error < 1e-5

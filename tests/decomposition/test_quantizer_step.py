@@ -1,4 +1,4 @@
-"""How what the low-rank part leaves is quantized: to nearest, with fits, with error feedback, by one's own function."""
+"""Quantizer step of a decomposition: nearest rounding, fits, error feedback, and callables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.decomposition.cases import FMT, SMALL, contents, matrix, residual_of,
 from tests.strategies import host, on, stored
 
 
-def test_a_callable_is_given_what_it_returned_for_the_iterate_that_is_gone_on_from(xp):
+def test_a_callable_receives_its_result_for_the_iterate_continued_from(xp):
     calls = []
 
     def step(target, previous):
@@ -21,20 +21,20 @@ def test_a_callable_is_given_what_it_returned_for_the_iterate_that_is_gone_on_fr
 
     w = matrix(0, *SMALL, np.float64)
     d = decompose(on(xp, w), FMT, 6, quantizer=step, max_iter=4)
-    assert len(calls) == len(d.errors) - 1  # one SVD of the first residual needs no quantization
+    assert len(calls) == len(d.errors) - 1  # entry 1 reuses the first quantization
     np.testing.assert_array_equal(calls[0][0], w)
     assert contents(d) == contents(decompose(on(xp, w), FMT, 6, max_iter=4))
 
 
-def test_a_callable_may_use_a_format_of_its_own():
+def test_a_callable_may_use_another_format():
     fmt = BlockFormat.parse("nf4/8:float32")
     d = decompose(matrix(), FMT, 4, quantizer=lambda target, _: quantize(target, fmt), max_iter=3)
     assert d.quantized.format == fmt
     assert contents(d) == contents(decompose(matrix(), fmt, 4, max_iter=3))
 
 
-def test_a_worse_quantizer_never_takes_the_place_of_a_better_one():
-    # The first call is the only good one: quantization alone and one SVD of its residual.
+def test_a_worse_quantizer_never_replaces_a_better_result():
+    # Only the first call quantizes well, that of the two safeguards.
     calls = []
 
     def decaying(target, previous):
@@ -97,20 +97,20 @@ def test_the_first_entry_of_error_feedback_is_that_of_gptq(fit):
 
 def test_error_feedback_needs_a_gram():
     for kind in ("uniform", "row-column", "elementwise"):
-        with pytest.raises(InvalidArgumentError, match="it needs a weighting that has one"):
+        with pytest.raises(InvalidArgumentError, match=r"^quantizer='gptq' .*InputGram"):
             decompose(matrix(0, *SMALL), FMT, 2, weighting=small_case(kind).on(np), quantizer="gptq")
 
 
 @pytest.mark.parametrize(
     "bad", [lambda w, _: w, lambda *_: None, lambda w, _: (w, w)], ids=["an array", "nothing", "two arrays"]
 )
-def test_what_is_no_quantized_array_is_refused(bad):
-    with pytest.raises(InvalidArgumentError, match=r"quantizer returned .* of shape \(24, 16\)"):
+def test_other_results_of_a_quantizer_are_refused(bad):
+    with pytest.raises(InvalidArgumentError, match=r"^quantizer .*\(24, 16\), got"):
         decompose(matrix(0, *SMALL), FMT, 2, quantizer=bad)
 
 
 def test_a_quantized_array_of_another_shape_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"quantizer returned .* of shape \(24, 16\)"):
+    with pytest.raises(InvalidArgumentError, match=r"^quantizer .*\(24, 16\), got"):
         decompose(matrix(0, *SMALL), FMT, 2, quantizer=lambda w, _: quantize(w[:-1], FMT))
 
 

@@ -1,4 +1,4 @@
-"""What is returned: the best pair, its error, its factors as an adapter holds them, and their exact size."""
+"""Result of a decomposition: the best iterate, its error, its factors as an adapter holds them, its exact size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.weighting.cases import KINDS, case
 @few
 def test_the_best_iterate_is_returned(xp, seed, rank, init):
     d = decompose(on(xp, matrix(seed)), FMT, rank, init=init, max_iter=8)
-    assert d.relative_error == d.errors[d.best] <= (1 + 1e-5) * min(d.errors)  # it alone is measured to the last digit
+    assert d.relative_error == d.errors[d.best] <= (1 + 1e-5) * min(d.errors)  # only the best error is measured
     assert (d.rank, tuple(d.lora_A.shape), tuple(d.lora_B.shape)) == (rank, (rank, COLUMNS), (ROWS, rank))
 
 
@@ -51,13 +51,13 @@ def test_the_scaling_does_not_change_what_is_approximated(xp, scaling):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float16])
-def test_other_dtypes_are_taken(dtype):
+def test_other_dtypes_are_accepted(dtype):
     d = decompose(matrix().astype(dtype), FMT, 4, max_iter=3)
     assert d.lora_A.dtype == d.lora_B.dtype == np.float32
     assert d.relative_error == pytest.approx(decompose(matrix(), FMT, 4, max_iter=3).relative_error, rel=0.02)
 
 
-def test_double_quantization_is_taken(xp):
+def test_double_quantization_works(xp):
     d = decompose(on(xp, matrix()), BlockFormat.parse("nf3/16:u8/8:float32"), 4, max_iter=3)
     assert d.relative_error < d.errors[0]
 
@@ -88,7 +88,7 @@ def test_the_recorded_error_is_that_of_the_returned_pair_in_every_norm(xp, kind,
 @given(alpha=st.floats(0.1, 512), rank=st.integers(1, 16), root=st.booleans())
 @few
 def test_the_factors_are_those_of_an_adapter_of_any_alpha(alpha, rank, root):
-    # PEFT multiplies by alpha / r, and under rsLoRA by alpha / sqrt(r).
+    # PEFT multiplies by alpha / r, and with rsLoRA by alpha / sqrt(r).
     scaling = alpha / (rank**0.5 if root else rank)
     w = matrix(0, *SMALL)
     d = decompose(w, FMT, rank, max_iter=3, scaling=scaling)
@@ -145,7 +145,7 @@ def test_factors_may_be_quantized_whatever_the_start(xp, init):
     assert host(d.lora_B).any() == (init != "zero")
 
 
-# --- ranks that the matrix does not have
+# --- ranks above that of the matrix
 
 
 @pytest.mark.parametrize("init", ["svd", "quantize"])

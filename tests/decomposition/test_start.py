@@ -1,4 +1,4 @@
-"""Starting an alternation from a low-rank part that is given."""
+"""Decomposition from a given low-rank part (``start=``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RANK = 3
 
 
 @pytest.mark.parametrize("kind", ["uniform", "row-column", "elementwise", "gram"])
-def test_the_approximation_that_would_be_computed_changes_no_bit(kind):
+def test_a_precomputed_low_rank_step_gives_the_same_bytes(kind):
     norm = small_case(kind).on(np)
     w = matrix(0, *SMALL, dtype=np.float64)
     start = norm.low_rank(w, RANK, seed=5)
@@ -56,7 +56,7 @@ def test_a_start_may_have_another_rank(rank):
         ((np.zeros((40, 2)), np.zeros((2, 32))), {"init": "zero"}),
     ],
 )
-def test_what_is_no_start_is_refused(start, options):
+def test_invalid_starts_are_refused(start, options):
     with pytest.raises(InvalidArgumentError, match="start"):
         lq.decompose(matrix(), FMT, RANK, start=start, **options)
 

@@ -1,4 +1,4 @@
-"""Why an alternation stops."""
+"""Stopping rules of the alternation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_it_stops_at_the_target():
 def test_it_stops_after_max_iter(init, count):
     d = decompose(matrix(), FMT, 4, init=init, max_iter=count, rtol=0.0)
     assert d.stop_reason == "max_iter"
-    # Entry 0 is quantization alone; entry 1 is the first iterate where quantization comes first.
+    # Entry 0 is quantization alone. With init="quantize", entry 1 is the first iterate.
     assert len(d.errors) == 1 + count + (init == "svd")
 
 
@@ -37,7 +37,7 @@ def test_it_stops_when_the_error_stops_falling():
     assert lowest[-4] - lowest[-1] < 0.01 * lowest[-1]
 
 
-def test_it_stops_when_the_callback_says_so():
+def test_it_stops_when_the_callback_returns_true():
     seen = []
 
     def watch(iteration, error):
@@ -48,7 +48,7 @@ def test_it_stops_when_the_callback_says_so():
     assert d.stop_reason == "callback"
     assert [iteration for iteration, _ in seen] == [0, 1, 2]
     assert len(d.errors) == 3
-    # The factors of the best pair are refitted afterwards.
+    # The factors of the best iterate are refitted afterwards.
     assert all(before == after for (index, before), after in zip(seen, d.errors, strict=True) if index != d.best)
 
 
@@ -59,7 +59,7 @@ def test_a_callback_that_only_watches_changes_nothing(answer):
     )
 
 
-def test_what_a_callback_raises_comes_through():
+def test_an_exception_of_a_callback_propagates():
     def interrupt(iteration, error):
         raise KeyboardInterrupt
 
@@ -84,7 +84,7 @@ def test_without_a_tolerance_extrapolation_stops_where_a_plain_step_fails(seed):
         assert len(d.errors) == 62
 
 
-def test_no_error_is_the_end():
+def test_it_stops_at_zero_error():
     rng = np.random.default_rng(0)
     levels = dequantize(quantize(rng.standard_normal(SMALL).astype(np.float32), FMT))
     d = decompose(levels, FMT, 4, init="quantize", rtol=0.0, max_iter=50)
@@ -93,12 +93,12 @@ def test_no_error_is_the_end():
     assert len(d.errors) < 10
 
 
-def test_it_stops_when_the_time_is_up():
+def test_it_stops_at_the_time_limit():
     seen = []
     d = decompose(matrix(), FMT, 4, time_limit=0.02, rtol=0.0, callback=lambda *_: seen.append(time.sleep(0.03)))
     assert d.stop_reason == "time_limit"
     assert len(seen) == len(d.errors) == 1
-    # What there is by then is returned: quantization alone, with fresh factors.
+    # Only quantization alone was computed: it is returned, with fresh factors.
     assert not d.lora_B.any()
 
 

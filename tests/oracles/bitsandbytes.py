@@ -1,4 +1,4 @@
-"""The layout of bitsandbytes read as plainly as it can be: one code at a time, levels from the file itself."""
+"""Oracle of the 4-bit layout of bitsandbytes: one code at a time, with the levels in the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def state_of(tensors: dict[str, np.ndarray]) -> dict:
 
 
 def scales_of(tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """Decode the scales: level times second-level scale, rounded to float32, plus the offset, rounded again."""
+    """Return the scales: level times second-level scale, rounded to float32, plus the offset, rounded again."""
     state, absmax = state_of(tensors), tensors["weight.absmax"]
     if "nested_offset" not in state:
         return absmax
@@ -29,7 +29,7 @@ def codes_of(tensors: dict[str, np.ndarray]) -> list[int]:
 
 
 def decode(tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """Return what the tensors of a weight named ``weight`` stand for, as float32."""
+    """Return the decoded weight of the tensors named ``weight``, as float32."""
     state, scales, levels = state_of(tensors), scales_of(tensors), tensors["weight.quant_map"]
     values = [levels[code] * scales[i // state["blocksize"]] for i, code in enumerate(codes_of(tensors))]
     return np.array(values, dtype=np.float32).reshape(state["shape"])

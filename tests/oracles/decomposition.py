@@ -1,4 +1,4 @@
-"""The plain alternation of LoftQ and LQ-LoRA, with whatever quantizer and low-rank step it is given."""
+"""Oracle of the plain alternation of LoftQ and LQ-LoRA, for any quantizer and low-rank step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def alternation(
     approximated: Callable[[np.ndarray], np.ndarray],
     start: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the quantized and the low-rank part of each iterate, from a low-rank part to start with."""
+    """Yield the quantized and the low-rank part of each iterate, from a starting low-rank part."""
     product = start
     while True:
         quantized = rounded(matrix - product)

@@ -1,4 +1,4 @@
-"""GPTQ as its paper states it, for scales that are given: a column at a time, in float64, by the inverse."""
+"""Oracle of GPTQ with given scales, as in the paper: one column at a time, in float64, by the inverse Hessian."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the papers do, in float64, with exact decompositions and with the quantizer as a parameter."""
+"""Oracles of the published initializers, in float64, with exact SVDs and the quantizer as a parameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantization written as slowly and as plainly as it can be: one entry at a time, in NumPy scalars."""
+"""Oracle of quantization: one entry at a time, in NumPy scalars."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STORAGE = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.b
 
 
 def pack(codes: Sequence[int], bits: int) -> bytes:
-    """Write the codes into one long number, least significant bit first, and cut it into bytes."""
+    """Return codes as bytes: one long number, least significant bit first, cut into bytes."""
     stream = [code >> bit & 1 for code in codes for bit in range(bits)]
     stream += [0] * (-len(stream) % 8)
     return bytes(
@@ -40,7 +40,7 @@ def unpack(packed: bytes, bits: int, count: int) -> list[int]:
 
 
 def nearest(value: float, levels: np.ndarray) -> int:
-    """Index of the nearest level; at a midpoint (rounded to float32, as it is stored) the lower one."""
+    """Return the index of the nearest level; at a midpoint, rounded to float32 as it is stored, the lower one."""
     for index, boundary in enumerate(_boundaries(levels.tobytes())):
         if value <= boundary:
             return index
@@ -54,7 +54,7 @@ def _boundaries(levels: bytes) -> list[float]:
 
 
 def _boundary(low: float, high: float) -> float:
-    if low == high == 0.0:  # of two zeros the upper one
+    if low == high == 0.0:  # between -0.0 and 0.0 the upper one
         return -1.1754943508222875e-38
     return float(np.float32((low + high) / 2))
 
@@ -63,7 +63,7 @@ def _boundary(low: float, high: float) -> float:
 
 
 def lines_of(array: np.ndarray, axis: int | None) -> np.ndarray:
-    """Lay the lines that blocks follow out as rows."""
+    """Return the array with the lines that blocks follow as rows."""
     if axis is None:
         return array.reshape(1, -1)
     moved = np.moveaxis(array, axis, -1)
@@ -71,7 +71,7 @@ def lines_of(array: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def dense_of(values: Sequence[Any], shape: tuple[int, ...], axis: int | None, dtype: Any = np.float32) -> np.ndarray:
-    """Bring entries in block order back to their places."""
+    """Return entries in block order at their places in the array."""
     array = np.array(values, dtype=dtype)
     if axis is None:
         return array.reshape(shape)
@@ -85,7 +85,7 @@ def blocks_of(flat: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 class Place(NamedTuple):
-    """A block, and the line that it is on."""
+    """A block and the index of its line."""
 
     block: np.ndarray
     line: int
@@ -114,7 +114,7 @@ def absmax(block: np.ndarray) -> Any:
 
 
 def signed_maximum(block: np.ndarray) -> Any:
-    """Return the entry of largest magnitude, of two the positive one."""
+    """Return the entry of largest magnitude; of x and -x the positive one."""
     found = block.dtype.type(0)
     for value in block:
         if abs(value) > abs(found) or (abs(value) == abs(found) and value > found):
@@ -131,7 +131,7 @@ def extremes(block: np.ndarray) -> tuple[Any, Any]:
 
 @np.errstate(over="ignore")
 def statistic(block: np.ndarray, fmt: BlockFormat) -> Any:
-    """Return the scale under which the extreme entries of a block become the extreme levels."""
+    """Return the scale that maps the extreme entries of a block to the extreme levels."""
     levels = fmt.codebook.levels
     if fmt.codebook.normalization == "affine":
         low, high = extremes(block)
@@ -142,7 +142,7 @@ def statistic(block: np.ndarray, fmt: BlockFormat) -> Any:
 
 
 def halved_sum(terms: list[float]) -> float:
-    """Sum by adding the second half to the first, until one number is left; of an odd number the last waits."""
+    """Return a sum: add the second half to the first until one number is left; an odd last one is kept for later."""
     if len(terms) < 2:
         return terms[0] if terms else 0.0
     half = len(terms) // 2
@@ -150,7 +150,7 @@ def halved_sum(terms: list[float]) -> float:
 
 
 def offset_of(scales: np.ndarray, kind: str) -> Any:
-    """Return what is subtracted from the scales of an array."""
+    """Return the offset of the scales of an array."""
     if kind == "none" or not len(scales):
         return np.float32(0)
     if kind == "min":
@@ -159,18 +159,18 @@ def offset_of(scales: np.ndarray, kind: str) -> Any:
 
 
 def zero_point(block: np.ndarray, scale: Any, fmt: BlockFormat) -> int:
-    """Return the code of zero when the smallest entry has code zero."""
+    """Return the zero point: the code of 0.0 if the smallest entry has code zero."""
     if not scale > 0:
         return 0
     with np.errstate(over="ignore"):
         quotient = float(-extremes(block)[0] / block.dtype.type(scale))
-    steps = round(min(quotient, 1e9))  # Python rounds to even, too
+    steps = round(min(quotient, 1e9))  # Python also rounds half to even
     return min(max(steps, 0), len(fmt.codebook) - 1)
 
 
 @np.errstate(over="ignore")
 def store_scales(scales: np.ndarray, scale_format: str | ScaleFormat) -> tuple[dict[str, bytes], np.ndarray]:
-    """Return the stored arrays as bytes, and what they decode to."""
+    """Return the stored arrays of the scales as bytes, and the decoded scales."""
     if not isinstance(scale_format, ScaleFormat):
         stored = scales.astype(STORAGE[scale_format])
         return {"scales": stored.tobytes()}, stored.astype(np.float32)
@@ -186,7 +186,7 @@ def store_scales(scales: np.ndarray, scale_format: str | ScaleFormat) -> tuple[d
     for index, scale in enumerate(scales):
         unit = decoded_second[index // scale_format.block_size]
         code = nearest(float(centered[index] / unit), levels) if unit != 0 else nearest(0.0, levels)
-        # A scale above zero decodes to more than zero, if any code does; and below alike.
+        # A positive scale decodes to a positive number if any code does, and a negative one to a negative number.
         while scale > 0 and code < last and levels[code] * unit + offset <= 0:
             code += 1
         while scale < 0 and code > 0 and levels[code] * unit + offset >= 0:
@@ -210,7 +210,7 @@ def codes_of(
     zero_points: Sequence[int] | None = None,
     levels: np.ndarray | None = None,
 ) -> list[int]:
-    """Return codes in block order, nearest under the scales given; ``levels`` has a row for each set."""
+    """Return codes in block order, the nearest for the given scales; ``levels`` has a row for each set."""
     codes = []
     for index, (block, line) in enumerate(places(array, fmt)):
         table = fmt.codebook.levels if levels is None else levels[set_of(line, fmt)]
@@ -231,7 +231,7 @@ def decode(
     zero_points: Sequence[int] | None = None,
     levels: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the dense array that codes in block order stand for; a flat one if no shape is given."""
+    """Return the decoded array of codes in block order; a flat one if no shape is given."""
     shape = (len(codes),) if shape is None else shape
     values, remaining = [], iter(codes)
     for index, (block, line) in enumerate(places(np.empty(shape, dtype=np.int8), fmt)):
@@ -242,7 +242,7 @@ def decode(
 
 
 def quantize(w: np.ndarray, fmt: BlockFormat) -> tuple[dict[str, bytes], np.ndarray]:
-    """Return the stored arrays as bytes, and the dense array that they stand for."""
+    """Return the stored arrays as bytes, and the decoded array."""
     w = w if w.dtype == np.float64 else w.astype(np.float32)
     blocks = [place.block for place in places(w, fmt)]
     statistics = np.array([statistic(block, fmt) for block in blocks], dtype=w.dtype)

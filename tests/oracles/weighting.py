@@ -1,4 +1,4 @@
-"""Weighted norms and their best low-rank approximations, in float64, from what the docstrings promise."""
+"""Oracle of weighted norms and their best low-rank approximations, in float64, written from the docstrings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import numpy as np
 FLOOR = 1e-6
 
 
-def raised(weights: np.ndarray) -> np.ndarray:
-    """Row or column weights with the floor below which none falls; all of one if there are none."""
-    weights = np.asarray(weights, dtype=np.float64)
-    return np.maximum(weights, FLOOR * weights.max()) if weights.any() else np.ones_like(weights)
+def raised(importance: np.ndarray) -> np.ndarray:
+    """Return importance of rows or columns raised to the floor; ones for all zeros."""
+    importance = np.asarray(importance, dtype=np.float64)
+    return np.maximum(importance, FLOOR * importance.max()) if importance.any() else np.ones_like(importance)
 
 
 def damped(gram: np.ndarray, damping: float) -> np.ndarray:
@@ -19,7 +19,7 @@ def damped(gram: np.ndarray, damping: float) -> np.ndarray:
 
 
 def squared_norm(form: np.ndarray, residual: np.ndarray) -> float:
-    """Value of a quadratic form, of shape (mn, mn), in the entries of a residual, row after row."""
+    """Return the value of a quadratic form of shape (mn, mn) in the entries of a residual in row-major order."""
     entries = np.asarray(residual, dtype=np.float64).ravel()
     return float(entries @ form @ entries)
 
@@ -30,12 +30,12 @@ def truncated(matrix: np.ndarray, rank: int) -> np.ndarray:
 
 
 def root(gram: np.ndarray, power: float = 0.5) -> np.ndarray:
-    """Symmetric power of a positive definite matrix."""
+    """Return a symmetric power of a positive definite matrix."""
     values, vectors = np.linalg.eigh(gram)
     return (vectors * values**power) @ vectors.T
 
 
 def best(residual: np.ndarray, outputs: np.ndarray, inputs: np.ndarray, rank: int) -> np.ndarray:
-    """Minimize tr(G (E - L) R (E - L)^T) over L of a rank: QERA, theorem 1, with a root on either side."""
+    """Return the L of a rank that minimizes tr(G (E - L) R (E - L)^T): QERA, theorem 1, with a root on either side."""
     inner = truncated(root(outputs) @ residual @ root(inputs), rank)
     return root(outputs, -0.5) @ inner @ root(inputs, -0.5)

@@ -1,4 +1,4 @@
-"""Weightings of every kind on every library, each with its norm written out as one quadratic form."""
+"""Weightings of every kind on every library, each with the dense quadratic form of its norm."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""What every weighting promises: one norm, and the low-rank matrix that is best in it."""
+"""Properties of all weightings: the norm is one quadratic form, and the low-rank step is the best in it."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ def product(step):
     return host(step.left).astype(np.float64) @ host(step.right).astype(np.float64)
 
 
-# --- one norm
+# --- the norm
 
 
 @every_kind
@@ -41,15 +43,15 @@ def test_the_norm_is_the_quadratic_form(xp, kind, seed):
 @every_kind
 @given(seed=seeds)
 @some
-def test_single_entries_count_what_the_diagonal_of_the_form_says(xp, kind, seed):
+def test_element_weights_are_the_diagonal_of_the_form(xp, kind, seed):
     own = case(kind, seed)
-    weights = own.on(xp).element_weights()
+    importance = own.on(xp).element_weights()
     if kind == "uniform":
-        assert weights is None
+        assert importance is None
         return
-    found = np.broadcast_to(host(weights), SHAPE).ravel()
+    found = np.broadcast_to(host(importance), SHAPE).ravel()
     expected = np.diag(own.form(SHAPE))
-    # One factor is common to all, which spares float32 the products of small numbers.
+    # All share one factor, which keeps products of small numbers in the range of float32.
     np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-11)
 
 
@@ -64,7 +66,7 @@ def test_the_error_of_a_step_is_the_norm_of_what_it_leaves(xp, kind, rank, dtype
     assert step.squared_error == pytest.approx(left, rel=precision, abs=precision**2 * own.norm(error))
 
 
-# --- the best low-rank matrix
+# --- the low-rank step
 
 
 @pytest.mark.parametrize("kind", CLOSED)
@@ -136,7 +138,7 @@ def test_a_step_keeps_the_dtype_and_its_residual(xp, kind, dtype):
 
 @every_kind
 @pytest.mark.parametrize("dtypes", [(np.float32, np.float64), (np.float64, np.float32)], ids=str)
-def test_weights_and_residual_may_differ_in_precision(xp, kind, dtypes):
+def test_importance_and_residual_may_differ_in_precision(xp, kind, dtypes):
     own, error = case(kind, dtype=dtypes[0]), residual(dtype=dtypes[1])
     step = own.on(xp).low_rank(on(xp, error), 2)
     assert host(step.left).dtype == host(step.right).dtype == dtypes[1]
@@ -162,13 +164,13 @@ def test_the_same_seed_gives_the_same_bytes(xp, kind):
     assert first == again != other
 
 
-# --- units and orders do not matter
+# --- invariance to scale and order
 
 
 @every_kind
 @given(seed=seeds, exponent=st.integers(-200, 200))
 @some
-def test_the_unit_of_a_residual_does_not_matter(xp, kind, seed, exponent):
+def test_scaling_a_residual_scales_the_step(xp, kind, seed, exponent):
     weighting, error, factor = case(kind, seed).on(xp), residual(seed), 2.0**exponent
     plain, scaled = (weighting.low_rank(on(xp, own), 2) for own in (error, error * factor))
     assert scaled.squared_error == pytest.approx(plain.squared_error * factor**2, rel=1e-9)
@@ -181,7 +183,7 @@ def test_the_unit_of_a_residual_does_not_matter(xp, kind, seed, exponent):
 @every_kind
 @given(seed=seeds, exponent=st.integers(-60, 60))
 @some
-def test_the_unit_of_the_weights_does_not_matter(xp, kind, seed, exponent):
+def test_the_unit_of_the_importance_does_not_matter(xp, kind, seed, exponent):
     own, error, factor = case(kind, seed), residual(seed), 2.0**exponent
     count = sum(weights is not None for weights in own.weights)
     plain, scaled = (weights.on(xp).low_rank(on(xp, error), 2) for weights in (own, own.scaled(factor)))
@@ -192,7 +194,7 @@ def test_the_unit_of_the_weights_does_not_matter(xp, kind, seed, exponent):
 @every_kind
 @given(seed=seeds)
 @some
-def test_rows_and_columns_have_no_order(xp, kind, seed):
+def test_permuting_rows_and_columns_permutes_the_step(xp, kind, seed):
     rng = np.random.default_rng(seed)
     rows, columns = (rng.permutation(size) for size in SHAPE)
     own, error = case(kind, seed), residual(seed)
@@ -202,12 +204,12 @@ def test_rows_and_columns_have_no_order(xp, kind, seed):
     np.testing.assert_allclose(product(moved), product(plain)[rows][:, columns], atol=1e-7)
 
 
-# --- extremes
+# --- limiting cases
 
 
 @every_kind
 @pytest.mark.parametrize("size", [1e-36, 1e-25, 1e25, 1e38])
-def test_residuals_of_any_size_are_approximated(xp, kind, size):
+def test_residuals_of_any_magnitude_are_approximated(xp, kind, size):
     if flushes(xp) and size < 1e-30:
         pytest.skip(FLUSHES)
     own, plain = case(kind, dtype=np.float32), residual(dtype=np.float32)
@@ -230,7 +232,7 @@ def test_the_norm_of_the_largest_residuals_does_not_overflow(xp, kind):
 @every_kind
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_weights_of_any_size_are_taken(xp, kind, size, dtype):
+def test_importance_of_any_magnitude_works(xp, kind, size, dtype):
     own = case(kind, dtype=dtype)
     scaled = own.scaled(size)
     error = residual(dtype=dtype)
@@ -278,7 +280,7 @@ def test_one_row_or_column_is_of_rank_one(xp, kind, shape):
 
 @every_kind
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_nothing_weighs_nothing(xp, kind, shape):
+def test_empty_matrices_have_no_error(xp, kind, shape):
     rows, columns = shape
     empty = {
         "uniform": (),
@@ -295,17 +297,17 @@ def test_nothing_weighs_nothing(xp, kind, shape):
     assert weighting.squared_norm(error) == weighting.low_rank(error, 0).squared_error == 0.0
 
 
-# --- what does not fit
+# --- refused
 
 
 @every_kind
-def test_weights_fit_one_shape(xp, kind):
+def test_a_weighting_is_for_matrices_of_one_shape(xp, kind):
     weighting = case(kind).on(xp)
     assert weighting.check(SHAPE) is None
     if kind == "uniform":
         return
     for shape in [(9,), (9, 7, 1), (7, 9)]:
-        with pytest.raises(InvalidArgumentError, match=r"(do|does) not fit"):
+        with pytest.raises(InvalidArgumentError, match=f"must .*{re.escape(str(shape))}, got"):
             weighting.check(shape)
 
 
@@ -318,6 +320,6 @@ def test_residuals_of_another_library_do_not_mix(torch, kind):
         there.low_rank(error, 1)
 
 
-def test_a_weighting_of_ones_own_needs_all_of_its_methods():
+def test_a_custom_weighting_must_define_all_methods():
     with pytest.raises(TypeError, match="abstract"):
         AbstractWeighting()

@@ -1,7 +1,8 @@
-"""Weights by row and by column: their floor, their zeros, and what cannot weigh anything."""
+"""Importance by row and by column: floor, zeros, and refused arguments."""
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -19,11 +20,11 @@ seeds = st.integers(0, 999)
 
 
 @given(seed=seeds)
-def test_fisher_information_of_rank_one_is_met_exactly(xp, seed):
+def test_fisher_information_of_rank_one_is_exact(xp, seed):
     rng = np.random.default_rng(seed)
     fisher = np.outer(rng.exponential(size=5), rng.exponential(size=7))
     weighting = RowColumn.from_fisher(on(xp, fisher))
-    # No weight is so small that the floor would raise it.
+    # All values are above the floor.
     np.testing.assert_allclose(np.outer(host(weighting.row), host(weighting.col)), fisher, rtol=1e-5, atol=1e-6)
 
 
@@ -41,13 +42,13 @@ def test_means_of_the_largest_fisher_information_do_not_overflow(xp):
     assert host(weighting.row).dtype == np.float32
 
 
-def test_small_weights_are_raised_to_the_floor(xp):
+def test_small_importance_is_raised_to_the_floor(xp):
     weighting = RowColumn(on(xp, np.array([0.0, 1e-9, 4.0])), on(xp, np.array([1.0, 0.5])))
     assert host(weighting.row).tolist() == [1e-6 * 4.0, 1e-6 * 4.0, 4.0]
     assert host(weighting.col).tolist() == [1.0, 0.5]
 
 
-def test_a_row_that_weighs_nothing_is_approximated_all_the_same(xp):
+def test_a_row_of_zero_importance_is_approximated_too(xp):
     error, row, col = residual(), np.ones(9), np.linspace(0.0, 1.0, 7)
     row[4] = 0.0
     step = RowColumn(on(xp, row), on(xp, col)).low_rank(on(xp, error), 3)
@@ -57,25 +58,25 @@ def test_a_row_that_weighs_nothing_is_approximated_all_the_same(xp):
 
 
 @pytest.mark.parametrize("which", ["row", "col"])
-def test_weights_that_are_all_zero_count_the_same_and_warn(xp, which):
+def test_zero_importance_becomes_equal_importance_and_warns(xp, which):
     arrays = {"row": np.ones(2), "col": np.ones(3)}
     arrays[which] = 0 * arrays[which]
-    with pytest.warns(UserWarning, match="are zero: all count the same") as caught:
+    with pytest.warns(UserWarning, match=f"^{which} .*zeros") as caught:
         weighting = RowColumn(*(on(xp, array) for array in arrays.values()))
     assert [warning.filename for warning in caught] == [__file__]
     assert weighting.all_zero
     assert weighting.squared_norm(on(xp, np.ones((2, 3)))) == pytest.approx(6.0)
 
 
-def test_positive_weights_do_not_warn(xp):
+def test_some_positive_importance_does_not_warn(xp):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         weighting = RowColumn(on(xp, np.array([0.0, 1.0])), None)
     assert not weighting.all_zero
 
 
-def test_without_any_weights_uniform_is_meant():
-    with pytest.raises(InvalidArgumentError, match=r"use Uniform\(\)"):
+def test_row_and_col_may_not_both_be_none():
+    with pytest.raises(InvalidArgumentError, match=r"^row and col .*Uniform\(\)"):
         RowColumn(None, None)
 
 
@@ -87,49 +88,49 @@ def test_weights_that_are_negative_or_not_finite_are_refused(xp, dtype, bad, err
     vector, matrix = np.ones(3, dtype=dtype), np.ones((3, 3), dtype=dtype)
     vector[1] = matrix[1, 2] = bad
     good = on(xp, np.ones(3, dtype=dtype))
-    with pytest.raises(error, match=r"(?i)row weights"):
+    with pytest.raises(error, match=r"^row "):
         RowColumn(on(xp, vector), good)
-    with pytest.raises(error, match=r"(?i)column weights"):
+    with pytest.raises(error, match=r"^col "):
         RowColumn(None, on(xp, vector))
-    with pytest.raises(error, match=r"(?i)fisher information"):
+    with pytest.raises(error, match=r"^fisher "):
         RowColumn.from_fisher(on(xp, matrix))
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.bool_, np.complex64])
-def test_weights_of_other_dtypes_are_refused(xp, dtype):
-    with pytest.raises(UnsupportedArrayError, match="row weights must be"):
+def test_importance_of_other_dtypes_is_refused(xp, dtype):
+    with pytest.raises(UnsupportedArrayError, match=r"^row must be"):
         RowColumn(on(xp, np.ones(3, dtype=dtype)), on(xp, np.ones(3)))
-    with pytest.raises(UnsupportedArrayError, match="Fisher information must be"):
+    with pytest.raises(UnsupportedArrayError, match=r"^fisher must be"):
         RowColumn.from_fisher(on(xp, np.ones((3, 3), dtype=dtype)))
 
 
 @pytest.mark.parametrize("bad", [[1.0, 2.0], 3.0, "weights"], ids=str)
-def test_what_is_no_array_is_refused(bad):
+def test_other_types_than_arrays_are_refused(bad):
     with pytest.raises(UnsupportedArrayError, match="array"):
         RowColumn(bad, None)
     with pytest.raises(UnsupportedArrayError, match="array"):
         RowColumn.from_fisher(bad)
 
 
-def test_weights_of_other_dimensions_are_refused(xp):
+def test_importance_of_other_dimensions_is_refused(xp):
     vector, matrix = on(xp, np.ones(3)), on(xp, np.ones((3, 3)))
-    with pytest.raises(InvalidArgumentError, match="Row weights have one dimension, not 2"):
+    with pytest.raises(InvalidArgumentError, match=r"^row .*shape \(3, 3\)"):
         RowColumn(matrix, vector)
-    with pytest.raises(InvalidArgumentError, match="Column weights have one dimension, not 2"):
+    with pytest.raises(InvalidArgumentError, match=r"^col .*shape \(3, 3\)"):
         RowColumn(None, matrix)
-    with pytest.raises(InvalidArgumentError, match="two dimensions, not 1"):
+    with pytest.raises(InvalidArgumentError, match=r"^fisher .*shape \(3,\)"):
         RowColumn.from_fisher(vector)
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (2, 4), (6,), (2, 3, 1)])
-def test_the_side_without_weights_may_have_any_length(shape):
+def test_the_side_without_importance_may_have_any_length(shape):
     assert Uniform().check(shape) is None
     assert RowColumn(np.ones(2), None).check((2, 99)) is None
     assert RowColumn(None, np.ones(3)).check((99, 3)) is None
-    with pytest.raises(InvalidArgumentError, match="do not fit"):
+    with pytest.raises(InvalidArgumentError, match=f"^(row|col) .*{re.escape(str(shape))}, got [23]"):
         RowColumn(np.ones(2), np.ones(3)).check(shape)
 
 
-def test_weights_of_two_libraries_do_not_mix(torch):
+def test_row_and_col_of_two_libraries_do_not_mix(torch):
     with pytest.raises(MixedArraysError):
         RowColumn(np.ones(2), torch.ones(3))

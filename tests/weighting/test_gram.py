@@ -1,4 +1,4 @@
-"""Norms of outputs: Gram matrices that are singular, ill-conditioned, or none at all."""
+"""Gram and Kronecker weightings: singular, ill-conditioned and invalid Gram matrices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def product(step):
 
 
 def conditioned(seed, size, condition):
-    """A positive definite matrix whose eigenvalues fall evenly by a factor in all."""
+    """Return a positive definite matrix with geometrically spaced eigenvalues and a given condition."""
     vectors, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
     return (vectors * np.logspace(0, -np.log10(condition), size)) @ vectors.T
 
@@ -42,7 +42,7 @@ def test_the_norm_is_the_mean_square_of_the_outputs(xp):
     assert weighting.squared_norm(on(xp, error)) == pytest.approx(((x @ error.T) ** 2).sum() / 50, rel=1e-9)
 
 
-def test_a_diagonal_gram_counts_columns(xp):
+def test_a_diagonal_gram_is_importance_of_columns(xp):
     squares, error = np.random.default_rng(0).exponential(size=7) + 0.1, residual()
     whole = InputGram(on(xp, np.diag(squares)), damping=1e-12).low_rank(on(xp, error), 2)
     diagonal = RowColumn(None, on(xp, squares)).low_rank(on(xp, error), 2)
@@ -54,7 +54,7 @@ def test_an_output_gram_of_the_identity_changes_nothing(xp):
     inputs, error = gram(np.random.default_rng(0), 7), residual()
     one, two = (make(kind, xp, inputs).low_rank(on(xp, error), 2) for kind in ("gram", "kronecker"))
     np.testing.assert_allclose(product(two), product(one), atol=1e-9)
-    assert two.squared_error == pytest.approx(1.01 * one.squared_error, rel=1e-9)  # it is damped, too
+    assert two.squared_error == pytest.approx(1.01 * one.squared_error, rel=1e-9)  # damping adds 1 %
 
 
 @given(seed=seeds, damping=st.sampled_from([1e-6, 1e-2, 1.0]))
@@ -113,37 +113,37 @@ def test_the_second_moment_is_there_for_error_feedback(xp):
 
 
 @both_kinds
-def test_a_gram_of_zeros_counts_the_same_and_warns(xp, kind):
-    with pytest.warns(UserWarning, match="entries of the input Gram matrix are zero: all count the same") as caught:
+def test_a_gram_of_zeros_becomes_equal_importance_and_warns(xp, kind):
+    with pytest.warns(UserWarning, match="gram .*zeros") as caught:
         weighting = make(kind, xp, np.zeros((7, 7)))
     assert [warning.filename for warning in caught] == [__file__]
     assert weighting.all_zero
     assert weighting.squared_norm(on(xp, np.ones((9, 7)))) == pytest.approx(63.0, rel=0.03)
 
 
-def test_an_output_gram_of_zeros_counts_the_same_and_warns(xp):
-    with pytest.warns(UserWarning, match="entries of the output Gram matrix are zero"):
+def test_an_output_gram_of_zeros_becomes_equal_importance_and_warns(xp):
+    with pytest.warns(UserWarning, match="^output_gram .*zeros"):
         weighting = Kronecker(on(xp, np.zeros((9, 9))), on(xp, np.eye(7)))
     assert weighting.all_zero
 
 
 BAD = {
-    "not square": (np.ones((7, 8)), InvalidArgumentError, "is square, not of shape"),
-    "a vector": (np.ones(7), InvalidArgumentError, "is square, not of shape"),
-    "not symmetric": (np.eye(7) + np.triu(np.ones((7, 7)), 1), InvalidArgumentError, "is not symmetric"),
-    "negative": (-np.eye(7), InvalidArgumentError, "is not positive semidefinite"),
-    "indefinite": (np.diag([1.0] * 6 + [-0.5]), InvalidArgumentError, "is not positive semidefinite"),
-    "no diagonal": (np.ones((7, 7)) - np.eye(7), InvalidArgumentError, "is not positive semidefinite"),
-    "nan": (np.full((7, 7), np.nan), NonFiniteError, "(?i)put Gram matrix has 49 non-finite"),
-    "infinite": (np.diag([1.0] * 6 + [np.inf]), NonFiniteError, "(?i)put Gram matrix has 1 non-finite"),
-    "integers": (np.eye(7, dtype=np.int64), UnsupportedArrayError, "put Gram matrix must be"),
-    "booleans": (np.eye(7, dtype=np.bool_), UnsupportedArrayError, "put Gram matrix must be"),
-    "complex": (np.eye(7, dtype=np.complex64), UnsupportedArrayError, "put Gram matrix must be"),
+    "not square": (np.ones((7, 8)), InvalidArgumentError, r"(?i)gram .*square.*\(7, 8\)"),
+    "a vector": (np.ones(7), InvalidArgumentError, r"(?i)gram .*square.*\(7,\)"),
+    "not symmetric": (np.eye(7) + np.triu(np.ones((7, 7)), 1), InvalidArgumentError, "(?i)gram .*symmetric"),
+    "negative": (-np.eye(7), InvalidArgumentError, "^[a-z_]*gram .*semidefinite.*0.01"),
+    "indefinite": (np.diag([1.0] * 6 + [-0.5]), InvalidArgumentError, "^[a-z_]*gram .*semidefinite.*0.01"),
+    "no diagonal": (np.ones((7, 7)) - np.eye(7), InvalidArgumentError, "^[a-z_]*gram .*semidefinite.*0.01"),
+    "nan": (np.full((7, 7), np.nan), NonFiniteError, "(?i)gram has 49 non-finite"),
+    "infinite": (np.diag([1.0] * 6 + [np.inf]), NonFiniteError, "(?i)gram has 1 non-finite"),
+    "integers": (np.eye(7, dtype=np.int64), UnsupportedArrayError, "gram must be"),
+    "booleans": (np.eye(7, dtype=np.bool_), UnsupportedArrayError, "gram must be"),
+    "complex": (np.eye(7, dtype=np.complex64), UnsupportedArrayError, "gram must be"),
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_what_is_no_gram_is_refused(xp, bad):
+def test_invalid_grams_are_refused(xp, bad):
     array, error, message = BAD[bad]
     good, array = on(xp, np.eye(7)), on(xp, array)
     with pytest.raises(error, match=message):
@@ -155,7 +155,7 @@ def test_what_is_no_gram_is_refused(xp, bad):
 
 
 @pytest.mark.parametrize("bad", [[[1.0]], 1.0, "gram", None], ids=str)
-def test_what_is_no_array_is_refused(bad):
+def test_other_types_than_arrays_are_refused(bad):
     with pytest.raises(UnsupportedArrayError, match="array"):
         InputGram(bad)
     with pytest.raises(UnsupportedArrayError, match="array"):
@@ -163,14 +163,14 @@ def test_what_is_no_array_is_refused(bad):
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, np.nan, np.inf])
-def test_damping_is_positive_and_finite(damping):
-    with pytest.raises(InvalidArgumentError, match="damping is positive and finite"):
+def test_damping_out_of_range_is_refused(damping):
+    with pytest.raises(InvalidArgumentError, match=f"^damping .*got {damping!r}"):
         InputGram(np.eye(3), damping=damping)
-    with pytest.raises(InvalidArgumentError, match="damping is positive and finite"):
+    with pytest.raises(InvalidArgumentError, match=f"^damping .*got {damping!r}"):
         Kronecker(np.eye(3), np.eye(3), damping=damping)
 
 
-def test_a_gram_that_is_symmetric_up_to_rounding_is_taken(xp):
+def test_a_gram_that_is_symmetric_up_to_rounding_is_accepted(xp):
     inputs = gram(np.random.default_rng(0), 7).astype(np.float16).astype(np.float32)
     inputs[1, 2] *= 1 + 1e-4
     assert InputGram(on(xp, inputs)).low_rank(on(xp, residual(dtype=np.float32)), 2).squared_error > 0
@@ -181,8 +181,8 @@ def test_grams_of_two_libraries_do_not_mix(torch):
         Kronecker(np.eye(2), torch.eye(3))
 
 
-def test_the_message_names_the_side_that_does_not_fit():
-    with pytest.raises(InvalidArgumentError, match=r"input Gram matrix of 7x7 does not fit the columns of \(7, 9\)"):
+def test_the_message_names_the_gram_and_the_side():
+    with pytest.raises(InvalidArgumentError, match=r"^gram .*column.*\(7, 9\), got shape \(7, 7\)"):
         InputGram(np.eye(7)).check((7, 9))
-    with pytest.raises(InvalidArgumentError, match=r"output Gram matrix of 9x9 does not fit the rows of \(8, 7\)"):
+    with pytest.raises(InvalidArgumentError, match=r"^output_gram .*row.*\(8, 7\), got shape \(9, 9\)"):
         Kronecker(np.eye(9), np.eye(7)).check((8, 7))

@@ -18,7 +18,7 @@ def experts(shape=(2, 3), rows=24, columns=32, seed=0):
 
 
 @pytest.mark.parametrize("fit", ["absmax", "levels+scale"])
-def test_each_matrix_of_a_stack_is_what_it_is_alone(xp, fit):
+def test_a_stack_is_decomposed_as_its_matrices_are(xp, fit):
     w = experts((1, 2))
     found = decompose_stack(on(xp, w), FMT, 4, fit=fit, max_iter=3, scaling=2.0)
     for index, part in enumerate(found.parts):
@@ -40,7 +40,7 @@ def test_a_stack_has_one_weighting_or_one_for_each_matrix():
     assert [part.relative_error for part in found.parts] == alone
     shared = decompose_stack(w, FMT, 4, weighting=grams[0], max_iter=2)
     assert shared.parts[0].relative_error == alone[0]
-    with pytest.raises(InvalidArgumentError, match="2 weightings are not one for each of the 3 matrices"):
+    with pytest.raises(InvalidArgumentError, match=r"^weighting .*3 matrices.*got 2"):
         decompose_stack(w, FMT, 4, weighting=grams[:2])
 
 
@@ -53,8 +53,8 @@ def test_a_stack_is_the_same_with_any_number_of_threads():
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 4, 4)])
-def test_what_holds_no_matrix_is_refused(shape):
-    with pytest.raises(InvalidArgumentError, match="at least one matrix"):
+def test_a_stack_without_matrices_is_refused(shape):
+    with pytest.raises(InvalidArgumentError, match=r"^the stack .*got shape"):
         decompose_stack(np.ones(shape, dtype=np.float32), FMT, 1)
 
 

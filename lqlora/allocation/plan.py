@@ -5,25 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lqlora.allocation import _document
-from lqlora.errors import InvalidArgumentError
-from lqlora.reports import html as _page
-from lqlora.reports import pictures as _plots
-from lqlora.reports import tables as _tables
-from lqlora.reports.projections import summarize_kinds
 from lqlora.solvers import relative_gap
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lqlora.allocation.demand import Demand
     from lqlora.formats import BlockFormat
-    from lqlora.reports.pictures import Grid
-    from lqlora.reports.projections import Kind
 
 __all__ = ["Plan"]
 
@@ -165,61 +154,6 @@ class Plan:
         """
         return _document.schema()
 
-    def to_html(self, title: str = "Quantization plan", others: Sequence[Plan] = ()) -> str:
-        """Return the plan as one HTML page: what was asked, pictures, and tables that can be sorted.
-
-        Parameters
-        ----------
-        title : str
-            Heading of the page.
-        others : sequence of Plan
-            Plans of the same matrices at other budgets: the page then shows the errors of all of them over their bits.
-
-        Returns
-        -------
-        str
-            Complete: it loads nothing, and holds no script but the one that sorts. The same text for the same plans.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If the other plans are of different matrices, or do not count the same parts.
-        """
-        return _page.page(self, title, others)
-
-    def table(self, by: Literal["matrix", "kind"] = "matrix") -> str:
-        """Return the plan as a Markdown table.
-
-        Parameters
-        ----------
-        by : {"matrix", "kind"}
-            What has a row of its own: each matrix, or all matrices of a kind together.
-
-        Returns
-        -------
-        str
-            Text without a newline at the end.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If ``by`` is another word.
-        """
-        tables = {"matrix": _tables.matrix_table, "kind": _tables.kind_table}
-        if by not in tables:
-            raise InvalidArgumentError(f"A table of a plan is by 'matrix' or by 'kind', not {by!r}.")
-        return tables[by](self)
-
-    def by_kind(self) -> tuple[Kind, ...]:
-        """Return the matrices of each kind taken together: the data of the compact table.
-
-        Returns
-        -------
-        tuple of Kind
-            In the order of first appearance.
-        """
-        return summarize_kinds(self)
-
     def bits_by_matrix(self) -> dict[str, float]:
         """Return the bits per weight of each quantized part.
 
@@ -240,62 +174,6 @@ class Plan:
         """
         total = self.error
         return {name: cost / total if total else 0.0 for name, cost in self.costs.items()}
-
-    def bits_by_layer(self) -> Grid:
-        """Return the bits per weight of the quantized parts by kind and layer.
-
-        Returns
-        -------
-        Grid
-            What shares kind and layer, such as the experts of a layer, is taken together.
-        """
-        bits = _plots.by_layer({name: self._bits(name) for name in self.formats})
-        counts = _plots.by_layer({name: self._count(name) for name in self.formats})
-        return bits._replace(values=bits.values / np.maximum(counts.values, 1))
-
-    def ranks_by_layer(self) -> Grid:
-        """Return the ranks by kind and layer.
-
-        Returns
-        -------
-        Grid
-            The mean of what shares kind and layer.
-        """
-        ranks, ones = _plots.by_layer(self.ranks), _plots.by_layer(dict.fromkeys(self.ranks, 1))
-        return ranks._replace(values=ranks.values / ones.values)
-
-    def error_by_layer(self) -> Grid:
-        """Return the shares in the weighted squared error by kind and layer.
-
-        Returns
-        -------
-        Grid
-            The sum of what shares kind and layer.
-        """
-        return _plots.by_layer(self.error_by_matrix())
-
-    def plot(self) -> Any:
-        """Draw bits per weight, ranks if they differ, and shares of the error, by kind of matrix and layer.
-
-        Returns
-        -------
-        matplotlib.figure.Figure
-            Belongs to no window; save it, or show it in a notebook.
-
-        Raises
-        ------
-        MissingDependencyError
-            If matplotlib is not installed.
-        """
-        bits = self.bits_by_layer()
-        grids = [(bits, f"{float(self.bits_per_weight):.3f} bits per weight", "bits per weight", "{x:g}")]
-        if len(set(self.ranks.values())) > 1:
-            grids.append((self.ranks_by_layer(), "Ranks", "rank", "{x:g}"))
-        grids.append((self.error_by_layer(), "Share of the weighted squared error", "share", "{x:.1%}"))
-        figure = _plots.figure(figsize=(8, len(grids) * max(3.0, 1.2 + 0.25 * len(bits.kinds))))
-        for axes, (grid, title, label, form) in zip(figure.subplots(len(grids)), grids, strict=True):
-            _plots.draw_grid(axes, grid, title, label, form=form)
-        return figure
 
     def _bits(self, name: str) -> int:
         return self.formats[name].storage_bits(self.shapes[name])

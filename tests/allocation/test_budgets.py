@@ -17,7 +17,8 @@ import lqlora as lq
 from lqlora import solvers
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError, SolverError
 from lqlora.solvers import RawResult, StopReason, registry
-from tests.allocation.tables import FORMATS, NF2, NF4, NF8, SHAPES, Everything, make_table, tables
+from tests.allocation.tables import Everything, tables
+from tests.costs.cases import FORMATS, NF2, NF4, NF8, SHAPES, make_table
 from tests.requirements import require_or_skip
 
 

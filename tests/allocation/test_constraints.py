@@ -10,7 +10,7 @@ import pytest
 
 import lqlora as lq
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
-from tests.allocation.tables import FORMATS, NF2, NF4, NF8, SHAPES, make_table
+from tests.costs.cases import FORMATS, NF2, NF4, NF8, SHAPES, make_table
 
 
 def test_tied_matrices_take_one_format(table):
@@ -92,7 +92,7 @@ def test_an_empty_matrix_costs_nothing():
     weights = {"none": np.zeros((0, 4)), "some": np.ones((4, 4))}
     plan = lq.allocate(lq.cost_table(weights, FORMATS[:1], rank=0), bits_per_weight=9)
     assert plan.bits_by_matrix()["none"] == 0.0
-    assert plan.table().count("\n") == 3
+    assert lq.reports.table(plan).count("\n") == 3
 
 
 def test_a_table_of_empty_matrices_is_refused_or_costs_nothing():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
-from tests.allocation.tables import FORMATS, NF2, NF4, NF8, Everything, make_table, tables
+from tests.allocation.tables import Everything, tables
+from tests.costs.cases import FORMATS, NF2, NF4, NF8, make_table
 
 
 @st.composite

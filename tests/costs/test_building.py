@@ -13,7 +13,7 @@ import pytest
 import lqlora as lq
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import Elementwise
-from tests.allocation.cases import FORMATS, NF2, NF4, SHAPES, matrices, same
+from tests.costs.cases import FORMATS, NF2, NF4, SHAPES, matrices, same
 
 
 @pytest.fixture(scope="module")

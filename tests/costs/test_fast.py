@@ -11,7 +11,7 @@ import lqlora as lq
 from lqlora.costs import _fast
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn
-from tests.allocation.cases import FORMATS, matrices, same
+from tests.costs.cases import FORMATS, matrices, same
 from tests.strategies import host
 from tests.weighting.cases import gram
 

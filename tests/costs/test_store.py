@@ -19,7 +19,7 @@ from lqlora.costs import CostStore, StoredRow
 from lqlora.costs.store import NUMERICS
 from lqlora.errors import InvalidArgumentError, StoreError
 from lqlora.weighting import Elementwise, InputGram, RowColumn
-from tests.allocation.cases import FORMATS, NF2, NF4, matrices, same
+from tests.costs.cases import FORMATS, NF2, NF4, matrices, same
 
 HEAD = {"seed": 0}
 ROW = StoredRow("a", (2, 3), "c0ffee", "none", {"nf4/64:float16 rank 8": 0.1})
@@ -270,7 +270,7 @@ class TestMerging:
 SCRIPT = """
 import sys
 import lqlora as lq
-from tests.allocation.cases import FORMATS, matrices
+from tests.costs.cases import FORMATS, matrices
 weights = {f"{name} {copy}": (copy + 1) * w for copy in range(5) for name, w in matrices().items()}
 print("begun", flush=True)
 table = lq.cost_table(weights, FORMATS, ranks=[1, 2, 3], max_iter=20, store=sys.argv[1])

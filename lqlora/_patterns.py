@@ -144,7 +144,8 @@ class NameIndex:
     """
 
     def __init__(self, names: Sequence[str], what: str = "matrix") -> None:
-        self._row = {name: row for row, name in enumerate(names)}
+        self.names = names
+        self._row = dict(zip(names, range(len(names)), strict=True))
         self._what = what
 
     def rows(self, include: Patterns, exclude: Patterns = (), *, parameter: str = "include") -> list[int]:

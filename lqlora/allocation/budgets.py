@@ -1,29 +1,34 @@
-"""From a cost table and a budget to a plan, by integer linear programming."""
+"""Plans within a budget: ``allocate`` for one budget or error, ``pareto`` for several budgets of one cost table."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import TYPE_CHECKING
 
-from lqlora.allocation._choices import constrain
+import numpy as np
+
+from lqlora.allocation._constraints import constrain
 from lqlora.allocation._fewest_bits import fewest_bits
-from lqlora.allocation._least_error import least_error
-from lqlora.allocation._planning import make_plan
-from lqlora.allocation.limits import Limit
-from lqlora.errors import InvalidArgumentError
-from lqlora.solvers import SolveOptions
+from lqlora.allocation._solving import least_error
+from lqlora.allocation.limits import Limit, LimitUse
+from lqlora.allocation.plan import Plan, PlannedMatrix
+from lqlora.errors import InvalidArgumentError, SolverError
+from lqlora.solvers import SolveOptions, Status, relative_gap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from fractions import Fraction
 
+    import numpy.typing as npt
+
     from lqlora._patterns import Pattern
-    from lqlora.allocation._allowed import Wanted
-    from lqlora.allocation._choices import Bound, Choices
-    from lqlora.allocation.plan import Plan
+    from lqlora.allocation._constraints import AppliedLimit, Choices, Wanted
     from lqlora.allocation.ties import Tie
     from lqlora.costs.table import CostTable
+    from lqlora.solvers import Solution
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "pareto"]
 
 
 def allocate(
@@ -132,22 +137,164 @@ def allocate(
         minimum_bits=minimum_bits,
         count_factors=count_factors,
     )
-    bounds = _bounds(choices, bits_per_weight, total_bytes, max_error)
+    budget = _budget(choices, bits_per_weight, total_bytes, max_error)
     options = SolveOptions(time_limit=time_limit, rel_gap=rel_gap)
     if max_error is not None:
         found = fewest_bits(choices, max_error, solver, options)
-        return make_plan(choices, found, max_error=max_error, require_optimal=require_optimal)
-    found = least_error(choices, bounds, solver, options)
-    return make_plan(choices, found, bounds[len(choices.bounds) :], require_optimal=require_optimal)
+        return _make_plan(choices, found, max_error=max_error, require_optimal=require_optimal)
+    found = least_error(choices, (*choices.limits, *budget), solver, options)
+    return _make_plan(choices, found, budget, require_optimal=require_optimal)
 
 
-def _bounds(
+def pareto(
+    table: CostTable,
+    budgets: Iterable[float | Fraction],
+    *,
+    limits: Iterable[Limit] = (),
+    ties: Iterable[Tie] = (),
+    fixed: Mapping[Pattern, Wanted] | None = None,
+    forbidden: Mapping[Pattern, Wanted] | None = None,
+    minimum_bits: Mapping[Pattern, float | Fraction] | None = None,
+    count_factors: bool | None = None,
+    solver: str = "auto",
+    time_limit: float | None = None,
+    rel_gap: float = 1e-6,
+    require_optimal: bool = False,
+) -> list[Plan]:
+    """Allocate for several budgets: the frontier of error against size.
+
+    Parameters
+    ----------
+    table : CostTable
+        Costs and sizes.
+    budgets : iterable of float or Fraction
+        Bits per weight, in any order. Bytes are ``Fraction(8 * total_bytes, table.weight_count)``.
+    limits, ties, fixed, forbidden, minimum_bits, count_factors : as in :func:`allocate`
+        The same for every budget.
+    solver, time_limit, rel_gap, require_optimal : as in :func:`allocate`
+        The time is for each budget.
+
+    Returns
+    -------
+    list of Plan
+        One for each budget, in their order. Of two plans the one of the larger budget never has the larger error: where
+        a search ended with more, within its gap or its time, the plan of the smaller budget takes its place.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If one of the budgets or limits cannot be met.
+    InvalidArgumentError, SolverError
+        As in :func:`allocate`.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> formats = [lq.BlockFormat.parse(f"nf{bits}/64:float16") for bits in (2, 3, 4)]
+    >>> rng = np.random.default_rng(0)
+    >>> table = lq.cost_table({n: s * rng.standard_normal((32, 32)) for n, s in [("a", 1), ("b", 9)]}, formats, rank=2)
+    >>> [float(plan.bits_per_weight) for plan in lq.pareto(table, [2.5, 3, 3.5, 4])]
+    [2.25, 2.75, 3.25, 3.75]
+    """
+    choices = constrain(
+        table,
+        limits=limits,
+        ties=ties,
+        fixed=fixed,
+        forbidden=forbidden,
+        minimum_bits=minimum_bits,
+        count_factors=count_factors,
+    )
+    applied = [choices.apply(Limit(bits_per_weight=budget)) for budget in budgets]
+    options = SolveOptions(time_limit=time_limit, rel_gap=rel_gap)
+    plans: dict[int, Plan] = {}
+    best: Solution | None = None
+    # From small to large: the plan of a smaller budget is feasible for a larger one, so the search starts from it.
+    for budget in sorted(applied, key=lambda own: own.bits):
+        if budget.bits in plans:
+            continue
+        if best is not None:
+            options = dataclasses.replace(options, start=best.assignment)
+        found = least_error(choices, (*choices.limits, budget), solver, options)
+        best = found if best is None else _better(found, best, rel_gap)
+        plans[budget.bits] = _make_plan(choices, best, (budget,), require_optimal=require_optimal)
+    return [plans[budget.bits] for budget in applied]
+
+
+def _budget(
     choices: Choices, bits_per_weight: float | Fraction | None, total_bytes: int | None, max_error: float | None
-) -> tuple[Bound, ...]:
-    """Return all limits, the budget last."""
-    given = sum(value is not None for value in (bits_per_weight, total_bytes, max_error))
-    if given > 1 or (given == 0 and not choices.bounds):
-        raise InvalidArgumentError("Give a budget as bits_per_weight, total_bytes or max_error, and only one of them.")
+) -> tuple[AppliedLimit, ...]:
+    """Return the budget as a limit on all matrices, or nothing if an error or other limits take its place."""
+    given = 3 - [bits_per_weight, total_bytes, max_error].count(None)
+    if given > 1 or (given == 0 and not choices.limits):
+        raise InvalidArgumentError(
+            "bits_per_weight, total_bytes or max_error must be given as the budget, and only one of them; got "
+            f"{bits_per_weight!r}, {total_bytes!r} and {max_error!r}."
+        )
     if bits_per_weight is None and total_bytes is None:
-        return choices.bounds
-    return *choices.bounds, choices.bound(Limit(bits_per_weight=bits_per_weight, total_bytes=total_bytes))
+        return ()
+    return (choices.apply(Limit(bits_per_weight=bits_per_weight, total_bytes=total_bytes)),)
+
+
+def _better(found: Solution, before: Solution, rel_gap: float) -> Solution:
+    """Return the better of two solutions, of which the second is that of a smaller budget.
+
+    The assignment of the smaller budget is feasible for the larger one. The bound that was proven for the larger budget
+    holds for any assignment within it, so it stays.
+    """
+    if found.objective <= before.objective:
+        return found
+    status = Status.OPTIMAL if relative_gap(before.objective, found.bound) <= rel_gap else found.status
+    return dataclasses.replace(found, assignment=before.assignment, objective=before.objective, status=status)
+
+
+def _make_plan(
+    choices: Choices,
+    found: Solution,
+    budget: Sequence[AppliedLimit] = (),
+    *,
+    max_error: float | None = None,
+    require_optimal: bool = False,
+) -> Plan:
+    """Return the plan of a solution; ``budget`` holds the budget if there is one."""
+    if require_optimal and found.status is not Status.OPTIMAL:
+        raise SolverError(f"{found.solver}: the relative gap is {found.gap:.2g}. {found.status.value}")
+    if found.assignment is None:
+        raise SolverError(f"{found.solver}: {found.status.value} ({found.message})")
+    table, rows = choices.table, np.arange(len(choices.table.names))
+    costs = table.costs[rows, found.assignment].tolist()
+    factor_bits = table.factor_sizes[rows, found.assignment].tolist()
+    matrices = {}
+    for row, column in enumerate(found.assignment.tolist()):
+        chosen = table.configurations[column]
+        matrices[table.names[row]] = PlannedMatrix(
+            chosen.format, chosen.rank, table.shapes[row], costs[row], factor_bits[row]
+        )
+    error = math.fsum(costs)
+    uses = _limit_uses((*budget, *choices.limits), choices.size[rows, found.assignment])
+    if max_error is not None:
+        uses.insert(0, LimitUse("all matrices", error, float(max_error), unit="error", weight_count=table.weight_count))
+    objective = error if max_error is None else found.objective
+    binds = all(own.bits < own.largest for own in budget)
+    return Plan(
+        matrices=matrices,
+        counts_factors=choices.counts_factors,
+        limits=tuple(uses),
+        objective=objective,
+        bound=min(found.bound, objective),
+        status=found.status.name,
+        solver=f"{found.solver} {found.version}",
+        goal="error" if max_error is None else "bits",
+        note="" if binds else "The budget does not bind: the largest choice of formats fits into it.",
+        seconds=found.seconds,
+    )
+
+
+def _limit_uses(limits: Sequence[AppliedLimit], bits: npt.NDArray[np.int64]) -> list[LimitUse]:
+    """Return the use of each limit, given the bits of each matrix that count."""
+    uses = []
+    for own in limits:
+        upper, lower = (None, own.bits) if own.limit.at_least else (own.bits, None)
+        used = int(bits[own.members].sum())
+        uses.append(LimitUse(own.limit.matrices, used, upper, lower, weight_count=own.weight_count))
+    return uses

@@ -125,8 +125,8 @@ def _picture(plan: Plan) -> bytes:
 
 def _show(plan: Plan) -> None:
     console.show_table(lq.reports.table(plan, by="kind"))
-    for demand in plan.demands:
-        console.say(f"{demand.describe()}.")
+    for limit in plan.limits:
+        console.say(f"{limit.describe()}.")
     factors = "" if plan.counts_factors else "not "
     console.say(
         f"Quantized parts: {float(plan.bits_per_weight):.4f} bits per weight, {plan.nbytes:,} bytes; "

@@ -96,12 +96,12 @@ class CostTable:
     @property
     def formats(self) -> tuple[BlockFormat, ...]:
         """Formats of the configurations, each once, in the order of the columns."""
-        return tuple(dict.fromkeys(configuration.format for configuration in self.configurations))
+        return tuple(dict.fromkeys(map(operator.attrgetter("format"), self.configurations)))
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Ranks of the configurations, each once, in the order of the columns."""
-        return tuple(dict.fromkeys(configuration.rank for configuration in self.configurations))
+        return tuple(dict.fromkeys(map(operator.attrgetter("rank"), self.configurations)))
 
     @property
     def weight_count(self) -> int:

@@ -45,7 +45,7 @@ def test_costs_fall_as_the_budget_rises(table):
     assert costs[-1] < costs[0]
 
 
-def test_a_budget_of_the_cheapest_choice_is_feasible_to_the_bit(table):
+def test_a_budget_of_the_smallest_choice_is_feasible_to_the_bit(table):
     cheapest = int(table.sizes.min(axis=1).sum())
     plan = lq.allocate(table, bits_per_weight=Fraction(cheapest, table.weight_count))
     assert plan.storage_bits == cheapest
@@ -54,7 +54,7 @@ def test_a_budget_of_the_cheapest_choice_is_feasible_to_the_bit(table):
 
 
 @pytest.mark.parametrize("budget", [{"bits_per_weight": 1.5}, {"total_bytes": 384}, {"total_bytes": 0}])
-def test_a_budget_below_the_cheapest_tells_the_feasible_range(table, budget):
+def test_a_budget_below_the_smallest_choice_tells_the_feasible_range(table, budget):
     with pytest.raises(InfeasibleBudgetError, match="infeasible") as caught:
         lq.allocate(table, **budget)
     error = caught.value
@@ -63,10 +63,10 @@ def test_a_budget_below_the_cheapest_tells_the_feasible_range(table, budget):
     assert error.maximum == Fraction(int(table.sizes.max(axis=1).sum()), table.weight_count)
 
 
-def test_a_budget_above_the_dearest_gives_the_best_plan_and_a_note(table):
+def test_a_budget_that_does_not_bind_gives_the_best_plan_and_a_note(table):
     plan = lq.allocate(table, bits_per_weight=100)
     assert plan.objective == pytest.approx(table.costs.min(axis=1).sum(), rel=1e-9)
-    assert "above the dearest" in plan.note
+    assert "does not bind" in plan.note
     assert lq.allocate(table, bits_per_weight=4.0).note == ""
 
 
@@ -189,7 +189,7 @@ class TestErrors:
         everything = Everything(table)
         assert lq.allocate(table, max_error=everything.least_cost).error == everything.least_cost
         if everything.least_cost > 0:
-            with pytest.raises(InfeasibleBudgetError, match=r"A total error .* the least is") as caught:
+            with pytest.raises(InfeasibleBudgetError, match=r"^max_error .* the least") as caught:
                 lq.allocate(table, max_error=math.nextafter(everything.least_cost, 0.0))
             assert (float(caught.value.minimum), float(caught.value.maximum)) == (
                 everything.least_cost,
@@ -217,7 +217,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("number", [-1.0, math.nan, math.inf, "small", None])
     def test_what_is_no_error_is_refused(self, table, number):
-        with pytest.raises(InvalidArgumentError, match=r"error"):
+        with pytest.raises(InvalidArgumentError, match=r"max_error"):
             lq.allocate(table, max_error=number)
 
     def test_a_search_that_finds_nothing_in_time_still_keeps_the_error(self, table, stopped):

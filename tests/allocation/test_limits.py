@@ -101,7 +101,7 @@ class TestAnyLimits:
             "minimum_bits": {table.names[n - 1]: floor},
         }
         if not everything.valid.any():
-            with pytest.raises(InvalidArgumentError, match=r"No format is left|no format in common"):
+            with pytest.raises(InvalidArgumentError, match=r"^fixed, |^ties "):
                 lq.allocate(table, bits_per_weight=100, **options)
             return
         limits = [data.draw(_limits(table, everything))]
@@ -168,7 +168,7 @@ class TestErrors:
         ids=str,
     )
     def test_what_is_no_limit_is_refused(self, options):
-        with pytest.raises(InvalidArgumentError, match="budget"):
+        with pytest.raises(InvalidArgumentError, match=r"^(bits_per_weight|total_bytes) .*budget"):
             lq.Limit("*", **options)
 
     @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ class TestErrors:
         ids=str,
     )
     def test_a_limit_for_no_matrix_is_refused(self, table, limit):
-        with pytest.raises(InvalidArgumentError, match=r"No matrix .* matches|no matrix for the limit"):
+        with pytest.raises(InvalidArgumentError, match=r"^Limit\.(in|ex)clude |^exclude .*'nowhere'"):
             lq.allocate(table, bits_per_weight=5, limits=[limit])
 
 

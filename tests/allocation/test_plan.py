@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ class TestDocuments:
     @pytest.mark.parametrize(
         "key",
         [
-            *("lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "demands", "status"),
+            *("lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "limits", "status"),
             *("solver", "note"),
         ],
     )
@@ -77,7 +78,8 @@ class TestDocuments:
     @pytest.mark.parametrize(
         ("key", "value"),
         [
-            ("lqlora_plan", 1),
+            ("lqlora_plan", 2),
+            ("lqlora_plan", 5),
             ("matrices", []),
             ("matrices", {"a": []}),
             ("objective", "cheap"),
@@ -85,10 +87,10 @@ class TestDocuments:
             ("counts_factors", 1),
             ("goal", "peace"),
             ("surprise", 1),
-            ("demands", [{}]),
-            ("demands", [{"what": "a", "used": 1, "upper": None, "lower": None, "unit": "bits", "weights": 1}]),
-            ("demands", [{"what": "a", "used": -1, "upper": 2, "lower": None, "unit": "bits", "weights": 1}]),
-            ("demands", [{"what": "a", "used": 1, "upper": 2, "lower": None, "unit": "eggs", "weights": 1}]),
+            ("limits", [{}]),
+            ("limits", [{"matrices": "a", "used": 1, "upper": None, "lower": None, "unit": "bits", "weight_count": 1}]),
+            ("limits", [{"matrices": "a", "used": -1, "upper": 2, "lower": None, "unit": "bits", "weight_count": 1}]),
+            ("limits", [{"matrices": "a", "used": 1, "upper": 2, "lower": None, "unit": "eggs", "weight_count": 1}]),
         ],
     )
     def test_a_wrong_value_is_refused(self, plan, key, value):
@@ -153,16 +155,16 @@ class TestSchema:
     @pytest.mark.parametrize(
         ("path", "value"),
         [
-            (["lqlora_plan"], 2),
+            (["lqlora_plan"], 3),
             (["status"], None),
             (["goal"], "peace"),
             (["bound"], "high"),
             (["counts_factors"], 1),
             (["surprise"], 1),
-            (["demands"], {}),
-            (["demands", 0, "unit"], "eggs"),
-            (["demands", 0, "upper"], None),
-            (["demands", 0, "used"], -1),
+            (["limits"], {}),
+            (["limits", 0, "unit"], "eggs"),
+            (["limits", 0, "upper"], None),
+            (["limits", 0, "used"], -1),
             (["matrices"], []),
             (["matrices", "layers.0.q", "rank"], -1),
             (["matrices", "layers.0.q", "rank"], 1.5),
@@ -194,43 +196,100 @@ class TestSchema:
                 lq.Plan.from_json(json.dumps(document))
 
 
-class TestDemands:
+class TestOlderVersions:
+    """Documents of version 3, as the code before version 4 wrote them."""
+
+    @pytest.fixture(params=["plan_v3_bits.json", "plan_v3_error.json"])
+    def text(self, request) -> str:
+        return (Path(__file__).parent / "data" / request.param).read_text(encoding="utf-8")
+
+    def test_they_are_read_with_all_that_they_say(self, text):
+        document, plan = json.loads(text), lq.Plan.from_json(text)
+        for key in ("status", "solver", "note", "goal", "objective", "bound", "counts_factors", "storage_bits"):
+            assert getattr(plan, key) == document[key]
+        for name, row in document["matrices"].items():
+            own = plan.matrices[name]
+            assert (str(own.format), own.rank, list(own.shape)) == (row["format"], row["rank"], row["shape"])
+            assert (own.cost, own.factor_bits, own.storage_bits) == (
+                row["cost"],
+                row["factor_bits"],
+                row["storage_bits"],
+            )
+            assert (
+                np.float32(row.get("levels", own.format.codebook.levels)).tolist()
+                == own.format.codebook.levels.tolist()
+            )
+        assert [(use.matrices, use.weight_count) for use in plan.limits] == [
+            (row["what"], row["weights"]) for row in document["demands"]
+        ]
+        for use, row in zip(plan.limits, document["demands"], strict=True):
+            assert (use.used, use.upper, use.lower, use.unit) == (row["used"], row["upper"], row["lower"], row["unit"])
+
+    def test_they_are_written_as_the_newest_version(self, text):
+        plan = lq.Plan.from_json(text)
+        document = json.loads(plan.to_json())
+        assert (document["lqlora_plan"], "demands" in document) == (4, False)
+        assert document["matrices"] == json.loads(text)["matrices"]
+        assert lq.Plan.from_json(plan.to_json()) == plan
+
+    def test_keys_of_two_versions_in_one_document_are_refused(self, text):
+        for version in (3, 4):
+            document = json.loads(text) | {"lqlora_plan": version, "limits": []}
+            with pytest.raises(InvalidArgumentError, match="limits" if version == 3 else "demands"):
+                lq.Plan.from_json(json.dumps(document))
+
+
+class TestMatrices:
+    def test_properties_are_the_fields_of_the_records(self, plan):
+        for name, own in plan.matrices.items():
+            found = (plan.formats[name], plan.ranks[name], plan.shapes[name], plan.costs[name], plan.factor_bits[name])
+            assert found == (own.format, own.rank, own.shape, own.cost, own.factor_bits)
+        assert sum(own.weight_count for own in plan.matrices.values()) == plan.weight_count
+
+
+class TestLimitUses:
     def test_the_budget_comes_first_and_limits_after_it(self, plan):
-        budget, limit = plan.demands
-        assert (budget.what, budget.used, budget.upper, budget.lower) == (
+        budget, limit = plan.limits
+        assert (budget.matrices, budget.used, budget.upper, budget.lower) == (
             "all matrices",
             plan.storage_bits,
             4 * plan.weight_count,
             None,
         )
         own = [name for name in SHAPES if name.endswith(".q")]
-        weights = sum(math.prod(SHAPES[name]) for name in own)
-        assert (limit.what, limit.upper, limit.lower, limit.weights) == ("'*.q'", None, 2 * weights, weights)
+        count = sum(math.prod(SHAPES[name]) for name in own)
+        assert (limit.matrices, limit.upper, limit.lower, limit.weight_count) == ("'*.q'", None, 2 * count, count)
         assert limit.used == sum(plan.formats[name].storage_bits(SHAPES[name]) for name in own)
 
-    def test_an_error_is_a_demand_too(self, table):
+    def test_an_error_is_a_limit_too(self, table):
         plan = lq.allocate(table, max_error=1000.0)
-        assert [(d.unit, d.used, d.upper) for d in plan.demands] == [("error", plan.error, 1000.0)]
-        assert plan.demands[0].describe() == f"all matrices: an error of at most 1000, used {plan.error:.4g}"
+        assert [(use.unit, use.used, use.upper) for use in plan.limits] == [("error", plan.error, 1000.0)]
+        assert plan.limits[0].describe() == f"all matrices: an error of at most 1000, used {plan.error:.4g}"
 
     def test_factors_are_in_what_is_used_if_they_count(self, table):
         plan = lq.allocate(table, bits_per_weight=8, count_factors=True)
-        assert plan.demands[0].used == plan.counted_bits == plan.storage_bits + sum(plan.factor_bits.values())
+        assert plan.limits[0].used == plan.counted_bits == plan.storage_bits + sum(plan.factor_bits.values())
         assert sum(plan.factor_bits.values()) > 0
 
     def test_both_sides_are_described(self):
-        demand = lq.Demand("'*.q'", 300, upper=400, lower=200, weights=100)
+        use = lq.LimitUse("'*.q'", 300, upper=400, lower=200, weight_count=100)
         expected = "'*.q': at least 2.0000 and at most 4.0000 bits per weight, used 3.0000, 100 bits left"
-        assert demand.describe() == expected
+        assert use.describe() == expected
 
     @pytest.mark.parametrize(
-        "options",
-        [{}, {"upper": math.inf}, {"upper": -1}, {"lower": math.nan}, {"upper": 1, "unit": "eggs"}],
+        ("options", "said"),
+        [
+            ({}, "upper or lower"),
+            ({"upper": math.inf}, "upper .* inf"),
+            ({"upper": -1}, "upper .* -1"),
+            ({"lower": math.nan}, "lower .* nan"),
+            ({"upper": 1, "unit": "eggs"}, "unit .*eggs"),
+        ],
         ids=str,
     )
-    def test_a_demand_of_nothing_or_of_no_number_is_refused(self, options):
-        with pytest.raises(InvalidArgumentError):
-            lq.Demand("a", 1, **options)
+    def test_a_use_without_a_limit_or_a_number_is_refused(self, options, said):
+        with pytest.raises(InvalidArgumentError, match=said):
+            lq.LimitUse("a", 1, **options)
 
 
 class TestByMatrix:

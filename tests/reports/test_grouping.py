@@ -10,7 +10,6 @@ import pytest
 
 from lqlora.reports import bits_by_layer, by_kind, error_by_layer, ranks_by_layer
 from lqlora.reports.grouping import by_layer, kind_and_layer
-from tests.costs.cases import SHAPES
 from tests.reports.cases import EXPERTS
 
 
@@ -74,7 +73,9 @@ class TestKinds:
         assert kind.ranks == (min(ranks), max(ranks))
 
     def test_a_plan_without_error_has_no_shares(self, plan):
-        perfect = dataclasses.replace(plan, costs=dict.fromkeys(SHAPES, 0.0))
+        perfect = dataclasses.replace(
+            plan, matrices={name: dataclasses.replace(own, cost=0.0) for name, own in plan.matrices.items()}
+        )
         assert {kind.error_share for kind in by_kind(perfect)} == {0.0}
         assert set(perfect.error_by_matrix().values()) == {0.0}
 

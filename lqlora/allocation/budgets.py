@@ -51,63 +51,62 @@ def allocate(
     r"""Choose a configuration for each matrix: the least error within a budget, or the fewest bits within an error.
 
     A *pattern* is a shell pattern (``"*.q_proj"``), a compiled regular expression that matches the whole name, or a
-    function of the name. A pattern that matches no matrix of the table is refused.
+    function of the name. A pattern that matches no matrix of the table is an error.
 
     Parameters
     ----------
     table : CostTable
         Costs and sizes.
     bits_per_weight : float or Fraction, optional
-        Budget as an average over all weights. Codes, zero points, scales and second-level scales count; low-rank
-        factors as ``count_factors`` says.
+        Budget as an average over all weights. Codes, zero points, scales and second-level scales count. Low-rank
+        factors count if ``count_factors`` says so.
     total_bytes : int, optional
-        Budget in bytes, of the same parts: see :func:`memory_budget`.
+        Budget in bytes. The same parts count. :func:`memory_budget` computes one from the memory of a device.
     max_error : float, optional
-        Instead of a budget, a limit of the sum of the costs: the plan is the smallest one within it. At most one of
-        the three is given, and one at least where there are no limits.
+        Upper limit of the sum of the costs, instead of a budget. The plan is the smallest one within it. Give one of
+        the three; with ``limits`` you may also give none.
     limits : iterable of Limit
-        Further limits on the sizes of some matrices, from above or from below. All hold at once.
+        Further upper or lower limits on the sizes of some matrices. All hold at once.
     ties : iterable of patterns, or of sequences of patterns
-        Matrices that get one configuration, such as those that a serving engine fuses. What a sequence matches is one
-        group; so is what a single pattern matches, but an expression with groups, such as
-        ``re.compile(r"(.*)\.(?:gate|up)_proj")``, makes one of all names that agree in these. Overlapping ties merge.
-        :func:`lqlora.allocation.ties.fused_projections` and :func:`lqlora.allocation.ties.experts` know the usual ones.
+        Matrices that take one configuration, such as those that a serving engine fuses. All matches of a sequence are
+        one group. All matches of a single pattern are one group, too, unless it is a regular expression with groups:
+        ``re.compile(r"(.*)\.(?:gate|up)_proj")`` ties names that agree in the groups. Overlapping ties merge.
+        :func:`lqlora.allocation.ties.fused_projections` and :func:`lqlora.allocation.ties.experts` find the usual ones.
     fixed : mapping of pattern to BlockFormat, Configuration, or several of them, optional
-        What is decided already. A format leaves the rank open, of several one is taken, and of several patterns that
-        match a matrix all hold.
+        Configurations that a matrix may take. A format leaves the rank open. Of several, the plan takes one. If several
+        patterns match a matrix, all of them hold.
     forbidden : mapping of pattern to BlockFormat, Configuration, or several of them, optional
-        What a matrix must not take.
+        Configurations that a matrix must not take.
     minimum_bits : mapping of pattern to float or Fraction, optional
         Least bits per weight of the quantized part of each matrix that matches, scales included.
     count_factors : bool, optional
-        Whether low-rank factors count in the budget and in all limits. If not given they do where the table has several
+        Whether low-rank factors count in the budget and in all limits. By default they count if the table has several
         ranks, since the largest rank would be free otherwise.
     solver : str, default "auto"
         See :func:`lqlora.solvers.solve`.
     time_limit : float, optional
-        Seconds of a search; ``max_error`` may take two.
+        Seconds of a search. With ``max_error`` there may be two searches.
     rel_gap : float, default 1e-6
         Relative gap at which an assignment counts as optimal.
     require_optimal : bool, default False
-        Raise instead of returning a plan whose gap is larger, because time ran out.
+        Whether to raise an error instead of returning a plan with a larger gap when time ran out.
 
     Returns
     -------
     Plan
-        Within the budget and all limits, in exact integers; within ``max_error``, as :attr:`Plan.error` is computed. A
-        budget above the dearest choice gives the plan of least cost, and a note. ``Plan.status`` and ``Plan.gap`` tell
-        what is proven: no plan within the budget has a sum of costs below ``Plan.bound``; with ``max_error``, no plan
-        within it takes fewer bits than ``Plan.bound``.
+        Within the budget and all limits in exact integers, and within ``max_error`` as :attr:`Plan.error` is computed.
+        No plan within the budget has a sum of costs below ``Plan.bound``; with ``max_error``, no plan within it takes
+        fewer bits. A budget above the size of the largest choice gives the plan of least cost, and a note.
 
     Raises
     ------
     InfeasibleBudgetError
-        If no choice fits; names the limit, and the range that is feasible.
+        If no choice fits. The error has the limit that fails, and its feasible range.
     InvalidArgumentError
-        If a budget is negative or not a number, a pattern matches nothing, a format is not in the table, or nothing is
-        left for a matrix.
+        If a budget is negative or not a number, a pattern matches nothing, a format is not in the table, or a matrix
+        has no configuration left.
     SolverError
-        If the solver failed, found nothing in time, or proved too little with ``require_optimal``.
+        If the solver failed, found nothing in time, or left a larger gap than ``require_optimal`` allows.
 
     References
     ----------
@@ -123,7 +122,7 @@ def allocate(
     >>> {name: str(fmt) for name, fmt in plan.formats.items()}
     {'a': 'nf2/64:float16', 'b': 'nf4/64:float16'}
 
-    As few bits as this error allows:
+    The fewest bits with this error:
 
     >>> lq.allocate(table, max_error=plan.error).bits_per_weight
     Fraction(13, 4)
@@ -161,7 +160,7 @@ def pareto(
     rel_gap: float = 1e-6,
     require_optimal: bool = False,
 ) -> list[Plan]:
-    """Allocate for several budgets: the frontier of error against size.
+    """Return plans for several budgets: the Pareto frontier of error against size.
 
     Parameters
     ----------
@@ -172,13 +171,13 @@ def pareto(
     limits, ties, fixed, forbidden, minimum_bits, count_factors : as in :func:`allocate`
         The same for every budget.
     solver, time_limit, rel_gap, require_optimal : as in :func:`allocate`
-        The time is for each budget.
+        The time limit holds for each budget.
 
     Returns
     -------
     list of Plan
-        One for each budget, in their order. Of two plans the one of the larger budget never has the larger error: where
-        a search ended with more, within its gap or its time, the plan of the smaller budget takes its place.
+        One plan for each budget, in their order. The plan of a larger budget never has a larger error: if its search
+        ended with a larger one, within its gap or its time, it takes the choices of the smaller budget.
 
     Raises
     ------

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from lqlora.allocation.plan import Plan
+    from lqlora.allocation.plan import Plan, PlannedMatrix
 
 __all__ = [
     "Grid",
@@ -96,10 +96,11 @@ def by_kind(plan: Plan) -> tuple[Kind, ...]:
     tuple of Kind
         In the order of first appearance.
     """
-    members: dict[str, list[str]] = {}
-    for name in plan.formats:
-        members.setdefault(kind_and_layer(name)[0], []).append(name)
-    return tuple(_summarize(plan, kind, names) for kind, names in members.items())
+    members: dict[str, list[PlannedMatrix]] = {}
+    for name, own in plan.matrices.items():
+        members.setdefault(kind_and_layer(name)[0], []).append(own)
+    total = plan.error
+    return tuple(_summarize(kind, own, total) for kind, own in members.items())
 
 
 def bits_by_layer(plan: Plan) -> Grid:
@@ -115,8 +116,8 @@ def bits_by_layer(plan: Plan) -> Grid:
     Grid
         Matrices that share kind and layer, such as the experts of a layer, are taken together.
     """
-    bits = by_layer({name: fmt.storage_bits(plan.shapes[name]) for name, fmt in plan.formats.items()})
-    counts = by_layer({name: math.prod(shape) for name, shape in plan.shapes.items()})
+    bits = by_layer({name: own.storage_bits for name, own in plan.matrices.items()})
+    counts = by_layer({name: own.weight_count for name, own in plan.matrices.items()})
     return bits._replace(values=bits.values / np.maximum(counts.values, 1))
 
 
@@ -212,20 +213,18 @@ def kind_and_layer(name: str) -> tuple[str, int]:
     return (name, 0) if number is None else (re.sub(r"[0-9]+", "*", name, count=1), int(number[0]))
 
 
-def _summarize(plan: Plan, kind: str, names: list[str]) -> Kind:
-    counts = [math.prod(plan.shapes[name]) for name in names]
-    bits = [plan.formats[name].storage_bits(plan.shapes[name]) for name in names]
-    each = [Fraction(own, max(1, count)) for own, count in zip(bits, counts, strict=True)]
-    ranks = [plan.ranks[name] for name in names]
-    cost = math.fsum(plan.costs[name] for name in names)
+def _summarize(kind: str, matrices: list[PlannedMatrix], total_error: float) -> Kind:
+    bits = [own.bits_per_weight for own in matrices]
+    ranks = [own.rank for own in matrices]
+    error = math.fsum(own.cost for own in matrices)
     return Kind(
         kind,
-        len(names),
-        sum(counts),
-        sum(bits),
-        sum(plan.factor_bits[name] for name in names),
-        min(each),
-        max(each),
+        len(matrices),
+        sum(own.weight_count for own in matrices),
+        sum(own.storage_bits for own in matrices),
+        sum(own.factor_bits for own in matrices),
+        min(bits),
+        max(bits),
         (min(ranks), max(ranks)),
-        cost / plan.error if plan.error else 0.0,
+        error / total_error if total_error else 0.0,
     )

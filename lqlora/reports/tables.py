@@ -43,10 +43,9 @@ def table(plan: Plan, by: Literal["matrix", "kind"] = "matrix") -> str:
 
 
 def _matrix_table(plan: Plan) -> str:
-    bits = plan.bits_by_matrix()
     rows = (
-        (name, str(fmt), f"{bits[name]:.3f}", str(plan.ranks[name]), f"{plan.costs[name]:.3g}")
-        for name, fmt in plan.formats.items()
+        (name, str(own.format), f"{float(own.bits_per_weight):.3f}", str(own.rank), f"{own.cost:.3g}")
+        for name, own in plan.matrices.items()
     )
     return _markdown(("matrix", "format", "bits per weight", "rank", "cost"), rows)
 

@@ -59,7 +59,7 @@ class AppliedLimit:
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether no choice meets the limit, whatever the other limits are."""
+        """Whether no choice meets the limit, even without the other limits."""
         return self.largest < self.bits if self.limit.at_least else self.smallest > self.bits
 
     def budget(self) -> Budget:
@@ -113,7 +113,7 @@ class Choices:
     def refuse_contradictions(self) -> None:
         """Raise if tied matrices have no configuration in common."""
         rows = np.arange(len(self.ties))
-        if (self.ties == rows).all():
+        if (self.ties == rows).all():  # no ties: each row has a configuration of its own, as _allowed has checked
             return
         order, first = self._groups(rows >= 0)
         empty = ~np.logical_and.reduceat(self.allowed[order], first).any(axis=1)
@@ -126,11 +126,11 @@ class Choices:
             )
 
     def _size_range(self, members: npt.NDArray[np.bool_]) -> tuple[int, int]:
-        """Return the smallest and the largest size in bits of some rows together, whatever the limits are.
-
-        A group of tied rows takes one column j. Its rows outside ``members`` decide which j are allowed, but add no
-        bits. The smallest size is therefore the sum over groups of ``min over allowed j of sum over members of size``.
-        """
+        """Return the smallest and the largest size in bits of some rows together if no limit holds."""
+        # A group of tied rows takes one column j. Its rows outside `members` take part in deciding which j are allowed,
+        # but add no bits. With the groups G that have a member, and A(G) the columns that all of G may take,
+        #   smallest = sum_G min_{j in A(G)} sum_{i in G and members} size_ij, and largest the same with max.
+        # A(G) is not empty: see refuse_contradictions. So the fillers of forbidden columns below are never chosen.
         order, first = self._groups(np.isin(self.ties, self.ties[members]))
         allowed = np.logical_and.reduceat(self.allowed[order], first)
         size = np.add.reduceat(np.where(members[order, None], self.size[order], 0), first)
@@ -139,6 +139,7 @@ class Choices:
 
     def _groups(self, rows: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the rows ordered by tie, and the place where each tie begins, as ``ufunc.reduceat`` takes them."""
+        # A stable sort keeps the rows of a tie in order. A tie begins where the sorted numbers change; -1 is below all of them.
         chosen = np.flatnonzero(rows)
         order = chosen[np.argsort(self.ties[chosen], kind="stable")]
         return order, np.flatnonzero(np.diff(self.ties[order], prepend=-1))
@@ -185,6 +186,7 @@ def _allowed(
     for pattern, bits in minimum_bits.items():
         rate = _rate(bits)
         for row in index.rows(pattern, parameter="minimum_bits"):
+            # Exact: sizes are whole bits, so size >= rate * weights is the same as size >= ceil(rate * weights).
             allowed[row] &= table.sizes[row] >= math.ceil(rate * math.prod(table.shapes[row]))
     empty = np.flatnonzero(~allowed.any(axis=1))
     if len(empty):

@@ -25,14 +25,12 @@ _UNIT_BITS = 40
 
 
 def fewest_bits(choices: Choices, max_error: float, solver: str, options: SolveOptions) -> Solution:
-    """Return the assignment of fewest counted bits whose sum of costs, rounded once, is at most ``max_error``.
-
-    Solvers count errors in integers (see :func:`_integer_errors`), which float errors do not fit exactly. Errors that
-    are rounded down admit every valid assignment, so the bound proven for them holds for the true problem. They may
-    also admit an assignment that is slightly too large. In that case the problem is solved again with errors that are
-    rounded up, which admit valid assignments only. If these admit none, the assignment of least error is the last
-    candidate.
-    """
+    """Return the assignment of fewest counted bits whose sum of costs, rounded once, is at most ``max_error``."""
+    # Solvers count errors in integers (see _integer_errors), which float errors do not fit exactly. Errors that are
+    # rounded down admit every valid assignment, so the bound proven for them holds for the true problem. They may also
+    # admit an assignment whose error is slightly too large. In that case the problem is solved again with errors that
+    # are rounded up, which admit valid assignments only. If these admit none, the assignment of least error is the last
+    # candidate: if even that is too large, there is no plan.
     limit = _checked_error(max_error)
     check_each(choices.limits)
     found = _solve_in_integers(choices, limit, solver, options, up=False)
@@ -74,13 +72,11 @@ def _solve_in_integers(choices: Choices, limit: float, solver: str, options: Sol
 
 
 def _swapped(choices: Choices, limit: float, *, up: bool) -> Problem:
-    """Return the problem with bits as costs and integer errors as sizes.
-
-    All budgets of a problem count one table of sizes, but here the error budget counts errors and the other limits
-    count bits. Every matrix therefore has two rows, tied to each other. The first n rows have the bits, as costs and
-    as sizes, and the limits count them. The last n rows have the errors as sizes and no cost, and only the error
-    budget counts them.
-    """
+    """Return the problem with bits as costs and integer errors as sizes."""
+    # All budgets of a problem count one table of sizes, but here the error budget counts errors and the other limits
+    # count bits. Every matrix therefore has two rows, tied to each other. The first n rows have the bits, as costs and
+    # as sizes, and the limits count them. The last n rows have the errors as sizes and no cost, and only the error
+    # budget counts them.
     errors, most, allowed = _integer_errors(choices, limit, up=up)
     zeros = np.zeros(len(errors), dtype=np.bool_)
     budgets = [Budget(most, members=np.concatenate([zeros, ~zeros]))]
@@ -131,6 +127,7 @@ def _error_of(choices: Choices, found: Solution) -> float:
 
 
 def _with_bound(found: Solution, bound: float, rel_gap: float) -> Solution:
+    # The bound is that of the relaxed problem. Solvers compute it in floats, so it may exceed the objective by rounding.
     bound = min(bound, found.objective)
     status = Status.OPTIMAL if relative_gap(found.objective, bound) <= rel_gap + 1e-12 else Status.FEASIBLE
     return replace(found, bound=bound, status=status)

@@ -44,7 +44,7 @@ def least_error(choices: Choices, limits: Sequence[AppliedLimit], solver: str, o
 
 
 def check_each(limits: Sequence[AppliedLimit]) -> None:
-    """Raise if a limit is out of reach whatever the other limits are."""
+    """Raise if a limit is out of reach even without the other limits."""
     for own in limits:
         if own.is_out_of_reach:
             raise _infeasible(own, own.smallest, own.largest, "")
@@ -64,12 +64,10 @@ def _solve(
 def _explain(
     choices: Choices, limits: Sequence[AppliedLimit], solver: str, options: SolveOptions
 ) -> InfeasibleBudgetError:
-    """Return the error for limits that are infeasible together: the first one that those before it rule out.
-
-    The first i limits are feasible up to some i and infeasible from there on, since each limit can only remove
-    assignments. Bisection finds that i in log2(number of limits) runs. Two more runs find the smallest and the largest
-    size of the matrices of limit i within the limits before it, which is the range that the error reports.
-    """
+    """Return the error for limits that are infeasible together: the first one that those before it rule out."""
+    # A limit can only remove assignments. So there is one number i such that the first i limits are feasible together
+    # and the first i + 1 are not, and bisection finds it in about log2(number of limits) runs. Limit i, counted from 0,
+    # is the one that fails. The loop keeps "the first `feasible` are feasible, the first `infeasible` are not".
     options = replace(options, start=None, time_limit=min(options.time_limit or _SECONDS, _SECONDS))
     feasible, infeasible = 0, len(limits)
     while infeasible - feasible > 1:
@@ -77,6 +75,8 @@ def _explain(
         found = _solve(choices, choices.table.costs, limits[:middle], solver, replace(options, rel_gap=_COARSE))
         feasible, infeasible = (feasible, middle) if found.status is Status.INFEASIBLE else (middle, infeasible)
     failing, others = limits[feasible], limits[:feasible]
+    # Two more runs minimize and maximize the size of its matrices within the limits before it: the range that is left.
+    # The proven bound stands in for a run that finds nothing in its time.
     counted = np.where(failing.members[:, None], choices.size, 0).astype(np.float64)
     smallest, largest = (_solve(choices, cost, others, solver, options) for cost in (counted, -counted))
     low, high = max(failing.smallest, _bits(smallest)), min(failing.largest, -_bits(largest))

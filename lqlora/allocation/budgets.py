@@ -236,11 +236,9 @@ def _budget(
 
 
 def _better(found: Solution, before: Solution, rel_gap: float) -> Solution:
-    """Return the better of two solutions, of which the second is that of a smaller budget.
-
-    The assignment of the smaller budget is feasible for the larger one. The bound that was proven for the larger budget
-    holds for any assignment within it, so it stays.
-    """
+    """Return the better of the solutions of a budget and of a smaller one."""
+    # The assignment of the smaller budget is feasible for the larger one, so it may replace a worse one. The bound stays:
+    # it was proven for all assignments within the larger budget.
     if found.objective <= before.objective:
         return found
     status = Status.OPTIMAL if relative_gap(before.objective, found.bound) <= rel_gap else found.status
@@ -269,6 +267,7 @@ def _make_plan(
         matrices[table.names[row]] = PlannedMatrix(
             chosen.format, chosen.rank, table.shapes[row], costs[row], factor_bits[row]
         )
+    # Solvers sum costs in any order. The plan has the sum that is rounded once, so equal choices have equal errors.
     error = math.fsum(costs)
     uses = _limit_uses((*budget, *choices.limits), choices.size[rows, found.assignment])
     if max_error is not None:

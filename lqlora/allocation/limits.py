@@ -68,10 +68,10 @@ class Limit:
             if self.total_bytes is not None:
                 object.__setattr__(self, "total_bytes", operator.index(self.total_bytes))
             if not (math.isfinite(value) and value >= 0):  # type: ignore[arg-type, operator]
-                raise InvalidArgumentError(f"{parameter} must be a finite budget of at least 0, got {value!r}.")
+                raise InvalidArgumentError(f"{parameter} must be a finite number of at least 0, got {value!r}.")
         except (OverflowError, TypeError):
             unit = "number" if self.total_bytes is None else "whole number of bytes"
-            raise InvalidArgumentError(f"{parameter} must be a budget that is a {unit}, got {value!r}.") from None
+            raise InvalidArgumentError(f"{parameter} must be a {unit}, got {value!r}.") from None
 
     def in_bits(self, weight_count: int) -> Fraction:
         """Return the limit in bits.

@@ -1,4 +1,4 @@
-"""Budgets in bytes from the memory of a device: what unquantized parts, key-value cache and margin leave."""
+"""Budgets in bytes from the memory of a device, less unquantized parts, key-value cache and margin."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ class PlannedMatrix:
     cost: float
     factor_bits: int
 
+    # Cached, since reports and budgets ask for it several times. The cache is no field, so equality ignores it.
     @functools.cached_property
     def storage_bits(self) -> int:
         """Exact bits of the quantized part."""
@@ -148,6 +149,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> Fraction:
         """Exact bits per weight of the quantized parts, scales and padding included."""
+        # A fraction, since a plan may use its budget to the bit: 2.7 in binary is not 27/10. Empty matrices count as 0.
         return Fraction(self.storage_bits, max(1, self.weight_count))
 
     @property

@@ -99,7 +99,7 @@ def _several(groups: Iterable[list[str]], what: str) -> list[tuple[str, ...]]:
     """Return the groups of two or more."""
     found = [tuple(group) for group in groups if len(group) > 1]
     if not found:
-        raise InvalidArgumentError(f"names must hold two or more {what} of one layer, but there are no two.")
+        raise InvalidArgumentError(f"names must hold two or more {what} of one layer, but no two belong together.")
     return found
 
 

@@ -93,12 +93,10 @@ def fast_costs(
 
 
 def _measure(task: Task, formats: list[BlockFormat]) -> _Family:
-    """Round a sample of the blocks to each format of a family, and compare the errors.
-
-    With the errors d_f and d_g of the entries of the sample, the distance of two formats is
-    ``|d_f - d_g|^2 / min(|d_f|^2, |d_g|^2)``. It is 0 for equal roundings, and 2 for independent ones of one size. The
-    numerator is ``|d_f|^2 + |d_g|^2 - 2 <d_f, d_g>``, so one matrix product gives all pairs.
-    """
+    """Round a sample of the blocks to each format of a family, and compare the errors."""
+    # Let d_f be the vector of the (weighted) errors of all entries of the sample in format f. The distance of two
+    # formats is |d_f - d_g|^2 / min(|d_f|^2, |d_g|^2). It is 0 for equal roundings, and 2 for independent ones of one
+    # size. The numerator is |d_f|^2 + |d_g|^2 - 2 <d_f, d_g>, so one matrix product gives all pairs.
     sample = RoundingSample(task.matrix, formats[0], task.weighting.element_weights(), name=task.name)
     rounded = [sample.rounded(fmt) for fmt in formats]
     lost = np.stack([np.asarray(ops.convert(own.errors, np)) for own in rounded])
@@ -142,10 +140,9 @@ def _cover(distances: npt.NDArray[np.float64], members: Sequence[int]) -> list[i
 
 
 def _decomposed(task: Task, family: _Family, leader: int, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """Yield the cost of a format at each rank, as ``decompose(init="quantize", max_iter=2)`` computes it.
-
-    One SVD serves all ranks: the first low-rank part at a smaller rank is that at the largest one, truncated.
-    """
+    """Yield the cost of a format at each rank, as ``decompose(init="quantize", max_iter=2)`` computes it."""
+    # One SVD serves all ranks: the first low-rank part at a smaller rank is that at the largest one, truncated. Only the
+    # second iteration, quantization and a low-rank step, is done for each rank.
     fmt = family.formats[leader]
     residual = residual_of(task.matrix, family.sample.quantized(fmt))
     first = task.weighting.low_rank(residual, max(ranks), seed=task.seed) if max(ranks) else None
@@ -160,6 +157,7 @@ def _decomposed(task: Task, family: _Family, leader: int, ranks: Sequence[int]) 
 
 def _truncated(step: LowRankStep, rank: int) -> LowRankStep:
     """Return the step with its largest components only."""
+    # Components are sorted by size. The basis of the randomized SVD keeps its oversampling columns for the next step.
     if rank == step.left.shape[1]:
         return step
     basis = None if step.basis is None else step.basis[:, : rank + OVERSAMPLING]

@@ -66,6 +66,7 @@ def cost_row(
         The row to append to the store; without costs if all are known.
     """
     matrix = task.source() if callable(task.source) else task.source
+    # Without a store nothing is compared, and a digest reads every entry once more.
     digests = (array_digest(matrix), weighting_digest(task.weighting)) if stored else ("", "")
     row = StoredRow(task.name, tuple(matrix.shape), *digests, {})
     if task.known is not None:

@@ -150,6 +150,7 @@ def _by_shape(
     shapes: Sequence[tuple[int, ...]], sizes_of: Callable[[tuple[int, ...]], list[int]]
 ) -> npt.NDArray[np.int64]:
     """Return a row of sizes for each matrix, computed once for each shape."""
+    # A model has few shapes and thousands of matrices, and a grid hundreds of formats.
     rows = {shape: sizes_of(shape) for shape in dict.fromkeys(shapes)}
     return np.array([rows[shape] for shape in shapes], dtype=np.int64)
 
@@ -192,6 +193,7 @@ def _check(
         raise InvalidArgumentError(f"weighting must name matrices of weights, got {list_names(unknown)}.")
     if mode not in ("exact", "fast"):
         raise InvalidArgumentError(f"mode must be 'exact' or 'fast', got {mode!r}.")
+    # The fast mode always does what these options do. An option with this value changes nothing and may be given.
     allowed = {"factor_format": None, "init": "quantize", "max_iter": 2, "fit": "absmax", "quantizer": "nearest"}
     others = [
         name

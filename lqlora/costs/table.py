@@ -161,6 +161,8 @@ class CostTable:
                 raise ValueError(f"its version is {document['lqlora_cost_table']!r}, and this library reads {_SPEC}")
             rows = document["matrices"]
             configurations = tuple(_read(column) for column in document["configurations"])
+            # JSON has no infinity: null is a forbidden configuration. Python writes the shortest text that restores a
+            # float, so the other costs survive to the last bit.
             costs = [[math.inf if cost is None else cost for cost in row["costs"]] for row in rows]
             wanted = (len(rows), len(configurations))
             return cls(

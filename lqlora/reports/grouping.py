@@ -116,6 +116,7 @@ def bits_by_layer(plan: Plan) -> Grid:
     Grid
         Matrices that share kind and layer, such as the experts of a layer, are taken together.
     """
+    # The mean over the weights, not over the matrices: experts of a layer may differ in shape.
     bits = by_layer({name: own.storage_bits for name, own in plan.matrices.items()})
     counts = by_layer({name: own.weight_count for name, own in plan.matrices.items()})
     return bits._replace(values=bits.values / np.maximum(counts.values, 1))
@@ -178,6 +179,7 @@ def by_layer(values: Mapping[str, float]) -> Grid:
     grid = np.full((len(kinds), len(layers)), np.nan)
     for name, (kind, layer) in keys.items():
         cell = kinds[kind], layers[layer]
+        # nansum takes NaN, which stands for no matrix, as 0: the first value of a cell replaces it.
         grid[cell] = np.nansum([grid[cell], values[name]])
     short = [kind.rpartition(".")[2] for kind in kinds]
     return Grid(short if len(set(short)) == len(kinds) else list(kinds), list(layers), grid)
@@ -206,6 +208,7 @@ def kind_and_layer(name: str) -> tuple[str, int]:
     >>> kind_and_layer("layer_3/kernel")
     ('layer_*/kernel', 3)
     """
+    # ASCII digits only: str.isdigit is true of "²", too, which int() refuses.
     parts = name.split(".")
     if numbers := [part for part in parts if re.fullmatch(r"[0-9]+", part)]:
         return ".".join("*" if part in numbers else part for part in parts), int(numbers[0])

@@ -102,9 +102,10 @@ def draw_grid(axes: Any, grid: Grid, title: str, label: str, *, form: str = "{x:
     matplotlib.image.AxesImage
         The image.
     """
+    # Names come from files of others. A "$" in one must not start a formula, hence parse_math=False.
     image = axes.imshow(grid.values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set_yticks(range(len(grid.kinds)), grid.kinds, parse_math=False)
-    step = max(1, -(-len(grid.layers) // 15))
+    step = max(1, -(-len(grid.layers) // 15))  # at most 15 labels
     axes.set_xticks(range(0, len(grid.layers), step), grid.layers[::step])
     axes.set_xlabel("layer")
     axes.set_title(title, parse_math=False)
@@ -153,4 +154,5 @@ def figure(**options: Any) -> Any:
     require("matplotlib", "plot", "A picture")
     from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 
+    # Not pyplot.figure: pyplot would keep the figure alive, and may open a window.
     return Figure(layout="constrained", **options)

@@ -92,12 +92,14 @@ def _bits(found: Solution) -> int:
 
 
 def _infeasible(own: AppliedLimit, low: int, high: int, others: str) -> InfeasibleBudgetError:
-    count = max(1, own.weight_count)
-    if own.limit.total_bytes is not None:
-        amounts = f"{-(-low // 8)} to {high // 8} bytes"
+    limit, count = own.limit, max(1, own.weight_count)
+    kind = "at least" if limit.at_least else "at most"
+    if limit.total_bytes is not None:
+        wanted, allowed = f"total_bytes of {kind} {limit.total_bytes}", f"{-(-low // 8)} to {high // 8} bytes"
     else:
-        amounts = f"{low / count:.4f} to {high / count:.4f} bits per weight"
-    remedy = "Lower it, or allow larger formats." if own.limit.at_least else "Raise it, or allow smaller formats."
-    message = f"A budget of {own.limit} is infeasible{others}: the formats allow {amounts}. {remedy}"
-    asked = own.limit.in_bits(own.weight_count) / count
+        wanted = f"bits_per_weight of {kind} {float(limit.in_bits(1)):.6g}"
+        allowed = f"{low / count:.4f} to {high / count:.4f} bits per weight"
+    remedy = "Lower it, or allow larger formats." if limit.at_least else "Raise it, or allow smaller formats."
+    message = f"{wanted} for {limit.matrices} is infeasible{others}: the formats allow {allowed}. {remedy}"
+    asked = limit.in_bits(own.weight_count) / count
     return InfeasibleBudgetError(message, asked=asked, minimum=Fraction(low, count), maximum=Fraction(high, count))

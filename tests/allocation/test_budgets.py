@@ -46,11 +46,11 @@ def test_costs_fall_as_the_budget_rises(table):
 
 
 def test_a_budget_of_the_smallest_choice_is_feasible_to_the_bit(table):
-    cheapest = int(table.sizes.min(axis=1).sum())
-    plan = lq.allocate(table, bits_per_weight=Fraction(cheapest, table.weight_count))
-    assert plan.storage_bits == cheapest
+    smallest = int(table.sizes.min(axis=1).sum())
+    plan = lq.allocate(table, bits_per_weight=Fraction(smallest, table.weight_count))
+    assert plan.storage_bits == smallest
     with pytest.raises(InfeasibleBudgetError):
-        lq.allocate(table, bits_per_weight=Fraction(cheapest - 1, table.weight_count))
+        lq.allocate(table, bits_per_weight=Fraction(smallest - 1, table.weight_count))
 
 
 @pytest.mark.parametrize("budget", [{"bits_per_weight": 1.5}, {"total_bytes": 384}, {"total_bytes": 0}])
@@ -160,7 +160,7 @@ def test_a_plan_without_a_bound_says_so_and_is_still_standard_json(table):
 
 def test_of_plans_that_stop_early_only_an_optimal_one_may_be_required(table, stopped):
     assert lq.allocate(table, bits_per_weight=3.4, solver=stopped).status == "FEASIBLE"
-    with pytest.raises(SolverError, match=r"relative gap is .*allow more time"):
+    with pytest.raises(SolverError, match=r"relative gap"):
         lq.allocate(table, bits_per_weight=3.4, solver=stopped, require_optimal=True)
     assert lq.allocate(table, bits_per_weight=4.0, require_optimal=True).status == "OPTIMAL"
 
@@ -253,11 +253,11 @@ class TestRanks:
         assert max(joint.counted_bits, fixed.counted_bits) <= 8 * budget["total_bytes"]
 
     def test_factors_of_a_single_rank_count_only_if_asked(self, table):
-        cheapest = int(table.sizes.min(axis=1).sum())
-        with_factors = cheapest + int(table.factor_sizes[:, 0].sum())
-        plan = lq.allocate(table, total_bytes=cheapest // 8)
-        assert (plan.counts_factors, plan.counted_bits) == (False, cheapest)
-        assert sum(plan.factor_bits.values()) == with_factors - cheapest
+        smallest = int(table.sizes.min(axis=1).sum())
+        with_factors = smallest + int(table.factor_sizes[:, 0].sum())
+        plan = lq.allocate(table, total_bytes=smallest // 8)
+        assert (plan.counts_factors, plan.counted_bits) == (False, smallest)
+        assert sum(plan.factor_bits.values()) == with_factors - smallest
         plan = lq.allocate(table, total_bytes=with_factors // 8, count_factors=True)
         assert (plan.counts_factors, plan.counted_bits) == (True, with_factors)
         with pytest.raises(InfeasibleBudgetError):

@@ -37,7 +37,7 @@ class TestDocuments:
         assert lq.allocate(table, bits_per_weight=4.0, limits=limits).to_json() == plan.to_json()
 
     @pytest.mark.parametrize("name", ["ternary", "nf4"])  # the second is not what its name stands for
-    def test_a_codebook_of_ones_own_is_written_with_its_levels(self, name):
+    def test_a_codebook_without_a_standard_name_is_written_with_its_levels(self, name):
         ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1 / 3], name=name), 8)
         plan = lq.allocate(lq.cost_table({"a": np.eye(8)}, [ternary], rank=0), bits_per_weight=9)
         back = lq.Plan.from_json(plan.to_json())

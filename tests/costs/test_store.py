@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -132,11 +133,13 @@ class TestRefusing:
         with pytest.raises(StoreError, match="configurations is"):
             lq.cost_table(weights, FORMATS, rank=1, store=path, mode="fast")
 
-    def test_another_version_of_the_numerics_is_refused(self, weights, path, monkeypatch):
-        lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
-        monkeypatch.setattr("lqlora.costs.store.NUMERICS", 2)
-        with pytest.raises(StoreError, match="version 1 of the numerics"):
-            lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
+    def test_another_version_of_the_numerics_is_refused(self, path):
+        CostStore(path, HEAD).close()
+        head = json.dumps(json.loads(path.read_text())["line"] | {"numerics": NUMERICS + 1})
+        checksum = hashlib.sha256(head.encode()).hexdigest()[:16]
+        path.write_text(f'{{"sum": "{checksum}", "line": {head}}}\n')
+        with pytest.raises(StoreError, match=f"costs of version {NUMERICS + 1} of the numerics"):
+            CostStore(path, HEAD)
 
     def test_another_matrix_of_the_same_name_is_refused(self, weights, path):
         lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
@@ -174,7 +177,7 @@ class TestRefusing:
         lq.cost_table({name: np.asfortranarray(w) for name, w in weights.items()}, FORMATS[:1], rank=1, store=path)
         assert path.read_bytes() == before
 
-    def test_a_quantizer_of_ones_own_has_no_name_to_store(self, weights, path):
+    def test_a_quantizer_that_is_a_function_cannot_be_stored(self, weights, path):
         with pytest.raises(InvalidArgumentError, match=r"^quantizer "):
             lq.cost_table(weights, [NF2], rank=1, store=path, quantizer=lambda w, _: lq.quantize(w, NF2))
         assert not path.exists()

@@ -8,14 +8,12 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, cast
 
 from lqlora.allocation.limits import LimitUse
-from lqlora.codebooks import codebook_from_json, codebook_to_json
+from lqlora.codebooks import codebook_from_json
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, codebook_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from lqlora.allocation.plan import Plan
 
 __all__ = ["read", "schema", "write"]
 
@@ -31,39 +29,10 @@ _DERIVED_OF_MATRIX = {"bits_per_weight", "storage_bits", "error_share"}
 _TEXTS = ("status", "solver", "note", "goal")
 
 
-def write(plan: Plan) -> str:
-    """Return the document of a plan, with a line for each matrix."""
-    head: dict[str, Any] = {
-        "lqlora_plan": _VERSION,
-        "status": plan.status,
-        "solver": plan.solver,
-        "note": plan.note,
-        "goal": plan.goal,
-        "objective": plan.objective,
-        "bound": plan.bound if math.isfinite(plan.bound) else None,  # JSON has no infinity
-        "bits_per_weight": float(plan.bits_per_weight),
-        "storage_bits": plan.storage_bits,
-        "factor_bits": sum(plan.factor_bits.values()),
-        "counts_factors": plan.counts_factors,
-        "limits": [vars(own) for own in plan.limits],
-    }
-    shares = plan.error_by_matrix()
-    rows = {
-        name: {
-            "format": str(own.format),
-            "rank": own.rank,
-            "shape": list(own.shape),
-            "cost": own.cost,
-            "storage_bits": own.storage_bits,
-            "factor_bits": own.factor_bits,
-            **codebook_to_json(own.format.codebook),
-            "bits_per_weight": float(own.bits_per_weight),
-            "error_share": shares[name],
-        }
-        for name, own in plan.matrices.items()
-    }
-    lines = [f"  {json.dumps(name)}: {json.dumps(row, allow_nan=False)}" for name, row in rows.items()]
-    start = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
+def write(head: Mapping[str, Any], matrices: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the document of the given keys, with a line for each matrix."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(row, allow_nan=False)}" for name, row in matrices.items()]
+    start = json.dumps({"lqlora_plan": _VERSION, **head}, indent=1, allow_nan=False).removesuffix("\n}")
     return f'{start},\n "matrices": {{\n' + ",\n".join(lines) + "\n }\n}"
 
 

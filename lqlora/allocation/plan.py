@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lqlora.allocation import _plan_json
+from lqlora.codebooks import codebook_to_json
 from lqlora.solvers import relative_gap
 
 if TYPE_CHECKING:
@@ -192,7 +193,35 @@ class Plan:
             The same text for the same plan, with a line for each matrix. Formats have their one-line spelling, and
             codebooks without a standard name their levels.
         """
-        return _plan_json.write(self)
+        shares = self.error_by_matrix()
+        head = {
+            "status": self.status,
+            "solver": self.solver,
+            "note": self.note,
+            "goal": self.goal,
+            "objective": self.objective,
+            "bound": self.bound if math.isfinite(self.bound) else None,  # JSON has no infinity
+            "bits_per_weight": float(self.bits_per_weight),
+            "storage_bits": self.storage_bits,
+            "factor_bits": sum(self.factor_bits.values()),
+            "counts_factors": self.counts_factors,
+            "limits": [vars(own) for own in self.limits],
+        }
+        matrices = {
+            name: {
+                "format": str(own.format),
+                "rank": own.rank,
+                "shape": list(own.shape),
+                "cost": own.cost,
+                "storage_bits": own.storage_bits,
+                "factor_bits": own.factor_bits,
+                **codebook_to_json(own.format.codebook),
+                "bits_per_weight": float(own.bits_per_weight),
+                "error_share": shares[name],
+            }
+            for name, own in self.matrices.items()
+        }
+        return _plan_json.write(head, matrices)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

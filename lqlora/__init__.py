@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import backends, codebooks, errors, initializers, ops, reports, solvers, weighting
 from lqlora._dispatch import forced
-from lqlora.allocation import Demand, Limit, Plan, allocate, cache_bytes, memory_budget, pareto, ties
+from lqlora.allocation import Limit, LimitUse, Plan, PlannedMatrix, allocate, cache_bytes, memory_budget, pareto, ties
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save, verify
 from lqlora.codebooks import (
     NF4,
@@ -45,9 +45,10 @@ __all__ = [
     "CostTable",
     "Decomposition",
     "DecompositionStack",
-    "Demand",
     "Limit",
+    "LimitUse",
     "Plan",
+    "PlannedMatrix",
     "QuantizedArray",
     "ScaleFormat",
     "StoredMatrix",

@@ -96,9 +96,9 @@ def select(
     include, exclude : pattern or iterable of patterns
         Shell patterns (``"*.q_proj"``), compiled regular expressions that match the whole name, or functions of it.
     what : str, default "matrix"
-        What the names stand for, in the singular. Errors use it.
+        Word for one of the names, such as ``"linear layer"``, for errors.
     where : str, optional
-        What the names belong to, such as ``" of model.safetensors"``. Errors use it.
+        Owner of the names, such as ``" of model.safetensors"``, for errors.
 
     Returns
     -------
@@ -135,7 +135,7 @@ class NameIndex:
     names : sequence of str
         Different names.
     what : str, default "matrix"
-        What the names stand for, in the singular. Errors use it.
+        Word for one of the names, for errors.
 
     Examples
     --------
@@ -144,7 +144,8 @@ class NameIndex:
     """
 
     def __init__(self, names: Sequence[str], what: str = "matrix") -> None:
-        self._row = {name: row for row, name in enumerate(names)}
+        self.names = names
+        self._row = dict(zip(names, range(len(names)), strict=True))
         self._what = what
 
     def rows(self, include: Patterns, exclude: Patterns = (), *, parameter: str = "include") -> list[int]:
@@ -155,7 +156,7 @@ class NameIndex:
         include, exclude : pattern or iterable of patterns
             A string that is one of the names stands for this name alone.
         parameter : str, default "include"
-            Argument that the patterns of ``include`` come from. Errors begin with it.
+            Argument that the patterns of ``include`` come from, for errors.
 
         Returns
         -------

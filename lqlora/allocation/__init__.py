@@ -1,13 +1,21 @@
-"""Allocation: an integer program that chooses a format and a rank for each matrix within a budget, and the plan it gives."""
+"""Allocation: an integer program chooses a format and a rank for each matrix within a budget; the result is a plan."""
 
 from __future__ import annotations
 
 from lqlora.allocation import ties
-from lqlora.allocation.budgets import allocate
-from lqlora.allocation.demand import Demand
-from lqlora.allocation.frontier import pareto
-from lqlora.allocation.limits import Limit
+from lqlora.allocation.budgets import allocate, pareto
+from lqlora.allocation.limits import Limit, LimitUse
 from lqlora.allocation.memory import cache_bytes, memory_budget
-from lqlora.allocation.plan import Plan
+from lqlora.allocation.plan import Plan, PlannedMatrix
 
-__all__ = ["Demand", "Limit", "Plan", "allocate", "cache_bytes", "memory_budget", "pareto", "ties"]
+__all__ = [
+    "Limit",
+    "LimitUse",
+    "Plan",
+    "PlannedMatrix",
+    "allocate",
+    "cache_bytes",
+    "memory_budget",
+    "pareto",
+    "ties",
+]

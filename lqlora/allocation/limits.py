@@ -1,4 +1,4 @@
-"""Limits on the size of some matrices: a device, a layer, a group; from above or from below."""
+"""Limits on the size of some matrices together, and the record of a limit and its use in a plan."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from lqlora._patterns import Patterns
 
-__all__ = ["Limit"]
+__all__ = ["Limit", "LimitUse"]
+
+_UNITS = ("bits", "error")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the size of some matrices together: a budget of their own, or a least size.
+    """A limit on the size of some matrices together: a largest size, or a smallest one with ``at_least``.
 
     Parameters
     ----------
@@ -27,11 +29,11 @@ class Limit:
         Shell patterns (``"model.layers.0.*"``), expressions that match the whole name, or functions of the name. A
         matrix counts if one of ``include`` matches and none of ``exclude`` does. Limits may overlap.
     bits_per_weight : float or Fraction, optional
-        As an average over the weights of these matrices.
+        Average over the weights of these matrices.
     total_bytes : int, optional
-        In bytes. Exactly one of the two is given.
+        Number of bytes. Give exactly one of the two.
     at_least : bool, default False
-        The limit is a least size instead of a greatest one.
+        Whether the limit is a smallest size instead of a largest one.
 
     Raises
     ------
@@ -56,16 +58,20 @@ class Limit:
         object.__setattr__(self, "include", as_patterns(self.include))
         object.__setattr__(self, "exclude", as_patterns(self.exclude))
         if (self.bits_per_weight is None) == (self.total_bytes is None):
-            raise InvalidArgumentError("Give a budget as bits_per_weight or as total_bytes, and only one of them.")
+            raise InvalidArgumentError(
+                f"bits_per_weight or total_bytes must be given as the budget, and not both: got "
+                f"{self.bits_per_weight!r} and {self.total_bytes!r}."
+            )
         value = self.total_bytes if self.bits_per_weight is None else self.bits_per_weight
+        parameter = "total_bytes" if self.bits_per_weight is None else "bits_per_weight"
         try:
             if self.total_bytes is not None:
                 object.__setattr__(self, "total_bytes", operator.index(self.total_bytes))
             if not (math.isfinite(value) and value >= 0):  # type: ignore[arg-type, operator]
-                raise InvalidArgumentError(f"A budget is a finite number that is not negative, not {value!r}.")
+                raise InvalidArgumentError(f"{parameter} must be a finite number of at least 0, got {value!r}.")
         except (OverflowError, TypeError):
-            unit = "bits per weight" if self.total_bytes is None else "whole bytes"
-            raise InvalidArgumentError(f"A budget is a number of {unit}, not {value!r}.") from None
+            unit = "number" if self.total_bytes is None else "whole number of bytes"
+            raise InvalidArgumentError(f"{parameter} must be a {unit}, got {value!r}.") from None
 
     def in_bits(self, weight_count: int) -> Fraction:
         """Return the limit in bits.
@@ -73,7 +79,7 @@ class Limit:
         Parameters
         ----------
         weight_count : int
-            Number of weights that the limit is for.
+            Number of weights of the matrices that count.
 
         Returns
         -------
@@ -91,7 +97,7 @@ class Limit:
         return (rate if isinstance(rate, Fraction) else Fraction(float(rate))) * weight_count  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """Return the limit as errors name it."""
+        """Return the limit as errors print it."""
         kind = "at least" if self.at_least else "at most"
         if self.total_bytes is not None:
             amount = f"{self.total_bytes} bytes"
@@ -101,7 +107,79 @@ class Limit:
 
     @property
     def matrices(self) -> str:
-        """Which matrices the limit is for, in words."""
-        wanted, unwanted = (", ".join(map(repr, as_patterns(p))) for p in (self.include, self.exclude))
+        """Patterns of the matrices that count, as plans and errors print them."""
+        wanted = ", ".join(map(repr, self.include))  # type: ignore[arg-type] # a tuple: see __post_init__
+        unwanted = ", ".join(map(repr, self.exclude))  # type: ignore[arg-type]
         wanted = "all matrices" if wanted == "'*'" else wanted
         return wanted + (f" without {unwanted}" if unwanted else "")
+
+
+@dataclass(frozen=True)
+class LimitUse:
+    """A limit or budget of a plan, in numbers, and how much of it the plan uses.
+
+    Parameters
+    ----------
+    matrices : str
+        Matrices that count: ``"all matrices"``, or the patterns that the caller gave.
+    used : float
+        Bits or error of those matrices in the plan.
+    upper, lower : float, optional
+        Limits: ``used`` is at most ``upper`` and at least ``lower``. At least one of the two is given.
+    unit : {"bits", "error"}
+        Quantity that is limited. Bits are whole; the low-rank factors are among them if the plan counts them.
+    weight_count : int
+        Number of weights of those matrices, to state bits as bits per weight.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no limit, the unit is another word, or a number is negative or not finite.
+
+    Examples
+    --------
+    >>> LimitUse("all matrices", used=2_700, upper=2_750, weight_count=1_000).describe()
+    'all matrices: at most 2.7500 bits per weight, used 2.7000, 50 bits left'
+    """
+
+    matrices: str
+    used: float
+    upper: float | None = None
+    lower: float | None = None
+    unit: str = "bits"
+    weight_count: int = 0
+
+    def __post_init__(self) -> None:
+        given = {"upper": self.upper, "lower": self.lower}
+        numbers = {"used": self.used, "weight_count": self.weight_count}
+        numbers |= {name: limit for name, limit in given.items() if limit is not None}
+        if len(numbers) == 2:
+            raise InvalidArgumentError(f"upper or lower must be given for the limit on {self.matrices}.")
+        if self.unit not in _UNITS:
+            raise InvalidArgumentError(f"unit must be 'bits' or 'error', got {self.unit!r}.")
+        for name, number in numbers.items():
+            if not (math.isfinite(number) and number >= 0):
+                raise InvalidArgumentError(
+                    f"{name} must be a finite number of at least 0 in the limit on {self.matrices}, got {number}."
+                )
+
+    def describe(self) -> str:
+        """Return the limit and its use as they are printed.
+
+        Returns
+        -------
+        str
+            One line without a period.
+        """
+        limits = [
+            f"{words} {self._quantity(limit)}"
+            for words, limit in (("at least", self.lower), ("at most", self.upper))
+            if limit is not None
+        ]
+        unit = "an error of " if self.unit == "error" else ""
+        end = " bits per weight" if self.unit == "bits" else ""
+        left = f", {self.upper - self.used:,} bits left" if self.unit == "bits" and self.upper is not None else ""
+        return f"{self.matrices}: {unit}{' and '.join(limits)}{end}, used {self._quantity(self.used)}{left}"
+
+    def _quantity(self, number: float) -> str:
+        return f"{number:.4g}" if self.unit == "error" else f"{number / max(1, self.weight_count):.4f}"

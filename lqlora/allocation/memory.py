@@ -1,4 +1,4 @@
-"""From the memory of a device to a budget for weights."""
+"""Budgets in bytes from the memory of a device, less unquantized parts, key-value cache and margin."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ def cache_bytes(
     batch: int = 1,
     dtype: FloatName = "float16",
 ) -> int:
-    """Return the bytes of the keys and values of a context.
+    """Return the bytes of the key-value cache of a context.
 
-    Each layer keeps a key and a value of every token, ``head_size`` numbers for each of ``kv_heads`` heads::
+    Each layer keeps a key and a value of every token: ``head_size`` numbers for each of ``kv_heads`` heads::
 
         2 * layers * kv_heads * head_size * length * batch * bytes of a number
 
     Parameters
     ----------
     layers : int
-        Layers with attention over the whole context.
+        Number of layers with attention over the whole context.
     kv_heads : int
-        Heads of keys and values in a layer, fewer than heads of queries with grouped-query attention.
+        Number of key-value heads in a layer: fewer than query heads with grouped-query attention.
     head_size : int
         Length of a key.
     length : int
-        Tokens of the context, those to be generated included.
+        Number of tokens of the context, including those to be generated.
     batch : int, default 1
-        Sequences at a time.
+        Number of sequences at a time.
     dtype : {"float16", "bfloat16", "float32"}
-        What the cache is stored as.
+        Dtype of the cache.
 
     Returns
     -------
     int
-        Bytes.
+        Number of bytes.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def cache_bytes(
 
 
 def memory_budget(device_bytes: int, *, unquantized_bytes: int = 0, cache_bytes: int = 0, margin_bytes: int = 0) -> int:
-    """Return what the memory of a device leaves for weights that are quantized.
+    """Return the bytes that a device has left for quantized weights.
 
     It is ``device_bytes - unquantized_bytes - cache_bytes - margin_bytes``.
 
@@ -81,12 +81,12 @@ def memory_budget(device_bytes: int, *, unquantized_bytes: int = 0, cache_bytes:
     device_bytes : int
         Memory of the device: 8 GiB are ``8 * 2**30``.
     unquantized_bytes : int, default 0
-        What stays as it is: embeddings, norms, output head. Low-rank factors belong here if the budget does not count
-        them: see ``count_factors`` of :func:`lqlora.allocate`.
+        Parts that are not quantized: embeddings, norms, output head. Low-rank factors belong here if the budget does not
+        count them: see ``count_factors`` of :func:`lqlora.allocate`.
     cache_bytes : int, default 0
-        Keys and values of the context: see :func:`lqlora.cache_bytes`.
+        Key-value cache: see :func:`lqlora.cache_bytes`.
     margin_bytes : int, default 0
-        Kept free for activations, the runtime and fragmentation. None is guessed: measure it, or leave a tenth.
+        Bytes that stay free for activations, the runtime and fragmentation. Measure it, or leave a tenth.
 
     Returns
     -------
@@ -112,7 +112,8 @@ def memory_budget(device_bytes: int, *, unquantized_bytes: int = 0, cache_bytes:
     left -= sum(_count(name, value) for name, value in taken.items())
     if left <= 0:
         raise InvalidArgumentError(
-            f"The device is {-left} bytes too small for what is not quantized, and has no room left."
+            f"device_bytes must be more than the {device_bytes - left} bytes that are not for quantized weights, got "
+            f"{device_bytes}."
         )
     return left
 
@@ -123,5 +124,5 @@ def _count(name: str, value: int) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise InvalidArgumentError(f"{name} is a whole number of at least 0, not {value!r}.")
+        raise InvalidArgumentError(f"{name} must be a whole number of at least 0, got {value!r}.")
     return number

@@ -1,4 +1,4 @@
-"""Matrices that must be stored alike, because a serving engine fuses them."""
+"""Ties: matrices that take one format and rank, such as those that a serving engine fuses, found by name."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from lqlora.allocation._names import Names
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy.typing as npt
 
-    from lqlora._patterns import Pattern
+    from lqlora._patterns import NameIndex, Pattern
 
 __all__ = ["Tie", "experts", "fused_projections"]
 
-#: Names or patterns, all of whose matrices are stored alike; or one pattern: see :func:`lqlora.allocate`.
+#: Several names or patterns whose matrices are one group, or one pattern: see :func:`lqlora.allocate`.
 Tie: TypeAlias = "Pattern | Iterable[Pattern]"
 
-#: The last part of the names of matrices that engines keep as one, in the naming of Hugging Face, Meta, GGUF and BERT.
+#: Last parts of the names of matrices that engines fuse, as Hugging Face, Meta, GGUF and BERT name them.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -37,12 +34,12 @@ _FUSED = (
 
 
 def fused_projections(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Tie the matrices that serving engines keep as one: query, key and value; gate and up.
+    """Return ties of the projections that serving engines fuse: query, key and value; gate and up.
 
     Parameters
     ----------
     names : iterable of str
-        Names of matrices, such as ``table.names``; a last part ``"weight"`` does not matter.
+        Names of matrices, such as ``table.names``. A last part ``"weight"`` is ignored.
 
     Returns
     -------
@@ -52,7 +49,7 @@ def fused_projections(names: Iterable[str]) -> list[tuple[str, ...]]:
     Raises
     ------
     InvalidArgumentError
-        If there are none.
+        If no two names belong together.
 
     Examples
     --------
@@ -69,12 +66,12 @@ def fused_projections(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def experts(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Tie all matrices of all experts of a layer, which kernels for mixtures of experts run as one.
+    """Return ties of all matrices of all experts of a layer, which kernels for mixtures of experts run as one.
 
     Parameters
     ----------
     names : iterable of str
-        Names of matrices, such as ``table.names``. Experts are what has a part ``"experts"`` with a number after it.
+        Names of matrices, such as ``table.names``. A matrix of an expert has a part ``"experts"`` with a number after it.
 
     Returns
     -------
@@ -84,7 +81,7 @@ def experts(names: Iterable[str]) -> list[tuple[str, ...]]:
     Raises
     ------
     InvalidArgumentError
-        If there are none.
+        If no two names belong together.
 
     Examples
     --------
@@ -99,18 +96,19 @@ def experts(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _several(groups: Iterable[list[str]], what: str) -> list[tuple[str, ...]]:
+    """Return the groups of two or more."""
     found = [tuple(group) for group in groups if len(group) > 1]
     if not found:
-        raise InvalidArgumentError(f"Among the names there are no two {what}.")
+        raise InvalidArgumentError(f"names must hold two or more {what} of one layer, but no two belong together.")
     return found
 
 
-def tie_groups(names: Sequence[str], ties: Iterable[Tie]) -> npt.NDArray[np.int64]:
-    r"""Return a group number for each name; overlapping ties merge.
+def tie_groups(index: NameIndex, ties: Iterable[Tie]) -> npt.NDArray[np.int64]:
+    r"""Return a group number for each name. Overlapping ties merge.
 
     Parameters
     ----------
-    names : sequence of str
+    index : NameIndex
         Names of matrices.
     ties : iterable of ties
         See :func:`lqlora.allocate`.
@@ -118,43 +116,50 @@ def tie_groups(names: Sequence[str], ties: Iterable[Tie]) -> npt.NDArray[np.int6
     Returns
     -------
     ndarray of int64, shape (n,)
-        Names with equal numbers are tied.
+        Names with equal numbers are tied. The number is the first row of the group.
 
     Raises
     ------
     InvalidArgumentError
-        If a pattern matches no name, or a tie that is one pattern joins no two.
+        If a pattern matches no name, or a tie that is one pattern joins no two names.
 
     Examples
     --------
-    >>> tie_groups(["0.q", "0.k", "1.q", "1.k"], [re.compile(r"(\d)\.[qk]")]).tolist()
+    >>> from lqlora._patterns import NameIndex
+    >>> tie_groups(NameIndex(["0.q", "0.k", "1.q", "1.k"]), [re.compile(r"(\d)\.[qk]")]).tolist()
     [0, 0, 2, 2]
     """
-    known = Names(names)
-    leader = list(range(len(names)))
+    # Union-find: each row points to an earlier row of its group or to itself, so that the root is the first row.
+    leader = list(range(len(index.names)))
+    joined: set[int] = set()
     for tie in ties:
-        for members in _members(names, known, tie):
-            leaders = sorted({_find(leader, row) for row in members})
-            for other in leaders[1:]:
-                leader[other] = leaders[0]
-    return np.array([_find(leader, row) for row in range(len(names))])
+        for members in _members(index, tie):
+            roots = sorted({_root(leader, row) for row in members})
+            for other in roots[1:]:
+                leader[other] = roots[0]
+            joined.update(members)
+    groups = np.arange(len(leader))
+    for row in joined:
+        groups[row] = _root(leader, row)
+    return groups
 
 
-def _find(leader: list[int], row: int) -> int:
-    """Follow the leaders of a row to the first of its group, and shorten the way."""
+def _root(leader: list[int], row: int) -> int:
+    """Return the first row of the group of a row, and shorten the path to it."""
     while leader[row] != row:
         leader[row] = leader[leader[row]]
         row = leader[row]
     return row
 
 
-def _members(names: Sequence[str], known: Names, tie: Tie) -> list[list[int]]:
+def _members(index: NameIndex, tie: Tie) -> list[list[int]]:
+    """Return the groups of rows that a tie joins: several only if it is an expression with groups."""
     if isinstance(tie, Iterable) and not isinstance(tie, str):
-        return [known.rows(tie)]
+        return [index.rows(tie, parameter="ties")]
     groups: defaultdict[tuple[str | None, ...], list[int]] = defaultdict(list)
-    for row in known.rows(tie):
-        found = tie.fullmatch(names[row]) if isinstance(tie, re.Pattern) else None
+    for row in index.rows(tie, parameter="ties"):
+        found = tie.fullmatch(index.names[row]) if isinstance(tie, re.Pattern) else None
         groups[found.groups() if found else ()].append(row)
     if max(map(len, groups.values())) < 2:
-        raise InvalidArgumentError(f"The tie {tie!r} joins no two matrices.")
+        raise InvalidArgumentError(f"ties must join matrices, but {tie!r} joins no two.")
     return [*groups.values()]

@@ -84,11 +84,9 @@ def plan_command(
     tie: Annotated[list[str] | None, typer.Option(help="Pattern of matrices stored alike, fused, or experts.")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT that is decided already.")] = None,
     minimum_bits: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS of each matrix, at least.")] = None,
-    frontier: Annotated[str | None, typer.Option(help="Bits per weight to compare with in the page.")] = None,
     solver: Annotated[str, typer.Option(help="Solver of the integer program.")] = "auto",
     time_limit: Annotated[float | None, typer.Option(help="Seconds of a search.")] = None,
     output: Annotated[Path | None, typer.Option(help="Plan to write, as JSON.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
     png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; say what would be written.")] = False,
@@ -101,11 +99,10 @@ def plan_command(
         ties=tuple(tie or ()),
         fixed=tuple(fix or ()),
         minimum_bits=tuple(minimum_bits or ()),
-        frontier=frontier,
         solver=solver,
         time_limit=time_limit,
     )
-    plan.run(table, options, plan.PlanOutputs(output=output, html=html, png=png, force=force, dry_run=dry_run))
+    plan.run(table, options, plan.PlanOutputs(output=output, png=png, force=force, dry_run=dry_run))
 
 
 @app.command("verify")

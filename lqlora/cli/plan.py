@@ -31,8 +31,6 @@ class PlanOptions:
         Exactly one of them: the budget.
     ties, fixed, minimum_bits : tuple of str
         Patterns, alone or with a value.
-    frontier : str, optional
-        Bits per weight of further plans, separated by commas.
     solver : str
         See :func:`lqlora.solvers.solve`.
     time_limit : float, optional
@@ -45,7 +43,6 @@ class PlanOptions:
     ties: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     minimum_bits: tuple[str, ...] = ()
-    frontier: str | None = None
     solver: str = "auto"
     time_limit: float | None = None
 
@@ -56,8 +53,8 @@ class PlanOutputs:
 
     Parameters
     ----------
-    output, html, png : Path, optional
-        Document, page and picture.
+    output, png : Path, optional
+        Document and picture.
     force : bool
         Replace files that exist.
     dry_run : bool
@@ -65,7 +62,6 @@ class PlanOutputs:
     """
 
     output: Path | None = None
-    html: Path | None = None
     png: Path | None = None
     force: bool = False
     dry_run: bool = False
@@ -79,17 +75,13 @@ def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
     LQLoRAError
         One sentence on what is missing or wrong. Nothing is written then.
     """
-    paths = [path for path in (outputs.output, outputs.html, outputs.png) if path is not None]
+    paths = [path for path in (outputs.output, outputs.png) if path is not None]
     check_outputs(paths, force=outputs.force)
-    if options.frontier is not None and outputs.html is None:
-        raise InvalidArgumentError("--frontier draws a picture into the page of --html, which is not asked for.")
     table = _read_table(table_file)
     plan = lq.allocate(table, **_budget(options), **_constraints(options, table))
     files: dict[Path, bytes] = {}
     if outputs.output is not None:
         files[outputs.output] = f"{plan.to_json()}\n".encode()
-    if outputs.html is not None:
-        files[outputs.html] = plan.to_html(f"Plan of {table_file.name}", _frontier(options, table)).encode()
     if outputs.png is not None:
         files[outputs.png] = _picture(plan)
     _show(plan)
@@ -125,23 +117,16 @@ def _constraints(options: PlanOptions, table: CostTable) -> dict[str, Any]:
     }
 
 
-def _frontier(options: PlanOptions, table: CostTable) -> list[Plan]:
-    if options.frontier is None:
-        return []
-    budgets = [read_number(word) for word in options.frontier.split(",")]
-    return lq.pareto(table, budgets, **_constraints(options, table))
-
-
 def _picture(plan: Plan) -> bytes:
     buffer = io.BytesIO()
-    plan.plot().savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    lq.reports.plot(plan).savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _show(plan: Plan) -> None:
-    console.show_table(plan.table(by="kind"))
-    for demand in plan.demands:
-        console.say(f"{demand.describe()}.")
+    console.show_table(lq.reports.table(plan, by="kind"))
+    for limit in plan.limits:
+        console.say(f"{limit.describe()}.")
     factors = "" if plan.counts_factors else "not "
     console.say(
         f"Quantized parts: {float(plan.bits_per_weight):.4f} bits per weight, {plan.nbytes:,} bytes; "

@@ -11,7 +11,14 @@ from lqlora.codebooks.codebook import Codebook, Normalization
 from lqlora.codebooks.dynamic import dynamic8
 from lqlora.codebooks.geometric import logarithmic
 from lqlora.codebooks.integers import affine, uniform
-from lqlora.codebooks.names import by_name, is_standard
+from lqlora.codebooks.names import (
+    by_name,
+    codebook_from_json,
+    codebook_from_text,
+    codebook_to_json,
+    codebook_to_text,
+    is_standard,
+)
 from lqlora.codebooks.normal import NF4, normal_float
 from lqlora.codebooks.optimal import block_optimal
 from lqlora.codebooks.small_floats import FP4_BNB, fp4, small_float
@@ -27,6 +34,10 @@ __all__ = [
     "affine",
     "block_optimal",
     "by_name",
+    "codebook_from_json",
+    "codebook_from_text",
+    "codebook_to_json",
+    "codebook_to_text",
     "dynamic8",
     "fp4",
     "is_standard",

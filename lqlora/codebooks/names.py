@@ -1,12 +1,13 @@
-"""Names of codebooks, as formats, plans and files spell them, and the codebooks that they stand for."""
+"""Codebooks by the names that formats, plans and files spell, and codebooks without such a name as JSON or text."""
 
 from __future__ import annotations
 
 import functools
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lqlora.codebooks.abnormal import AF4, abnormal_float
+from lqlora.codebooks.codebook import Codebook
 from lqlora.codebooks.dynamic import dynamic8
 from lqlora.codebooks.geometric import logarithmic
 from lqlora.codebooks.integers import affine, uniform
@@ -17,11 +18,16 @@ from lqlora.codebooks.student import student_float
 from lqlora.errors import FormatError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from lqlora.codebooks.codebook import Codebook
-
-__all__ = ["by_name", "is_standard"]
+__all__ = [
+    "by_name",
+    "codebook_from_json",
+    "codebook_from_text",
+    "codebook_to_json",
+    "codebook_to_text",
+    "is_standard",
+]
 
 
 class _Family(NamedTuple):
@@ -114,3 +120,127 @@ def is_standard(codebook: Codebook) -> bool:
         return by_name(codebook.name) == codebook
     except FormatError:
         return False
+
+
+def codebook_to_json(codebook: Codebook) -> dict[str, Any]:
+    """Return the JSON fields that restore a codebook beside its name.
+
+    The name is part of the spelling of a format, so documents that hold the spelling only add these fields.
+
+    Parameters
+    ----------
+    codebook : Codebook
+        Any codebook.
+
+    Returns
+    -------
+    dict
+        Empty if :func:`by_name` restores the codebook. Otherwise ``"levels"``, a list of numbers that float32 holds
+        exactly, and ``"normalization"``.
+
+    Examples
+    --------
+    >>> from lqlora.codebooks import NF4, Codebook
+    >>> codebook_to_json(NF4), codebook_to_json(Codebook([-1, 0, 1], name="ternary"))
+    ({}, {'levels': [-1.0, 0.0, 1.0], 'normalization': 'absmax'})
+    """
+    if is_standard(codebook):
+        return {}
+    return {"levels": codebook.levels.tolist(), "normalization": codebook.normalization}
+
+
+def codebook_from_json(name: str, document: Mapping[str, Any]) -> Codebook | None:
+    """Read the fields that :func:`codebook_to_json` writes.
+
+    Parameters
+    ----------
+    name : str
+        Name of the codebook, as :func:`lqlora.formats.codebook_name` finds it in the spelling of a format.
+    document : mapping
+        Any JSON object. Fields other than ``"levels"`` and ``"normalization"`` are ignored.
+
+    Returns
+    -------
+    Codebook or None
+        None if the object has neither field: the name then stands for a standard codebook.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one of the two fields is missing, or the fields describe no codebook.
+
+    Examples
+    --------
+    >>> codebook_from_json("ternary", {"levels": [-1, 0, 1], "normalization": "absmax"}).levels.tolist()
+    [-1.0, 0.0, 1.0]
+    >>> codebook_from_json("nf4", {"rank": 8}) is None
+    True
+    """
+    fields = {key: document[key] for key in ("levels", "normalization") if key in document}
+    if not fields:
+        return None
+    if len(fields) < 2:
+        raise InvalidArgumentError(f"levels and normalization of codebook {name!r} must both be given, got {fields!r}.")
+    levels = fields["levels"]
+    if not isinstance(levels, list) or any(isinstance(own, bool) or not isinstance(own, int | float) for own in levels):
+        raise InvalidArgumentError(f"levels of codebook {name!r} must be a list of numbers, got {str(levels)[:80]}.")
+    return Codebook(levels, name, fields["normalization"])
+
+
+def codebook_to_text(codebook: Codebook) -> str | None:
+    """Return the text that restores a codebook beside its name.
+
+    Parameters
+    ----------
+    codebook : Codebook
+        Any codebook.
+
+    Returns
+    -------
+    str or None
+        Normalization and levels, separated by spaces. None if :func:`by_name` restores the codebook.
+
+    Examples
+    --------
+    >>> from lqlora.codebooks import Codebook
+    >>> codebook_to_text(Codebook([-1, 0, 1], name="ternary"))
+    'absmax -1.0 0.0 1.0'
+    """
+    fields = codebook_to_json(codebook)
+    return " ".join([fields["normalization"], *map(repr, fields["levels"])]) if fields else None
+
+
+def codebook_from_text(name: str, text: str | None) -> Codebook | None:
+    """Read the text that :func:`codebook_to_text` writes.
+
+    Parameters
+    ----------
+    name : str
+        Name of the codebook.
+    text : str or None
+        Normalization and levels, separated by spaces.
+
+    Returns
+    -------
+    Codebook or None
+        None if there is no text: the name then stands for a standard codebook.
+
+    Raises
+    ------
+    FormatError
+        If the text describes no codebook.
+
+    Examples
+    --------
+    >>> codebook_from_text("ternary", "absmax -1.0 0.0 1.0").levels.tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    if text is None:
+        return None
+    normalization, *levels = text.split() or [""]
+    try:
+        return Codebook([float(level) for level in levels], name, normalization)  # type: ignore[arg-type]
+    except ValueError as error:  # of float() or of the codebook
+        raise FormatError(
+            f"{text[:80]!r} spells no codebook, expected text such as 'absmax -1.0 0.0 1.0': {error}"
+        ) from None

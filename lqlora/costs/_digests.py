@@ -1,4 +1,4 @@
-"""What identifies the input of a cost: digests of matrices and weightings, and settings as JSON."""
+"""Digests of matrices and weightings, and JSON of settings: a store keeps them to know what its costs belong to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lqlora import ops
-from lqlora.codebooks import is_standard
+from lqlora.codebooks import codebook_to_json
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
 
@@ -24,7 +24,10 @@ __all__ = ["array_digest", "configuration_key", "settings_as_json", "text_digest
 
 
 def array_digest(array: Array) -> str:
-    """Digest an array by shape, dtype and entries in their logical order, whatever library it is of."""
+    """Return a digest of the shape, the dtype and the entries of an array."""
+    # The digest must not depend on the library, the device, or the strides of the array. Half precision is widened,
+    # since NumPy has no bfloat16, and the entries are hashed in C order. Shape and dtype come first: the bytes alone
+    # would be the same for a (2, 8) and a (4, 4) array. `host.data` cannot be taken of an array without entries.
     host = np.ascontiguousarray(np.asarray(ops.convert(ops.widen(array), np)))
     digest = hashlib.sha256(f"{host.dtype.name} {host.shape} ".encode())
     digest.update(host.data if host.size else b"")
@@ -32,14 +35,15 @@ def array_digest(array: Array) -> str:
 
 
 def weighting_digest(weighting: AbstractWeighting | None) -> str:
-    """Digest a weighting by its class and what it was made of."""
+    """Return a digest of the class of a weighting and the arguments it was made with."""
     if weighting is None:
         return "none"
     if not dataclasses.is_dataclass(weighting):
         raise InvalidArgumentError(
-            f"{type(weighting).__name__} is no dataclass, and a store cannot tell what it is made of."
+            f"weighting must be a dataclass for a store to tell it from others, got {type(weighting).__name__}."
         )
     parts = [type(weighting).__qualname__]
+    # Fields with init=False follow from the arguments, and may hold what was computed lazily.
     for field in dataclasses.fields(weighting):
         if field.init:
             value = getattr(weighting, field.name)
@@ -48,25 +52,26 @@ def weighting_digest(weighting: AbstractWeighting | None) -> str:
 
 
 def text_digest(text: str) -> str:
-    """Digest a text."""
+    """Return the SHA-256 digest of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def configuration_key(configuration: Configuration) -> str:
-    """Return the spelling of a configuration in a store."""
+    """Return the key of a configuration in a store."""
     return f"{_format_key(configuration.format)} rank {configuration.rank}"
 
 
 def _format_key(fmt: BlockFormat) -> str:
-    """Return the spelling of a format; with a digest of the levels where the name does not say what they are."""
-    if is_standard(fmt.codebook):
+    """Return the spelling of a format, with a digest of the levels if the codebook has no standard name."""
+    own = codebook_to_json(fmt.codebook)
+    if not own:
         return str(fmt)
-    levels = f"{fmt.codebook.normalization} {fmt.codebook.levels.tolist()}"
+    levels = f"{own['normalization']} {own['levels']}"
     return f"{fmt} {text_digest(levels)[:16]}"
 
 
 def settings_as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as JSON holds them."""
+    """Return settings as values of JSON."""
     found = {}
     for name, value in settings.items():
         if isinstance(value, BlockFormat):
@@ -74,7 +79,9 @@ def settings_as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
         elif _is_plain(value):
             found[name] = value
         else:
-            raise InvalidArgumentError(f"A store cannot tell one {name} from another: {value!r} is no text or number.")
+            raise InvalidArgumentError(
+                f"{name} must be a text or a number for a store to tell it from others, got {value!r}. Leave out store."
+            )
     return found
 
 

@@ -1,9 +1,9 @@
-"""Costs of many formats of one matrix, by few decompositions.
+"""Fast cost tables: few formats of a matrix are decomposed, and the costs of the others are estimated from these.
 
-Formats that share codebook and blocks are a family, and what they round a sample of the blocks to tells how far apart two
-of them are. Few of a family are decomposed, such that one of these is near every other format. The others cost what the
-nearest of these does, times the ratio of the errors of quantization alone: what the low-rank part takes away of an
-error is about the same share for both.
+Formats that share codebook and blocks are a family. A sample of the blocks is rounded to each of them, which gives the
+error of quantization alone, and the distance between two formats. A few leaders of each family are decomposed, such
+that every format is near a leader. A format that is no leader costs as much as the nearest leader, times the ratio of
+their errors of quantization alone.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Task", "fast_costs"]
 
-#: Formats are near each other if the squared norm of the difference of what they round to is at most this share of the
-#: smaller of their squared errors. Two independent roundings of one error are 2 apart.
+#: Formats are near each other if their distance is at most this: see :func:`_measure`. Two roundings with independent
+#: errors of the same size are 2 apart.
 _NEAR = 1.0
 
-#: A format is hopeless, and not decomposed, if one that is not larger has an error so many times smaller.
+#: A format is hopeless, and not decomposed, if its error is this many times that of a format which is not larger.
 _HOPELESS = 1.5
 
 
 class Task(NamedTuple):
-    """A matrix, and what its decompositions share."""
+    """A matrix, and the arguments that its decompositions share."""
 
     matrix: Array
     weighting: AbstractWeighting
@@ -50,61 +50,69 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Family:
-    """Formats that differ in how scales are stored.
+    """Formats that differ only in how their scales are stored.
 
     Parameters
     ----------
     formats : list of BlockFormat
-        The formats.
+        The k formats.
     sample : RoundingSample
         Blocks of the matrix.
     errors : ndarray of float64, shape (k,)
-        Squared error of quantization alone, measured on a sample.
-    apart : ndarray of float64, shape (k, k)
-        Squared distances, as shares of the smaller error.
+        Squared error of quantization alone, measured on the sample.
+    distances : ndarray of float64, shape (k, k)
+        Distances between the formats: see :func:`_measure`.
     """
 
     formats: list[BlockFormat]
     sample: RoundingSample
     errors: npt.NDArray[np.float64]
-    apart: npt.NDArray[np.float64]
+    distances: npt.NDArray[np.float64]
 
 
 def fast_costs(
     task: Task, formats: Sequence[BlockFormat], ranks: Sequence[int]
 ) -> dict[tuple[BlockFormat, int], float]:
-    """Return the cost of each pair of format and rank; the ranks are those that the matrix can have."""
+    """Return the cost of each pair of format and rank. No rank is larger than the matrix allows."""
+    # Let e_f be the error of quantization alone in format f, and c_f its cost with a low-rank part of some rank. The
+    # low-rank part takes away the structured part of the error, and that share is about the same for formats whose
+    # errors are alike. With the nearest leader g therefore c_f = e_f (c_f / e_f) ~ e_f (c_g / e_g) = c_g (e_f / e_g).
     grouped: dict[tuple[object, ...], list[BlockFormat]] = {}
     for fmt in formats:
         grouped.setdefault((fmt.codebook, fmt.block_size, fmt.axis, fmt.levels), []).append(fmt)
-    families = [_compared(task, own) for own in grouped.values()]
-    hopeful = _hopeful(task, families)
+    families = [_measure(task, own) for own in grouped.values()]
     found: dict[tuple[BlockFormat, int], float] = {}
-    for family, own in zip(families, hopeful, strict=True):
-        leaders = _cover(family.apart, own)
+    for family, members in zip(families, _contenders(task, families), strict=True):
+        leaders = _cover(family.distances, members)
         costs = {leader: dict(_decomposed(task, family, leader, ranks)) for leader in leaders}
         for index, fmt in enumerate(family.formats):
-            leader = min(leaders, key=family.apart[index].__getitem__)
+            leader = min(leaders, key=family.distances[index].__getitem__)
             ratio = float(family.errors[index] / family.errors[leader]) if family.errors[leader] > 0 else 1.0
             found |= {(fmt, rank): cost * ratio for rank, cost in costs[leader].items()}
     return found
 
 
-def _compared(task: Task, formats: list[BlockFormat]) -> _Family:
-    """Round a sample of the blocks to each format of a family."""
+def _measure(task: Task, formats: list[BlockFormat]) -> _Family:
+    """Round a sample of the blocks to each format of a family, and compare the errors."""
+    # Let d_f be the vector of the (weighted) errors of all entries of the sample in format f. The distance of two
+    # formats is |d_f - d_g|^2 / min(|d_f|^2, |d_g|^2). It is 0 for equal roundings, and 2 for independent ones of one
+    # size. The numerator is |d_f|^2 + |d_g|^2 - 2 <d_f, d_g>, so one matrix product gives all pairs.
     sample = RoundingSample(task.matrix, formats[0], task.weighting.element_weights(), name=task.name)
     rounded = [sample.rounded(fmt) for fmt in formats]
     lost = np.stack([np.asarray(ops.convert(own.errors, np)) for own in rounded])
     products = lost @ lost.T
     squares = np.diagonal(products)
+    # Cancellation may leave a small negative number. Without any error two formats are 0 apart, not 0 / 0.
     apart = np.maximum(squares[:, None] + squares[None, :] - 2 * products, 0.0)
     smaller = np.minimum(squares[:, None], squares[None, :])
-    shares = np.divide(apart, smaller, out=np.where(apart > 0, np.inf, 0.0), where=smaller > 0)
-    return _Family(formats, sample, np.array([own.squared_error for own in rounded]), shares)
+    distances = np.divide(apart, smaller, out=np.where(apart > 0, np.inf, 0.0), where=smaller > 0)
+    return _Family(formats, sample, np.array([own.squared_error for own in rounded]), distances)
 
 
-def _hopeful(task: Task, families: Sequence[_Family]) -> list[list[int]]:
-    """Return the formats of each family that no other beats by far at no larger size; at least the best of a family."""
+def _contenders(task: Task, families: Sequence[_Family]) -> list[list[int]]:
+    """Return the formats of each family that may be leaders: those that are not hopeless, and the best of the family."""
+    # Over the formats of all families, sorted by size, the running minimum of the errors is the least error at each
+    # size. The last format of the same size is at `searchsorted(..., side="right") - 1`.
     shape = tuple(task.matrix.shape)
     sizes = [np.array([fmt.storage_bits(shape) for fmt in family.formats]) for family in families]
     order = np.argsort(np.concatenate(sizes), kind="stable")
@@ -119,21 +127,22 @@ def _hopeful(task: Task, families: Sequence[_Family]) -> list[list[int]]:
     return found
 
 
-def _cover(apart: npt.NDArray[np.float64], members: Sequence[int]) -> list[int]:
-    """Return few of the members such that every member is near one: again and again the one that has most near it."""
-    near, left, found = apart <= _NEAR, list(members), []
-    while left:
-        best = max(left, key=lambda own: int(near[own, left].sum()))
+def _cover(distances: npt.NDArray[np.float64], members: Sequence[int]) -> list[int]:
+    """Return few of the members, such that every member is near one of them (greedy set cover)."""
+    # The smallest set is NP-hard to find. Each step takes the uncovered member that is near most uncovered ones. No two
+    # leaders are near each other then. Ties go to the first member, so the result is reproducible.
+    near, uncovered, found = distances <= _NEAR, list(members), []
+    while uncovered:
+        best = max(uncovered, key=lambda own: int(near[own, uncovered].sum()))
         found.append(best)
-        left = [own for own in left if own != best and not near[best, own]]
+        uncovered = [own for own in uncovered if own != best and not near[best, own]]
     return found
 
 
 def _decomposed(task: Task, family: _Family, leader: int, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """Yield the cost of a format at each rank, by what ``decompose(init="quantize", max_iter=2)`` does.
-
-    The first low-rank part at a smaller rank is that at the largest one, truncated.
-    """
+    """Yield the cost of a format at each rank, as ``decompose(init="quantize", max_iter=2)`` computes it."""
+    # One SVD serves all ranks: the first low-rank part at a smaller rank is that at the largest one, truncated. Only the
+    # second iteration, quantization and a low-rank step, is done for each rank.
     fmt = family.formats[leader]
     residual = residual_of(task.matrix, family.sample.quantized(fmt))
     first = task.weighting.low_rank(residual, max(ranks), seed=task.seed) if max(ranks) else None
@@ -147,7 +156,8 @@ def _decomposed(task: Task, family: _Family, leader: int, ranks: Sequence[int]) 
 
 
 def _truncated(step: LowRankStep, rank: int) -> LowRankStep:
-    """Keep the largest components of a step."""
+    """Return the step with its largest components only."""
+    # Components are sorted by size. The basis of the randomized SVD keeps its oversampling columns for the next step.
     if rank == step.left.shape[1]:
         return step
     basis = None if step.basis is None else step.basis[:, : rank + OVERSAMPLING]

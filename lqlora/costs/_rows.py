@@ -1,10 +1,10 @@
-"""One row of a cost table: the work of one task, wherever it runs."""
+"""Rows of a cost table: the costs of one matrix in all configurations, computed wherever the task runs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lqlora.costs._digests import array_digest, configuration_key, weighting_digest
+from lqlora.costs._digests import array_digest, weighting_digest
 from lqlora.costs._fast import Task, fast_costs
 from lqlora.costs.store import StoredRow
 from lqlora.decomposition import decompose
@@ -12,7 +12,7 @@ from lqlora.decomposition._arguments import checked_matrix, checked_rank
 from lqlora.weighting import Uniform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lqlora._typing import Array
     from lqlora.costs.table import Configuration
@@ -22,7 +22,19 @@ __all__ = ["RowTask", "cost_row"]
 
 
 class RowTask(NamedTuple):
-    """A matrix, or a callable that returns it; and what a store knows of its costs, if there is a store."""
+    """A matrix whose costs are wanted.
+
+    Parameters
+    ----------
+    name : str
+        Name of the matrix.
+    source : array or callable
+        The matrix, or a callable that returns it.
+    weighting : AbstractWeighting, optional
+        Norm of the matrix.
+    known : StoredRow, optional
+        Costs that a store has already.
+    """
 
     name: str
     source: Array | Callable[[], Array]
@@ -31,39 +43,40 @@ class RowTask(NamedTuple):
 
 
 def cost_row(
-    task: RowTask, *, configurations: Sequence[Configuration], options: dict[str, Any], fast: bool, stored: str
+    task: RowTask, *, configurations: Mapping[str, Configuration], options: dict[str, Any], fast: bool, stored: str
 ) -> StoredRow:
-    """Return the costs of a matrix that are not known yet; of what is known, entries and weighting are compared.
+    """Return the costs of a matrix that are not known yet, after comparing the matrix with the one that is known.
 
     Parameters
     ----------
     task : RowTask
         The matrix.
-    configurations : sequence of Configuration
-        Columns of the table.
+    configurations : mapping of str to Configuration
+        Columns of the table, by their keys in a store.
     options : dict
-        Of :func:`lqlora.decompose`.
+        Options of :func:`lqlora.decompose`.
     fast : bool
-        Whether costs are shared.
+        Whether few formats are decomposed, and the costs of the others estimated.
     stored : str
-        Where what is known is from, for errors; empty without a store: then there are no digests either.
+        Path of the store, for errors. Empty without a store: digests are not needed then.
 
     Returns
     -------
     StoredRow
-        What is to be added to the store.
+        The row to append to the store; without costs if all are known.
     """
     matrix = task.source() if callable(task.source) else task.source
+    # Without a store nothing is compared, and a digest reads every entry once more.
     digests = (array_digest(matrix), weighting_digest(task.weighting)) if stored else ("", "")
     row = StoredRow(task.name, tuple(matrix.shape), *digests, {})
     if task.known is not None:
-        task.known.joined(row, stored)
+        task.known.joined(row, stored)  # raises if the matrix or its weighting is another one
     known = task.known.costs if task.known is not None else {}
-    missing = [own for own in configurations if configuration_key(own) not in known]
+    missing = {key: own for key, own in configurations.items() if key not in known}
     if not missing:
         return row
-    costs = _costs(matrix, task, missing, options, fast=fast)
-    return StoredRow(task.name, row.shape, *digests, dict(zip(map(configuration_key, missing), costs, strict=True)))
+    costs = _costs(matrix, task, list(missing.values()), options, fast=fast)
+    return StoredRow(task.name, row.shape, *digests, dict(zip(missing, costs, strict=True)))
 
 
 def _costs(
@@ -73,7 +86,8 @@ def _costs(
     wide, norm = checked_matrix(matrix, task.name), task.weighting or Uniform()
     norm.check(tuple(wide.shape))
     clip = options.get("clip_rank", False)
-    used = {own.rank: checked_rank(wide, own.rank, None, task.name, clip_rank=clip)[0] for own in missing}
+    ranks = dict.fromkeys(own.rank for own in missing)
+    used = {rank: checked_rank(wide, rank, None, task.name, clip_rank=clip)[0] for rank in ranks}
     if norm.all_zero:
         return [0.0] * len(missing)
     if fast:
@@ -81,7 +95,8 @@ def _costs(
         costs = fast_costs(Task(wide, norm, options["seed"], task.name), formats, sorted(set(used.values())))
         return [costs[own.format, used[own.rank]] for own in missing]
     starts: dict[int, LowRankStep] = {}
-    if options["init"] == "svd" and options.get("init_rank") is None:  # what every format starts from
+    if options["init"] == "svd" and options.get("init_rank") is None:
+        # The SVD of the matrix does not depend on the format, so all formats of a rank start from one.
         starts = {rank: norm.low_rank(wide, low, seed=options["seed"]) for rank, low in used.items() if low}
     options = {"weighting": norm, "name": task.name, **options}
     return [

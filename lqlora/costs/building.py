@@ -1,4 +1,4 @@
-"""From matrices to a cost table: every matrix is decomposed in every configuration."""
+"""Building a cost table: every matrix is decomposed in every format and rank, with a store, threads or an executor."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from lqlora._parallel import map_matrices
+from lqlora._patterns import list_names
 from lqlora.costs._digests import configuration_key, settings_as_json, text_digest
 from lqlora.costs._rows import RowTask, cost_row
 from lqlora.costs.store import CostStore
@@ -21,8 +22,10 @@ from lqlora.formats import BlockFormat, float_bits
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Executor
+
+    import numpy.typing as npt
 
     from lqlora._typing import Array, FloatName
     from lqlora.costs.store import StoredRow
@@ -52,46 +55,45 @@ def cost_table(
     progress: Callable[[int, int, float], None] | None = None,
     **options: Any,
 ) -> CostTable:
-    """Decompose every matrix in every format and rank, and note errors and sizes.
+    """Decompose every matrix in every format and rank, and return the table of errors and sizes.
 
     Parameters
     ----------
     weights : mapping of str to array of shape (m, n), or to a callable that returns one
         Matrices by name. A callable is called when its row is computed, so that few matrices are in memory at a time.
     formats : sequence of BlockFormat
-        Formats to choose from. With ``fit="levels+scale"`` those that share levels with nothing are taken with levels
-        for each matrix, which are stored and count.
+        Formats to choose from. With ``fit="levels+scale"`` each matrix has fitted levels, which are stored and count:
+        formats with the levels of their codebook become formats with levels for each matrix.
     rank : int, optional
         Rank of the low-rank part.
     ranks : sequence of int, optional
-        Ranks to choose from; every format is combined with each. Exactly one of the two is given.
+        Ranks to choose from; every format is combined with each. Give exactly one of ``rank`` and ``ranks``.
     factor_format : BlockFormat, optional
-        Quantize the factors, too: errors and sizes are those of quantized factors.
+        Format of the low-rank factors. Errors and sizes are then those of quantized factors.
     factor_dtype : {"float16", "bfloat16", "float32"}
-        What each entry of the factors is stored as where they are not quantized: 16 bits each if not given. Only the
-        sizes know of it: errors are those of factors of float32.
+        Dtype of stored factors that are not quantized. It decides their size only: errors are those of float32 factors.
     mode : {"exact", "fast"}
-        ``"exact"``: each cost is that of a decomposition of its own. ``"fast"``: of the formats that share codebook and
-        blocks a few are decomposed, by two iterations from the quantized matrix; the others cost what the one nearest
-        to them does, times the ratio of the errors of quantization alone. Meant for grids of hundreds of formats: of
-        the 432 of ``paper_grid("code")`` it decomposes about a tenth. Costs are off by a few tenths of a percent, see
-        ``benchmarks/README.md``. Those of scales of two bits may be off by a tenth on small matrices, and those of formats
-        that another one beats by half at no larger size by more; under element-wise weights all are some percent too
-        high, as factors are not refitted.
+        ``"exact"``: each cost is that of a decomposition of its own. ``"fast"``: a few formats of each codebook and
+        block size are decomposed, by two iterations from the quantized matrix. Each other format costs as much as the
+        nearest of them, times the ratio of their errors of quantization alone. This mode is meant for grids of
+        hundreds of formats: of the 432 of ``paper_grid("code")`` it decomposes about a tenth. Its costs are off by a few
+        tenths of a percent (see ``benchmarks/README.md``). Costs of scales of two bits may be off by a tenth on small
+        matrices, and costs of formats that another one beats by half at no larger size by more. With element-wise
+        importance all costs are a few percent too high, since factors are not refitted.
     weighting : mapping of str to AbstractWeighting, optional
-        Norm of each matrix; matrices not named count uniformly. Costs are compared across matrices, so the weightings
-        must be on one scale: Fisher information is. A matrix whose weights are all zero costs nothing.
+        Norm of each matrix; it is uniform for matrices that are not named. Costs are compared across matrices, so the
+        weightings must be on one scale, as Fisher information is. A matrix whose importance is all zero costs nothing.
     init, max_iter, seed : str, int, int
-        See :func:`lqlora.decompose`. Few iterations suffice: the table ranks formats, it is not the final answer.
+        See :func:`lqlora.decompose`. Few iterations suffice, since the table only ranks formats.
     store : str or path, optional
-        File that each row is written to when it is finished; rows that are in it already are not computed again, see
-        :class:`CostStore`. Entries and weighting of each matrix are compared with those the row was computed of.
+        File that each row is appended to when it is finished: see :class:`CostStore`. Rows that it holds already are not
+        computed again. Their matrices and weightings are compared with those that the rows were computed from.
     executor : concurrent.futures.Executor, optional
-        Where to run, a matrix a task; a thread per core if not given. Processes and other machines need matrices and
-        callables that can be pickled; the store is written by the calling process alone.
+        Executor with a task for each matrix; by default a thread for each core. Processes and other machines need
+        matrices and callables that can be pickled. Only the calling process writes the store.
     progress : callable, optional
-        Called with the number of matrices done, the number of all, and an estimate of the seconds left: infinite
-        before the first matrix was computed, which those in the store are not.
+        Called with the number of finished matrices, the number of all, and the estimated seconds left. The estimate is
+        infinite until a matrix has been computed; rows from the store do not count as computed.
     **options
         Further options of :func:`lqlora.decompose`, such as ``fit`` or ``quantizer``. The fast mode takes only
         ``clip_rank``.
@@ -104,10 +106,10 @@ def cost_table(
     Raises
     ------
     InvalidArgumentError
-        If there are no matrices, formats or ranks, one of them occurs twice, a weighting names no matrix, the
-        fast mode was given an option it does not have, or other processes a function that cannot be pickled.
+        If there are no matrices, formats or ranks, a format or rank is given twice, a weighting names no matrix, the
+        fast mode gets an option that it does not have, or an argument for another process cannot be pickled.
     StoreError
-        If the store is in use, corrupt, or of other settings, matrices or weightings.
+        If the store is in use, corrupt, or belongs to other settings, matrices or weightings.
 
     References
     ----------
@@ -124,37 +126,37 @@ def cost_table(
     configurations = _configurations(_as_stored(formats, options), rank, ranks)
     options = {**options, "factor_format": factor_format, "init": init, "max_iter": max_iter, "seed": seed}
     _check(weights, configurations, weighting or {}, mode, options)
-    bits = float_bits(factor_dtype)
+    dtype_bits = float_bits(factor_dtype)
+    by_key = {configuration_key(own): own for own in configurations}
     tasks = [RowTask(name, source, (weighting or {}).get(name)) for name, source in weights.items()]
-    with (
-        contextlib.nullcontext()
-        if store is None
-        else CostStore(store, _settings(mode, options, configurations)) as file
-    ):
+    with contextlib.nullcontext() if store is None else CostStore(store, _settings(mode, options, by_key)) as file:
         known = file.rows if file is not None else {}
         tasks = [task._replace(known=known.get(task.name)) for task in tasks]
         work = functools.partial(
-            cost_row, configurations=configurations, options=options, fast=mode == "fast", stored=str(store or "")
+            cost_row, configurations=by_key, options=options, fast=mode == "fast", stored=str(store or "")
         )
-        done = _Done(len(tasks), progress, file, configurations)
-        rows = map_matrices(work, tasks, executor, collect=done.take)
+        rows = map_matrices(work, tasks, executor, collect=_Collector(len(tasks), progress, file, by_key).take)
         found = {row.name: {**known[row.name].costs, **row.costs} if row.name in known else row.costs for row in rows}
     shapes = tuple(row.shape for row in rows)
-    keys = [configuration_key(own) for own in configurations]
-    sizes = [[own.format.storage_bits(shape) for own in configurations] for shape in shapes]
-    factor_sizes = [[_factor_bits(shape, own.rank, factor_format, bits) for own in configurations] for shape in shapes]
-    return CostTable(
-        tuple(weights),
-        shapes,
-        configurations,
-        np.array([[found[name][key] for key in keys] for name in weights], dtype=np.float64),
-        np.array(sizes, dtype=np.int64),
-        np.array(factor_sizes, dtype=np.int64),
+    sizes = _by_shape(shapes, lambda shape: [own.format.storage_bits(shape) for own in configurations])
+    factor_sizes = _by_shape(
+        shapes, lambda shape: [_factor_bits(shape, own.rank, factor_format, dtype_bits) for own in configurations]
     )
+    costs = np.array([[found[name][key] for key in by_key] for name in weights], dtype=np.float64)
+    return CostTable(tuple(weights), shapes, configurations, costs, sizes, factor_sizes)
+
+
+def _by_shape(
+    shapes: Sequence[tuple[int, ...]], sizes_of: Callable[[tuple[int, ...]], list[int]]
+) -> npt.NDArray[np.int64]:
+    """Return a row of sizes for each matrix, computed once for each shape."""
+    # A model has few shapes and thousands of matrices, and a grid hundreds of formats.
+    rows = {shape: sizes_of(shape) for shape in dict.fromkeys(shapes)}
+    return np.array([rows[shape] for shape in shapes], dtype=np.int64)
 
 
 def _as_stored(formats: Sequence[BlockFormat], options: Mapping[str, Any]) -> list[BlockFormat]:
-    """Return the formats that matrices will be in: fitted levels take bits of their own."""
+    """Return the formats that decompositions will have: fitted levels are stored, and take bits of their own."""
     if options.get("fit") != "levels+scale":
         return list(formats)
     return [
@@ -168,7 +170,7 @@ def _configurations(
 ) -> tuple[Configuration, ...]:
     """Return all pairs of format and rank."""
     if (rank is None) == (ranks is None):
-        raise InvalidArgumentError("Give rank or ranks, and only one of them.")
+        raise InvalidArgumentError(f"rank or ranks must be given, and not both; got {rank!r} and {ranks!r}.")
     every = [rank] if rank is not None else [*(ranks or ())]
     return tuple(Configuration(fmt, own) for fmt in formats for own in every)
 
@@ -180,14 +182,18 @@ def _check(
     mode: str,
     options: Mapping[str, Any],
 ) -> None:
-    if not weights or not configurations:
-        raise InvalidArgumentError("A cost table needs at least one matrix, one format and one rank.")
+    if not weights:
+        raise InvalidArgumentError("weights must hold at least one matrix, got none.")
+    if not configurations:
+        raise InvalidArgumentError("formats and ranks must hold at least one format and one rank, got none.")
     if len(set(configurations)) < len(configurations):
-        raise InvalidArgumentError("A format or a rank occurs twice.")
-    if unknown := set(weighting) - set(weights):
-        raise InvalidArgumentError(f"Weightings for unknown matrices: {', '.join(sorted(unknown))}.")
+        twice = next(own for place, own in enumerate(configurations) if own in configurations[:place])
+        raise InvalidArgumentError(f"formats and ranks must each be given once, got {twice} twice.")
+    if unknown := sorted(set(weighting) - set(weights)):
+        raise InvalidArgumentError(f"weighting must name matrices of weights, got {list_names(unknown)}.")
     if mode not in ("exact", "fast"):
-        raise InvalidArgumentError(f"mode is 'exact' or 'fast', not {mode!r}.")
+        raise InvalidArgumentError(f"mode must be 'exact' or 'fast', got {mode!r}.")
+    # The fast mode always does what these options do. An option with this value changes nothing and may be given.
     allowed = {"factor_format": None, "init": "quantize", "max_iter": 2, "fit": "absmax", "quantizer": "nearest"}
     others = [
         name
@@ -195,49 +201,49 @@ def _check(
         if name not in ("seed", "clip_rank") and (name not in allowed or value != allowed[name])
     ]
     if mode == "fast" and others:
-        raise InvalidArgumentError(f"mode='fast' has no choice of {', '.join(others)}: use mode='exact'.")
+        raise InvalidArgumentError(f"{', '.join(others)} cannot be set with mode='fast': use mode='exact'.")
 
 
-def _settings(mode: str, options: Mapping[str, Any], configurations: Sequence[Configuration]) -> dict[str, Any]:
-    """Return what all costs of a store have in common: costs that are shared depend on what they are shared with."""
+def _settings(mode: str, options: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that all costs of a store share. In fast mode they include the list of configurations."""
     settings = settings_as_json({"mode": mode, **options})
-    if mode == "fast":
-        settings["configurations"] = text_digest("\n".join(map(configuration_key, configurations)))
+    if mode == "fast":  # a cost depends on the other formats, since it is estimated from theirs
+        settings["configurations"] = text_digest("\n".join(keys))
     return settings
 
 
-class _Done:
-    """Takes what is finished: to the store, and to whoever wants to know how long it takes."""
+class _Collector:
+    """Receives finished rows: appends them to the store, and reports progress with the estimated time left."""
 
     def __init__(
         self,
         total: int,
         progress: Callable[[int, int, float], None] | None,
         store: CostStore | None,
-        configurations: Sequence[Configuration],
+        by_key: Mapping[str, Configuration],
     ) -> None:
-        keys = {configuration_key(own) for own in configurations}
         known = {} if store is None else store.rows
         self._total, self._progress, self._store = total, progress, store
-        self._complete = {name for name, row in known.items() if keys <= row.costs.keys()}
+        self._complete = {name for name, row in known.items() if by_key.keys() <= row.costs.keys()}
         self._count = self._computed = 0
         self._start = time.monotonic()
 
     def take(self, row: StoredRow) -> None:
-        """Take note of a row."""
+        """Append a row to the store if it has new costs, and report progress."""
         self._count += 1
         self._computed += bool(row.costs)
         self._complete.discard(row.name)
         if self._store is not None and row.costs:
             self._store.append(row)
         if self._progress is not None:
+            # Rows that the store holds completely take no time, so they are neither in the pace nor in what is left.
             left = self._total - self._count - len(self._complete)
             pace = (time.monotonic() - self._start) / self._computed if self._computed else math.inf
             self._progress(self._count, self._total, left * pace if left else 0.0)
 
 
 def _factor_bits(shape: tuple[int, ...], rank: int, fmt: BlockFormat | None, bits: int) -> int:
-    """Bits of the factors of a matrix."""
+    """Return the bits of the factors of a matrix, quantized if there is a format, else of ``bits`` an entry."""
     rows, columns = shape
     if fmt is None:
         return bits * rank * (rows + columns)

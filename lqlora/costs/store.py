@@ -1,4 +1,10 @@
-"""Costs on disk: what was finished is not done again, whenever and wherever the work was stopped."""
+"""A file of finished costs that survives a kill at any moment: appending, recovery, locking, merging.
+
+Each row is one line that is flushed to the disk before the next one begins. A process that is killed can therefore leave
+only one incomplete line, the last one, which has no line break. Opening the store cuts that line off. JSON escapes line
+breaks inside texts, so a line break always ends a line. A kill cannot cause any other fault, such as a wrong checksum or
+a broken line before the last: such a file is refused.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +13,12 @@ import json
 import math
 import os
 import secrets
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
-from lqlora.costs._lock import lock
 from lqlora.errors import StoreError
 
 if TYPE_CHECKING:
@@ -23,7 +29,7 @@ __all__ = ["CostStore", "StoredRow"]
 
 _SPEC = 1
 
-#: Raised by whoever changes what a decomposition costs: rows of another number are not mixed with new ones.
+#: Version of the numerics. Raise it with any change of the costs of decompositions, so that stores do not mix old and new.
 NUMERICS = 1
 
 
@@ -34,15 +40,15 @@ class StoredRow:
     Parameters
     ----------
     name : str
-        The matrix.
+        Name of the matrix.
     shape : tuple of int
-        Its shape.
+        Shape of the matrix.
     content : str
-        Digest of its entries.
+        Digest of the entries of the matrix.
     weighting : str
-        Digest of its weighting.
+        Digest of the weighting of the matrix.
     costs : dict of str to float
-        By configuration, in the spelling of the store.
+        Cost of each configuration, by its key in the store.
     """
 
     name: str
@@ -52,19 +58,19 @@ class StoredRow:
     costs: dict[str, float]
 
     def joined(self, other: StoredRow, where: str) -> StoredRow:
-        """Return the costs of both.
+        """Return a row with the costs of this row and of another one.
 
         Parameters
         ----------
         other : StoredRow
-            Of the same matrix.
+            Row of the same matrix.
         where : str
-            Where the other is from, for errors.
+            File or line that the other row is from, for errors.
 
         Returns
         -------
         StoredRow
-            With the costs of either.
+            The row of all costs.
 
         Raises
         ------
@@ -73,31 +79,33 @@ class StoredRow:
         """
         for what, mine, others in (
             ("entries", self.content, other.content),
-            ("weighting", self.weighting, other.weighting),
+            ("weighting arguments", self.weighting, other.weighting),
         ):
             if mine != others:
-                raise StoreError(f"{where}: matrix {self.name!r} has other {what} than the one whose costs are stored.")
+                raise StoreError(
+                    f"{where}: the {what} of matrix {self.name!r} differ from those whose costs are stored. Use another store."
+                )
         for key in self.costs.keys() & other.costs.keys():
             if self.costs[key] != other.costs[key]:
                 raise StoreError(
-                    f"{where}: {self.name!r} in {key} costs {other.costs[key]!r}, but {self.costs[key]!r} is stored."
+                    f"{where}: the cost of {self.name!r} in {key} is {other.costs[key]!r}, but {self.costs[key]!r} is stored."
                 )
         return StoredRow(self.name, self.shape, self.content, self.weighting, self.costs | other.costs)
 
 
 class CostStore:
-    """A file of costs that only ever grows: a line of settings, then one line for each piece of work that was finished.
+    """A file of costs that only grows: a line of settings, then a line for each finished row.
 
-    A line is JSON with a checksum. It is flushed to the disk before the next one is begun, so that a process may be
-    killed at any time: what it was writing then is cut off when the store is opened again. One process at a time may
-    have a store open.
+    A line is JSON with a checksum. It is flushed to the disk before the next one begins, so a process may be killed at
+    any time. An incomplete last line is cut off when the store is opened again. Only one process at a time can have a
+    store open.
 
     Parameters
     ----------
     path : str or path
-        The file. It is made if there is none.
+        The file, which is created if there is none.
     settings : mapping of str to JSON values
-        What all costs of the store have in common.
+        Settings that all costs of the store share.
 
     Raises
     ------
@@ -120,13 +128,15 @@ class CostStore:
         try:
             self._file = open(self.path, "a+b", buffering=0)  # noqa: PTH123, SIM115 - closed by close()
         except OSError as error:
-            raise StoreError(f"Cannot open {self.path}: {error}.") from error
+            raise StoreError(f"{self.path} cannot be opened: {error}.") from error
         try:
-            lock(self._file, self.path)
+            _lock(self._file, self.path)
             self._file.seek(0)
             data = self._file.read()
+            # Everything up to the last line break was flushed. The rest is a line that its process did not finish. It
+            # must go before anything is appended, or the next line would continue it. The lock excludes other writers.
             whole = data.rfind(b"\n") + 1
-            if whole < len(data):  # a line that was being written when its process ended
+            if whole < len(data):
                 self._file.truncate(whole)
             found, self.rows = _parsed(data[:whole], self.path)
             if found is None:
@@ -138,17 +148,17 @@ class CostStore:
             raise
 
     def append(self, row: StoredRow) -> None:
-        """Add costs, and return when they are on the disk.
+        """Append a row, and return when it is on the disk.
 
         Parameters
         ----------
         row : StoredRow
-            Costs of a matrix; the store may have others of the same matrix already.
+            Costs of a matrix. The store may hold other costs of the same matrix already.
 
         Raises
         ------
         StoreError
-            If they contradict those in the store, or cannot be written.
+            If the costs contradict those in the store, or cannot be written.
         """
         known = self.rows.get(row.name)
         joined = row if known is None else known.joined(row, str(self.path))
@@ -164,7 +174,7 @@ class CostStore:
         self.rows[row.name] = joined
 
     def close(self) -> None:
-        """Close the file, so that another process may open it."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -178,15 +188,15 @@ class CostStore:
     def _write(self, document: dict[str, Any]) -> None:
         try:
             line = memoryview(_line(document))
-            while line:
+            while line:  # a raw write may take only the first bytes
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise StoreError(f"Cannot write {self.path}: {error}.") from error
+            raise StoreError(f"{self.path} cannot be written: {error}.") from error
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> dict[str, StoredRow]:
-        """Read the rows of a store; another process may be writing it meanwhile.
+        """Read the rows of a store, which another process may be writing.
 
         Parameters
         ----------
@@ -196,7 +206,7 @@ class CostStore:
         Returns
         -------
         dict of str to StoredRow
-            By matrix.
+            Rows by name of the matrix.
 
         Raises
         ------
@@ -207,14 +217,14 @@ class CostStore:
 
     @staticmethod
     def merge(paths: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str]) -> None:
-        """Join stores that were written by several machines.
+        """Merge stores that several machines wrote.
 
         Parameters
         ----------
         paths : iterable of str or path
             Stores with the same settings.
         path : str or path
-            Where the joined store is written; there must be no file yet.
+            Path of the merged store. There must be no file yet.
 
         Raises
         ------
@@ -230,29 +240,49 @@ class CostStore:
             for name, row in found.items():
                 rows[name] = rows[name].joined(row, str(source)) if name in rows else row
         if head is None:
-            raise StoreError("There is nothing to merge.")
+            raise StoreError("paths must hold at least one store with settings, got none to merge.")
         beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
         try:
             with CostStore(beside, head["settings"]) as store:
                 for row in rows.values():
                     store.append(row)
-            os.link(beside, target)  # unlike a rename it fails where there is a file
+            os.link(beside, target)  # a rename would replace a file; a link fails if there is one
         except OSError as error:
-            raise error if isinstance(error, StoreError) else StoreError(f"Cannot write {target}: {error}.") from error
+            raise (
+                error if isinstance(error, StoreError) else StoreError(f"{target} cannot be written: {error}.")
+            ) from error
         finally:
             with suppress(OSError):
                 beside.unlink()
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Lock an open file until it is closed, or raise if another process has locked it."""
+    # The system releases these locks when their process ends, however it ends. A lock file would outlive a crash.
+    try:
+        if sys.platform == "win32":
+            import msvcrt  # noqa: PLC0415 - exists on this system only
+
+            file.seek(1 << 40)  # a byte far beyond the end: other processes cannot read bytes that are locked
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl  # noqa: PLC0415 - exists on other systems only
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise StoreError(f"{path} is in use by another process. Wait for it, or use another store.") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, StoredRow]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"Cannot read {path}: {error}.") from error
+        raise StoreError(f"{path} cannot be read: {error}.") from error
     return _parsed(data[: data.rfind(b"\n") + 1], path)
 
 
 def _line(document: dict[str, Any]) -> bytes:
+    """Return a document as a line with its checksum."""
     text = json.dumps(document, allow_nan=False)
     return f'{{"sum": "{_checksum(text)}", "line": {text}}}\n'.encode()
 
@@ -269,10 +299,10 @@ def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, S
             outer = json.loads(line)
             document = outer["line"]
             if outer["sum"] != _checksum(json.dumps(document, allow_nan=False)):
-                raise ValueError("the checksum is another")
+                raise ValueError("its checksum does not match")
             if number == 1:
                 if document["lqlora_costs"] != _SPEC:
-                    raise ValueError(f"this library reads version {_SPEC}, not {document['lqlora_costs']!r}")
+                    raise ValueError(f"its version is {document['lqlora_costs']!r}, and this library reads {_SPEC}")
                 head = document
                 continue
             row = StoredRow(
@@ -283,25 +313,26 @@ def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, S
                 {key: _finite(cost) for key, cost in document["costs"].items()},
             )
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise StoreError(f"Line {number} of {path} is corrupt: {type(error).__name__} {error}.") from error
-        rows[row.name] = rows[row.name].joined(row, f"Line {number} of {path}") if row.name in rows else row
+            raise StoreError(f"{path}, line {number}, is corrupt: {type(error).__name__}, {error}.") from error
+        rows[row.name] = rows[row.name].joined(row, f"{path}, line {number}") if row.name in rows else row
     return head, rows
 
 
 def _finite(value: object) -> float:
     if not isinstance(value, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no cost")
+        raise ValueError(f"a cost must be a finite number, got {value!r}")
     return value
 
 
 def _check_head(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raise unless a store was made with the settings at hand, and say which of them differ."""
+    """Raise if a store has other settings than wanted, and list those that differ."""
     if found["numerics"] != wanted["numerics"]:
         raise StoreError(
-            f"{path} has costs of another version of the numerics ({found['numerics']!r}; this is {wanted['numerics']!r})."
+            f"{path} has costs of version {found['numerics']!r} of the numerics, but this library computes version "
+            f"{wanted['numerics']!r}. Use another store."
         )
     mine, others = wanted["settings"], found["settings"]
     different = sorted(key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key))
     if different:
-        listed = ", ".join(f"{key} is {others.get(key)!r} and not {mine.get(key)!r}" for key in different)
-        raise StoreError(f"{path} has costs of other settings: {listed[:500]}. Use another file.")
+        listed = ", ".join(f"{key} is {others.get(key)!r}, not {mine.get(key)!r}" for key in different)
+        raise StoreError(f"{path} has costs of other settings: {listed[:300]}. Use another store.")

@@ -1,4 +1,4 @@
-"""What an allocation chooses from: error and size of every matrix in every configuration."""
+"""Cost tables: error and size of every matrix in every configuration, which allocations choose from; JSON of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora.codebooks import Codebook, is_standard
+from lqlora.codebooks import codebook_from_json, codebook_to_json
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, codebook_name
 
@@ -24,7 +24,7 @@ _SPEC = 1
 
 @dataclass(frozen=True)
 class Configuration:
-    """One way to store a matrix: the format of its quantized part, and the rank of its low-rank part.
+    """A way to store a matrix: the format of its quantized part, and the rank of its low-rank part.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Configuration:
     rank: int
 
     def __str__(self) -> str:
-        """Return format and rank as they are printed."""
+        """Return format and rank as reports and errors print them."""
         return f"{self.format} rank {self.rank}"
 
 
@@ -55,13 +55,13 @@ class CostTable:
     Parameters
     ----------
     names : tuple of str
-        Matrices, one a row.
+        Names of the n matrices, which are the rows.
     shapes : tuple of tuple of int
-        Their shapes.
+        Shapes of the matrices.
     configurations : tuple of Configuration
-        Pairs of format and rank, one a column.
+        The k pairs of format and rank, which are the columns.
     costs : ndarray of float64, shape (n, k)
-        Weighted squared error of each decomposition.
+        Weighted squared error of each decomposition. An infinite cost forbids a configuration.
     sizes : ndarray of int64, shape (n, k)
         Exact storage of the quantized part in bits.
     factor_sizes : ndarray of int64, shape (n, k)
@@ -71,7 +71,7 @@ class CostTable:
     ------
     InvalidArgumentError
         If the arrays do not have a row for each matrix and a column for each configuration, a matrix or a configuration
-        occurs twice, a cost is NaN or negative, or a size is negative. An infinite cost forbids a configuration.
+        occurs twice, a cost is NaN or negative, or a size is negative.
     """
 
     names: tuple[str, ...]
@@ -84,24 +84,26 @@ class CostTable:
     def __post_init__(self) -> None:
         wanted = (len(self.names), len(self.configurations))
         if len(self.shapes) != len(self.names):
-            raise InvalidArgumentError(f"A cost table of {len(self.names)} matrices has {len(self.shapes)} shapes.")
+            raise InvalidArgumentError(
+                f"shapes must hold one shape for each of the {len(self.names)} names, got {len(self.shapes)}."
+            )
         for what in ("costs", "sizes", "factor_sizes"):
             if getattr(self, what).shape != wanted:
                 raise InvalidArgumentError(
-                    f"{what} of shape {getattr(self, what).shape} are not one for each of {wanted[0]} matrices and "
-                    f"{wanted[1]} configurations."
+                    f"{what} must have the shape {wanted}, for {wanted[0]} matrices and {wanted[1]} configurations, got "
+                    f"{getattr(self, what).shape}."
                 )
         _check_values(self)
 
     @property
     def formats(self) -> tuple[BlockFormat, ...]:
         """Formats of the configurations, each once, in the order of the columns."""
-        return tuple(dict.fromkeys(configuration.format for configuration in self.configurations))
+        return tuple(dict.fromkeys(map(operator.attrgetter("format"), self.configurations)))
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Ranks of the configurations, each once, in the order of the columns."""
-        return tuple(dict.fromkeys(configuration.rank for configuration in self.configurations))
+        return tuple(dict.fromkeys(map(operator.attrgetter("rank"), self.configurations)))
 
     @property
     def weight_count(self) -> int:
@@ -156,11 +158,11 @@ class CostTable:
         try:
             document = json.loads(text)
             if document["lqlora_cost_table"] != _SPEC:
-                raise InvalidArgumentError(
-                    f"Cost table of version {document['lqlora_cost_table']!r}; this library reads {_SPEC}."
-                )
+                raise ValueError(f"its version is {document['lqlora_cost_table']!r}, and this library reads {_SPEC}")
             rows = document["matrices"]
             configurations = tuple(_read(column) for column in document["configurations"])
+            # JSON has no infinity: null is a forbidden configuration. Python writes the shortest text that restores a
+            # float, so the other costs survive to the last bit.
             costs = [[math.inf if cost is None else cost for cost in row["costs"]] for row in rows]
             wanted = (len(rows), len(configurations))
             return cls(
@@ -171,37 +173,40 @@ class CostTable:
                 _counts(rows, "sizes").reshape(wanted),
                 _counts(rows, "factor_sizes").reshape(wanted),
             )
-        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            raise InvalidArgumentError(f"This is no cost table: {type(error).__name__} {error}.") from error
+        except KeyError as error:
+            raise InvalidArgumentError(f"text must be a cost table in JSON, but the key {error} is missing.") from error
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"text must be a cost table in JSON: {type(error).__name__}, {error}."
+            ) from error
 
 
 def _check_values(table: CostTable) -> None:
-    for what, labels in (("Matrix", table.names), ("Configuration", table.configurations)):
+    """Raise if a name or a configuration occurs twice, or a number cannot be an error or a size."""
+    for what, labels in (("names", table.names), ("configurations", table.configurations)):
         if len(set(labels)) < len(labels):
             twice = next(label for place, label in enumerate(labels) if label in labels[:place])
-            raise InvalidArgumentError(f"{what} {str(twice)!r} occurs twice in a cost table.")
-    for what, values in (("cost", table.costs), ("size", table.sizes), ("size of factors", table.factor_sizes)):
-        wrong = np.argwhere(~(values >= 0))  # which NaN is not either
+            raise InvalidArgumentError(f"{what} of a cost table must differ, but {str(twice)!r} occurs twice.")
+    for what in ("costs", "sizes", "factor_sizes"):
+        values = getattr(table, what)
+        wrong = np.argwhere(~(values >= 0))  # NaN is not >= 0 either
         if len(wrong):
             row, column = wrong[0]
             raise InvalidArgumentError(
-                f"The {what} of {table.names[row]!r} in {table.configurations[column]} is {values[row, column]}: "
-                "it must be at least 0."
+                f"{what} must be at least 0, got {values[row, column]} for {table.names[row]!r} in "
+                f"{table.configurations[column]}."
             )
 
 
 def _written(configuration: Configuration) -> dict[str, Any]:
-    codebook = configuration.format.codebook
-    column: dict[str, Any] = {"format": str(configuration.format), "rank": configuration.rank}
-    if not is_standard(codebook):
-        column |= {"levels": codebook.levels.tolist(), "normalization": codebook.normalization}
-    return column
+    """Return a configuration as JSON."""
+    own = configuration.format
+    return {"format": str(own), "rank": configuration.rank, **codebook_to_json(own.codebook)}
 
 
 def _read(column: dict[str, Any]) -> Configuration:
-    codebook = None
-    if "levels" in column:
-        codebook = Codebook(column["levels"], codebook_name(column["format"]), column["normalization"])
+    """Read a configuration from JSON."""
+    codebook = codebook_from_json(codebook_name(column["format"]), column)
     return Configuration(BlockFormat.parse(column["format"], codebook), operator.index(column["rank"]))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lqlora.reports import pictures as _plots
+from lqlora.reports import bits_by_layer
+from lqlora.reports.pictures import draw_errors, draw_grid, figure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,9 +70,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def draw(path: Path, plans: Mapping[str, Plan], curves: Mapping[str, Sequence[float]]) -> None:
     """Write the picture: bits per layer of each plan, and the mean error by iteration."""
-    figure = _plots.figure(figsize=(10, 3 * (len(plans) + 1)))
-    axes = figure.subplots(len(plans) + 1, 1)
+    picture = figure(figsize=(10, 3 * (len(plans) + 1)))
+    axes = picture.subplots(len(plans) + 1, 1)
     for axis, (name, plan) in zip(axes, plans.items(), strict=False):
-        _plots.draw_grid(axis, plan.bits_by_layer(), name, "bits per weight")
-    _plots.draw_errors(axes[-1], curves, "mean error over all matrices, each in its own norm")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+        draw_grid(axis, bits_by_layer(plan), name, "bits per weight")
+    draw_errors(axes[-1], curves, "mean error over all matrices, each in its own norm")
+    picture.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,18 +1,17 @@
-"""What is gained by more bits: the errors of several plans over their sizes."""
+"""Points of a Pareto frontier: sizes and errors of several plans of the same matrices."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lqlora.errors import InvalidArgumentError
-from lqlora.reports import pictures as _plots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lqlora.allocation.plan import Plan
 
-__all__ = ["ParetoPoint", "pareto_points", "plot_pareto"]
+__all__ = ["ParetoPoint", "pareto_points"]
 
 
 class ParetoPoint(NamedTuple):
@@ -21,7 +20,7 @@ class ParetoPoint(NamedTuple):
     Parameters
     ----------
     bits_per_weight : float
-        What budgets counted, per weight.
+        Counted bits per weight: low-rank factors are among them if the plan counts them.
     error : float
         Sum of the costs.
     """
@@ -31,17 +30,17 @@ class ParetoPoint(NamedTuple):
 
 
 def pareto_points(plans: Iterable[Plan]) -> list[ParetoPoint]:
-    """Return sizes and errors of plans, smallest first: the data of :func:`plot_pareto`.
+    """Return sizes and errors of plans, smallest first: the data of :func:`lqlora.reports.plot_pareto`.
 
     Parameters
     ----------
     plans : iterable of Plan
-        Of one cost table.
+        Plans of one cost table.
 
     Returns
     -------
     list of ParetoPoint
-        One for each plan; those of one size by falling error.
+        One for each plan. Plans of one size come by falling error.
 
     Raises
     ------
@@ -58,36 +57,13 @@ def pareto_points(plans: Iterable[Plan]) -> list[ParetoPoint]:
     ([2.25, 4.25], True)
     """
     plans = list(plans)
-    if any((plan.shapes, plan.counts_factors) != (plans[0].shapes, plans[0].counts_factors) for plan in plans):
-        raise InvalidArgumentError("Plans are compared if they are of the same matrices and count the same parts.")
+    for number, plan in enumerate(plans):
+        if plan.shapes != plans[0].shapes:
+            raise InvalidArgumentError(f"plans must have the same matrices, but plan {number} differs from plan 0.")
+        if plan.counts_factors != plans[0].counts_factors:
+            raise InvalidArgumentError(
+                f"plans must count the same parts, but counts_factors is {plan.counts_factors} in plan {number} and "
+                f"{plans[0].counts_factors} in plan 0."
+            )
     points = [ParetoPoint(float(plan.counted_bits_per_weight), plan.error) for plan in plans]
     return sorted(points, key=lambda point: (point.bits_per_weight, -point.error))
-
-
-def plot_pareto(plans: Iterable[Plan]) -> Any:
-    """Draw the errors of plans over their bits per weight.
-
-    Parameters
-    ----------
-    plans : iterable of Plan
-        Of one cost table; one or more.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        Belongs to no window; save it, or show it in a notebook.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If there is no plan, the plans are of different matrices, or some count the factors and others do not.
-    MissingDependencyError
-        If matplotlib is not installed.
-    """
-    points = pareto_points(plans)
-    if not points:
-        raise InvalidArgumentError("A picture of plans needs at least one plan.")
-    figure = _plots.figure(figsize=(6, 4))
-    bits, errors = zip(*points, strict=True)
-    _plots.draw_pareto(figure.add_subplot(), bits, errors)
-    return figure

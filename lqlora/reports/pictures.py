@@ -1,103 +1,111 @@
-"""Data and pictures of plans and decompositions: plain numbers, and matplotlib is imported when one is drawn."""
+"""Pictures of plans and frontiers, drawn with matplotlib, which is imported when the first one is drawn."""
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lqlora._optional import require
+from lqlora.errors import InvalidArgumentError
+from lqlora.reports.frontier import pareto_points
+from lqlora.reports.grouping import bits_by_layer, error_by_layer, ranks_by_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    import numpy.typing as npt
+    from lqlora.allocation.plan import Plan
+    from lqlora.reports.grouping import Grid
 
-__all__ = ["Grid", "by_layer", "draw_errors", "draw_grid", "draw_pareto", "figure", "kind_and_layer"]
-
-
-class Grid(NamedTuple):
-    """Values by kind of matrix and by layer.
-
-    Parameters
-    ----------
-    kinds : list of str
-        One a row.
-    layers : list of int
-        One a column, sorted.
-    values : ndarray of float64, shape (kinds, layers)
-        NaN where there is no matrix.
-    """
-
-    kinds: list[str]
-    layers: list[int]
-    values: npt.NDArray[np.float64]
+__all__ = ["draw_errors", "draw_grid", "figure", "plot", "plot_pareto"]
 
 
-def kind_and_layer(name: str) -> tuple[str, int]:
-    """Split the name of a matrix.
+def plot(plan: Plan) -> Any:
+    """Draw bits per weight, ranks if they differ, and shares of the error, by kind of matrix and layer.
 
     Parameters
     ----------
-    name : str
-        Module name.
+    plan : Plan
+        Any plan.
 
     Returns
     -------
-    kind : str
-        The name with ``*`` for each part that is a number; for the first number inside a part if none is.
-    layer : int
-        The first of those numbers, 0 if there is none.
+    matplotlib.figure.Figure
+        Belongs to no window: save it, or show it in a notebook.
 
-    Examples
-    --------
-    >>> kind_and_layer("gpt2.h.3.experts.1.up")
-    ('gpt2.h.*.experts.*.up', 3)
-    >>> kind_and_layer("layer_3/kernel")
-    ('layer_*/kernel', 3)
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
     """
-    parts = name.split(".")
-    if numbers := [part for part in parts if re.fullmatch(r"[0-9]+", part)]:
-        return ".".join("*" if part in numbers else part for part in parts), int(numbers[0])
-    number = re.search(r"[0-9]+", name)
-    return (name, 0) if number is None else (re.sub(r"[0-9]+", "*", name, count=1), int(number[0]))
+    bits = bits_by_layer(plan)
+    grids = [(bits, f"{float(plan.bits_per_weight):.3f} bits per weight", "bits per weight", "{x:g}")]
+    if len(set(plan.ranks.values())) > 1:
+        grids.append((ranks_by_layer(plan), "Ranks", "rank", "{x:g}"))
+    grids.append((error_by_layer(plan), "Share of the weighted squared error", "share", "{x:.1%}"))
+    picture = figure(figsize=(8, len(grids) * max(3.0, 1.2 + 0.25 * len(bits.kinds))))
+    for axes, (grid, title, label, form) in zip(picture.subplots(len(grids)), grids, strict=True):
+        draw_grid(axes, grid, title, label, form=form)
+    return picture
 
 
-def by_layer(values: Mapping[str, float]) -> Grid:
-    """Arrange values of named matrices by kind and by layer.
+def plot_pareto(plans: Iterable[Plan]) -> Any:
+    """Draw the errors of plans over their bits per weight.
+
+    The error has a logarithmic scale if none is zero.
 
     Parameters
     ----------
-    values : mapping of str to float
-        By module name. What shares kind and layer, such as the experts of a layer, is added.
+    plans : iterable of Plan
+        One or more plans of one cost table.
 
     Returns
     -------
-    Grid
-        Kinds in the order of first appearance; their last words alone where these differ.
+    matplotlib.figure.Figure
+        Belongs to no window: save it, or show it in a notebook.
 
-    Examples
-    --------
-    >>> by_layer({"layers.0.q_proj": 2.0, "layers.1.q_proj": 4.0})
-    Grid(kinds=['q_proj'], layers=[0, 1], values=array([[2., 4.]]))
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no plan, the plans are of different matrices, or some count the factors and others do not.
+    MissingDependencyError
+        If matplotlib is not installed.
     """
-    keys = {name: kind_and_layer(name) for name in values}
-    kinds = {kind: row for row, kind in enumerate(dict.fromkeys(kind for kind, _ in keys.values()))}
-    layers = {layer: column for column, layer in enumerate(sorted({layer for _, layer in keys.values()}))}
-    grid = np.full((len(kinds), len(layers)), np.nan)
-    for name, (kind, layer) in keys.items():
-        cell = kinds[kind], layers[layer]
-        grid[cell] = np.nansum([grid[cell], values[name]])
-    short = [kind.rpartition(".")[2] for kind in kinds]
-    return Grid(short if len(set(short)) == len(kinds) else list(kinds), list(layers), grid)
+    points = pareto_points(plans)
+    if not points:
+        raise InvalidArgumentError("plans must hold at least one plan, got none.")
+    picture = figure(figsize=(6, 4))
+    axes = picture.add_subplot()
+    bits, errors = zip(*points, strict=True)
+    axes.plot(bits, errors, marker=".")
+    axes.set_xlabel("bits per weight")
+    axes.set_ylabel("weighted squared error")
+    if min(errors) > 0:
+        axes.set_yscale("log")
+    return picture
 
 
 def draw_grid(axes: Any, grid: Grid, title: str, label: str, *, form: str = "{x:g}") -> Any:
-    """Draw values by kind and layer, the values of the scale formatted as ``form`` says; return the image."""
+    """Draw values by kind and layer as an image with a color bar.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Empty axes.
+    grid : Grid
+        Values.
+    title, label : str
+        Texts above the image and beside the color bar.
+    form : str, default "{x:g}"
+        Format of the numbers at the color bar, with ``x`` as the value.
+
+    Returns
+    -------
+    matplotlib.image.AxesImage
+        The image.
+    """
+    # Names come from files of others. A "$" in one must not start a formula, hence parse_math=False.
     image = axes.imshow(grid.values, aspect="auto", cmap="viridis", interpolation="nearest")
     axes.set_yticks(range(len(grid.kinds)), grid.kinds, parse_math=False)
-    step = max(1, -(-len(grid.layers) // 15))
+    step = max(1, -(-len(grid.layers) // 15))  # at most 15 labels
     axes.set_xticks(range(0, len(grid.layers), step), grid.layers[::step])
     axes.set_xlabel("layer")
     axes.set_title(title, parse_math=False)
@@ -105,17 +113,18 @@ def draw_grid(axes: Any, grid: Grid, title: str, label: str, *, form: str = "{x:
     return image
 
 
-def draw_pareto(axes: Any, bits: Sequence[float], errors: Sequence[float]) -> None:
-    """Draw errors over bits per weight; the error on a logarithmic scale if none is zero."""
-    axes.plot(bits, errors, marker=".")
-    axes.set_xlabel("bits per weight")
-    axes.set_ylabel("weighted squared error")
-    if min(errors, default=0.0) > 0:
-        axes.set_yscale("log")
-
-
 def draw_errors(axes: Any, curves: Mapping[str, Sequence[float]], title: str) -> None:
-    """Draw relative errors by iteration, one curve a name."""
+    """Draw relative errors by iteration of the decomposition.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Empty axes.
+    curves : mapping of str to sequence of float
+        One curve for each name. Entry 0 is the error of quantization alone.
+    title : str
+        Text above the curves.
+    """
     for name, errors in curves.items():
         axes.plot(range(len(errors)), errors, marker=".", label=name)
     axes.set_xlabel("iteration (0: quantization alone)")
@@ -125,8 +134,25 @@ def draw_errors(axes: Any, curves: Mapping[str, Sequence[float]], title: str) ->
 
 
 def figure(**options: Any) -> Any:
-    """Return an empty matplotlib figure that belongs to no window."""
+    """Return an empty matplotlib figure that belongs to no window.
+
+    Parameters
+    ----------
+    **options
+        Options of ``matplotlib.figure.Figure``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        With constrained layout.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    """
     require("matplotlib", "plot", "A picture")
     from matplotlib.figure import Figure  # noqa: PLC0415 - optional
 
+    # Not pyplot.figure: pyplot would keep the figure alive, and may open a window.
     return Figure(layout="constrained", **options)

@@ -1,29 +1,56 @@
-"""A plan as Markdown tables."""
+"""Plans as Markdown tables, with a row for each matrix or for each kind of matrix."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from lqlora.errors import InvalidArgumentError
+from lqlora.reports.grouping import by_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lqlora.allocation.plan import Plan
 
-__all__ = ["kind_table", "matrix_table"]
+__all__ = ["table"]
 
 
-def matrix_table(plan: Plan) -> str:
-    """Return a table of one matrix a row."""
-    bits = plan.bits_by_matrix()
+def table(plan: Plan, by: Literal["matrix", "kind"] = "matrix") -> str:
+    """Return a plan as a Markdown table.
+
+    Parameters
+    ----------
+    plan : Plan
+        Any plan.
+    by : {"matrix", "kind"}
+        Whether each matrix has a row, or all matrices of a kind share one.
+
+    Returns
+    -------
+    str
+        Text without a newline at the end.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``by`` is another word.
+    """
+    if by == "matrix":
+        return _matrix_table(plan)
+    if by == "kind":
+        return _kind_table(plan)
+    raise InvalidArgumentError(f"by must be 'matrix' or 'kind', got {by!r}.")
+
+
+def _matrix_table(plan: Plan) -> str:
     rows = (
-        (name, str(fmt), f"{bits[name]:.3f}", str(plan.ranks[name]), f"{plan.costs[name]:.3g}")
-        for name, fmt in plan.formats.items()
+        (name, str(own.format), f"{float(own.bits_per_weight):.3f}", str(own.rank), f"{own.cost:.3g}")
+        for name, own in plan.matrices.items()
     )
-    return _table(("matrix", "format", "bits per weight", "rank", "cost"), rows)
+    return _markdown(("matrix", "format", "bits per weight", "rank", "cost"), rows)
 
 
-def kind_table(plan: Plan) -> str:
-    """Return a table of one kind a row."""
+def _kind_table(plan: Plan) -> str:
     rows = (
         (
             kind.name,
@@ -33,16 +60,16 @@ def kind_table(plan: Plan) -> str:
             str(kind.ranks[0]) if kind.ranks[0] == kind.ranks[1] else f"{kind.ranks[0]} to {kind.ranks[1]}",
             f"{kind.error_share:.1%}",
         )
-        for kind in plan.by_kind()
+        for kind in by_kind(plan)
     )
-    return _table(("kind", "matrices", "bits per weight", "from least to most", "rank", "share of the error"), rows)
+    return _markdown(("kind", "matrices", "bits per weight", "smallest to largest", "rank", "share of the error"), rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows])
 
 
 def _escape(cell: str) -> str:
-    """Keep a name from ending its cell or its row, and from hiding what it holds."""
+    """Return a name as one visible cell: a pipe or a line break in it would end the cell or its row."""
     return "".join(c if c.isprintable() else "\ufffd" for c in cell).replace("|", "\\|")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.allocation.tables import small_table
+from tests.costs.cases import small_table
 
 if TYPE_CHECKING:
     import lqlora as lq

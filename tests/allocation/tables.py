@@ -9,32 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import lqlora as lq
-
-FORMATS = tuple(
-    lq.BlockFormat.parse(text)
-    for text in ("nf2/16:float16", "nf3/64:u8/256:float32", "nf3/16:float16", "nf4/32:float16", "nf8/64:float32")
-)
-NF2, NF4, NF8 = FORMATS[0], FORMATS[3], FORMATS[4]
-SHAPES = {"layers.0.q": (16, 24), "layers.0.up": (40, 16), "layers.1.q": (16, 24), "layers.1.up": (40, 16)}
-
-
-def small_table() -> lq.CostTable:
-    """Four matrices in five formats, really decomposed."""
-    rng = np.random.default_rng(7)
-    scales = [1.0, 0.3, 5.0, 0.05]
-    weights = {
-        name: (scale * rng.standard_normal(shape)).astype(np.float32)
-        for (name, shape), scale in zip(SHAPES.items(), scales, strict=True)
-    }
-    return lq.cost_table(weights, FORMATS, rank=2)
-
-
-def make_table(shapes, configurations, costs) -> lq.CostTable:
-    """A table of given costs and true sizes; factors take 16 bits an entry."""
-    names = tuple(f"m{i}" for i in range(len(shapes)))
-    sizes = np.array([[own.format.storage_bits(shape) for own in configurations] for shape in shapes])
-    factors = np.array([[16 * own.rank * sum(shape) for own in configurations] for shape in shapes])
-    return lq.CostTable(names, tuple(shapes), tuple(configurations), np.array(costs, dtype=np.float64), sizes, factors)
+from tests.costs.cases import FORMATS, make_table
 
 
 @st.composite

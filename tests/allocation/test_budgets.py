@@ -17,7 +17,8 @@ import lqlora as lq
 from lqlora import solvers
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError, SolverError
 from lqlora.solvers import RawResult, StopReason, registry
-from tests.allocation.tables import FORMATS, NF2, NF4, NF8, SHAPES, Everything, make_table, tables
+from tests.allocation.tables import Everything, tables
+from tests.costs.cases import FORMATS, NF2, NF4, NF8, SHAPES, make_table
 from tests.requirements import require_or_skip
 
 
@@ -44,16 +45,16 @@ def test_costs_fall_as_the_budget_rises(table):
     assert costs[-1] < costs[0]
 
 
-def test_a_budget_of_the_cheapest_choice_is_feasible_to_the_bit(table):
-    cheapest = int(table.sizes.min(axis=1).sum())
-    plan = lq.allocate(table, bits_per_weight=Fraction(cheapest, table.weight_count))
-    assert plan.storage_bits == cheapest
+def test_a_budget_of_the_smallest_choice_is_feasible_to_the_bit(table):
+    smallest = int(table.sizes.min(axis=1).sum())
+    plan = lq.allocate(table, bits_per_weight=Fraction(smallest, table.weight_count))
+    assert plan.storage_bits == smallest
     with pytest.raises(InfeasibleBudgetError):
-        lq.allocate(table, bits_per_weight=Fraction(cheapest - 1, table.weight_count))
+        lq.allocate(table, bits_per_weight=Fraction(smallest - 1, table.weight_count))
 
 
 @pytest.mark.parametrize("budget", [{"bits_per_weight": 1.5}, {"total_bytes": 384}, {"total_bytes": 0}])
-def test_a_budget_below_the_cheapest_tells_the_feasible_range(table, budget):
+def test_a_budget_below_the_smallest_choice_tells_the_feasible_range(table, budget):
     with pytest.raises(InfeasibleBudgetError, match="infeasible") as caught:
         lq.allocate(table, **budget)
     error = caught.value
@@ -62,10 +63,10 @@ def test_a_budget_below_the_cheapest_tells_the_feasible_range(table, budget):
     assert error.maximum == Fraction(int(table.sizes.max(axis=1).sum()), table.weight_count)
 
 
-def test_a_budget_above_the_dearest_gives_the_best_plan_and_a_note(table):
+def test_a_budget_that_does_not_bind_gives_the_best_plan_and_a_note(table):
     plan = lq.allocate(table, bits_per_weight=100)
     assert plan.objective == pytest.approx(table.costs.min(axis=1).sum(), rel=1e-9)
-    assert "above the dearest" in plan.note
+    assert "does not bind" in plan.note
     assert lq.allocate(table, bits_per_weight=4.0).note == ""
 
 
@@ -92,7 +93,7 @@ def test_bytes_are_the_same_budget_as_bits(table):
     ids=str,
 )
 def test_what_is_no_budget_is_refused(table, budget):
-    with pytest.raises(InvalidArgumentError, match="budget"):
+    with pytest.raises(InvalidArgumentError, match=r"^(bits_per_weight|total_bytes)"):
         lq.allocate(table, **budget)
 
 
@@ -159,7 +160,7 @@ def test_a_plan_without_a_bound_says_so_and_is_still_standard_json(table):
 
 def test_of_plans_that_stop_early_only_an_optimal_one_may_be_required(table, stopped):
     assert lq.allocate(table, bits_per_weight=3.4, solver=stopped).status == "FEASIBLE"
-    with pytest.raises(SolverError, match=r"relative gap is .*allow more time"):
+    with pytest.raises(SolverError, match=r"relative gap"):
         lq.allocate(table, bits_per_weight=3.4, solver=stopped, require_optimal=True)
     assert lq.allocate(table, bits_per_weight=4.0, require_optimal=True).status == "OPTIMAL"
 
@@ -188,7 +189,7 @@ class TestErrors:
         everything = Everything(table)
         assert lq.allocate(table, max_error=everything.least_cost).error == everything.least_cost
         if everything.least_cost > 0:
-            with pytest.raises(InfeasibleBudgetError, match=r"A total error .* the least is") as caught:
+            with pytest.raises(InfeasibleBudgetError, match=r"^max_error .* the least") as caught:
                 lq.allocate(table, max_error=math.nextafter(everything.least_cost, 0.0))
             assert (float(caught.value.minimum), float(caught.value.maximum)) == (
                 everything.least_cost,
@@ -216,7 +217,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("number", [-1.0, math.nan, math.inf, "small", None])
     def test_what_is_no_error_is_refused(self, table, number):
-        with pytest.raises(InvalidArgumentError, match=r"error"):
+        with pytest.raises(InvalidArgumentError, match=r"max_error"):
             lq.allocate(table, max_error=number)
 
     def test_a_search_that_finds_nothing_in_time_still_keeps_the_error(self, table, stopped):
@@ -252,11 +253,11 @@ class TestRanks:
         assert max(joint.counted_bits, fixed.counted_bits) <= 8 * budget["total_bytes"]
 
     def test_factors_of_a_single_rank_count_only_if_asked(self, table):
-        cheapest = int(table.sizes.min(axis=1).sum())
-        with_factors = cheapest + int(table.factor_sizes[:, 0].sum())
-        plan = lq.allocate(table, total_bytes=cheapest // 8)
-        assert (plan.counts_factors, plan.counted_bits) == (False, cheapest)
-        assert sum(plan.factor_bits.values()) == with_factors - cheapest
+        smallest = int(table.sizes.min(axis=1).sum())
+        with_factors = smallest + int(table.factor_sizes[:, 0].sum())
+        plan = lq.allocate(table, total_bytes=smallest // 8)
+        assert (plan.counts_factors, plan.counted_bits) == (False, smallest)
+        assert sum(plan.factor_bits.values()) == with_factors - smallest
         plan = lq.allocate(table, total_bytes=with_factors // 8, count_factors=True)
         assert (plan.counts_factors, plan.counted_bits) == (True, with_factors)
         with pytest.raises(InfeasibleBudgetError):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import lqlora as lq
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
-from tests.allocation.tables import FORMATS, NF2, NF4, NF8, Everything, make_table, tables
+from tests.allocation.tables import Everything, tables
+from tests.costs.cases import FORMATS, NF2, NF4, NF8, make_table
 
 
 @st.composite
@@ -100,7 +101,7 @@ class TestAnyLimits:
             "minimum_bits": {table.names[n - 1]: floor},
         }
         if not everything.valid.any():
-            with pytest.raises(InvalidArgumentError, match=r"No format is left|no format in common"):
+            with pytest.raises(InvalidArgumentError, match=r"^fixed, |^ties "):
                 lq.allocate(table, bits_per_weight=100, **options)
             return
         limits = [data.draw(_limits(table, everything))]
@@ -116,22 +117,18 @@ class TestAnyLimits:
 
 class TestErrors:
     def test_a_limit_that_nothing_can_meet_is_named_with_its_own_range(self, table):
-        with pytest.raises(InfeasibleBudgetError, match=r"at most 2 bits per weight for 'layers\.0\.\*'") as caught:
+        with pytest.raises(InfeasibleBudgetError, match=r"at most 2 for 'layers\.0\.\*'") as caught:
             lq.allocate(table, bits_per_weight=5, limits=[lq.Limit("layers.0.*", bits_per_weight=2)])
         assert (caught.value.asked, caught.value.minimum, caught.value.maximum) == (2, 3, 8.5)
 
     def test_a_least_size_that_nothing_reaches_asks_for_larger_formats(self, table):
-        with pytest.raises(
-            InfeasibleBudgetError, match=r"at least 9 bits .*Lower it, or allow larger formats"
-        ) as caught:
+        with pytest.raises(InfeasibleBudgetError, match=r"at least 9 .*Lower it") as caught:
             lq.allocate(table, bits_per_weight=5, limits=[lq.Limit(bits_per_weight=9, at_least=True)])
         assert caught.value.maximum == Fraction(17, 2)
 
     def test_limits_that_only_contradict_each_other_are_named_together(self, table):
         limits = [lq.Limit("layers.0.*", bits_per_weight=6, at_least=True)]
-        with pytest.raises(
-            InfeasibleBudgetError, match="together with at least 6 bits per weight for 'layers"
-        ) as caught:
+        with pytest.raises(InfeasibleBudgetError, match=r"at most 4 .* at least 6 bits") as caught:
             lq.allocate(table, bits_per_weight=4, limits=limits)
         least = caught.value.minimum
         assert least > 4
@@ -144,12 +141,12 @@ class TestErrors:
         limits = [lq.Limit(f"layers.{i % 2}.*", bits_per_weight=8 - i / 2) for i in range(8)]  # down to 4.5
         limits.insert(place, lq.Limit("layers.1.*", bits_per_weight=6, at_least=True))
         culprit = "at least 6" if place > 5 else "at most 5.5"  # that of layer 1 which is the first below 6
-        with pytest.raises(InfeasibleBudgetError, match=f"A budget of {culprit} .* infeasible together with") as caught:
+        with pytest.raises(InfeasibleBudgetError, match=f"^bits_per_weight of {culprit} ") as caught:
             lq.allocate(table, bits_per_weight=8.5, limits=limits)
-        assert f"; and {max(6, place) - 5} more: the formats" in str(caught.value)
+        assert f"; and {max(6, place) - 5} more: " in str(caught.value)
 
     def test_a_limit_in_bytes_is_answered_in_bytes(self, table):
-        with pytest.raises(InfeasibleBudgetError, match="the formats allow 384 to 1088 bytes"):
+        with pytest.raises(InfeasibleBudgetError, match=r"^total_bytes .*384 to 1088 bytes"):
             lq.allocate(table, limits=[lq.Limit("layers.1.*", total_bytes=300)])
 
     @pytest.mark.parametrize(
@@ -167,7 +164,7 @@ class TestErrors:
         ids=str,
     )
     def test_what_is_no_limit_is_refused(self, options):
-        with pytest.raises(InvalidArgumentError, match="budget"):
+        with pytest.raises(InvalidArgumentError, match=r"^(bits_per_weight|total_bytes) "):
             lq.Limit("*", **options)
 
     @pytest.mark.parametrize(
@@ -181,7 +178,7 @@ class TestErrors:
         ids=str,
     )
     def test_a_limit_for_no_matrix_is_refused(self, table, limit):
-        with pytest.raises(InvalidArgumentError, match=r"No matrix .* matches|no matrix for the limit"):
+        with pytest.raises(InvalidArgumentError, match=r"^Limit\.(in|ex)clude |^exclude .*'nowhere'"):
             lq.allocate(table, bits_per_weight=5, limits=[limit])
 
 

@@ -38,9 +38,9 @@ def test_a_plan_fits_into_it(table):
 
 
 def test_a_device_that_is_too_small_is_told_by_how_much():
-    with pytest.raises(InvalidArgumentError, match="900 bytes too small"):
+    with pytest.raises(InvalidArgumentError, match=r"device_bytes .*1000 .*100"):
         lq.memory_budget(100, cache_bytes=1000)
-    with pytest.raises(InvalidArgumentError, match="no room"):
+    with pytest.raises(InvalidArgumentError, match=r"device_bytes .*100 .*100"):
         lq.memory_budget(100, margin_bytes=100)
 
 
@@ -50,13 +50,13 @@ def test_a_device_that_is_too_small_is_told_by_how_much():
     ids=str,
 )
 def test_what_is_no_number_of_bytes_is_refused(options):
-    with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))} is a whole number"):
+    with pytest.raises(InvalidArgumentError, match=f"^{next(iter(options))} "):
         lq.memory_budget(**{"device_bytes": 100, **options})
 
 
 @pytest.mark.parametrize("name", [*LLAMA, "length", "batch"])
 def test_what_is_no_size_of_a_cache_is_refused(name):
-    with pytest.raises(InvalidArgumentError, match=f"{name} is a whole number"):
+    with pytest.raises(InvalidArgumentError, match=f"^{name} "):
         lq.cache_bytes(**{**LLAMA, "length": 8, "batch": 1, name: -1})
 
 

@@ -1,4 +1,4 @@
-"""Plans as documents, tables and pictures."""
+"""Plans and their JSON documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
-from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +14,7 @@ import pytest
 import lqlora as lq
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
-from lqlora.reports import ParetoPoint, pareto_points, plot_pareto
-from tests.allocation.tables import FORMATS, SHAPES, make_table
+from tests.costs.cases import SHAPES
 from tests.requirements import require_or_skip
 
 
@@ -38,7 +37,7 @@ class TestDocuments:
         assert lq.allocate(table, bits_per_weight=4.0, limits=limits).to_json() == plan.to_json()
 
     @pytest.mark.parametrize("name", ["ternary", "nf4"])  # the second is not what its name stands for
-    def test_a_codebook_of_ones_own_is_written_with_its_levels(self, name):
+    def test_a_codebook_without_a_standard_name_is_written_with_its_levels(self, name):
         ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1 / 3], name=name), 8)
         plan = lq.allocate(lq.cost_table({"a": np.eye(8)}, [ternary], rank=0), bits_per_weight=9)
         back = lq.Plan.from_json(plan.to_json())
@@ -59,7 +58,7 @@ class TestDocuments:
     @pytest.mark.parametrize(
         "key",
         [
-            *("lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "demands", "status"),
+            *("lqlora_plan", "matrices", "goal", "objective", "bound", "counts_factors", "limits", "status"),
             *("solver", "note"),
         ],
     )
@@ -79,7 +78,8 @@ class TestDocuments:
     @pytest.mark.parametrize(
         ("key", "value"),
         [
-            ("lqlora_plan", 1),
+            ("lqlora_plan", 2),
+            ("lqlora_plan", 5),
             ("matrices", []),
             ("matrices", {"a": []}),
             ("objective", "cheap"),
@@ -87,10 +87,10 @@ class TestDocuments:
             ("counts_factors", 1),
             ("goal", "peace"),
             ("surprise", 1),
-            ("demands", [{}]),
-            ("demands", [{"what": "a", "used": 1, "upper": None, "lower": None, "unit": "bits", "weights": 1}]),
-            ("demands", [{"what": "a", "used": -1, "upper": 2, "lower": None, "unit": "bits", "weights": 1}]),
-            ("demands", [{"what": "a", "used": 1, "upper": 2, "lower": None, "unit": "eggs", "weights": 1}]),
+            ("limits", [{}]),
+            ("limits", [{"matrices": "a", "used": 1, "upper": None, "lower": None, "unit": "bits", "weight_count": 1}]),
+            ("limits", [{"matrices": "a", "used": -1, "upper": 2, "lower": None, "unit": "bits", "weight_count": 1}]),
+            ("limits", [{"matrices": "a", "used": 1, "upper": 2, "lower": None, "unit": "eggs", "weight_count": 1}]),
         ],
     )
     def test_a_wrong_value_is_refused(self, plan, key, value):
@@ -155,16 +155,16 @@ class TestSchema:
     @pytest.mark.parametrize(
         ("path", "value"),
         [
-            (["lqlora_plan"], 2),
+            (["lqlora_plan"], 3),
             (["status"], None),
             (["goal"], "peace"),
             (["bound"], "high"),
             (["counts_factors"], 1),
             (["surprise"], 1),
-            (["demands"], {}),
-            (["demands", 0, "unit"], "eggs"),
-            (["demands", 0, "upper"], None),
-            (["demands", 0, "used"], -1),
+            (["limits"], {}),
+            (["limits", 0, "unit"], "eggs"),
+            (["limits", 0, "upper"], None),
+            (["limits", 0, "used"], -1),
             (["matrices"], []),
             (["matrices", "layers.0.q", "rank"], -1),
             (["matrices", "layers.0.q", "rank"], 1.5),
@@ -196,110 +196,103 @@ class TestSchema:
                 lq.Plan.from_json(json.dumps(document))
 
 
-class TestDemands:
+class TestOlderVersions:
+    """Documents of version 3, as the code before version 4 wrote them."""
+
+    @pytest.fixture(params=["plan_v3_bits.json", "plan_v3_error.json"])
+    def text(self, request) -> str:
+        return (Path(__file__).parent / "data" / request.param).read_text(encoding="utf-8")
+
+    def test_they_are_read_with_all_that_they_say(self, text):
+        document, plan = json.loads(text), lq.Plan.from_json(text)
+        for key in ("status", "solver", "note", "goal", "objective", "bound", "counts_factors", "storage_bits"):
+            assert getattr(plan, key) == document[key]
+        for name, row in document["matrices"].items():
+            own = plan.matrices[name]
+            assert (str(own.format), own.rank, list(own.shape)) == (row["format"], row["rank"], row["shape"])
+            assert (own.cost, own.factor_bits, own.storage_bits) == (
+                row["cost"],
+                row["factor_bits"],
+                row["storage_bits"],
+            )
+            assert (
+                np.float32(row.get("levels", own.format.codebook.levels)).tolist()
+                == own.format.codebook.levels.tolist()
+            )
+        assert [(use.matrices, use.weight_count) for use in plan.limits] == [
+            (row["what"], row["weights"]) for row in document["demands"]
+        ]
+        for use, row in zip(plan.limits, document["demands"], strict=True):
+            assert (use.used, use.upper, use.lower, use.unit) == (row["used"], row["upper"], row["lower"], row["unit"])
+
+    def test_they_are_written_as_the_newest_version(self, text):
+        plan = lq.Plan.from_json(text)
+        document = json.loads(plan.to_json())
+        assert (document["lqlora_plan"], "demands" in document) == (4, False)
+        assert document["matrices"] == json.loads(text)["matrices"]
+        assert lq.Plan.from_json(plan.to_json()) == plan
+
+    def test_keys_of_two_versions_in_one_document_are_refused(self, text):
+        for version in (3, 4):
+            document = json.loads(text) | {"lqlora_plan": version, "limits": []}
+            with pytest.raises(InvalidArgumentError, match="limits" if version == 3 else "demands"):
+                lq.Plan.from_json(json.dumps(document))
+
+
+class TestMatrices:
+    def test_properties_are_the_fields_of_the_records(self, plan):
+        for name, own in plan.matrices.items():
+            found = (plan.formats[name], plan.ranks[name], plan.shapes[name], plan.costs[name], plan.factor_bits[name])
+            assert found == (own.format, own.rank, own.shape, own.cost, own.factor_bits)
+        assert sum(own.weight_count for own in plan.matrices.values()) == plan.weight_count
+
+
+class TestLimitUses:
     def test_the_budget_comes_first_and_limits_after_it(self, plan):
-        budget, limit = plan.demands
-        assert (budget.what, budget.used, budget.upper, budget.lower) == (
+        budget, limit = plan.limits
+        assert (budget.matrices, budget.used, budget.upper, budget.lower) == (
             "all matrices",
             plan.storage_bits,
             4 * plan.weight_count,
             None,
         )
         own = [name for name in SHAPES if name.endswith(".q")]
-        weights = sum(math.prod(SHAPES[name]) for name in own)
-        assert (limit.what, limit.upper, limit.lower, limit.weights) == ("'*.q'", None, 2 * weights, weights)
+        count = sum(math.prod(SHAPES[name]) for name in own)
+        assert (limit.matrices, limit.upper, limit.lower, limit.weight_count) == ("'*.q'", None, 2 * count, count)
         assert limit.used == sum(plan.formats[name].storage_bits(SHAPES[name]) for name in own)
 
-    def test_an_error_is_a_demand_too(self, table):
+    def test_an_error_is_a_limit_too(self, table):
         plan = lq.allocate(table, max_error=1000.0)
-        assert [(d.unit, d.used, d.upper) for d in plan.demands] == [("error", plan.error, 1000.0)]
-        assert plan.demands[0].describe() == f"all matrices: an error of at most 1000, used {plan.error:.4g}"
+        assert [(use.unit, use.used, use.upper) for use in plan.limits] == [("error", plan.error, 1000.0)]
+        assert plan.limits[0].describe() == f"all matrices: an error of at most 1000, used {plan.error:.4g}"
 
     def test_factors_are_in_what_is_used_if_they_count(self, table):
         plan = lq.allocate(table, bits_per_weight=8, count_factors=True)
-        assert plan.demands[0].used == plan.counted_bits == plan.storage_bits + sum(plan.factor_bits.values())
+        assert plan.limits[0].used == plan.counted_bits == plan.storage_bits + sum(plan.factor_bits.values())
         assert sum(plan.factor_bits.values()) > 0
 
     def test_both_sides_are_described(self):
-        demand = lq.Demand("'*.q'", 300, upper=400, lower=200, weights=100)
+        use = lq.LimitUse("'*.q'", 300, upper=400, lower=200, weight_count=100)
         expected = "'*.q': at least 2.0000 and at most 4.0000 bits per weight, used 3.0000, 100 bits left"
-        assert demand.describe() == expected
+        assert use.describe() == expected
 
     @pytest.mark.parametrize(
-        "options",
-        [{}, {"upper": math.inf}, {"upper": -1}, {"lower": math.nan}, {"upper": 1, "unit": "eggs"}],
+        ("options", "said"),
+        [
+            ({}, "upper or lower"),
+            ({"upper": math.inf}, "upper .* inf"),
+            ({"upper": -1}, "upper .* -1"),
+            ({"lower": math.nan}, "lower .* nan"),
+            ({"upper": 1, "unit": "eggs"}, "unit .*eggs"),
+        ],
         ids=str,
     )
-    def test_a_demand_of_nothing_or_of_no_number_is_refused(self, options):
-        with pytest.raises(InvalidArgumentError):
-            lq.Demand("a", 1, **options)
+    def test_a_use_without_a_limit_or_a_number_is_refused(self, options, said):
+        with pytest.raises(InvalidArgumentError, match=said):
+            lq.LimitUse("a", 1, **options)
 
 
-EXPERTS = [f"h.{layer}.experts.{expert}.up" for layer in range(2) for expert in range(3)] + ["h.0.q", "h.1.q"]
-
-
-@pytest.fixture
-def mixture() -> lq.Plan:
-    """A plan of two layers of three experts, of ranks 0 and 4, and matrices of two shapes."""
-    shapes = [(32, 64) if "experts" in name else (64, 64) for name in EXPERTS]
-    configurations = [lq.Configuration(fmt, rank) for fmt in FORMATS for rank in (0, 4)]
-    rng = np.random.default_rng(3)
-    costs = [[s / fmt.storage_bits((8, 8)) / (1 + r) for fmt in FORMATS for r in (0, 1)] for s in rng.random(8)]
-    table = make_table(shapes, configurations, costs)
-    return lq.allocate(dataclasses.replace(table, names=tuple(EXPERTS)), bits_per_weight=5)
-
-
-class TestKinds:
-    def test_experts_and_layers_are_one_kind(self, mixture):
-        assert [(kind.name, kind.matrices) for kind in mixture.by_kind()] == [("h.*.experts.*.up", 6), ("h.*.q", 2)]
-
-    def test_sums_over_kinds_are_those_of_the_plan(self, mixture):
-        kinds = mixture.by_kind()
-        assert sum(kind.weights for kind in kinds) == mixture.weight_count
-        assert sum(kind.storage_bits for kind in kinds) == mixture.storage_bits
-        assert sum(kind.factor_bits for kind in kinds) == sum(mixture.factor_bits.values())
-        assert sum(kind.error_share for kind in kinds) == pytest.approx(1)
-
-    def test_extremes_are_those_of_the_members(self, mixture):
-        kind = mixture.by_kind()[0]
-        bits = [Fraction(mixture.formats[n].storage_bits((32, 64)), 32 * 64) for n in EXPERTS[:6]]
-        ranks = [mixture.ranks[n] for n in EXPERTS[:6]]
-        assert (kind.lowest, kind.highest) == (min(bits), max(bits))
-        assert kind.bits_per_weight == sum(bits) / 6
-        assert kind.ranks == (min(ranks), max(ranks))
-
-    def test_a_plan_without_error_has_no_shares(self, plan):
-        perfect = dataclasses.replace(plan, costs=dict.fromkeys(SHAPES, 0.0))
-        assert {kind.error_share for kind in perfect.by_kind()} == {0.0}
-        assert set(perfect.error_by_matrix().values()) == {0.0}
-
-
-class TestTables:
-    def test_it_has_a_row_for_each_matrix(self, plan):
-        head, rule, *rows = plan.table().split("\n")
-        assert head.count("|") == rule.count("|") == 6
-        cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-        assert [row[:2] for row in cells] == [[name, str(fmt)] for name, fmt in plan.formats.items()]
-        assert [row[2] for row in cells] == [f"{bits:.3f}" for bits in plan.bits_by_matrix().values()]
-
-    def test_by_kind_it_has_a_row_for_each_kind(self, mixture):
-        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in mixture.table(by="kind").split("\n")]
-        assert [row[:2] for row in rows[2:]] == [["h.*.experts.*.up", "6"], ["h.*.q", "2"]]
-        assert {len(row) for row in rows} == {6}
-
-    def test_a_name_ends_neither_its_cell_nor_its_row(self, plan):
-        row = plan.table().split("\n")[2]
-        name = "a|b\nc\u202ed"
-        renamed = [{name: getattr(plan, field)["layers.0.q"]} for field in ("formats", "ranks", "shapes", "costs")]
-        strange = dataclasses.replace(plan, **dict(zip(("formats", "ranks", "shapes", "costs"), renamed, strict=True)))
-        assert strange.table().split("\n")[2:] == [row.replace("layers.0.q", "a\\|b\ufffdc\ufffdd")]
-
-    def test_another_word_is_refused(self, plan):
-        with pytest.raises(InvalidArgumentError, match="'kind'"):
-            plan.table(by="color")
-
-
-class TestData:
+class TestByMatrix:
     def test_bits_by_matrix_is_exact_storage_per_weight(self, plan):
         for name, bits in plan.bits_by_matrix().items():
             assert bits == plan.formats[name].storage_bits(SHAPES[name]) / math.prod(SHAPES[name])
@@ -310,72 +303,3 @@ class TestData:
         shares = plan.error_by_matrix()
         assert sum(shares.values()) == pytest.approx(1)
         assert shares["layers.0.up"] == pytest.approx(plan.costs["layers.0.up"] / sum(plan.costs.values()))
-
-    def test_experts_of_a_layer_share_a_cell(self, mixture):
-        grid = mixture.bits_by_layer()
-        assert (grid.kinds, grid.layers) == (["up", "q"], [0, 1])
-        first = [mixture.bits_by_matrix()[name] for name in EXPERTS[:3]]
-        np.testing.assert_allclose(grid.values[0, 0], np.mean(first))
-        np.testing.assert_allclose(
-            mixture.ranks_by_layer().values[0, 0], np.mean([mixture.ranks[n] for n in EXPERTS[:3]])
-        )
-        np.testing.assert_allclose(mixture.error_by_layer().values.sum(), 1)
-
-
-class TestPictures:
-    @pytest.fixture(autouse=True)
-    def _drawable(self):
-        require_or_skip("matplotlib", is_installed("matplotlib"))
-
-    def test_the_picture_shows_bits_and_errors(self, plan):
-        from matplotlib.figure import Figure
-
-        picture = plan.plot()
-        assert isinstance(picture, Figure)
-        images = [axes.images[0].get_array() for axes in picture.axes if axes.images]
-        bits, shares = plan.bits_by_matrix(), plan.error_by_matrix()
-        for image, values in zip(images, (bits, shares), strict=True):
-            assert image.tolist() == [
-                [values["layers.0.q"], values["layers.1.q"]],
-                [values["layers.0.up"], values["layers.1.up"]],
-            ]
-        assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == ["q", "up"]
-
-    def test_ranks_are_drawn_if_they_differ(self, mixture):
-        assert len(set(mixture.ranks.values())) == 2
-        titles = [axes.get_title() for axes in mixture.plot().axes]
-        assert "Ranks" in titles
-
-    def test_a_name_with_dollars_is_no_formula(self, plan, tmp_path):
-        fields = ("formats", "ranks", "shapes", "costs")
-        renamed = {f: {r"$\broken{$": getattr(plan, f)["layers.0.q"]} for f in fields}
-        dataclasses.replace(plan, **renamed).plot().savefig(tmp_path / "p.png")
-        assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-    def test_a_frontier_is_a_curve_through_its_points(self, table):
-        plans = [lq.allocate(table, bits_per_weight=bits) for bits in (5, 3.1, 4)]
-        line = plot_pareto(plans).axes[0].lines[0]
-        assert line.get_xydata().tolist() == [list(point) for point in pareto_points(plans)]
-
-    def test_a_frontier_without_plans_is_refused(self):
-        with pytest.raises(InvalidArgumentError, match="at least one"):
-            plot_pareto([])
-
-
-class TestParetoPoints:
-    def test_they_are_sorted_by_size(self, table):
-        plans = [lq.allocate(table, bits_per_weight=bits) for bits in (5, 3.1, 4)]
-        expected = sorted(ParetoPoint(float(plan.bits_per_weight), plan.error) for plan in plans)
-        assert pareto_points(plans) == expected
-
-    def test_no_plans_have_no_points(self):
-        assert pareto_points([]) == []
-
-    def test_plans_that_count_other_parts_are_not_compared(self, table):
-        plans = [lq.allocate(table, bits_per_weight=8, count_factors=count) for count in (False, True)]
-        with pytest.raises(InvalidArgumentError, match="same parts"):
-            pareto_points(plans)
-
-    def test_plans_of_other_matrices_are_not_compared(self, plan, mixture):
-        with pytest.raises(InvalidArgumentError, match="same matrices"):
-            pareto_points([plan, mixture])

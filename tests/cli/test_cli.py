@@ -175,7 +175,9 @@ class TestDemoFailures:
     def test_a_rank_out_of_range(self, failure, rank):
         assert str(rank) in failure(rank=rank)
 
-    @pytest.mark.parametrize(("bits", "words"), [(-1, "not negative"), (0.5, "infeasible"), ("nan", "finite number")])
+    @pytest.mark.parametrize(
+        ("bits", "words"), [(-1, "bits_per_weight"), (0.5, "infeasible"), ("nan", "bits_per_weight")]
+    )
     def test_a_budget_that_cannot_be_met(self, failure, bits, words):
         assert words in failure(bits=bits)
 

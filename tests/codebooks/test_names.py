@@ -1,9 +1,23 @@
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 
 from lqlora import NF4, BlockFormat, Codebook, affine, dynamic8, fp4, logarithmic, small_float, student_float, uniform
-from lqlora.codebooks import AF4, FP4_BNB, abnormal_float, block_optimal, by_name, is_standard
+from lqlora.codebooks import (
+    AF4,
+    FP4_BNB,
+    abnormal_float,
+    block_optimal,
+    by_name,
+    codebook_from_json,
+    codebook_from_text,
+    codebook_to_json,
+    codebook_to_text,
+    is_standard,
+)
 from lqlora.errors import FormatError, InvalidArgumentError
 
 #: One name for each spelling, and its codebook.
@@ -75,3 +89,52 @@ def test_the_message_for_an_unknown_name_lists_the_families():
 def test_the_message_for_a_number_out_of_range_has_the_range():
     with pytest.raises(InvalidArgumentError, match=r"^Unknown codebook 'nf9': bits .*got 9\.$"):
         by_name("nf9")
+
+
+#: Levels that decimal fractions do not hold, a name that stands for others, and another normalization.
+OWN = [
+    Codebook([-1, 1e-40, 0.1, 1 / 3], name="third"),
+    Codebook([-1, 0, 1], name="nf4"),
+    Codebook(block_optimal(4, 64, signed=True).levels, name="nf4", normalization="signed"),
+]
+
+
+class TestOwnCodebooks:
+    @pytest.mark.parametrize("codebook", OWN, ids=lambda own: f"{own.name} {own.normalization}")
+    def test_json_and_text_restore_every_bit(self, codebook):
+        document = json.loads(json.dumps(codebook_to_json(codebook)))
+        for again in (
+            codebook_from_json(codebook.name, document | {"rank": 3}),
+            codebook_from_text(codebook.name, codebook_to_text(codebook)),
+        ):
+            assert (again, again.name) == (codebook, codebook.name)
+            assert again.levels.tobytes() == codebook.levels.tobytes()
+
+    @pytest.mark.parametrize("name", SPELLED)
+    def test_a_standard_codebook_needs_only_its_name(self, name):
+        assert (codebook_to_json(SPELLED[name]), codebook_to_text(SPELLED[name])) == ({}, None)
+        assert codebook_from_json(name, {"rank": 3}) is None
+        assert codebook_from_text(name, None) is None
+
+    @pytest.mark.parametrize(
+        "document",
+        [
+            {"levels": [-1, 1]},
+            {"normalization": "absmax"},
+            {"levels": [-1, "1"], "normalization": "absmax"},
+            {"levels": [False, True], "normalization": "absmax"},
+            {"levels": "ab", "normalization": "absmax"},
+            {"levels": [-1, math.nan], "normalization": "absmax"},
+            {"levels": [1, -1], "normalization": "absmax"},
+            {"levels": [-1, 1], "normalization": "l2"},
+        ],
+        ids=str,
+    )
+    def test_json_that_describes_no_codebook_is_refused(self, document):
+        with pytest.raises(InvalidArgumentError):
+            codebook_from_json("ternary", document)
+
+    @pytest.mark.parametrize("text", ["", "absmax", "absmax a b", "l2 -1 1", "absmax 1 -1"])
+    def test_text_that_describes_no_codebook_is_refused(self, text):
+        with pytest.raises(FormatError, match="codebook"):
+            codebook_from_text("ternary", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from lqlora.costs import CostStore, StoredRow
 from lqlora.costs.store import NUMERICS
 from lqlora.errors import InvalidArgumentError, StoreError
 from lqlora.weighting import Elementwise, InputGram, RowColumn
-from tests.allocation.cases import FORMATS, NF2, NF4, matrices, same
+from tests.costs.cases import FORMATS, NF2, NF4, matrices, same
 
 HEAD = {"seed": 0}
 ROW = StoredRow("a", (2, 3), "c0ffee", "none", {"nf4/64:float16 rank 8": 0.1})
@@ -113,12 +114,12 @@ class TestRefusing:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"seed": 1}, "seed is 0 and not 1"),
-            ({"max_iter": 3}, "max_iter is 2 and not 3"),
-            ({"init": "svd"}, "init is 'quantize' and not 'svd'"),
-            ({"fit": "scale"}, "fit is None and not 'scale'"),
-            ({"mode": "fast"}, "mode is 'exact' and not 'fast'"),
-            ({"factor_format": NF4}, "factor_format is None and not 'nf4/32:float16'"),
+            ({"seed": 1}, "seed is 0, not 1"),
+            ({"max_iter": 3}, "max_iter is 2, not 3"),
+            ({"init": "svd"}, "init is 'quantize', not 'svd'"),
+            ({"fit": "scale"}, "fit is None, not 'scale'"),
+            ({"mode": "fast"}, "mode is 'exact', not 'fast'"),
+            ({"factor_format": NF4}, "factor_format is None, not 'nf4/32:float16'"),
         ],
         ids=str,
     )
@@ -132,17 +133,19 @@ class TestRefusing:
         with pytest.raises(StoreError, match="configurations is"):
             lq.cost_table(weights, FORMATS, rank=1, store=path, mode="fast")
 
-    def test_another_version_of_the_numerics_is_refused(self, weights, path, monkeypatch):
-        lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
-        monkeypatch.setattr("lqlora.costs.store.NUMERICS", 2)
-        with pytest.raises(StoreError, match="another version of the numerics"):
-            lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
+    def test_another_version_of_the_numerics_is_refused(self, path):
+        CostStore(path, HEAD).close()
+        head = json.dumps(json.loads(path.read_text())["line"] | {"numerics": NUMERICS + 1})
+        checksum = hashlib.sha256(head.encode()).hexdigest()[:16]
+        path.write_text(f'{{"sum": "{checksum}", "line": {head}}}\n')
+        with pytest.raises(StoreError, match=f"costs of version {NUMERICS + 1} of the numerics"):
+            CostStore(path, HEAD)
 
     def test_another_matrix_of_the_same_name_is_refused(self, weights, path):
         lq.cost_table(weights, FORMATS[:1], rank=1, store=path)
         changed = weights["layers.0.q"].copy()
         changed[3, 3] = np.nextafter(changed[3, 3], 1, dtype=np.float32)
-        with pytest.raises(StoreError, match=r"'layers\.0\.q' has other entries"):
+        with pytest.raises(StoreError, match=r"entries of .*'layers\.0\.q'"):
             lq.cost_table({**weights, "layers.0.q": changed}, FORMATS[:1], rank=1, store=path)
 
     @pytest.mark.parametrize("first", [None, "ones", "row", "gram"])
@@ -164,7 +167,7 @@ class TestRefusing:
         if first == second:
             lq.cost_table(own, [NF2], **options)
         else:
-            with pytest.raises(StoreError, match="'a' has other weighting"):
+            with pytest.raises(StoreError, match=r"weighting .*'a'"):
                 lq.cost_table(own, [NF2], **options)
 
     def test_the_same_entries_of_another_library_are_the_same_matrix(self, weights, path, xp):
@@ -174,8 +177,8 @@ class TestRefusing:
         lq.cost_table({name: np.asfortranarray(w) for name, w in weights.items()}, FORMATS[:1], rank=1, store=path)
         assert path.read_bytes() == before
 
-    def test_a_quantizer_of_ones_own_has_no_name_to_store(self, weights, path):
-        with pytest.raises(InvalidArgumentError, match="one quantizer from another"):
+    def test_a_quantizer_that_is_a_function_cannot_be_stored(self, weights, path):
+        with pytest.raises(InvalidArgumentError, match=r"^quantizer "):
             lq.cost_table(weights, [NF2], rank=1, store=path, quantizer=lambda w, _: lq.quantize(w, NF2))
         assert not path.exists()
 
@@ -189,14 +192,14 @@ class TestRefusing:
         lines[line] = lines[line].replace(*change)
         path.write_bytes(b"".join(lines))
         for read in (CostStore.read, lambda own: CostStore(own, HEAD)):
-            with pytest.raises(StoreError, match=f"Line {line + 1} of .* is corrupt"):
+            with pytest.raises(StoreError, match=rf"costs\.jsonl, line {line + 1}, "):
                 read(path)
 
     def test_a_missing_line_break_in_the_middle_is_corrupt(self, path):
         with CostStore(path, HEAD) as store:
             store.append(ROW)
         path.write_bytes(path.read_bytes().replace(b"\n", b"", 1))
-        with pytest.raises(StoreError, match="Line 1"):
+        with pytest.raises(StoreError, match="line 1"):
             CostStore(path, HEAD)
 
     @pytest.mark.parametrize("cost", [float("nan"), 1, "cheap"])
@@ -207,7 +210,7 @@ class TestRefusing:
 
     def test_two_at_once_are_refused(self, path):
         with CostStore(path, HEAD) as store:
-            with pytest.raises(StoreError, match="in use by another process"):
+            with pytest.raises(StoreError, match=r"costs\.jsonl is in use"):
                 CostStore(path, HEAD)
             store.append(ROW)
         with CostStore(path, HEAD) as store:
@@ -216,7 +219,7 @@ class TestRefusing:
     def test_a_folder_that_is_not_there_is_named(self, path):
         with pytest.raises(StoreError, match="nowhere"):
             CostStore(path.parent / "nowhere" / "costs", HEAD)
-        with pytest.raises(StoreError, match="Cannot read"):
+        with pytest.raises(StoreError, match=r"costs\.jsonl"):
             CostStore.read(path)
 
 
@@ -237,9 +240,9 @@ class TestMerging:
     @pytest.mark.parametrize(
         ("other", "said"),
         [
-            ({"costs": {"nf4/64:float16 rank 8": 0.2}}, "costs 0.2, but 0.1 is stored"),
-            ({"content": "beef"}, "other entries"),
-            ({"weighting": "beef"}, "other weighting"),
+            ({"costs": {"nf4/64:float16 rank 8": 0.2}}, "is 0.2, but 0.1"),
+            ({"content": "beef"}, "entries"),
+            ({"weighting": "beef"}, "weighting"),
         ],
     )
     def test_stores_that_disagree_are_not_merged(self, path, tmp_path, other, said):
@@ -253,24 +256,24 @@ class TestMerging:
     def test_stores_of_other_settings_are_not_merged(self, path, tmp_path):
         for seed in (0, 1):
             CostStore(tmp_path / str(seed), {"seed": seed}).close()
-        with pytest.raises(StoreError, match="seed is 1 and not 0"):
+        with pytest.raises(StoreError, match="seed is 1, not 0"):
             CostStore.merge([tmp_path / "0", tmp_path / "1"], path)
 
     def test_no_file_is_overwritten(self, path, tmp_path):
         with CostStore(tmp_path / "first", HEAD) as store:
             store.append(ROW)
         path.write_text("precious")
-        with pytest.raises(StoreError, match="Cannot write"):
+        with pytest.raises(StoreError, match=r"costs\.jsonl"):
             CostStore.merge([tmp_path / "first"], path)
         assert path.read_text() == "precious"
-        with pytest.raises(StoreError, match="nothing to merge"):
+        with pytest.raises(StoreError, match=r"^paths "):
             CostStore.merge([], tmp_path / "other")
 
 
 SCRIPT = """
 import sys
 import lqlora as lq
-from tests.allocation.cases import FORMATS, matrices
+from tests.costs.cases import FORMATS, matrices
 weights = {f"{name} {copy}": (copy + 1) * w for copy in range(5) for name, w in matrices().items()}
 print("begun", flush=True)
 table = lq.cost_table(weights, FORMATS, ranks=[1, 2, 3], max_iter=20, store=sys.argv[1])

@@ -17,7 +17,7 @@ import pytest
 
 import lqlora as lq
 from lqlora.costs import CostStore
-from tests.allocation.cases import FORMATS, matrices, same
+from tests.costs.cases import FORMATS, matrices, same
 from tests.requirements import require_or_skip
 
 if TYPE_CHECKING:

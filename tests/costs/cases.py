@@ -1,4 +1,4 @@
-"""What the tests of allocation share: a few matrices of different scales, formats, and equality of tables."""
+"""Shared cases of cost tables: a few matrices of different scales, formats, a table of them, and equality of tables."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def matrices() -> dict[str, np.ndarray]:
         name: (scale * rng.standard_normal(shape)).astype(np.float32)
         for (name, shape), scale in zip(SHAPES.items(), scales, strict=True)
     }
+
+
+def small_table() -> lq.CostTable:
+    """Four matrices in five formats, really decomposed."""
+    return lq.cost_table(matrices(), FORMATS, rank=2)
+
+
+def make_table(shapes, configurations, costs) -> lq.CostTable:
+    """A table of given costs and true sizes; factors take 16 bits an entry."""
+    names = tuple(f"m{i}" for i in range(len(shapes)))
+    sizes = np.array([[own.format.storage_bits(shape) for own in configurations] for shape in shapes])
+    factors = np.array([[16 * own.rank * sum(shape) for own in configurations] for shape in shapes])
+    return lq.CostTable(names, tuple(shapes), tuple(configurations), np.array(costs, dtype=np.float64), sizes, factors)
 
 
 def same(first: lq.CostTable, second: lq.CostTable) -> bool:

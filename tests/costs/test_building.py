@@ -13,7 +13,7 @@ import pytest
 import lqlora as lq
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import Elementwise
-from tests.allocation.cases import FORMATS, NF2, NF4, SHAPES, matrices, same
+from tests.costs.cases import FORMATS, NF2, NF4, SHAPES, matrices, same
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ class TestCostTable:
     def test_a_function_made_on_the_spot_is_refused_by_processes_in_one_sentence(self, weights):
         with (
             ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
-            pytest.raises(InvalidArgumentError, match="must be picklable"),
+            pytest.raises(InvalidArgumentError, match="picklable"),
         ):
             lq.cost_table({"a": lambda: weights["layers.0.q"]}, FORMATS[:1], rank=1, executor=pool)
 
@@ -173,7 +173,7 @@ class TestDocuments:
         "text", ["", "{", "[]", "3", "null", "{}", "[" * 100_000, '{"lqlora_cost_table": 9}'], ids=lambda text: text[:6]
     )
     def test_text_that_is_no_table_is_refused(self, text):
-        with pytest.raises(InvalidArgumentError, match=r"[cC]ost table"):
+        with pytest.raises(InvalidArgumentError, match=r"^text "):
             lq.CostTable.from_json(text)
 
     @pytest.mark.parametrize("key", ["name", "shape", "costs", "sizes", "factor_sizes"])
@@ -183,11 +183,11 @@ class TestDocuments:
         document["matrices"][0][key] = value
         if key == "name":
             del document["matrices"][0][key]
-        with pytest.raises(InvalidArgumentError, match="cost table"):
+        with pytest.raises(InvalidArgumentError, match=r"^text "):
             lq.CostTable.from_json(json.dumps(document))
 
     def test_arrays_of_other_shapes_are_no_table(self, table):
-        with pytest.raises(InvalidArgumentError, match="sizes of shape"):
+        with pytest.raises(InvalidArgumentError, match=r"^sizes "):
             lq.CostTable(
                 table.names, table.shapes, table.configurations, table.costs, table.sizes[:1], table.factor_sizes
             )

@@ -21,10 +21,10 @@ def changed(table, what, value):
 @pytest.mark.parametrize(
     ("what", "value", "message"),
     [
-        ("costs", np.nan, "The cost of '.*' in .* is nan: it must be at least 0"),
-        ("costs", -1e-300, "The cost of '.*' in .* is -1e-300"),
-        ("sizes", -8, "The size of '.*' in .* is -8"),
-        ("factor_sizes", -1, "The size of factors of '.*' in .* is -1"),
+        ("costs", np.nan, r"^costs .* nan for 'layers\.0\.up'"),
+        ("costs", -1e-300, r"^costs .* -1e-300 "),
+        ("sizes", -8, "^sizes .* -8 "),
+        ("factor_sizes", -1, "^factor_sizes .* -1 "),
     ],
 )
 def test_numbers_that_can_be_no_error_and_no_size_are_refused_by_name(table, what, value, message):
@@ -42,9 +42,9 @@ def test_an_infinite_cost_forbids_a_configuration_and_is_written(table):
 
 
 def test_a_matrix_or_a_configuration_that_occurs_twice_is_refused(table):
-    with pytest.raises(InvalidArgumentError, match=f"Matrix '{table.names[0]}' occurs twice"):
+    with pytest.raises(InvalidArgumentError, match=f"^names .*'{table.names[0]}'"):
         dataclasses.replace(table, names=(table.names[0], *table.names[:-1]))
-    with pytest.raises(InvalidArgumentError, match=r"Configuration .* occurs twice"):
+    with pytest.raises(InvalidArgumentError, match=r"^configurations .*nf2/16"):
         dataclasses.replace(table, configurations=(table.configurations[0], *table.configurations[:-1]))
 
 
@@ -52,5 +52,5 @@ def test_a_matrix_or_a_configuration_that_occurs_twice_is_refused(table):
 def test_documents_with_such_numbers_are_refused(table, word):
     document = json.loads(table.to_json())
     document["matrices"][0]["costs"][0] = "?"
-    with pytest.raises(InvalidArgumentError, match="must be at least 0"):
+    with pytest.raises(InvalidArgumentError, match=r"^text .*costs"):
         lq.CostTable.from_json(json.dumps(document).replace('"?"', word))

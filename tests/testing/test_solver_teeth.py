@@ -9,7 +9,7 @@ import pytest
 from lqlora.errors import ConformanceError, InvalidArgumentError, MissingDependencyError
 from lqlora.solvers import Budget, Problem
 from lqlora.testing import SOLVER_PROPERTIES, _running, assert_solver_conforms, check_solver
-from lqlora.testing.solvers import properties as _solver_properties
+from lqlora.testing.solvers import _properties as _solver_properties
 from lqlora.testing.solvers._subject import optimum
 from tests.testing import broken_solvers as broken
 

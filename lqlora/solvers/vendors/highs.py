@@ -1,4 +1,4 @@
-"""Adapter for HiGHS through its own interface, highspy."""
+"""Adapter of HiGHS, through highspy."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "highspy"
 
-#: How many threads the last solve of this process asked for.
+#: Number of threads that the last solve of this process asked for; empty before the first.
 _THREADS: list[int] = []
 
-#: Nothing here is unbounded, so what may be either is infeasible.
+#: Reasons by the name of the model status. No reduced problem is unbounded, so kUnboundedOrInfeasible means infeasible.
 _STOPPED = {
     "kOptimal": StopReason.GAP,
     "kInfeasible": StopReason.INFEASIBLE,
@@ -43,7 +43,7 @@ def version() -> str:
     Returns
     -------
     str
-        The vendor's own spelling.
+        Version of HiGHS, such as ``"1.11.0"``.
     """
     highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
     return str(highspy.Highs().version())
@@ -57,20 +57,20 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     reduced : Reduced
         The problem.
     options : SolveOptions
-        The limits.
+        Time limit, gap, seed and threads.
 
     Returns
     -------
     RawResult
-        What the solver says.
+        The solver's result, as it is.
 
     Raises
     ------
     SolverError
-        If it fails.
+        If the solver fails.
     """
     highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
-    _let_threads_be(highspy, options.threads)
+    _set_threads(highspy, options.threads)
     solver = highspy.Highs()
     settings = {"output_flag": False, "mip_rel_gap": options.rel_gap, "mip_abs_gap": 0.0, "random_seed": options.seed}
     settings |= {"threads": options.threads}
@@ -104,27 +104,23 @@ def _set_start(highspy: Any, solver: Any, start: npt.NDArray[np.float64]) -> Non
         raise SolverError("HiGHS refused the start.")
 
 
-def _let_threads_be(highspy: object, count: int) -> None:
-    """End the threads that HiGHS keeps in a process if they are not as many: another number of them is an error."""
+def _set_threads(highspy: object, count: int) -> None:
+    """End the threads that HiGHS keeps in this process, if their number differs: HiGHS refuses to change it."""
     if _THREADS not in ([], [count]):
         highspy.Highs.resetGlobalScheduler(True)  # type: ignore[attr-defined]  # noqa: FBT003 - wait for their end
     _THREADS[:] = [count]
 
 
 def _model(highspy: Any, reduced: Reduced) -> Any:
-    from scipy import sparse  # noqa: PLC0415 - beside the vendor's import, in the one place that needs it
-
-    rows = sparse.vstack([reduced.choose, reduced.use], format="csc")
-    ones = np.ones(reduced.choose.shape[0])
-    variables = len(reduced.cost)
+    matrix, lower, upper = reduced.rows()
+    columns, variables = matrix.tocsc(), len(reduced.cost)
     lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = variables, rows.shape[0]
+    lp.num_col_, lp.num_row_ = variables, len(lower)
     lp.col_cost_ = reduced.cost
     lp.col_lower_, lp.col_upper_ = np.zeros(variables), np.ones(variables)
-    lp.row_lower_ = np.concatenate([ones, reduced.lower])
-    lp.row_upper_ = np.concatenate([ones, reduced.upper])
-    lp.offset_ = reduced.constant / reduced.unit  # so that the relative gap is that of the whole objective
+    lp.row_lower_, lp.row_upper_ = lower, upper
+    lp.offset_ = reduced.offset  # the relative gap is that of the whole objective
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = rows.indptr, rows.indices, rows.data
+    lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = columns.indptr, columns.indices, columns.data
     lp.integrality_ = [highspy.HighsVarType.kInteger] * variables
     return lp

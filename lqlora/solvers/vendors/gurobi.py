@@ -51,8 +51,8 @@ def check_license() -> License:
     Returns
     -------
     License
-        ``ok`` is False if there is none or it expired. ``message`` tells whether it is the license of the package,
-        which limits the size of models.
+        ``ok`` is False if there is none or it expired. ``message`` says "unrestricted", or names the largest model that
+        the license of the package allows.
     """
     gurobipy = require(REQUIRES, "solvers", "Solver 'gurobi'")
     try:

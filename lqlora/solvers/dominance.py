@@ -44,11 +44,11 @@ def undominated(
     >>> column.tolist()
     [1, 2]
     """
-    # Exchange argument: replace a dominated choice by the dominating one, and the assignment stays feasible and costs no
-    # more. So some optimum has no dominated choice. In most groups all budgets that count anything see the same sizes
-    # (`alike`). There dominance is the lower left staircase of the points (size, cost): sort by size, and keep a point if
-    # its cost is below all before it. With lower limits (`held`) only points of equal size compare: keep the first, that
-    # is the cheapest, of each size. Other groups (tied rows that count in part) need all pairs.
+    # Exchange argument: replace a dominated choice by the dominating one, and the assignment stays feasible and costs
+    # no more. So some optimum has no dominated choice. In most groups all budgets that count anything see the same
+    # sizes (`alike`). There the choices that stay form a staircase of points (size, cost): sort by size, keep a point
+    # if its cost is below all before it. With lower limits (`held`) only points of equal size compare: keep the first,
+    # that is the cheapest, of each size. Other groups (tied rows that a budget counts in part) need all pairs.
     size = sizes.max(axis=0, initial=0)
     counted = sizes.max(axis=2) > 0
     alike = ((sizes == size) | ~counted[:, :, None]).all(axis=(0, 2))

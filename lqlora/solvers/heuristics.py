@@ -20,10 +20,10 @@ _HALVINGS = 40
 _MOVES = 100
 
 
-# Lagrangian relaxation with one multiplier. Each budget weighs 1 / limit, so that a share of one budget counts as much
-# as the same share of another; a budget that has a lower limit only counts the other way. For a price p each group takes
-# the choice that minimizes cost + p * load. Costs rise and loads fall with p, so the least feasible p is found by
-# bisection. A single price need not meet several budgets at once, so there may be no answer although one exists.
+# Lagrangian relaxation with a single multiplier. The load of a choice is the sum of its shares of all budgets; a budget
+# with a lower limit only counts negatively. For a price p each group takes the choice that minimizes cost + p * load.
+# The cost of these choices rises with p and their load falls, so bisection finds the least price that is feasible. One
+# price need not meet several budgets at once, so there may be no answer although the problem is feasible.
 def lagrangian_start(reduced: Reduced) -> npt.NDArray[np.int64] | None:
     """Return the cheapest feasible choice that one price on the use of all budgets gives.
 

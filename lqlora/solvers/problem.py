@@ -152,9 +152,8 @@ def _check(
     ):
         if (wrong & allowed).any():
             row, column = (int(i[0]) for i in np.nonzero(wrong & allowed))
-            raise InvalidArgumentError(
-                f"{name} must be {rule} where a choice is allowed, got {table[row, column]} at row {row}, column {column}."
-            )
+            value = f"{table[row, column]} at row {row}, column {column}"
+            raise InvalidArgumentError(f"{name} must be {rule} where a choice is allowed, got {value}.")
     if size.sum(dtype=np.float64) >= 2.0**62:
         raise InvalidArgumentError(
             f"size must add up to less than 2**62 bits, got {size.sum(dtype=np.float64):.6g}. Use a larger unit."

@@ -172,7 +172,7 @@ def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> Se
     True
     """
     bound = float(np.float32(largest))
-    if bound > largest:
+    if bound > largest:  # float32 rounded the limit up
         bound = float(np.nextafter(np.float32(largest), np.float32(0)))
     special = [*HARD, *(codebook.boundaries.tolist() if codebook is not None else ())]
     return st.sampled_from([x for x in special if abs(x) <= bound]) | st.floats(-bound, bound, width=32)

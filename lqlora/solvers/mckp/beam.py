@@ -56,15 +56,15 @@ class _Link(NamedTuple):
     item: npt.NDArray[np.int32]
 
 
-# Let B be the bound of the open choices, and read costs as excess above B. A state with excess e and room r is a feasible
-# choice of cost e + p r, if r >= 0 and the groups that are left stay at the base; that is how incumbents are found. All
-# completions of a state cost at least e + completion_bound(r). The invariant of the loop: every feasible choice
+# Let B be the bound of the open choices, and count costs from B. A state with excess e and room r >= 0 is a feasible
+# choice of cost e + p r, if the groups that are left stay at the base: that is how incumbents are found. Completions of
+# a state cost at least e + completion_bound(r). The invariant of the loop is that every feasible choice
 #
-#     descends from a state of this generation,  or costs at least min(dropped, best),
+#     costs at least min(dropped, best),  or costs no less than a completion of a state of this generation.
 #
-# where `dropped` is the least bound of all states that were ever removed, and of the items that were left out. So the
-# search may remove any state, for any reason, and B + min(dropped, best) stays a lower bound: width, work and deadline
-# cost tightness, never validity.
+# `dropped` is the least bound of all states that were thinned out, and of the items that were left out. So the search
+# may drop any state, for any reason, and B + min(dropped, best) stays a lower bound: the limits of width, work and time
+# make it weaker, never wrong.
 def search(
     knapsack: Knapsack,
     lp: Relaxation,

@@ -1,7 +1,7 @@
 """Inputs of the properties of quantizers.
 
-An input is hard only in the respect that its property is about, so that a fault fails that property and few others. Easy
-weights have one dimension, whole blocks, an even number and ordinary magnitudes.
+An input is hard only in the respect that its property is about, so that a fault fails that property and few others.
+Easy weights have one dimension, whole blocks, an even number and ordinary magnitudes.
 """
 
 from __future__ import annotations

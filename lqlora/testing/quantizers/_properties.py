@@ -80,6 +80,7 @@ def layout(subject: Subject, w: Weights, layout: str) -> None:
 @_promise(_inputs.with_power)
 def power_of_two_scaling(subject: Subject, w: Weights, power: int) -> None:
     """Scaling the weights by a power of two scales the result by the same power."""
+    # The power is clipped so that every scaled block stays within the range that the quantizer supports.
     absmax = subject.absmax(w)
     lowest = int(np.ceil(np.log2(subject.smallest / absmax.min())))
     highest = int(np.floor(np.log2(subject.largest / absmax.max())))
@@ -120,6 +121,7 @@ def locality(subject: Subject, w: Weights, block: int, replacement: Weights) -> 
 @_promise(_inputs.with_tail, "block_size")
 def ragged_tail(subject: Subject, w: Weights) -> None:
     """A short last block gives the same result as if it were padded with copies of its first weight."""
+    # Copies of a weight change neither absmax nor extremes. Zeros would change the extremes of affine formats.
     start = subject.blocks(w.size)[-1].start
     filled = np.append(w, np.full(start + (subject.block_size or 1) - w.size, w[start]))
     _expect_same(subject.flat(w), subject.flat(filled)[: w.size], w, "in a padded block")
@@ -160,6 +162,10 @@ def error_bound(subject: Subject, w: Weights) -> None:
     _expect_near(subject.flat(w), w, subject.allowed_error(w))
 
 
+# The scale of a block is not visible outside, so the check searches for it. If results are levels times a scale s,
+# the largest result is s * l for some level l of its sign, so s is one of at most n quotients (and the absmax, which is
+# the usual scale). For a candidate s every result must be a level times s, and no farther from its weight than the
+# nearest of these, up to rounding.
 @_promise(_inputs.ordinary, "block_size", "levels")
 def nearest_level(subject: Subject, w: Weights) -> None:
     """Each block has a scale for which every result is the level nearest to its weight."""
@@ -206,6 +212,7 @@ def equal_weights(subject: Subject, w: Weights) -> None:
 @_promise(_inputs.tied, "block_size", "levels", "ties_to")
 def tie_direction(subject: Subject, w: Weights) -> None:
     """A weight midway between two levels goes to the one that ``ties_to`` names."""
+    # The result need not be exactly a level, for example with rounded scales: the nearer one of the two counts.
     levels, absmax, out = subject.normalized, subject.absmax(w), subject.flat(w)
     below = np.clip(np.searchsorted(levels, w / absmax) - 1, 0, levels.size - 2)
     lower, upper = levels[below] * absmax, levels[below + 1] * absmax
@@ -221,6 +228,7 @@ def tie_direction(subject: Subject, w: Weights) -> None:
 @_promise(_inputs.ordinary, "independent_blocks")
 def idempotence(subject: Subject, w: Weights) -> None:
     """Quantizing a result again does not change it."""
+    # With the absmax as scale the largest weight is a level, so the second scale equals the first.
     once = subject.round_trip(w).astype(np.float32)
     _expect_near(subject.flat(once), once, subject.tolerance * subject.absmax(once))
 
@@ -301,6 +309,7 @@ def _expect_accepted(subject: Subject, w: npt.NDArray[Any]) -> None:
         subject.adapted(w)
     except AdapterError:
         raise NotApplicableError(f"adapt() refuses {w.dtype}") from None
+    # Weights and scale are rounded to the dtype, a quantizer may compute in it, and float64 may be taken as float32.
     rounding = 4 * max(float(ml_dtypes.finfo(w.dtype).eps), 2.0**-23)  # type: ignore[no-untyped-call]
     _expect_near(subject.flat(w), w, subject.allowed_error(w, rounding))
 

@@ -44,6 +44,7 @@ class Subject:
     @property
     def unit(self) -> int:
         """Smallest even number of weights that fills whole blocks and that the quantizer accepts."""
+        # Even, so that quantizers that pack two codes in a byte meet an odd number in the properties about it only.
         return lcm(self.block_size or 1, self.size_multiple, 2)
 
     @cached_property
@@ -64,6 +65,7 @@ class Subject:
     @cached_property
     def radius(self) -> float:
         """Largest distance of a number in [-1, 1] from the nearest normalized level."""
+        # Half the widest gap between levels, or the distance of an end of the interval from the outermost level.
         levels = self.normalized
         return float(max(np.diff(levels).max() / 2, levels[0] + 1, 1 - levels[-1]))
 
@@ -100,7 +102,10 @@ class Subject:
         return np.concatenate([np.full(size[block].size, size[block].max()) for block in self.blocks(size.size)])
 
     def allowed_error(self, w: npt.NDArray[Any], rounding: float = 0.0) -> Wide:
-        """Return the largest allowed error of each weight: half the widest gap, plus the tolerances, times the absmax."""
+        """Return the largest allowed error of each weight."""
+        # Let a be the absmax. With scale a, w / a is in [-1, 1], and its nearest level l is within the radius:
+        # |w - a l| <= radius * a. Rounding the scale to a + d adds at most |d|, because |l| <= 1. Independent blocks
+        # round their own scale; otherwise d is relative to the largest scale of the array.
         absmax = self.absmax(w)
         radius = 1.0 if self.levels is None else self.radius
         of_scale = absmax if self.independent_blocks else np.full(absmax.shape, absmax.max())

@@ -172,9 +172,8 @@ def deterministic(subject: SolverSubject, problem: Problem) -> None:
     same = first.objective == second.objective and first.bound == second.bound
     x = (first.raw.x, second.raw.x)
     if not same or (x[0] is not None and x[1] is not None and not np.array_equal(x[0], x[1])):
-        raise ViolationError(
-            f"the first answer costs {first.objective}, bound {first.bound}; the second {second.objective}, bound {second.bound}"
-        )
+        answers = [f"cost {answer.objective}, bound {answer.bound}" for answer in (first, second)]
+        raise ViolationError(f"the first answer has {answers[0]}, the second {answers[1]}")
 
 
 @_promise(inputs.easy)

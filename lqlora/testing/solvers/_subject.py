@@ -34,7 +34,8 @@ class Answer(NamedTuple):
         return float(self.raw.bound * self.reduced.unit)
 
     def rounding(self, scale: float) -> float:
-        """Return the allowed rounding error: reduced costs are of order one, and tolerances of solvers are absolute."""
+        """Return the allowed error of an objective or bound."""
+        # Solvers have absolute tolerances of about 1e-6 on reduced costs, whose unit is `unit` in the original problem.
         return 1e-6 * self.reduced.unit + 1e-9 * abs(scale)
 
 

@@ -79,7 +79,7 @@ def test_costs_of_1e_12_have_the_plan_of_costs_of_one(solver):
     np.testing.assert_allclose(evaluate(problem, found.assignment)[0], solve(problem, "scipy").objective, rtol=2e-6)
 
 
-def test_a_time_limit_is_no_proof_with_or_without_an_incumbent(solver):
+def test_a_time_limit_gives_a_valid_bound_with_or_without_an_incumbent(solver):
     problem = larger_problem(0, 60, 24)
     reduced = reduce_problem(problem)
     raw = registry.find(solver).solve(reduced, SolveOptions(time_limit=1e-3, rel_gap=0.0))

@@ -146,7 +146,7 @@ def test_gurobi_without_a_license_is_an_error(monkeypatch, tmp_path):
     require_or_skip("gurobi", available()["gurobi"])
     monkeypatch.setenv("GRB_LICENSE_FILE", str(tmp_path / "none.lic"))
     assert not check_license("gurobi").ok
-    with pytest.raises(SolverError, match="Gurobi failed"):
+    with pytest.raises(SolverError, match="gurobi"):
         solve(Problem([[1.0]], [[1]]), "gurobi")
 
 
@@ -190,7 +190,7 @@ def test_a_process_that_hangs_is_ended_at_the_time_limit(monkeypatch, tmp_path):
 
 def test_a_process_that_fails_is_an_error_with_its_last_line_of_output():
     _require_ortools()
-    with pytest.raises(SolverError, match=r"CP-SAT.*no_such_module"):
+    with pytest.raises(SolverError, match=r"ortools.*no_such_module"):
         ortools.solve(reduce_problem(larger_problem(0, 5, 3)), SolveOptions(), module="no_such_module")
 
 

@@ -43,7 +43,7 @@ def version() -> str:
 
 
 def solve(reduced: Reduced, options: SolveOptions, effort: Effort | None = None) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by relaxation and beam search.
 
     Parameters
     ----------

@@ -43,11 +43,11 @@ def version() -> str:
     str
         Version of cylp, which has CBC built in.
     """
-    return str(require(REQUIRES, "solvers", "Solver 'cbc'").__version__)
+    return str(require(REQUIRES, "solvers", "solver='cbc'").__version__)
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by CBC.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     SolverError
         If the solver fails.
     """
-    cy = require("cylp.cy", "solvers", "Solver 'cbc'")
+    cy = require("cylp.cy", "solvers", "solver='cbc'")
     simplex = _model(cy, reduced)
     solver = simplex.getCbcModel()
     solver.logLevel = 0
@@ -77,7 +77,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     solver.solve()
     word = str(solver.status)
     if word not in _STOPPED:
-        raise SolverError(f"CBC failed: {word}.")
+        raise SolverError(f"solver 'cbc' failed: {word}.")
     if _STOPPED[word] is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, StopReason.INFEASIBLE)
     holds = solver.objectiveValue < _NO_OBJECTIVE

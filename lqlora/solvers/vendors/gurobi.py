@@ -42,7 +42,7 @@ def version() -> str:
     str
         Version of Gurobi, such as ``"13.0.3"``.
     """
-    return ".".join(map(str, require(REQUIRES, "solvers", "Solver 'gurobi'").gurobi.version()))
+    return ".".join(map(str, require(REQUIRES, "solvers", "solver='gurobi'").gurobi.version()))
 
 
 def check_license() -> License:
@@ -54,7 +54,7 @@ def check_license() -> License:
         ``ok`` is False if there is none or it expired. ``message`` says "unrestricted", or names the largest model that
         the license of the package allows.
     """
-    gurobipy = require(REQUIRES, "solvers", "Solver 'gurobi'")
+    gurobipy = require(REQUIRES, "solvers", "solver='gurobi'")
     try:
         with _environment(gurobipy) as environment:
             restricted = environment.getParam("LicenseID") == 0
@@ -64,7 +64,7 @@ def check_license() -> License:
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by Gurobi.
 
     Parameters
     ----------
@@ -83,13 +83,13 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     SolverError
         If Gurobi fails or finds no license.
     """
-    gurobipy = require(REQUIRES, "solvers", "Solver 'gurobi'")
+    gurobipy = require(REQUIRES, "solvers", "solver='gurobi'")
     try:
         with _environment(gurobipy) as environment, gurobipy.Model(env=environment) as model:
             return _run(gurobipy, model, reduced, options)
     except gurobipy.GurobiError as error:
         if error.errno != _TOO_LARGE:
-            raise SolverError(f"Gurobi failed: {error}.") from error
+            raise SolverError(f"solver 'gurobi' failed: {error}.") from error
         return RawResult(None, -np.inf, _too_large(reduced), StopReason.LIMIT)
 
 
@@ -117,7 +117,7 @@ def _run(gurobipy: Any, model: Any, reduced: Reduced, options: SolveOptions) -> 
     model.optimize()
     words = {getattr(gurobipy.GRB, word): word for word in _STOPPED}
     if model.Status not in words:
-        raise SolverError(f"Gurobi failed: it stopped with status {model.Status}.")
+        raise SolverError(f"solver 'gurobi' failed: it stopped with status {model.Status}.")
     word = words[model.Status]
     if _STOPPED[word] is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, StopReason.INFEASIBLE)

@@ -45,12 +45,12 @@ def version() -> str:
     str
         Version of HiGHS, such as ``"1.11.0"``.
     """
-    highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
+    highspy = require(REQUIRES, "pip install highspy", "solver='highs'")
     return str(highspy.Highs().version())
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by HiGHS.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     SolverError
         If the solver fails.
     """
-    highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
+    highspy = require(REQUIRES, "pip install highspy", "solver='highs'")
     _set_threads(highspy, options.threads)
     solver = highspy.Highs()
     settings = {"output_flag": False, "mip_rel_gap": options.rel_gap, "mip_abs_gap": 0.0, "random_seed": options.seed}
@@ -78,16 +78,16 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
         settings["time_limit"] = float(options.time_limit)
     for name, value in settings.items():
         if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
-            raise SolverError(f"HiGHS refused the option {name}={value!r}.")
+            raise SolverError(f"solver 'highs' refused the option {name}={value!r}.")
     if solver.passModel(_model(highspy, reduced)) == highspy.HighsStatus.kError:
-        raise SolverError("HiGHS refused the model.")
+        raise SolverError("solver 'highs' refused the model.")
     if reduced.start is not None:
         _set_start(highspy, solver, reduced.start)
     ran = solver.run()
     status = solver.getModelStatus()
     word = solver.modelStatusToString(status)
     if ran == highspy.HighsStatus.kError or status.name not in _STOPPED:
-        raise SolverError(f"HiGHS failed: {word}.")
+        raise SolverError(f"solver 'highs' failed: {word}.")
     stopped = _STOPPED[status.name]
     if stopped is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, stopped)
@@ -101,7 +101,7 @@ def _set_start(highspy: Any, solver: Any, start: npt.NDArray[np.float64]) -> Non
     solution = highspy.HighsSolution()
     solution.col_value = start.tolist()
     if solver.setSolution(solution) != highspy.HighsStatus.kOk:
-        raise SolverError("HiGHS refused the start.")
+        raise SolverError("solver 'highs' refused the start.")
 
 
 def _set_threads(highspy: object, count: int) -> None:

@@ -50,7 +50,7 @@ def solve(
     module: str = "lqlora.solvers.vendors._ortools_process",
     grace: float = 2.0,
 ) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by CP-SAT.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def solve(
 
 def _require_installed() -> None:
     if not is_installed(REQUIRES):
-        raise MissingDependencyError("Solver 'ortools' needs ortools: pip install 'lqlora[solvers]'.")
+        raise MissingDependencyError("solver='ortools' needs ortools: pip install 'lqlora[solvers]'.")
 
 
 def _run_in_process(
@@ -118,7 +118,7 @@ def _run_in_process(
             return answer, np.load(folder / "x.npy") if answer["holds"] else None
     if fault is None:
         return {"bound": None, "message": "ended at the time limit", "stopped": "TIME_LIMIT"}, None
-    raise SolverError(f"CP-SAT failed: {fault}.")
+    raise SolverError(f"solver 'ortools' failed: {fault}.")
 
 
 def _wait(module: str, folder: Path, seconds: float | None) -> str | None:

@@ -42,12 +42,12 @@ def version() -> str:
     str
         Version of SCIP, such as ``"10.0.0"``.
     """
-    model = require(REQUIRES, "solvers", "Solver 'scip'").Model()
+    model = require(REQUIRES, "solvers", "solver='scip'").Model()
     return f"{model.getMajorVersion()}.{model.getMinorVersion()}.{model.getTechVersion()}"
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by SCIP.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     SolverError
         If the solver fails.
     """
-    scip = require(REQUIRES, "solvers", "Solver 'scip'")
+    scip = require(REQUIRES, "solvers", "solver='scip'")
     model = scip.Model()
     model.hideOutput()
     variables = _build(scip, model, reduced)
@@ -78,7 +78,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     model.optimize()
     word = str(model.getStatus())
     if word not in _STOPPED:
-        raise SolverError(f"SCIP failed: {word}.")
+        raise SolverError(f"solver 'scip' failed: {word}.")
     if _STOPPED[word] is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, StopReason.INFEASIBLE)
     bound = float(model.getDualbound())

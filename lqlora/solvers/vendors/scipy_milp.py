@@ -31,11 +31,11 @@ def version() -> str:
     str
         Version of SciPy, such as ``"1.17.1"``.
     """
-    return str(require(REQUIRES, "pip install scipy", "Solver 'scipy'").__version__)
+    return str(require(REQUIRES, "pip install scipy", "solver='scipy'").__version__)
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by scipy.optimize.milp.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     SolverError
         If the solver fails.
     """
-    optimize = require("scipy.optimize", "pip install scipy", "Solver 'scipy'")
+    optimize = require("scipy.optimize", "pip install scipy", "solver='scipy'")
     constraints = [optimize.LinearConstraint(reduced.choose, 1, 1)]
     if reduced.use.shape[0]:
         constraints.append(optimize.LinearConstraint(reduced.use, reduced.lower, reduced.upper))
@@ -71,7 +71,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     if result.status == _INFEASIBLE:
         return RawResult(None, np.inf, result.message, StopReason.INFEASIBLE)
     if result.status not in (0, 1):
-        raise SolverError(f"scipy.optimize.milp failed: {result.message}")
+        raise SolverError(f"solver 'scipy' failed: {result.message}")
     shifted_bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
     limit = StopReason.LIMIT if options.time_limit is None else StopReason.TIME_LIMIT
     stopped = StopReason.GAP if result.status == 0 else limit

@@ -22,7 +22,7 @@ _INTEGRALITY = 1e-4
 
 
 class Answer(NamedTuple):
-    """Answer of an adapter to a problem, with the objective of its vector; None without a vector."""
+    """Answer of an adapter to a problem. The objective is None if the adapter returned no vector."""
 
     reduced: Reduced
     raw: RawResult

@@ -1,6 +1,6 @@
-"""Allocation at the size of whole models: CPU time to a proven gap of 1e-6, who proved it, and peak memory.
+"""Benchmark of allocation for whole models: CPU time to a proven gap of 1e-6, the solver, and peak memory.
 
-``--cache FILE`` keeps the measured errors between runs; they take half a minute.
+``--cache FILE`` keeps the measured errors for later runs; measuring them takes half a minute.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SIZES = {224: SHAPES_7B, 560: SHAPES_70B, 100_000: SHAPES_7B + SHAPES_70B}
 NAMES = {224: "LLaMA-2 7B", 560: "LLaMA-2 70B", 100_000: "both, in turn"}
 BITS = (2.25, 2.75, 3.25, 4.0)
 
-#: Other draws of scales, noise and samples: the worst of them says more than one.
+#: Draws of scales, noise and samples, and budgets in bits per weight, for medians and worst cases.
 DRAWS, MORE_BITS = 5, tuple(np.linspace(2.1, 6.0, 14))
 
 
@@ -49,13 +49,13 @@ def worst(count, errors, formats, rel_gap):
         for bits in MORE_BITS:
             found, spent = timed(Problem(cost, size, budgets=[Budget(upper=int(bits * weights))]), rel_gap=rel_gap)
             seconds.append(spent)
-            solvers.append(found.solver if found.status.name == "OPTIMAL" else "nobody")
+            solvers.append(found.solver if found.status.name == "OPTIMAL" else "none")
     who = ", ".join(f"{name} {solvers.count(name)}" for name in sorted(set(solvers)))
     print(f"| {NAMES[count]} | {rel_gap:.0e} | {np.median(seconds):.2f} | {max(seconds):.2f} | {who} |", flush=True)
 
 
 def stages(count, errors, formats, layers):
-    """Print a row for a total and limits on each layer: budgets that overlap, which the native solver hands on."""
+    """Print a row for a budget on the total and limits on each layer, which overlap and so need a general solver."""
     cost, size, weights = replicate(errors, formats, SIZES[count], count)
     numel = np.array([a * b for a, b in SIZES[count]] * layers)
     budgets = [Budget(upper=int(2.75 * weights))]
@@ -77,7 +77,7 @@ def main(arguments):
         "| problem | bits per weight | CPU s | gap | status | solver | peak GiB |\n|---|---|---|---|---|---|---|",
         flush=True,
     )
-    for count in SIZES:  # in a process each, for the sake of the peaks
+    for count in SIZES:  # each in a process of its own, which has its own peak of memory
         cache = ["--cache", arguments.cache] if arguments.cache else []
         subprocess.run([sys.executable, __file__, "--count", str(count), *cache], check=True)
     print(f"\n{DRAWS} draws, {len(MORE_BITS)} budgets from {MORE_BITS[0]} to {MORE_BITS[-1]} bits each:\n")

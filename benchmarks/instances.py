@@ -1,9 +1,9 @@
-"""Allocation problems of real size: errors of real quantization of samples, replicated to the matrices of whole models.
+"""Allocation problems of whole models, from measured errors of samples that are replicated to all matrices.
 
-Each kind of layer has five samples of 65,536 weights, Student-t with 3 to 30 degrees of freedom and, for every other
-one, rows of different scale; their errors under Fisher-like weights are measured in all 432 formats of the paper.
-A matrix takes the errors of one of the samples of its kind, multiplied by the ratio of sizes, by a scale of its own
-(log-normal, 1.2) and by noise of 0.3 %. Sizes are exact.
+Each kind of layer has five samples of 65,536 weights. They follow Student's t with 3 to 30 degrees of freedom, and every
+other sample has rows of different scale. Their errors under importance like Fisher information are measured in all 432
+formats of the paper. A matrix gets the errors of one sample of its kind, times the ratio of sizes, times its own scale
+(log-normal, sigma 1.2), with noise of 0.3 %. Sizes in bits are exact.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ KINDS = len(SHAPES_7B)
 
 
 def sample_errors(formats):
-    """Return the weighted squared error of each sample in each format, shape (profiles * kinds, formats)."""
+    """Return the weighted squared error of each sample in each format, shape (PROFILES * KINDS, formats)."""
     rng = np.random.default_rng(0)
     errors = np.empty((PROFILES * KINDS, len(formats)))
     for i, degrees in enumerate(np.geomspace(3, 30, len(errors))):
@@ -37,7 +37,7 @@ def sample_errors(formats):
 
 
 def cached_errors(formats, path):
-    """Return :func:`sample_errors`, from a file if there is one."""
+    """Return :func:`sample_errors`, from a file if it exists, and write the file otherwise."""
     if path is None:
         return sample_errors(formats)
     file = pathlib.Path(path)
@@ -47,7 +47,7 @@ def cached_errors(formats, path):
 
 
 def replicate(errors, formats, shapes, count, seed=1):
-    """Return costs and sizes of ``count`` matrices of the shapes in turn, and the number of their weights."""
+    """Return costs and sizes of ``count`` matrices that take the shapes in turn, and their total number of weights."""
     rng = np.random.default_rng(seed)
     bits = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes], dtype=np.int64)
     numel = np.array([shape[0] * shape[1] for shape in shapes])

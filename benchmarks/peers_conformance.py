@@ -1,8 +1,7 @@
-"""What ``lqlora.testing`` finds in NF4 of other libraries, on the CPU, beside our own.
+"""Conformance suite of ``lqlora.testing`` on NF4 of this and of other libraries, on the CPU.
 
-Needs ``pip install bitsandbytes torchao`` for the rows of those; what is not installed is left out, and said. Each is
-asked with its own table of levels. Scales that are quantized themselves may be off by a hundredth of the largest
-weight of the array.
+``pip install bitsandbytes torchao`` adds their columns. Each quantizer is checked with its own table of levels. Quantized
+scales may add an error of a hundredth of the absmax of the array.
 """
 
 import importlib
@@ -18,7 +17,7 @@ from lqlora._optional import is_installed
 from lqlora.testing import PROPERTIES, check_quantizer
 
 BLOCK = 64
-SCALES = 4  # per second-level scale; torchao takes whole blocks of these only, and its default is 256
+SCALES = 4  # scales per second-level scale. torchao takes only whole blocks of them; its default is 256
 NESTED = {"independent_blocks": False, "scale_tolerance": 0.01}
 COMMON = {"block_size": BLOCK, "max_examples": 200}
 
@@ -76,7 +75,7 @@ def main():
     logging.disable(logging.WARNING)
     installed = {name for name in ("torch", "bitsandbytes", "torchao", "numpy", "hypothesis") if is_installed(name)}
     for missing in {package for package, _ in RUNS.values()} - installed:
-        print(f"{missing} is not installed: its rows are left out.\n")
+        print(f"{missing} is not installed: its columns are missing.\n")
     found = {name: run() for name, (package, run) in RUNS.items() if package in installed}
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in sorted(installed))
     print(f"Python {sys.version.split()[0]}, {versions}; {COMMON['max_examples']} examples per property\n")

@@ -1,7 +1,7 @@
-"""Integer linear programming behind one function, with solvers that can be swapped.
+"""Integer programming: choose one format for each matrix at least cost within budgets, with interchangeable solvers.
 
-Every adapter gets the same reduced problem and hands back a raw vector; objective, use and feasibility are computed
-from the assignment the vector rounds to, in exact integers.
+:func:`solve` reduces the problem, calls the adapter of a solver and checks the answer. Objective, use and feasibility
+are always computed from the assignment, in exact integers, never taken from the solver.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an adapter is: a module-like object with three names, and the raw result it returns."""
+"""Interface of solver adapters: the protocol they follow, their raw result, and the state of a license."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["Adapter", "License", "RawResult"]
 
 
 class License(NamedTuple):
-    """Whether an installed solver may be used.
+    """State of the license of an installed solver.
 
     Parameters
     ----------
     ok : bool
-        True if it may.
+        True if the solver may be used.
     message : str
-        What the license allows, or what is wrong with it.
+        Terms of the license, or the reason why it is not valid.
     """
 
     ok: bool
@@ -30,18 +30,18 @@ class License(NamedTuple):
 
 
 class RawResult(NamedTuple):
-    """What a solver says, before anything of it is believed.
+    """Unchecked result of a solver.
 
     Parameters
     ----------
     x : ndarray of float64, shape (k,), or None
-        Value of each variable of the reduced problem; None if the solver holds no feasible point.
+        Value of each variable of the reduced problem; None if the solver has no feasible point.
     bound : float
-        Lower bound on ``cost @ x + constant / unit`` of the reduced problem; minus infinity if there is none.
+        Lower bound on ``cost @ x + offset`` of the reduced problem; minus infinity if there is none.
     message : str
-        The solver's own word for why it stopped.
+        The solver's own status message.
     stopped : StopReason
-        The same, in the words of this library.
+        Reason why the solver stopped.
     """
 
     x: npt.NDArray[np.float64] | None
@@ -51,10 +51,10 @@ class RawResult(NamedTuple):
 
 
 class Adapter(Protocol):
-    """One solver. The vendor's package is imported inside the methods, never at module level.
+    """Protocol of an adapter. Import the vendor's package inside the methods, never at module level.
 
-    An adapter whose solver needs a license also has a method ``check_license()`` that returns a :class:`License`;
-    a solver without it is free.
+    If the solver needs a license, add a method ``check_license()`` that returns a :class:`License`. A solver without
+    this method counts as free.
     """
 
     #: Name of the package that must be installed.
@@ -75,17 +75,17 @@ class Adapter(Protocol):
         Parameters
         ----------
         reduced : Reduced
-            The problem; ``reduced.start`` is a feasible point to start from, if there is one.
+            The problem. ``reduced.start`` is a feasible point to start from, or None.
         options : SolveOptions
-            The limits. ``options.start`` is for the library, not for adapters.
+            Time limit, gap, seed and threads. Ignore ``options.start``: it refers to the original problem.
 
         Returns
         -------
         RawResult
-            What the solver says.
+            The solver's result, as it is.
 
         Raises
         ------
         SolverError
-            If it fails. To be stopped by a limit, that of a license too, is no failure.
+            If the solver fails. Reaching a limit, also that of a license, is not a failure.
         """

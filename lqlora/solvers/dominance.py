@@ -1,4 +1,4 @@
-"""Choices that another choice of their group beats, and that no optimum therefore needs."""
+"""Dominance: remove choices that another choice of their group beats in cost and in size."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ import numpy.typing as npt
 
 __all__ = ["undominated"]
 
-#: Comparisons of pairs that are held in memory at a time.
+#: Comparisons of pairs to hold in memory at a time.
 _PAIRS = 1 << 24
 
 
 def undominated(
     cost: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64], exact: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """List the choices that no other one of their group beats.
+    """Return the choices that no other choice of their group dominates.
 
-    A choice is beaten by one that costs no more and is no larger under any budget. Under a budget with a lower limit it
-    must be exactly as large, since there a large choice has its use. Of equal choices the first stays.
+    A choice is dominated by one that costs no more and is no larger under any budget. Under a budget with a lower limit
+    the other must be exactly as large, because a large choice can be needed to reach the limit. Of equal choices the
+    first stays.
 
     Parameters
     ----------
     cost : ndarray of float64, shape (groups, m)
-        Infinite where a choice is not allowed.
+        Cost of each choice; infinite where it is not allowed.
     sizes : ndarray of int64, shape (budgets, groups, m)
-        As each budget counts them.
+        Size of each choice under each budget.
     exact : ndarray of bool, shape (budgets,)
-        Budgets that have a lower limit.
+        True for budgets with a lower limit, which compare sizes for equality.
 
     Returns
     -------
     group, column : ndarray of int64, shape (k,)
-        Sorted by group and, within a group, by the largest of the sizes.
+        The choices that stay, sorted by group and, within a group, by the largest of their sizes.
 
     References
     ----------
@@ -43,9 +44,14 @@ def undominated(
     >>> column.tolist()
     [1, 2]
     """
+    # Exchange argument: replace a dominated choice by the dominating one, and the assignment stays feasible and costs
+    # no more. So some optimum has no dominated choice. In most groups all budgets that count anything see the same
+    # sizes (`alike`). There the choices that stay form a staircase of points (size, cost): sort by size, keep a point
+    # if its cost is below all before it. With lower limits (`held`) only points of equal size compare: keep the first,
+    # that is the cheapest, of each size. Other groups (tied rows that a budget counts in part) need all pairs.
     size = sizes.max(axis=0, initial=0)
     counted = sizes.max(axis=2) > 0
-    alike = ((sizes == size) | ~counted[:, :, None]).all(axis=(0, 2))  # one budget, or several that count the same
+    alike = ((sizes == size) | ~counted[:, :, None]).all(axis=(0, 2))
     held = alike & (counted & exact[:, None]).any(axis=0)
     order = np.lexsort((cost, size), axis=1) if held.any() else np.argsort(size, axis=1, kind="stable")
     cost, size = np.take_along_axis(cost, order, 1), np.take_along_axis(size, order, 1)
@@ -56,7 +62,8 @@ def undominated(
         within = np.take_along_axis(sizes[:, rows], order[None, rows], 2)
         keep[rows] = np.isfinite(cost[rows]) & ~_beaten(cost[rows], within, exact)
     group, place = np.nonzero(keep)
-    # Of several kept choices of one size the last is the cheapest.
+    # A stable sort by size alone leaves choices of one size in order of their columns, and each that is kept is cheaper
+    # than the one before: the last is the one to keep.
     last = np.ones(len(group), dtype=np.bool_)
     last[:-1] = (np.diff(group) > 0) | (np.diff(size[group, place]) > 0)
     last |= ~alike[group]
@@ -70,15 +77,15 @@ def _least_before(cost: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def _beaten(
     cost: npt.NDArray[np.float64], sizes: npt.NDArray[np.int64], exact: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_]:
-    """Compare all pairs: entry (g, j) is true if some choice i of group g beats j."""
-    no_dearer = cost[:, :, None] <= cost[:, None, :]
+    """Return whether some choice i of group g dominates choice j, for all (g, j), by comparing all pairs."""
+    beats = cost[:, :, None] <= cost[:, None, :]
     equal = cost[:, :, None] == cost[:, None, :]
-    beats = no_dearer
     for k, lower in enumerate(exact):
         one, other = sizes[k][:, :, None], sizes[k][:, None, :]
         same = one == other
         beats = beats & (same if lower else one <= other)
         equal &= same
+    # Equal choices dominate each other: only the earlier one counts, so that one of them stays.
     earlier = np.tri(cost.shape[1], k=-1, dtype=np.bool_).T
     beaten: npt.NDArray[np.bool_] = (beats & (~equal | earlier)).any(axis=1)
     return beaten

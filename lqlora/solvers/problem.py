@@ -1,7 +1,6 @@
-"""The allocation problem in integers and floats: one format per matrix, at least cost, within budgets of bits.
+"""Allocation problems and their solutions: costs, sizes and budgets; options, statuses and exact evaluation.
 
-Nothing here knows of weights or arrays other than NumPy's. Objective and use are always computed by :func:`evaluate`
-from the integer assignment, never taken from a solver.
+The arrays are NumPy's, and nothing here depends on weights or formats.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ __all__ = ["Budget", "Problem", "Solution", "SolveOptions", "Status", "StopReaso
 
 
 class Status(enum.Enum):
-    """What is held at the end. Why the solver stopped is another question: see :class:`StopReason`.
+    """Quality of the assignment that was found. See :class:`StopReason` for why the solver stopped.
 
-    The values of the members are sentences that say what to do next.
+    The value of each member is a sentence that says what to do next.
     """
 
-    OPTIMAL = "The assignment is optimal within the relative gap asked for."
-    FEASIBLE = "The assignment is valid, but its gap is larger than asked for: allow more time, or an exact solver."
+    OPTIMAL = "The assignment is optimal within the requested relative gap."
+    FEASIBLE = "The assignment is valid, but its gap is larger than requested: allow more time, or use an exact solver."
     INFEASIBLE = "No assignment meets the budgets: raise a budget or allow smaller formats."
-    NO_SOLUTION = "The solver stopped before any assignment was found: allow more time, or another solver."
+    NO_SOLUTION = "The solver stopped before it found an assignment: allow more time, or use another solver."
 
 
 class StopReason(enum.Enum):
-    """Why a solver stopped. What it holds then is another question: see :class:`Status`."""
+    """Reason why a solver stopped. See :class:`Status` for the quality of what it found."""
 
-    GAP = "The gap asked for was reached."
-    INFEASIBLE = "It was proven that no assignment meets the budgets."
-    TIME_LIMIT = "The time limit was reached."
-    LIMIT = "Another limit of the solver was reached, such as memory or the size that its license allows."
+    GAP = "The solver reached the requested gap."
+    INFEASIBLE = "The solver proved that no assignment meets the budgets."
+    TIME_LIMIT = "The solver reached the time limit."
+    LIMIT = "The solver reached another limit, such as memory or the size that its license allows."
     INTERRUPTED = "The solver was interrupted."
 
 
@@ -51,14 +50,14 @@ class Budget:
     Parameters
     ----------
     upper, lower : int, optional
-        Largest and smallest total size in bits; at least one is given.
+        Largest and smallest total size in bits. At least one is required.
     members : ndarray of bool, shape (n_matrices,), optional
-        Matrices that count; all if not given.
+        Matrices that the budget counts; all by default.
 
     Raises
     ------
     InvalidArgumentError
-        If neither limit is given, or a limit is no integer or negative.
+        If neither limit is given, or a limit is not an integer of at least 0.
 
     Examples
     --------
@@ -72,15 +71,16 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.upper is None and self.lower is None:
-            raise InvalidArgumentError("A budget needs an upper or a lower limit.")
-        for limit in (self.upper, self.lower):
+            raise InvalidArgumentError("upper and lower are both None: a Budget needs at least one limit.")
+        for name in ("upper", "lower"):
+            limit = getattr(self, name)
             if limit is not None and (not isinstance(limit, int | np.integer) or limit < 0):
-                raise InvalidArgumentError(f"The limits of a budget are integers of at least 0 bits, not {limit!r}.")
+                raise InvalidArgumentError(f"{name} of a Budget must be an integer of at least 0 bits, got {limit!r}.")
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Problem:
-    """Choose one column per row of a cost table.
+    """Allocation problem: choose one column in each row of a cost table, at least total cost within the budgets.
 
     Parameters
     ----------
@@ -89,16 +89,16 @@ class Problem:
     size : array of int64, shape (n, m)
         Its size in bits, not negative.
     allowed : array of bool, shape (n, m), optional
-        Choices that may be made; all if not given. Every row needs one.
+        Allowed choices; all by default. Every row needs at least one.
     ties : array of int, shape (n,), optional
-        Rows with equal values take the same column; no ties if not given.
+        Rows with equal values take the same column. By default no rows are tied.
     budgets : sequence of Budget
-        All hold at once.
+        Limits, which hold all at once.
 
     Raises
     ------
     InvalidArgumentError
-        If shapes differ, an allowed cost is not finite, a size is negative, or a row allows nothing.
+        If shapes differ, an allowed cost is not finite, an allowed size is negative, or a row has no allowed choice.
 
     Examples
     --------
@@ -137,44 +137,54 @@ def _check(
     budgets: Sequence[Budget],
 ) -> None:
     if size.dtype.kind not in "iu" or ties.dtype.kind not in "iu":
-        raise InvalidArgumentError(f"Sizes are integers of bits and ties are integers, not {size.dtype}, {ties.dtype}.")
+        raise InvalidArgumentError(f"size and ties must be integers, got dtypes {size.dtype} and {ties.dtype}.")
     if cost.ndim != 2 or cost.size == 0 or not cost.shape == size.shape == allowed.shape:
         shapes = cost.shape, size.shape, allowed.shape
-        raise InvalidArgumentError(f"Costs, sizes and the mask need one non-empty shape (n, m), not {shapes}.")
+        raise InvalidArgumentError(f"cost, size and allowed must have one non-empty shape (n, m), got {shapes}.")
     if ties.shape != (len(cost),):
-        raise InvalidArgumentError(f"Ties name a group for each of {len(cost)} rows, not {ties.shape}.")
+        raise InvalidArgumentError(f"ties must have one entry for each of {len(cost)} rows, got shape {ties.shape}.")
     if not allowed.any(axis=1).all():
-        raise InvalidArgumentError(f"Row {int((~allowed.any(axis=1)).argmax())} allows no choice.")
-    if not (np.isfinite(cost) | ~allowed).all() or ((size < 0) & allowed).any():  # type: ignore[operator]
-        raise InvalidArgumentError("Allowed choices need finite costs and sizes of at least 0 bits.")
+        row = int((~allowed.any(axis=1)).argmax())
+        raise InvalidArgumentError(f"allowed is False for every choice of row {row}. Allow at least one.")
+    for name, table, wrong, rule in (
+        ("cost", cost, ~np.isfinite(cost), "finite"),
+        ("size", size, size < 0, "at least 0 bits"),  # type: ignore[operator]
+    ):
+        if (wrong & allowed).any():
+            row, column = (int(i[0]) for i in np.nonzero(wrong & allowed))
+            value = f"{table[row, column]} at row {row}, column {column}"
+            raise InvalidArgumentError(f"{name} must be {rule} where a choice is allowed, got {value}.")
     if size.sum(dtype=np.float64) >= 2.0**62:
-        raise InvalidArgumentError("The sizes add up to more than 64-bit integers can count.")
-    for budget in budgets:
+        raise InvalidArgumentError(
+            f"size must add up to less than 2**62 bits, got {size.sum(dtype=np.float64):.6g}. Use a larger unit."
+        )
+    for k, budget in enumerate(budgets):
         if budget.members is not None and np.shape(budget.members) != (len(cost),):
-            raise InvalidArgumentError(f"The members of a budget are a mask over {len(cost)} rows.")
+            got = np.shape(budget.members)
+            raise InvalidArgumentError(f"members of budget {k} must have shape ({len(cost)},), one per row, got {got}.")
 
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """Limits of a solve.
+    """Options of :func:`solve`: limits, seed, threads and a start.
 
     Parameters
     ----------
     time_limit : float, optional
-        Seconds; no limit if not given.
+        Time limit in seconds; none by default.
     rel_gap : float, default 1e-6
-        Stop when ``objective - bound`` is at most this fraction of the objective.
+        The solver stops when ``objective - bound`` is at most this fraction of the objective.
     seed : int, default 0
-        For solvers that take one.
+        Seed for solvers that take one.
     threads : int, default 1
-        For solvers that take a number. With more than one thread the answer may depend on timing.
+        Number of threads, for solvers that take one. With more than one thread the answer may depend on timing.
     start : array of int, shape (n,), optional
-        An assignment to start from. It is checked: one that breaks a constraint is not used.
+        An assignment to start from. It is ignored if it breaks a constraint.
 
     Raises
     ------
     InvalidArgumentError
-        If the time limit is not positive, the gap is negative, or the number of threads is not at least 1.
+        If the time limit is not positive, the gap is not in [0, 1), or the number of threads is not at least 1.
 
     Examples
     --------
@@ -190,37 +200,37 @@ class SolveOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.threads, int | np.integer) or self.threads < 1:
-            raise InvalidArgumentError(f"The number of threads is an integer of at least 1, not {self.threads!r}.")
+            raise InvalidArgumentError(f"threads must be an integer of at least 1, got {self.threads!r}.")
         if self.time_limit is not None and not self.time_limit > 0:
-            raise InvalidArgumentError(f"A time limit is positive, not {self.time_limit!r}.")
+            raise InvalidArgumentError(f"time_limit must be a positive number of seconds, got {self.time_limit!r}.")
         if not 0 <= self.rel_gap < 1:
-            raise InvalidArgumentError(f"A relative gap is at least 0 and below 1, not {self.rel_gap!r}.")
+            raise InvalidArgumentError(f"rel_gap must be at least 0 and below 1, got {self.rel_gap!r}.")
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """An assignment that was checked, and what is proven about it.
+    """A checked assignment with its proven lower bound.
 
     Parameters
     ----------
     status : Status
-        What is held.
+        Quality of the assignment.
     stopped : StopReason
-        Why the solver stopped.
+        Reason why the solver stopped.
     assignment : ndarray of int64, shape (n,), or None
-        Column chosen for each row; None without a solution.
+        Column chosen in each row; None without a solution.
     objective : float
         Sum of the chosen costs; infinite without a solution.
     bound : float
-        No assignment costs less than this.
+        Proven lower bound on the cost of every feasible assignment.
     used : tuple of int
         Bits used under each budget.
     solver, version : str
-        Who solved it.
+        Names and versions of the solvers that ran, joined by ``+``.
     seconds : float
-        Wall time.
+        Wall time in seconds.
     message : str
-        The solver's own word for why it stopped.
+        The solver's own status message.
     """
 
     status: Status
@@ -236,22 +246,22 @@ class Solution:
 
     @property
     def gap(self) -> float:
-        """Relative gap ``(objective - bound) / |objective|``; 0 if both are equal, infinite without a solution."""
+        """Relative gap ``(objective - bound) / |objective|``: 0 if both are equal, infinite without a solution."""
         return relative_gap(self.objective, self.bound)
 
 
 def relative_gap(objective: float, bound: float) -> float:
-    """Distance between an objective and a lower bound, relative to the objective.
+    """Return the gap between an objective and a lower bound, relative to the objective.
 
     Parameters
     ----------
     objective, bound : float
-        The two; the objective may be infinite.
+        Cost of an assignment, which may be infinite, and the lower bound.
 
     Returns
     -------
     float
-        0 if they are equal, infinite if the objective is infinite, or zero with a lower bound.
+        0 if both are equal. Infinite if the objective is infinite, or if it is zero and the bound is not.
 
     Examples
     --------
@@ -264,14 +274,16 @@ def relative_gap(objective: float, bound: float) -> float:
 
 
 def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[int, ...], list[str]]:
-    """Compute objective and use of an assignment in exact integers, and list every constraint it breaks.
+    """Compute objective and bits used of an assignment, and list every constraint it breaks.
+
+    Bits are added and compared as integers.
 
     Parameters
     ----------
     problem : Problem
         The problem.
     assignment : array of int, shape (n,)
-        A column for each row.
+        Column of each row.
 
     Returns
     -------
@@ -285,7 +297,7 @@ def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[
     Raises
     ------
     InvalidArgumentError
-        If the assignment is not one column index per row.
+        If the assignment is not one valid column index for each row.
 
     Examples
     --------
@@ -295,7 +307,9 @@ def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[
     n, m = problem.cost.shape
     chosen = np.asarray(assignment)
     if chosen.shape != (n,) or chosen.dtype.kind not in "iu" or (chosen < 0).any() or (chosen >= m).any():
-        raise InvalidArgumentError(f"An assignment is {n} column indices below {m}.")
+        raise InvalidArgumentError(
+            f"assignment must be {n} integers between 0 and {m - 1}, one column for each row, got {assignment!r:.200}."
+        )
     rows = np.arange(n)
     faults = [f"row {i}: choice {chosen[i]} is not allowed" for i in rows[~problem.allowed[rows, chosen]]]
     _, first, group = np.unique(problem.ties, return_index=True, return_inverse=True)

@@ -1,4 +1,4 @@
-"""The solvers by name: which exist, which are installed, and which of them may be used."""
+"""Registry of solvers: registered by name, found by name, with checks for installation and license."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lqlora.solvers.vendors import cbc, gurobi, highs, ortools, scip, scipy_milp
 
 __all__ = ["ADAPTERS", "FINISHERS", "available", "check_license", "find", "finisher", "register"]
 
-#: In order of preference.
+#: Adapters by name, in order of preference.
 ADAPTERS: dict[str, Adapter] = {
     "mckp": cast("Adapter", mckp),
     "highs": cast("Adapter", highs),
@@ -23,43 +23,47 @@ ADAPTERS: dict[str, Adapter] = {
     "ortools": cast("Adapter", ortools),
 }
 
-#: Who finishes what the native solver leaves, which is small and hard: exact solvers that are free, the fastest first.
+#: Exact free solvers that close the gap that ``mckp`` leaves, fastest first. Those problems are small and hard.
 FINISHERS = ("cbc", "highs", "scip", "scipy")
 
 
 def register(name: str, adapter: Adapter) -> None:
-    """Add a solver, or replace one.
+    """Add a solver to the registry, or replace one.
 
     Parameters
     ----------
     name : str
-        What :func:`solve` will call it; not ``"auto"``.
+        Name of the solver in :func:`solve`. ``"auto"`` is reserved.
     adapter : Adapter
         A module or object with ``REQUIRES``, ``version()`` and ``solve(reduced, options)``.
 
     Raises
     ------
     InvalidArgumentError
-        If the name is ``"auto"`` or the adapter lacks a part.
+        If the name is ``"auto"`` or the adapter lacks an attribute.
     """
-    lacking = [part for part in ("REQUIRES", "version", "solve") if not hasattr(adapter, part)]
-    if name == "auto" or lacking:
-        raise InvalidArgumentError(f"Solver {name!r} cannot be registered: reserved name, or it lacks {lacking}.")
+    if name == "auto":
+        raise InvalidArgumentError("name must not be 'auto', which stands for the best installed solver.")
+    missing = [part for part in ("REQUIRES", "version", "solve") if not hasattr(adapter, part)]
+    if missing:
+        raise InvalidArgumentError(
+            f"adapter of solver {name!r} must have REQUIRES, version and solve, lacks {missing}."
+        )
     ADAPTERS[name] = adapter
 
 
 def find(name: str) -> Adapter:
-    """Return the adapter of a solver.
+    """Return the adapter of a solver, installed or not.
 
     Parameters
     ----------
     name : str
-        As registered.
+        Name of a registered solver.
 
     Returns
     -------
     Adapter
-        Whether it is installed or not.
+        The adapter.
 
     Raises
     ------
@@ -67,21 +71,21 @@ def find(name: str) -> Adapter:
         If there is no solver of that name.
     """
     if name not in ADAPTERS:
-        raise InvalidArgumentError(f"Unknown solver {name!r}: there are {', '.join(ADAPTERS)}.")
+        raise InvalidArgumentError(f"solver must be 'auto' or one of {', '.join(ADAPTERS)}, got {name!r}.")
     return ADAPTERS[name]
 
 
 def available() -> dict[str, bool]:
-    """Tell which solvers are installed, without importing them and without asking for a license.
+    """Return whether each solver is installed, without importing it or checking its license.
 
     Returns
     -------
     dict of str to bool
-        By name, in order of preference.
+        True for installed solvers, by name in order of preference.
 
     See Also
     --------
-    check_license : Whether an installed solver may be used.
+    check_license : Check the license of an installed solver.
 
     Examples
     --------
@@ -92,19 +96,19 @@ def available() -> dict[str, bool]:
 
 
 def finisher() -> str | None:
-    """Name the solver that takes over from the native one.
+    """Return the name of the solver that closes the gap that ``mckp`` leaves.
 
     Returns
     -------
     str or None
-        The first installed one of those that can; None if there is none.
+        The first of :data:`FINISHERS` that is installed; None if none is.
     """
     installed = available()
     return next((name for name in FINISHERS if installed.get(name)), None)
 
 
 def check_license(name: str) -> License:
-    """Tell whether a solver may be used. This may import it, and may take a license for a moment.
+    """Check the license of a solver. This may import the solver and hold a license for a moment.
 
     Parameters
     ----------
@@ -114,7 +118,7 @@ def check_license(name: str) -> License:
     Returns
     -------
     License
-        Not ok if the solver is not installed. Free solvers are always licensed.
+        ``ok`` is False if the solver is not installed or its license is not valid. Free solvers are always ok.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""One problem through everything: reduction, a first assignment, a solver or two, and the judgment of what they say."""
+"""Solve a problem: reduce it, find a first assignment, call one or two solvers, and check their answers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from lqlora.errors import MissingDependencyError, SolverError
 from lqlora.solvers.adapter import RawResult
-from lqlora.solvers.greedy import price_out, repair
-from lqlora.solvers.mckp.fixing import shrink
+from lqlora.solvers.heuristics import lagrangian_start, repair
+from lqlora.solvers.mckp.fixing import fix_variables
 from lqlora.solvers.mckp.knapsack import split
 from lqlora.solvers.presolve import Reduced, reduce_problem
 from lqlora.solvers.problem import Problem, Solution, SolveOptions, Status, StopReason, evaluate
@@ -19,27 +19,30 @@ from lqlora.solvers.registry import available, find, finisher
 
 __all__ = ["select", "solve"]
 
-#: Share of the time limit that the native solver has, if another one can take over.
-_NATIVE_SHARE = 0.3
+_NO_GENERAL_SOLVER = "budgets that overlap or have lower limits need a general solver: pip install highspy."
+
+#: Share of the time limit that ``mckp`` gets if another solver can take over.
+_MCKP_SHARE = 0.3
 
 
 def select(problem: Problem) -> str:
-    """Name the solver that ``solver="auto"`` stands for.
+    """Return the name of the solver that ``solver="auto"`` stands for.
 
     Parameters
     ----------
     problem : Problem
-        The problem to be solved.
+        The problem.
 
     Returns
     -------
     str
-        The native solver, if no budget has a lower limit and none count the same matrix; else the first installed one.
+        ``"mckp"`` if no budget has a lower limit and no two budgets count the same matrix or tie; otherwise the first
+        other solver that is installed.
 
     Raises
     ------
     MissingDependencyError
-        If none is installed.
+        If the problem needs another solver and none is installed.
 
     Examples
     --------
@@ -57,12 +60,12 @@ def select(problem: Problem) -> str:
     for name, installed in available().items():
         if installed and name != "mckp":
             return name
-    raise MissingDependencyError("No solver for such budgets is installed: pip install highspy or scipy.")
+    raise MissingDependencyError(_NO_GENERAL_SOLVER)
 
 
 @dataclass(frozen=True)
 class _Held:
-    """The best assignment so far, and the best bound."""
+    """Incumbent: the best assignment so far, with the best lower bound."""
 
     assignment: npt.NDArray[np.int64] | None = None
     objective: float = np.inf
@@ -70,18 +73,17 @@ class _Held:
     bound: float = -np.inf
 
     def better(self, problem: Problem, assignment: npt.NDArray[np.int64]) -> _Held:
-        """Take an assignment that breaks no constraint, if it is cheaper."""
+        """Return the incumbent after a feasible assignment, which replaces it if it is cheaper."""
         objective, used, faults = evaluate(problem, assignment)
         if faults:
-            raise SolverError(f"An assignment is not valid: {'; '.join(faults)}.")
-        return (
-            self
-            if objective >= self.objective
-            else replace(self, assignment=assignment, objective=objective, used=used)
-        )
+            raise SolverError(f"assignment is not feasible: {'; '.join(faults)}.")
+        if objective >= self.objective:
+            return self
+        return replace(self, assignment=assignment, objective=objective, used=used)
 
     def is_closed(self, rel_gap: float, unit: float) -> bool:
-        """Tell whether the gap is reached; what rounding may have moved does not count."""
+        """Return whether the relative gap is reached, up to rounding."""
+        # Bounds are computed in units of the reduced problem, and objectives are sums of up to 1e5 float64 costs.
         rounding = 1e-12 * (unit + abs(self.objective))
         return self.objective - self.bound <= rel_gap * abs(self.objective) * (1 + 1e-9) + rounding
 
@@ -96,22 +98,22 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     solver : str, default "auto"
         Name of a registered solver.
     options : SolveOptions, optional
-        Limits.
+        Limits, seed, threads and a start.
 
     Returns
     -------
     Solution
-        Its assignment, if any, breaks no constraint, in exact integers. What the native solver ``"mckp"`` cannot take,
-        or cannot close, goes to another exact solver if one is installed: ``solver`` then names it too.
+        Its assignment, if any, meets every constraint in exact integers. Problems that ``"mckp"`` does not take or
+        close go to another exact solver if one is installed; ``Solution.solver`` then names that one too.
 
     Raises
     ------
     InvalidArgumentError
         If the solver is unknown.
     MissingDependencyError
-        If it is not installed.
+        If the solver is not installed.
     SolverError
-        If it fails, or returns an assignment that breaks a constraint and cannot be repaired.
+        If the solver fails, or returns an assignment that breaks a constraint and cannot be repaired.
 
     Examples
     --------
@@ -122,7 +124,7 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     """
     options = options or SolveOptions()
     name = select(problem) if solver == "auto" else solver
-    find(name)  # an unknown name is refused before any work
+    find(name)  # raises on an unknown name before any work is done
     begin = time.perf_counter()
     reduced = reduce_problem(problem)
     reason = _contradiction(reduced)
@@ -133,7 +135,7 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     status = Status.OPTIMAL if held.is_closed(options.rel_gap, reduced.unit) else Status.FEASIBLE
     if held.assignment is None:
         status = Status.INFEASIBLE if raw.stopped is StopReason.INFEASIBLE else Status.NO_SOLUTION
-    bound = min(held.bound, held.objective)  # rounding of the scaled bound must not exceed the true optimum
+    bound = min(held.bound, held.objective)  # the scaled bound may exceed the optimum by rounding
     versions, seconds = "+".join(find(name).version() for name in names), time.perf_counter() - begin
     answer = held.assignment, held.objective, bound, held.used
     return Solution(status, raw.stopped, *answer, "+".join(names), versions, seconds, raw.message)
@@ -142,16 +144,16 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
 def _search(
     problem: Problem, reduced: Reduced, name: str, options: SolveOptions, begin: float
 ) -> tuple[RawResult, _Held, list[str]]:
-    """Run the solver; if it is the native one, also whoever takes over what that leaves."""
+    """Run the solver and, if it is ``mckp`` and leaves a gap, a second one on what is left."""
     reduced, held = _first(problem, reduced, options)
     if name != "mckp":
         return *_run(problem, reduced, held, name, _rest(options, begin)), [name]
     second = finisher()
     if split(reduced) is None:
         if second is None:
-            raise MissingDependencyError("Budgets that overlap or have lower limits need highspy: pip install highspy.")
+            raise MissingDependencyError(_NO_GENERAL_SOLVER)
         return *_run(problem, reduced, held, second, _rest(options, begin)), [second]
-    share = 1.0 if second is None else _NATIVE_SHARE
+    share = 1.0 if second is None else _MCKP_SHARE
     raw, held = _run(problem, reduced, held, name, _rest(options, begin, share))
     late = options.time_limit is not None and time.perf_counter() - begin >= options.time_limit
     if second is None or late or held.is_closed(options.rel_gap, reduced.unit):
@@ -161,19 +163,19 @@ def _search(
 
 
 def _contradiction(reduced: Reduced) -> str:
-    """Say why nothing can be feasible, if that is plain to see."""
+    """Return a reason why no assignment is feasible, if ties or extreme choices show one."""
     if len(reduced.first) < int(reduced.group_of_row.max()) + 1:
-        return "Tied rows have no choice in common."
+        return "tied rows have no choice in common"
     for k in np.flatnonzero(reduced.upper < 0):
-        return f"The smallest choices are above the limit of budget {k}."
+        return f"the smallest choices exceed the upper limit of budget {k}"
     for k in np.flatnonzero(np.isfinite(reduced.lower)):
         if np.maximum.reduceat(reduced.use[[k]].toarray()[0], reduced.first).sum() < reduced.lower[k]:
-            return f"The largest choices are below the limit of budget {k}."
+            return f"the largest choices are below the lower limit of budget {k}"
     return ""
 
 
 def _rest(options: SolveOptions, begin: float, share: float = 1.0) -> SolveOptions:
-    """Return the options with a share of the time that is left."""
+    """Return the options with a share of the remaining time as their limit."""
     if options.time_limit is None:
         return options
     left = options.time_limit - (time.perf_counter() - begin)
@@ -181,7 +183,7 @@ def _rest(options: SolveOptions, begin: float, share: float = 1.0) -> SolveOptio
 
 
 def _first(problem: Problem, reduced: Reduced, options: SolveOptions, bound: float = -np.inf) -> tuple[Reduced, _Held]:
-    """Hold an assignment before any solver runs, and drop what it shows to be of no use."""
+    """Find an assignment before any solver runs, and remove choices that no better one can contain."""
     held = _Held(bound=bound)
     if options.start is not None and not evaluate(problem, options.start)[2]:
         start = np.asarray(options.start, dtype=np.int64)
@@ -189,26 +191,24 @@ def _first(problem: Problem, reduced: Reduced, options: SolveOptions, bound: flo
         chosen = np.empty(len(reduced.first), dtype=np.int64)
         chosen[reduced.group_of_row] = start
         x = (reduced.column == chosen[reduced.group]).astype(np.float64)
-        if x.sum() == len(chosen):  # else it contains a choice that another one beats
+        if x.sum() == len(chosen):  # otherwise the start contains a dominated choice, which the presolve removed
             reduced = replace(reduced, start=x)
     parts = split(reduced)
     if parts is not None:
-        reduced, least = shrink(reduced, parts)
+        reduced, least = fix_variables(reduced, parts)
         held = replace(held, bound=max(bound, least * reduced.unit))
     elif reduced.start is None:
-        found = price_out(reduced)
+        found = lagrangian_start(reduced)
         if found is not None:
-            x = np.zeros(len(reduced.cost))
-            x[found] = 1.0
-            reduced = replace(reduced, start=x)
+            reduced = replace(reduced, start=reduced.vector(found))
     return reduced, held if reduced.start is None else held.better(problem, reduced.assignment(reduced.start))
 
 
 def _run(problem: Problem, reduced: Reduced, held: _Held, name: str, options: SolveOptions) -> tuple[RawResult, _Held]:
-    """Let one solver work, and believe nothing of what it says before it is checked."""
+    """Run one solver, and check its answer in exact integers before it becomes the incumbent."""
     raw = find(name).solve(reduced, options)
     if raw.stopped is StopReason.INFEASIBLE and held.assignment is not None:
-        raise SolverError(f"Solver {name!r} calls a problem infeasible that has a solution: {raw.message}.")
+        raise SolverError(f"solver {name!r} reports a problem with a solution as infeasible: {raw.message}.")
     if not np.isnan(raw.bound):
         held = replace(held, bound=max(held.bound, raw.bound * reduced.unit))
     if raw.x is None:
@@ -218,6 +218,6 @@ def _run(problem: Problem, reduced: Reduced, held: _Held, name: str, options: So
     if faults:
         mended = repair(reduced, reduced.chosen(raw.x))
         if mended is None:
-            raise SolverError(f"Solver {name!r} returned an assignment that is not valid: {'; '.join(faults)}.")
+            raise SolverError(f"solver {name!r} returned an infeasible assignment: {'; '.join(faults)}.")
         assignment = reduced.column[mended][reduced.group_of_row]
     return raw, held.better(problem, assignment)

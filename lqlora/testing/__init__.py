@@ -1,4 +1,4 @@
-"""Hypothesis strategies for weights and formats, and suites of properties for anybody's quantizer, solver or backend."""
+"""Conformance suites for quantizers, solvers and backends, and Hypothesis strategies for weights and formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lqlora._optional import require
 
 require("hypothesis", "testing", "lqlora.testing")
 
-from lqlora.testing import strategies  # noqa: E402 - after the check
+from lqlora.testing import strategies  # noqa: E402 - after the check for Hypothesis
 from lqlora.testing.backends.suite import BACKEND_PROPERTIES, assert_backend_conforms, check_backend  # noqa: E402
 from lqlora.testing.quantizers.suite import PROPERTIES, assert_quantizer_conforms, check_quantizer  # noqa: E402
 from lqlora.testing.report import Finding, Report  # noqa: E402

@@ -1,4 +1,4 @@
-"""What a property is, whoever it is asked of."""
+"""Properties of a conformance suite: a statement, its check and its inputs, collected in a registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Property(Generic[S]):
-    """A promise, the inputs it is tried on, and what has to be known of the subject."""
+    """A property: its statement, its check, a strategy for its inputs, and the options it needs.
+
+    It applies to a subject if each attribute named in ``needs`` is neither None nor False.
+    """
 
     name: str
     statement: str
@@ -28,14 +31,14 @@ class Property(Generic[S]):
     needs: tuple[str, ...]
 
     def missing(self, subject: S) -> str:
-        """Return why the property does not apply, or nothing."""
+        """Return the reason why the property does not apply, or an empty string."""
         known = {name: getattr(subject, name) for name in self.needs}
         absent = [name for name, value in known.items() if value is None or value is False]
         return f"needs {' and '.join(absent)}" if absent else ""
 
 
 def promises(registry: dict[str, Property[S]]) -> Callable[..., Callable[[Check], Check]]:
-    """Return a decorator that adds a function to the registry: its docstring is the promise."""
+    """Return a decorator that adds a check to the registry. The docstring of the check is the statement in reports."""
 
     def _promise(inputs: Callable[[S], SearchStrategy[dict[str, Any]]], *needs: str) -> Callable[[Check], Check]:
         def _register(check: Check) -> Check:

@@ -1,7 +1,8 @@
-"""Properties under Hypothesis, and what became of them."""
+"""Run the properties of a suite under Hypothesis, and collect the findings."""
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["try_properties"]
 
-_SHOWN = 8  # entries of an array that a message lists
+#: Entries of an array that a message lists.
+_SHOWN = 8
 
 _PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
 
@@ -36,17 +38,18 @@ def try_properties(
     max_examples: int,
     *,
     derandomize: bool,
+    shrink: bool = True,
 ) -> Report:
-    """Try the selected properties of a registry on a subject."""
+    """Check the selected properties of a registry on a subject. Without ``shrink`` counterexamples stay as they are."""
     selected = _selected(registry, only, exclude)
     if max_examples < 1:
-        raise InvalidArgumentError(f"At least one example is tried, not {max_examples!r}.")
+        raise InvalidArgumentError(f"max_examples must be at least 1, got {max_examples!r}.")
     settings = hypothesis.settings(
         max_examples=max_examples,
         derandomize=derandomize,
         database=None,
         deadline=None,
-        phases=_PHASES,
+        phases=_PHASES if shrink else _PHASES[:1],
         print_blob=False,
         report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
@@ -61,27 +64,29 @@ def try_properties(
 
 
 def _selected(registry: dict[str, Property[S]], only: Collection[str] | None, exclude: Collection[str]) -> list[str]:
-    for names in (only, exclude):
+    for argument, names in (("only", only), ("exclude", exclude)):
         if isinstance(names, str):
-            raise InvalidArgumentError(f"Names of properties come in a list, not as the text {names!r}.")
-    unknown = sorted({*(only or ()), *exclude} - set(registry))
-    if unknown:
-        raise InvalidArgumentError(f"Properties are chosen from {', '.join(registry)}, not {', '.join(unknown)}.")
+            raise InvalidArgumentError(f"{argument} must be a list of names of properties, got the string {names!r}.")
+        unknown = sorted(set(names or ()) - set(registry))
+        if unknown:
+            close = {name: difflib.get_close_matches(name, registry) for name in unknown}
+            hints = "; ".join(f"{name!r} (similar: {', '.join(near) or 'none'})" for name, near in close.items())
+            raise InvalidArgumentError(f"{argument} contains unknown names of properties: {hints}.")
     return [name for name in registry if only is None or name in only]
 
 
 def _try_property(prop: Property[S], subject: S, settings: hypothesis.settings) -> Finding:
-    """Try a property on many inputs; a failure is shown by the smallest input found."""
+    """Check a property on many inputs, and report a failure by the smallest input found."""
     reason = prop.missing(subject)
     if reason:
         return Finding(prop.name, prop.statement, "skipped", reason)
     last = _Last({}, "")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings are part of no promise
+            warnings.simplefilter("ignore")  # no property is about warnings
             _search(prop, subject, settings, last)
     except (ViolationError, RefusedError, Flaky) as error:
-        often = " (not at each try)" if isinstance(error, Flaky) else ""
+        often = " (not in every run)" if isinstance(error, Flaky) else ""
         shown = f"{_spelled(last.drawn)}: " if last.drawn else ""
         return Finding(prop.name, prop.statement, "failed", f"{shown}{last.fault}{often}.", last.drawn)
     except NotApplicableError as error:
@@ -93,7 +98,7 @@ def _try_property(prop: Property[S], subject: S, settings: hypothesis.settings) 
 
 @dataclass
 class _Last:
-    """The last input that failed: after Hypothesis has shrunk it, the smallest one."""
+    """The last input that failed, with its fault. Hypothesis ends with the smallest one."""
 
     drawn: dict[str, Any]
     fault: str
@@ -127,7 +132,7 @@ def _value(value: object) -> str:
         return f"{value.tolist()} ({dtype})"
     if len(places) <= _SHOWN:
         entries = ", ".join(f"{value[tuple(at)]!s} at {', '.join(map(str, at))}" for at in places)
-        return f"zeros but for {entries} ({dtype})" if entries else f"zeros ({dtype})"
+        return f"zeros except {entries} ({dtype})" if entries else f"zeros ({dtype})"
     flat = ", ".join(str(entry) for entry in value.reshape(-1)[:_SHOWN])
     return f"[{flat}, …] ({dtype})"
 

@@ -1,4 +1,4 @@
-"""What a run of the properties found."""
+"""Reports of conformance suites: one finding for each property, printed as a table."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Report"]
 
+#: Width of a printed report.
 _WIDTH = 100
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one property found.
+    """Finding of one property.
 
     Parameters
     ----------
     name : str
         Name of the property.
     statement : str
-        What it promises, in one line.
+        Statement of the property, in one line.
     result : {"passed", "failed", "error", "skipped"}
-        "failed" if what was tested broke the promise or raised; "error" if the property could not be tried;
+        "failed" if the subject violated the property or raised; "error" if the property could not be checked;
         "skipped" if it does not apply.
     message : str
-        The smallest example found and what came of it; or why the property was skipped. Empty if it passed.
+        The smallest counterexample with its fault, or the reason why the property was skipped. Empty if it passed.
     counterexample : mapping of str to object, optional
-        The smallest example found, as the property was given it: usually an array ``w``.
+        Arguments of the smallest counterexample, usually an array ``w``.
 
     Examples
     --------
-    >>> Finding("shape", "The shape is kept.", "passed").result
+    >>> Finding("shape", "The result has the shape of the input.", "passed").result
     'passed'
     """
 
@@ -48,7 +49,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """Findings of all properties that were selected; printing it gives a table.
+    """Findings of all selected properties. Printing it gives a table.
 
     Parameters
     ----------
@@ -57,12 +58,13 @@ class Report:
 
     Examples
     --------
-    >>> report = Report((Finding("shape", "The shape is kept.", "failed", "w = [1.0]: shape (1,) became ()."),))
+    >>> message = "w = [1.0] (float32, shape (1,)): shape (1,) gave shape ()."
+    >>> report = Report((Finding("shape", "The result has the shape of the input.", "failed", message),))
     >>> report.passed, report.failed
     (False, ('shape',))
     >>> print(report)
-    shape  FAILED  The shape is kept.
-                   w = [1.0]: shape (1,) became ().
+    shape  FAILED  The result has the shape of the input.
+                   w = [1.0] (float32, shape (1,)): shape (1,) gave shape ().
     1 failed.
     """
 
@@ -70,12 +72,12 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True if no property failed, or could not be tried."""
+        """True if every property passed or was skipped."""
         return all(finding.result in ("passed", "skipped") for finding in self.findings)
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """Names of the properties that failed, or could not be tried."""
+        """Names of the properties that failed or could not be checked."""
         return tuple(finding.name for finding in self.findings if finding.result in ("failed", "error"))
 
     def __getitem__(self, name: str) -> Finding:
@@ -83,7 +85,7 @@ class Report:
         return {finding.name: finding for finding in self.findings}[name]
 
     def __str__(self) -> str:
-        """Return a table: a line for each property, and under it what is to be said of it."""
+        """Return a table with a line for each property and its message below."""
         width = max((len(finding.name) for finding in self.findings), default=0)
         lines = []
         for finding in self.findings:

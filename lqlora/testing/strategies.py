@@ -1,4 +1,4 @@
-"""Hypothesis strategies: weights that quantizers get wrong, layouts in memory, codebooks and formats."""
+"""Hypothesis strategies: hard weights, memory layouts, codebooks and formats."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ __all__ = [
     "weights",
 ]
 
-#: Signs, zeros, both ends of the subnormal range, both ends of the normal range of float32.
+#: Hard values of float32: zeros of both signs, both ends of the subnormal and of the normal range.
 HARD = tuple(
     float(np.float32(x))
     for x in (0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, -1e-30, 0.5, -1.0, 1.0, 3e38, -3.4028235e38)
 )
 
-#: What :func:`lay_out` knows.
+#: Memory layouts of :func:`lay_out`.
 LAYOUTS = ("contiguous", "transposed", "every second", "reversed")
 
-#: Codebooks that have a name, of every family and normalization.
+#: Named codebooks of every family and normalization.
 ALL_CODEBOOKS = (
     *(normal_float(bits) for bits in range(2, 9)),
     *(uniform(bits) for bits in range(2, 9)),
@@ -61,7 +61,7 @@ ALL_CODEBOOKS = (
     ),
 )  # fmt: skip
 
-#: Bits of a scale by its codebook, and the offsets that this takes, by whether the scales have a sign.
+#: Range of bits by the codebook of the scales; offsets by codebook and by whether scales have a sign.
 _SCALE_BITS = {"uint": (1, 8), "int": (2, 8), "dynamic": (8, 8), "log": (3, 8)}
 _SCALE_OFFSETS = {
     ("uint", False): ["min", "none"], ("log", False): ["min", "none"],
@@ -69,34 +69,34 @@ _SCALE_OFFSETS = {
     ("int", True): ["none"], ("dynamic", True): ["none"],
 }  # fmt: skip
 
-#: The finest fraction of a block's largest weight that :func:`block_weights` draws: normal weights stay normal.
+#: Smallest fraction of the absmax that :func:`block_weights` draws, so that normal weights stay normal.
 _FINEST = 2.0**-20
 
-#: What one block draws, made once.
+#: Strategies of one block, built once because that takes time.
 _SIGNS = st.sampled_from((1.0, -1.0))
 _FEW = st.lists(st.integers(-1024, 1024), max_size=4)
 
 
 def lay_out(array: Array, layout: str) -> Array:
-    """Hold the same entries, in the same logical order, differently in memory.
+    """Return an array with the same entries in the same logical order in another memory layout.
 
     Parameters
     ----------
     array : array of any library, any shape
         The entries.
     layout : {"contiguous", "transposed", "every second", "reversed"}
-        Row-major; with the axes in the opposite order; with gaps along the first axis; with negative strides.
+        Row-major; axes in reverse order; gaps along the first axis; negative strides.
 
     Returns
     -------
     array
-        Equal to ``array``. A new array except where nothing is to be done: under "contiguous", for an array of no
-        dimensions, and under "reversed" for torch, which has no negative strides.
+        An array equal to ``array``. It is ``array`` itself for the layout "contiguous", for zero-dimensional arrays,
+        and for the layout "reversed" in torch, which has no negative strides.
 
     Raises
     ------
     InvalidArgumentError
-        If the layout is another word.
+        If the layout is not one of :data:`LAYOUTS`.
 
     Examples
     --------
@@ -105,7 +105,7 @@ def lay_out(array: Array, layout: str) -> Array:
     (4, 8)
     """
     if layout not in LAYOUTS:
-        raise InvalidArgumentError(f"A layout is one of {', '.join(LAYOUTS)}, not {layout!r}.")
+        raise InvalidArgumentError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
     no_reversal = layout == "reversed" and array_library(array) == "torch"
     if layout == "contiguous" or array.ndim == 0 or no_reversal:
         return array
@@ -122,17 +122,17 @@ def lay_out(array: Array, layout: str) -> Array:
 
 
 def _compact(xp: Any, array: Array) -> Array:
-    """Copy to row-major order: a copy of a flat array has no strides to keep."""
+    """Copy to row-major order. The array is flattened first, because a copy may keep strides."""
     return xp.reshape(xp.asarray(xp.reshape(array, (-1,)), copy=True), tuple(array.shape))
 
 
 def shapes(max_dims: int = 3, max_side: int = 6) -> SearchStrategy[tuple[int, ...]]:
-    """Shapes of few dimensions, empty ones and the shape of no dimensions included.
+    """Return a strategy of shapes of few dimensions, among them empty ones and ``()``.
 
     Parameters
     ----------
     max_dims : int, default 3
-        Most dimensions.
+        Largest number of dimensions.
     max_side : int, default 6
         Longest side.
 
@@ -151,19 +151,19 @@ def shapes(max_dims: int = 3, max_side: int = 6) -> SearchStrategy[tuple[int, ..
 
 
 def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> SearchStrategy[float]:
-    """Any float32, with those that break quantizers drawn often.
+    """Return a strategy of float32 values that often draws hard ones.
 
     Parameters
     ----------
     largest : float, default 3.4e38
         Largest absolute value.
     codebook : Codebook, optional
-        Draw the boundaries between its levels too: beside a weight of 1 they are ties.
+        Codebook whose boundaries between levels are drawn too. In a block with absmax 1 they are ties.
 
     Returns
     -------
     SearchStrategy of float
-        Values of float32: signed zeros, subnormals, the ends of the range, anything between.
+        Values of float32: zeros of both signs, subnormals, the ends of the range, and others.
 
     Examples
     --------
@@ -172,7 +172,7 @@ def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> Se
     True
     """
     bound = float(np.float32(largest))
-    if bound > largest:
+    if bound > largest:  # float32 rounded the limit up
         bound = float(np.nextafter(np.float32(largest), np.float32(0)))
     special = [*HARD, *(codebook.boundaries.tolist() if codebook is not None else ())]
     return st.sampled_from([x for x in special if abs(x) <= bound]) | st.floats(-bound, bound, width=32)
@@ -182,16 +182,16 @@ def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> Se
 def weights(
     draw: DrawFn, dtype: Any = np.float32, largest: float = 3.4e38, shape: SearchStrategy[tuple[int, ...]] | None = None
 ) -> npt.NDArray[Any]:
-    """Draw normal noise of any size with hard values strewn in and a stretch of zeros, in any shape.
+    """Draw arrays of normal noise of any magnitude, with hard values and a run of zeros inserted.
 
     Parameters
     ----------
     dtype : dtype, default float32
-        Of the array; values are drawn as those of float32.
+        Dtype of the array. Values are drawn as float32.
     largest : float, default 3.4e38
         Largest absolute value.
     shape : SearchStrategy of tuple of int, optional
-        Shapes to draw from; :func:`shapes` by default.
+        Strategy of the shapes; :func:`shapes` by default.
 
     Returns
     -------
@@ -227,18 +227,18 @@ def block_weights(
     smallest: float = 2.0**-20,
     largest: float = 2.0**20,
 ) -> npt.NDArray[np.float32]:
-    """Blocks of very different size, none of them all zeros; each is a few weights among zeros, or noise.
+    """Draw blocks of very different magnitude: each is noise, or a few weights among zeros.
 
-    The largest weight of a block is often its first or its last, where faults by one show.
+    No block is all zeros. Its largest weight is often its first or its last, where off-by-one faults show.
 
     Parameters
     ----------
     block_size : int, default 64
         Weights per block.
     size : SearchStrategy of int, optional
-        Number of weights; by default one to six whole blocks.
+        Strategy of the number of weights; by default one to six whole blocks.
     smallest, largest : float, default 2**-20 and 2**20
-        Range of the largest absolute weight of a block. Other weights are zero, or not below it by more than 2**-20.
+        Range of the absmax of a block. Other weights are zero, or at least 2**-20 times the absmax.
 
     Returns
     -------
@@ -273,23 +273,23 @@ def _one_block(draw: DrawFn, count: int, smallest: float, largest: float) -> npt
 
 
 def _place(draw: DrawFn, count: int) -> int:
-    """Draw an index, the first and the last one each every third time."""
+    """Draw an index: the first, the last and any other, each in a third of the draws."""
     return min(max(draw(st.integers(-count, 2 * count - 1)), 0), count - 1)
 
 
 @st.composite
 def ties(draw: DrawFn, codebook: Codebook) -> npt.NDArray[np.float32]:
-    """One block of a power of two and, in any order, that power times the boundaries between levels.
+    """Draw one block: a power of two and, in any order, that power times the boundaries between levels.
 
     Parameters
     ----------
     codebook : Codebook
-        Whose largest absolute level is 1, so that the boundaries are ties after division by the scale.
+        Codebook with a largest absolute level of 1, so that the boundaries are ties after division by the scale.
 
     Returns
     -------
     SearchStrategy of ndarray of float32, shape (number of levels,)
-        The block; its first weight is the power of two.
+        Blocks whose first weight is the power of two.
 
     Examples
     --------
@@ -303,12 +303,12 @@ def ties(draw: DrawFn, codebook: Codebook) -> npt.NDArray[np.float32]:
 
 
 def codebooks(max_levels: int = 256) -> SearchStrategy[Codebook]:
-    """Codebooks that have a name, and codebooks of any levels.
+    """Return a strategy of named codebooks and of codebooks with arbitrary levels.
 
     Parameters
     ----------
     max_levels : int, default 256
-        Most levels, at least 2.
+        Largest number of levels, at least 2.
 
     Returns
     -------
@@ -334,16 +334,16 @@ def scale_formats(
     *,
     signed: bool = False,
 ) -> ScaleFormat:
-    """Scales that are quantized themselves, once or more, by every codebook with every offset it takes.
+    """Draw formats of quantized scales, of one or more depths, with every codebook and every offset it takes.
 
     Parameters
     ----------
     dtypes : sequence of str, default all
-        Dtypes that the innermost scales may be stored in.
+        Dtypes of the innermost scales.
     depth : int, default 2
-        Most levels of scales.
+        Largest depth of double quantization.
     signed : bool, default False
-        Draw only what holds scales of both signs.
+        True draws only formats that hold scales of both signs.
 
     Returns
     -------
@@ -380,20 +380,20 @@ def formats(
     Parameters
     ----------
     dtypes : sequence of str, default all
-        Dtypes that scales may be stored in.
+        Dtypes of the scales.
     depth : int, default 2
-        Most levels of scales above the first.
+        Largest depth of double quantization.
     codebooks : sequence of Codebook, optional
-        Codebooks to draw from; by default those of every family.
+        Codebooks to draw from; :data:`ALL_CODEBOOKS` by default.
     axes : sequence of int or None, default (None,)
-        Axes that blocks may follow.
+        Axes of the blocks to draw from.
     fitted : bool, default False
-        True: formats with levels of the array's own, where the codebook allows that.
+        True draws formats with fitted levels where the codebook allows them.
 
     Returns
     -------
     SearchStrategy of BlockFormat
-        Formats with scales as floats or quantized themselves.
+        Formats with float or quantized scales.
 
     Examples
     --------
@@ -401,7 +401,7 @@ def formats(
     >>> find(formats(), lambda fmt: fmt.block_size > 60).block_size
     61
     """
-    # Not a default of the signature: Hypothesis would spell out every level of every codebook for each format drawn.
+    # ALL_CODEBOOKS is no default of the signature, because Hypothesis would print every level of every codebook.
     codebook = draw(st.sampled_from(ALL_CODEBOOKS if codebooks is None else codebooks))
     signed = codebook.normalization == "signed"
     scales: Any = draw(st.sampled_from(dtypes) | scale_formats(dtypes, depth, signed=signed))
@@ -413,7 +413,7 @@ def formats(
 
 
 def largest_for(fmt: BlockFormat) -> float:
-    """Return a bound on weights below which every scale of a format is in the range of the dtype that stores it.
+    """Return the largest weight for which every scale of a format fits the dtype that stores it.
 
     Parameters
     ----------
@@ -423,7 +423,7 @@ def largest_for(fmt: BlockFormat) -> float:
     Returns
     -------
     float
-        60,000 where scales are float16, else 1e38; half of that for affine formats, whose scale spans a block's range.
+        60,000 for float16 scales, otherwise 1e38; half of that for affine formats, whose scale spans a block's range.
 
     Examples
     --------

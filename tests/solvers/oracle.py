@@ -1,4 +1,4 @@
-"""The optimum by trying everything, independent of the library's own evaluation."""
+"""Optima by enumeration and by dynamic programming, independent of the library's own evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lqlora.solvers import Problem, Solution, Status
 
 
 def brute_force(problem: Problem) -> float:
-    """Best objective, infinite if nothing is feasible."""
+    """Return the least cost of all assignments, infinite if none is feasible."""
     rows, columns = problem.cost.shape
     choices = np.indices((columns,) * rows).reshape(rows, -1)
     across = np.arange(rows)[:, None]
@@ -27,7 +27,7 @@ def brute_force(problem: Problem) -> float:
 
 
 def check_against_brute_force(problem: Problem, found: Solution) -> None:
-    """Assert that a solution is optimal, that its bound is one, and that it breaks no constraint."""
+    """Assert that a solution is optimal and feasible, and that its bound is a lower bound."""
     expected = brute_force(problem)
     if np.isinf(expected):
         assert found.status is Status.INFEASIBLE
@@ -36,7 +36,7 @@ def check_against_brute_force(problem: Problem, found: Solution) -> None:
     assert found.status is Status.OPTIMAL
     assert found.bound <= expected + 1e-12 * abs(expected)
     np.testing.assert_allclose(found.objective, expected, rtol=1.001e-6, atol=0)
-    # That one choice alone, tried by the same brute force, says whether it is feasible and what it costs.
+    # With only this assignment allowed, the same enumeration tells whether it is feasible and what it costs.
     only = np.zeros_like(problem.allowed)
     only[np.arange(len(only)), found.assignment] = True
     alone = Problem(problem.cost, problem.size, only & problem.allowed, problem.ties, problem.budgets)
@@ -44,7 +44,7 @@ def check_against_brute_force(problem: Problem, found: Solution) -> None:
 
 
 def dynamic_program(problem: Problem) -> float:
-    """Best objective under one upper limit on all rows, by the table over capacities of every textbook."""
+    """Return the least cost under one upper limit on all rows, by dynamic programming over capacities."""
     capacity = problem.budgets[0].upper
     best = np.zeros(capacity + 1)
     for cost, size in zip(problem.cost, problem.size, strict=True):

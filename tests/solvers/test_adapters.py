@@ -1,4 +1,4 @@
-"""Every adapter whose solver is installed: the suite of lqlora.testing, and the traps that are known."""
+"""Every installed adapter passes the conformance suite of lqlora.testing and avoids the known traps of its solver."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from lqlora.solvers import (
     registry,
     solve,
 )
+from lqlora.solvers.vendors import ortools
 from lqlora.testing import SOLVER_PROPERTIES, check_solver
 from lqlora.testing.solvers._inputs import larger_problem
 from tests.requirements import require_or_skip
 
-#: Before any test registers another.
+#: Names of the library's own solvers, before a test registers another.
 SOLVERS = tuple(available())
 
-#: Promises that a solver cannot keep; what it answers then is refused by ``solve``, never returned.
+#: Properties that a solver fails. ``solve`` repairs or refuses such answers.
 KNOWN = {
     "highs": ("budget_to_the_unit",),
     # scipy.optimize.milp does not let its tolerance be set.
     "scipy": ("budget_to_the_unit",),
 }
 
-#: What a solver does not take.
+#: Options of the suite for solvers that do not take every problem.
 OPTIONS = {"mckp": {"several_budgets": False, "lower_limits": False}}
 
-#: Each call starts a process, which takes a second.
+#: Properties to try on CP-SAT, where each call starts a process and takes a second.
 FEW = ("version", "feasible", "infeasible", "proof", "several_budgets", "no_budget", "negative_costs", "start")
 
 
@@ -78,7 +79,7 @@ def test_costs_of_1e_12_have_the_plan_of_costs_of_one(solver):
     np.testing.assert_allclose(evaluate(problem, found.assignment)[0], solve(problem, "scipy").objective, rtol=2e-6)
 
 
-def test_a_time_limit_is_no_proof_with_or_without_an_incumbent(solver):
+def test_a_time_limit_gives_a_valid_bound_with_or_without_an_incumbent(solver):
     problem = larger_problem(0, 60, 24)
     reduced = reduce_problem(problem)
     raw = registry.find(solver).solve(reduced, SolveOptions(time_limit=1e-3, rel_gap=0.0))
@@ -90,7 +91,7 @@ def test_a_time_limit_is_no_proof_with_or_without_an_incumbent(solver):
         assert evaluate(problem, reduced.assignment(raw.x))[2] == []
 
 
-def test_the_solver_says_who_it_is(solver):
+def test_the_solution_names_solver_version_and_message(solver):
     found = solve(Problem([[1.0]], [[1]], budgets=[Budget(upper=1)]), solver)
     assert (found.solver.split("+")[0], found.stopped) == (solver, StopReason.GAP)
     assert found.version[0].isdigit()
@@ -99,27 +100,27 @@ def test_the_solver_says_who_it_is(solver):
 
 def test_a_budget_that_no_sum_of_sizes_meets_is_infeasible(solver):
     if solver == "mckp":
-        pytest.skip("It takes no lower limits.")
+        pytest.skip("mckp takes no lower limits.")
     problem = Problem([[1.0, 2.0]] * 2, [[2, 4]] * 2, budgets=[Budget(lower=5, upper=5)])
     raw = registry.find(solver).solve(reduce_problem(problem), SolveOptions())
     assert (raw.x, raw.stopped) == (None, StopReason.INFEASIBLE)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_costs_that_are_not_finite_reach_no_adapter(bad, solver, monkeypatch):
+def test_costs_that_are_not_finite_are_refused_before_the_adapter_runs(bad, solver, monkeypatch):
     monkeypatch.setattr(registry.find(solver), "solve", lambda *_: pytest.fail("it was called"))
-    with pytest.raises(InvalidArgumentError, match="finite"):
+    with pytest.raises(InvalidArgumentError, match=r"cost.*(nan|inf) at row 0"):
         solve(Problem([[bad, 1.0]], [[1, 2]], budgets=[Budget(upper=3)]), solver)
 
 
-def test_a_budget_that_counts_nothing_is_a_row_without_entries(solver):
-    # CBC is given entries, not rows: a last row without any would be lost.
+def test_a_budget_that_counts_no_row_changes_nothing(solver):
+    # CBC infers the number of rows from the entries: it loses a last row without entries.
     nothing = np.array([False, False])
     problem = Problem([[3.0, 1.0]] * 2, [[1, 2]] * 2, budgets=[Budget(upper=3), Budget(upper=0, members=nothing)])
     assert (solve(problem, solver).objective, solve(problem, solver).used) == (4.0, (3, 0))
 
 
-# --- Gurobi: the license that comes with the package
+# --- Gurobi: the limited license of the package
 
 
 def _more_than_2000_variables() -> Problem:
@@ -127,41 +128,39 @@ def _more_than_2000_variables() -> Problem:
     return Problem(1.0 / size, size, budgets=[Budget(upper=1000)])
 
 
-def _require_the_license_of_the_package() -> None:
+def _require_limited_license() -> None:
     require_or_skip("gurobi", available()["gurobi"])
     if "2000" not in check_license("gurobi").message:
-        pytest.skip("Gurobi has another license here.")
+        pytest.skip("Gurobi has a full license here.")
 
 
-def test_a_model_above_the_license_is_stopped_by_a_limit_and_names_a_free_solver():
-    _require_the_license_of_the_package()
+def test_a_model_larger_than_the_license_stops_at_a_limit_and_names_a_free_solver():
+    _require_limited_license()
     found = registry.find("gurobi").solve(reduce_problem(_more_than_2000_variables()), SolveOptions())
     assert (found.x, found.bound, found.stopped) == (None, -np.inf, StopReason.LIMIT)
-    assert found.message == (
-        "The license of Gurobi does not allow 2200 variables and 201 constraints: "
-        "without a license file at most 2000 of each; use 'highs', which is free and has no limit."
-    )
+    for part in ("2200 variables", "201 constraints", "'highs'"):
+        assert part in found.message
 
 
-def test_gurobi_without_a_license_says_so(monkeypatch, tmp_path):
+def test_gurobi_without_a_license_is_an_error(monkeypatch, tmp_path):
     require_or_skip("gurobi", available()["gurobi"])
     monkeypatch.setenv("GRB_LICENSE_FILE", str(tmp_path / "none.lic"))
     assert not check_license("gurobi").ok
-    with pytest.raises(SolverError, match="Gurobi failed"):
+    with pytest.raises(SolverError, match="gurobi"):
         solve(Problem([[1.0]], [[1]]), "gurobi")
 
 
 # --- OR-tools: a process of its own
 
 
-def _requires_ortools() -> None:
+def _require_ortools() -> None:
     require_or_skip("ortools", available()["ortools"])
 
 
 @pytest.mark.parametrize("order", [("highs", "ortools", "highs"), ("ortools", "highs")], ids="-".join)
 def test_highs_and_ortools_work_in_one_program(order):
     # Loaded into one process, the second of them raises ImportError.
-    _requires_ortools()
+    _require_ortools()
     require_or_skip("highs", available()["highs"])
     code = f"""
 from lqlora.solvers import Budget, Problem, solve
@@ -173,32 +172,30 @@ print([solve(problem, name).objective for name in {order!r}])
 
 
 def test_ortools_is_never_loaded_into_this_process():
-    _requires_ortools()
+    _require_ortools()
     solve(Problem([[1.0, 2.0]], [[1, 2]], budgets=[Budget(upper=1)]), "ortools")
     assert "ortools" not in sys.modules
 
 
 def test_a_process_that_hangs_is_ended_at_the_time_limit(monkeypatch, tmp_path):
-    _requires_ortools()
+    _require_ortools()
     (tmp_path / "hangs.py").write_text("import time; time.sleep(100)")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry.find("ortools"), "_GRACE", 0.0)
-    monkeypatch.setattr(registry.find("ortools"), "_MODULE", "hangs")
+    reduced = reduce_problem(larger_problem(0, 5, 3))
     start = time.perf_counter()
-    found = solve(larger_problem(0, 5, 3), "ortools", SolveOptions(time_limit=0.5))
+    found = ortools.solve(reduced, SolveOptions(time_limit=0.5), module="hangs", grace=0.0)
     assert time.perf_counter() - start < 30
-    assert (found.stopped, found.message) == (StopReason.TIME_LIMIT, "ended at the time limit")
+    assert (found.x, found.stopped) == (None, StopReason.TIME_LIMIT)
 
 
-def test_a_process_that_fails_is_an_error_with_its_last_words(monkeypatch):
-    _requires_ortools()
-    monkeypatch.setattr(registry.find("ortools"), "_MODULE", "no_such_module")
-    with pytest.raises(SolverError, match=r"CP-SAT failed: .*No module named no_such_module"):
-        solve(larger_problem(0, 5, 3), "ortools")
+def test_a_process_that_fails_is_an_error_with_its_last_line_of_output():
+    _require_ortools()
+    with pytest.raises(SolverError, match=r"ortools.*no_such_module"):
+        ortools.solve(reduce_problem(larger_problem(0, 5, 3)), SolveOptions(), module="no_such_module")
 
 
 def test_costs_over_many_powers_of_ten_leave_the_bound_of_ortools_a_bound():
-    _requires_ortools()
+    _require_ortools()
     rng = np.random.default_rng(0)
     size = np.sort(rng.integers(1, 100, (8, 6)), axis=1)
     cost = np.sort(10.0 ** rng.uniform(-6, 6, (8, 6)), axis=1)[:, ::-1]

@@ -1,4 +1,4 @@
-"""All exact solvers that are installed, on the same fifty problems."""
+"""All installed exact solvers agree on fifty problems."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lqlora import solvers
 from lqlora.solvers import Budget, Problem, SolveOptions, Status, solve
 from tests.requirements import require_or_skip
 
-#: Those whose answers are proven, and that need no license for problems of this size. CP-SAT starts a process for each.
+#: Exact solvers that need no license for problems of this size. CP-SAT is left out: it starts a process for each.
 ALWAYS, WHERE_INSTALLED = ("mckp", "highs", "scipy"), ("cbc", "scip", "gurobi")
 
 
 def _problem(seed: int) -> Problem:
-    """Errors that fall with bits, sizes with large common factors; every fifth problem has a budget within a budget."""
+    """Return costs that fall with bits and sizes with large common factors; every fifth problem has nested budgets."""
     rng = np.random.default_rng(seed)
     rows, columns = 8 if seed % 5 == 0 else 24, 12
     bits = np.sort(rng.integers(2 * 1024, 8 * 1024, columns))
@@ -41,5 +41,5 @@ def test_exact_solvers_agree_within_the_gap_on_fifty_problems(group):
         assert all(one.used[0] <= problem.budgets[0].upper for one in found)
         objectives = np.array([one.objective for one in found])
         np.testing.assert_allclose(objectives, objectives.min(), rtol=1.001e-6)
-        # What one proves is true of what another found.
+        # The bound of one solver holds for the answers of the others.
         assert max(one.bound for one in found) <= objectives.min() * (1 + 1e-9)

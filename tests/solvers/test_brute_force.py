@@ -1,4 +1,4 @@
-"""Five hundred small problems with ties, masks, several budgets and lower limits, against trying everything."""
+"""Five hundred small problems with ties, masks, several budgets and lower limits, against enumeration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _problem(seed: int) -> Problem:
 
 
 def _budgets(rng: np.random.Generator, size: np.ndarray, kind: int) -> list[Budget]:
-    """None, a total, disjoint budgets, nested budgets, lower limits; from a little too tight to a little too loose."""
+    """Return a total, disjoint budgets, nested budgets, lower limits, or none; some too tight, some not binding."""
     least, most = int(size.min(axis=1).sum()), int(size.max(axis=1).sum())
 
     def limit(share: float) -> int:

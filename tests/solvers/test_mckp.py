@@ -1,4 +1,4 @@
-"""The native solver: optima by an independent method, bounds that hold whatever is cut short, and what it hands on."""
+"""The knapsack solver mckp: optima equal dynamic programming, bounds hold under any limit, the rest is handed over."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lqlora.solvers import (
     registry,
     solve,
 )
-from lqlora.solvers.mckp import beam
 from lqlora.solvers.mckp import solver as mckp
+from lqlora.solvers.mckp.beam import Effort
 from tests.solvers.oracle import check_against_brute_force, dynamic_program
 
 EXACT = SolveOptions(rel_gap=0.0)
 
 
 def _problem(seed: int, rows: int = 14, columns: int = 9, scale: float = 1.0) -> Problem:
-    """Sizes of few bits, so that the table over capacities is small; strongly correlated costs are the hard ones."""
+    """Return a problem with small sizes, for a small table over capacities; odd seeds have strongly correlated costs."""
     rng = np.random.default_rng(seed)
     size = rng.integers(0, 60, (rows, columns))
     noise = rng.uniform(0.9, 1.1, (rows, columns)) if seed % 2 else rng.lognormal(0, 1, (rows, columns))
@@ -44,54 +44,61 @@ def test_the_optimum_is_that_of_dynamic_programming(scale):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "value"),
-    [
-        (mckp, "_WIDTHS", ()),
-        (mckp, "_WIDTHS", (1, 2)),
-        (beam, "_WORK", 0),
-        (beam, "_KEPT", 30),
-        (beam, "_ITEMS", 0),
-    ],
-    ids=["no search", "two states", "no work", "few kept", "no items"],
+    "effort",
+    [Effort(widths=()), Effort(widths=(1, 2)), Effort(work=0), Effort(states=30), Effort(items=0)],
+    ids=["no search", "two states", "no work", "few states", "no items"],
 )
-def test_bounds_hold_and_assignments_fit_whatever_is_cut_short(monkeypatch, module, name, value):
-    monkeypatch.setattr(registry, "FINISHERS", ())
-    monkeypatch.setattr(module, name, value)
+def test_bounds_hold_and_answers_are_feasible_under_any_limit_of_effort(effort):
     unproven = 0
     for seed in range(30):
         problem = _problem(seed)
         optimum = dynamic_program(problem)
-        found = solve(problem, "mckp", EXACT)
-        assert found.bound <= optimum * (1 + 1e-14)
-        assert found.objective >= optimum * (1 - 1e-14)
-        assert evaluate(problem, found.assignment)[2] == []
-        if found.status is Status.FEASIBLE:
+        reduced = reduce_problem(problem)
+        raw = mckp.solve(reduced, EXACT, effort)
+        objective, _, faults = evaluate(problem, reduced.assignment(raw.x))
+        assert faults == []
+        assert raw.bound * reduced.unit <= optimum * (1 + 1e-14)
+        assert objective >= optimum * (1 - 1e-14)
+        if raw.stopped is not StopReason.GAP:
             unproven += 1
-            assert found.stopped is StopReason.LIMIT
+            assert raw.stopped is StopReason.LIMIT
     assert unproven > 0
 
 
-def test_a_search_that_is_cut_short_still_raises_the_bound(monkeypatch):
-    monkeypatch.setattr(registry, "FINISHERS", ())
-    problem = _problem(7, rows=40)
-    bounds = []
-    for widths in ((), (3,), (3, 30)):
-        monkeypatch.setattr(mckp, "_WIDTHS", widths)
-        bounds.append(solve(problem, "mckp", EXACT).bound)
+def test_more_effort_raises_the_bound():
+    reduced = reduce_problem(_problem(7, rows=40))
+    bounds = [mckp.solve(reduced, EXACT, Effort(widths=widths)).bound for widths in ((), (3,), (3, 30))]
     assert bounds[0] < bounds[1] < bounds[2]
 
 
-def test_what_it_cannot_close_goes_to_another_solver_which_is_named(monkeypatch):
-    monkeypatch.setattr(registry, "FINISHERS", ("highs",))
-    monkeypatch.setattr(mckp, "_WIDTHS", ())
+class WithoutSearch:
+    """mckp without its search, which leaves a gap in most problems."""
+
+    REQUIRES = mckp.REQUIRES
+    version = staticmethod(mckp.version)
+
+    def solve(self, reduced, options):
+        return mckp.solve(reduced, options, Effort(widths=()))
+
+
+def test_a_gap_that_mckp_leaves_is_closed_by_another_solver_which_is_named(monkeypatch):
+    monkeypatch.setitem(registry.ADAPTERS, "mckp", WithoutSearch())
+    both = f"mckp+{registry.finisher()}"
     for seed in range(8):
         problem = _problem(seed)
         found = solve(problem, options=EXACT)
         assert found.status is Status.OPTIMAL
-        assert found.solver in {"mckp", "mckp+highs"}
+        assert found.solver in {"mckp", both}
         np.testing.assert_allclose(found.objective, dynamic_program(problem), rtol=1e-12)
-    assert found.solver == "mckp+highs"
+    assert found.solver == both
     assert found.version.startswith("1+")
+
+
+def test_without_another_solver_the_gap_stays_open(monkeypatch):
+    monkeypatch.setitem(registry.ADAPTERS, "mckp", WithoutSearch())
+    monkeypatch.setattr(registry, "is_installed", lambda module: module == "numpy")
+    found = solve(_problem(7), options=EXACT)
+    assert (found.solver, found.status, found.stopped) == ("mckp", Status.FEASIBLE, StopReason.LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -102,15 +109,14 @@ def test_what_it_cannot_close_goes_to_another_solver_which_is_named(monkeypatch)
     ],
     ids=["nested", "lower"],
 )
-def test_what_is_no_knapsack_goes_to_another_solver_which_is_named(monkeypatch, budgets):
-    monkeypatch.setattr(registry, "FINISHERS", ("highs",))
+def test_overlapping_budgets_and_lower_limits_go_to_another_solver_which_is_named(budgets):
     problem = _problem(1, rows=4, columns=5)
     problem = Problem(problem.cost, problem.size, budgets=budgets)
     for solver in ("auto", "mckp"):
         found = solve(problem, solver)
-        assert found.solver == "highs"
+        assert found.solver in registry.FINISHERS
         check_against_brute_force(problem, found)
-    with pytest.raises(InvalidArgumentError, match="overlap"):
+    with pytest.raises(InvalidArgumentError, match=r"budgets.*overlap"):
         mckp.solve(reduce_problem(problem), SolveOptions())
 
 
@@ -135,8 +141,8 @@ def test_rows_without_a_budget_take_their_cheapest_choice():
     np.testing.assert_array_equal(found.assignment[10:], problem.cost[10:].argmin(axis=1))
 
 
-def test_tied_rows_of_which_one_counts_are_a_knapsack_too():
-    # Counted in full by a budget that does not bind, choices are sorted by another size than that of the one that does.
+def test_tied_rows_that_a_budget_counts_in_part_are_a_knapsack():
+    # The presolve sorts choices by their size under the budget that counts them in full, which does not bind here.
     rng = np.random.default_rng(5)
     cost, size, ties = rng.lognormal(size=(6, 5)), rng.integers(0, 30, (6, 5)), np.array([0, 0, 1, 1, 2, 2])
     budgets = [Budget(upper=1000), Budget(upper=25, members=ties != np.arange(6) / 2)]
@@ -171,7 +177,7 @@ def test_tied_rows_of_which_one_counts_are_a_knapsack_too():
         "large offset",
     ],
 )
-def test_extremes_are_right_by_brute_force(cost, size, upper):
+def test_extreme_costs_and_sizes_equal_brute_force(cost, size, upper):
     problem = Problem(cost, size, budgets=[Budget(upper=upper)])
     check_against_brute_force(problem, solve(problem, "mckp", EXACT))
 
@@ -186,7 +192,7 @@ def test_a_budget_one_bit_short_of_a_choice_never_gets_it():
         assert (found.objective, found.used[0] <= upper) == (objective, True)
 
 
-def test_a_time_limit_that_is_over_at_once_leaves_a_valid_assignment():
+def test_a_time_limit_of_a_nanosecond_gives_a_feasible_assignment():
     problem = _problem(7, rows=40)
     reduced = reduce_problem(problem)
     raw = mckp.solve(reduced, SolveOptions(time_limit=1e-9, rel_gap=0.0))

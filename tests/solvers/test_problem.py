@@ -1,4 +1,4 @@
-"""Problems, budgets and options: what is refused, and what an assignment is worth."""
+"""Problems, budgets and options: refused arguments, and exact evaluation of assignments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = [[2, 4], [2, 4]]
 
 @pytest.mark.parametrize("cost", [[[np.nan, 1.0], [5.0, 2.0]], [[np.inf, 1.0], [5.0, 2.0]]])
 def test_costs_that_are_not_finite_are_refused(cost):
-    with pytest.raises(InvalidArgumentError, match="finite"):
+    with pytest.raises(InvalidArgumentError, match=r"cost.*(nan|inf) at row 0, column 0"):
         Problem(cost, SIZE)
 
 
@@ -24,12 +24,12 @@ def test_a_cost_that_is_not_finite_is_accepted_where_the_choice_is_not_allowed()
 
 
 def test_negative_sizes_are_refused():
-    with pytest.raises(InvalidArgumentError, match="at least 0"):
+    with pytest.raises(InvalidArgumentError, match=r"size.*got -4 at row 0"):
         Problem(COST, [[2, -4], [2, 4]])
 
 
 def test_sizes_that_are_not_integers_are_refused():
-    with pytest.raises(InvalidArgumentError, match="integers"):
+    with pytest.raises(InvalidArgumentError, match=r"size.*float64"):
         Problem(COST, [[2.0, 4.0], [2.0, 4.0]])
 
 
@@ -43,45 +43,45 @@ def test_sizes_that_are_not_integers_are_refused():
     ],
     ids=["no rows", "no columns", "one dimension", "shapes differ"],
 )
-def test_shapes_that_are_no_table_are_refused(cost, size):
-    with pytest.raises(InvalidArgumentError, match="shape"):
+def test_shapes_other_than_one_table_are_refused(cost, size):
+    with pytest.raises(InvalidArgumentError, match=r"cost, size.*shape"):
         Problem(cost, size)
 
 
-def test_a_scalar_is_no_table():
-    with pytest.raises(InvalidArgumentError):
+def test_scalars_are_refused():
+    with pytest.raises(InvalidArgumentError, match=r"cost, size.*shape"):
         Problem(3.0, 3)
 
 
 def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(InvalidArgumentError, match="shape"):
+    with pytest.raises(InvalidArgumentError, match=r"allowed.*shape"):
         Problem(COST, SIZE, allowed=[[True, True]])
 
 
 def test_a_row_that_allows_nothing_is_named():
-    with pytest.raises(InvalidArgumentError, match="Row 1"):
+    with pytest.raises(InvalidArgumentError, match=r"allowed.*row 1"):
         Problem(COST, SIZE, allowed=[[True, True], [False, False]])
 
 
 def test_ties_of_another_length_are_refused():
-    with pytest.raises(InvalidArgumentError, match="Ties"):
+    with pytest.raises(InvalidArgumentError, match=r"ties.*2 rows.*\(3,\)"):
         Problem(COST, SIZE, ties=[0, 0, 1])
 
 
 def test_members_of_another_length_are_refused():
-    with pytest.raises(InvalidArgumentError, match="members"):
+    with pytest.raises(InvalidArgumentError, match=r"members of budget 0.*\(1,\)"):
         Problem(COST, SIZE, budgets=[Budget(upper=3, members=np.array([True]))])
 
 
 def test_sizes_beyond_64_bits_are_refused():
     # Cast to int64 they would turn negative, and so pass any budget.
-    with pytest.raises(InvalidArgumentError):
+    with pytest.raises(InvalidArgumentError, match=r"size.*2\*\*62"):
         Problem([[1.0]], np.array([[2**63]], dtype=np.uint64))
 
 
 @pytest.mark.parametrize("limits", [{}, {"upper": -1}, {"lower": -1}, {"upper": 3.5}, {"upper": float("nan")}])
 def test_budgets_without_an_integer_limit_are_refused(limits):
-    with pytest.raises(InvalidArgumentError):
+    with pytest.raises(InvalidArgumentError, match="|".join(limits) or "upper and lower"):
         Budget(**limits)
 
 
@@ -93,7 +93,7 @@ def test_a_numpy_integer_is_a_limit():
     "options", [{"time_limit": 0.0}, {"time_limit": -1.0}, {"time_limit": float("nan")}, {"rel_gap": -1e-9}]
 )
 def test_options_out_of_range_are_refused(options):
-    with pytest.raises(InvalidArgumentError):
+    with pytest.raises(InvalidArgumentError, match="|".join(options)):
         SolveOptions(**options)
 
 
@@ -128,8 +128,8 @@ def test_evaluate_is_exact_where_floats_are_not():
 
 
 @pytest.mark.parametrize("assignment", [[0], [0, 2], [0, -1], [0.0, 1.0], [[0, 1]]])
-def test_evaluate_refuses_what_is_no_assignment(assignment):
-    with pytest.raises(InvalidArgumentError, match="assignment"):
+def test_evaluate_refuses_other_than_one_column_per_row(assignment):
+    with pytest.raises(InvalidArgumentError, match=r"assignment.*2 integers.* 1,"):
         evaluate(Problem(COST, SIZE), assignment)
 
 
@@ -149,5 +149,5 @@ def test_the_gap_of_an_objective_of_zero_is_infinite_if_the_bound_is_below():
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5])
 def test_a_number_of_threads_is_a_positive_integer(threads):
-    with pytest.raises(InvalidArgumentError, match="threads"):
+    with pytest.raises(InvalidArgumentError, match=rf"threads.*{threads}"):
         SolveOptions(threads=threads)

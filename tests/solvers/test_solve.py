@@ -1,4 +1,4 @@
-"""Every installed solver against brute force, against each other, and against the traps that are known."""
+"""solve(): answers equal brute force and are checked, repaired or refused, with real and fake solvers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.solvers.oracle import brute_force, check_against_brute_force
 
 SOLVERS = ("mckp", "highs", "scipy")
 SMALL = Problem([[3.0, 1.0], [5.0, 2.0]], [[2, 4], [2, 4]], budgets=[Budget(upper=6)])
-#: A lower limit keeps the presolve from solving it, and equal rows keep the greedy start from being feasible.
+#: The lower limit rules out mckp, and equal rows make the Lagrangian start infeasible.
 EVEN = Problem([[3.0, 1.0], [3.0, 1.0]], [[2, 4], [2, 4]], budgets=[Budget(upper=6, lower=5)])
 
 
@@ -27,7 +27,7 @@ def solver(request) -> str:
 
 @st.composite
 def tiny_problems(draw) -> Problem:
-    """Instances that brute force can solve: masks, ties, several budgets, lower limits, equal costs."""
+    """Draw problems small enough for brute force: masks, ties, several budgets, lower limits, equal costs."""
     rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     shape, count = (rows, columns), rows * columns
     costs = st.sampled_from([0.0, 0.5, 1.0, 1.25, 4.0, 100.0])
@@ -50,7 +50,7 @@ def _budgets(draw, rows: int, most: int) -> list[Budget]:
 
 
 def _random_problem(seed: int, rows: int, columns: int, share: float) -> Problem:
-    """Costs that fall with size, as errors of formats do; a budget between the extremes."""
+    """Return costs that fall with size, as errors of formats do, and a budget between the extremes."""
     rng = np.random.default_rng(seed)
     bits = np.sort(rng.uniform(2, 8, columns))
     weights = rng.integers(1, 9, (rows, 1)) * 4096
@@ -83,7 +83,7 @@ def test_objective_use_bound_and_gap_are_consistent(solver):
 
 
 def test_costs_of_1e_12_give_the_same_plan_as_costs_of_one(solver):
-    # Tolerances of solvers are absolute: unscaled, costs of this size made every one of them return wrong optima.
+    # Solvers have absolute tolerances. Without scaling, every one of them returned wrong optima for such costs.
     problem = _random_problem(1, 24, 12, 0.3)
     plain = solve(problem, solver)
     tiny = Problem(problem.cost * (1e-12 / np.median(problem.cost)), problem.size, budgets=problem.budgets)
@@ -103,7 +103,7 @@ def test_tiny_costs_are_right_by_brute_force(solver):
 
 @pytest.mark.parametrize("spare", [0, 8, 3072])
 def test_a_tight_budget_of_1e10_bits_is_met_to_the_bit(solver, spare):
-    # In floats with a feasibility tolerance of 1e-6 such a budget is overrun by thousands of bits.
+    # A relative feasibility tolerance of 1e-6 would allow thousands of bits more than this budget.
     rng = np.random.default_rng(3)
     size = np.sort(rng.integers(2**26, 2**29, (30, 6)), axis=1) * 8
     cost = np.sort(rng.lognormal(size=(30, 6)), axis=1)[:, ::-1]
@@ -164,7 +164,7 @@ def test_a_time_limit_never_yields_an_invalid_answer(solver):
 
 
 class FakeAdapter:
-    """Returns the assignment it is told to, whatever the problem is."""
+    """Adapter that returns a given assignment for every problem."""
 
     REQUIRES = "numpy"
 
@@ -206,20 +206,20 @@ def test_an_answer_over_budget_is_repaired(registered):
 def test_an_answer_that_cannot_be_repaired_is_an_error(registered):
     # No single change helps: from 8 bits to 6 and 5 the limits leave nothing.
     problem = Problem([[3.0, 1.0], [3.0, 1.0]], [[2, 4], [2, 4]], budgets=[Budget(upper=7, lower=7)])
-    with pytest.raises(SolverError, match="8 bits are above the limit of 7"):
+    with pytest.raises(SolverError, match=r"fake.*8 bits.*limit of 7"):
         solve(problem, registered(FakeAdapter([1, 1])))
 
 
-def test_an_answer_with_the_dust_of_a_tolerance_is_accepted(registered):
+def test_an_answer_with_rounding_errors_is_accepted(registered):
     found = solve(EVEN, registered(FakeAdapter([1, 0], bound=4.0, dust=1e-6)))
     assert (found.assignment.tolist(), found.objective, found.used) == ([1, 0], 4.0, (6,))
 
 
-def test_a_bound_above_the_objective_is_not_believed(registered):
+def test_a_bound_above_the_objective_is_lowered_to_it(registered):
     assert solve(EVEN, registered(FakeAdapter([1, 0], bound=1e9))).bound == 4.0
 
 
-def test_a_bound_that_is_not_a_number_is_no_bound(registered):
+def test_a_bound_of_nan_is_ignored(registered):
     assert solve(EVEN, registered(FakeAdapter([1, 0], bound=np.nan))).bound == -np.inf
 
 
@@ -234,13 +234,13 @@ def test_a_weak_bound_on_an_objective_of_zero_is_an_infinite_gap(registered):
     assert (found.status, found.gap) == (Status.FEASIBLE, np.inf)
 
 
-def test_a_time_limit_without_an_incumbent_leaves_the_greedy_assignment(registered):
+def test_a_time_limit_without_an_answer_leaves_the_first_assignment(registered):
     found = solve(_random_problem(3, 20, 8, 0.4), registered(FakeAdapter(None, -np.inf, StopReason.TIME_LIMIT)))
     assert (found.status, found.stopped) == (Status.FEASIBLE, StopReason.TIME_LIMIT)
     assert 0 < found.gap < 0.5  # the bound is that of the linear relaxation
 
 
-def test_a_time_limit_without_an_incumbent_and_without_a_greedy_assignment_is_no_solution(registered):
+def test_a_time_limit_without_any_assignment_is_no_solution(registered):
     reduced = solvers.reduce_problem(EVEN)
     assert reduced.unit != 1.0  # else the units of the bound would not be tested
     found = solve(EVEN, registered(FakeAdapter(None, 1.5, StopReason.TIME_LIMIT)), SolveOptions(time_limit=1.0))
@@ -254,7 +254,7 @@ def test_a_proof_of_infeasibility_is_passed_on(registered):
 
 
 def test_a_false_proof_of_infeasibility_is_an_error(registered):
-    with pytest.raises(SolverError, match="that has a solution"):
+    with pytest.raises(SolverError, match=r"fake.*infeasible"):
         solve(SMALL, registered(FakeAdapter(None, np.inf, StopReason.INFEASIBLE)))
 
 
@@ -296,21 +296,21 @@ def test_the_fake_solver_is_gone_after_its_test():
 
 
 def test_reserved_names_and_incomplete_adapters_are_refused():
-    with pytest.raises(InvalidArgumentError, match="auto"):
+    with pytest.raises(InvalidArgumentError, match=r"name.*auto"):
         solvers.register("auto", FakeAdapter(None))
-    with pytest.raises(InvalidArgumentError, match="version"):
+    with pytest.raises(InvalidArgumentError, match=r"broken.*version"):
         solvers.register("broken", object())
     assert "broken" not in solvers.available()
 
 
 def test_an_unknown_solver_is_named_with_those_that_exist():
-    with pytest.raises(InvalidArgumentError, match=r"'abacus'.*highs, scipy"):
+    with pytest.raises(InvalidArgumentError, match=r"solver.*highs, scipy.*'abacus'"):
         solve(SMALL, "abacus")
 
 
-def test_a_missing_package_is_one_sentence_with_the_command(monkeypatch):
+def test_a_missing_package_is_named_with_the_pip_command(monkeypatch):
     monkeypatch.setattr(_optional, "is_installed", lambda _: False)
-    with pytest.raises(MissingDependencyError, match="Solver 'highs' needs highspy: pip install highspy"):
+    with pytest.raises(MissingDependencyError, match=r"'highs'.*pip install highspy"):
         solve(SMALL, "highs")
 
 

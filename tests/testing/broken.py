@@ -1,4 +1,4 @@
-"""A correct quantizer in a few lines, and faults to put into it."""
+"""A correct quantizer, and quantizers with one fault each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEVELS = np.array([-1, -0.5, -0.25, 0, 0.125, 0.25, 0.5, 1], dtype=np.float32)
 
 
 class Correct:
-    """Absolute maximum per block, nearest level, lower level at ties."""
+    """Absmax scales, nearest level, lower level at ties."""
 
     side = "left"
 
@@ -65,7 +65,7 @@ class DividesByZero(Correct):
 
 
 class TakesZeroForTheSmallestScale(Correct):
-    """As where scales are stored with an offset: only blocks beside others show it."""
+    """Decodes a scale of zero as the largest scale, as an offset may: only several blocks show it."""
 
     def scales(self, blocks):
         scales = super().scales(blocks)
@@ -88,7 +88,7 @@ class FloorsTheScale(Correct):
 
 
 class TurnsSigns(Correct):
-    """As where scales are quantized with a sign: that of a small block beside large ones comes back negative."""
+    """Decodes the scales of small blocks as negative, as signed quantized scales may."""
 
     def quantize(self, w):
         codes, scales, shape = super().quantize(w)
@@ -102,7 +102,7 @@ class SharesAScale(Correct):
 
 
 class LosesTheTail(Correct):
-    """The scale of the last block is taken from the weights before its last one."""
+    """Ignores the last weight in the scale of a short last block."""
 
     def quantize(self, w):
         codes, scales, shape = super().quantize(w)
@@ -113,7 +113,7 @@ class LosesTheTail(Correct):
 
 
 class LosesTheLastOddCode(Correct):
-    """As if two codes were packed in a byte, and half a byte left over were dropped."""
+    """Drops the last code of an odd number, as packing two codes in a byte may."""
 
     def dequantize(self, quantized):
         out = super().dequantize(quantized)
@@ -161,7 +161,7 @@ class TiesUp(Correct):
 
 
 class Shrinks(Correct):
-    """Comes back smaller each time, within what the error bound allows."""
+    """Shrinks every result a little, within the error bound."""
 
     def dequantize(self, quantized):
         return super().dequantize(quantized) * np.float32(1 - 2**-10)
@@ -191,7 +191,7 @@ class InvertsTheScale(Correct):
 
 
 class AddsTheEnds(Correct):
-    """As quantizers that store the difference of the largest and the smallest weight."""
+    """Doubles the scale on the way, which overflows, as the difference of largest and smallest weight may."""
 
     def scales(self, blocks):
         with np.errstate(over="ignore"):
@@ -199,7 +199,7 @@ class AddsTheEnds(Correct):
 
 
 class ReadsBitsOf(Correct):
-    """Takes the bytes of one dtype for those of another."""
+    """Reads the bytes of one dtype as those of another."""
 
     dtype, other = "float16", "int16"
 
@@ -230,7 +230,7 @@ class OverflowsInHalfPrecision(Correct):
 
 
 class FavorsNegative(Correct):
-    """As integers in two's complement, which have one more negative value: no weight comes back as 1."""
+    """Lacks the largest level, as integers in two's complement do."""
 
     def codes(self, normalized):
         return np.minimum(super().codes(normalized), len(LEVELS) - 2)

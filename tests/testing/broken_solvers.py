@@ -1,4 +1,4 @@
-"""A correct adapter, and faults to put into it."""
+"""A correct adapter, and adapters with one fault each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Correct:
 
 
 def smallest(reduced):
-    """The smallest choice of each group, as a vector."""
+    """Return the vector of the smallest choice of each group."""
     x = np.zeros(len(reduced.cost))
     use = reduced.use.toarray().sum(axis=0)
     for members in reduced.choose.toarray().astype(bool):
@@ -32,7 +32,7 @@ def smallest(reduced):
 
 
 def value(reduced, x):
-    return float(reduced.cost @ x + reduced.constant / reduced.unit)
+    return float(reduced.cost @ x + reduced.offset)
 
 
 class HasNoVersion(Correct):
@@ -46,7 +46,7 @@ class ReturnsATuple(Correct):
 
 
 class ReturnsTheRelaxation(Correct):
-    """The linear program, which mixes two choices in one group."""
+    """Returns fractions, as the linear relaxation does."""
 
     def solve(self, reduced, options):
         found = super().solve(reduced, options)
@@ -60,7 +60,7 @@ class ForgetsTheBudget(Correct):
 
 
 class AllowsATolerance(Correct):
-    """As a solver whose tolerance is relative to the limit."""
+    """Has a feasibility tolerance relative to the limit."""
 
     def solve(self, reduced, options):
         return super().solve(replace(reduced, upper=reduced.upper * (1 + 1e-6)), options)
@@ -75,7 +75,7 @@ class GivesUpInsteadOfProving(Correct):
 class IsContentWithAnything(Correct):
     def solve(self, reduced, *_):
         x = smallest(reduced)
-        return RawResult(x, reduced.constant / reduced.unit, "done", StopReason.GAP)
+        return RawResult(x, reduced.offset, "done", StopReason.GAP)
 
 
 class ProvesItsOwnAnswer(IsContentWithAnything):
@@ -87,7 +87,7 @@ class ProvesItsOwnAnswer(IsContentWithAnything):
 class ForgetsTheConstant(Correct):
     def solve(self, reduced, options):
         found = super().solve(reduced, options)
-        return found._replace(bound=found.bound - reduced.constant / reduced.unit)
+        return found._replace(bound=found.bound - reduced.offset)
 
 
 class ExpectsEqualGroups(Correct):
@@ -129,7 +129,7 @@ class RefusesNegativeCosts(Correct):
 
 
 class UndoesTheScaling(Correct):
-    """Half precision holds neither 1e-12 nor 1e12."""
+    """Undoes the scaling in float16, which holds neither 1e-12 nor 1e12."""
 
     def solve(self, reduced, options):
         with np.errstate(all="ignore"):
@@ -138,7 +138,7 @@ class UndoesTheScaling(Correct):
 
 
 class RoundsCosts(Correct):
-    """As integers: what is far below the median is lost."""
+    """Rounds costs to integers, so those far below the median are lost."""
 
     def solve(self, reduced, options):
         return super().solve(replace(reduced, cost=np.rint(reduced.cost)), options)._replace(bound=-np.inf)

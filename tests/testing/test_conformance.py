@@ -1,4 +1,4 @@
-"""Our own quantizer passes every property that applies to the format, on every library."""
+"""The library's quantizer passes every property that applies to a format, on every array library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import lqlora as lq
 from lqlora.testing import assert_quantizer_conforms
 
-#: Scales of half precision: their rounding, and the range of float16.
+#: Options for scales of half precision: the error of their rounding, and the range of float16.
 HALF = {"scale_tolerance": 2**-8, "exclude": ["huge"]}
 FLOAT16 = {**HALF, "smallest": 2**-8, "largest": 2**14}
 

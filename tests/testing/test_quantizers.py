@@ -1,9 +1,8 @@
-"""Options, and what a report says."""
+"""check_quantizer: its options, its findings, and the printed report."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,25 +26,25 @@ def same(w):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_size": 0}, "block_size is an integer of at least 1, not 0."),
-        ({"block_size": True}, "block_size is an integer of at least 1, not True."),
-        ({"block_size": 6.0}, "block_size is an integer of at least 1, not 6.0."),
-        ({"size_multiple": None}, "size_multiple is an integer of at least 1, not None."),
-        ({"levels": [1.0]}, "Levels are two or more finite numbers, each above the one before."),
-        ({"levels": [1.0, 0.0]}, "Levels are two or more finite numbers, each above the one before."),
-        ({"levels": [0.0, np.inf]}, "Levels are two or more finite numbers, each above the one before."),
-        ({"ties_to": "even"}, "Ties go to 'lower' or 'upper', not 'even'."),
-        ({"tolerance": -1.0}, "A tolerance is a number, not negative."),
-        ({"scale_tolerance": np.nan}, "A tolerance is a number, not negative."),
-        ({"smallest": 0.0}, "The range of weights must lie in 2\\*\\*-126 to 2\\*\\*127, and reach from 1/4 to 1."),
-        ({"largest": 0.5}, "The range of weights must lie in 2\\*\\*-126 to 2\\*\\*127, and reach from 1/4 to 1."),
-        ({"max_examples": 0}, "At least one example is tried, not 0."),
-        ({"only": ["shap"]}, "not shap.$"),
-        ({"exclude": ["zeroes", "shape"]}, "not zeroes.$"),
-        ({"only": "shape"}, "Names of properties come in a list, not as the text 'shape'."),
+        ({"block_size": 0}, r"block_size.*got 0"),
+        ({"block_size": True}, r"block_size.*got True"),
+        ({"block_size": 6.0}, r"block_size.*got 6\.0"),
+        ({"size_multiple": None}, r"size_multiple.*got None"),
+        ({"levels": [1.0]}, r"levels.*\[1\.\]"),
+        ({"levels": [1.0, 0.0]}, r"levels.*\[1\., 0\.\]"),
+        ({"levels": [0.0, np.inf]}, r"levels.*inf"),
+        ({"ties_to": "even"}, r"ties_to.*'even'"),
+        ({"tolerance": -1.0}, r"^tolerance.*got -1\.0"),
+        ({"scale_tolerance": np.nan}, r"scale_tolerance.*got nan"),
+        ({"smallest": 0.0}, r"smallest.*got 0\.0"),
+        ({"largest": 0.5}, r"largest.*got 0\.5"),
+        ({"max_examples": 0}, r"max_examples.*got 0"),
+        ({"only": ["shap"]}, r"only.*'shap'.*shape"),
+        ({"exclude": ["zeroes", "shape"]}, r"exclude.*'zeroes'.*zeros"),
+        ({"only": "shape"}, r"only.*list.*'shape'"),
     ],
 )
-def test_options_are_checked_in_one_sentence(options, message):
+def test_bad_options_are_refused_by_name_and_value(options, message):
     with pytest.raises(InvalidArgumentError, match=message):
         check_quantizer(same, same, **options)
 
@@ -58,13 +57,14 @@ def test_nothing_is_run_when_an_option_is_wrong():
 def test_properties_are_selected_by_name():
     report = check_quantizer(same, same, only={"zeros", "shape"}, max_examples=5)
     assert [f.name for f in report.findings] == ["shape", "zeros"]
-    assert report.findings[0].statement == PROPERTIES["shape"] == "What comes back has the shape of the input."
+    assert report.findings[0].statement == PROPERTIES["shape"]
 
 
-def test_the_reference_lists_every_promise():
-    page = (Path(__file__).parents[2] / "docs/reference/testing.md").read_text(encoding="utf-8")
-    promises = [*PROPERTIES.items(), *SOLVER_PROPERTIES.items(), *BACKEND_PROPERTIES.items()]
-    assert [name for name, promise in promises if f"| `{name}` | {promise}" not in page] == []
+@pytest.mark.parametrize("properties", [PROPERTIES, SOLVER_PROPERTIES, BACKEND_PROPERTIES])
+def test_every_statement_is_one_line_that_fits_a_report(properties):
+    for name, statement in properties.items():
+        assert "\n" not in statement, name
+        assert statement.endswith("."), name
 
 
 def test_excluded_properties_are_listed_as_skipped():
@@ -73,7 +73,7 @@ def test_excluded_properties_are_listed_as_skipped():
     assert (report["shape"].result, report["shape"].message) == ("skipped", "excluded")
 
 
-def test_what_an_option_is_needed_for_is_skipped_without_it():
+def test_properties_are_skipped_without_the_options_they_need():
     report = check_quantizer(same, same, independent_blocks=False, max_examples=5)
     reasons = {f.name: f.message for f in report.findings if f.result == "skipped"}
     assert reasons["locality"] == "needs block_size and independent_blocks"
@@ -81,12 +81,12 @@ def test_what_an_option_is_needed_for_is_skipped_without_it():
     assert reasons["odd_size"] == reasons["idempotence"] == "needs independent_blocks"
 
 
-def test_levels_without_a_zero_may_turn_signs():
+def test_levels_without_a_zero_may_change_signs():
     report = check_quantizer(same, same, levels=[-1.0, 0.5, 1.0], only=["sign_kept"])
     assert report["sign_kept"].message == "the levels have no zero"
 
 
-def test_sizes_keep_to_a_multiple_but_where_that_is_the_matter():
+def test_sizes_are_multiples_except_in_properties_about_sizes():
     sizes = set()
 
     def quantize(w):
@@ -102,21 +102,21 @@ def test_sizes_keep_to_a_multiple_but_where_that_is_the_matter():
     assert {0, 1, 2, 3} <= sizes
 
 
-def test_an_adapter_that_raises_is_no_fault_of_the_quantizer():
+def test_an_adapt_function_that_raises_is_not_a_failure_of_the_quantizer():
     def adapt(w):
         raise TypeError("no arrays, thank you")
 
     report = check_quantizer(same, same, adapt=adapt, max_examples=5, only=["shape", "float16", "layout"])
     assert [(f.result, f.message) for f in report.findings] == [
         ("error", "adapt() raised TypeError: no arrays, thank you."),
-        ("skipped", "adapt() takes no strided array"),
-        ("skipped", "adapt() takes no float16"),
+        ("skipped", "adapt() refuses strided arrays"),
+        ("skipped", "adapt() refuses float16"),
     ]
     assert not report.passed
     assert report.failed == ("shape",)
 
 
-def test_what_is_no_array_is_a_finding():
+def test_a_result_that_is_not_an_array_is_a_finding():
     report = check_quantizer(same, lambda _: "text", only=["shape"])
     assert report["shape"].result == "failed"
     assert "the quantizer raised ValueError" in report["shape"].message
@@ -124,14 +124,14 @@ def test_what_is_no_array_is_a_finding():
 
 def test_another_number_of_weights_is_a_finding():
     report = check_quantizer(same, lambda w: w[:-1], only=["finite"])
-    assert report["finite"].message.endswith("2 weights became 1.")
+    assert report["finite"].message.endswith("2 weights gave 1 results.")
 
 
-def test_lists_are_arrays_too():
+def test_results_may_be_lists():
     assert check_quantizer(lambda w: w.tolist(), same, only=["shape", "odd_size", "layout"], max_examples=10).passed
 
 
-def test_warnings_of_the_quantizer_are_no_fault():
+def test_warnings_of_the_quantizer_are_ignored():
     def warns(w):
         np.log(w)  # of zero
         return w
@@ -139,7 +139,7 @@ def test_warnings_of_the_quantizer_are_no_fault():
     assert check_quantizer(warns, same, only=["zeros"], max_examples=5).passed
 
 
-def test_numbers_of_examples_are_obeyed_and_inputs_differ_only_if_asked():
+def test_max_examples_is_obeyed_and_inputs_repeat_unless_derandomize_is_false():
     def inputs(**options):
         seen = []
         check_quantizer(lambda w: seen.append(w.tobytes()) or w, same, only=["shape"], max_examples=20, **options)
@@ -151,7 +151,7 @@ def test_numbers_of_examples_are_obeyed_and_inputs_differ_only_if_asked():
 
 
 def test_assert_raises_the_report_as_an_assertion():
-    with pytest.raises(ConformanceError, match=r"^The quantizer fails shape\.\nshape +FAILED") as caught:
+    with pytest.raises(ConformanceError, match=r"^quantizer fails shape\.\nshape +FAILED") as caught:
         assert_quantizer_conforms(np.ravel, same, only=["shape"])
     assert isinstance(caught.value, AssertionError)
     assert isinstance(caught.value, LQLoRAError)
@@ -175,13 +175,11 @@ def test_a_finding_that_is_not_there_is_a_key_error():
         Report(())["shape"]
 
 
-def test_without_hypothesis_the_error_is_a_sentence(monkeypatch):
+def test_without_hypothesis_the_import_names_the_extra(monkeypatch):
     import importlib
 
     monkeypatch.setattr("lqlora._optional.is_installed", lambda _: False)
     for name in [name for name in sys.modules if name.startswith("lqlora.testing")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(
-        MissingDependencyError, match=r"^lqlora\.testing needs hypothesis: pip install 'lqlora\[testing\]'\.$"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"lqlora\.testing.*\[testing\]"):
         importlib.import_module("lqlora.testing")

@@ -1,19 +1,17 @@
-"""Each property fails a solver with the fault it is named for, and passes one without."""
+"""check_solver: each property fails a solver with the fault it is named for, and passes one without faults."""
 
 from __future__ import annotations
 
-import hypothesis
 import numpy as np
 import pytest
 
 from lqlora.errors import ConformanceError, InvalidArgumentError, MissingDependencyError
 from lqlora.solvers import Budget, Problem
-from lqlora.testing import SOLVER_PROPERTIES, _running, assert_solver_conforms, check_solver
-from lqlora.testing.solvers import properties as _solver_properties
+from lqlora.testing import SOLVER_PROPERTIES, assert_solver_conforms, check_solver
 from lqlora.testing.solvers._subject import optimum
 from tests.testing import broken_solvers as broken
 
-#: The fault, and the properties that are named for it.
+#: Faults, and the properties that find them.
 FAULTS = [
     (broken.HasNoVersion, ["version"]),
     (broken.ReturnsATuple, ["result"]),
@@ -45,16 +43,16 @@ def test_a_solver_without_a_fault_passes_everything():
 
 
 @pytest.mark.parametrize(("fault", "names"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
-def test_a_fault_is_found_by_the_properties_named_for_it(fault, names, monkeypatch):
-    monkeypatch.setattr(_running, "_PHASES", [hypothesis.Phase.generate])  # the smallest example takes longest
-    assert check_solver(fault(), only=names).failed == tuple(name for name in SOLVER_PROPERTIES if name in names)
+def test_a_fault_is_found_by_the_properties_named_for_it(fault, names):
+    assert check_solver(fault(), only=names, shrink=False).failed == tuple(
+        name for name in SOLVER_PROPERTIES if name in names
+    )
 
 
-def test_a_solver_that_is_late_is_found(monkeypatch):
-    monkeypatch.setattr(_solver_properties, "_OVERRUN", 0.15)
-    report = check_solver(broken.IsLate(), only=["time_limit"], time_limit=0.1)
+def test_a_solver_that_exceeds_its_time_limit_is_found():
+    report = check_solver(broken.IsLate(), only=["time_limit"], time_limit=0.1, overrun=0.15)
     assert report.failed == ("time_limit",)
-    assert "s where 0.1 s were allowed" in report["time_limit"].message
+    assert "time limit of 0.1 s" in report["time_limit"].message
 
 
 def test_every_property_has_a_fault_of_its_own():
@@ -70,13 +68,13 @@ def test_the_counterexample_is_small_and_can_be_replayed():
     assert np.isfinite(optimum(problem))
 
 
-def test_what_the_solver_raises_is_a_finding():
+def test_exceptions_of_the_solver_are_findings():
     assert "solve() raised IndexError: no budget." in check_solver(broken.NeedsABudget(), only=["no_budget"])[
         "no_budget"
     ].message  # fmt: skip
 
 
-def test_a_solver_that_is_not_exact_is_asked_only_for_what_it_says():
+def test_a_heuristic_needs_feasible_answers_and_valid_bounds_only():
     names = ["feasible", "budget_to_the_unit", "cheapest", "bound", "proof", "tiny_costs"]
     report = check_solver(broken.IsContentWithAnything(), exact=False, only=names, max_examples=20)
     assert {finding.name for finding in report.findings if finding.result == "skipped"} == {"cheapest", "proof"}
@@ -84,23 +82,23 @@ def test_a_solver_that_is_not_exact_is_asked_only_for_what_it_says():
 
 
 @pytest.mark.parametrize("name", ["several_budgets", "lower_limits"])
-def test_what_a_solver_does_not_take_is_skipped(name):
+def test_properties_about_budgets_that_a_solver_does_not_take_are_skipped(name):
     report = check_solver(broken.KnowsOneBudget(), only=[name], **{name: False})
     assert report[name].result == "skipped"
     assert report[name].message == f"needs {name}"
 
 
 def test_a_failure_is_an_assertion_that_shows_the_report():
-    with pytest.raises(ConformanceError, match=r"^The solver fails version\.\nversion +FAILED"):
+    with pytest.raises(ConformanceError, match=r"^solver fails version\.\nversion +FAILED"):
         assert_solver_conforms(broken.HasNoVersion(), only=["version"])
 
 
 def test_bad_arguments_are_refused():
     with pytest.raises(InvalidArgumentError, match="abacus"):
         check_solver("abacus")
-    with pytest.raises(InvalidArgumentError, match="abacus"):
+    with pytest.raises(InvalidArgumentError, match=r"only.*abacus"):
         check_solver("scipy", only=["abacus"])
-    with pytest.raises(InvalidArgumentError, match="positive"):
+    with pytest.raises(InvalidArgumentError, match=r"time_limit.*0\.0"):
         check_solver("scipy", time_limit=0.0)
 
 

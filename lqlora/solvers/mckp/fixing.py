@@ -1,4 +1,4 @@
-"""Fixing by reduced costs: choices that are in no assignment better than one that is known leave the problem."""
+"""Variable fixing by reduced costs: remove the choices that no better assignment can contain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lqlora.solvers.mckp.relaxation import fill, relax
+from lqlora.solvers.mckp.relaxation import first_incumbent, relax
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from lqlora.solvers.mckp.knapsack import Knapsack
     from lqlora.solvers.presolve import Reduced
 
-__all__ = ["keep", "shrink"]
+__all__ = ["fix_variables"]
 
 
-def shrink(reduced: Reduced, parts: list[tuple[npt.NDArray[np.int64], Knapsack]]) -> tuple[Reduced, float]:
-    """Find an assignment by the linear relaxation, and drop the choices that are in no better one.
+def fix_variables(reduced: Reduced, parts: list[tuple[npt.NDArray[np.int64], Knapsack]]) -> tuple[Reduced, float]:
+    """Find an assignment by the linear relaxation, and remove the choices that no better assignment can contain.
 
     Parameters
     ----------
@@ -31,9 +31,9 @@ def shrink(reduced: Reduced, parts: list[tuple[npt.NDArray[np.int64], Knapsack]]
     Returns
     -------
     core : Reduced
-        The same problem with fewer choices, and with a start.
+        The same problem with fewer choices. Its ``start`` is the assignment that was found.
     bound : float
-        Lower bound on ``cost @ x + constant / unit``.
+        Lower bound on ``cost @ x + offset``.
 
     References
     ----------
@@ -41,36 +41,21 @@ def shrink(reduced: Reduced, parts: list[tuple[npt.NDArray[np.int64], Knapsack]]
     """
     kept = np.zeros(len(reduced.cost), dtype=np.bool_)
     x = np.zeros(len(reduced.cost))
-    bound = reduced.constant / reduced.unit
+    bound = reduced.offset
     for items, knapsack in parts:
         lp = relax(knapsack)
-        chosen = fill(knapsack, lp)
-        if reduced.start is not None:
-            start = np.flatnonzero(reduced.start[items])
-            if len(start) == len(chosen) and knapsack.value(start) < knapsack.value(chosen):
-                chosen = start
+        chosen = first_incumbent(knapsack, lp, None if reduced.start is None else reduced.start[items])
+        # An assignment with item j costs at least bound + excess_j. If that is above the incumbent, j is fixed to zero.
+        # Items that the incumbent contains stay in any case, since rounding may lift their excess above the gap.
         kept[items] = lp.excess <= knapsack.value(chosen) - lp.bound
         kept[items[chosen]] = True
         x[items[chosen]] = 1.0
         bound += lp.bound
-    return keep(replace(reduced, start=x), kept), bound
+    return _restrict(replace(reduced, start=x), kept), bound
 
 
-def keep(reduced: Reduced, kept: npt.NDArray[np.bool_]) -> Reduced:
-    """Restrict a problem to some of its choices.
-
-    Parameters
-    ----------
-    reduced : Reduced
-        The problem.
-    kept : ndarray of bool, shape (k,)
-        At least one choice of each group, those of the start among them.
-
-    Returns
-    -------
-    Reduced
-        The restricted problem.
-    """
+def _restrict(reduced: Reduced, kept: npt.NDArray[np.bool_]) -> Reduced:
+    """Return the problem with the marked variables only: at least one of each group, and those of the start."""
     return replace(
         reduced,
         cost=reduced.cost[kept],

@@ -1,4 +1,4 @@
-"""A knapsack with one choice per group: what is left of a problem whose budgets do not overlap."""
+"""Multiple-choice knapsack: one item of each group within a capacity. A problem splits into one for each budget."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Knapsack", "split"]
 
 @dataclass(frozen=True, eq=False)
 class Knapsack:
-    """Choose one item of each group at least cost, within a capacity.
+    """Multiple-choice knapsack: choose one item of each group at least cost, within a capacity.
 
     Parameters
     ----------
     cost : ndarray of float64, shape (k,)
-        Not negative; within a group it falls as size grows.
+        Costs, not negative. Within a group they fall as sizes grow.
     size : ndarray of int64, shape (k,)
-        Not negative; within a group it grows.
+        Sizes, not negative. They grow within a group.
     first : ndarray of int64, shape (groups,)
         Index of the first item of each group.
     capacity : int
@@ -53,7 +53,7 @@ class Knapsack:
         Returns
         -------
         float
-            The sum, rounded once.
+            The exact sum, rounded once.
         """
         return math.fsum(self.cost[chosen].tolist())
 
@@ -68,24 +68,26 @@ class Knapsack:
         Returns
         -------
         int
-            Negative if the choice does not fit.
+            Capacity minus the total size; negative if the choice is infeasible.
         """
         return self.capacity - int(self.size[chosen].sum())
 
 
 def split(reduced: Reduced) -> list[tuple[npt.NDArray[np.int64], Knapsack]] | None:
-    """Split a problem into one knapsack per budget, if no budget has a lower limit and none share a group.
+    """Split a problem into one knapsack for each budget.
+
+    This works if no budget has a lower limit and no two budgets share a group.
 
     Parameters
     ----------
     reduced : Reduced
-        The problem; every group has a choice, and the smallest choices are within the limits.
+        The problem. Every group has a choice, and the smallest choices are within the limits.
 
     Returns
     -------
     list of (ndarray of int64, Knapsack), or None
-        The variables that are the items of each knapsack. Groups that no budget limits are in one without capacity.
-        None if the problem does not split.
+        The variables that are the items of each knapsack. Groups without a budget form one knapsack of capacity 0, in
+        which all sizes are 0. None if the problem does not split.
     """
     if np.isfinite(reduced.lower).any():
         return None
@@ -115,7 +117,9 @@ def _staircase(
     size: npt.NDArray[np.int64],
     cost: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.int64]:
-    """Sort by group and size, and keep what costs less than all that is smaller; most often all is so already."""
+    """Sort items by group and size, and keep those that cost less than every smaller one of their group."""
+    # The presolve sorts by the largest size under any budget. Another order is possible only where tied rows count in
+    # part, so most calls find everything sorted.
     if ((np.diff(group[items]) == 0) & (np.diff(size[items]) <= 0)).any():
         items = items[np.lexsort((cost[items], size[items], group[items]))]
     while True:

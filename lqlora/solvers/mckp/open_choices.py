@@ -1,4 +1,7 @@
-"""What a relaxation leaves to decide: the items that a better choice may contain, and bounds on what they cost."""
+"""Choices that the linear relaxation leaves open, with lower bounds on what completing a partial choice costs.
+
+The textbooks call this the core of a knapsack problem.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ if TYPE_CHECKING:
     from lqlora.solvers.mckp.knapsack import Knapsack
     from lqlora.solvers.mckp.relaxation import Relaxation
 
-__all__ = ["Residual", "residual"]
+__all__ = ["OpenChoices", "find_open_choices"]
 
 
-class _Slopes(NamedTuple):
-    """Steps along the hulls of groups, the steepest last: what a change of size costs at least."""
+class _Steps(NamedTuple):
+    """Steps along the hulls of all open groups in one direction, sorted by excess per unit of size, least first."""
 
     size: npt.NDArray[np.float64]
     excess: npt.NDArray[np.float64]
     turn: npt.NDArray[np.int64]
 
     def after(self, turn: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return total size and least total excess, step by step, of the groups decided from a turn on."""
+        """Return cumulative size and least cumulative excess of the steps of groups at or after a turn."""
         left = self.turn >= turn
         size, excess = np.zeros(left.sum() + 1), np.zeros(left.sum() + 1)
         np.cumsum(self.size[left], out=size[1:])
@@ -33,27 +36,27 @@ class _Slopes(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Residual:
-    """A knapsack seen from the choice of its relaxation: changes of size, and what they cost above a bound.
+class OpenChoices:
+    """A knapsack relative to the choice of its relaxation: changes of size, and their excess over a lower bound.
 
     Parameters
     ----------
     lp : Relaxation
         The relaxation.
     bound : float
-        Lower bound on the cost of choices of the items below. Where all changes of size have a common divisor, some
-        capacity cannot be used; this bound counts it.
+        Lower bound on the cost of choices of the items below. It is above ``lp.bound`` if all changes of size have a
+        common divisor, because some capacity then cannot be used.
     beyond : float
-        Choices of other items cost at least this much above the bound; infinite if the items below are all that matter.
+        Choices that contain another item cost at least this much above the bound; infinite if no other item matters.
     slack : int
-        Capacity that the choice of the relaxation leaves to be used.
+        Usable capacity that the choice of the relaxation leaves.
     change : ndarray of int64, shape (k,)
-        How much larger an item is than that of its group in the choice of the relaxation.
+        Size of each item minus the size of its group's item in the choice of the relaxation.
     items : list of ndarray of int64
-        What may be chosen in each group that is not decided, the choice of the relaxation first. Groups whose smallest
-        change is largest come first.
-    up, down : _Slopes
-        The least that it costs to use more and less capacity.
+        The open items of each open group, that of the relaxation first. Groups are sorted by their smallest change,
+        largest first.
+    up, down : _Steps
+        Steps that use more capacity, and steps that use less.
     """
 
     lp: Relaxation
@@ -62,23 +65,31 @@ class Residual:
     slack: int
     change: npt.NDArray[np.int64]
     items: list[npt.NDArray[np.int64]]
-    up: _Slopes
-    down: _Slopes
+    up: _Steps
+    down: _Steps
 
-    def least(self, turn: int, room: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Bound what the groups from one turn on add to the excess of those before.
+    # By identity (1) of relaxation.py, the groups from a turn on add to the cost of a partial choice that leaves room r
+    #
+    #     sum of their e_j  +  p * (r - sum of their changes),   subject to   sum of changes <= r.
+    #
+    # This is a knapsack again, and its relaxation is a piecewise linear convex function of r. For r >= 0 it fills the
+    # room by the up steps that cost less than p per unit, cheapest first, and pays p for each unit that stays empty.
+    # For r < 0 it frees -r units by the down steps, cheapest first, and is infinite if all of them free too little.
+    # The steps of one hull get dearer with their distance from the base, so the sort takes them in a valid order.
+    def completion_bound(self, turn: int, room: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return lower bounds on the excess that the groups from a turn on add to partial choices.
 
         Parameters
         ----------
         turn : int
-            Position of the first open group.
+            Position of the first undecided group.
         room : ndarray of int64, shape (states,)
-            Capacity that the groups before leave; negative if they use too much.
+            Capacity that each partial choice leaves; negative if it uses too much.
 
         Returns
         -------
         ndarray of float64, shape (states,)
-            Infinite where nothing can fit.
+            Infinite where no completion is feasible.
         """
         left = room.astype(np.float64)
         size, excess = self.up.after(turn)
@@ -88,8 +99,8 @@ class Residual:
         return np.where(left < 0, fall, rise)
 
 
-def residual(knapsack: Knapsack, lp: Relaxation, gap: float, most: int) -> Residual:
-    """Keep the items that a choice within some gap of the bound may contain.
+def find_open_choices(knapsack: Knapsack, lp: Relaxation, gap: float, most: int) -> OpenChoices:
+    """Return the items that a choice within a gap of the lower bound may contain.
 
     Parameters
     ----------
@@ -98,14 +109,14 @@ def residual(knapsack: Knapsack, lp: Relaxation, gap: float, most: int) -> Resid
     lp : Relaxation
         Its relaxation.
     gap : float
-        Cost above ``lp.bound`` of the best choice that is known.
+        Cost of the incumbent minus ``lp.bound``.
     most : int
-        Items to keep, those of least excess.
+        Largest number of items to keep; those of least reduced cost are kept.
 
     Returns
     -------
-    Residual
-        What is left to decide.
+    OpenChoices
+        The items that are left open, and bounds.
     """
     base = lp.chosen[knapsack.group]
     change = knapsack.size - knapsack.size[base]
@@ -114,6 +125,8 @@ def residual(knapsack: Knapsack, lp: Relaxation, gap: float, most: int) -> Resid
     if len(items) > most:
         beyond = float(np.partition(lp.excess[items], most)[most])
         items = items[lp.excess[items] < beyond]
+    # If d divides every change, the capacity that is used differs from that of the base by a multiple of d.
+    # So slack mod d units stay empty whatever is chosen, and (1) charges the price for each of them.
     slack = knapsack.slack(lp.chosen)
     unusable = slack % max(1, int(np.gcd.reduce(change[items])))
     lost = lp.price * unusable
@@ -129,12 +142,13 @@ def residual(knapsack: Knapsack, lp: Relaxation, gap: float, most: int) -> Resid
     one, other = hull[:-1][inner], hull[1:][inner]
     steps, rises, turns = change[other] - change[one], lp.excess[other] - lp.excess[one], turn[knapsack.group[one]]
     grows = one >= base[one]
-    worth = grows & (rises < lp.price * steps)  # beyond, to leave room is cheaper
-    up, down = _slopes(steps[worth], rises[worth], turns[worth]), _slopes(steps[~grows], -rises[~grows], turns[~grows])
-    return Residual(lp, lp.bound + lost, beyond - lost, slack - unusable, change, lists, up, down)
+    worth = grows & (rises < lp.price * steps)  # a step that costs more than the price is worse than empty capacity
+    up = _sorted_steps(steps[worth], rises[worth], turns[worth])
+    down = _sorted_steps(steps[~grows], -rises[~grows], turns[~grows])
+    return OpenChoices(lp, lp.bound + lost, beyond - lost, slack - unusable, change, lists, up, down)
 
 
-def _slopes(size: npt.NDArray[np.int64], excess: npt.NDArray[np.float64], turn: npt.NDArray[np.int64]) -> _Slopes:
-    steps, rises = size.astype(np.float64), np.maximum(excess, 0)
+def _sorted_steps(size: npt.NDArray[np.int64], excess: npt.NDArray[np.float64], turn: npt.NDArray[np.int64]) -> _Steps:
+    steps, rises = size.astype(np.float64), np.maximum(excess, 0)  # below zero by rounding only
     order = np.argsort(rises / steps, kind="stable")
-    return _Slopes(steps[order], rises[order], turn[order])
+    return _Steps(steps[order], rises[order], turn[order])

@@ -1,7 +1,7 @@
-"""The native solver, in NumPy: knapsacks with a choice per group, to a proven gap.
+"""Adapter of the built-in knapsack solver ``mckp``.
 
-It takes problems whose budgets have no lower limits and do not overlap. It never fails, but it may stop before the gap
-is reached: how much it searches is limited, so that the same problem gets the same answer whatever the time of day.
+It takes problems whose budgets have no lower limits and share no group. It always returns an assignment, but may stop
+before the gap is closed: its search is limited by a count of work, so the same problem gets the same answer.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from lqlora.errors import InvalidArgumentError
 from lqlora.solvers.adapter import RawResult
-from lqlora.solvers.mckp.beam import search
+from lqlora.solvers.mckp.beam import Effort, search
 from lqlora.solvers.mckp.knapsack import Knapsack, split
-from lqlora.solvers.mckp.relaxation import fill, relax
+from lqlora.solvers.mckp.relaxation import first_incumbent, relax
 from lqlora.solvers.problem import StopReason
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "numpy"
 
-#: States kept by one search after another, until the gap is reached.
-_WIDTHS = (100, 1_000, 10_000, 100_000)
-
 
 def version() -> str:
     """Return the version of the algorithm.
@@ -40,43 +37,48 @@ def version() -> str:
     Returns
     -------
     str
-        It changes when answers may.
+        Changes when answers may change.
     """
     return "1"
 
 
-def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+def solve(reduced: Reduced, options: SolveOptions, effort: Effort | None = None) -> RawResult:
+    """Solve a reduced problem by relaxation and beam search.
 
     Parameters
     ----------
     reduced : Reduced
         The problem.
     options : SolveOptions
-        The limits.
+        Time limit and gap.
+    effort : Effort, optional
+        Limits of the search; the defaults of :class:`Effort` if not given.
 
     Returns
     -------
     RawResult
-        Always with a feasible point.
+        The best assignment found, always feasible, and a lower bound.
 
     Raises
     ------
     InvalidArgumentError
-        If budgets overlap or have lower limits.
+        If a budget has a lower limit or two budgets share a group.
     """
+    effort = effort or Effort()
     parts = split(reduced)
     if parts is None:
-        raise InvalidArgumentError("Solver 'mckp' takes budgets without lower limits that do not overlap.")
+        raise InvalidArgumentError(
+            "budgets of solver 'mckp' must not overlap and must not have lower limits. Use solver='auto' or 'highs'."
+        )
     deadline = math.inf if options.time_limit is None else time.perf_counter() + options.time_limit
-    x, bound = np.zeros(len(reduced.cost)), reduced.constant / reduced.unit
-    # Every knapsack gets the same share of the gap that the whole may have.
+    x, bound = np.zeros(len(reduced.cost)), reduced.offset
+    # The gap is relative to the whole objective. Each of the m knapsacks may leave a gap of 1/m of it.
     relaxations = [relax(knapsack) for _, knapsack in parts]
     tolerance = options.rel_gap * abs(bound + math.fsum(lp.bound for lp in relaxations)) / len(parts)
     closed = True
     for (items, knapsack), lp in zip(parts, relaxations, strict=True):
-        start = None if reduced.start is None else np.flatnonzero(reduced.start[items])
-        chosen, least = _close(knapsack, lp, start, tolerance, deadline)
+        start = first_incumbent(knapsack, lp, None if reduced.start is None else reduced.start[items])
+        chosen, least = _close(knapsack, lp, start, tolerance, effort, deadline)
         closed &= _is_closed(knapsack.value(chosen) - least, knapsack.value(chosen), tolerance)
         x[items[chosen]] = 1.0
         bound += least
@@ -92,16 +94,21 @@ def _is_closed(gap: float, value: float, tolerance: float) -> bool:
 
 
 def _close(
-    knapsack: Knapsack, lp: Relaxation, start: npt.NDArray[np.int64] | None, tolerance: float, deadline: float
+    knapsack: Knapsack,
+    lp: Relaxation,
+    chosen: npt.NDArray[np.int64],
+    tolerance: float,
+    effort: Effort,
+    deadline: float,
 ) -> tuple[npt.NDArray[np.int64], float]:
-    """Search wider and wider. Half of the tolerance is for what is not looked for."""
-    chosen, bound = fill(knapsack, lp), lp.bound
-    if start is not None and len(start) == len(chosen) and knapsack.value(start) < knapsack.value(chosen):
-        chosen = start
-    for width in _WIDTHS:
+    """Search with growing width until the gap is closed; return the best choice and the best lower bound."""
+    bound = lp.bound
+    for width in effort.widths:
         value = knapsack.value(chosen)
         if _is_closed(value - bound, value, tolerance) or time.perf_counter() > deadline:
             break
-        chosen, least = search(knapsack, lp, chosen, 0.5 * tolerance, width, deadline)
+        # A search ignores gains below half of the tolerance. So if nothing else is dropped, the gap it leaves is at
+        # most that half, and rounding cannot push it above the whole.
+        chosen, least = search(knapsack, lp, chosen, 0.5 * tolerance, width, effort, deadline)
         bound = max(bound, least)
     return chosen, bound

@@ -1,1 +1,1 @@
-"""Adapters for third-party solvers, one file each; a vendor's package is imported when its adapter is called."""
+"""Adapters of third-party solvers, one file each. A vendor's package is imported when its adapter is called."""

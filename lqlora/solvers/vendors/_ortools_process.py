@@ -1,4 +1,4 @@
-"""The process that :mod:`lqlora.solvers.vendors.ortools` runs: a problem from a folder to CP-SAT, the answer to the folder."""
+"""Process of the OR-tools adapter: read a problem from a folder, solve it by CP-SAT, write the answer beside it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 
 
 def main(folder: Path) -> None:
-    """Solve the problem in a folder."""
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    """Solve the problem in a folder and write ``answer.json``, and ``x.npy`` if there is a solution."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     from ortools.sat.python import cp_model  # noqa: PLC0415 - the vendor's package, in the one process that may load it
 
     with np.load(folder / "problem.npz") as arrays:
@@ -36,14 +36,15 @@ def main(folder: Path) -> None:
     if status == cp_model.MODEL_INVALID:
         sys.exit(model.validate())
     stopped = {cp_model.OPTIMAL: "GAP", cp_model.INFEASIBLE: "INFEASIBLE"}.get(status, "TIME_LIMIT")
-    # Integers above 2**53 are rounded as floats: down, that it stays a bound. Without a solution it may be unset.
+    # The bound may be an integer above 2**53, which float64 rounds: one step down keeps it a lower bound. Without a
+    # solution CP-SAT may leave it unset.
     bound = float(np.nextafter(solver.best_objective_bound, -np.inf)) if holds else None
     answer = {"bound": bound, "message": word, "stopped": stopped, "holds": holds}
     (folder / "answer.part").write_text(json.dumps(answer))
     (folder / "answer.part").rename(folder / "answer.json")
 
 
-def _end_with_the_parent() -> None:
+def _exit_with_parent() -> None:
     sys.stdin.read()  # returns when the other end of the pipe is closed
     os._exit(1)
 

@@ -1,11 +1,10 @@
-"""Adapter for CBC through cylp."""
+"""Adapter of CBC, through cylp."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
 
 from lqlora._optional import require
 from lqlora.errors import SolverError
@@ -20,7 +19,7 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "cylp"
 
-#: Words of ``CyCbcModel.status``.
+#: Reasons by ``CyCbcModel.status``.
 _STOPPED = {
     "solution": StopReason.GAP,
     "stopped on gap": StopReason.GAP,
@@ -32,53 +31,53 @@ _STOPPED = {
     "stopped on user event": StopReason.INTERRUPTED,
 }
 
-#: What CBC gives as the objective when it has no solution: at least this.
+#: CBC reports an objective of at least this if it has no solution.
 _NO_OBJECTIVE = 1e49
 
 
 def version() -> str:
-    """Return the version of the interface: CBC itself is built into it and does not tell its own.
+    """Return the version of the interface, since CBC does not report its own.
 
     Returns
     -------
     str
-        The version of cylp.
+        Version of cylp, which has CBC built in.
     """
-    return str(require(REQUIRES, "solvers", "Solver 'cbc'").__version__)
+    return str(require(REQUIRES, "solvers", "solver='cbc'").__version__)
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by CBC.
 
     Parameters
     ----------
     reduced : Reduced
         The problem.
     options : SolveOptions
-        The limits. CBC counts CPU seconds; cylp passes on neither a seed nor a start.
+        Time limit in CPU seconds, gap and threads. cylp passes on neither a seed nor a start.
 
     Returns
     -------
     RawResult
-        What the solver says.
+        The solver's result, as it is.
 
     Raises
     ------
     SolverError
-        If it fails.
+        If the solver fails.
     """
-    cy = require("cylp.cy", "solvers", "Solver 'cbc'")
+    cy = require("cylp.cy", "solvers", "solver='cbc'")
     simplex = _model(cy, reduced)
     solver = simplex.getCbcModel()
     solver.logLevel = 0
     solver.allowableGap, solver.allowableFractionGap = 0.0, options.rel_gap
-    solver.numberThreads = 0 if options.threads == 1 else options.threads  # zero is the search without threads
+    solver.numberThreads = 0 if options.threads == 1 else options.threads  # 0 selects the search without threads
     if options.time_limit is not None:
         solver.maximumSeconds = float(options.time_limit)
     solver.solve()
     word = str(solver.status)
     if word not in _STOPPED:
-        raise SolverError(f"CBC failed: {word}.")
+        raise SolverError(f"solver 'cbc' failed: {word}.")
     if _STOPPED[word] is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, StopReason.INFEASIBLE)
     holds = solver.objectiveValue < _NO_OBJECTIVE
@@ -87,11 +86,11 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
 
 
 def _model(cy: Any, reduced: Reduced) -> Any:
-    rows = sparse.vstack([reduced.choose, reduced.use], format="coo")
-    groups, variables = reduced.choose.shape
-    # CBC takes the number of rows from the entries: an explicit zero keeps a last row that has none.
+    matrix, lower, upper = reduced.rows()
+    rows, variables = matrix.tocoo(), len(reduced.cost)
+    # Trap: CBC takes the number of rows from the entries. An explicit zero keeps a last row that has no entry.
     row, column = np.append(rows.row, rows.shape[0] - 1), np.append(rows.col, 0)
-    matrix = cy.CyCoinPackedMatrix(
+    packed = cy.CyCoinPackedMatrix(
         colOrdered=True,
         rowIndices=row.astype(np.int32),
         colIndices=column.astype(np.int32),
@@ -99,9 +98,7 @@ def _model(cy: Any, reduced: Reduced) -> Any:
     )
     simplex = cy.CyClpSimplex()
     simplex.logLevel = 0
-    ones = np.ones(groups)
-    lower, upper = np.concatenate([ones, reduced.lower]), np.concatenate([ones, reduced.upper])
-    simplex.loadProblem(matrix, np.zeros(variables), np.ones(variables), reduced.cost.copy(), lower, upper)
-    simplex.objectiveOffset = -reduced.constant / reduced.unit  # CBC subtracts it
+    simplex.loadProblem(packed, np.zeros(variables), np.ones(variables), reduced.cost.copy(), lower, upper)
+    simplex.objectiveOffset = -reduced.offset  # CBC subtracts it
     simplex.copyInIntegerInformation(np.ones(variables, dtype=np.uint8))
     return simplex

@@ -1,4 +1,4 @@
-"""Adapter for Gurobi through gurobipy."""
+"""Adapter of Gurobi, through gurobipy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["REQUIRES", "check_license", "solve", "version"]
 
 REQUIRES = "gurobipy"
 
-#: Gurobi's number for a model above the size that its license allows.
+#: Gurobi's error code for a model larger than the license allows.
 _TOO_LARGE = 10010
 
-#: Names of the attribute ``Status``. Nothing here is unbounded, so what may be either is infeasible.
+#: Reasons by the name of the attribute ``Status``. No reduced problem is unbounded, so INF_OR_UNBD means infeasible.
 _STOPPED = {
     "OPTIMAL": StopReason.GAP,
     "INFEASIBLE": StopReason.INFEASIBLE,
@@ -40,20 +40,21 @@ def version() -> str:
     Returns
     -------
     str
-        Such as ``"13.0.3"``.
+        Version of Gurobi, such as ``"13.0.3"``.
     """
-    return ".".join(map(str, require(REQUIRES, "solvers", "Solver 'gurobi'").gurobi.version()))
+    return ".".join(map(str, require(REQUIRES, "solvers", "solver='gurobi'").gurobi.version()))
 
 
 def check_license() -> License:
-    """Tell whether Gurobi finds a license, and whether it is the one of the package, which limits the size of models.
+    """Check the license that Gurobi finds.
 
     Returns
     -------
     License
-        Not ok if there is none, or it ran out.
+        ``ok`` is False if there is none or it expired. ``message`` says "unrestricted", or names the largest model that
+        the license of the package allows.
     """
-    gurobipy = require(REQUIRES, "solvers", "Solver 'gurobi'")
+    gurobipy = require(REQUIRES, "solvers", "solver='gurobi'")
     try:
         with _environment(gurobipy) as environment:
             restricted = environment.getParam("LicenseID") == 0
@@ -63,32 +64,32 @@ def check_license() -> License:
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by Gurobi.
 
     Parameters
     ----------
     reduced : Reduced
         The problem.
     options : SolveOptions
-        The limits.
+        Time limit, gap, seed and threads.
 
     Returns
     -------
     RawResult
-        What the solver says.
+        The solver's result, as it is.
 
     Raises
     ------
     SolverError
-        If it fails, or finds no license.
+        If Gurobi fails or finds no license.
     """
-    gurobipy = require(REQUIRES, "solvers", "Solver 'gurobi'")
+    gurobipy = require(REQUIRES, "solvers", "solver='gurobi'")
     try:
         with _environment(gurobipy) as environment, gurobipy.Model(env=environment) as model:
             return _run(gurobipy, model, reduced, options)
     except gurobipy.GurobiError as error:
         if error.errno != _TOO_LARGE:
-            raise SolverError(f"Gurobi failed: {error}.") from error
+            raise SolverError(f"solver 'gurobi' failed: {error}.") from error
         return RawResult(None, -np.inf, _too_large(reduced), StopReason.LIMIT)
 
 
@@ -97,17 +98,17 @@ def _environment(gurobipy: Any) -> Any:
 
 
 def _too_large(reduced: Reduced) -> str:
-    constraints, variables = sum(matrix.shape[0] for matrix in (reduced.choose, reduced.use)), len(reduced.cost)
+    variables, constraints = len(reduced.cost), len(reduced.first) + len(reduced.upper)
     return (
-        f"The license of Gurobi does not allow {variables} variables and {constraints} constraints: "
-        "without a license file at most 2000 of each; use 'highs', which is free and has no limit."
+        f"Gurobi's license does not allow {variables} variables and {constraints} constraints (without a license file "
+        "at most 2000 of each). Use solver='highs', which is free and has no limit."
     )
 
 
 def _run(gurobipy: Any, model: Any, reduced: Reduced, options: SolveOptions) -> RawResult:
     x = _build(gurobipy, model, reduced)
     settings = {"MIPGap": options.rel_gap, "MIPGapAbs": 0.0, "Seed": options.seed, "Threads": options.threads}
-    # A variable of 0.99999 counts as one by default, which is many bits of a large budget.
+    # By default a variable of 0.99999 counts as one, and that is many bits of a large budget.
     settings |= {"IntFeasTol": 1e-9, "FeasibilityTol": 1e-9}
     if options.time_limit is not None:
         settings["TimeLimit"] = float(options.time_limit)
@@ -116,7 +117,7 @@ def _run(gurobipy: Any, model: Any, reduced: Reduced, options: SolveOptions) -> 
     model.optimize()
     words = {getattr(gurobipy.GRB, word): word for word in _STOPPED}
     if model.Status not in words:
-        raise SolverError(f"Gurobi failed: it stopped with status {model.Status}.")
+        raise SolverError(f"solver 'gurobi' failed: it stopped with status {model.Status}.")
     word = words[model.Status]
     if _STOPPED[word] is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, StopReason.INFEASIBLE)
@@ -124,9 +125,9 @@ def _run(gurobipy: Any, model: Any, reduced: Reduced, options: SolveOptions) -> 
 
 
 def _build(gurobipy: Any, model: Any, reduced: Reduced) -> Any:
-    """Write the model into ``model``, and return its variables."""
+    """Write the problem into a model, and return its variables."""
     x = model.addMVar(len(reduced.cost), vtype=gurobipy.GRB.BINARY)
-    model.setObjective(reduced.cost @ x + reduced.constant / reduced.unit)
+    model.setObjective(reduced.cost @ x + reduced.offset)
     model.addConstr(sparse.csr_matrix(reduced.choose) @ x == 1)
     use = sparse.csr_matrix(reduced.use)
     for limit, sense in ((reduced.lower, gurobipy.GRB.GREATER_EQUAL), (reduced.upper, gurobipy.GRB.LESS_EQUAL)):

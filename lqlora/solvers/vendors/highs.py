@@ -1,4 +1,4 @@
-"""Adapter for HiGHS through its own interface, highspy."""
+"""Adapter of HiGHS, through highspy."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "highspy"
 
-#: How many threads the last solve of this process asked for.
+#: Number of threads that the last solve of this process asked for; empty before the first.
 _THREADS: list[int] = []
 
-#: Nothing here is unbounded, so what may be either is infeasible.
+#: Reasons by the name of the model status. No reduced problem is unbounded, so kUnboundedOrInfeasible means infeasible.
 _STOPPED = {
     "kOptimal": StopReason.GAP,
     "kInfeasible": StopReason.INFEASIBLE,
@@ -43,34 +43,34 @@ def version() -> str:
     Returns
     -------
     str
-        The vendor's own spelling.
+        Version of HiGHS, such as ``"1.11.0"``.
     """
-    highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
+    highspy = require(REQUIRES, "pip install highspy", "solver='highs'")
     return str(highspy.Highs().version())
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by HiGHS.
 
     Parameters
     ----------
     reduced : Reduced
         The problem.
     options : SolveOptions
-        The limits.
+        Time limit, gap, seed and threads.
 
     Returns
     -------
     RawResult
-        What the solver says.
+        The solver's result, as it is.
 
     Raises
     ------
     SolverError
-        If it fails.
+        If the solver fails.
     """
-    highspy = require(REQUIRES, "pip install highspy", "Solver 'highs'")
-    _let_threads_be(highspy, options.threads)
+    highspy = require(REQUIRES, "pip install highspy", "solver='highs'")
+    _set_threads(highspy, options.threads)
     solver = highspy.Highs()
     settings = {"output_flag": False, "mip_rel_gap": options.rel_gap, "mip_abs_gap": 0.0, "random_seed": options.seed}
     settings |= {"threads": options.threads}
@@ -78,16 +78,16 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
         settings["time_limit"] = float(options.time_limit)
     for name, value in settings.items():
         if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
-            raise SolverError(f"HiGHS refused the option {name}={value!r}.")
+            raise SolverError(f"solver 'highs' refused the option {name}={value!r}.")
     if solver.passModel(_model(highspy, reduced)) == highspy.HighsStatus.kError:
-        raise SolverError("HiGHS refused the model.")
+        raise SolverError("solver 'highs' refused the model.")
     if reduced.start is not None:
         _set_start(highspy, solver, reduced.start)
     ran = solver.run()
     status = solver.getModelStatus()
     word = solver.modelStatusToString(status)
     if ran == highspy.HighsStatus.kError or status.name not in _STOPPED:
-        raise SolverError(f"HiGHS failed: {word}.")
+        raise SolverError(f"solver 'highs' failed: {word}.")
     stopped = _STOPPED[status.name]
     if stopped is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, stopped)
@@ -101,30 +101,26 @@ def _set_start(highspy: Any, solver: Any, start: npt.NDArray[np.float64]) -> Non
     solution = highspy.HighsSolution()
     solution.col_value = start.tolist()
     if solver.setSolution(solution) != highspy.HighsStatus.kOk:
-        raise SolverError("HiGHS refused the start.")
+        raise SolverError("solver 'highs' refused the start.")
 
 
-def _let_threads_be(highspy: object, count: int) -> None:
-    """End the threads that HiGHS keeps in a process if they are not as many: another number of them is an error."""
+def _set_threads(highspy: object, count: int) -> None:
+    """End the threads that HiGHS keeps in this process, if their number differs: HiGHS refuses to change it."""
     if _THREADS not in ([], [count]):
         highspy.Highs.resetGlobalScheduler(True)  # type: ignore[attr-defined]  # noqa: FBT003 - wait for their end
     _THREADS[:] = [count]
 
 
 def _model(highspy: Any, reduced: Reduced) -> Any:
-    from scipy import sparse  # noqa: PLC0415 - beside the vendor's import, in the one place that needs it
-
-    rows = sparse.vstack([reduced.choose, reduced.use], format="csc")
-    ones = np.ones(reduced.choose.shape[0])
-    variables = len(reduced.cost)
+    matrix, lower, upper = reduced.rows()
+    columns, variables = matrix.tocsc(), len(reduced.cost)
     lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = variables, rows.shape[0]
+    lp.num_col_, lp.num_row_ = variables, len(lower)
     lp.col_cost_ = reduced.cost
     lp.col_lower_, lp.col_upper_ = np.zeros(variables), np.ones(variables)
-    lp.row_lower_ = np.concatenate([ones, reduced.lower])
-    lp.row_upper_ = np.concatenate([ones, reduced.upper])
-    lp.offset_ = reduced.constant / reduced.unit  # so that the relative gap is that of the whole objective
+    lp.row_lower_, lp.row_upper_ = lower, upper
+    lp.offset_ = reduced.offset  # the relative gap is that of the whole objective
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = rows.indptr, rows.indices, rows.data
+    lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = columns.indptr, columns.indices, columns.data
     lp.integrality_ = [highspy.HighsVarType.kInteger] * variables
     return lp

@@ -1,4 +1,4 @@
-"""Adapter for CP-SAT of OR-tools, in a process of its own: OR-tools and highspy cannot be loaded into one."""
+"""Adapter of CP-SAT (OR-tools), which runs in a process of its own: OR-tools and highspy cannot share one."""
 
 from __future__ import annotations
 
@@ -27,14 +27,8 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "ortools"
 
-#: CP-SAT computes in integers of 64 bits: what all costs together may come to.
+#: Largest sum of all costs as integers. CP-SAT computes in 64 bits.
 _LARGEST_OBJECTIVE = 2.0**58
-
-#: What the process runs.
-_MODULE = "lqlora.solvers.vendors._ortools_process"
-
-#: Seconds after the time limit before the process is ended, if it has not ended by itself.
-_GRACE = 2.0
 
 
 def version() -> str:
@@ -43,34 +37,46 @@ def version() -> str:
     Returns
     -------
     str
-        Such as ``"9.15.6755"``.
+        Version of OR-tools, such as ``"9.15.6755"``.
     """
     _require_installed()
     return version_of(REQUIRES)
 
 
-def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem. The time limit includes the start of the process, about a second.
+def solve(
+    reduced: Reduced,
+    options: SolveOptions,
+    *,
+    module: str = "lqlora.solvers.vendors._ortools_process",
+    grace: float = 2.0,
+) -> RawResult:
+    """Solve a reduced problem by CP-SAT.
 
     Parameters
     ----------
     reduced : Reduced
-        The problem. Costs are rounded down to integers that add up to 2**58, so the bound stays a bound.
+        The problem.
     options : SolveOptions
-        The limits.
+        Time limit, gap, seed and threads. The time limit includes the start of the process, about a second.
+    module : str, optional
+        Module that the process runs.
+    grace : float, default 2.0
+        Seconds after the time limit until a process that still runs is ended.
 
     Returns
     -------
     RawResult
-        What the solver says.
+        The solver's result, as it is.
 
     Raises
     ------
     SolverError
-        If it fails.
+        If the solver fails.
     """
     _require_installed()
-    offset = reduced.constant / reduced.unit
+    # CP-SAT takes integers. Costs times a power of two are rounded down, so the integer objective is at most the true
+    # one and its lower bound is a lower bound. The power of two is the largest for which all costs together fit.
+    offset = reduced.offset
     total = float(reduced.cost.sum()) + abs(offset)
     scale = 2.0 ** np.floor(np.log2(_LARGEST_OBJECTIVE / max(total, 1.0)))
     limits = np.stack([reduced.lower, reduced.upper])
@@ -81,7 +87,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
         "limits": np.clip(limits, 0, 2.0**62).astype(np.int64),
         "start": np.zeros(0) if reduced.start is None else reduced.start,
     }  # fmt: skip
-    answer, x = _in_a_process(arrays, options)
+    answer, x = _run_in_process(arrays, options, module, grace)
     stopped = StopReason[answer["stopped"]]
     none = np.inf if stopped is StopReason.INFEASIBLE else -np.inf
     return RawResult(x, none if answer["bound"] is None else answer["bound"] / scale, answer["message"], stopped)
@@ -89,10 +95,12 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
 
 def _require_installed() -> None:
     if not is_installed(REQUIRES):
-        raise MissingDependencyError("Solver 'ortools' needs ortools: pip install 'lqlora[solvers]'.")
+        raise MissingDependencyError("solver='ortools' needs ortools: pip install 'lqlora[solvers]'.")
 
 
-def _in_a_process(arrays: dict[str, Any], options: SolveOptions) -> tuple[dict[str, Any], Any]:
+def _run_in_process(
+    arrays: dict[str, Any], options: SolveOptions, module: str, grace: float
+) -> tuple[dict[str, Any], Any]:
     limit = options.time_limit
     settings = {
         "rel_gap": options.rel_gap,
@@ -104,22 +112,22 @@ def _in_a_process(arrays: dict[str, Any], options: SolveOptions) -> tuple[dict[s
         folder = Path(name)
         np.savez(folder / "problem.npz", **arrays)
         (folder / "settings.json").write_text(json.dumps(settings))
-        fault = _run(folder, None if limit is None else limit + _GRACE)
+        fault = _wait(module, folder, None if limit is None else limit + grace)
         if (folder / "answer.json").exists():
             answer = json.loads((folder / "answer.json").read_text())
             return answer, np.load(folder / "x.npy") if answer["holds"] else None
     if fault is None:
         return {"bound": None, "message": "ended at the time limit", "stopped": "TIME_LIMIT"}, None
-    raise SolverError(f"CP-SAT failed: {fault}.")
+    raise SolverError(f"solver 'ortools' failed: {fault}.")
 
 
-def _run(folder: Path, seconds: float | None) -> str | None:
-    """Run the process to its end, and return its last words; None if it was ended at the time limit."""
-    command = [sys.executable, "-P", "-m", _MODULE, str(folder)]
+def _wait(module: str, folder: Path, seconds: float | None) -> str | None:
+    """Run a module in a process until it ends. Return its last line of output, or None if it was ended at the limit."""
+    command = [sys.executable, "-P", "-m", module, str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with (folder / "errors.txt").open("w") as errors:
-        # Nothing is written to the pipe: its end tells the process that this one is gone.
-        process = subprocess.Popen(  # noqa: S603 - a module of this library
+        # Nothing is written to the pipe. It closes when this process dies, and that ends the other one.
+        process = subprocess.Popen(  # noqa: S603 - by default a module of this library
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors
         )
         try:

@@ -1,11 +1,10 @@
-"""Adapter for SCIP through PySCIPOpt."""
+"""Adapter of SCIP, through PySCIPOpt."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
 
 from lqlora._optional import require
 from lqlora.errors import SolverError
@@ -20,10 +19,10 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "pyscipopt"
 
-#: What SCIP takes for infinity.
+#: Infinity of SCIP.
 _INFINITY = 1e20
 
-#: Words of ``Model.getStatus()``. Nothing here is unbounded, so what may be either is infeasible.
+#: Reasons by ``Model.getStatus()``. No reduced problem is unbounded, so inforunbd means infeasible.
 _STOPPED = {
     "optimal": StopReason.GAP,
     "gaplimit": StopReason.GAP,
@@ -41,45 +40,45 @@ def version() -> str:
     Returns
     -------
     str
-        That of SCIP, such as ``"10.0.0"``.
+        Version of SCIP, such as ``"10.0.0"``.
     """
-    model = require(REQUIRES, "solvers", "Solver 'scip'").Model()
+    model = require(REQUIRES, "solvers", "solver='scip'").Model()
     return f"{model.getMajorVersion()}.{model.getMinorVersion()}.{model.getTechVersion()}"
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by SCIP.
 
     Parameters
     ----------
     reduced : Reduced
         The problem.
     options : SolveOptions
-        The limits. SCIP's search has one thread.
+        Time limit, gap and seed. SCIP searches with one thread.
 
     Returns
     -------
     RawResult
-        What the solver says.
+        The solver's result, as it is.
 
     Raises
     ------
     SolverError
-        If it fails.
+        If the solver fails.
     """
-    scip = require(REQUIRES, "solvers", "Solver 'scip'")
+    scip = require(REQUIRES, "solvers", "solver='scip'")
     model = scip.Model()
     model.hideOutput()
     variables = _build(scip, model, reduced)
     settings = {"limits/gap": options.rel_gap, "limits/absgap": 0.0, "randomization/randomseedshift": options.seed}
-    settings |= {"numerics/feastol": 1e-9}  # it is relative to the budget, which may be millions
+    settings |= {"numerics/feastol": 1e-9}  # relative to the budget, which may be millions
     if options.time_limit is not None:
         settings["limits/time"] = float(options.time_limit)
     model.setParams(settings)
     model.optimize()
     word = str(model.getStatus())
     if word not in _STOPPED:
-        raise SolverError(f"SCIP failed: {word}.")
+        raise SolverError(f"solver 'scip' failed: {word}.")
     if _STOPPED[word] is StopReason.INFEASIBLE:
         return RawResult(None, np.inf, word, StopReason.INFEASIBLE)
     bound = float(model.getDualbound())
@@ -89,12 +88,10 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
 
 
 def _build(scip: Any, model: Any, reduced: Reduced) -> list[Any]:
-    """Write the model into ``model``, and return its variables."""
+    """Write the problem into a model, and return its variables."""
     variables = [model.addVar(vtype="B", obj=cost) for cost in reduced.cost.tolist()]
-    model.addObjoffset(reduced.constant / reduced.unit)  # so that the relative gap is that of the whole objective
-    rows = sparse.vstack([reduced.choose, reduced.use], format="csr")
-    ones = np.ones(reduced.choose.shape[0])
-    lower, upper = np.concatenate([ones, reduced.lower]), np.concatenate([ones, reduced.upper])
+    model.addObjoffset(reduced.offset)  # the relative gap is that of the whole objective
+    rows, lower, upper = reduced.rows()
     for k in np.flatnonzero(np.isfinite(lower) | np.isfinite(upper)):
         entries = slice(rows.indptr[k], rows.indptr[k + 1])
         terms = zip(rows.data[entries].tolist(), rows.indices[entries].tolist(), strict=True)

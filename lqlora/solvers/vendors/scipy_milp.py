@@ -1,4 +1,4 @@
-"""Adapter for scipy.optimize.milp, which brings its own copy of HiGHS."""
+"""Adapter of scipy.optimize.milp, which contains a copy of HiGHS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["REQUIRES", "solve", "version"]
 
 REQUIRES = "scipy"
 
-#: ``OptimizeResult.status`` of milp.
+#: Value of ``OptimizeResult.status`` for an infeasible problem.
 _INFEASIBLE = 2
 
 
@@ -29,32 +29,32 @@ def version() -> str:
     Returns
     -------
     str
-        The vendor's own spelling.
+        Version of SciPy, such as ``"1.17.1"``.
     """
-    return str(require(REQUIRES, "pip install scipy", "Solver 'scipy'").__version__)
+    return str(require(REQUIRES, "pip install scipy", "solver='scipy'").__version__)
 
 
 def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
-    """Solve a reduced problem.
+    """Solve a reduced problem by scipy.optimize.milp.
 
     Parameters
     ----------
     reduced : Reduced
         The problem.
     options : SolveOptions
-        The limits.
+        Time limit and gap.
 
     Returns
     -------
     RawResult
-        What the solver says.
+        The solver's result, as it is.
 
     Raises
     ------
     SolverError
-        If it fails.
+        If the solver fails.
     """
-    optimize = require("scipy.optimize", "pip install scipy", "Solver 'scipy'")
+    optimize = require("scipy.optimize", "pip install scipy", "solver='scipy'")
     constraints = [optimize.LinearConstraint(reduced.choose, 1, 1)]
     if reduced.use.shape[0]:
         constraints.append(optimize.LinearConstraint(reduced.use, reduced.lower, reduced.upper))
@@ -71,8 +71,8 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     if result.status == _INFEASIBLE:
         return RawResult(None, np.inf, result.message, StopReason.INFEASIBLE)
     if result.status not in (0, 1):
-        raise SolverError(f"scipy.optimize.milp failed: {result.message}")
+        raise SolverError(f"solver 'scipy' failed: {result.message}")
     shifted_bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
     limit = StopReason.LIMIT if options.time_limit is None else StopReason.TIME_LIMIT
     stopped = StopReason.GAP if result.status == 0 else limit
-    return RawResult(result.x, shifted_bound + reduced.constant / reduced.unit, result.message, stopped)
+    return RawResult(result.x, shifted_bound + reduced.offset, result.message, stopped)

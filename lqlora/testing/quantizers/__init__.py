@@ -1,1 +1,1 @@
-"""Property tests that run on any quantizer."""
+"""Conformance suite for quantizers: properties, their inputs, and the quantizer under test."""

@@ -1,7 +1,7 @@
-"""What each property is tried on.
+"""Inputs of the properties of quantizers.
 
-An input has only the hardship its property is about and is easy otherwise, so that a fault fails the property that is
-named for it and few others. Easy is: one dimension, an even number of weights in whole blocks, ordinary sizes.
+An input is hard only in the respect that its property is about, so that a fault fails that property and few others.
+Easy weights have one dimension, whole blocks, an even number and ordinary magnitudes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 Weights: TypeAlias = npt.NDArray[np.float32]
 Inputs: TypeAlias = SearchStrategy[dict[str, Any]]
 
-#: Blocks per array, at most. Scales that are quantized themselves go wrong beside several others, not beside one.
+#: Largest number of blocks in an array. Faults of quantized scales need several scales to show.
 _BLOCKS = 6
 
-#: Where weights are drawn from, unless the caller's range is narrower: far from both ends of float32.
+#: Range of absmax values, unless the caller's is narrower: far from both ends of float32.
 _ORDINARY = (2.0**-20, 2.0**20)
 
-#: Size of the blocks that are drawn where the quantizer's own is not known.
+#: Block size of the inputs if that of the quantizer is not known.
 _SOME_BLOCK = 32
 
 
@@ -48,12 +48,12 @@ def _units(subject: Subject, least: int = 1) -> SearchStrategy[int]:
 
 
 def ordinary(subject: Subject) -> Inputs:
-    """Easy weights."""
+    """Draw easy weights."""
     return st.fixed_dictionaries({"w": _sized(subject, _units(subject))})
 
 
 def shaped(subject: Subject) -> Inputs:
-    """Easy weights in up to three dimensions."""
+    """Draw easy weights in up to three dimensions."""
     sides = st.sampled_from([(-1,), (-1, subject.unit), (subject.unit, -1), (1, -1, subject.unit)])
     return st.fixed_dictionaries({"w": st.tuples(_sized(subject, _units(subject)), sides).map(_reshaped)})
 
@@ -63,7 +63,7 @@ def _reshaped(drawn: tuple[Weights, tuple[int, ...]]) -> Weights:
 
 
 def strided(subject: Subject) -> Inputs:
-    """Matrices, and the layouts that the array library of the quantizer has: torch refuses negative strides."""
+    """Draw matrices and memory layouts, those that ``adapt`` accepts: torch refuses negative strides."""
     known = []
     for layout in LAYOUTS[1:]:
         try:
@@ -72,18 +72,18 @@ def strided(subject: Subject) -> Inputs:
             continue
         known.append(layout)
     if not known:
-        raise NotApplicableError("adapt() takes no strided array")
+        raise NotApplicableError("adapt() refuses strided arrays")
     matrices = _sized(subject, _units(subject, least=2)).map(lambda w: w.reshape(2, -1))
     return st.fixed_dictionaries({"w": matrices, "layout": st.sampled_from(known)})
 
 
 def zeros(subject: Subject) -> Inputs:
-    """Nothing but zeros."""
+    """Draw arrays of zeros."""
     return st.fixed_dictionaries({"w": _units(subject).map(lambda size: np.zeros(size, dtype=np.float32))})
 
 
 def with_zero_block(subject: Subject) -> Inputs:
-    """Zeros for a block, or two where one would be of odd size, beside easy weights."""
+    """Draw easy weights with a block of zeros inserted, or two if a block has odd size."""
 
     def _insert(drawn: tuple[Weights, int]) -> Weights:
         w, block = drawn
@@ -94,28 +94,28 @@ def with_zero_block(subject: Subject) -> Inputs:
 
 
 def with_replacement(subject: Subject) -> Inputs:
-    """Easy weights, and a block to put in the place of one of theirs."""
+    """Draw easy weights, and a block that replaces one of theirs."""
     replacement = _sized(subject, st.just(subject.block_size or 1))
     arrays = _sized(subject, _units(subject, least=2))
     return st.fixed_dictionaries({"w": arrays, "block": st.integers(0, _BLOCKS - 1), "replacement": replacement})
 
 
 def with_power(subject: Subject) -> Inputs:
-    """Easy weights, and a power of two."""
+    """Draw easy weights and a power of two."""
     return st.fixed_dictionaries({"w": _sized(subject, _units(subject)), "power": st.integers(-120, 120)})
 
 
 def with_tail(subject: Subject) -> Inputs:
-    """Sizes that end within a block; even ones where there are any."""
+    """Draw arrays that end within a block, of even size where possible."""
     block = subject.block_size or 1
     sizes = [size for size in range(1, 3 * block) if size % block and (size % 2 == 0 or block == 2)]
     if not sizes:
-        raise NotApplicableError("a block of one weight has no tail")
+        raise NotApplicableError("blocks of one weight are never short")
     return st.fixed_dictionaries({"w": _sized(subject, st.sampled_from(sizes))})
 
 
 def of_odd_size(subject: Subject) -> Inputs:
-    """Odd sizes; those where one more weight would be a new block only if blocks do not share anything."""
+    """Draw arrays of odd size. If blocks are not independent, one more weight does not start a new block."""
     if not subject.independent_blocks and subject.block_size in (None, 1):
         raise NotApplicableError("needs independent_blocks")
     block = subject.block_size or _SOME_BLOCK
@@ -124,18 +124,18 @@ def of_odd_size(subject: Subject) -> Inputs:
 
 
 def single(subject: Subject) -> Inputs:
-    """One weight."""
+    """Draw arrays of one weight."""
     return st.fixed_dictionaries({"w": _sized(subject, st.just(1))})
 
 
-def empty(subject: Subject) -> Inputs:  # noqa: ARG001 - all take the subject
-    """No weights, in one, two or three dimensions."""
+def empty(subject: Subject) -> Inputs:  # noqa: ARG001 - all inputs take the subject
+    """Draw empty arrays of one, two or three dimensions."""
     sides = st.sampled_from([(0,), (0, 5), (5, 0), (2, 0, 3)])
     return st.fixed_dictionaries({"w": sides.map(lambda shape: np.zeros(shape, dtype=np.float32))})
 
 
 def repeated(subject: Subject) -> Inputs:
-    """Blocks of a power of two and a few other values many times, boundaries between levels among them."""
+    """Draw blocks of a power of two and a few repeated values, among them boundaries between levels."""
     fractions = st.integers(-1024, 1024).map(lambda k: k / 1024)
     if subject.levels is not None:
         fractions = st.sampled_from(subject.boundaries.tolist()) | fractions
@@ -143,11 +143,11 @@ def repeated(subject: Subject) -> Inputs:
 
 
 def tied(subject: Subject) -> Inputs:
-    """Blocks of a power of two and boundaries between levels that float32 holds exactly."""
+    """Draw blocks of a power of two and boundaries between levels that float32 represents exactly."""
     middles = subject.boundaries
     exact = middles[middles.astype(np.float32) == middles].tolist()
     if not exact or subject.block_size == 1:
-        raise NotApplicableError("no boundary between levels is a number of float32")
+        raise NotApplicableError("no boundary between levels is exact in float32")
     return st.fixed_dictionaries({"w": _blocks_of(subject, st.sampled_from(exact))})
 
 
@@ -166,14 +166,14 @@ def _blocks_of(subject: Subject, fractions: SearchStrategy[float]) -> SearchStra
 
 
 def with_non_finite(subject: Subject) -> Inputs:
-    """Easy weights, and a value that is none, with the index it goes to."""
+    """Draw easy weights, a non-finite value, and its index."""
     values = st.sampled_from([np.nan, np.inf, -np.inf])
     arrays = _sized(subject, _units(subject, least=2))
     return st.fixed_dictionaries({"w": arrays, "index": st.integers(0, 999), "value": values})
 
 
 def between(low: float, high: float) -> Callable[[Subject], Inputs]:
-    """Weights that are zero or have absolute values in a range at one end of float32, the first not zero."""
+    """Return inputs that are zero or have magnitudes in a range at one end of float32; the first is not zero."""
 
     def _of(subject: Subject) -> Inputs:
         sizes = st.floats(low, high, width=32)
@@ -185,7 +185,7 @@ def between(low: float, high: float) -> Callable[[Subject], Inputs]:
 
 
 def in_dtype(dtype: Any, low: float, high: float) -> Callable[[Subject], Inputs]:
-    """Easy weights of another dtype, within its normal range."""
+    """Return easy inputs of another dtype, within its normal range."""
 
     def _of(subject: Subject) -> Inputs:
         smallest, largest = _range(subject)
@@ -197,6 +197,6 @@ def in_dtype(dtype: Any, low: float, high: float) -> Callable[[Subject], Inputs]
 
 
 def integers(subject: Subject) -> Inputs:
-    """Small integers."""
+    """Draw small integers."""
     values = st.lists(st.integers(-100, 100), min_size=1, max_size=4)
     return st.fixed_dictionaries({"w": values.map(lambda few: np.resize(np.array(few, dtype=np.int32), subject.unit))})

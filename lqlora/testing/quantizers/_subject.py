@@ -1,4 +1,4 @@
-"""The quantizer under test, and what is known of it."""
+"""Quantizer under test: the two functions, the options of the caller, and round trips."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Subject", "as_row", "on_host"]
 
 @dataclass(frozen=True)
 class Subject:
-    """A quantizer and the options of :func:`lqlora.testing.check_quantizer`, under the same names."""
+    """A quantizer with the options of :func:`lqlora.testing.check_quantizer`, under the same names."""
 
     quantize: Callable[[Any], Any]
     dequantize: Callable[[Any], Any]
@@ -43,12 +43,13 @@ class Subject:
 
     @property
     def unit(self) -> int:
-        """Smallest even number of weights that fill whole blocks and that the quantizer takes."""
+        """Smallest even number of weights that fills whole blocks and that the quantizer accepts."""
+        # Even, so that quantizers that pack two codes in a byte meet an odd number in the properties about it only.
         return lcm(self.block_size or 1, self.size_multiple, 2)
 
     @cached_property
     def normalized(self) -> Wide:
-        """The levels, divided by the largest absolute level."""
+        """Levels divided by the largest absolute level."""
         if self.levels is None:
             raise NotApplicableError("needs levels")
         scaled: Wide = self.levels / np.abs(self.levels).max()
@@ -56,51 +57,55 @@ class Subject:
 
     @cached_property
     def boundaries(self) -> Wide:
-        """Midpoints of neighboring levels, as float32 has the levels."""
+        """Midpoints of neighboring levels, computed from the levels in float32."""
         levels = self.normalized.astype(np.float32).astype(np.float64)
         midpoints: Wide = (levels[1:] + levels[:-1]) / 2
         return midpoints
 
     @cached_property
     def radius(self) -> float:
-        """Largest distance of a number between -1 and 1 from the nearest normalized level."""
+        """Largest distance of a number in [-1, 1] from the nearest normalized level."""
+        # Half the widest gap between levels, or the distance of an end of the interval from the outermost level.
         levels = self.normalized
         return float(max(np.diff(levels).max() / 2, levels[0] + 1, 1 - levels[-1]))
 
     def adapted(self, w: npt.NDArray[Any]) -> Any:
-        """Return what the quantizer takes for the array."""
+        """Return the array in the form that the quantizer takes."""
         try:
             return w if self.adapt is None else self.adapt(w)
         except Exception as error:
             raise AdapterError(f"adapt() raised {named(error)}") from error
 
     def run(self, taken: Any) -> Wide:
-        """Quantize, dequantize, and return what comes out, exactly, as float64."""
+        """Quantize and dequantize, and return the exact result as float64."""
         try:
             return np.array(on_host(self.dequantize(self.quantize(taken))), dtype=np.float64)
         except Exception as error:
             raise RefusedError(f"the quantizer raised {named(error)}") from error
 
     def round_trip(self, w: npt.NDArray[Any]) -> Wide:
-        """Run on a row-major copy of the array."""
+        """Quantize and dequantize a row-major copy of the array."""
         return self.run(self.adapted(np.array(w, order="C")))
 
     def flat(self, w: npt.NDArray[Any]) -> Wide:
-        """As :meth:`round_trip`, as one row: the shape is the business of one property only."""
+        """Return :meth:`round_trip` as one row, because only one property is about the shape."""
         return as_row(self.round_trip(w), w.size)
 
     def blocks(self, size: int) -> list[slice]:
-        """Return where the blocks are; the whole array is one if their size is not known."""
+        """Return the slices of the blocks; a single one if the block size is not known."""
         step = self.block_size or max(1, size)
         return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
     def absmax(self, w: npt.NDArray[Any]) -> Wide:
-        """Return for each weight the largest absolute weight of its block."""
+        """Return the absmax of the block of each weight."""
         size = np.abs(w.astype(np.float64).reshape(-1))
         return np.concatenate([np.full(size[block].size, size[block].max()) for block in self.blocks(size.size)])
 
     def allowed_error(self, w: npt.NDArray[Any], rounding: float = 0.0) -> Wide:
-        """Return for each weight half the widest gap in the scale of its block, and what the caller allows beyond."""
+        """Return the largest allowed error of each weight."""
+        # Let a be the absmax. With scale a, w / a is in [-1, 1], and its nearest level l is within the radius:
+        # |w - a l| <= radius * a. Rounding the scale to a + d adds at most |d|, because |l| <= 1. Independent blocks
+        # round their own scale; otherwise d is relative to the largest scale of the array.
         absmax = self.absmax(w)
         radius = 1.0 if self.levels is None else self.radius
         of_scale = absmax if self.independent_blocks else np.full(absmax.shape, absmax.max())
@@ -108,12 +113,12 @@ class Subject:
 
 
 def on_host(array: Any) -> npt.NDArray[Any]:
-    """Return what a quantizer gave, or was given, as a NumPy array."""
+    """Return an array of any library as a NumPy array."""
     return np.asarray(ops.convert(array, np) if array_library(array) else array)
 
 
 def as_row(out: Wide, size: int) -> Wide:
-    """Return the entries in logical order; there must be as many as there were weights."""
+    """Return the entries in logical order, and raise if there are not as many as weights."""
     if out.size != size:
-        raise ViolationError(f"{size} weights became {out.size}")
+        raise ViolationError(f"{size} weights gave {out.size} results")
     return out.reshape(-1)

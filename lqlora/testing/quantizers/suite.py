@@ -1,4 +1,4 @@
-"""A suite of properties for any quantizer: what is promised of ours can be asked of others."""
+"""Conformance suite for quantizers: ``check_quantizer`` and ``assert_quantizer_conforms``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PROPERTIES", "assert_quantizer_conforms", "check_quantizer"]
 
-#: The promise of each property by its name.
+#: Statement of each property by its name.
 PROPERTIES: Mapping[str, str] = MappingProxyType({name: prop.statement for name, prop in REGISTRY.items()})
 
 
@@ -46,68 +46,68 @@ def check_quantizer(
     max_examples: int = 100,
     derandomize: bool = True,
 ) -> Report:
-    """Try every property that applies on a quantizer, each by many inputs that Hypothesis draws.
+    """Check every property that applies to a quantizer, each on many inputs that Hypothesis draws.
 
     Parameters
     ----------
     quantize : callable
-        Takes an array of float32, mostly of one dimension, and returns anything.
+        Function of an array, mostly float32 of one dimension. It may return any object.
     dequantize : callable
-        Takes what ``quantize`` returned, and returns an array of the same shape, of any library.
+        Function of the result of ``quantize`` that returns an array of the same shape, of any library.
     adapt : callable, optional
-        Turns a NumPy array into what ``quantize`` takes, such as ``torch.from_numpy``. What it raises is no fault of
-        the quantizer: layouts and dtypes that it refuses are passed over.
+        Function that converts a NumPy array for ``quantize``, such as ``torch.from_numpy``. Layouts and dtypes for
+        which it raises are left out.
     block_size : int, optional
-        Weights per scale, in row-major order. Properties of blocks need it.
+        Weights per scale, in row-major order. Properties about blocks need it.
     size_multiple : int, default 1
-        Where the quantizer takes only multiples of a number of weights, that number: all properties but those of odd
-        sizes, tails, single weights and none then keep to it.
+        Every number of weights that is quantized is a multiple of this, except in the properties about odd sizes,
+        tails, single weights and empty arrays.
     levels : Codebook or sequence of float, optional
-        Values a code can stand for, where the largest weight of a block stands for the largest absolute level.
+        Values of the codes. The largest absolute weight of a block maps to the largest absolute level.
     ties_to : {"lower", "upper"}, optional
-        Which of two levels a weight midway between them goes to. If None, any.
+        Level that a weight midway between two levels goes to; either one if None.
     symmetric : bool, default False
-        True if turned signs should come back as turned signs.
+        True if negated weights should give negated results.
     independent_blocks : bool, default True
-        False if blocks share anything, such as scales that are quantized themselves. Properties that say otherwise are
+        False if blocks influence each other, as under double quantization. Properties that need independent blocks are
         then skipped.
     tolerance : float, default 2**-20
-        Error allowed beyond what the levels make necessary, as a fraction of the largest weight of the block.
+        Error allowed beyond half the widest gap between levels, as a fraction of the absmax of the block.
     scale_tolerance : float, default 0.0
-        The same, for scales that are rounded: a fraction of the largest weight of the block, or of the array if
-        blocks are not independent. Used by the error bounds only.
+        Error allowed for rounded scales, as a fraction of the absmax of the block, or of the array if blocks are not
+        independent. Only the error bounds use it.
     smallest, largest : float, default 2**-100 and 2**100
-        Range of the largest absolute weight of a block in which the quantizer works; it includes 1/4 and 1. The
-        properties "subnormal" and "huge" leave it on purpose.
+        Range of the absmax of a block that the quantizer supports. It must include 1/4 and 1. Only the properties
+        "subnormal" and "huge" go beyond it.
     only : collection of str, optional
-        Names of the properties to try.
+        Names of the properties to check; all by default.
     exclude : collection of str, optional
         Names of properties to skip.
     max_examples : int, default 100
-        Inputs per property.
+        Number of inputs for each property.
     derandomize : bool, default True
-        The same inputs at every run. False draws others each time.
+        True draws the same inputs in every run, False draws new ones.
 
     Returns
     -------
     Report
-        A finding for each property; whatever the quantizer raises is a finding too.
+        One finding for each property. Exceptions of the quantizer are findings too.
 
     Raises
     ------
     InvalidArgumentError
-        If a name is none of :data:`PROPERTIES`, levels are not two or more increasing numbers, or a number is out of
+        If a name is not in :data:`PROPERTIES`, levels are not two or more increasing numbers, or a number is out of
         range.
 
     Notes
     -----
-    An input has only the hardship its property is about: the sizes that do not fill a block, for example, are met by
-    "ragged_tail" alone. So a fault usually fails one property, the one that is named for it.
+    Each input is hard in one respect only. Short last blocks, for example, occur in "ragged_tail" alone. So a fault
+    usually fails one property, whose name says what is wrong.
 
     Examples
     --------
     >>> import numpy as np
-    >>> def quantize(w):  # forgets that a block may be all zeros
+    >>> def quantize(w):  # divides by zero in a block of zeros
     ...     blocks = w.reshape(-1, 64)
     ...     scales = np.abs(blocks).max(axis=1, keepdims=True)
     ...     return np.rint(blocks / scales * 7), scales, w.shape
@@ -115,10 +115,10 @@ def check_quantizer(
     ...     codes, scales, shape = q
     ...     return (codes / 7 * scales).reshape(shape)
     >>> print(check_quantizer(quantize, dequantize, block_size=64, only=["shape", "zero_block"]))
-    shape       passed  What comes back has the shape of the input.
-    zero_block  FAILED  A block of zeros beside other blocks comes back as zeros.
-                        w = zeros but for 1.0 at 64 (float32, shape (128,)): weight 0.0 at index 0 came
-                        back as nan, and as 0.0 if it were right.
+    shape       passed  The result has the shape of the input.
+    zero_block  FAILED  A block of zeros among other blocks gives zeros.
+                        w = zeros except 1.0 at 64 (float32, shape (128,)): weight 0.0 at index 0 gave nan
+                        instead of 0.0.
     1 passed, 1 failed.
     """
     subject = Subject(
@@ -132,24 +132,24 @@ def check_quantizer(
 def assert_quantizer_conforms(
     quantize: Callable[[Any], Any], dequantize: Callable[[Any], Any], **options: Any
 ) -> Report:
-    """Raise if a property fails: one line of a test.
+    """Check a quantizer as :func:`check_quantizer` does, and raise if a property fails. Use it in a test.
 
     Parameters
     ----------
     quantize, dequantize : callable
         The quantizer, as in :func:`check_quantizer`.
     **options
-        The options of :func:`check_quantizer`.
+        Options of :func:`check_quantizer`.
 
     Returns
     -------
     Report
-        If nothing failed.
+        The report, if nothing failed.
 
     Raises
     ------
     ConformanceError
-        If a property failed or could not be tried. It is an AssertionError, and its message is the report.
+        If a property failed or could not be checked. It is an AssertionError, and its message is the report.
 
     Examples
     --------
@@ -163,7 +163,7 @@ def assert_quantizer_conforms(
     """
     report = check_quantizer(quantize, dequantize, **options)
     if not report.passed:
-        raise ConformanceError(f"The quantizer fails {', '.join(report.failed)}.\n{report}")
+        raise ConformanceError(f"quantizer fails {', '.join(report.failed)}.\n{report}")
     return report
 
 
@@ -172,7 +172,9 @@ def _sorted_levels(levels: Codebook | Sequence[float] | npt.NDArray[Any] | None)
         return None
     values = np.array(levels.levels if isinstance(levels, Codebook) else levels, dtype=np.float64)
     if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
-        raise InvalidArgumentError("Levels are two or more finite numbers, each above the one before.")
+        raise InvalidArgumentError(
+            f"levels must be two or more finite numbers in increasing order, got {values!r:.200}."
+        )
     return values
 
 
@@ -181,10 +183,14 @@ def _require_sound(subject: Subject) -> None:
         number = getattr(subject, name)
         absent = name == "block_size" and number is None
         if not absent and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise InvalidArgumentError(f"{name} is an integer of at least 1, not {number!r}.")
+            raise InvalidArgumentError(f"{name} must be an integer of at least 1, got {number!r}.")
     if subject.ties_to not in (None, "lower", "upper"):
-        raise InvalidArgumentError(f"Ties go to 'lower' or 'upper', not {subject.ties_to!r}.")
-    if not (subject.tolerance >= 0 and subject.scale_tolerance >= 0):
-        raise InvalidArgumentError("A tolerance is a number, not negative.")
-    if not (2.0**-126 <= subject.smallest <= 0.25 and 1 <= subject.largest <= 2.0**127):
-        raise InvalidArgumentError("The range of weights must lie in 2**-126 to 2**127, and reach from 1/4 to 1.")
+        raise InvalidArgumentError(f"ties_to must be 'lower', 'upper' or None, got {subject.ties_to!r}.")
+    for name in ("tolerance", "scale_tolerance"):
+        if not getattr(subject, name) >= 0:
+            raise InvalidArgumentError(f"{name} must be at least 0, got {getattr(subject, name)!r}.")
+    for name, low, high in (("smallest", 2.0**-126, 0.25), ("largest", 1.0, 2.0**127)):
+        if not low <= getattr(subject, name) <= high:
+            raise InvalidArgumentError(
+                f"{name} must be between {low:.6g} and {high:.6g}, got {getattr(subject, name)!r}."
+            )

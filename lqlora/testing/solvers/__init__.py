@@ -1,1 +1,1 @@
-"""Property tests that run on any solver."""
+"""Conformance suite for solvers: properties, their inputs, and the adapter under test."""

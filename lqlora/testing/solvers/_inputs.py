@@ -1,7 +1,7 @@
-"""Problems that each property is tried on: few enough assignments to try them all, and one hardship each.
+"""Problems for the properties of solvers: small enough for enumeration, and hard in one respect each.
 
-Easy is: each row allows all of its choices, one upper limit that can be met, costs between one half and a hundred,
-sizes that are small multiples of 16.
+An easy problem allows every choice, has one upper limit that can be met, costs between 0.5 and 100, and sizes that are
+small multiples of 16.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _tables(
 
 
 def _limit(draw: DrawFn, size: npt.NDArray[np.int64]) -> int:
-    """Return a limit that can be met, mostly by some bits more than nothing."""
+    """Draw an upper limit that can be met."""
     low, high = int(size.min(axis=1).sum()), int(size.max(axis=1).sum())
     return draw(st.integers(low, max(low, high)))
 
@@ -80,7 +80,7 @@ def _with_mask(draw: DrawFn) -> Problem:
 def _with_ties(draw: DrawFn) -> Problem:
     cost, size = draw(_tables())
     ties = draw(st.lists(st.integers(0, 2), min_size=len(cost), max_size=len(cost)))
-    column = draw(st.integers(0, cost.shape[1] - 1))  # all rows can take it
+    column = draw(st.integers(0, cost.shape[1] - 1))  # a column that every row can take
     limit = draw(st.integers(int(size[:, column].sum()), int(size.max(axis=1).sum())))
     return Problem(cost, size, ties=ties, budgets=[Budget(upper=limit)])
 
@@ -124,7 +124,7 @@ def _exact_limit(draw: DrawFn) -> Problem:
 
 
 def _infeasible() -> SearchStrategy[Problem]:
-    """Limits that no sum of sizes meets: what is above or below all of them is seen before a solver is called."""
+    """Draw problems with a total that no assignment has. A total outside their range would not reach the solver."""
     return _exact_limit().filter(lambda problem: np.isinf(optimum(problem)))
 
 
@@ -133,7 +133,7 @@ def _costs_of_many_sizes() -> SearchStrategy[Problem]:
 
 
 def larger_problem(seed: int, rows: int = 200, columns: int = 30) -> Problem:
-    """Return costs that fall with the size as those of formats do, and a budget between the extremes."""
+    """Return costs that fall with size, as those of formats do, and a budget between the extremes."""
     rng = np.random.default_rng(seed)
     bits = np.sort(rng.uniform(2, 8, columns))
     size = (rng.integers(1, 9, (rows, 1)) * 4096 * bits).astype(np.int64) // 8 * 8
@@ -143,12 +143,12 @@ def larger_problem(seed: int, rows: int = 200, columns: int = 30) -> Problem:
 
 
 def nothing(_: SolverSubject) -> Inputs:
-    """No input."""
+    """Draw no input."""
     return st.just({})
 
 
 def seeds(_: SolverSubject) -> Inputs:
-    """Seeds of larger problems, which would be too long to print."""
+    """Draw seeds of larger problems, which are too long to print."""
     return st.fixed_dictionaries({"seed": st.integers(0, 1)})
 
 

@@ -1,4 +1,4 @@
-"""The solver under test, what is known of it, and the answers that are right."""
+"""Solver under test: the adapter, the options of the caller, checked answers, and optima by enumeration."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "SolverSubject", "optimum"]
 
-#: How far from zero and one the entries of a vector may be.
-_DUST = 1e-4
+#: Largest distance of an entry of a vector from zero or one.
+_INTEGRALITY = 1e-4
 
 
 class Answer(NamedTuple):
-    """What an adapter said of a problem, and what of it can be checked; no objective without a vector."""
+    """Answer of an adapter to a problem. The objective is None if the adapter returned no vector."""
 
     reduced: Reduced
     raw: RawResult
@@ -30,33 +30,35 @@ class Answer(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """The bound, in the units of the problem."""
+        """Bound in the units of the original problem."""
         return float(self.raw.bound * self.reduced.unit)
 
     def rounding(self, scale: float) -> float:
-        """Return what is allowed for rounding: solvers have absolute tolerances, and costs of order one."""
+        """Return the allowed error of an objective or bound."""
+        # Solvers have absolute tolerances of about 1e-6 on reduced costs, whose unit is `unit` in the original problem.
         return 1e-6 * self.reduced.unit + 1e-9 * abs(scale)
 
 
 @dataclass(frozen=True)
 class SolverSubject:
-    """An adapter and the options of :func:`lqlora.testing.check_solver`, under the same names."""
+    """An adapter with the options of :func:`lqlora.testing.check_solver`, under the same names."""
 
     adapter: Adapter
     exact: bool
     several_budgets: bool
     lower_limits: bool
     time_limit: float
+    overrun: float
 
     def version(self) -> object:
-        """Return what the adapter calls its version."""
+        """Return the result of the adapter's ``version()``."""
         try:
             return self.adapter.version()
         except Exception as error:
             raise RefusedError(f"version() raised {named(error)}") from error
 
     def run(self, reduced: Reduced, options: SolveOptions) -> RawResult:
-        """Return what the adapter says of a reduced problem."""
+        """Return the adapter's raw result of a reduced problem."""
         try:
             return self.adapter.solve(reduced, options)
         except Exception as error:
@@ -65,7 +67,7 @@ class SolverSubject:
     def answer(
         self, problem: Problem, options: SolveOptions | None = None, start: npt.NDArray[np.float64] | None = None
     ) -> Answer:
-        """Return what the adapter says of a problem, after a check that it breaks no constraint."""
+        """Return the adapter's answer to a problem, and raise if it breaks a constraint."""
         reduced = replace(reduce_problem(problem), start=start)
         raw = self.run(reduced, options or SolveOptions())
         if raw.x is None:
@@ -78,19 +80,19 @@ class SolverSubject:
 
 
 def require_vector(x: object, reduced: Reduced) -> None:
-    """Raise unless a vector has one entry near one in each group and all others near zero."""
+    """Raise unless a vector has one entry near one in each group, and zeros elsewhere."""
     if not isinstance(x, np.ndarray) or x.shape != reduced.cost.shape or x.dtype.kind != "f":
-        raise ViolationError(f"x is no array of {len(reduced.cost)} floats, one for each variable")
-    off = np.abs(x - np.rint(x)) > _DUST
+        raise ViolationError(f"x is not an array of {len(reduced.cost)} floats, one for each variable")
+    off = np.abs(x - np.rint(x)) > _INTEGRALITY
     if not np.isfinite(x).all() or off.any():
         raise ViolationError(f"x holds {x[off | ~np.isfinite(x)][0]}, which is neither zero nor one")
     ones = np.bincount(reduced.group, weights=np.rint(x), minlength=reduced.choose.shape[0])
     if (ones != 1).any():
-        raise ViolationError(f"x makes {ones[ones != 1][0]:g} choices in one of the groups")
+        raise ViolationError(f"x has {ones[ones != 1][0]:g} choices in one group")
 
 
 def optimum(problem: Problem) -> float:
-    """Return the least cost by trying every assignment, infinite if none is feasible."""
+    """Return the least cost of all assignments by enumeration; infinite if none is feasible."""
     rows, columns = problem.cost.shape
     choices = np.stack(np.unravel_index(np.arange(columns**rows), (columns,) * rows), axis=1)
     row = np.arange(rows)

@@ -1,4 +1,4 @@
-"""A suite of properties for any solver: what is asked of ours can be asked of others."""
+"""Conformance suite for solvers: ``check_solver`` and ``assert_solver_conforms``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SOLVER_PROPERTIES", "assert_solver_conforms", "check_solver"]
 
-#: The promise of each property by its name.
+#: Statement of each property by its name.
 SOLVER_PROPERTIES: Mapping[str, str] = MappingProxyType({name: prop.statement for name, prop in REGISTRY.items()})
 
 
@@ -31,39 +31,46 @@ def check_solver(
     several_budgets: bool = True,
     lower_limits: bool = True,
     time_limit: float = 1.0,
+    overrun: float = 10.0,
     only: Collection[str] | None = None,
     exclude: Collection[str] = (),
     max_examples: int = 50,
     derandomize: bool = True,
+    shrink: bool = True,
 ) -> Report:
-    """Try every property that applies on a solver, each by many small problems that Hypothesis draws.
+    """Check every property that applies to a solver, each on many small problems that Hypothesis draws.
 
-    The right answers are found by trying every assignment. Only "time_limit" is tried on larger problems.
+    The answers are compared with those of enumeration. Only the property "time_limit" uses larger problems.
 
     Parameters
     ----------
     solver : str or Adapter
-        A registered name, or an adapter that need not be registered.
+        Name of a registered solver, or an adapter, registered or not.
     exact : bool, default True
-        False if the solver may stop before the gap is reached: it is then asked for answers that break no constraint,
-        and for bounds that hold, but not for the cheapest.
+        False if the solver may stop before the gap is reached, like a heuristic. Its answers must then meet every
+        constraint and its bounds must hold, but its answers need not be the cheapest.
     several_budgets, lower_limits : bool, default True
-        False if the solver does not take these.
+        False if the solver does not take several budgets, or lower limits.
     time_limit : float, default 1.0
-        Seconds that the property of this name allows.
+        Time limit in seconds of the property of this name.
+    overrun : float, default 10.0
+        Seconds after the time limit until that property fails. A solver needs some to build its model, and machines
+        stall.
     only : collection of str, optional
-        Names of the properties to try.
+        Names of the properties to check; all by default.
     exclude : collection of str, optional
         Names of properties to skip.
     max_examples : int, default 50
-        Problems per property.
+        Number of problems for each property.
     derandomize : bool, default True
-        The same problems at every run. False draws others each time.
+        True draws the same problems in every run, False draws new ones.
+    shrink : bool, default True
+        True searches for a small counterexample after a failure, False reports the first one, which is faster.
 
     Returns
     -------
     Report
-        A finding for each property; whatever the solver raises is a finding too.
+        One finding for each property. Exceptions of the solver are findings too.
 
     Raises
     ------
@@ -74,14 +81,14 @@ def check_solver(
 
     Notes
     -----
-    The adapter is called as :func:`lqlora.solvers.solve` calls it, with a reduced problem, but what it returns is
-    judged before the library repairs anything: a bound above the answer, for example, fails here.
+    The adapter is called with reduced problems, as :func:`lqlora.solvers.solve` calls it. But its results are checked
+    as they are: :func:`~lqlora.solvers.solve` would repair an answer over budget and lower a bound above the objective.
 
     Examples
     --------
     >>> import numpy as np
     >>> from lqlora.solvers import RawResult, StopReason
-    >>> class Smallest:  # takes the smallest choice of each group, and says that nothing is cheaper
+    >>> class Smallest:  # returns the smallest choice of each group as the optimum
     ...     REQUIRES = "numpy"
     ...     def version(self):
     ...         return "1"
@@ -90,7 +97,7 @@ def check_solver(
     ...         x = np.zeros(len(use))
     ...         for members in reduced.choose.toarray().astype(bool):
     ...             x[np.flatnonzero(members)[use[members].argmin()]] = 1.0
-    ...         bound = reduced.cost @ x + reduced.constant / reduced.unit
+    ...         bound = reduced.cost @ x + reduced.offset
     ...         return RawResult(x, bound, "done", StopReason.GAP)
     >>> report = check_solver(Smallest(), only=["feasible", "cheapest"])
     >>> report["feasible"].result, report["cheapest"].result
@@ -98,32 +105,32 @@ def check_solver(
     """
     adapter = find(solver) if isinstance(solver, str) else solver
     if not time_limit > 0:
-        raise InvalidArgumentError(f"A time limit is positive, not {time_limit!r}.")
+        raise InvalidArgumentError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
     if not is_installed(adapter.REQUIRES):
-        raise MissingDependencyError(f"The solver to be checked needs {adapter.REQUIRES}, which is not installed.")
-    subject = SolverSubject(adapter, exact, several_budgets, lower_limits, time_limit)
-    return try_properties(REGISTRY, subject, only, exclude, max_examples, derandomize=derandomize)
+        raise MissingDependencyError(f"solver to check needs {adapter.REQUIRES}, which is not installed.")
+    subject = SolverSubject(adapter, exact, several_budgets, lower_limits, time_limit, overrun)
+    return try_properties(REGISTRY, subject, only, exclude, max_examples, derandomize=derandomize, shrink=shrink)
 
 
 def assert_solver_conforms(solver: str | Adapter, **options: Any) -> Report:
-    """Raise if a property fails: one line of a test.
+    """Check a solver as :func:`check_solver` does, and raise if a property fails. Use it in a test.
 
     Parameters
     ----------
     solver : str or Adapter
         The solver, as in :func:`check_solver`.
     **options
-        The options of :func:`check_solver`.
+        Options of :func:`check_solver`.
 
     Returns
     -------
     Report
-        If nothing failed.
+        The report, if nothing failed.
 
     Raises
     ------
     ConformanceError
-        If a property failed or could not be tried. It is an AssertionError, and its message is the report.
+        If a property failed or could not be checked. It is an AssertionError, and its message is the report.
 
     Examples
     --------
@@ -133,5 +140,5 @@ def assert_solver_conforms(solver: str | Adapter, **options: Any) -> Report:
     """
     report = check_solver(solver, **options)
     if not report.passed:
-        raise ConformanceError(f"The solver fails {', '.join(report.failed)}.\n{report}")
+        raise ConformanceError(f"solver fails {', '.join(report.failed)}.\n{report}")
     return report

@@ -1,4 +1,4 @@
-"""Assignments without a search: one to hold before any solver runs, and the repair of one that a solver got wrong."""
+"""Primal heuristics: a feasible assignment before any solver runs, and the repair of an infeasible answer."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ if TYPE_CHECKING:
 
     from lqlora.solvers.presolve import Reduced
 
-__all__ = ["price_out", "repair"]
+__all__ = ["lagrangian_start", "repair"]
 
-#: Halvings of the price, after which the next halving changes nothing.
+#: Steps of the bisection of the price; further ones change nothing.
 _HALVINGS = 40
 
-#: Moves of a repair: an answer that needs more was not a rounding error.
+#: Largest number of choices that a repair changes. An answer that needs more is wrong by more than rounding.
 _MOVES = 100
 
 
-def price_out(reduced: Reduced) -> npt.NDArray[np.int64] | None:
-    """Put one price on the use of all budgets, and lower it as long as the choices that are then cheapest fit.
+# Lagrangian relaxation with a single multiplier. The load of a choice is the sum of its shares of all budgets; a budget
+# with a lower limit only counts negatively. For a price p each group takes the choice that minimizes cost + p * load.
+# The cost of these choices rises with p and their load falls, so bisection finds the least price that is feasible. One
+# price need not meet several budgets at once, so there may be no answer although the problem is feasible.
+def lagrangian_start(reduced: Reduced) -> npt.NDArray[np.int64] | None:
+    """Return the cheapest feasible choice that one price on the use of all budgets gives.
 
     Parameters
     ----------
@@ -33,15 +37,15 @@ def price_out(reduced: Reduced) -> npt.NDArray[np.int64] | None:
     ndarray of int64, shape (groups,), or None
         A variable of each group that meets all limits; None if no price that was tried gives one.
     """
-    weights = np.where(np.isfinite(reduced.upper), 1 / np.maximum(reduced.upper, 1), 0.0)
-    lacking = np.isfinite(reduced.lower) & ~np.isfinite(reduced.upper)
-    weights[lacking] = -1 / np.maximum(reduced.lower[lacking], 1)
-    load = weights @ reduced.use
+    share = np.where(np.isfinite(reduced.upper), 1 / np.maximum(reduced.upper, 1), 0.0)
+    lower_only = np.isfinite(reduced.lower) & ~np.isfinite(reduced.upper)
+    share[lower_only] = -1 / np.maximum(reduced.lower[lower_only], 1)
+    load = share @ reduced.use
     low, high, best = 0.0, None, None
     price = 0.0
     for _ in range(_HALVINGS):
-        chosen = _cheapest(reduced, reduced.cost + price * load)
-        if _excess(reduced, chosen).any():
+        chosen = reduced.chosen(-(reduced.cost + price * load))
+        if _violation(reduced, chosen).any():
             low = price
         else:
             high, best = price, chosen
@@ -52,7 +56,7 @@ def price_out(reduced: Reduced) -> npt.NDArray[np.int64] | None:
 
 
 def repair(reduced: Reduced, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
-    """Change one choice after another until all limits are met, each time at the least cost for what it mends.
+    """Change one choice at a time until all limits are met, each time at the least cost per unit of violation removed.
 
     Parameters
     ----------
@@ -64,12 +68,12 @@ def repair(reduced: Reduced, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.in
     Returns
     -------
     ndarray of int64, shape (groups,), or None
-        A choice that meets all limits; None if this did not find one.
+        A choice that meets all limits; None if none was found.
     """
     chosen = chosen.copy()
     columns = reduced.use.tocsc()
     for _ in range(_MOVES):
-        wrong = _excess(reduced, chosen)
+        wrong = _violation(reduced, chosen)
         if not wrong.any():
             return chosen
         taken = chosen[reduced.group]
@@ -80,21 +84,15 @@ def repair(reduced: Reduced, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.in
         if not (mended > 0).any():
             return None
         price = np.full(len(mended), np.inf)
-        dearer = np.maximum(reduced.cost - reduced.cost[taken], 0)
-        np.divide(dearer, mended, out=price, where=mended > 0)
+        extra = np.maximum(reduced.cost - reduced.cost[taken], 0)
+        np.divide(extra, mended, out=price, where=mended > 0)
         best = int(price.argmin())
         chosen[reduced.group[best]] = best
     return None
 
 
-def _cheapest(reduced: Reduced, cost: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    return reduced.chosen(-cost)
-
-
-def _excess(reduced: Reduced, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return by how much a choice misses each budget."""
-    x = np.zeros(len(reduced.cost))
-    x[chosen] = 1.0
-    use = reduced.use @ x
+def _violation(reduced: Reduced, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return by how much a choice exceeds or falls short of each budget."""
+    use = reduced.use @ reduced.vector(chosen)
     missed: npt.NDArray[np.float64] = np.maximum(use - reduced.upper, 0) + np.maximum(reduced.lower - use, 0)
     return missed

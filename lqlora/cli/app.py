@@ -9,7 +9,7 @@ import typer
 
 from lqlora import checkpoint
 from lqlora.cli import console, costs, plan
-from lqlora.recipes.settings import Settings
+from lqlora.recipes.demo.settings import Settings
 
 __all__ = ["app"]
 
@@ -37,11 +37,13 @@ def demo_command(
     model: Annotated[Path | None, typer.Option(help="GGUF file instead of SmolLM2-135M-Instruct.")] = None,
 ) -> None:
     """Compress, fine-tune, save, reload and measure a pretrained language model."""
-    from lqlora.recipes import demo  # noqa: PLC0415 - needs torch; the other commands do not
+    from lqlora.recipes.demo.stages import run_demo  # noqa: PLC0415 - needs torch; the other commands do not
 
     make = Settings.fast if fast else Settings
     settings = make(rank=rank, seed=seed, budgets=(None, bits))
-    demo.run(settings, output, model_file=model, text_file=text, force=force)
+    table = run_demo(settings, output, model_file=model, text_file=text, force=force, stage=console.stage)
+    console.show_table(table)
+    console.say(f"Plans, checkpoints, table and picture are in {output}.")
 
 
 @app.command("costs")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lqlora.allocation.ties import experts, fused_projections
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, paper_grid
-from lqlora.recipes.settings import Settings
+from lqlora.recipes.demo.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

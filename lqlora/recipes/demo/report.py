@@ -1,11 +1,11 @@
-"""The table and the picture of the demo."""
+"""Table and picture that the demo leaves behind."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lqlora.reports import pictures as _plots
+from lqlora.reports import pictures
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,22 +18,22 @@ __all__ = ["Row", "draw", "markdown"]
 
 @dataclass
 class Row:
-    """One model.
+    """Measurements of one model, a row of the table.
 
     Parameters
     ----------
     name : str
-        What it is.
+        Name of the model or of the method that made it.
     bits : float
-        Bits per weight of the linear layers, all scales included.
+        Bits per weight of the quantized matrices, all scales included.
     megabytes : float
-        Whole model: quantized parts, factors, everything unquantized; 10**6 bytes.
+        Size of the whole model in 10**6 bytes: quantized matrices, low-rank factors and unquantized tensors.
     error : float
         Relative Frobenius error over all quantized matrices together.
     before, after : float or None
         Perplexity before and after fine-tuning.
     seconds : float
-        To make the model, without Fisher information and cost table.
+        Wall time of the decompositions, without Fisher information and cost table.
     """
 
     name: str
@@ -45,7 +45,13 @@ class Row:
     seconds: float = 0.0
 
     def cells(self) -> list[str]:
-        """Return the cells as text."""
+        """Return the measurements as text, in the order of the table's columns.
+
+        Returns
+        -------
+        list of str
+            One cell a column; an empty one if the model was not fine-tuned.
+        """
         after = "" if self.after is None else f"{self.after:.2f}"
         return [
             self.name,
@@ -62,16 +68,37 @@ _HEAD = ("model", "bits per weight", "MB in all", "relative error", "perplexity 
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table."""
+    """Return a Markdown table with a row for each model.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Measurements, in the order of the table.
+
+    Returns
+    -------
+    str
+        The table, with a line break at its end.
+    """
     lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
     return "\n".join(lines + ["| " + " | ".join(row.cells()) + " |" for row in rows]) + "\n"
 
 
 def draw(path: Path, plans: Mapping[str, Plan], curves: Mapping[str, Sequence[float]]) -> None:
-    """Write the picture: bits per layer of each plan, and the mean error by iteration."""
-    figure = _plots.figure(figsize=(10, 3 * (len(plans) + 1)))
+    """Write a picture of the bits per layer of each plan, and of the mean error by iteration.
+
+    Parameters
+    ----------
+    path : Path
+        PNG file to write.
+    plans : mapping of str to Plan
+        Plans by title.
+    curves : mapping of str to sequence of float
+        Mean errors by iteration, by the name of the model.
+    """
+    figure = pictures.figure(figsize=(10, 3 * (len(plans) + 1)))
     axes = figure.subplots(len(plans) + 1, 1)
     for axis, (name, plan) in zip(axes, plans.items(), strict=False):
-        _plots.draw_grid(axis, plan.bits_by_layer(), name, "bits per weight")
-    _plots.draw_errors(axes[-1], curves, "mean error over all matrices, each in its own norm")
+        pictures.draw_grid(axis, plan.bits_by_layer(), name, "bits per weight")
+    pictures.draw_errors(axes[-1], curves, "mean error over all matrices, each in its own norm")
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["CommandError", "advise_options", "in_options"]
 
 #: A keyword argument that a message tells Python users to pass, such as ``clip_rank=True`` or ``mode='exact'``.
-_KEYWORD = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)=('[^']*'|True|False|None|[\d.]+)(?!\w)")
+_KEYWORD = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)=('[^']*'|\([^()]*\)|\[[^][]*\]|True|False|None|[\d.]+)(?!\w)")
 
 
 class CommandError(LQLoRAError):

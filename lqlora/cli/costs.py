@@ -11,7 +11,7 @@ from lqlora.cli.outputs import check_outputs, write_outputs
 from lqlora.cli.parsing import parse_formats, parse_integers, parse_pattern
 from lqlora.errors import InvalidArgumentError
 from lqlora.integrations.gguf import packaged_smollm2
-from lqlora.integrations.sources import KEPT, open_weights
+from lqlora.integrations.sources import open_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,9 +59,9 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
         raise InvalidArgumentError("Give either a model file or folder, or --packaged.")
     check_outputs([output], force=force)
     formats, ranks = parse_formats(options.formats), parse_integers(options.ranks, "--ranks")
-    include = [parse_pattern(text) for text in options.include or ("*",)]
-    exclude = [parse_pattern(text) for text in options.exclude or KEPT]
-    weights = open_weights(model or packaged_smollm2(), include, exclude)
+    patterns = {"include": options.include, "exclude": options.exclude}
+    chosen = {name: [parse_pattern(text) for text in texts] for name, texts in patterns.items() if texts}
+    weights = open_weights(model or packaged_smollm2(), **chosen)
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(

@@ -201,12 +201,14 @@ def _solve(table: lq.CostTable, settings: Settings) -> dict[str, Plan]:
     uniform = Fraction(sum(NF3.storage_bits(shape) for shape in table.shapes), table.weight_count)
     plans: dict[str, Plan] = {}
     for budget in settings.budgets:
-        name = f"LQ-LoRA {float(uniform) if budget is None else budget:.4g}"
+        bits = uniform if budget is None else budget
+        name = f"LQ-LoRA {float(bits):.4g}"
         if name in plans:
             raise InvalidArgumentError(
-                f"budgets must differ, got {budget:g} bits per weight twice (NF3 takes as many)."
+                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice; NF3 takes "
+                f"{float(uniform):.4g}."
             )
-        plans[name] = lq.allocate(table, bits_per_weight=uniform if budget is None else budget)
+        plans[name] = lq.allocate(table, bits_per_weight=bits)
     return plans
 
 

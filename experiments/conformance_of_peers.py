@@ -1,8 +1,7 @@
-"""What ``lqlora.testing`` finds in NF4 of other libraries, on the CPU, beside our own.
+"""Properties of ``lqlora.testing`` on NF4 of this library, bitsandbytes and torchao, on the CPU.
 
-Needs ``pip install bitsandbytes torchao`` for the rows of those; what is not installed is left out, and said. Each is
-asked with its own table of levels. Scales that are quantized themselves may be off by a hundredth of the largest
-weight of the array.
+The other two need ``pip install bitsandbytes torchao``; one that is not installed is named and left out. Each library is
+checked with its own table of levels. Quantized scales may be off by a hundredth of the largest weight of the array.
 """
 
 import importlib

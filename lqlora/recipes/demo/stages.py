@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Stage", "run_demo"]
 
-#: Called with the title of a stage; a context manager around the stage, which yields a callback for its progress. The
-#: callback takes the number of steps done and the number of all.
+#: A function of the title of a stage. It returns a context manager around the stage, which yields a callback for
+#: progress: it takes the number of steps done and the number of all.
 Stage: TypeAlias = "Callable[[str], AbstractContextManager[Callable[[int, int], None]]]"
 
 
-def _silent(title: str) -> AbstractContextManager[Callable[[int, int], None]]:  # noqa: ARG001 - the default Stage
-    return nullcontext(lambda done, total: None)  # noqa: ARG005
+def _silent(_: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Show no progress: the default :data:`Stage`."""
+    return nullcontext(lambda *_: None)
 
 
 @dataclass
@@ -205,7 +206,7 @@ def _solve(table: lq.CostTable, settings: Settings) -> dict[str, Plan]:
         name = f"LQ-LoRA {float(bits):.4g}"
         if name in plans:
             raise InvalidArgumentError(
-                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice; NF3 takes "
+                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice. NF3 takes "
                 f"{float(uniform):.4g}."
             )
         plans[name] = lq.allocate(table, bits_per_weight=bits)
@@ -258,7 +259,7 @@ def _variant(work: _Work, name: str, formats: Any, options: dict[str, Any]) -> t
 
 
 def _clone(model: torch.nn.Module) -> torch.nn.Module:
-    """Copy the modules but share their tensors, so that unquantized tensors are in memory once."""
+    """Return a copy of the modules that shares their tensors, so that unquantized tensors are in memory once."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo=dict(shared))
 

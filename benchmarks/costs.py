@@ -1,7 +1,7 @@
-"""Cost table of the 432 formats of LQ-LoRA's grid for one matrix: costs that are shared against decompositions one by one.
+"""Time and accuracy of ``cost_table(mode="fast")`` against one decomposition for each of the 432 formats of LQ-LoRA's grid.
 
-Run by ``scripts/bench``. A part of the grid is decomposed one by one, and its time is extrapolated to the whole grid.
-``--small`` takes matrices of 512 x 512.
+Every 13th format is decomposed one by one, and the time is extrapolated to the grid. ``--small`` takes matrices of
+512 x 512.
 """
 
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 import lqlora as lq
 
 GRID = lq.paper_grid("code")
-EVERY = 13  # a sample of 34 formats, in which all bits, block sizes and dtypes occur
+EVERY = 13  # 34 formats, with all bits, block sizes and dtypes
 SIZE, RANK = (512, 16) if "--small" in sys.argv else (4096, 64)
 
 
@@ -40,7 +40,7 @@ def measure(name, matrix):
     one_by_one = seconds * len(GRID) / len(sample)
     sizes = np.array([fmt.storage_bits(matrix.shape) for fmt in GRID])
     least = np.array([costs[sizes <= size].min() for size in sizes[::EVERY]])
-    near = own <= 1.5 * least  # no other format is better by half at no larger size
+    near = own <= 1.5 * least  # no format of at most this size costs less than two thirds
     error = 100 * (own / exact - 1)
     cells = [f"{np.median(e):+.2f}, {e.min():+.2f} to {e.max():+.2f}" for e in (error[near], error[~near])]
     print(

@@ -1,6 +1,6 @@
-"""Decomposition of many matrices: threads of lqlora against threads of BLAS, and the error by iteration.
+"""Wall time of decomposing many matrices: a thread for each matrix against threads of BLAS.
 
-Run by ``scripts/bench``. The matrices are Gaussian plus a low-rank part, of the shapes of a small language model.
+The matrices are Gaussian plus a low-rank part, in the shapes of a small language model.
 """
 
 import os
@@ -54,6 +54,6 @@ def measure():
 if __name__ == "__main__":
     if "--measure" in sys.argv:
         measure()
-    else:  # scripts/bench holds BLAS to one thread; this comparison needs the default
+    else:  # scripts/bench holds BLAS to one thread; this comparison needs all of them
         environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         subprocess.run([sys.executable, __file__, "--measure"], env=environment, check=True)

@@ -1,7 +1,7 @@
-"""NF4 in blocks of 64 on one thread of a CPU: this library on NumPy arrays against bitsandbytes and torchao.
+"""Speed of NF4 in blocks of 64 on one CPU thread: this library on NumPy arrays against bitsandbytes and torchao.
 
-A peer that is not installed gets one line instead of rows. torchao quantizes the scales too, which it always does, and
-multiplies in bfloat16 only. With ``--record`` the tables go into the documentation.
+A peer that is not installed is named and left out. torchao always quantizes the scales, too, and multiplies in bfloat16
+only. With ``--record`` the tables go into the documentation.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ BATCHES = (1, 16, 256)
 
 
 def interleaved_ms(calls):
-    """Medians of several calls that take turns, so that a slow moment of the machine hits all of them."""
+    """Return medians of calls that take turns, so that a slow moment of the machine affects all of them."""
     times = {name: [] for name in calls}
     for repeat in range(REPEATS + 1):
         for name, call in calls.items():

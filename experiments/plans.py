@@ -1,21 +1,22 @@
 """Perplexity of SmolLM2-135M by a plan, against one format for all matrices at the same bits per weight.
 
-Model, texts and norm (the rank-one Fisher information of LQ-LoRA) are those of ``benchmarks/perplexity.py``. Costs are
-errors after one iteration with fitted levels and scales; what is measured is decomposed by four. With ``--record`` the
-figures of the part that was run go into ``docs/measurements/plans.json``, which ``docs/how-to/choosing_bits.md`` draws.
+Model and texts are those of ``experiments/smollm2.py``, and the norm is LQ-LoRA's rank-one Fisher information. Costs are
+errors after one iteration with fitted levels and scales; the models that are measured had four iterations. With
+``--record`` the figures go into ``docs/measurements/plans.json``, which ``docs/how-to/choosing_bits.md`` draws.
 """
 
 import argparse
 import datetime as dt
 import json
 from functools import partial
+from pathlib import Path
 
-from perplexity import FITTED, FOUR, RANK, arguments, decomposed, prepared, rank_one_fisher
-from records import FOLDER
+from smollm2 import FITTED, FOUR, RANK, arguments, decomposed, prepared, rank_one_fisher
 
 import lqlora as lq
 from lqlora._parallel import map_matrices
 
+RECORD = Path(__file__).parents[1] / "docs" / "measurements" / "plans.json"
 BUDGETS = (2.5, 2.75, 3.0, 3.5)
 SCALES = "u8/256:float32"
 FORMATS = [lq.BlockFormat.parse(f"nf{bits}/{block}:{SCALES}") for bits in (2, 3, 4) for block in (16, 32, 64)]
@@ -29,7 +30,7 @@ def cost_table(layers, formats, ranks, store):
 
 
 def one_format(bits):
-    """Return the format of most levels and smallest blocks that fits the bits."""
+    """Return the format within the bits that has the most levels, and of those the smallest blocks."""
     for codebook in ("nf4", "nf3", "nf2"):
         for block in range(4, 1025):
             fmt = lq.BlockFormat.parse(f"{codebook}/{block}:{SCALES}")
@@ -51,7 +52,7 @@ def by_format(fmt):
 
 
 def figures(name, cells, layers):
-    """Return what the documentation draws of a printed row; factors are printed in 32 bits and counted in 16."""
+    """Return the figures of a printed row for the documentation; factors are printed in 32 bits and counted in 16."""
     bits, factors, measured = map(float, cells[1:4])
     size = sum(layer.weight.size for layer in layers)
     return {"name": name, "bits": bits, "bytes": round((bits + factors / 2) * size / 8), "perplexity": measured}
@@ -71,7 +72,7 @@ def compare(measure, layers, folder):
 
 
 def compare_ranks(measure, layers, folder):
-    """Give plans of several ranks the bytes of a plan of one rank, factors counted in 16 bits."""
+    """Compare plans of several ranks with plans of one rank at equal bytes, factors counted in 16 bits."""
     found = {f"rank {RANK}": [], "ranks": []}
     formats = [fmt for fmt in FORMATS if fmt.block_size == 64]
     table = cost_table(layers, formats, RANKS, folder / "ranks.costs" if folder else None)
@@ -87,11 +88,10 @@ def compare_ranks(measure, layers, folder):
 
 
 def keep(found, full):
-    """Write the figures of one part beside those of the other."""
-    path = FOLDER / "plans.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    """Write the figures of this part into the record, and keep those of the other part."""
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     known |= {"date": dt.datetime.now(dt.UTC).date().isoformat(), "full precision": round(full, 3), **found}
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    RECORD.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main():

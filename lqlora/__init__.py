@@ -31,7 +31,7 @@ from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
 from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
 if TYPE_CHECKING:
-    from lqlora import nn, testing
+    from lqlora import nn, recipes, testing
 
 __version__ = "0.1.0"
 
@@ -77,6 +77,7 @@ __all__ = [
     "paper_grid",
     "pareto",
     "quantize",
+    "recipes",
     "reports",
     "save",
     "small_float",
@@ -91,6 +92,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("nn", "testing"):  # need torch and Hypothesis, which nothing else here does
+    if name in ("nn", "recipes", "testing"):  # need torch and Hypothesis, which nothing else here does
         return importlib.import_module(f"lqlora.{name}")
     raise AttributeError(f"module 'lqlora' has no attribute {name!r}")

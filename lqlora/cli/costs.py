@@ -1,4 +1,4 @@
-"""The cost table of a model file."""
+"""Command ``lqlora costs``: build the cost table of a model file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import lqlora as lq
 from lqlora.cli import console
 from lqlora.cli.outputs import check_outputs, write_outputs
-from lqlora.cli.parsing import read_formats, read_numbers, read_pattern
+from lqlora.cli.parsing import parse_formats, parse_integers, parse_pattern
 from lqlora.errors import InvalidArgumentError
 from lqlora.integrations.gguf import packaged_smollm2
-from lqlora.integrations.sources import KEPT, open_weights
+from lqlora.integrations.sources import open_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,18 +21,18 @@ __all__ = ["CostsOptions", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class CostsOptions:
-    """Options of the command, as they were typed.
+    """Values of the options, as they were typed.
 
     Parameters
     ----------
     formats, ranks : str
-        Lists separated by commas.
+        Comma-separated lists.
     include, exclude : tuple of str
-        Patterns; no ``exclude`` leaves out embeddings and output heads.
+        Patterns of names; without ``exclude``, embeddings and output heads are left out.
     mode : {"exact", "fast"}
-        Whether every format is decomposed.
+        ``"exact"`` decomposes each matrix in every format, ``"fast"`` in about a tenth of a large grid.
     store : Path, optional
-        File that keeps every finished row.
+        File that keeps finished rows, so that a second run continues.
     seed, max_iter : int
         See :func:`lqlora.cost_table`.
     """
@@ -53,15 +53,15 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
     Raises
     ------
     LQLoRAError
-        One sentence on what is missing or wrong. What the store holds is kept.
+        If an input is missing or invalid. The table is not written then; rows in the store are kept.
     """
     if (model is None) == (not packaged):
-        raise InvalidArgumentError("Name a model file or folder, or give --packaged, and only one of the two.")
+        raise InvalidArgumentError("Give either a model file or folder, or --packaged.")
     check_outputs([output], force=force)
-    formats, ranks = read_formats(options.formats), read_numbers(options.ranks)
-    include = [read_pattern(text) for text in options.include or ("*",)]
-    exclude = [read_pattern(text) for text in options.exclude or KEPT]
-    weights = open_weights(model or packaged_smollm2(), include, exclude)
+    formats, ranks = parse_formats(options.formats), parse_integers(options.ranks, "--ranks")
+    patterns = {"include": options.include, "exclude": options.exclude}
+    chosen = {name: [parse_pattern(text) for text in texts] for name, texts in patterns.items() if texts}
+    weights = open_weights(model or packaged_smollm2(), **chosen)
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(
@@ -72,6 +72,6 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
             max_iter=options.max_iter,
             mode=options.mode,
             store=options.store,
-            progress=lambda done, total, _: show(done, total),  # the bar has an estimate of its own
+            progress=lambda done, total, _: show(done, total),  # the third is an estimate of the time left
         )
     write_outputs({output: f"{table.to_json()}\n".encode()}, dry_run=False)

@@ -1,4 +1,4 @@
-"""Files that a command writes, decided on before any work is done."""
+"""Output files of a command: checked before any work is done, written when all of it has succeeded."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ __all__ = ["check_outputs", "write_outputs"]
 
 
 def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
-    """Refuse what could not be written in the end.
+    """Check that each output file can be written at the end.
 
     Raises
     ------
     CheckpointError
-        If a file exists and is not to be replaced, its folder does not exist, or two are one file.
+        If a file exists and ``force`` is false, its folder does not exist, it is a folder, or two outputs are one file.
     """
     seen = set()
     for path in paths:
         if path.absolute() in seen:
-            raise CheckpointError(f"Two outputs are to be written to {path}.")
+            raise CheckpointError(f"{path} is named for two outputs. Give each output a file of its own.")
         seen.add(path.absolute())
         if path.is_dir():
-            raise CheckpointError(f"{path} is a folder: name a file.")
+            raise CheckpointError(f"{path} is a folder. Name a file.")
         if path.exists() and not force:
-            raise CheckpointError(f"{path} exists already: name another file, or replace it with --force.")
+            raise CheckpointError(f"{path} exists. Name another file, or replace it with --force.")
         if not path.parent.is_dir():
-            raise CheckpointError(f"There is no folder {path.parent}.")
+            raise CheckpointError(f"{path.parent} is not a folder. Make it first, or name another file.")
 
 
 def write_outputs(files: Mapping[Path, bytes], *, dry_run: bool) -> None:
-    """Write files, or say what would be written."""
+    """Write files and print their sizes; with ``dry_run`` only print what would be written."""
     for path, data in files.items():
         if not dry_run:
             write_whole(path, data)

@@ -1,4 +1,4 @@
-"""What the words of a command line stand for."""
+"""Parsers of option values: formats, numbers, bytes with units, name patterns, pairs and ties."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lqlora.allocation.ties import experts, fused_projections
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, paper_grid
-from lqlora.recipes.settings import Settings
+from lqlora.recipes.demo.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -17,85 +17,93 @@ if TYPE_CHECKING:
     from lqlora._patterns import Pattern
     from lqlora.allocation.ties import Tie
 
-__all__ = ["read_bytes", "read_formats", "read_number", "read_numbers", "read_pairs", "read_pattern", "read_ties"]
+__all__ = [
+    "parse_bytes",
+    "parse_formats",
+    "parse_integers",
+    "parse_number",
+    "parse_pairs",
+    "parse_pattern",
+    "parse_ties",
+]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
-def read_formats(text: str) -> list[BlockFormat]:
-    """Read formats, separated by commas; ``few``, ``paper`` and ``code`` are lists of them."""
+def parse_formats(text: str) -> list[BlockFormat]:
+    """Return the formats of a comma-separated list, each once; ``few``, ``paper`` and ``code`` stand for lists."""
     found: list[BlockFormat] = []
-    for word in _words(text):
-        if word == "few":
+    for item in _items(text, "--formats"):
+        if item == "few":
             found += Settings.formats
-        elif word in ("paper", "code"):
-            found += paper_grid(word)  # type: ignore[arg-type] # as the line above says
+        elif item in ("paper", "code"):
+            found += paper_grid(item)  # type: ignore[arg-type] # the line above narrows it to the two names
         else:
-            found.append(BlockFormat.parse(word))
+            found.append(BlockFormat.parse(item))
     return list(dict.fromkeys(found))
 
 
-def read_numbers(text: str) -> list[int]:
-    """Read whole numbers, separated by commas."""
+def parse_integers(text: str, option: str) -> list[int]:
+    """Return the integers of a comma-separated list."""
     try:
-        return [int(word) for word in _words(text)]
+        return [int(item) for item in _items(text, option)]
     except ValueError:
-        raise InvalidArgumentError(f"{text!r} are not whole numbers, separated by commas.") from None
+        raise InvalidArgumentError(f"{option} must be integers separated by commas, got {text!r}.") from None
 
 
-def read_number(text: str) -> Fraction:
-    """Read a number exactly: 2.7 is 27/10."""
+def parse_number(text: str, option: str) -> Fraction:
+    """Return a decimal number exactly: 2.7 is 27/10."""
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise InvalidArgumentError(f"{text!r} is no number.") from None
+        raise InvalidArgumentError(f"{option} must be a number such as 2.75, got {text!r}.") from None
 
 
-def read_bytes(text: str) -> int:
-    """Read a number of bytes: ``400000000``, ``400MB`` or ``1.5GiB``."""
+def parse_bytes(text: str) -> int:
+    """Return a number of bytes from ``400000000``, ``400MB`` or ``1.5GiB``."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmg]i?)?b)?", text.strip().lower())
     if found is None:
-        raise InvalidArgumentError(f"{text!r} is no number of bytes, such as 400MB or 1.5GiB.")
+        raise InvalidArgumentError(f"--bytes must be a number of bytes such as 400MB or 1.5GiB, got {text!r}.")
     return int(Fraction(found[1]) * _UNITS[found[2] or ""])
 
 
-def read_pattern(text: str) -> Pattern:
-    """Read a shell pattern, or a regular expression after ``re:``."""
+def parse_pattern(text: str) -> Pattern:
+    """Return a shell pattern, or a compiled regular expression if the text starts with ``re:``."""
     if not text.startswith("re:"):
         return text
     try:
         return re.compile(text.removeprefix("re:"))
     except re.error as error:
-        raise InvalidArgumentError(f"{text!r} is no regular expression: {error}.") from None
+        raise InvalidArgumentError(f"{text!r} is not a regular expression after 're:': {error}.") from None
 
 
-def read_pairs(texts: Iterable[str]) -> dict[Pattern, str]:
-    """Read ``PATTERN=VALUE`` each."""
+def parse_pairs(texts: Iterable[str], option: str) -> dict[Pattern, str]:
+    """Return values by pattern from texts of the form ``PATTERN=VALUE``, split at the last ``=``."""
     found = {}
     for text in texts:
         pattern, sign, value = text.rpartition("=")
         if not sign or not pattern or not value:
-            raise InvalidArgumentError(f"{text!r} is not a pattern, '=' and a value.")
-        if read_pattern(pattern) in found:
-            raise InvalidArgumentError(f"The pattern {pattern!r} has two values.")
-        found[read_pattern(pattern)] = value
+            raise InvalidArgumentError(f"{option} must be PATTERN=VALUE, got {text!r}.")
+        if parse_pattern(pattern) in found:
+            raise InvalidArgumentError(f"{option} must give one value to each pattern, got two for {pattern!r}.")
+        found[parse_pattern(pattern)] = value
     return found
 
 
-def read_ties(texts: Sequence[str], names: Sequence[str]) -> list[Tie]:
-    """Read patterns of matrices that are tied; ``fused`` and ``experts`` stand for the usual ones."""
+def parse_ties(texts: Sequence[str], names: Sequence[str]) -> list[Tie]:
+    """Return ties from patterns; ``fused`` and ``experts`` stand for the usual ties among the names."""
     usual = {"fused": fused_projections, "experts": experts}
     found: list[Tie] = []
     for text in texts:
         if text in usual:
             found += usual[text](names)
         else:
-            found.append(read_pattern(text))
+            found.append(parse_pattern(text))
     return found
 
 
-def _words(text: str) -> list[str]:
-    found = [word.strip() for word in text.split(",") if word.strip()]
+def _items(text: str, option: str) -> list[str]:
+    found = [item.strip() for item in text.split(",") if item.strip()]
     if not found:
-        raise InvalidArgumentError("A list is empty.")
+        raise InvalidArgumentError(f"{option} must be a comma-separated list of at least one item, got {text!r}.")
     return found

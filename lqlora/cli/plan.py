@@ -1,4 +1,4 @@
-"""A plan from the file of a cost table."""
+"""Command ``lqlora plan``: choose formats and ranks from a cost table within a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lqlora as lq
 from lqlora.cli import console
 from lqlora.cli.outputs import check_outputs, write_outputs
-from lqlora.cli.parsing import read_bytes, read_number, read_pairs, read_ties
+from lqlora.cli.parsing import parse_bytes, parse_number, parse_pairs, parse_ties
 from lqlora.errors import CheckpointError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ __all__ = ["PlanOptions", "PlanOutputs", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Options of the command, as they were typed.
+    """Values of the options, as they were typed.
 
     Parameters
     ----------
     bits, bytes, max_error : str, optional
-        Exactly one of them: the budget.
+        The budget: exactly one of them is given.
     ties, fixed, minimum_bits : tuple of str
-        Patterns, alone or with a value.
+        Patterns of names; the last two with ``=`` and a value.
     solver : str
-        See :func:`lqlora.solvers.solve`.
+        Name of the solver: see :func:`lqlora.solvers.solve`.
     time_limit : float, optional
-        Seconds of a search.
+        Seconds that a solver may search.
     """
 
     bits: str | None = None
@@ -49,16 +49,16 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOutputs:
-    """What to write.
+    """Files to write.
 
     Parameters
     ----------
     output, png : Path, optional
-        Document and picture.
+        Plan as JSON, and PNG picture.
     force : bool
         Replace files that exist.
     dry_run : bool
-        Write nothing, and say what would be written.
+        Print what would be written, and write nothing.
     """
 
     output: Path | None = None
@@ -68,12 +68,12 @@ class PlanOutputs:
 
 
 def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
-    """Make a plan, show it by kind of matrix, and write what was asked for.
+    """Make a plan, print its table by kind of matrix, and write the files that were asked for.
 
     Raises
     ------
     LQLoRAError
-        One sentence on what is missing or wrong. Nothing is written then.
+        If an input is missing or invalid, or no plan meets the constraints. Nothing is written then.
     """
     paths = [path for path in (outputs.output, outputs.png) if path is not None]
     check_outputs(paths, force=outputs.force)
@@ -91,27 +91,30 @@ def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
 def _read_table(path: Path) -> CostTable:
     try:
         return lq.CostTable.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # what is no table is a ValueError, and so is what is no UTF-8
-        raise CheckpointError(f"Cannot read the table {path}: {error}") from error
+    except (OSError, ValueError) as error:  # invalid tables and invalid UTF-8 are ValueErrors
+        raise CheckpointError(f"{path} is not a readable cost table: {error}") from error
 
 
 def _budget(options: PlanOptions) -> dict[str, Any]:
     given = {
-        "bits_per_weight": options.bits and read_number(options.bits),
-        "total_bytes": options.bytes and read_bytes(options.bytes),
-        "max_error": options.max_error and float(read_number(options.max_error)),
+        "bits_per_weight": options.bits and parse_number(options.bits, "--bits"),
+        "total_bytes": options.bytes and parse_bytes(options.bytes),
+        "max_error": options.max_error and float(parse_number(options.max_error, "--max-error")),
     }
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
-        raise InvalidArgumentError("Give one of --bits, --bytes and --max-error.")
+        raise InvalidArgumentError("Give exactly one of --bits, --bytes and --max-error.")
     return given
 
 
 def _constraints(options: PlanOptions, table: CostTable) -> dict[str, Any]:
     return {
-        "ties": read_ties(options.ties, table.names),
-        "fixed": {pattern: lq.BlockFormat.parse(text) for pattern, text in read_pairs(options.fixed).items()},
-        "minimum_bits": {pattern: read_number(text) for pattern, text in read_pairs(options.minimum_bits).items()},
+        "ties": parse_ties(options.ties, table.names),
+        "fixed": {pattern: lq.BlockFormat.parse(text) for pattern, text in parse_pairs(options.fixed, "--fix").items()},
+        "minimum_bits": {
+            pattern: parse_number(text, "--minimum-bits")
+            for pattern, text in parse_pairs(options.minimum_bits, "--minimum-bits").items()
+        },
         "solver": options.solver,
         "time_limit": options.time_limit,
     }

@@ -1,3 +1,3 @@
-"""Bridges to other libraries and file formats."""
+"""Other libraries' files: model files as sources of matrices, 4-bit weights of bitsandbytes, Llama models in GGUF."""
 
 from __future__ import annotations

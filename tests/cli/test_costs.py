@@ -1,4 +1,4 @@
-"""The command that makes a cost table: from which files, of which matrices, and what it leaves behind."""
+"""The command costs: it builds the table that the library builds, and fails in one sentence without a trace."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LAYERS = [f"model.layers.{layer}.{kind}" for layer in range(2) for kind in KINDS
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A GGUF file, and its weights."""
+    """A GGUF file and its weights."""
     path = tmp_path_factory.mktemp("llama") / "tiny.gguf"
     return path, write_tiny_llama(path)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A folder of two safetensors files in three dtypes, and the matrices that count."""
+    """A folder of two safetensors files in three dtypes, and its matrices without embedding and output head."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     first = {f"layers.{i}.q": rng.standard_normal((32, 48)).astype(ml_dtypes.bfloat16) for i in range(2)}
@@ -52,7 +52,7 @@ def _costs(*arguments: object) -> int:
 
 
 class TestTables:
-    def test_of_a_gguf_file_it_is_that_of_its_linear_layers(self, llama, tmp_path, capsys):
+    def test_the_table_of_a_gguf_file_has_its_linear_layers(self, llama, tmp_path, capsys):
         path, weights = llama
         assert _costs(path, "--output", tmp_path / "t.json") == 0
         found = _read(tmp_path / "t.json")
@@ -64,7 +64,7 @@ class TestTables:
         assert found.sizes.tolist() == expected.sizes.tolist()
         assert f"Wrote {tmp_path / 't.json'}" in capsys.readouterr().out
 
-    def test_of_a_folder_it_is_that_of_all_its_files(self, shards, tmp_path):
+    def test_the_table_of_a_folder_has_the_matrices_of_all_files(self, shards, tmp_path):
         folder, weights = shards
         assert _costs(folder, "--output", tmp_path / "t.json") == 0
         found = _read(tmp_path / "t.json")
@@ -73,12 +73,12 @@ class TestTables:
         expected = lq.cost_table({name: weights[name] for name in found.names}, formats, ranks=[0, 2])
         assert found.costs.tobytes() == expected.costs.tobytes()
 
-    def test_patterns_choose_the_matrices(self, shards, tmp_path):
+    def test_patterns_select_the_matrices(self, shards, tmp_path):
         options = ["--include", "layers.*", "--include", "re:model.*", "--exclude", "*.k"]
         assert _costs(shards[0] / "b.safetensors", *options, "--output", tmp_path / "t.json", "--ranks", "0") == 0
         assert _read(tmp_path / "t.json").names == ("model.embed_tokens",)
 
-    def test_nothing_but_the_table_is_left(self, shards, tmp_path):
+    def test_only_the_table_is_left(self, shards, tmp_path):
         assert _costs(shards[0], "--output", tmp_path / "t.json") == 0
         assert [entry.name for entry in tmp_path.iterdir()] == ["t.json"]
 
@@ -86,9 +86,9 @@ class TestTables:
         assert _costs(shards[0], "--output", tmp_path / "t.json") == 0
         captured = capsys.readouterr()
         assert "\x1b" not in captured.out + captured.err
-        assert len(captured.err.splitlines()) == 1  # the stage, when it is over
+        assert len(captured.err.splitlines()) == 1  # the time of the stage
 
-    def test_a_second_run_goes_on_where_the_first_one_ended(self, shards, tmp_path):
+    def test_a_second_run_continues_from_the_store(self, shards, tmp_path):
         store = ("--store", tmp_path / "store.jsonl")
         assert _costs(shards[0] / "a.safetensors", *store, "--output", tmp_path / "half.json") == 0
         lines = (tmp_path / "store.jsonl").read_bytes().splitlines()
@@ -98,7 +98,7 @@ class TestTables:
         assert _costs(shards[0], "--output", tmp_path / "whole.json") == 0
         assert (tmp_path / "t.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
-    def test_the_fast_mode_is_that_of_the_library(self, shards, tmp_path):
+    def test_the_fast_table_is_that_of_the_library(self, shards, tmp_path):
         folder, weights = shards
         assert _costs(folder, "--mode", "fast", "--output", tmp_path / "t.json") == 0
         found = _read(tmp_path / "t.json")
@@ -132,7 +132,7 @@ class TestFailures:
     def test_a_folder_that_does_not_exist(self, failure, shards, tmp_path):
         assert "missing" in failure(shards[0], "--output", tmp_path / "missing" / "t.json")
 
-    def test_no_model_and_two_models(self, failure, shards, tmp_path):
+    def test_neither_a_model_nor_packaged_or_both(self, failure, shards, tmp_path):
         assert "--packaged" in failure("--output", tmp_path / "t.json")
         assert "--packaged" in failure(shards[0], "--packaged", "--output", tmp_path / "t.json")
 
@@ -145,17 +145,10 @@ class TestFailures:
         (tmp_path / name).write_bytes(b"no model at all")
         assert name in failure(tmp_path / name, "--output", tmp_path / "t.json")
 
-    def test_a_folder_without_a_model(self, failure, tmp_path):
-        (tmp_path / "empty").mkdir()
-        assert "no .safetensors file" in failure(tmp_path / "empty", "--output", tmp_path / "t.json")
-
-    def test_a_matrix_in_two_files(self, failure, tmp_path):
-        for name in ("a", "b"):
-            save_file({"w": np.ones((8, 8))}, tmp_path / f"{name}.safetensors")
-        assert "'w'" in failure(tmp_path, "--output", tmp_path / "t.json")
-
-    def test_a_pattern_that_chooses_nothing(self, failure, shards, tmp_path):
-        assert "layers.0" in failure(shards[0], "--include", "*.v", "--output", tmp_path / "t.json")
+    def test_a_pattern_that_selects_nothing(self, failure, shards, tmp_path):
+        message = failure(shards[0], "--include", "*.v", "--output", tmp_path / "t.json")
+        assert message.startswith("lqlora: --include")
+        assert "layers.0" in message
 
     def test_a_store_of_other_settings(self, failure, shards, tmp_path):
         store = ("--store", tmp_path / "store.jsonl", "--output", tmp_path / "t.json")

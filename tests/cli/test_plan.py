@@ -1,4 +1,4 @@
-"""The command that makes a plan: which one, what it says of it, and what it writes."""
+"""The command plan: it makes the plan that the library makes, prints and writes it, and fails in one sentence."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class TestPlans:
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )  # fmt: skip
-    def test_it_is_the_one_that_allocate_makes(self, file, table, tmp_path, words, options):
+    def test_the_plan_is_that_of_allocate(self, file, table, tmp_path, words, options):
         assert run("plan", file, *words, "--output", tmp_path / "p.json") == 0
         written = (tmp_path / "p.json").read_text()
         assert lq.Plan.from_json(written) == lq.allocate(table, **options)
         assert written.endswith("}\n")
 
-    def test_its_table_and_what_was_asked_are_printed(self, file, table, capsys):
+    def test_its_table_and_constraints_are_printed(self, file, table, capsys):
         assert run("plan", file, "--bits", "3.5") == 0
         plan = lq.allocate(table, bits_per_weight=3.5)
         out = capsys.readouterr().out
@@ -74,7 +74,7 @@ class TestPlans:
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         assert (tmp_path / "a" / "p.png").read_bytes().startswith(b"\x89PNG\r\n")
 
-    def test_a_dry_run_says_everything_and_writes_nothing(self, file, tmp_path, capsys):
+    def test_a_dry_run_prints_the_same_and_writes_nothing(self, file, tmp_path, capsys):
         names = ("--output", tmp_path / "p.json", "--png", tmp_path / "p.png")
         assert run("plan", file, "--bits", "3.5", *names, "--dry-run") == 0
         dry = capsys.readouterr().out
@@ -108,11 +108,11 @@ class TestFailures:
     def test_a_plan_that_exists(self, failure, tmp_path):
         (tmp_path / "p.png").write_text("old")
         words = failure("--bits", "3.5", "--output", tmp_path / "p.json", "--png", tmp_path / "p.png")
-        assert "p.png exists" in words
+        assert "p.png" in words
         assert "--force" in words
 
     def test_two_files_of_one_name(self, failure, tmp_path):
-        assert "Two outputs" in failure("--bits", "3", "--output", tmp_path / "p", "--png", tmp_path / "p")
+        assert "two outputs" in failure("--bits", "3", "--output", tmp_path / "p", "--png", tmp_path / "p")
 
     def test_a_folder_that_does_not_exist(self, failure, tmp_path):
         assert "nowhere" in failure("--bits", "3", "--output", tmp_path / "nowhere" / "p.json")
@@ -122,7 +122,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("words", [[], ["--bits", "3", "--bytes", "3000"], ["--bits", "3", "--max-error", "1"]])
     def test_no_budget_and_two_budgets(self, failure, words):
-        assert "one of --bits" in failure(*words)
+        assert "--bits, --bytes" in failure(*words)
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -142,11 +142,11 @@ class TestFailures:
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )
-    def test_what_cannot_be_done_is_said_in_one_sentence(self, failure, words, said):
+    def test_invalid_options_fail_in_one_sentence(self, failure, words, said):
         assert said in failure(*words)
 
     @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"lqlora_cost_table": 99}', "\x00"])
-    def test_a_file_that_is_no_table(self, failure, file, text):
+    def test_a_file_that_is_not_a_table(self, failure, file, text):
         file.write_text(text)
         assert "t.json" in failure("--bits", "3")
 

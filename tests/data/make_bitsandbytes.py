@@ -1,7 +1,7 @@
-"""Write ``bitsandbytes.npz``: small weights that bitsandbytes quantized, and what it decodes them to.
+"""Write ``bitsandbytes.npz``: small weights that bitsandbytes quantized, and their values decoded by bitsandbytes.
 
-Run by hand where bitsandbytes is installed. A key is ``case/tensor``; ``case/source`` holds what was quantized and
-``case/dense`` what bitsandbytes decodes, both in the bits of the dtype of the case.
+Run it by hand where bitsandbytes is installed. Keys are ``case/tensor``. ``case/source`` has the weights before
+quantization and ``case/dense`` the decoded ones, both as bits of the dtype of the case.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-#: Name: codebook, double quantization, block size, shape, dtype.
+#: Codebook, double quantization, block size, shape and dtype by the name of the case.
 CASES = {
     "nf4 plain": ("nf4", False, 32, (5, 27), "float32"),
     "nf4 nested": ("nf4", True, 64, (16, 41), "bfloat16"),
@@ -28,12 +28,15 @@ def bits(tensor):
 
 
 def source(name, shape, dtype):
-    """Return few significant digits, which compress well; zeros of both signs; a tail that makes scales negative."""
+    """Return weights of few significant digits, which compress well, with zeros of both signs.
+
+    Rows of one case differ widely in size, so that some of its scales decode to negative numbers.
+    """
     rng = np.random.default_rng(list(name.encode()))
     array = rng.standard_normal(shape)
     if name == "nf4 negative scales":
         array *= np.exp(3 * rng.standard_normal((shape[0], 1)))
-    if name == "nf4 two nested blocks":  # the same codes again and again
+    if name == "nf4 two nested blocks":  # repeated codes compress well
         array = np.resize(array[0, :32], shape) * rng.choice([0.5, 1.0, 1.5, 3.0], (shape[0], 1))
     array.flat[3:9] = [0.0, -0.0, 1e-4, -1e-4, 0.0, -0.0]
     return torch.from_numpy(array).to(torch.bfloat16).to(getattr(torch, dtype))
@@ -49,8 +52,8 @@ def main():
         codes, state = functional.quantize_4bit(weight, None, None, block_size, nested, kind)
         parts = {"weight": codes} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
         arrays |= {f"{name}/{key}": value.numpy() for key, value in parts.items()}
-        # Decoded as one row: on processors with AVX-512, bitsandbytes 0.50.2 takes scales of other blocks where rows
-        # are no whole number of blocks.
+        # Decoded as one row: on processors with AVX-512, bitsandbytes 0.50.2 takes scales of wrong blocks if the length
+        # of a row is not a multiple of the block size.
         state.shape = torch.Size([1, weight.numel()])
         dense = functional.dequantize_4bit(codes, state)
         arrays |= {f"{name}/source": bits(weight), f"{name}/dense": bits(dense.reshape(shape))}

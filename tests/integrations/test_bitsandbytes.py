@@ -1,8 +1,7 @@
-"""4-bit weights of bitsandbytes: what it wrote itself, what is refused, and the package itself where it is installed."""
+"""4-bit weights of bitsandbytes: files that it wrote, invalid files, and the package itself where it is installed."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from math import prod
 from pathlib import Path
@@ -18,7 +17,7 @@ from lqlora._optional import is_installed
 from lqlora.errors import FormatError, MixedArraysError, NonFiniteError, UnsupportedArrayError
 from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, to_bitsandbytes
 from tests.oracles import bitsandbytes as oracle
-from tests.requirements import require_or_skip
+from tests.requirements import import_quietly, require_or_skip
 from tests.strategies import host, on
 
 KINDS = {"nf4": "nf4", "fp4": "fp4-bnb"}
@@ -42,18 +41,18 @@ def floats(case, which):
 
 
 def bits(array):
-    """Bits of an array, zeros without their sign: bitsandbytes decodes the second zero of FP4 to either."""
+    """Return the bits of an array, zeros without a sign: bitsandbytes decodes the second zero of FP4 to either."""
     return (array + array.dtype.type(0)).tobytes()
 
 
 def codes(tensors):
-    """Codes of a weight. Of the two zeros of FP4, bitsandbytes takes another on a CPU than on a GPU."""
+    """Return the codes of a weight with one zero: of the two of FP4, bitsandbytes writes one on CPUs, one on GPUs."""
     array = np.array(oracle.codes_of(tensors))
     return np.where(array == 8, 0, array) if oracle.state_of(tensors)["quant_type"] == "fp4" else array
 
 
 def described(tensors, **changes):
-    """Return the tensors with other fields in their description."""
+    """Return the tensors with changed fields in their description."""
     (key,) = (key for key in tensors if "quant_state" in key)
     state = oracle.state_of(tensors) | changes
     text = json.dumps({field: value for field, value in state.items() if value is not ...})
@@ -74,26 +73,26 @@ def assert_same_tensors(found, expected):
 
 
 @pytest.mark.parametrize("case", CASES)
-class TestWhatBitsandbytesWrote:
-    def test_is_decoded_to_the_same_bits(self, xp, case):
+class TestFilesOfBitsandbytes:
+    def test_a_weight_is_decoded_to_the_same_bits(self, xp, case):
         weight = from_bitsandbytes({key: on(xp, array) for key, array in written(case).items()})
         dense = host(lq.dequantize(weight.quantized))
         expected = floats(case, "dense")
         assert dense.shape == expected.shape
         assert bits(dense.astype(DTYPES[weight.dtype])) == bits(expected)
 
-    def test_is_written_back_to_the_same_bytes(self, xp, case):
+    def test_a_weight_is_written_back_to_the_same_bytes(self, xp, case):
         tensors = {key.replace("weight", "m.weight", 1): array for key, array in written(case).items()}
         weight = from_bitsandbytes({key: on(xp, array) for key, array in tensors.items()}, "m.weight")
         assert_same_tensors(to_bitsandbytes(weight.quantized, "m.weight", weight.dtype), tensors)
 
-    def test_is_read_with_its_dtype_and_format(self, case):
+    def test_a_weight_is_read_with_its_dtype_and_format(self, case):
         state, weight = oracle.state_of(written(case)), from_bitsandbytes(written(case))
         scales = NESTED if "nested_offset" in state else "float32"
         assert weight.dtype == state["dtype"]
         assert str(weight.quantized.format) == f"{KINDS[state['quant_type']]}/{state['blocksize']}:{scales}"
 
-    def test_is_decoded_by_the_plain_reader_to_the_same_bits(self, case):
+    def test_the_oracle_decodes_a_weight_to_the_same_bits(self, case):
         expected = floats(case, "dense")
         assert bits(oracle.decode(written(case)).astype(expected.dtype)) == bits(expected)
 
@@ -126,17 +125,17 @@ def exported(draw):
     return q, to_bitsandbytes(q, dtype=draw(st.sampled_from(sorted(DTYPES))))
 
 
-# What a mean offset loses of small blocks is warned of, and is not what is tested here.
+# A mean offset decodes small blocks to zero, of which the library warns; the bytes are tested here.
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 @given(exported())
-def test_what_is_exported_decodes_by_the_plain_reader_as_it_does_here(drawn):
+def test_the_oracle_decodes_an_exported_weight_to_the_same_bits(drawn):
     q, tensors = drawn
     assert bits(oracle.decode(tensors)) == bits(lq.dequantize(q))
 
 
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 @given(exported())
-def test_what_is_exported_is_imported_again(drawn):
+def test_an_exported_weight_is_imported_unchanged(drawn):
     q, tensors = drawn
     weight = from_bitsandbytes(tensors)
     assert (weight.quantized.format, weight.quantized.shape) == (q.format, q.shape)
@@ -144,7 +143,7 @@ def test_what_is_exported_is_imported_again(drawn):
     assert_same_tensors(weight.quantized.to_arrays(), q.to_arrays())
 
 
-def test_an_empty_weight_goes_there_and_back():
+def test_an_empty_weight_is_exported_and_imported():
     q = lq.quantize(np.zeros((0, 4), dtype=np.float32), lq.BlockFormat(lq.NF4, 64))
     tensors = to_bitsandbytes(q)
     assert tensors["weight"].shape == (0, 1)
@@ -174,46 +173,46 @@ class TestStateDicts:
 
 class TestBrokenTensors:
     @pytest.mark.parametrize("case", ["nf4 plain", "fp4 nested"])
-    def test_each_one_that_is_missing_is_named(self, case):
+    def test_a_missing_tensor_is_refused(self, case):
         for key in written(case):
             tensors = {other: array for other, array in written(case).items() if other != key}
-            with pytest.raises(FormatError, match=r"missing|no tensor named|needs one tensor|have the fields"):
+            with pytest.raises(FormatError, match=r"missing|one tensor|fields"):
                 from_bitsandbytes(tensors)
 
     @pytest.mark.parametrize("case", ["nf4 plain", "fp4 nested"])
-    def test_each_one_of_another_dtype_is_refused(self, case):
+    def test_a_tensor_of_another_dtype_is_refused(self, case):
         for key, array in written(case).items():
-            with pytest.raises(FormatError, match="should be"):
+            with pytest.raises(FormatError, match="must be"):
                 from_bitsandbytes(written(case) | {key: array.astype(np.float64)})
 
     @pytest.mark.parametrize("case", ["nf4 plain", "fp4 nested"])
-    def test_each_one_of_another_length_is_refused(self, case):
+    def test_a_tensor_of_another_length_is_refused(self, case):
         for key, array in written(case).items():
             for other in (array[:-1], np.concatenate([array, array[-1:]]), array[None]):
                 with pytest.raises(FormatError):
                     from_bitsandbytes(written(case) | {key: other})
 
-    def test_one_too_many_is_named(self):
-        with pytest.raises(FormatError, match=r"no tensor named 'weight\.SCB'"):
+    def test_an_unknown_tensor_is_named(self):
+        with pytest.raises(FormatError, match=r"'weight\.SCB'"):
             from_bitsandbytes(written("nf4 plain") | {"weight.SCB": np.zeros(5, dtype=np.float32)})
 
     def test_two_descriptions_are_refused(self):
         tensors = written("nf4 plain")
         tensors["weight.quant_state.bitsandbytes__fp4"] = tensors["weight.quant_state.bitsandbytes__nf4"]
-        with pytest.raises(FormatError, match="not 2"):
+        with pytest.raises(FormatError, match="got 2"):
             from_bitsandbytes(tensors)
 
     @pytest.mark.parametrize("key", ["weight.quant_map", "weight.nested_quant_map"])
     def test_another_table_of_levels_is_refused(self, key):
         table = written("fp4 nested")[key].copy()
         table[3] = np.nextafter(table[3], np.float32(9))
-        with pytest.raises(FormatError, match=f"{key} is not the table"):
+        with pytest.raises(FormatError, match=f"{key}.*levels"):
             from_bitsandbytes(written("fp4 nested") | {key: table})
 
     def test_codes_behind_the_last_weight_are_refused(self):
         codes = written("nf4 plain")["weight"].copy()
         codes[-1] ^= 1
-        with pytest.raises(FormatError, match="unused half of the last byte"):
+        with pytest.raises(FormatError, match="last byte of 'weight'"):
             from_bitsandbytes(written("nf4 plain") | {"weight": codes})
 
     @pytest.mark.parametrize(("case", "key"), [("nf4 plain", "weight.absmax"), ("nf4 nested", "weight.nested_absmax")])
@@ -230,7 +229,7 @@ class TestBrokenTensors:
         with pytest.raises(FormatError, match="negative"):
             from_bitsandbytes(written("nf4 plain") | {"weight.absmax": array})
 
-    def test_what_is_no_array_is_refused(self):
+    def test_a_list_instead_of_an_array_is_refused(self):
         with pytest.raises(UnsupportedArrayError):
             from_bitsandbytes(written("nf4 plain") | {"weight.absmax": [1.0] * 5})
 
@@ -246,22 +245,22 @@ class TestBrokenDescriptions:
         [b"", b"{", b"\xff\xfe", b"nf4", b'{"blocksize": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"a": 1} {}'],
         ids=["empty", "cut", "no text", "a word", "a huge number", "deep", "two documents"],
     )
-    def test_what_is_no_json_is_refused(self, text):
-        with pytest.raises(FormatError, match="is no JSON"):
+    def test_invalid_json_is_refused(self, text):
+        with pytest.raises(FormatError, match="JSON"):
             from_bitsandbytes(with_text(written("nf4 plain"), text))
 
     @pytest.mark.parametrize("text", [b"null", b"[]", b"{}", b'"nf4"', b"7", b"NaN"])
-    def test_json_that_is_no_description_is_refused(self, text):
-        with pytest.raises(FormatError, match="should have the fields blocksize, dtype, quant_type, shape"):
+    def test_json_without_the_fields_is_refused(self, text):
+        with pytest.raises(FormatError, match="blocksize, dtype, quant_type"):
             from_bitsandbytes(with_text(written("nf4 plain"), text))
 
     @pytest.mark.parametrize("field", ["quant_type", "blocksize", "dtype", "shape", "nested_offset", "nested_dtype"])
     def test_a_missing_field_is_refused(self, field):
-        with pytest.raises(FormatError, match="should have the fields"):
+        with pytest.raises(FormatError, match="fields"):
             from_bitsandbytes(described(written("fp4 nested"), **{field: ...}))
 
     def test_an_unknown_field_is_refused(self):
-        with pytest.raises(FormatError, match="and no others"):
+        with pytest.raises(FormatError, match="fields"):
             from_bitsandbytes(described(written("nf4 plain"), nested_offset=0.5))
 
     @pytest.mark.parametrize(
@@ -321,19 +320,19 @@ class TestBrokenDescriptions:
         assert len(str(caught.value)) < 200
 
 
-class TestWhatTheLayoutCannotHold:
+class TestUnsupportedFormats:
     @pytest.mark.parametrize(
         ("text", "reason"),
         [
-            ("nf3/64:float32", "codebooks nf4 and fp4-bnb, not nf3"),
-            ("int4/64:float32", "not int4"),
-            ("nf4/16:float32", "not 16"),
-            ("nf4/96:float32", "not 96"),
-            ("nf4/8192:float32", "not 8192"),
-            ("nf4/64:float16", "not float16"),
-            ("nf4/64:u8/256:float32", "not u8/256:float32"),
-            ("nf4/64:d8/128:float32", "not d8/128:float32"),
-            ("nf4/64:d8/256:float16", "not d8/256:float16"),
+            ("nf3/64:float32", "codebook.*nf4 or fp4-bnb.*nf3"),
+            ("int4/64:float32", "codebook.*int4"),
+            ("nf4/16:float32", "block_size.*16"),
+            ("nf4/96:float32", "block_size.*96"),
+            ("nf4/8192:float32", "block_size.*8192"),
+            ("nf4/64:float16", "scales.*float16"),
+            ("nf4/64:u8/256:float32", "scales.*u8/256:float32"),
+            ("nf4/64:d8/128:float32", "scales.*d8/128:float32"),
+            ("nf4/64:d8/256:float16", "scales.*d8/256:float16"),
         ],
     )
     def test_a_format_is_refused_with_the_reason(self, text, reason):
@@ -343,15 +342,15 @@ class TestWhatTheLayoutCannotHold:
 
     def test_a_codebook_of_the_same_name_is_refused(self):
         codebook = lq.Codebook(np.linspace(-1, 1, 16), name="nf4")
-        with pytest.raises(FormatError, match="codebooks"):
+        with pytest.raises(FormatError, match=r"codebook.*nf4"):
             to_bitsandbytes(lq.quantize(np.ones(64), lq.BlockFormat(codebook, 64)))
 
     def test_an_array_without_dimensions_is_refused(self):
-        with pytest.raises(FormatError, match="without dimensions"):
+        with pytest.raises(FormatError, match=r"q .*shape \(\)"):
             to_bitsandbytes(lq.quantize(np.float32(1.5).reshape(()), lq.BlockFormat(lq.NF4, 64)))
 
     def test_another_dtype_is_refused(self):
-        with pytest.raises(FormatError, match="not 'float64'"):
+        with pytest.raises(FormatError, match=r"dtype.*float64"):
             to_bitsandbytes(lq.quantize(np.ones(64), lq.BlockFormat(lq.NF4, 64)), dtype="float64")
 
 
@@ -359,7 +358,7 @@ class TestWhatTheLayoutCannotHold:
 def functional():
     """Return ``bitsandbytes.functional``."""
     require_or_skip("bitsandbytes", is_installed("bitsandbytes"))
-    return importlib.import_module("bitsandbytes.functional")
+    return import_quietly("bitsandbytes.functional")
 
 
 def quantized_there(functional, weight, kind, block_size, nested):
@@ -368,15 +367,15 @@ def quantized_there(functional, weight, kind, block_size, nested):
 
 
 def dequantized_there(functional, torch, tensors):
-    """Decode as one row.
+    """Decode a weight as one row.
 
-    On processors with AVX-512 bitsandbytes 0.50.2 takes scales of other blocks where rows are no whole number of
-    blocks.
+    On processors with AVX-512 bitsandbytes 0.50.2 takes scales of wrong blocks if the length of a row is not a multiple
+    of the block size.
     """
     parts = {key.removeprefix("weight."): value for key, value in tensors.items() if key != "weight"}
     state = functional.QuantState.from_dict(parts, torch.device("cpu"))
     shape, state.shape = state.shape, torch.Size([1, prod(state.shape)])
-    if tensors["weight"].shape[0] == 1:  # bitsandbytes would transpose what has one byte
+    if tensors["weight"].shape[0] == 1:  # bitsandbytes would transpose a weight of one byte
         return functional.dequantize_4bit(tensors["weight"], state).t().reshape(shape)
     return functional.dequantize_4bit(tensors["weight"], state).reshape(shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lqlora._optional import is_installed
-from tests.requirements import require_module, require_or_skip
+from tests.requirements import import_quietly, require_module, require_or_skip
 
 torch = require_module("torch")
 
@@ -11,7 +11,7 @@ torch = require_module("torch")
 def tiny_llama():
     """Return a language model of two layers in evaluation mode."""
     require_or_skip("transformers", is_installed("transformers"))
-    import transformers
+    transformers = import_quietly("transformers")
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -1,4 +1,4 @@
-"""What the words of a command line stand for."""
+"""Parsers of option values."""
 
 from __future__ import annotations
 
@@ -8,44 +8,44 @@ from fractions import Fraction
 import pytest
 
 import lqlora as lq
-from lqlora.cli import parsing as words
+from lqlora.cli import parsing
 from lqlora.errors import InvalidArgumentError
 
 
 @pytest.mark.parametrize(("text", "count"), [("paper", 243), ("code", 432), ("few", 24), ("paper,code", 432)])
 def test_lists_of_formats_have_names(text, count):
-    assert len(words.read_formats(text)) == count
+    assert len(parsing.parse_formats(text)) == count
 
 
 def test_formats_are_separated_by_commas_and_taken_once():
     expected = [lq.BlockFormat.parse("nf4/64:u8/256:float32"), lq.BlockFormat.parse("nf3/16:float16")]
-    assert words.read_formats("nf4/64:u8/256:float32, nf3/16:float16,nf4/64:u8/256:float32") == expected
+    assert parsing.parse_formats("nf4/64:u8/256:float32, nf3/16:float16,nf4/64:u8/256:float32") == expected
 
 
 @pytest.mark.parametrize("text", ["", " , ", "nf4", "few,nf99/64:float16"])
-def test_what_is_no_format_is_refused(text):
+def test_an_invalid_format_is_refused(text):
     with pytest.raises(InvalidArgumentError):
-        words.read_formats(text)
+        parsing.parse_formats(text)
 
 
 def test_numbers_are_separated_by_commas():
-    assert words.read_numbers("0, 16,64") == [0, 16, 64]
+    assert parsing.parse_integers("0, 16,64", "--ranks") == [0, 16, 64]
 
 
 @pytest.mark.parametrize("text", ["", "a", "1.5", "1;2"])
-def test_what_are_no_whole_numbers_is_refused(text):
+def test_an_invalid_list_of_integers_is_refused(text):
     with pytest.raises(InvalidArgumentError):
-        words.read_numbers(text)
+        parsing.parse_integers(text, "--ranks")
 
 
 def test_a_decimal_number_is_taken_exactly():
-    assert words.read_number("2.7") == Fraction(27, 10)
+    assert parsing.parse_number("2.7", "--bits") == Fraction(27, 10)
 
 
 @pytest.mark.parametrize("text", ["", "x", "1/0", "nan", "inf"])
-def test_what_is_no_number_is_refused(text):
-    with pytest.raises(InvalidArgumentError, match="no number"):
-        words.read_number(text)
+def test_an_invalid_number_is_refused(text):
+    with pytest.raises(InvalidArgumentError, match="--bits"):
+        parsing.parse_number(text, "--bits")
 
 
 @pytest.mark.parametrize(
@@ -62,38 +62,38 @@ def test_what_is_no_number_is_refused(text):
     ],
 )
 def test_bytes_have_units(text, count):
-    assert words.read_bytes(text) == count
+    assert parsing.parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-1", "4XB", "4M", "1e3", "4 0"])
-def test_what_is_no_number_of_bytes_is_refused(text):
-    with pytest.raises(InvalidArgumentError, match="bytes"):
-        words.read_bytes(text)
+def test_an_invalid_number_of_bytes_is_refused(text):
+    with pytest.raises(InvalidArgumentError, match="--bytes"):
+        parsing.parse_bytes(text)
 
 
 def test_a_pattern_is_a_shell_pattern_or_an_expression():
-    assert words.read_pattern("*.q_proj") == "*.q_proj"
-    assert words.read_pattern(r"re:(\d+)\.q") == re.compile(r"(\d+)\.q")
-    with pytest.raises(InvalidArgumentError, match="regular expression"):
-        words.read_pattern("re:(")
+    assert parsing.parse_pattern("*.q_proj") == "*.q_proj"
+    assert parsing.parse_pattern(r"re:(\d+)\.q") == re.compile(r"(\d+)\.q")
+    with pytest.raises(InvalidArgumentError, match=r"re:\("):
+        parsing.parse_pattern("re:(")
 
 
 def test_pairs_are_split_at_the_last_sign():
-    assert words.read_pairs(["*.q=nf4/64:float16", "re:a(?=b)b=3"]) == {
+    assert parsing.parse_pairs(["*.q=nf4/64:float16", "re:a(?=b)b=3"], "--fix") == {
         "*.q": "nf4/64:float16",
         re.compile("a(?=b)b"): "3",
     }
 
 
 @pytest.mark.parametrize("texts", [["*.q"], ["=3"], ["*.q="], ["*.q=3", "*.q=4"]])
-def test_what_is_no_pair_or_a_second_value_is_refused(texts):
-    with pytest.raises(InvalidArgumentError):
-        words.read_pairs(texts)
+def test_an_invalid_pair_or_a_second_value_is_refused(texts):
+    with pytest.raises(InvalidArgumentError, match="--fix"):
+        parsing.parse_pairs(texts, "--fix")
 
 
 def test_the_usual_ties_have_names():
     names = ["0.attn.q_proj", "0.attn.k_proj", "0.experts.0.w", "0.experts.1.w"]
-    assert words.read_ties(["fused", "*.x", "experts"], names) == [
+    assert parsing.parse_ties(["fused", "*.x", "experts"], names) == [
         ("0.attn.q_proj", "0.attn.k_proj"),
         "*.x",
         ("0.experts.0.w", "0.experts.1.w"),

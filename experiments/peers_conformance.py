@@ -1,7 +1,7 @@
-"""Conformance suite of ``lqlora.testing`` on NF4 of this and of other libraries, on the CPU.
+"""Properties of ``lqlora.testing`` on NF4 of this library, bitsandbytes and torchao, on the CPU.
 
-``pip install bitsandbytes torchao`` adds their columns. Each quantizer is checked with its own table of levels. Quantized
-scales may add an error of a hundredth of the absmax of the array.
+The other two need ``pip install bitsandbytes torchao``; one that is not installed is named and left out. Each library is
+checked with its own table of levels. Quantized scales may be off by a hundredth of the largest weight of the array.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The main job end to end: Fisher information, cost table, plans, decompositions, fine-tuning, checkpoints."""
+"""Stages of the demo: Fisher information, cost table, plans, decompositions, fine-tuning, checkpoints, measurements."""
 
 from __future__ import annotations
 
@@ -6,73 +6,102 @@ import copy
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 import lqlora as lq
 from lqlora import nn
-from lqlora.cli import console
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
-from lqlora.recipes.settings import NF3, NF4, Settings
-from lqlora.recipes.summary import Row, draw, markdown
-from lqlora.recipes.text import Parts, read_text, split_tokens
-from lqlora.recipes.training import fine_tune, perplexity
+from lqlora.recipes.demo.report import Row, draw, markdown
+from lqlora.recipes.demo.settings import NF3, NF4, Settings
+from lqlora.recipes.evaluation import perplexity
+from lqlora.recipes.fine_tuning import fine_tune
+from lqlora.recipes.text import Split, packaged_text, read_text, split_sequences, token_sequences
 from lqlora.weighting import Elementwise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from lqlora.allocation import Plan
 
-__all__ = ["run"]
+__all__ = ["Stage", "run_demo"]
+
+#: A function of the title of a stage. It returns a context manager around the stage, which yields a callback for
+#: progress: it takes the number of steps done and the number of all.
+Stage: TypeAlias = "Callable[[str], AbstractContextManager[Callable[[int, int], None]]]"
+
+
+def _silent(_: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Show no progress: the default :data:`Stage`."""
+    return nullcontext(lambda *_: None)
 
 
 @dataclass
 class _Work:
-    """What the stages share."""
+    """Inputs and results that the stages share."""
 
     settings: Settings
     base: torch.nn.Module
-    parts: Parts
+    split: Split
     folder: Path
+    stage: Stage
     rows: list[Row] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
 
 
-def run(settings: Settings, output: Path, *, model_file: Path | None, text_file: Path | None, force: bool) -> None:
-    """Run the demo and leave plans, checkpoints, table and picture in a folder.
+def run_demo(
+    settings: Settings,
+    output: Path,
+    *,
+    model_file: Path | None = None,
+    text_file: Path | None = None,
+    force: bool = False,
+    stage: Stage = _silent,
+) -> str:
+    """Compress, fine-tune, save, reload and measure a model; leave plans, checkpoints, table and picture in a folder.
 
     Parameters
     ----------
     settings : Settings
-        How much to do.
+        Sizes, formats and budgets.
     output : Path
-        Folder to make. It appears, complete, when everything has succeeded.
+        Folder to make. It appears, complete, when every stage has succeeded.
     model_file, text_file : Path, optional
-        GGUF model and text; the packaged ones if not given.
-    force : bool
-        Replace an existing folder.
+        GGUF model of architecture ``llama``, and UTF-8 text. The defaults are the packaged model and text.
+    force : bool, default False
+        Replace an existing folder, if it holds nothing but files of an earlier demo.
+    stage : callable, optional
+        Called with the title of each stage, to show progress; returns a context manager that yields a function of the
+        number of steps done and the number of all.
+
+    Returns
+    -------
+    str
+        The table of results, in Markdown.
 
     Raises
     ------
     LQLoRAError
-        One sentence on what is missing or wrong. Nothing is left behind.
+        If an input is missing or invalid, or a budget is infeasible. The folder is then as it was before.
     """
     if settings.rank < 1:
-        raise InvalidArgumentError(f"The demo fine-tunes low-rank factors: --rank is at least 1, not {settings.rank}.")
-    text = read_text(text_file)
+        raise InvalidArgumentError(
+            f"rank must be at least 1, because the demo fine-tunes low-rank factors, got {settings.rank}."
+        )
+    text = packaged_text() if text_file is None else read_text(text_file)
     model_file = model_file or packaged_smollm2()
     with _folder(output, force=force) as folder:
-        with console.stage("Reading the model"):
+        with stage("Reading the model"):
             base, tokenizer = load_llama(model_file)
-        work = _Work(settings, base, split_tokens(tokenizer, text, settings), folder)
+        work = _Work(settings, base, _split(tokenizer, text, settings), folder, stage)
         _check_budgets(work)
         work.rows.append(Row("fp32", 32.0, _parameter_bytes(base) / 1e6, 0.0, _measure(work, base, "fp32")))
         fisher = _fisher(work)
@@ -81,24 +110,34 @@ def run(settings: Settings, output: Path, *, model_file: Path | None, text_file:
         table = markdown(work.rows)
         (folder / "table.md").write_text(table, encoding="utf-8")
         draw(folder / "picture.png", plans, work.curves)
-    console.show_table(table)
-    console.say(f"Plans, checkpoints, table and picture are in {output}.")
+    return table
+
+
+def _split(tokenizer: Any, text: str, settings: Settings) -> Split:
+    return split_sequences(
+        token_sequences(tokenizer, text, settings.length),
+        calibration=settings.calibration,
+        training=settings.steps * settings.batch,
+        evaluation=settings.evaluation,
+    )
 
 
 @contextmanager
 def _folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a folder beside the output that takes its place at the end, or is removed on any error."""
+    """Yield a folder beside the output, which replaces the output at the end and is removed after an error."""
     output = output.absolute()
     if output.exists() and not force:
-        raise CheckpointError(f"{output} exists already: name another folder, or replace it with --force.")
+        raise CheckpointError(f"{output} exists. Pass another folder, or force=True to replace it.")
     if output.exists() and not _is_ours(output):
-        raise CheckpointError(f"{output} holds other things than a demo's: --force does not replace it.")
+        raise CheckpointError(
+            f"{output} holds files that no demo wrote, and is not replaced. Pass another folder, or empty this one."
+        )
     made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     except OSError as error:
-        raise CheckpointError(f"Cannot write to {output.parent}: {error}.") from error
+        raise CheckpointError(f"{output.parent} cannot be written to: {error}.") from error
     try:
         yield staging
         staging.chmod(0o755)
@@ -107,50 +146,51 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
             output.rename(aside)
         staging.rename(output)
         shutil.rmtree(aside, ignore_errors=True)
-    except CheckpointError:  # says it already, and is an OSError too
+    except CheckpointError:  # a subclass of OSError whose message is complete
         raise
     except OSError as error:
-        raise CheckpointError(f"Cannot write {output}: {error}.") from error
+        raise CheckpointError(f"{output} cannot be written: {error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:  # innermost first; those that hold the output stay
+        for parent in made:  # innermost first; parents that hold the output are not empty and stay
             with suppress(OSError):
                 parent.rmdir()
 
 
 def _is_ours(folder: Path) -> bool:
-    """Tell whether a folder holds nothing but what a demo writes."""
+    """Return whether a folder holds nothing but files of the kinds that a demo writes."""
     names = ("table.md", "picture.png", ".plan.json", ".safetensors")
     return folder.is_dir() and all(entry.is_file() and entry.name.endswith(names) for entry in folder.iterdir())
 
 
 def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:
-    with console.stage(f"Perplexity of {name}") as progress:
-        return perplexity(model, work.parts.evaluation, progress)
+    with work.stage(f"Perplexity of {name}") as progress:
+        return perplexity(model, work.split.evaluation, progress=progress)
 
 
 def _fisher(work: _Work) -> dict[str, Elementwise]:
-    sequences = work.parts.calibration
-    with console.stage("Fisher information") as progress:
+    sequences = work.split.calibration
+    with work.stage("Fisher information") as progress:
         found = nn.collect_fisher(
             work.base, sequences.split(1), progress=lambda examples: progress(examples, len(sequences))
         )
-    # The surrogate of the paper: to minimize what so few sequences say of each weight makes no better model.
+    # sweeps=0 is the rank-one surrogate of the paper. With so few sequences the Fisher information of single weights
+    # is too noisy: minimizing the elementwise norm itself (sweeps=1) gave a higher perplexity after fine-tuning.
     return {name: Elementwise(values.numpy(), sweeps=0) for name, values in found.items()}
 
 
 def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
-    """Build the cost table, and solve it for each budget."""
+    """Build the cost table, make a plan for each budget, and write the plans."""
     settings = work.settings
     weights = nn.weight_arrays(nn.select_linears(work.base))
-    with console.stage(f"Cost table of {len(weights)} matrices x {len(settings.formats)} formats") as progress:
+    with work.stage(f"Cost table of {len(weights)} matrices x {len(settings.formats)} formats") as progress:
         table = lq.cost_table(
             weights,
             settings.formats,
             rank=settings.rank,
             weighting=fisher,
             seed=settings.seed,
-            progress=lambda done, total, _: progress(done, total),  # the bar has an estimate of its own
+            progress=lambda done, total, _: progress(done, total),  # the third is an estimate of the time left
         )
     plans = _solve(table, settings)
     for name, plan in plans.items():
@@ -162,23 +202,25 @@ def _solve(table: lq.CostTable, settings: Settings) -> dict[str, Plan]:
     uniform = Fraction(sum(NF3.storage_bits(shape) for shape in table.shapes), table.weight_count)
     plans: dict[str, Plan] = {}
     for budget in settings.budgets:
-        name = f"LQ-LoRA {float(uniform) if budget is None else budget:.4g}"
+        bits = uniform if budget is None else budget
+        name = f"LQ-LoRA {float(bits):.4g}"
         if name in plans:
-            raise InvalidArgumentError(f"--bits {budget:g} is the storage of uniform NF3, which is planned for anyway.")
-        plans[name] = lq.allocate(table, bits_per_weight=uniform if budget is None else budget)
+            raise InvalidArgumentError(
+                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice. NF3 takes "
+                f"{float(uniform):.4g}."
+            )
+        plans[name] = lq.allocate(table, bits_per_weight=bits)
     return plans
 
 
 def _check_budgets(work: _Work) -> None:
-    """Solve with costs of zero: a budget that cannot be met is found before any work is done."""
+    """Solve with costs of zero, so that an infeasible budget is found before any work is done."""
     formats = work.settings.formats
     shapes = {name: tuple(layer.weight.shape) for name, layer in nn.select_linears(work.base).items()}
     sizes = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes.values()], dtype=np.int64)
     configurations = tuple(lq.Configuration(fmt, work.settings.rank) for fmt in formats)
-    nothing = np.zeros(sizes.shape)
-    table = lq.CostTable(
-        tuple(shapes), tuple(shapes.values()), configurations, nothing, sizes, nothing.astype(np.int64)
-    )
+    zeros = np.zeros(sizes.shape)
+    table = lq.CostTable(tuple(shapes), tuple(shapes.values()), configurations, zeros, sizes, zeros.astype(np.int64))
     _solve(table, work.settings)
 
 
@@ -187,7 +229,7 @@ def _file_name(name: str) -> str:
 
 
 def _compare(work: _Work, plans: Mapping[str, Plan], fisher: Mapping[str, Elementwise]) -> None:
-    """Make, measure, fine-tune, save and reload each quantized model."""
+    """Make and measure each quantized model; fine-tune some of them, save and reload the planned ones."""
     iterations = work.settings.iterations
     _variant(work, "QLoRA NF4", NF4, {"init": "zero"})
     _tune(work, _variant(work, "QLoRA NF3", NF3, {"init": "zero"}))
@@ -203,7 +245,7 @@ def _compare(work: _Work, plans: Mapping[str, Plan], fisher: Mapping[str, Elemen
 def _variant(work: _Work, name: str, formats: Any, options: dict[str, Any]) -> torch.nn.Module:
     model = _clone(work.base)
     start = time.perf_counter()
-    with console.stage(f"Decomposing for {name}") as progress:
+    with work.stage(f"Decomposing for {name}") as progress:
         report = nn.quantize_model(
             model, formats, rank=work.settings.rank, seed=work.settings.seed, progress=progress, **options
         )
@@ -217,13 +259,13 @@ def _variant(work: _Work, name: str, formats: Any, options: dict[str, Any]) -> t
 
 
 def _clone(model: torch.nn.Module) -> torch.nn.Module:
-    """Copy the modules and share the tensors: what is not replaced stays one copy in memory."""
+    """Return a copy of the modules that shares their tensors, so that unquantized tensors are in memory once."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo=dict(shared))
 
 
 def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> float:
-    """Frobenius error over all matrices together, whatever norm each was decomposed in."""
+    """Return the relative Frobenius error over all matrices together, whatever norm they were decomposed in."""
     squares = np.zeros(2)
     for name, load in nn.weight_arrays(nn.select_linears(base)).items():
         weight = load()
@@ -233,7 +275,7 @@ def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> flo
 
 
 def _mean_curve(report: nn.QuantizationReport) -> list[float]:
-    """Average the trajectories; one that stopped early stays at its best error."""
+    """Return the mean over matrices of the error by iteration; a curve that ended early continues at its best error."""
     longest = max(len(d.errors) for d in report.decompositions.values())
     padded = [[*d.errors, *[d.relative_error] * (longest - len(d.errors))] for d in report.decompositions.values()]
     return [float(x) for x in np.mean(padded, axis=0)]
@@ -241,27 +283,33 @@ def _mean_curve(report: nn.QuantizationReport) -> list[float]:
 
 def _tune(work: _Work, model: torch.nn.Module) -> None:
     row = work.rows[-1]
-    with console.stage(f"Fine-tuning {row.name}") as progress:
-        fine_tune(model, work.parts.training, work.settings, progress)
+    with work.stage(f"Fine-tuning {row.name}") as progress:
+        fine_tune(
+            model,
+            work.split.training,
+            learning_rate=work.settings.learning_rate,
+            batch_size=work.settings.batch,
+            progress=progress,
+        )
     row.after = _measure(work, model, f"{row.name} after fine-tuning")
 
 
 def _save_and_reload(work: _Work, name: str, model: torch.nn.Module) -> None:
-    """Save, verify, reload into a fresh model, and compare its outputs bit for bit."""
+    """Save and verify a checkpoint, load it into a fresh model, and compare the outputs bit for bit."""
     path = work.folder / f"{_file_name(name)}.safetensors"
-    with console.stage(f"Saving and reloading {name}"):
+    with work.stage(f"Saving and reloading {name}"):
         nn.save_model(path, model, {"model": name, "seed": work.settings.seed})
         lq.verify(path)
         fresh = copy.deepcopy(work.base)
-        with torch.no_grad():  # so that what the file lacks cannot come from the copy
+        with torch.no_grad():  # a parameter that the file lacks would give other outputs
             for parameter in fresh.parameters():
                 parameter.zero_()
         nn.load_model(path, fresh)
         with torch.inference_mode():
-            sequence = work.parts.evaluation[:1]
+            sequence = work.split.evaluation[:1]
             same = torch.equal(fresh(sequence).logits, model(sequence).logits)
     if not same:
-        raise CheckpointError(f"{name} gives other outputs after it was saved and reloaded.")
+        raise CheckpointError(f"{path.name}: the outputs of {name} changed when it was saved and loaded.")
 
 
 def _parameter_bytes(model: torch.nn.Module) -> int:

@@ -1,0 +1,83 @@
+"""Perplexity of a causal language model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from lqlora.nn import causal_lm_loss
+from lqlora.recipes.text import check_sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["perplexity"]
+
+
+def perplexity(
+    model: torch.nn.Module,
+    sequences: torch.Tensor,
+    *,
+    batch_size: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    r"""Return the perplexity of a causal language model on token sequences.
+
+    Perplexity is the exponential of the mean negative log-likelihood per predicted token. The first token of each
+    sequence is never predicted, and no sequence sees another one.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Called with a batch of ``sequences``; returns logits, or an object that has ``logits``. It is evaluated in
+        evaluation mode and returned to its mode afterwards.
+    sequences : Tensor of int64, shape (sequences, tokens)
+        Token numbers, on the device of the model: see :func:`token_sequences`.
+    batch_size : int, default 2
+        Sequences per forward pass. Each pass dequantizes every weight, so that more are faster and take more memory.
+    progress : callable, optional
+        Called after each batch with the number of sequences so far and the number of all.
+
+    Returns
+    -------
+    float
+        At least 1.0; lower is better.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there is no sequence, or a sequence has fewer than two tokens.
+
+    Notes
+    -----
+    With :math:`N` sequences of :math:`T` tokens :math:`x_{nt}`, the result is
+
+    .. math:: \exp\Bigl(-\frac{1}{N (T - 1)} \sum_{n=1}^N \sum_{t=2}^T \log p(x_{nt} \mid x_{n1}, \dots, x_{n,t-1})\Bigr).
+
+    Examples
+    --------
+    A model that gives the same logit to each of 50 words is as uncertain as a draw among 50:
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50))
+    >>> _ = torch.nn.init.zeros_(model[1].weight), torch.nn.init.zeros_(model[1].bias)
+    >>> round(perplexity(model, torch.arange(20).view(2, 10)), 3)
+    50.0
+    """
+    check_sequences(sequences)
+    losses: list[float] = []
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for batch in sequences.split(batch_size):
+                losses += causal_lm_loss(model, batch).tolist()
+                if progress is not None:
+                    progress(len(losses), len(sequences))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    # All sequences have the same length, so the mean over sequences is the mean over predicted tokens.
+    return math.exp(math.fsum(losses) / len(losses))

@@ -1,0 +1,89 @@
+"""Fine-tuning loop for the low-rank factors of a causal language model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lqlora.errors import InvalidArgumentError
+from lqlora.nn import causal_lm_loss
+from lqlora.recipes.text import check_sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["fine_tune"]
+
+
+def fine_tune(
+    model: torch.nn.Module,
+    sequences: torch.Tensor,
+    *,
+    learning_rate: float = 1e-3,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Train every parameter that requires a gradient, on each sequence once, in the order given.
+
+    The optimizer is AdamW without weight decay. The learning rate falls linearly to zero, and gradients are clipped to
+    a total norm of 1. After :func:`lqlora.nn.quantize_model` only the low-rank factors require gradients. For long
+    runs use a trainer of your own: this loop has no checkpoints, no mixed precision and no evaluation.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Called with a batch of ``sequences``; returns logits, or an object that has ``logits``. Trained in place, in
+        the mode it is in.
+    sequences : Tensor of int64, shape (sequences, tokens)
+        Token numbers, on the device of the model: see :func:`token_sequences`.
+    learning_rate : float, default 1e-3
+        Learning rate of the first step.
+    batch_size : int, default 1
+        Sequences per step.
+    progress : callable, optional
+        Called after each step with the number of steps so far and the number of all.
+
+    Returns
+    -------
+    list of float
+        Loss of each step before its update, in nats per token.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no parameter requires a gradient, there is no sequence, or a sequence has fewer than two tokens.
+
+    References
+    ----------
+    AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+
+    Examples
+    --------
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50))
+    >>> losses = fine_tune(model, torch.arange(10).repeat(30, 1), learning_rate=0.1)
+    >>> len(losses), losses[-1] < losses[0] / 10
+    (30, True)
+    """
+    check_sequences(sequences)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InvalidArgumentError("model has no parameter that requires a gradient: there is nothing to train.")
+    batches = sequences.split(batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+    losses: list[float] = []
+    for batch in batches:
+        loss = causal_lm_loss(model, batch).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if progress is not None:
+            progress(len(losses), len(batches))
+    optimizer.zero_grad(set_to_none=True)  # frees the gradients
+    return losses

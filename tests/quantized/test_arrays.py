@@ -186,7 +186,7 @@ def test_finite_arrays_that_decode_to_infinite_scales_are_refused(xp, text, chan
         arrays[name] = on(xp, np.full_like(host(arrays[name]), value))
         if name != list(changes)[-1]:  # one of the two is within range
             QuantizedArray.from_arrays(arrays, q.format, q.shape, batch_dims)
-    with pytest.raises(FormatError, match="The arrays of 'scales' are finite, but a scale that they decode to is not"):
+    with pytest.raises(FormatError, match=r"'scales' .* overflow when decoded"):
         QuantizedArray.from_arrays(arrays, q.format, q.shape, batch_dims)
 
 
@@ -241,7 +241,7 @@ def test_codes_beyond_the_codebook_are_refused(fast_xp, fmt, batch_dims):
     arrays = quantized(fast_xp, ramp(4, 4), fmt, batch_dims=batch_dims).to_arrays()
     codes = host(arrays["codes"])
     codes.reshape(-1)[-1] = 255
-    with pytest.raises(FormatError, match=f"A code is beyond the {len(fmt.codebook)} levels of {fmt.codebook.name}"):
+    with pytest.raises(FormatError, match=f"'codes' .* {len(fmt.codebook)}.* {fmt.codebook.name}"):
         QuantizedArray.from_arrays(arrays | {"codes": on(fast_xp, codes)}, fmt, (4, 4), batch_dims)
 
 
@@ -249,7 +249,7 @@ def test_codes_of_scales_beyond_their_codebook_are_refused():
     q = quantize(normal(5, 9), BlockFormat.parse("nf4/4:i3/4:float32"))
     arrays = q.to_arrays()
     arrays["scales.codes"] = np.full_like(arrays["scales.codes"], 255)
-    with pytest.raises(FormatError, match="A code is beyond the 7 levels of int3"):
+    with pytest.raises(FormatError, match=r"'codes' .* below 7.* int3"):
         QuantizedArray.from_arrays(arrays, q.format, q.shape)
 
 
@@ -263,7 +263,7 @@ def test_stored_arrays_of_two_libraries_are_refused(torch, text, key):
 
 
 def test_an_array_of_an_unknown_dtype_is_refused_by_name():
-    with pytest.raises(UnsupportedArrayError, match="'codes' is not an array"):
+    with pytest.raises(UnsupportedArrayError, match="'codes' must be an array, got list"):
         QuantizedArray.from_arrays({"codes": [0], "scales": np.ones(1, np.float32)}, BlockFormat(NF4), (2,))
 
 

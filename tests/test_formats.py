@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import pickle
+import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
-from lqlora import NF4, BlockFormat, Codebook, ScaleFormat, affine, normal_float
-from lqlora.errors import FormatError, InvalidArgumentError
+from lqlora import NF4, BlockFormat, Codebook, ScaleFormat, affine, normal_float, quantize
+from lqlora.errors import FormatError, InvalidArgumentError, ScaleUnderflowWarning
 from lqlora.formats import float_bits
 from lqlora.testing.strategies import formats, shapes
 
@@ -56,6 +59,28 @@ def test_storage_is_counted_exactly(fmt, shape):
     assert fmt.storage_bits(shape) == counted_bits(fmt, shape)
     lines = lines_of(fmt, shape)
     assert fmt.lines(shape) == (len(lines), lines[0] if lines else shape[fmt.axis])
+
+
+@given(data=st.data(), fmt=any_format, batch=st.sampled_from([(), (3,), (2, 1)]))
+def test_stored_arrays_are_those_that_quantize_returns(data, fmt, batch):
+    assume(fmt.axis != 17)
+    least = 0 if fmt.axis is None else fmt.axis + 1 if fmt.axis >= 0 else -fmt.axis
+    shape = data.draw(hnp.array_shapes(min_dims=least, max_dims=3, max_side=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScaleUnderflowWarning)
+        q = quantize(np.ones((*batch, *shape), dtype=np.float32), fmt, batch_dims=len(batch))
+    found = {name: (array.dtype.name, array.shape) for name, array in q.to_arrays().items()}
+    assert list(found.items()) == list(fmt.stored_arrays(shape, batch).items())
+
+
+def test_a_pickle_holds_the_fields_of_a_format_only():
+    fmt = BlockFormat.parse("nf4/64:u8/256:float32")
+    kept = hash(fmt), str(fmt), fmt.scales.format
+    assert kept[2] is fmt.scales.format
+    again = pickle.loads(pickle.dumps(fmt))
+    assert set(vars(again)) == {"codebook", "block_size", "scales", "axis", "levels"}
+    assert set(vars(again.scales)) == {"bits", "block_size", "dtype", "offset", "codebook"}
+    assert (again, hash(again), str(again)) == (fmt, *kept[:2])
 
 
 @given(fmt=formats(depth=3))
@@ -214,7 +239,7 @@ def test_levels_of_lines_need_lines():
 
 
 def test_levels_of_integers_are_not_fitted():
-    with pytest.raises(FormatError, match=r"levels of affine4 .* 'matrix'"):
+    with pytest.raises(FormatError, match=r"levels of affine4 .*'matrix'"):
         BlockFormat(affine(4), levels="matrix")
 
 

@@ -41,6 +41,7 @@ _HAVE_AUTOCAST = frozenset(
 
 _FLOATS = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _WIDE = (torch.float32, torch.float64)
+_NO_CONTEXT = nullcontext()
 
 _library = torch.library.Library("lqlora", "DEF")
 for _schema in (
@@ -71,7 +72,7 @@ def is_autocast(kind: str) -> bool:
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which no autocast changes the dtypes of what is multiplied."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
 
 
 def _quantize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lqlora import ops
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Rows", "Source"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Source:
     """Array to quantize, with the importance of its entries.
 
@@ -36,6 +35,13 @@ class Source:
         Name of the array in messages.
     start : QuantizedArray, optional
         A similar array in this format; a search starts from its levels.
+
+    Attributes
+    ----------
+    layout : Layout
+        Layout of the array in its format.
+    dense : array
+        The array in block order; flat if it is small.
     """
 
     array: Array
@@ -43,17 +49,13 @@ class Source:
     fmt: BlockFormat
     name: str
     start: QuantizedArray | None = None
+    layout: Layout = field(init=False)
+    dense: Array = field(init=False)
 
-    @cached_property
-    def layout(self) -> Layout:
-        """Layout of the array in its format."""
-        return layout_of(self.fmt, tuple(self.array.shape))
-
-    @cached_property
-    def dense(self) -> Array:
-        """The array in block order; flat if it is small."""
+    def __post_init__(self) -> None:
+        self.layout = layout_of(self.fmt, tuple(self.array.shape))
         dense = blocks_last(self.array, self.layout.axis)
-        return ops.take_flat(dense, 0, self.layout.count) if self.layout.whole else dense
+        self.dense = ops.take_flat(dense, 0, self.layout.count) if self.layout.whole else dense
 
     def pieces(self, limit: int) -> Iterator[tuple[slice, Rows]]:
         """Yield the range of blocks of each piece, and these blocks."""

@@ -26,8 +26,9 @@ from lqlora.codebooks import (
     uniform,
 )
 from lqlora.costs import Configuration, CostStore, CostTable, cost_table
+from lqlora.costs.grids import paper_grid
 from lqlora.decomposition import Decomposition, DecompositionStack, decompose, decompose_stack
-from lqlora.formats import BlockFormat, ScaleFormat, paper_grid
+from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
 if TYPE_CHECKING:

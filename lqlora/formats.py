@@ -1,19 +1,25 @@
-"""Block formats: which codebook, how many weights per scale, how the scales are stored. No arrays here."""
+"""Block formats: codebook, block size, axis and storage of scales; their spelling, and the arrays that they store.
+
+Nothing here touches an array. A format says how it is spelled (``str``, :meth:`BlockFormat.parse`) and what it stores
+(:meth:`BlockFormat.stored_arrays`); :mod:`lqlora.quantized` encodes and decodes. Code above that package asks a format for
+its stored arrays and their bits, and never counts codes itself: other families need not have one code per weight.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
-from itertools import product
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lqlora.codebooks import Codebook, by_name, normal_float
+from lqlora.codebooks import Codebook, by_name
 from lqlora.errors import FormatError, InvalidArgumentError
+from lqlora.ops import packed_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lqlora._typing import FloatName
 
@@ -23,21 +29,23 @@ __all__ = [
     "Offset",
     "ScaleCodebook",
     "ScaleFormat",
+    "StoredArrays",
     "codebook_name",
     "float_bits",
-    "paper_grid",
 ]
 
 Offset: TypeAlias = Literal["min", "mean", "none"]
 ScaleCodebook: TypeAlias = Literal["uint", "int", "dynamic", "log"]
 LevelSharing: TypeAlias = Literal["codebook", "matrix"] | int
+#: Name of the dtype and shape of each stored array, by name and in the order of ``QuantizedArray.to_arrays``.
+StoredArrays: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-_MAX_DEPTH = 8  # levels of scales that text may spell; one is usual, two are rare
+_STORED_BITS = {"uint8": 8, **_FLOAT_BITS}
+_MAX_DEPTH = 8  # stages of double quantization that text may spell; one is usual, two are rare
 _OFFSET_BITS = 32  # one float32 per array of scales
-_LEVEL_BITS = 32  # fitted levels are float32
 
-#: Per codebook of scales: its letter in the spelling, the name of its levels, the offset it has unless told otherwise.
+#: For each codebook of scales: its letter in the spelling, the name of its levels, and its default offset.
 _SCALE_CODEBOOKS: dict[str, tuple[str, str, Offset]] = {
     "uint": ("u", "uint{}", "min"),
     "int": ("i", "int{}", "none"),
@@ -47,9 +55,20 @@ _SCALE_CODEBOOKS: dict[str, tuple[str, str, Offset]] = {
 _SIGNED = ("int", "dynamic")
 
 
+class _Record:
+    """Base of frozen formats that keep what they derive from their fields.
+
+    Formats are keys of caches and are asked for the same things in every call, so the answers stay in ``__dict__``. A
+    pickle takes the fields alone: the hash of a string differs from process to process.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class ScaleFormat:
-    """How the scales of a :class:`BlockFormat` are quantized themselves.
+class ScaleFormat(_Record):
+    """Format of quantized scales: the second level of a :class:`BlockFormat`, which may have a third.
 
     Parameters
     ----------
@@ -60,18 +79,18 @@ class ScaleFormat:
     dtype : {"float32", "float16", "bfloat16"} or ScaleFormat
         Storage of the second-level scales; another ScaleFormat quantizes those too, to any depth.
     offset : {"min", "mean", "none"}, optional
-        What is subtracted from the scales before they are quantized and added back after, kept as one float32: the
-        smallest scale of the whole array (LQ-LoRA), their mean (QLoRA), or nothing. The default is ``"min"`` for
-        ``"uint"``, ``"mean"`` for ``"dynamic"``, else ``"none"``.
+        Number that is subtracted from the scales before they are quantized and added back afterwards, stored as one
+        float32: the smallest scale of the whole array (LQ-LoRA), the mean scale (QLoRA), or nothing. The default is
+        ``"min"`` for ``"uint"``, ``"mean"`` for ``"dynamic"``, else ``"none"``.
     codebook : {"uint", "int", "dynamic", "log"}
         Levels of the codes. ``"uint"``: ``k / (2**bits - 1)``. ``"int"``: symmetric about zero, for scales that have a
         sign. ``"dynamic"``: the signed dynamic map of bitsandbytes, 8 bits. ``"log"``: zero and a geometric series over
-        16 octaves, 3 to 8 bits, whose relative error does not grow for small scales.
+        16 octaves, 3 to 8 bits; its relative error does not grow for small scales.
 
     Raises
     ------
     FormatError
-        If a value is not one of those.
+        If a value is not one of those listed.
 
     Notes
     -----
@@ -98,32 +117,31 @@ class ScaleFormat:
     def __post_init__(self) -> None:
         if self.codebook not in _SCALE_CODEBOOKS:
             known = ", ".join(_SCALE_CODEBOOKS)
-            raise FormatError(f"The codebook of scales is one of {known}, not {self.codebook!r}.")
+            raise FormatError(f"codebook of a ScaleFormat must be one of {known}, got {self.codebook!r}.")
         if self.offset is None:
             object.__setattr__(self, "offset", _SCALE_CODEBOOKS[self.codebook][2])
         if self.offset not in ("min", "mean", "none"):
-            raise FormatError(f"The offset of scales is 'min', 'mean' or 'none', not {self.offset!r}.")
+            raise FormatError(f"offset must be 'min', 'mean' or 'none', got {self.offset!r}.")
         if self.offset == "mean" and self.codebook not in _SIGNED:
-            raise FormatError(
-                f"Scales below their mean need a signed codebook ('int', 'dynamic'), not {self.codebook!r}."
-            )
-        _ = self.format  # checks the rest
+            # Scales below the mean become negative when it is subtracted.
+            raise FormatError(f"offset='mean' needs a signed codebook, 'int' or 'dynamic', got {self.codebook!r}.")
+        _ = self.format  # checks the other fields
 
-    @property
+    @cached_property
     def format(self) -> BlockFormat:
-        """The same as a block format: double quantization is recursion."""
+        """The scales' own block format: double quantization quantizes an array of scales like any other array."""
         return BlockFormat(self.levels, self.block_size, self.dtype)
 
-    @property
+    @cached_property
     def levels(self) -> Codebook:
-        """The codebook that the scales are rounded to."""
+        """Codebook that the scales are rounded to."""
         if not isinstance(self.bits, int) or isinstance(self.bits, bool):
-            raise FormatError(f"The bits of a scale are an int, not {self.bits!r}.")
+            raise FormatError(f"bits of a ScaleFormat must be an int from 1 to 8, got {self.bits!r}.")
         return by_name(_SCALE_CODEBOOKS[self.codebook][1].format(self.bits))
 
     @property
     def signed(self) -> bool:
-        """Whether scales of both signs keep their sign: with an offset the smallest may come out on its other side."""
+        """Whether scales of both signs keep their sign. An offset may move the smallest scales to the other sign."""
         return self.codebook in _SIGNED and self.offset == "none"
 
     @property
@@ -139,33 +157,34 @@ class ScaleFormat:
 
 
 @dataclass(frozen=True)
-class BlockFormat:
-    """One way to store an array: codes of a codebook, one scale per block, the scales in a format of their own.
+class BlockFormat(_Record):
+    """Storage of an array as codes of a codebook with one scale per block; scales have a format of their own.
 
     Parameters
     ----------
     codebook : Codebook
-        Levels that the normalized weights are rounded to, and how a block is normalized.
+        Levels that the normalized weights are rounded to, and the normalization of a block.
     block_size : int, default 64
         Weights per scale, at least 1.
     scales : {"float32", "float16", "bfloat16"} or ScaleFormat
         Storage of the scales.
     axis : int, optional
-        Blocks follow this axis and start anew at each of its lines, the last of a line may be short: ``-1`` cuts each
-        row into blocks (with a block size of at least its length: one scale per output channel), ``0`` each column.
-        Not given, blocks follow the row-major order of the whole array.
+        Axis that blocks follow. Blocks start anew at each line along it, and the last block of a line may be short:
+        ``-1`` cuts each row into blocks, ``0`` each column. A block size of at least the length of a line gives one
+        scale per channel. If not given, blocks follow the row-major order of the whole array.
     levels : {"codebook", "matrix"} or int
         ``"codebook"``: the levels are those of the codebook, known by name. ``"matrix"``: the array has levels of its
-        own, which are stored with it and counted. An int: each so many lines along ``axis`` have levels of their own.
+        own, which are stored with it and counted. An int: the number of lines along ``axis`` that share a fitted set.
 
     Raises
     ------
     FormatError
-        If a value is not one of those, or the scales cannot hold the sign that the codebook needs.
+        If a value is not one of those listed, or the scales cannot hold the sign that the codebook needs.
 
     Examples
     --------
-    >>> fmt = BlockFormat(normal_float(3), 64, ScaleFormat(8, 256, "float32"))
+    >>> import lqlora as lq
+    >>> fmt = BlockFormat(lq.normal_float(3), 64, ScaleFormat(8, 256, "float32"))
     >>> str(fmt), float(fmt.bits_per_weight)
     ('nf3/64:u8/256:float32', 3.126953125)
     """
@@ -178,28 +197,42 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         if not isinstance(self.codebook, Codebook):
-            raise FormatError(f"A format needs a Codebook, not {type(self.codebook).__name__}.")
+            given = type(self.codebook).__name__
+            raise FormatError(f"codebook must be a Codebook, such as lqlora.NF4, got {given}.")
         if not _is_int(self.block_size) or self.block_size < 1:
-            raise FormatError(f"A block holds at least 1 weight, not {self.block_size!r}.")
+            raise FormatError(f"block_size must be an int of at least 1, got {self.block_size!r}.")
         known_name = isinstance(self.scales, str) and self.scales in _FLOAT_BITS
         if not known_name and not isinstance(self.scales, ScaleFormat):
-            known = ", ".join(_FLOAT_BITS)
-            raise FormatError(f"Scales are stored as {known} or by a ScaleFormat, not {self.scales!r}.")
+            raise FormatError(f"scales must be {_or(_FLOAT_BITS)} or a ScaleFormat, got {self.scales!r}.")
         if self.axis is not None and not _is_int(self.axis):
-            raise FormatError(f"The axis of blocks is an int or None, not {self.axis!r}.")
+            raise FormatError(f"axis must be an int, or None for row-major order, got {self.axis!r}.")
         self._check_levels()
         if self.codebook.normalization == "signed" and isinstance(self.scales, ScaleFormat) and not self.scales.signed:
-            raise FormatError(f"{self.codebook.name} has scales of both signs, which {self.scales} cannot hold.")
+            raise FormatError(
+                f"scales of {self.codebook.name} have both signs, which {self.scales} cannot hold. Choose a float dtype, "
+                "or 'int' or 'dynamic' without an offset."
+            )
 
     def _check_levels(self) -> None:
         if self.levels == "codebook":
             return
         if self.levels != "matrix" and not (_is_int(self.levels) and int(self.levels) >= 1):
-            raise FormatError(f"Levels are shared by 'codebook', 'matrix' or a number of lines, not {self.levels!r}.")
+            raise FormatError(f"levels must be 'codebook', 'matrix' or an int of at least 1, got {self.levels!r}.")
         if self.levels != "matrix" and self.axis is None:
-            raise FormatError("Levels for so many lines need an axis, such as -1 for rows.")
+            raise FormatError(f"levels={self.levels} counts lines and needs an axis: pass axis=-1 to count rows.")
         if self.codebook.normalization == "affine":
-            raise FormatError(f"{self.codebook.name} has integer levels, which cannot be fitted.")
+            raise FormatError(
+                f"levels of {self.codebook.name} are integers and cannot be fitted, got levels={self.levels!r}. "
+                "Choose another codebook."
+            )
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:
+        """Return the hash of the fields, computed once: plans of layouts are looked up by format in every call."""
+        return self._hash
 
     @property
     def bits(self) -> int:
@@ -210,7 +243,7 @@ class BlockFormat:
     def bits_per_weight(self) -> Fraction:
         """Bits per weight of a very large array: codes, scales and second-level scales.
 
-        :meth:`storage_bits` counts what an array of a given shape takes, with its padding and offsets.
+        :meth:`storage_bits` counts the bits of an array of a given shape, with its padding and offsets.
         """
         scale_bits = (
             self.scales.format.bits_per_weight
@@ -221,7 +254,7 @@ class BlockFormat:
         return self.bits + (scale_bits + zero_point_bits) / self.block_size
 
     def lines(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Return number and length of the lines that blocks follow without a break.
+        """Return the number and the length of the lines that blocks follow without a break.
 
         Parameters
         ----------
@@ -231,7 +264,7 @@ class BlockFormat:
         Returns
         -------
         tuple of int
-            One line of all entries without an axis, else the lines along it.
+            Without an axis, one line of all entries; else the lines along the axis.
 
         Raises
         ------
@@ -240,17 +273,38 @@ class BlockFormat:
 
         Examples
         --------
-        >>> BlockFormat(normal_float(4), 64, axis=0).lines((10, 100))
+        >>> BlockFormat.parse("nf4/64@0").lines((10, 100))
         (100, 10)
         """
         if any(length < 0 for length in shape):
-            raise InvalidArgumentError(f"A shape has no negative lengths: {tuple(shape)}.")
+            raise InvalidArgumentError(f"shape must have lengths of at least 0, got {tuple(shape)}.")
         if self.axis is None:
             return 1, prod(shape)
         if not -len(shape) <= self.axis < len(shape):
-            raise InvalidArgumentError(f"Blocks along axis {self.axis} need such an axis; the shape is {tuple(shape)}.")
+            raise InvalidArgumentError(f"axis {self.axis} of the format {self} does not exist in shape {tuple(shape)}.")
         axis = self.axis % len(shape)
         return prod([*shape[:axis], *shape[axis + 1 :]]), shape[axis]
+
+    def blocks(self, shape: Sequence[int]) -> int:
+        """Return the number of blocks, which is the number of scales.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Shape of the array of weights.
+
+        Returns
+        -------
+        int
+            Blocks of all lines; the last block of each line may be short.
+
+        Examples
+        --------
+        >>> BlockFormat.parse("nf4/64@0").blocks((100, 10))
+        20
+        """
+        lines, length = self.lines(shape)
+        return lines * -(-length // self.block_size)
 
     def level_sets(self, shape: Sequence[int]) -> int:
         """Return the number of fitted sets of levels that an array of a shape has.
@@ -267,15 +321,63 @@ class BlockFormat:
 
         Examples
         --------
-        >>> BlockFormat(normal_float(4), 64, axis=-1, levels=16).level_sets((100, 640))
+        >>> BlockFormat.parse("nf4+fit16/64@-1").level_sets((100, 640))
         7
         """
         if isinstance(self.levels, int):
             return -(-self.lines(shape)[0] // self.levels)
         return 1 if self.levels == "matrix" else 0
 
+    def stored_arrays(self, shape: Sequence[int], batch: Sequence[int] = ()) -> StoredArrays:
+        """Return the dtype and shape of each array that the format stores.
+
+        Storage bits, checks of files, the operands of torch operators and tensors without memory are all derived from
+        this. Lengths may be symbols of a tracing compiler.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Shape of the array of weights.
+        batch : sequence of int, optional
+            Leading dimensions of a stack, which every stored array gets in front.
+
+        Returns
+        -------
+        dict of str to tuple of str and tuple of int
+            In the order of :meth:`lqlora.QuantizedArray.to_arrays`: ``codes`` and ``scales``, where double quantization
+            replaces ``scales`` by ``scales.codes``, ``scales.scales`` and ``scales.offset``, to any depth; then
+            ``zero_points`` of an affine codebook, and fitted ``levels``.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If a length is negative, or the array does not have the axis.
+
+        Examples
+        --------
+        >>> BlockFormat.parse("nf3/64:float16").stored_arrays((3, 3))
+        {'codes': ('uint8', (4,)), 'scales': ('float16', (1,))}
+        >>> list(BlockFormat.parse("nf4/64:u8/256:float32").stored_arrays((64, 64)))
+        ['codes', 'scales.codes', 'scales.scales', 'scales.offset']
+        """
+        lines, length = self.lines(shape)
+        blocks = self.blocks(shape)
+        stored: StoredArrays = {"codes": ("uint8", (*batch, packed_size(lines * length, self.bits)))}
+        if isinstance(self.scales, ScaleFormat):
+            inner = self.scales.format.stored_arrays((blocks,), batch)
+            if self.scales.offset_bits:
+                inner["offset"] = "float32", (*batch, 1)
+            stored |= {f"scales.{name}": array for name, array in inner.items()}
+        else:
+            stored["scales"] = self.scales, (*batch, blocks)
+        if self.codebook.normalization == "affine":
+            stored["zero_points"] = "uint8", (*batch, packed_size(blocks, self.bits))
+        if self.levels != "codebook":
+            stored["levels"] = "float32", (*batch, self.level_sets(shape), len(self.codebook))
+        return stored
+
     def storage_bits(self, shape: Sequence[int]) -> int:
-        """Bits that an array of a shape takes, exactly: eight times the bytes of its stored arrays.
+        """Return the exact number of bits that an array takes: eight times the bytes of its stored arrays.
 
         Parameters
         ----------
@@ -295,42 +397,39 @@ class BlockFormat:
 
         Examples
         --------
-        >>> BlockFormat(normal_float(3), 64, "float16").storage_bits((3, 3))
+        >>> BlockFormat.parse("nf3/64:float16").storage_bits((3, 3))
         48
         """
-        lines, length = self.lines(shape)
-        blocks = lines * -(-length // self.block_size)
-        bits = _whole_bytes(lines * length * self.bits) + self.level_sets(shape) * len(self.codebook) * _LEVEL_BITS
-        if self.codebook.normalization == "affine":
-            bits += _whole_bytes(blocks * self.bits)
-        if isinstance(self.scales, ScaleFormat):
-            return bits + self.scales.format.storage_bits((blocks,)) + self.scales.offset_bits
-        return bits + blocks * _FLOAT_BITS[self.scales]
+        return sum(_STORED_BITS[dtype] * prod(own) for dtype, own in self.stored_arrays(shape).values())
 
-    def __str__(self) -> str:
-        """Return the spelling that :meth:`parse` reads."""
+    @cached_property
+    def _spelling(self) -> str:
         fitted = {"codebook": "", "matrix": "+fit"}.get(str(self.levels), f"+fit{self.levels}")
         axis = "" if self.axis is None else f"@{self.axis}"
         return f"{self.codebook.name}{fitted}/{self.block_size}{axis}:{self.scales}"
 
+    def __str__(self) -> str:
+        """Return the spelling that :meth:`parse` reads."""
+        return self._spelling
+
     @classmethod
     def parse(cls, text: str, codebook: Codebook | None = None) -> BlockFormat:
-        """Read the one-line spelling used in plans, reports and on the command line.
+        """Read the one-line spelling that plans, reports and the command line use.
 
         Parameters
         ----------
         text : str
             ``codebook/block size:scales``. ``nf4+fit/64`` has fitted levels, ``nf4+fit16/64@-1`` a set of them for
-            every 16 rows; ``@-1`` is the axis. Scales are a float dtype, float32 if left out, or such as
-            ``u8/256:float32``: a letter (``u`` uint, ``i`` int, ``d`` dynamic, ``l`` log), bits, block size and dtype of
-            the second level, which may be scales again. ``u8+none/256:float32`` is a second level without an offset.
+            every 16 rows; ``@-1`` is the axis. Scales are a float dtype, float32 if left out, or quantized scales such as
+            ``u8/256:float32``: a letter (``u`` uint, ``i`` int, ``d`` dynamic, ``l`` log), bits, block size, and the dtype
+            of the second level, which may be quantized again. ``u8+none/256:float32`` is a second level without offset.
         codebook : Codebook, optional
-            The codebook, where the text spells one that :func:`lqlora.codebooks.by_name` does not know.
+            Codebook to use, where :func:`lqlora.codebooks.by_name` does not know the name in the text.
 
         Returns
         -------
         BlockFormat
-            ``str()`` of it gives the text back.
+            Format whose ``str()`` is the text.
 
         Raises
         ------
@@ -347,7 +446,7 @@ class BlockFormat:
         head, *scales = text.strip().split(":")
         match = re.fullmatch(r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?", head)
         if match is None or len(scales) > _MAX_DEPTH:
-            raise FormatError(f"{text[:80]!r} is no block format: expected such as 'nf4/64:u8/256:float32'.")
+            raise FormatError(f"text must spell a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
         name, fitted, lines, block_size, axis = match.groups()
         return cls(
             codebook or by_name(name),
@@ -359,12 +458,12 @@ class BlockFormat:
 
 
 def float_bits(dtype: FloatName) -> int:
-    """Return the bits of a floating-point dtype that scales and factors are stored as.
+    """Return the bits per number of a dtype that scales and factors can be stored in.
 
     Parameters
     ----------
     dtype : {"float32", "float16", "bfloat16"}
-        The dtype.
+        Name of the dtype.
 
     Returns
     -------
@@ -374,7 +473,7 @@ def float_bits(dtype: FloatName) -> int:
     Raises
     ------
     FormatError
-        If it is none of those.
+        If the dtype is not one of the three.
 
     Examples
     --------
@@ -382,7 +481,7 @@ def float_bits(dtype: FloatName) -> int:
     16
     """
     if dtype not in _FLOAT_BITS:
-        raise FormatError(f"Numbers are stored as {', '.join(_FLOAT_BITS)}, not as {dtype!r}.")
+        raise FormatError(f"dtype must be {_or(_FLOAT_BITS)}, got {dtype!r}.")
     return _FLOAT_BITS[dtype]
 
 
@@ -392,12 +491,12 @@ def codebook_name(text: str) -> str:
     Parameters
     ----------
     text : str
-        As :meth:`BlockFormat.parse` reads it.
+        Spelling that :meth:`BlockFormat.parse` reads.
 
     Returns
     -------
     str
-        What is written before the options and the block size.
+        The text before the options and the block size.
 
     Examples
     --------
@@ -411,12 +510,15 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _whole_bytes(bits: int) -> int:
-    return 8 * -(-bits // 8)
+def _or(names: Iterable[str]) -> str:
+    """Join names for a message: ``a, b or c``."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
 
 
-def _parse_scales(levels: list[str]) -> FloatName | ScaleFormat:
-    head, *rest = levels
+def _parse_scales(depths: list[str]) -> FloatName | ScaleFormat:
+    """Read the parts between colons: one for each depth of double quantization, then a dtype."""
+    head, *rest = depths
     letters = {letter: codebook for codebook, (letter, _, _) in _SCALE_CODEBOOKS.items()}
     match = re.fullmatch(r"([a-z])([0-9]{1,2})(?:\+(min|mean|none))?/([0-9]{1,18})", head)
     if match is not None and match[1] in letters and rest:
@@ -424,43 +526,5 @@ def _parse_scales(levels: list[str]) -> FloatName | ScaleFormat:
         return ScaleFormat(int(match[2]), int(match[4]), _parse_scales(rest), match[3], codebook)  # type: ignore[arg-type]
     if head in _FLOAT_BITS and not rest:
         return head  # type: ignore[return-value]
-    wanted = "float32, float16, bfloat16 or such as u8/256:float32"
-    raise FormatError(f"{':'.join(levels)[:80]!r} spells no scales: expected {wanted}.")
-
-
-def paper_grid(which: Literal["code", "paper"] = "code") -> list[BlockFormat]:
-    """All configurations that LQ-LoRA searches.
-
-    Parameters
-    ----------
-    which : {"code", "paper"}
-        The 432 of the published code (codes of 2, 3, 4 or 8 bits) or the 243 of the paper's table (2, 3 or 4 bits).
-
-    Returns
-    -------
-    list of BlockFormat
-        NormalFloat codes, blocks of 16, 32 or 64, scales of as many bits as codes may have in blocks of 16, 64 or 256,
-        second-level scales as bfloat16, float16 or float32.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If ``which`` is another word.
-
-    References
-    ----------
-    LQ-LoRA, arXiv 2311.12023, table 1.
-
-    Examples
-    --------
-    >>> len(paper_grid("code")), len(paper_grid("paper"))
-    (432, 243)
-    """
-    widths = {"code": (2, 3, 4, 8), "paper": (2, 3, 4)}.get(which)
-    if widths is None:
-        raise InvalidArgumentError(f"The grid is 'code' or 'paper', not {which!r}.")
-    dtypes: tuple[FloatName, ...] = ("bfloat16", "float16", "float32")
-    return [
-        BlockFormat(normal_float(b0), size0, ScaleFormat(b1, size1, dtype))
-        for b0, size0, b1, size1, dtype in product(widths, (16, 32, 64), widths, (16, 64, 256), dtypes)
-    ]
+    wanted = f"{_or(_FLOAT_BITS)}, or quantized scales such as u8/256:float32"
+    raise FormatError(f"scales in the text must be {wanted}, got {':'.join(depths)[:80]!r}.")

@@ -7,8 +7,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from lqlora.allocation.ties import experts, fused_projections
+from lqlora.costs.grids import paper_grid
 from lqlora.errors import InvalidArgumentError
-from lqlora.formats import BlockFormat, paper_grid
+from lqlora.formats import BlockFormat
 from lqlora.recipes.demo.settings import Settings
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
-"""Quantize, dequantize and multiply as operators of torch, so that compilers see one node and not what is inside.
+"""Torch operators ``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.add_low_rank``.
 
-``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.add_low_rank`` exist once :mod:`lqlora.nn` is imported.
-What runs inside is :func:`lqlora.quantize` and its like, which find the fastest implementation for their arrays.
+Each operator is one node of a graph, so a compiler does not trace its inside. Importing :mod:`lqlora.nn` registers them.
+They run :func:`lqlora.quantize` and the functions like it, which choose the fastest implementation for their arrays.
 
-They are registered a layer below ``torch.library.custom_op`` and ``register_autograd``, which check more in every call,
-and take lists of tensors apart and join them again where there is a gradient: ``benchmarks/operators.py`` measures that.
+They are registered below ``torch.library.custom_op`` and ``register_autograd``. Those check more in every call, and where
+there is a gradient they take lists of tensors apart and join them again; ``benchmarks/operators.py`` measures the cost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.nn import functional
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn.operands import check_tensors, from_operands, read_format, stored_tensors
-from lqlora.quantized import dequantize, matmul, quantize
+from lqlora.quantized import dequantize, quantize
+from lqlora.quantized.quantization import multiply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ _HAVE_AUTOCAST = frozenset(
 
 _FLOATS = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _WIDE = (torch.float32, torch.float64)
+_NO_CONTEXT = nullcontext()
 
 _library = torch.library.Library("lqlora", "DEF")
 for _schema in (
@@ -52,17 +54,17 @@ for _schema in (
 
 
 def is_autocast(kind: str) -> bool:
-    """Tell whether autocast is on; compilers can trace it, which they cannot do with all of torch's own questions.
+    """Return whether autocast is on. Compilers can trace this function, unlike some of torch's own.
 
     Parameters
     ----------
     kind : str
-        Kind of device, such as ``"cuda"``.
+        Type of a device, such as ``"cuda"``.
 
     Returns
     -------
     bool
-        False for kinds that have no autocast.
+        False for kinds of devices without autocast.
     """
     return kind in _HAVE_AUTOCAST and torch.is_autocast_enabled(kind)
 
@@ -70,7 +72,7 @@ def is_autocast(kind: str) -> bool:
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which no autocast changes the dtypes of what is multiplied."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
 
 
 def _quantize(
@@ -89,10 +91,10 @@ def _quantize_fake(
 
 
 def _storing(fmt: str, codebook: str | None, fit: Fit) -> BlockFormat:
-    """Read a format; its spelling has to tell whether levels are stored, since what comes back does not tell."""
+    """Return the format of a spelling, which must say ``+fit`` if levels are fitted: the result holds tensors only."""
     own = read_format(fmt, codebook)
     if fit == "levels+scale" and own.levels == "codebook":
-        raise InvalidArgumentError(f"Fitted levels are stored: the format is spelled with +fit then, unlike {fmt}.")
+        raise InvalidArgumentError(f"fmt must be spelled with +fit for fit='levels+scale', got {fmt}.")
     return own
 
 
@@ -133,7 +135,7 @@ def _matmul(
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=adjoint)
     with _as_given(x):
-        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T) if adjoint else matmul(x, q)
+        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T) if adjoint else multiply(x, q)
     return y.contiguous()
 
 
@@ -159,20 +161,22 @@ def _check_fake(weight: Sequence[Tensor], fmt: str, shape: Sequence[int], codebo
 def _check_rows(x: Tensor, weight: Sequence[Tensor], shape: Sequence[int], *, adjoint: bool) -> None:
     _name_of(x.dtype, "x")
     if len(shape) != 2 or weight[0].dim() != 1 or not x.dim() or x.shape[-1] != shape[0 if adjoint else 1]:
-        of = "the transpose of a weight" if adjoint else "a weight"
-        raise InvalidArgumentError(f"Rows of shape {tuple(x.shape)} do not fit {of} of shape {tuple(shape)}.")
+        side = "rows" if adjoint else "columns"
+        raise InvalidArgumentError(
+            f"x must have the number of {side} of the weight, a matrix, got shapes {tuple(x.shape)} and {tuple(shape)}."
+        )
     if x.device != weight[0].device:
-        raise MixedArraysError(f"Rows on {x.device} and a weight on {weight[0].device}: move one, lqlora never copies.")
+        raise MixedArraysError(f"x and weight must be on one device, got {x.device} and {weight[0].device}. Move one.")
 
 
 def _name_of(dtype: torch.dtype, what: str) -> str:
     if dtype not in _FLOATS:
-        raise UnsupportedArrayError(f"{what} is of float16, bfloat16, float32 or float64, not {dtype}.")
+        raise UnsupportedArrayError(f"{what} must be float16, bfloat16, float32 or float64, got {dtype}.")
     return _FLOATS[dtype]
 
 
 class _Matmul(Function):
-    """Keeps the packed weight, and multiplies gradients by its transpose, tangents by itself."""
+    """Product with a packed weight. Gradients are multiplied by its transpose, tangents by the weight itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, description: tuple[Any, ...], adjoint: bool, *weight: Tensor) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
@@ -215,7 +219,7 @@ def _add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
     _check_factors(y, x, lora_A, lora_B)
     with _as_given(x):
         if x.dtype == lora_A.dtype == lora_B.dtype and x.dtype in _WIDE and x.device.type == "cpu":
-            return _added(y.contiguous(), x, lora_A, lora_B, scaling)  # what the operation does, a dispatch sooner
+            return _added(y.contiguous(), x, lora_A, lora_B, scaling)  # the same as the operation, without a dispatch
         total: Tensor = ops.add_low_rank(y.contiguous(), x.contiguous(), lora_A, lora_B, scaling)
     return total
 
@@ -235,17 +239,17 @@ def _check_factors(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None
         _name_of(tensor.dtype, name)
     if not x.device == y.device == lora_A.device == lora_B.device:
         devices = dict.fromkeys(str(tensor.device) for tensor in given.values())
-        raise MixedArraysError(f"Sums, rows and factors on {' and '.join(devices)}: move some, lqlora never copies.")
+        raise MixedArraysError(f"y, x and the factors must be on one device, got {' and '.join(devices)}. Move some.")
     if y.dtype != x.dtype:
-        raise InvalidArgumentError(f"Sums and rows are of one dtype, not of {y.dtype} and {x.dtype}.")
+        raise InvalidArgumentError(f"y and x must have one dtype, got {y.dtype} and {x.dtype}.")
     sides = y.shape[-1:] + x.shape[-1:] + lora_A.shape[:1]
     if y.shape[:-1] != x.shape[:-1] or sides != lora_B.shape[:1] + lora_A.shape[1:] + lora_B.shape[1:]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given.values())
-        raise InvalidArgumentError(f"Sums, rows and factors of shapes {shapes} do not fit.")
+        raise InvalidArgumentError(f"y, x, lora_A and lora_B must have shapes that fit, got {shapes}.")
 
 
 def _add_low_rank_autograd(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Leave what has a gradient to torch's own products, which are smaller graphs, and saved tensors, than a new one."""
+    """Use torch's own products where there is a gradient: they save fewer tensors than a function of ours would."""
     given = y, x, lora_A, lora_B
     if (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
         unpack_dual(t).tangent is not None for t in given

@@ -1,137 +1,60 @@
-"""Choosing the scales, and the levels, of an array: by the absolute maximum, or by the error they leave."""
+r"""Choice of scales and levels: by the absolute maximum of each block, or by the error that they leave.
+
+A fit minimizes the squared error of the decoded array, each square times its importance ``w``. Each block has its own scale
+``s``, so the sum splits into one problem per block:
+
+.. math:: \min_s \sum_i w_i \, (x_i - \hat s \, Q(x_i / \hat s))^2 ,
+
+with the decoded scale :math:`\hat s` in place of ``s``. The search (:mod:`lqlora.quantized._search`) proposes a scale; it is then
+stored, decoded, and compared with the scale of the absolute maximum *as decoded*. So the choice is never worse than the
+absolute maximum, whatever storing does to the scales.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import NonFiniteError
-from lqlora.quantized._encoding import decode_scales, encode_array, unpacked
-from lqlora.quantized._layout import Layout, blocks_last, piece_size
-from lqlora.quantized._scales import code_neighbors, store_scales, with_codes
+from lqlora.quantized._decoding import decode_scales, unpacked
+from lqlora.quantized._encoding import encode_by_absmax, encode_codes
+from lqlora.quantized._layout import piece_size
+from lqlora.quantized._scales import code_neighbors, require_in_range, store_scales, with_codes
 from lqlora.quantized._search import Rounding, best_ratios, fit_levels, ratio_grid
+from lqlora.quantized._statistics import block_statistics
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lqlora._typing import Array
-    from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
+    from lqlora.quantized._source import Source
 
-__all__ = ["Choice", "Source", "assemble", "by_absmax", "by_levels", "by_scale", "lost_blocks", "rounded_rows"]
+__all__ = ["QUIET", "SEARCH_SHARE", "Choice", "Fit", "assemble", "by_absmax", "choose", "rounded_rows"]
+
+Fit: TypeAlias = Literal["absmax", "scale", "levels+scale"]
 
 #: Weights that one set of levels for a whole array is fitted to, spread evenly over it. At 8 bits that is a thousand
 #: for each level, which then is off by 3 % of its cell, and the error by 0.1 %.
 _SAMPLE = 1 << 18
 _SAMPLE_PIECE = 1 << 13
 
-#: Of what is tried some overflows. It compares as no better, and is not taken.
-_QUIET = functools.partial(np.errstate, over="ignore", invalid="ignore")
+#: Context in which overflow is expected: a candidate that overflows has an error that compares as not better.
+QUIET = functools.partial(np.errstate, over="ignore", invalid="ignore")
 
-#: A search holds several arrays of float64 for each weight at hand: its pieces are so many times smaller.
-_WIDE = 4
-
-
-@dataclass(frozen=True)
-class Source:
-    """An array to quantize, with the weights of its squared errors.
-
-    Parameters
-    ----------
-    array : array of a floating-point dtype
-        The weights.
-    weights : array of the same shape, optional
-        Importance of each entry.
-    fmt : BlockFormat
-        The format.
-    name : str
-        What the array is, for errors.
-    start : QuantizedArray, optional
-        A similar array in this format, whose levels a search starts from.
-    """
-
-    array: Array
-    weights: Array | None
-    fmt: BlockFormat
-    name: str
-    start: QuantizedArray | None = None
-
-    @property
-    def layout(self) -> Layout:
-        """How the array is cut."""
-        return Layout.of(self.fmt, self.array.shape)
-
-    def pieces(self, limit: int) -> Iterator[tuple[slice, Rows]]:
-        """Yield the range of the blocks of each piece, and these."""
-        for entries, blocks in self.layout.whole_blocks(limit):
-            yield blocks, self.read(entries)
-
-    def read(self, entries: slice) -> Rows:
-        """Return a range of whole blocks, one per row."""
-        layout, dense = self.layout, blocks_last(self.array, self.fmt.axis)
-        flat = ops.widen(ops.take_flat(dense, entries.start, entries.stop))
-        rows = layout.as_blocks(flat)
-        is_whole = layout.is_even and flat.shape[0] % layout.block_size == 0
-        there = None if is_whole else layout.as_blocks(namespace(flat).ones_like(flat))
-        if self.weights is None:
-            return Rows(rows, None, there)
-        dense = blocks_last(self.weights, self.fmt.axis)
-        return Rows(rows, layout.as_blocks(ops.widen(ops.take_flat(dense, entries.start, entries.stop))), there)
-
-    def sets_of(self, blocks: slice) -> Array | None:
-        """Return the set of levels that each of a range of blocks has."""
-        if self.fmt.levels == "codebook":
-            return None
-        xp, layout = namespace(self.array), self.layout
-        numbers = xp.arange(blocks.start, blocks.stop, dtype=xp.int64, device=device_of(self.array))
-        blocks_per_set = layout.blocks_per_line * self.fmt.levels if isinstance(self.fmt.levels, int) else layout.blocks
-        return numbers // blocks_per_set
-
-
-class Rows(NamedTuple):
-    """Blocks as rows; their weights; one for each entry that is there and zero for what short blocks are padded with.
-
-    In a block that nothing weighs every entry counts the same.
-    """
-
-    entries: Array
-    weights: Array | None
-    there: Array | None
-
-    def exact_weights(self) -> Array | None:
-        """Return the weights of squares."""
-        if self.weights is None:
-            return self.there
-        positive, _, equal = self._largest(self.weights)
-        return namespace(self.weights).where(positive, self.weights, equal)
-
-    def relative_weights(self) -> tuple[Array | None, Array | None]:
-        """Return weights divided by the largest of each row, and these largest weights."""
-        if self.weights is None:
-            return self.there, None if self.there is None else self.there[:, 0]
-        positive, largest, equal = self._largest(self.weights)
-        xp = namespace(largest)
-        relative = xp.where(positive, self.weights / xp.where(positive, largest, xp.ones_like(largest)), equal)
-        return relative, largest[:, 0]
-
-    def _largest(self, weights: Array) -> tuple[Array, Array, Array]:
-        """Tell which rows anything weighs, their largest weights, and the weights where nothing does."""
-        xp = namespace(weights)
-        largest = xp.max(weights, axis=1, keepdims=True)
-        equal = xp.ones_like(largest) if self.there is None else xp.astype(self.there, weights.dtype)
-        return largest > 0, largest, equal
+#: A search holds several arrays of float64 for each weight of its piece, so its pieces are smaller by this factor.
+SEARCH_SHARE = 4
 
 
 class Choice(NamedTuple):
-    """Scales for all blocks: as they are stored, as they decode, the zero points of an affine format, codes if known."""
+    """Scales of all blocks, as stored and as decoded, with the zero points of an affine format and codes if known."""
 
     stored: Array | QuantizedArray
     decoded: Array
@@ -139,53 +62,84 @@ class Choice(NamedTuple):
     packed: Array | None = None
 
 
+def choose(source: Source, fit: Fit, *, check_finite: bool) -> tuple[Array, Choice, Array | None]:
+    """Return the statistic of each block, the scales that a fit chooses, and fitted levels if the fit has any."""
+    encoded = encode_by_absmax(source.dense, source.layout) if fit == "absmax" else None
+    statistic, low = block_statistics(source) if encoded is None else (encoded[0], None)
+    try:
+        if encoded is not None:
+            require_in_range(statistic, "float32", source.name)
+            return statistic, Choice(statistic, statistic, None, encoded[1]), None
+        first = by_absmax(source, statistic, low)
+    except NonFiniteError as error:
+        # NaN and infinity show in the scale of their block. The array is read again only to say where they are.
+        if check_finite:
+            _say_where(source)
+        raise error from None
+    if fit == "levels+scale":
+        return statistic, *_by_levels(source, statistic, first)
+    return statistic, _by_scale(source, statistic, first) if fit == "scale" else first, None
+
+
+def _say_where(source: Source) -> None:
+    try:
+        ops.require_finite(ops.widen(source.array), source.name)
+    except NonFiniteError as error:
+        raise error from None  # not "during handling of" the error about a scale
+
+
 def by_absmax(source: Source, statistic: Array, low: Array | None) -> Choice:
-    """Return the scales under which the largest weight of each block is the largest level."""
+    """Return the scales under which the largest weight of each block becomes the largest level."""
     stored, decoded = store_scales(statistic, source.fmt.scales, source.name)
     return Choice(stored, decoded, None if low is None else _zero_points(low, decoded, len(source.fmt.codebook)))
 
 
 def _zero_points(low: Array, decoded: Array, levels: int) -> Array:
-    """Return the codes nearest to zero when the lowest level stands for the smallest weight of a block."""
+    """Return the code of zero in each block, for the lowest code to stand for the smallest weight ``low``.
+
+    A code ``c`` decodes to ``(c - z) * s``. Code 0 stands for ``low`` if ``z = -low / s``, rounded to an integer code.
+    """
     xp = namespace(low)
     usable = decoded > 0
-    with np.errstate(over="ignore"):  # the outermost code, as where it is merely too large
+    with np.errstate(over="ignore"):  # an infinite quotient is clipped to the last code, like any other large one
         steps = -low / xp.astype(xp.where(usable, decoded, xp.ones_like(decoded)), low.dtype)
     steps = xp.where(usable, xp.round(steps), xp.zeros_like(steps))
     return xp.astype(xp.clip(steps, 0, levels - 1), xp.uint8)
 
 
 def assemble(source: Source, choice: Choice, levels: Array | None = None) -> QuantizedArray:
-    """Encode the array under the scales chosen, unless it is."""
+    """Return the quantized array of a choice; encode the weights unless the choice has their codes."""
     fmt, zeros = source.fmt, choice.zero_points
+    if choice.packed is not None:  # scales are absolute maxima: no zero points, no fitted levels
+        return QuantizedArray(choice.packed, choice.stored, fmt, tuple(source.array.shape))
     if fmt.levels != "codebook" and levels is None:
         levels = _codebook_levels(source)
-    packed = choice.packed
-    if packed is None:
-        packed = encode_array(source.array, fmt, choice.decoded, zeros, levels)
+    packed = encode_codes(source.dense, source.layout, choice.decoded, zeros, levels)
     packed_zeros = None if zeros is None else ops.pack_codes(zeros, fmt.bits)
     return QuantizedArray(packed, choice.stored, fmt, tuple(source.array.shape), None, packed_zeros, levels)
 
 
 def _codebook_levels(source: Source) -> Array:
+    """Return the levels of the codebook as if they were fitted: one copy for each set."""
     table = np.tile(source.fmt.codebook.levels, (source.fmt.level_sets(source.array.shape), 1))
     return namespace(source.array).asarray(table, device=device_of(source.array))
 
 
-def by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
-    """Choose for each block between the scale of its absolute maximum and those that a search finds."""
+def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
+    """Return for each block the better of the scale of its absolute maximum and those that a search finds."""
     wanted = _search(source, statistic, first, None)
     if isinstance(first.stored, QuantizedArray):
-        # Of the codes that the second-level scales made for the first choice allow, so that this one is among them.
+        # Second-level scales stay those of the absolute maximum, so that its own codes are among the candidates.
         others = code_neighbors(first.stored, wanted)
     else:
-        others = [ops.storage_cast(wanted, str(source.fmt.scales))]  # what is infinite there is not taken
-    choices = [Choice(own, decode_scales(own), zeros) for own in others for zeros in _shifts(first, source.fmt)]
+        others = [ops.storage_cast(wanted, str(source.fmt.scales))]  # a scale that overflows there is not taken
+    scales = source.fmt.scales
+    choices = [Choice(own, decode_scales(own, scales), zeros) for own in others for zeros in _shifts(first, source.fmt)]
     return _best(source, [first, *choices], None)
 
 
 def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
-    """Return the zero points to try: those of the first choice and their neighbors."""
+    """Return the zero points to try: those of the first choice, and one below and above them."""
     zeros = first.zero_points
     if zeros is None:
         return [None]
@@ -195,29 +149,30 @@ def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
     return [zeros, below, above]
 
 
-def by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, Array | None]:
-    """Fit levels and scales together; fall back to the levels of the codebook if these leave less error.
+def _by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice, Array | None]:
+    """Fit levels and scales together; fall back to the levels of the codebook if they leave less error.
 
-    From a start there is nothing to compare with: whoever starts somewhere wants to end up near it, soon.
+    A fit from a start is not compared with the codebook: its caller wants a result near the start, quickly.
     """
-    plain = by_scale(source, statistic, first) if source.start is None else None
-    with _QUIET():
-        statistic = statistic * source.fmt.codebook.widest  # fitted levels end at 1
+    plain = _by_scale(source, statistic, first) if source.start is None else None
+    with QUIET():
+        statistic = statistic * source.layout.widest  # the largest fitted level is 1
     levels = _fitted_levels(source, statistic)
     wanted = _not_above(_search(source, statistic, first, levels), statistic)
     try:
         stored, _ = store_scales(wanted, source.fmt.scales, source.name)
-    except NonFiniteError:  # fitted scales may spread further than those the format was able to hold
-        return plain or by_scale(source, statistic, first), None
+    except NonFiniteError:  # fitted scales may spread further than the absolute maxima, which the format could hold
+        return plain or _by_scale(source, statistic, first), None
     others = [stored, *(code_neighbors(stored, wanted)[1:] if isinstance(stored, QuantizedArray) else [])]
-    choice = _best(source, [Choice(own, decode_scales(own), None) for own in others], levels)
+    choices = [Choice(own, decode_scales(own, source.fmt.scales), None) for own in others]
+    choice = _best(source, choices, levels)
     if plain is not None and _total(source, choice, levels) > _total(source, plain, None):
         return plain, None
     return choice, levels
 
 
 def _not_above(wanted: Array, statistic: Array) -> Array:
-    """Keep scales within the largest that is known to be storable."""
+    """Clip scales to the largest statistic, which is known to be storable."""
     xp = namespace(wanted)
     if not wanted.shape[0]:
         return wanted
@@ -226,25 +181,30 @@ def _not_above(wanted: Array, statistic: Array) -> Array:
 
 
 def _search(source: Source, statistic: Array, first: Choice, levels: Array | None) -> Array:
-    """Return the scale of least error of each block, as it is before it is stored."""
+    """Return the scale of least error of each block, before it is stored.
+
+    Blocks are divided by their statistic, so that the search works on numbers near 1 whatever the unit of the weights, and
+    its grid of ratios serves all blocks. Importance is divided by the largest of its block for the same reason: a common
+    factor does not change which scale is best.
+    """
     xp = namespace(statistic)
     book = source.fmt.codebook
     grid = ratio_grid(book.bits, signed=book.normalization == "signed", coarse=source.start is not None)
     found = []
-    for blocks, rows in source.pieces(piece_size(statistic) // _WIDE):
+    for blocks, rows in source.pieces(piece_size(statistic) // SEARCH_SHARE):
         normalized = xp.astype(ops.normalize(rows.entries, statistic[blocks]), xp.float32)
-        weights, _ = rows.relative_weights()
-        own = None if weights is None else xp.astype(weights, xp.float32)
+        importance, _ = rows.relative_importance()
+        own = None if importance is None else xp.astype(importance, xp.float32)
         zeros = None if first.zero_points is None else xp.astype(first.zero_points[blocks], xp.float32)[:, None]
         rounding = Rounding.of(book, levels, source.sets_of(blocks))
-        with _QUIET():
+        with QUIET():
             ratios = best_ratios(normalized, own, rounding, zeros, grid)
             found.append(statistic[blocks] * xp.astype(ratios, statistic.dtype))
     return xp.concat(found) if found else statistic
 
 
 def _fitted_levels(source: Source, statistic: Array) -> Array:
-    """Return one set of levels for the array, or one for each group of its lines."""
+    """Return fitted levels: one set for the array, or one for each group of its lines."""
     layout, fmt = source.layout, source.fmt
     if not layout.count:
         return _codebook_levels(source)
@@ -253,7 +213,7 @@ def _fitted_levels(source: Source, statistic: Array) -> Array:
         return _levels_of(source, statistic, pieces[:: max(1, layout.count // _SAMPLE)], slice(0, 1))
     sets = fmt.level_sets(source.array.shape)
     per_step, whole = max(1, _SAMPLE // (fmt.levels * layout.length)), layout.lines // fmt.levels
-    # A last group of fewer lines is fitted by itself: a step takes groups of one size.
+    # The last group may have fewer lines. It is fitted by itself, because a step takes groups of one size.
     cuts = [*range(0, whole, per_step), whole, sets]
     ranges = [(first, last) for first, last in pairwise(cuts) if first < last]
     return namespace(statistic).concat(
@@ -262,7 +222,7 @@ def _fitted_levels(source: Source, statistic: Array) -> Array:
 
 
 def _group(source: Source, first: int, last: int) -> list[tuple[slice, slice]]:
-    """Return the weights and the blocks of a range of sets; of one large set some lines, spread evenly over it."""
+    """Return the ranges of weights and blocks of some sets; of one large set only a sample of its lines."""
     layout, lines = source.layout, int(source.fmt.levels)
     start, stop = first * lines, min(last * lines, layout.lines)
     every = max(1, (stop - start) * layout.length // _SAMPLE) if last == first + 1 else 1
@@ -277,34 +237,39 @@ def _group(source: Source, first: int, last: int) -> list[tuple[slice, slice]]:
 
 
 def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice]], which: slice) -> Array:
-    """Fit levels to some pieces, which are dealt out evenly to a range of sets."""
+    """Fit levels to some pieces, whose rows belong to a range of sets in equal parts.
+
+    The error of a row counts as that of its weights: its square times the square of the scale it was divided by, and times
+    the importance that :meth:`Rows.relative_importance` divided it by. Both factors are folded into ``importance``.
+    """
     xp, sets = namespace(statistic), which.stop - which.start
     parts = [source.read(entries) for entries, _ in pieces]
     scales = xp.concat([statistic[blocks] for _, blocks in pieces])
     rows = ops.normalize(xp.concat([part.entries for part in parts]), scales)
     members = xp.arange(rows.shape[0], dtype=xp.int64, device=device_of(rows)) // (rows.shape[0] // sets)
     importance = xp.astype(scales, xp.float64)
-    weights = None
-    shares = [part.relative_weights() for part in parts]
+    within = None
+    shares = [part.relative_importance() for part in parts]
     if any(own is not None for own, _ in shares):
         ones = [xp.ones_like(part.entries) for part in parts]
         own = [one if share is None else share for (share, _), one in zip(shares, ones, strict=True)]
         largest = [one[:, 0] if peak is None else peak for (_, peak), one in zip(shares, ones, strict=True)]
-        weights = xp.concat([xp.astype(weight, xp.float32) for weight in own])
-        importance = importance * xp.sqrt(xp.concat([xp.astype(weight, xp.float64) for weight in largest]))
-    # Each set by itself: next to a set of large weights the sums of another would be rounded away.
+        within = xp.concat([xp.astype(share, xp.float32) for share in own])
+        importance = importance * xp.sqrt(xp.concat([xp.astype(peak, xp.float64) for peak in largest]))
+    # Each set is scaled by its own largest value: next to a set of large weights, the sums of another would be rounded
+    # away.
     by_set = xp.abs(xp.reshape(importance, (sets, -1)))
     peak = xp.max(by_set, axis=1, keepdims=True)
     relative = xp.reshape(by_set / xp.where(peak > 0, peak, xp.ones_like(peak)), (-1,))
     importance = relative * relative  # CUDA does not promise that a power is rounded correctly
     near = None if source.start is None else source.start.levels
     start = None if near is None else near[which, :]
-    with _QUIET():
-        return fit_levels(xp.astype(rows, xp.float32), weights, importance, members, sets, source.fmt.codebook, start)
+    with QUIET():
+        return fit_levels(xp.astype(rows, xp.float32), within, importance, members, sets, source.fmt.codebook, start)
 
 
 def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice:
-    """Return the best of several choices block by block; of equals the first."""
+    """Return the best choice for each block; the first of equal ones."""
     xp, first = namespace(choices[0].decoded), choices[0]
     winners = _winners(source, choices, levels)
     codes, decoded, zeros = _codes(first), first.decoded, first.zero_points
@@ -322,7 +287,7 @@ def _codes(choice: Choice) -> Array:
 
 
 def _winners(source: Source, choices: list[Choice], levels: Array | None) -> Array:
-    """Return for each block which choice leaves the least error; of equals the first."""
+    """Return for each block the index of the choice of least error; the first of equal ones."""
     xp, found = namespace(choices[0].decoded), []
     for blocks, errors in _piece_errors(source, choices, levels):
         best, error = xp.zeros_like(errors[0], dtype=xp.uint8), errors[0]
@@ -343,26 +308,26 @@ def _total(source: Source, choice: Choice, levels: Array | None) -> float:
 
 
 def _piece_errors(source: Source, choices: list[Choice], levels: Array | None) -> Iterator[tuple[slice, list[Array]]]:
-    """Yield ranges of blocks, and the weighted squared error of each block in float64 under each choice."""
-    for blocks, rows in source.pieces(piece_size(choices[0].decoded) // _WIDE):
+    """Yield ranges of blocks, and for each choice the weighted squared errors of these blocks in float64."""
+    for blocks, rows in source.pieces(piece_size(choices[0].decoded) // SEARCH_SHARE):
         rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
-        weights = rows.exact_weights()
-        with _QUIET():
-            errors = [_block_errors(rows.entries, weights, rounding, choice, blocks) for choice in choices]
+        importance = rows.exact_importance()
+        with QUIET():
+            errors = [_block_errors(rows.entries, importance, rounding, choice, blocks) for choice in choices]
         yield blocks, errors
 
 
-def _block_errors(rows: Array, weights: Array | None, rounding: Rounding, choice: Choice, blocks: slice) -> Array:
+def _block_errors(rows: Array, importance: Array | None, rounding: Rounding, choice: Choice, blocks: slice) -> Array:
     if rounding.table is None or rounding.boundaries is None:
-        return ops.wide_errors(rows, weights, _rounded(rows, rounding, choice, blocks))
+        return ops.wide_errors(rows, importance, _rounded(rows, rounding, choice, blocks))
     zeros = None if choice.zero_points is None else choice.zero_points[blocks]
-    return ops.rounding_errors(rows, weights, choice.decoded[blocks], zeros, rounding.table, rounding.boundaries)
+    return ops.rounding_errors(rows, importance, choice.decoded[blocks], zeros, rounding.table, rounding.boundaries)
 
 
 def rounded_rows(source: Source, choice: Choice, levels: Array | None, blocks: slice, rows: Array) -> Array:
-    """Return what a range of blocks comes back as under some scales."""
+    """Return the values that a range of blocks decodes to under some scales."""
     rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
-    with _QUIET():
+    with QUIET():
         return _rounded(rows, rounding, choice, blocks)
 
 
@@ -370,71 +335,3 @@ def _rounded(rows: Array, rounding: Rounding, choice: Choice, blocks: slice) -> 
     xp, scales = namespace(rows), choice.decoded[blocks]
     zeros = None if choice.zero_points is None else xp.astype(choice.zero_points[blocks], xp.float32)[:, None]
     return rounding.nearest(ops.normalize(rows, xp.astype(scales, rows.dtype)), zeros) * scales[:, None]
-
-
-def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> int:
-    """Count the blocks that are not zero but decode to nothing but zeros."""
-    if not _may_lose(source, statistic, choice, levels):
-        return 0
-    xp, count = namespace(statistic), 0
-    for blocks, (rows, _, _) in source.pieces(piece_size(statistic) // _WIDE):
-        kept = xp.any(rounded_rows(source, choice, levels, blocks, rows) != 0, axis=1)
-        count += int(xp.count_nonzero(xp.any(rows != 0, axis=1) & ~kept))
-    return count
-
-
-def _may_lose(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> bool:
-    """Tell whether there may be such blocks: where a scale is much too large, or is zero."""
-    xp, book = namespace(statistic), source.fmt.codebook
-    is_plain = levels is None and book.widest == 1.0
-    if is_plain and statistic is choice.decoded:
-        return _loses_ones(book, ops.dtype_name(statistic))
-    if levels is None and _are_far_from_zero(statistic, choice.decoded, book):
-        return False
-    if is_plain and bool(xp.all(statistic == choice.decoded)):
-        return _loses_ones(book, ops.dtype_name(statistic))
-    nonzero = statistic != 0
-    if bool(xp.any(nonzero & (choice.decoded == 0))):
-        return True
-    if levels is not None or book.normalization == "affine":
-        return bool(xp.any(nonzero & (xp.abs(choice.decoded) / 2 > xp.abs(statistic))))
-    with _QUIET():
-        scales, largest = xp.astype(choice.decoded, statistic.dtype), statistic * book.widest
-    return _rounds_to_zero(largest, nonzero, scales, book)
-
-
-@functools.lru_cache(maxsize=256)
-def _loses_ones(book: Codebook, dtype: str) -> bool:
-    """Tell it of scales that are decoded as they were: what they were made of is rounded as one or minus one are."""
-    one = np.ones(1, dtype=dtype)
-    return book.normalization != "affine" and _rounds_to_zero(one, one != 0, one, book)
-
-
-def _rounds_to_zero(largest: Array, nonzero: Array, scales: Array, book: Codebook) -> bool:
-    """Tell whether the largest weight of a block that is not zero, or its negative, is rounded to zero."""
-    xp = namespace(largest)
-    is_level = ops.table_beside(book.levels != 0, largest)
-    for extreme in (largest, -largest):
-        codes = ops.encode(extreme, scales, None, book.boundaries, 1)
-        if bool(xp.any(nonzero & ~ops.pick(is_level, xp.astype(codes, xp.int64)))):
-            return True
-    return False
-
-
-def _are_far_from_zero(statistic: Array, decoded: Array, book: Codebook) -> bool:
-    """Tell quickly that no scale is zero and no largest weight rounds to zero; if it cannot tell, the codes will."""
-    cell = _cell_of_zero(book)
-    if cell is None:
-        return False
-    xp = namespace(statistic)
-    # One part in a million is more than what rounding does to the quotient of the two.
-    return bool(xp.all((statistic >= 1.000001 * cell * decoded) & (decoded > 0)))
-
-
-@functools.lru_cache(maxsize=256)
-def _cell_of_zero(book: Codebook) -> float | None:
-    """Return up to where normalized weights round to zero, if that is simple to tell."""
-    zeros = np.flatnonzero(book.levels == 0)
-    if len(zeros) != 1 or not 0 < zeros[0] < len(book) - 1 or book.normalization != "absmax":
-        return None
-    return float(np.abs(book.boundaries[zeros[0] - 1 : zeros[0] + 1]).max()) / book.widest

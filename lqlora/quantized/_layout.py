@@ -1,34 +1,48 @@
-"""How an array is cut into lines, blocks, and pieces that are worked on one at a time.
+"""Plan of an array in a format: lines, blocks, packed codes, and the pieces that are worked on one at a time.
 
-Everything here is about positions. Weights are numbered in *block order*: the row-major order of the array with the axis
-of the blocks moved to the end, so that a block is a stretch of consecutive numbers. Pieces bound the workspace: no step
-of quantization ever holds more than a few pieces besides its input and its output.
+A plan depends on the format and the shape alone. It is made once by :func:`layout_of` and kept, so that quantizing,
+decoding and multiplying look it up instead of working it out again.
+
+Weights are numbered in *block order*: the row-major order of the array with the axis of the blocks moved to the end. A
+block is then a range of consecutive numbers. Pieces bound the workspace: no step of quantization holds more than a few
+pieces besides its input and its output.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, TypeAlias
 
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace, preferred_piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from lqlora._typing import Array
+    from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
 
-__all__ = ["Layout", "blocks_last", "blocks_restored", "in_shape", "piece_size", "stream_size"]
+    #: A range of weights, and the range of their blocks where each of them is whole or the array has only one.
+    Piece: TypeAlias = tuple[slice, slice | None]
+
+__all__ = ["Layout", "blocks_last", "in_shape", "layout_of", "piece_size", "stream_size"]
+
+#: Arrays of at most this many weights are one piece, on the host and on devices alike.
+_SMALL = 1 << 19
 
 
 def piece_size(array: Array) -> int:
-    """Return the weights that are worked on at a time: what fits a cache, or fills a device; a multiple of eight."""
-    return 1 << 19 if ops.is_on_host(array) else 1 << 23
+    """Return the number of weights to work on at a time: as many as fit a cache, or fill a device."""
+    return _SMALL if ops.is_on_host(array) else 1 << 23
 
 
 def stream_size(array: Array) -> int:
-    """Return the weights that are handed at a time to operations that may not need a workspace; others are copied."""
+    """Return the number of weights to pass at a time to operations that read and write memory in place.
+
+    Where an operation would first copy its piece, this is :func:`piece_size`.
+    """
     return (ops.is_contiguous(array) and preferred_piece(array)) or piece_size(array)
 
 
@@ -37,75 +51,115 @@ def blocks_last(array: Array, axis: int | None) -> Array:
     return array if axis is None else namespace(array).moveaxis(array, axis, -1)
 
 
-def blocks_restored(array: Array, axis: int | None) -> Array:
-    """Undo :func:`blocks_last`."""
-    return array if axis is None else namespace(array).moveaxis(array, -1, axis)
-
-
 def in_shape(flat: Array, axis: int | None, shape: Sequence[int]) -> Array:
-    """Return all entries of an array, which are given in block order, in its shape."""
-    moved = list(shape)
-    if axis is not None:
-        moved.append(moved.pop(axis))
-    return blocks_restored(namespace(flat).reshape(flat, tuple(moved)), axis)
+    """Return an array of a shape from all of its entries in block order."""
+    xp, moved = namespace(flat), list(shape)
+    if axis is None:
+        return xp.reshape(flat, tuple(shape))
+    moved.append(moved.pop(axis))
+    return xp.moveaxis(xp.reshape(flat, tuple(moved)), -1, axis)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Lines of one length, each cut into blocks of which the last may be short.
+    """Lines of equal length, each cut into blocks of which the last may be short.
+
+    Two layouts are the same only if they are one object, which makes them cheap keys of caches.
 
     Parameters
     ----------
+    codebook : Codebook
+        Codebook of the format.
     lines : int
-        Lines that blocks do not cross.
+        Number of lines. No block crosses the end of a line.
     length : int
         Weights of a line.
+    blocks : int
+        Blocks of all lines.
     block_size : int
         Weights of a whole block, at most ``length`` unless that is zero.
+    axis : int, optional
+        Axis that lines follow; None for one line of all weights.
+    lines_per_set : int, optional
+        Number of lines that share a set of fitted levels; None if all lines do.
+    is_plain : bool
+        Whether the format stores each scale as float32 and rounds to the levels of the codebook.
     """
 
+    codebook: Codebook
     lines: int
     length: int
+    blocks: int
     block_size: int
+    axis: int | None
+    lines_per_set: int | None
+    is_plain: bool
 
-    @classmethod
-    def of(cls, fmt: BlockFormat, shape: Sequence[int]) -> Layout:
-        """Return the layout that a format gives to an array of a shape."""
-        lines, length = fmt.lines(shape)
-        return cls(lines, length, max(1, min(fmt.block_size, length)))
+    @cached_property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.codebook.bits
 
-    @property
+    @cached_property
+    def widest(self) -> float:
+        """Level that the largest weight of a block is scaled to."""
+        return self.codebook.widest
+
+    @cached_property
     def count(self) -> int:
         """Weights of the array."""
         return self.lines * self.length
 
-    @property
+    @cached_property
     def blocks_per_line(self) -> int:
         """Blocks of one line."""
-        return -(-self.length // self.block_size)
+        return self.blocks // max(1, self.lines)
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of the array."""
-        return self.lines * self.blocks_per_line
-
-    @property
+    @cached_property
     def is_even(self) -> bool:
-        """Whether block ``i`` begins at weight ``i * block_size``: no line but the last one ends in a short block."""
+        """Whether block ``i`` begins at weight ``i * block_size``: only the last line may end in a short block."""
         return self.lines <= 1 or self.length % self.block_size == 0
 
+    @cached_property
+    def stores_absmax(self) -> bool:
+        """Whether the stored scales are the absolute maxima of the blocks, bit for bit, for weights up to float32."""
+        return self.is_plain and self.codebook.normalization == "absmax" and self.widest == 1.0
+
+    @cached_property
+    def follows_rows(self) -> bool:
+        """Whether the codes of a matrix lie row by row, and block ``i`` begins at weight ``i * block_size``."""
+        return self.is_even and self.axis not in (0, -2)
+
+    @cached_property
+    def whole(self) -> tuple[Piece, ...]:
+        """The only piece of a small array; empty for arrays that are larger, or have no weights."""
+        if not 0 < self.count <= _SMALL:
+            return ()
+        return ((slice(0, self.count), slice(0, self.blocks) if self.is_even else None),)
+
+    def pieces(self, array: Array, *, streams: bool = True) -> Iterable[Piece]:
+        """Return the pieces of an array, given in block order. Each begins at a multiple of eight weights.
+
+        A code then begins where a byte does. Pieces are whole lines where lines have levels of their own.
+        ``streams=False`` bounds the pieces by :func:`piece_size`, for callers that copy each piece.
+        """
+        if self.whole:
+            return self.whole
+        if self.lines_per_set is not None:
+            return self.line_pieces(piece_size(array))
+        limit = stream_size(array) if streams else piece_size(array)
+        # Where the ends of blocks and pieces differ, scales are repeated for each weight, which takes workspace.
+        lines_up = self.is_even and (self.block_size <= limit or self.blocks == 1)
+        return self.byte_pieces(limit if lines_up else piece_size(array))
+
     def whole_blocks(self, limit: int) -> Iterator[tuple[slice, slice]]:
-        """Yield ranges of weights and of blocks: whole blocks, and where these do not line up, whole lines."""
+        """Yield ranges of weights and of blocks: whole blocks, or whole lines where a line ends in a short block."""
         if not self.count:
             return
-        size, per_step = (
-            (self.block_size, max(1, limit // self.block_size))
-            if self.is_even
-            else (self.length, max(1, limit // self.length))
-        )
-        factor = 1 if self.is_even else self.blocks_per_line
-        for first in range(0, -(-self.count // size), per_step):
-            last = min(first + per_step, -(-self.count // size))
+        size, factor = (self.block_size, 1) if self.is_even else (self.length, self.blocks_per_line)
+        per_step, steps = max(1, limit // size), -(-self.count // size)
+        for first in range(0, steps, per_step):
+            last = min(first + per_step, steps)
             yield slice(first * size, min(last * size, self.count)), slice(first * factor, last * factor)
 
     def as_blocks(self, flat: Array) -> Array:
@@ -119,8 +173,8 @@ class Layout:
             lines = xp.concat([lines, padding], axis=1)
         return xp.reshape(lines, (-1, self.block_size))
 
-    def byte_pieces(self, limit: int) -> Iterator[tuple[slice, slice | None]]:
-        """Yield ranges of weights that begin at a multiple of eight; and of blocks if they are whole, or all are of one."""
+    def byte_pieces(self, limit: int) -> Iterator[Piece]:
+        """Yield pieces of at most ``limit`` weights; of whole blocks where eight of them fit into one piece."""
         step = limit // self.block_size // 8 * 8
         if self.is_even and step:
             for first in range(0, self.blocks, step):
@@ -134,20 +188,60 @@ class Layout:
         for start in range(0, self.count, limit):
             yield slice(start, min(start + limit, self.count)), only
 
-    def line_pieces(self, limit: int) -> Iterator[tuple[slice, None]]:
-        """Yield ranges of weights that are whole lines and begin at a multiple of eight."""
+    def line_pieces(self, limit: int) -> Iterator[Piece]:
+        """Yield pieces of whole lines, eight or a multiple of eight of them."""
         step = 8 * max(1, limit // 8 // max(1, self.length)) * self.length
         for start in range(0, self.count, step or 1):
             yield slice(start, min(start + step, self.count)), None
 
+    def bytes_of(self, weights: slice) -> slice:
+        """Return the range of bytes that the packed codes of a piece take."""
+        return slice(weights.start * self.bits // 8, ops.packed_size(weights.stop, self.bits))
+
+    def scales_of(self, scales: Array, zero_points: Array | None, piece: Piece) -> tuple[Array, Array | None, int]:
+        """Return the scales and zero points of a piece, and the number of weights that share one.
+
+        A piece that begins or ends within a block gets a scale for each of its weights.
+        """
+        weights, blocks = piece
+        if blocks is None:
+            index = self.block_of(weights, scales)
+            return ops.pick(scales, index), None if zero_points is None else ops.pick(zero_points, index), 1
+        if blocks.stop - blocks.start < self.blocks:
+            scales, zero_points = scales[blocks], None if zero_points is None else zero_points[blocks]
+        return scales, zero_points, self.block_size
+
+    def sets_of(self, weights: slice, like: Array) -> Array:
+        """Return the set of levels of each row that a piece is laid out as: a line, or the whole piece."""
+        xp, device = namespace(like), device_of(like)
+        if self.lines_per_set is None:
+            return xp.zeros((1,), dtype=xp.int64, device=device)
+        return self.lines_of(weights, like) // self.lines_per_set
+
     def lines_of(self, weights: slice, like: Array) -> Array:
-        """Return the numbers of the lines of a range of :meth:`line_pieces`, as int64 on the device of another array."""
+        """Return the numbers of the lines of a range of :meth:`line_pieces`, as int64 on the device of ``like``."""
         first, last = weights.start // self.length, weights.stop // self.length
         return namespace(like).arange(first, last, dtype=namespace(like).int64, device=device_of(like))
 
     def block_of(self, weights: slice, like: Array) -> Array:
-        """Return the block of each weight of a range, as int64 on the device of another array."""
+        """Return the block of each weight of a range, as int64 on the device of ``like``."""
         xp = namespace(like)
         numbers = xp.arange(weights.start, weights.stop, dtype=xp.int64, device=device_of(like))
         lines = numbers // self.length
         return lines * self.blocks_per_line + (numbers - lines * self.length) // self.block_size
+
+
+@lru_cache(maxsize=4096)
+def layout_of(fmt: BlockFormat, shape: tuple[int, ...]) -> Layout:
+    """Return the layout that a format gives to arrays of a shape, planned once."""
+    lines, length = fmt.lines(shape)
+    return Layout(
+        codebook=fmt.codebook,
+        lines=lines,
+        length=length,
+        blocks=fmt.blocks(shape),
+        block_size=max(1, min(fmt.block_size, length)),
+        axis=fmt.axis,
+        lines_per_set=fmt.levels if isinstance(fmt.levels, int) else None,
+        is_plain=fmt.scales == "float32" and fmt.levels == "codebook",
+    )

@@ -1,4 +1,14 @@
-"""Storing scales: as floats, or quantized themselves to any depth."""
+r"""Storage of scales: as floats, or quantized themselves to any depth.
+
+Quantized scales are codes of an array of scales ``s`` from which an offset ``o`` was subtracted: its minimum, its mean,
+or zero. With the second-level scale ``t`` of its block and a level ``l``, a scale decodes to
+
+.. math:: \hat s = \operatorname{float32}(t \, l) + o .
+
+The weights are encoded against :math:`\hat s`, so an error of :math:`\hat s` costs little as long as it is small and
+:math:`\hat s` has the sign of ``s``. If :math:`\hat s` is zero, the whole block decodes to zeros. :func:`_with_signs` moves
+codes away from that.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +21,9 @@ from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import NonFiniteError
 from lqlora.formats import ScaleFormat
-from lqlora.quantized._encoding import decode_scales, encode_array, unpacked
+from lqlora.quantized._decoding import decode_flat, decode_scales, unpacked
+from lqlora.quantized._encoding import encode_codes
+from lqlora.quantized._layout import layout_of
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
@@ -23,64 +35,82 @@ __all__ = ["code_neighbors", "require_in_range", "store_scales", "with_codes"]
 def store_scales(
     scales: Array, scale_format: str | ScaleFormat, name: str
 ) -> tuple[Array, Array] | tuple[QuantizedArray, Array]:
-    """Return scales as a format stores them, an array of its dtype or codes with second-level scales, and as decoded."""
+    """Return scales as a format stores them, and as they decode.
+
+    The first is an array of the format's dtype, or a quantized array with second-level scales; the second is an array of
+    float32. ``name`` is that of the weights, for messages.
+    """
+    xp = namespace(scales)
+    is_wide = scales.dtype == xp.float32
     if not isinstance(scale_format, ScaleFormat):
+        if is_wide and scale_format == "float32":
+            require_in_range(scales, scale_format, name)
+            return scales, scales
         cast = ops.storage_cast(scales, scale_format)
         decoded = cast if scale_format == "float32" else ops.widen(cast)
         require_in_range(decoded, scale_format, name)
         return cast, decoded
-    xp = namespace(scales)
-    wide, fmt = ops.storage_cast(scales, "float32"), scale_format.format
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as a second-level scale
-        offset = _offset(wide, scale_format.offset)
-        centered = wide if offset is None else wide - offset
+    wide = scales if is_wide else ops.storage_cast(scales, "float32")
+    fmt, shape = scale_format.format, tuple(wide.shape)
+    layout = layout_of(fmt, shape)
+    offset = _offset(wide, scale_format.offset)
+    if offset is None:
+        centered = wide
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as a second-level scale
+            centered = wide - offset
     try:
-        second, decoded_second = store_scales(_absmax(centered, fmt.block_size), fmt.scales, name)
+        second, decoded_second = store_scales(ops.block_absmax(centered, layout.block_size), fmt.scales, name)
     except NonFiniteError:
         require_in_range(wide, "float32", name)
         raise
-    packed = encode_array(centered, fmt, decoded_second)
-    stored = QuantizedArray(packed, second, fmt, tuple(wide.shape), offset)
-    decoded = decode_scales(stored)
-    if bool(xp.all((decoded > 0) & (decoded < math.inf) & (wide >= 0))):  # nearly always
+    packed = encode_codes(centered, layout, decoded_second)
+    stored = QuantizedArray(packed, second, fmt, shape, offset)
+    decoded = decode_flat(layout, packed, decoded_second, offset)
+    # All scales are above zero and so are the decoded ones: nearly always.
+    if bool(xp.all((decoded > 0) & (decoded < math.inf) & (wide >= 0))):
         return stored, decoded
     require_in_range(decoded, scale_format, name)  # a rounded second-level scale plus the offset may be out of range
     wrong = xp.sign(wide) * decoded <= 0
     if not bool(xp.any(wrong & (wide != 0))):
         return stored, decoded
     moved = _with_signs(stored, wide)
-    return moved, decode_scales(moved)
+    return moved, _decoded(moved)
 
 
-def _absmax(flat: Array, block_size: int) -> Array:
-    return ops.block_absmax(flat, max(1, min(block_size, flat.shape[0])))
+def _decoded(stored: QuantizedArray) -> Array:
+    """Return the scales that quantized scales decode to."""
+    inner = decode_scales(stored.scales, stored.format.scales)
+    return decode_flat(layout_of(stored.format, stored.shape), stored.packed, inner, stored.offset)
 
 
 def _offset(scales: Array, kind: str) -> Array | None:
-    xp = namespace(scales)
     if kind == "none":
         return None
+    xp = namespace(scales)
     if not scales.shape[0]:
         return xp.zeros((1,), dtype=xp.float32, device=device_of(scales))
     if kind == "min":
         return xp.reshape(xp.min(scales), (1,))
-    # Summed in an order of our own: the mean of a library is that of its own order, and so would be the bytes.
-    total = ops.row_sums(xp.astype(xp.reshape(scales, (1, -1)), xp.float64))
-    # An array of one number and not the number: a library may multiply by the reciprocal of that.
-    count = xp.full((1,), scales.shape[0], dtype=xp.float64, device=device_of(scales))
-    return xp.astype(total / count, xp.float32)
+    # Summed in a fixed order: the mean of a library depends on its own order of additions, and so would the bytes.
+    with np.errstate(over="ignore", invalid="ignore"):  # as in store_scales
+        total = ops.row_sums(xp.astype(xp.reshape(scales, (1, -1)), xp.float64))
+        # An array of one number, not the number: a library may multiply by the reciprocal of a number.
+        count = xp.full((1,), scales.shape[0], dtype=xp.float64, device=device_of(scales))
+        return xp.astype(total / count, xp.float32)
 
 
 def _with_signs(stored: QuantizedArray, scales: Array) -> QuantizedArray:
-    """Move the codes of scales that decode to zero, or to the other sign, until they do not.
+    """Move the codes of scales that decode to zero, or to the other sign, to the nearest code of the right sign.
 
-    The weights of such a block would all be lost. With the nearest code of the right sign the block's scale is too
-    large, which costs less: none of its weights comes back with more than its own size as error.
+    Otherwise the weights of such a block would all decode to zero, or with the wrong sign. The scale becomes too large,
+    which costs less: a weight then rounds to zero or to a level of its own sign, so its error is at most about the weight
+    itself. Codes move by one in each pass, because the levels next to zero differ between codebooks and depths.
     """
     xp = namespace(scales)
     last = len(stored.format.codebook) - 1
     for _ in range(last):
-        decoded, codes = decode_scales(stored), unpacked(stored)
+        decoded, codes = _decoded(stored), unpacked(stored)
         low = (scales > 0) & (decoded <= 0) & (codes < last)
         high = (scales < 0) & (decoded >= 0) & (codes > 0)
         if not bool(xp.any(low | high)):
@@ -90,27 +120,23 @@ def _with_signs(stored: QuantizedArray, scales: Array) -> QuantizedArray:
 
 
 def with_codes(stored: QuantizedArray, codes: Array) -> QuantizedArray:
-    """Return scales that share everything but their codes."""
+    """Return quantized scales with other codes and the same second-level scales and offset."""
     packed = ops.pack_codes(codes, stored.format.bits)
     return QuantizedArray(packed, stored.scales, stored.format, stored.shape, stored.offset)
 
 
 def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray]:
-    """Return variants of scales whose codes are near to other scales than those they were made of.
+    """Return quantized scales nearest to wanted values: by the nearest codes, the codes below, and the codes above.
 
-    They share second-level scales and offset with what is given: the nearest codes to ``wanted``, those below and those
-    above.
+    They share second-level scales and offset with ``stored``. The nearest scale need not be the best one for the weights,
+    which is why a fit also tries the neighbors.
     """
     xp = namespace(wanted)
     wide = ops.storage_cast(wanted, "float32")
     centered = wide if stored.offset is None else wide - stored.offset
-    nearest = QuantizedArray(
-        encode_array(centered, stored.format, decode_scales(stored.scales)),
-        stored.scales,
-        stored.format,
-        stored.shape,
-        stored.offset,
-    )
+    second = decode_scales(stored.scales, stored.format.scales)
+    packed = encode_codes(centered, layout_of(stored.format, stored.shape), second)
+    nearest = QuantizedArray(packed, stored.scales, stored.format, stored.shape, stored.offset)
     codes, last = unpacked(nearest), len(stored.format.codebook) - 1
     below = codes - xp.astype(codes > 0, xp.uint8)
     above = codes + xp.astype(codes < last, xp.uint8)
@@ -119,7 +145,9 @@ def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray
 
 def require_in_range(scales: Array, scale_format: str | ScaleFormat, name: str) -> None:
     """Refuse scales that are not finite."""
+    if ops.is_finite(scales):
+        return
     try:
-        ops.require_finite(scales, "The array of scales")
+        ops.require_finite(scales, "the array of scales")
     except NonFiniteError as error:
-        raise NonFiniteError(f"A scale of {name} is beyond the range of {scale_format}: {error}") from None
+        raise NonFiniteError(f"scales of {name} must be in the range of {scale_format}: {error}") from None

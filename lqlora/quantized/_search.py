@@ -1,7 +1,16 @@
-"""Finding the scale of least squared error for each block, and the levels that go with it: arithmetic on rows.
+r"""Search for the scale of least squared error of each block, and for levels fitted together with the scales.
 
-A row is a block, divided by the scale its absolute maximum gives it. Everything here works on such *normalized* rows
-and returns ratios to that first scale.
+A row is a block divided by the scale that its absolute maximum gives it. The functions work on such *normalized* rows
+``x`` and return ratios ``r`` to that first scale. With importance ``w`` and levels ``l``, the error of a row is
+
+.. math:: E(r) = \sum_i w_i \, (x_i - r \, l_{c_i})^2 , \qquad c_i = \text{code of the level nearest to } x_i / r .
+
+``E`` has many local minima, since codes jump as ``r`` moves. The search therefore tries a grid of ratios first. For fixed
+codes ``E`` is a parabola in ``r``, with its minimum at
+
+.. math:: r = \frac{\sum_i w_i x_i l_{c_i}}{\sum_i w_i l_{c_i}^2} .
+
+Taking this ratio, and then the nearest codes again, never increases ``E``. A few such steps follow the grid.
 """
 
 from __future__ import annotations
@@ -16,7 +25,8 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.codebooks.codebook import cell_boundaries
-from lqlora.quantized._encoding import host_levels, read_only
+from lqlora.ops.search import nearest_values
+from lqlora.quantized._decoding import host_levels, read_only
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -26,17 +36,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Rounding", "best_ratios", "fit_levels", "ratio_grid"]
 
-#: Ratios of a scale to the absolute maximum that are tried first, from this one for each number of bits to the last.
-#: Fewer bits gain from cutting off more of the tail: on normal weights half the scale is best for two bits.
+#: Smallest and largest ratio of the grid, by bits. Fewer bits gain from cutting off more of the tail: on normal weights half
+#: the scale of the absolute maximum is best for two bits.
 _LOWEST_RATIO = {1: 0.15, 2: 0.25, 3: 0.45, 4: 0.6, 5: 0.75, 6: 0.85, 7: 0.92, 8: 0.955}
 _HIGHEST_RATIO = {1: 1.0, 2: 1.05, 3: 1.1, 4: 1.1, 5: 1.1, 6: 1.1, 7: 1.08, 8: 1.06}
 _GRID = 12
 
-#: Least-squares steps after the grid. Each one is exact for the codes at hand; the third gains nothing measurable.
+#: Least-squares steps after the grid. A third one gains nothing measurable.
 _REFINEMENTS = 2
 
-#: Rounds of the joint fit, and those that search the ratios anew instead of refining them: the search leaves the local
-#: minimum that the alternation has run into.
+#: Rounds of the joint fit, and the rounds that search the ratios again instead of refining them. A search leaves the local
+#: minimum that the alternation has reached.
 _ROUNDS = 20
 _SEARCHES = (3, 8, 14)
 
@@ -46,14 +56,14 @@ _ROUNDS_AGAIN = 2
 
 @dataclass(frozen=True)
 class Rounding:
-    """How normalized rows are rounded: by one table of levels for all, or by several sets of them.
+    """Rounding of normalized rows to the nearest level, from one table for all rows or from several sets of levels.
 
     Parameters
     ----------
     table : ndarray of float32, shape (n,), optional
         The levels of all rows.
     boundaries : ndarray of float32, shape (n - 1,), optional
-        Those between the cells of the table.
+        Boundaries between the cells of the table.
     levels : array of float32, shape (number of sets, n), optional
         Levels by set, where there is no table.
     cells : array of float32, shape (number of sets, n - 1), optional
@@ -91,55 +101,69 @@ class Rounding:
         return xp.reshape(ops.pick(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), codes.shape)
 
     def nearest(self, rows: Array, zeros: Array | None) -> Array:
-        """Return the nearest values, with the zero points of an affine format added before and subtracted after."""
-        if zeros is None:
+        """Return the nearest values; zero points of an affine format are added before and subtracted after.
+
+        Formats with zero points have no fitted levels, so they always have a table.
+        """
+        if self.table is None or self.boundaries is None:
             return self.values(self.codes(rows))
-        return self.values(self.codes(rows + zeros)) - zeros
+        return nearest_values(rows, self.table, self.boundaries, zeros)
 
 
 def ratio_grid(bits: int, *, signed: bool, coarse: bool = False) -> list[float]:
-    """Return the ratios that a search starts from."""
+    """Return the ratios that a search tries first; a coarse grid serves a search that starts near its result."""
     grid = np.linspace(_LOWEST_RATIO[bits], _HIGHEST_RATIO[bits], _GRID, dtype=np.float32).tolist()
     grid = grid[1::3] if coarse else [1.0, *grid]
     return [*grid, *(-ratio for ratio in grid if signed)]
 
 
 def best_ratios(
-    rows: Array, weights: Array | None, rounding: Rounding, zeros: Array | None, grid: list[float]
+    rows: Array, importance: Array | None, rounding: Rounding, zeros: Array | None, grid: list[float]
 ) -> Array:
-    """Return the factor of each row's scale that leaves the least weighted squared error, of those tried."""
+    """Return the ratio of least squared error of each row, of those on the grid and the least-squares steps after it."""
     if rounding.table is not None and rounding.boundaries is not None:
-        return ops.best_ratios(rows, weights, rounding.table, rounding.boundaries, zeros, grid, _REFINEMENTS)
-    return ops.search_ratios(rows, weights, partial(rounding.nearest, zeros=zeros), grid, _REFINEMENTS)
+        return ops.best_ratios(rows, importance, rounding.table, rounding.boundaries, zeros, grid, _REFINEMENTS)
+    return ops.search_ratios(rows, importance, partial(rounding.nearest, zeros=zeros), grid, _REFINEMENTS)
 
 
 def fit_levels(
     rows: Array,
-    weights: Array | None,
+    within: Array | None,
     importance: Array,
     sets: Array,
     count: int,
     codebook: Codebook,
     start: Array | None = None,
 ) -> Array:
-    """Fit levels and ratios together: Lloyd's algorithm, with the scales as further unknowns.
+    r"""Fit levels and ratios together: Lloyd's algorithm, with the scales as further unknowns.
+
+    With the importance :math:`a_b` of row ``b``, the error of a set of levels is
+
+    .. math:: \sum_b a_b \sum_i w_{bi} \, (x_{bi} - r_b \, l_{c_{bi}})^2 .
+
+    Each round lowers it in one group of unknowns at a time: the codes (nearest level), the ratios (least squares by row), and
+    the levels, where a level ``k`` becomes the centroid of the entries with its code,
+
+    .. math:: l_k = \frac{\sum a_b r_b w_{bi} x_{bi}}{\sum a_b r_b^2 w_{bi}} \quad \text{over } c_{bi} = k .
+
+    A level without entries stays where it is. Common factors of levels and ratios cancel, so levels are scaled at the end.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
         Normalized blocks.
-    weights : array of float32, shape (m, k), optional
-        Weights of the squares within a row.
+    within : array of float32, shape (m, k), optional
+        Importance of the entries of a row, relative to each other.
     importance : array of float64, shape (m,)
-        Weight of a row: the square of its scale, since errors of the weights count and not those of the rows.
+        Importance of a row: the square of its scale, since errors of the weights count and not errors of the rows.
     sets : array of int64, shape (m,)
-        Which levels a row takes.
+        Set of levels of each row.
     count : int
         Number of sets.
     codebook : Codebook
-        The other starting point, besides quantiles of the data.
+        Starting point of a first attempt; a second one starts from quantiles of a normal distribution.
     start : array of float32, shape (count, n), optional
-        Levels fitted to similar rows: the only starting point, if given. A few rounds are made from there.
+        Levels fitted to similar rows. If given, they are the only starting point, and a few rounds are made from there.
 
     Returns
     -------
@@ -148,16 +172,16 @@ def fit_levels(
 
     References
     ----------
-    BOF4, arXiv 2505.06653, for the weights of the centroids; Lloyd (1982). The joint update of scales is ours.
+    BOF4, arXiv 2505.06653, for the importance in the centroids; Lloyd (1982). The joint update of scales is ours.
     """
     xp = namespace(rows)
     device = device_of(rows)
     known = xp.asarray(np.tile(codebook.levels, (count, 1)), device=device)
     if start is not None:
-        levels = _alternate(rows, weights, importance, sets, start, codebook, again=True)[0]
+        levels = _alternate(rows, within, importance, sets, start, codebook, again=True)[0]
     else:
         starts = [known, _spread_levels(rows, importance, sets, count, len(codebook))]
-        tried = [_alternate(rows, weights, importance, sets, one, codebook, again=False) for one in starts]
+        tried = [_alternate(rows, within, importance, sets, one, codebook, again=False) for one in starts]
         (first, error), (second, other) = tried
         levels = xp.where((other < error)[:, None], second, first)
     largest = xp.max(xp.abs(levels), axis=1)
@@ -167,9 +191,10 @@ def fit_levels(
 
 
 def _spread_levels(rows: Array, importance: Array, sets: Array, count: int, size: int) -> Array:
-    """Return the levels that are best for many bits if the rows are normal: their density is the cube root of theirs.
+    """Return the levels that are asymptotically best for many bits if the rows are normally distributed.
 
-    That is the density of a normal distribution with three times the variance (Panter and Dite, 1951).
+    The best density of levels is proportional to the cube root of the density of the rows (Panter and Dite, 1951). For a
+    normal distribution that is a normal density of three times the variance.
     """
     xp = namespace(rows)
     squares = importance * xp.astype(ops.row_sums(rows * rows), xp.float64)
@@ -184,7 +209,7 @@ def _spread_levels(rows: Array, importance: Array, sets: Array, count: int, size
 
 def _alternate(
     rows: Array,
-    weights: Array | None,
+    within: Array | None,
     importance: Array,
     sets: Array,
     levels: Array,
@@ -192,7 +217,7 @@ def _alternate(
     *,
     again: bool,
 ) -> tuple[Array, Array]:
-    """Return the levels after some rounds, and the error they leave by set."""
+    """Return the levels after the rounds of :func:`fit_levels`, and the error that they leave in each set."""
     xp = namespace(rows)
     count, size = levels.shape
     grid = ratio_grid(codebook.bits, signed=codebook.normalization == "signed", coarse=again)
@@ -200,13 +225,13 @@ def _alternate(
     for step in range(_ROUNDS_AGAIN if again else _ROUNDS):
         rounding = Rounding.of(codebook, levels, sets)
         if step in _SEARCHES or (again and step == 0):
-            ratios = best_ratios(rows, weights, rounding, None, grid)
+            ratios = best_ratios(rows, within, rounding, None, grid)
         codes = rounding.codes(rows / ratios[:, None])
-        ratios = ops.least_squares(rows, weights, rounding.values(codes), ratios)
-        above, below = ops.level_sums(rows, weights, importance, ratios, codes, sets, size, count)
+        ratios = ops.least_squares(rows, within, rounding.values(codes), ratios)
+        above, below = ops.level_sums(rows, within, importance, ratios, codes, sets, size, count)
         centers = xp.astype(above / xp.where(below > 0, below, xp.ones_like(below)), xp.float32)
         levels = xp.reshape(xp.where(below > 0, centers, xp.reshape(levels, (-1,))), (count, size))
         levels = xp.sort(levels, axis=1)
     rounding = Rounding.of(codebook, levels, sets)
-    errors = ops.squared_errors(rows, weights, ratios, rounding.nearest(rows / ratios[:, None], None))
+    errors = ops.squared_errors(rows, within, ratios, rounding.nearest(rows / ratios[:, None], None))
     return levels, ops.bin_sums(importance * xp.astype(errors, xp.float64), sets, count)

@@ -1,6 +1,6 @@
-"""Rounding column by column, where each column makes up for the errors of others: the arithmetic of GPTQ.
+"""Passes of error feedback: rounding column by column, where each column makes up for the errors of others.
 
-Matrices are held transposed and in the order of the pass here, so that the columns of a weight are contiguous.
+Matrices are held transposed and in the order of the pass, so that a column of the weight is contiguous.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
-from lqlora.quantized._encoding import decode_scales
-from lqlora.quantized._fits import Source
-from lqlora.quantized._layout import Layout, in_shape
+from lqlora.quantized._decoding import decode_scales, zero_point_codes
+from lqlora.quantized._layout import in_shape, layout_of
 from lqlora.quantized._search import Rounding
+from lqlora.quantized._source import Source
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -24,29 +24,40 @@ if TYPE_CHECKING:
 
 __all__ = ["System", "targets"]
 
-#: Columns whose errors reach the columns after them one by one; those further on get them by one product of matrices.
+#: Columns of a group. Within it, errors reach the next column one by one; the columns after it get the errors of the whole
+#: group by one product of matrices.
 _COLUMNS = 128
 
 
 @dataclass(frozen=True)
 class System:
-    r"""The order of the columns, and what the errors of some do to others.
+    r"""Order of the columns, and the coupling of their errors by a second moment ``H``.
 
-    With :math:`H = M \operatorname{diag}(d) M^T` and ``M`` upper triangular of ones on the diagonal, the error
-    :math:`\operatorname{tr}(E H E^T)` of ``E = W - Q`` is :math:`\sum_k d_k \|(E M)_k\|^2`. Column ``k`` of ``E M`` is a
-    target less what it is rounded to, where the target is the column of ``W`` plus what the columns before it left.
-    This is GPTQ: the inverse of its Cholesky factor of the inverse of ``H`` is ``M diag(sqrt(d))``.
+    Factor :math:`H = M \operatorname{diag}(d) M^T` with ``M`` upper triangular and ones on its diagonal. With the errors
+    ``E = W - Q``, column ``k`` of ``E M`` holds the error of column ``k`` plus multiples of those of the columns before it:
+
+    .. math:: \operatorname{tr}(E H E^T) = \sum_k d_k \, \|(E M)_k\|^2 , \qquad
+              (E M)_k = \Bigl(W_k + \sum_{j < k} M_{jk} E_j\Bigr) - Q_k .
+
+    The bracket is the *target* of column ``k``. Its errors ``E_j`` are known when column ``k`` is rounded, so rounding the
+    target to nearest minimizes the term of column ``k``. This is GPTQ: the inverse of its Cholesky factor of the inverse of
+    ``H`` is ``M diag(sqrt(d))``.
+
+    For coordinate descent, set the derivative by column ``k`` to zero with all other columns fixed. The best value is
+
+    .. math:: W_k + \sum_{j \ne k} \frac{H_{jk}}{H_{kk}} E_j .
 
     Parameters
     ----------
     order : array of int64, shape (n,)
-        Columns in the order they are rounded in.
+        Columns in the order in which they are rounded.
     feedback : array, shape (n, n)
         ``M`` without its diagonal, in that order.
     exchange : array, shape (n, n)
-        What an error adds to the best value of a column when all other columns stay as they are, in that order.
+        ``H[j, k] / H[k, k]`` without the diagonal, in that order.
     importance : array of float64, shape (n,)
-        ``d`` of each column: what the squared distance from its target counts. The largest is 1.
+        ``d`` of each column in the order of the weight, the factor of the squared distance from its target. The largest
+        is 1.
     """
 
     order: Array
@@ -56,7 +67,7 @@ class System:
 
     @classmethod
     def of(cls, damped: Array, order: Array, dtype: Array) -> System:
-        """Factor a second moment, given in float64, into arrays of a dtype."""
+        """Return the system of a second moment, given in float64, with arrays of a dtype."""
         xp = namespace(damped)
         ordered = ops.pick(ops.pick(damped, order, axis=0), order, axis=1)
         factor = _upper_factor(ordered)
@@ -72,7 +83,10 @@ class System:
 
 
 def _upper_factor(matrix: Array) -> Array:
-    """Return the upper triangular factor of ``matrix = factor @ factor.T``: that of Cholesky, from the other end."""
+    """Return the upper triangular factor of ``matrix = factor @ factor.T``.
+
+    Cholesky's factor is lower triangular. Reversing rows and columns before and after turns it into an upper one.
+    """
     xp = namespace(matrix)
     try:
         factor = xp.flip(xp.linalg.cholesky(xp.flip(matrix)))
@@ -80,7 +94,7 @@ def _upper_factor(matrix: Array) -> Array:
         factor = xp.full_like(matrix, float("nan"))
     if not bool(xp.all(xp.isfinite(factor))):
         raise InvalidArgumentError(
-            "The gram is not positive definite, even with its damping: it is no second moment, or needs more damping."
+            "gram must be positive definite once it is damped. Check that it is a second moment, or increase damping."
         )
     return factor
 
@@ -93,28 +107,30 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
     w : array of float32 or float64, shape (m, n)
         Weights.
     q : QuantizedArray of shape (m, n)
-        Where scales, zero points and levels are from.
+        Quantized matrix whose scales, zero points and levels are used.
     system : System
-        How errors spread.
+        Coupling of the columns.
     dense : array of float32, shape (m, n), optional
-        What ``q`` decodes to. Given, its columns are rounded anew, each to what is best while all others stay as they
-        are. Not given, columns are rounded for the first time, and make up for the errors of those before them.
+        Dense values of ``q``, for a sweep of coordinate descent: each column is rounded to its best value while all
+        others stay as they are. If not given, this is a pass of error feedback: columns make up for the errors of the
+        columns before them.
 
     Returns
     -------
     array of the same shape and dtype as ``w``
-        What each column was when it was rounded to the nearest values.
+        Target of each column, which was rounded to the nearest value.
     """
     xp = namespace(w)
     wanted = _ordered(w, system)
     coupling, errors = system.feedback, xp.zeros_like(wanted)
     grid, count = _Grid.of(w, q, system), wanted.shape[0]
     found: list[Array] = []
-    with np.errstate(over="ignore", invalid="ignore"):  # a target that is not finite is for the caller to find
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses targets that are not finite
         if dense is not None:
             coupling, errors = system.exchange, wanted - _ordered(dense, system)
         for start in range(0, count, _COLUMNS):
             stop = min(start + _COLUMNS, count)
+            # Errors of other groups by products of matrices; later groups have errors only in a sweep.
             base = wanted[start:stop, :]
             for others in (slice(0, start), slice(stop, count if dense is not None else stop)):
                 base = base + xp.matrix_transpose(coupling[others, start:stop]) @ errors[others, :]
@@ -134,20 +150,20 @@ def _ordered(matrix: Array, system: System) -> Array:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What each weight is rounded to, given that its scale is known.
+    """Values that each weight may be rounded to under known scales.
 
     Parameters
     ----------
     scales : array of float32, shape (n, m)
         Decoded scales by weight, in the order of the pass.
     divisors : array of float32 or float64, shape (n, m)
-        The same, infinite where a scale is zero: what is divided by it becomes zero.
+        The same, but infinite where a scale is zero, so that the quotient is zero.
     zeros : array of float32, shape (n, m), optional
         Zero points.
     rounding : Rounding
         Levels.
     sets : array of int64, shape (n, m), optional
-        The set of levels of each weight, where there are several.
+        Set of levels of each weight, where there are several.
     """
 
     scales: Array
@@ -158,28 +174,28 @@ class _Grid:
 
     @classmethod
     def of(cls, w: Array, q: QuantizedArray, system: System) -> _Grid:
-        layout, fmt = Layout.of(q.format, q.shape), q.format
+        layout, fmt = layout_of(q.format, q.shape), q.format
         xp = namespace(q.packed)
         blocks = layout.block_of(slice(0, layout.count), q.packed)
 
         def by_weight(values: Array) -> Array:
             return _ordered(in_shape(ops.pick(values, blocks), fmt.axis, q.shape), system)
 
-        zeros, sets, rounding = None, None, Rounding.of(fmt.codebook, q.levels, None)
-        if q.zero_points is not None:
-            zeros = by_weight(xp.astype(ops.unpack_codes(q.zero_points, fmt.bits, layout.blocks), xp.float32))
+        zeros, sets, rounding = zero_point_codes(q), None, Rounding.of(fmt.codebook, q.levels, None)
+        if zeros is not None:
+            zeros = by_weight(xp.astype(zeros, xp.float32))
         if rounding.table is None:
             sets = by_weight(Source(w, None, fmt, "").sets_of(slice(0, layout.blocks)))
-        scales = by_weight(decode_scales(q.scales))
+        scales = by_weight(decode_scales(q.scales, fmt.scales))
         divisors = xp.astype(xp.where(scales != 0, scales, xp.full_like(scales, float("inf"))), w.dtype)
         return cls(scales, divisors, zeros, rounding, sets)
 
     def nearest(self, column: int, target: Array) -> Array:
-        """Round a column, to the very values that its codes will decode to."""
+        """Return a column rounded to exactly the values that its codes will decode to."""
         zeros = None if self.zeros is None else self.zeros[column, :]
         normalized = target / self.divisors[column, :]
         if self.sets is None:
             values = self.rounding.nearest(normalized, zeros)
-        else:  # formats with zero points have no levels of their own
+        else:  # formats with zero points have no fitted levels
             values = replace(self.rounding, sets=self.sets[column, :]).nearest(normalized[:, None], None)[:, 0]
         return values * self.scales[column, :]

@@ -1,4 +1,4 @@
-"""Quantized arrays: what is stored, and the checks on it."""
+"""``QuantizedArray``: the stored arrays of a quantized array, stacks of them, and the checks on load."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ from lqlora import ops
 from lqlora._dispatch import namespace
 from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, UnsupportedArrayError
 from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.quantized._decoding import decode_scales, unpacked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lqlora._typing import Array, Namespace
     from lqlora.codebooks import Codebook
+    from lqlora.formats import StoredArrays
 
-__all__ = ["QuantizedArray"]
+__all__ = ["QuantizedArray", "nest"]
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """A block-quantized array. Made by :func:`quantize` or :meth:`from_arrays`, not changed afterwards.
+    """Block-quantized array. :func:`quantize` and :meth:`from_arrays` make one; it is not changed afterwards.
 
-    Every stored array may have leading batch dimensions, the first ones of ``shape``: then this is a stack of arrays
-    that were quantized one by one, such as the experts of a layer. What follows describes one of them, of ``n`` weights
-    in ``blocks`` blocks.
+    Every stored array may have leading batch dimensions, which are the first ones of ``shape``. The object is then a stack
+    of arrays that were quantized one by one, such as the experts of a layer. The shapes below are those of a single array
+    of ``n`` weights in ``blocks`` blocks.
 
     Parameters
     ----------
     packed : array of uint8, shape (ceil(n * bits / 8),)
         Packed codes, in the layout of :mod:`lqlora.ops.packing`, block after block.
     scales : array, shape (blocks,), or QuantizedArray
-        One scale per block, in the storage the format names; quantized itself under double quantization.
+        One scale per block, in the dtype that the format names; a quantized array under double quantization.
     format : BlockFormat
         Codebook, block size, axis and scale format.
     shape : tuple of int
         Shape of the dense array, batch dimensions included.
     offset : array of float32, shape (1,), optional
-        Added to every decoded value: set only where this array is the scales of another.
+        Number that is added to every decoded value. Only arrays that are the scales of another array have one.
     zero_points : array of uint8, shape (ceil(blocks * bits / 8),), optional
-        Packed codes that zero has in each block of an affine format.
+        Packed zero points: the code of zero in each block of an affine format.
     levels : array of float32, shape (sets, number of levels), optional
-        Fitted levels, where the format has them: of the whole array, or of each group of lines.
+        Fitted levels, where the format has them: one set for the whole array, or one for each group of lines.
     """
 
     packed: Array
@@ -64,28 +66,26 @@ class QuantizedArray:
     @property
     def codes(self) -> Array:
         """Unpacked codes as an array of uint8 of the dense shape, computed at each access."""
-        from lqlora.quantized._encoding import unpacked  # noqa: PLC0415 - which needs this class
-
         return stacked([unpacked(q) for q in self.unstack()], self.batch_shape)
 
     @property
     def codebook(self) -> Codebook:
-        """The codebook of the format. If the array has fitted levels, those count and not the codebook's."""
+        """Codebook of the format. Fitted levels, where the array has them, replace the levels of the codebook."""
         return self.format.codebook
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all stored arrays; for a single array ``8 * nbytes == format.storage_bits(shape)``."""
+        """Bytes of all stored arrays. For a single array ``8 * nbytes == format.storage_bits(shape)``."""
         return sum(ops.stored_bytes(array) for array in self.to_arrays().values())
 
     def __getitem__(self, index: int) -> QuantizedArray:
         """Return one array of a stack; nothing is copied."""
         if not self.batch_shape:
-            raise InvalidArgumentError("Only a stack of quantized arrays has items; this is a single one.")
+            raise InvalidArgumentError(f"index {index!r} needs a stack of quantized arrays, got a single array.")
         if not -self.batch_shape[0] <= index < self.batch_shape[0]:
-            raise IndexError(f"Item {index} of a stack of {self.batch_shape[0]}.")
+            raise IndexError(f"index must be below {self.batch_shape[0]}, the length of the stack, got {index}.")
         arrays = {name: array[index, ...] for name, array in self.to_arrays().items()}
-        return _rebuild(arrays, self.format, self.shape[1:], len(self.batch_shape) - 1, offset=self.offset is not None)
+        return nest(arrays, self.format, self.shape[1:], len(self.batch_shape) - 1)
 
     @classmethod
     def stack(cls, parts: Sequence[QuantizedArray], batch_shape: tuple[int, ...]) -> QuantizedArray:
@@ -94,9 +94,9 @@ class QuantizedArray:
         Parameters
         ----------
         parts : sequence of QuantizedArray of shape (...)
-            As many as the batch has, in row-major order; none of them a stack itself.
+            Single arrays in row-major order of the batch.
         batch_shape : tuple of int
-            Dimensions to put in front.
+            Dimensions to put in front. Their product is the number of parts.
 
         Returns
         -------
@@ -106,26 +106,26 @@ class QuantizedArray:
         Raises
         ------
         InvalidArgumentError
-            If there are too few or too many, or they differ in format or shape.
+            If the number of parts is another, or they differ in format or shape, or one is a stack itself.
         """
         kinds = {(part.format, part.shape, part.batch_shape) for part in parts}
         if len(parts) != prod(batch_shape) or len(kinds) != 1 or parts[0].batch_shape:
             raise InvalidArgumentError(
-                f"A stack of {batch_shape} is made of {prod(batch_shape)} arrays of one format and one shape, not of "
-                f"{len(parts)} of {len(kinds)} kind(s)."
+                f"parts of a stack of batch_shape {batch_shape} must be {prod(batch_shape)} single arrays of one format "
+                f"and shape, got {len(parts)} with {len(kinds)} combination(s) of format and shape."
             )
         arrays = [part.to_arrays() for part in parts]
         joined = {key: stacked([own[key] for own in arrays], batch_shape) for key in arrays[0]}
         shape = (*batch_shape, *parts[0].shape)
-        return _rebuild(joined, parts[0].format, shape, len(batch_shape), offset=parts[0].offset is not None)
+        return nest(joined, parts[0].format, shape, len(batch_shape))
 
     def unstack(self) -> list[QuantizedArray]:
-        """Return the arrays of a stack in order, without its batch dimensions; a single array is a stack of itself.
+        """Return the arrays of a stack in row-major order, without the batch dimensions.
 
         Returns
         -------
         list of QuantizedArray
-            Views, no copies.
+            Views, no copies. A single array gives a list of itself.
         """
         if not self.batch_shape:
             return [self]
@@ -138,8 +138,8 @@ class QuantizedArray:
         -------
         dict of str to array
             ``codes`` and ``scales``, or under double quantization ``codes``, ``scales.codes``, ``scales.scales`` and
-            ``scales.offset``, and so on for deeper levels; ``zero_points`` and ``levels`` where the format has them. No
-            array is copied.
+            ``scales.offset``, and so on at greater depth; ``zero_points`` and ``levels`` where the format has them. No
+            array is copied. :meth:`BlockFormat.stored_arrays` says their dtypes and shapes.
 
         Examples
         --------
@@ -160,7 +160,7 @@ class QuantizedArray:
     def from_arrays(
         cls, arrays: Mapping[str, Array], fmt: BlockFormat, shape: tuple[int, ...], batch_dims: int = 0
     ) -> QuantizedArray:
-        """Rebuild from the arrays of :meth:`to_arrays`, after checking every one.
+        """Rebuild a quantized array from the arrays of :meth:`to_arrays`, after checking every one.
 
         Parameters
         ----------
@@ -183,42 +183,52 @@ class QuantizedArray:
         FormatError
             If an array is missing or left over, or has the wrong length or dtype, a code is beyond the codebook, levels
             are not sorted, a stored scale has a sign that the format does not allow, or finite arrays decode to
-            infinite scales. What is stored as NaN or infinity is let through: it may be what someone wants to look at.
+            infinite scales. Stored NaN and infinity are accepted, so that damaged arrays can be read and inspected.
+        UnsupportedArrayError
+            If a value is not an array.
         MixedArraysError
             If the arrays belong to two libraries.
 
         Notes
         -----
-        Quantized scales may decode to negative numbers where their codebook has a sign: those of blocks of zeros do if
-        the mean was subtracted, and those of bitsandbytes do.
+        Quantized scales may decode to negative numbers where their codebook has a sign. Scales of blocks of zeros do if
+        the mean was subtracted, and so do those of bitsandbytes.
         """
+        shape = tuple(shape)
         if not all(isinstance(length, int) and length >= 0 for length in shape):
-            raise FormatError(f"A shape has lengths of at least 0: {tuple(shape)}.")
+            raise FormatError(f"shape must have lengths of at least 0, got {shape}.")
         if not 0 <= batch_dims <= len(shape) or not prod(shape[:batch_dims]):
-            raise FormatError(f"A stack holds at least one array; {batch_dims} dimensions of {tuple(shape)} do not.")
-        quantized = _rebuild(dict(arrays), fmt, tuple(shape), batch_dims, offset=False)
-        namespace(*quantized.to_arrays().values())  # refuses arrays of several libraries
+            raise FormatError(
+                f"batch_dims of shape {shape} must count a stack of at least one array, got {batch_dims}."
+            )
+        try:
+            expected = fmt.stored_arrays(shape[batch_dims:], shape[:batch_dims])
+        except InvalidArgumentError as error:
+            raise FormatError(str(error)) from None
+        _check_arrays(arrays, expected, fmt)
+        quantized = nest(arrays, fmt, shape, batch_dims)
+        namespace(*quantized.to_arrays().values())  # refuses arrays of two libraries
         _check_values(quantized)
         _check_decoded_scales(quantized)
         return quantized
 
     def to(self, xp: Namespace, device: object = None) -> QuantizedArray:
-        """Move to another array library or device: the one explicit way to do so. Memory is shared where both allow it.
+        """Return the quantized array in another array library or on another device. Nothing else moves arrays.
 
         Parameters
         ----------
         xp : module
             Target namespace, such as ``numpy`` or ``torch``.
         device : object, optional
-            Target device, in the words of that library. If not given, arrays of that library stay on their device.
+            Target device, as that library names it. If not given, arrays of that library stay on their device.
 
         Returns
         -------
         QuantizedArray
-            The same bytes there.
+            The same bytes; memory is shared where both libraries allow it.
         """
         moved = {name: ops.convert(array, xp, device) for name, array in self.to_arrays().items()}
-        return _rebuild(moved, self.format, self.shape, len(self.batch_shape), offset=self.offset is not None)
+        return nest(moved, self.format, self.shape, len(self.batch_shape))
 
 
 def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
@@ -229,52 +239,61 @@ def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
     return xp.reshape(xp.stack(arrays), (*batch_shape, *arrays[0].shape))
 
 
-def _rebuild(
-    arrays: dict[str, Array], fmt: BlockFormat, shape: tuple[int, ...], batch_dims: int, *, offset: bool
+def nest(
+    arrays: Mapping[str, Array], fmt: BlockFormat, shape: tuple[int, ...], batch_dims: int, prefix: str = ""
 ) -> QuantizedArray:
-    """Check names, lengths and dtypes, level by level."""
-    batch, own = shape[:batch_dims], shape[batch_dims:]
-    try:
-        lines, length = fmt.lines(own)
-    except InvalidArgumentError as error:
-        raise FormatError(str(error)) from None
-    blocks = lines * -(-length // fmt.block_size)
-    packed = _take(arrays, "codes", "uint8", (*batch, ops.packed_size(lines * length, fmt.bits)))
-    own_offset = _take(arrays, "offset", "float32", (*batch, 1)) if offset else None
-    affine, sets = fmt.codebook.normalization == "affine", fmt.level_sets(own)
-    zero_points = _take(arrays, "zero_points", "uint8", (*batch, ops.packed_size(blocks, fmt.bits))) if affine else None
-    levels = _take(arrays, "levels", "float32", (*batch, sets, len(fmt.codebook))) if fmt.levels != "codebook" else None
-    scales: Array | QuantizedArray
+    """Return the quantized array of stored arrays by name, without checks.
+
+    Parameters
+    ----------
+    arrays : mapping of str to array
+        The arrays of :meth:`QuantizedArray.to_arrays`.
+    fmt : BlockFormat
+        Their format.
+    shape : tuple of int
+        Shape of the dense array.
+    batch_dims : int
+        Number of leading dimensions that count the arrays of a stack.
+    prefix : str, optional
+        Start of the names of the arrays to read: ``"scales."`` for the scales of a double-quantized array.
+
+    Returns
+    -------
+    QuantizedArray
+        Shares the arrays, no copy.
+    """
     if isinstance(fmt.scales, ScaleFormat):
-        inner = {key.removeprefix("scales."): arrays.pop(key) for key in list(arrays) if key.startswith("scales.")}
-        has_offset = fmt.scales.offset != "none"
-        scales = _rebuild(inner, fmt.scales.format, (*batch, blocks), batch_dims, offset=has_offset)
+        inner = *shape[:batch_dims], fmt.blocks(shape[batch_dims:])
+        scales = nest(arrays, fmt.scales.format, inner, batch_dims, f"{prefix}scales.")
     else:
-        scales = _take(arrays, "scales", fmt.scales, (*batch, blocks))
-    if arrays:
-        raise FormatError(f"Format {fmt} has no array named {', '.join(sorted(arrays))}.")
-    return QuantizedArray(packed, scales, fmt, shape, own_offset, zero_points, levels)
+        scales = arrays[f"{prefix}scales"]
+    offset, zero_points = arrays.get(f"{prefix}offset"), arrays.get(f"{prefix}zero_points")
+    return QuantizedArray(
+        arrays[f"{prefix}codes"], scales, fmt, shape, offset, zero_points, arrays.get(f"{prefix}levels")
+    )
 
 
-def _take(arrays: dict[str, Array], key: str, dtype: str, shape: tuple[int, ...]) -> Array:
-    if key not in arrays:
-        raise FormatError(f"Array {key!r} is missing.")
-    array = arrays.pop(key)
-    try:
-        found = ops.dtype_name(array), tuple(array.shape)
-    except (AttributeError, LQLoRAError):
-        raise UnsupportedArrayError(f"{key!r} is not an array.") from None
-    if found != (dtype, shape):
-        raise FormatError(f"Array {key!r} should be {dtype} of shape {shape}, not {found[0]} of shape {found[1]}.")
-    return array
+def _check_arrays(arrays: Mapping[str, Array], expected: StoredArrays, fmt: BlockFormat) -> None:
+    """Refuse arrays that are not those of a format, before anything trusts their sizes."""
+    for name, (dtype, shape) in expected.items():
+        if name not in arrays:
+            raise FormatError(f"arrays of format {fmt} must include {name!r}, which is missing.")
+        try:
+            found = ops.dtype_name(arrays[name]), tuple(arrays[name].shape)
+        except (AttributeError, LQLoRAError):
+            raise UnsupportedArrayError(f"{name!r} must be an array, got {type(arrays[name]).__name__}.") from None
+        if found != (dtype, shape):
+            raise FormatError(f"{name!r} must be {dtype} of shape {shape}, got {found[0]} of shape {found[1]}.")
+    if unknown := sorted(set(arrays) - set(expected)):
+        raise FormatError(f"arrays of format {fmt} must be {', '.join(expected)}, got also {', '.join(unknown)}.")
 
 
 def _check_values(q: QuantizedArray, *, signed: bool = False) -> None:
-    """Check codes, levels and the sign of scales; an offset below zero is the mark of signed scales."""
+    """Check codes, levels and the signs of scales. An offset below zero means that the scales are signed."""
     book = q.format.codebook
     for codes in [] if len(book) == 2**q.format.bits else [part.codes for part in q.unstack()]:
         if prod(codes.shape) and int(namespace(codes).max(codes)) >= len(book):
-            raise FormatError(f"A code is beyond the {len(book)} levels of {book.name}.")
+            raise FormatError(f"'codes' must be below {len(book)}, the number of levels of {book.name}.")
     if q.levels is not None:
         _check_levels(q.levels)
     if q.offset is not None:
@@ -288,25 +307,23 @@ def _check_values(q: QuantizedArray, *, signed: bool = False) -> None:
 
 def _check_levels(levels: Array) -> None:
     if bool(namespace(levels).any(levels[..., 1:] < levels[..., :-1])):
-        raise FormatError("Fitted levels are not in ascending order.")
+        raise FormatError("'levels' must be in ascending order in each set.")
 
 
 def _check_scales(scales: Array, *, signed: bool) -> None:
     wide = ops.widen(scales)
     if not signed and bool(namespace(wide).any(wide < 0)):
-        raise FormatError("A scale, or the offset of scales, is negative.")
+        raise FormatError("'scales' and their offset must not be negative in this format.")
 
 
 def _check_decoded_scales(q: QuantizedArray) -> None:
-    """Refuse what :func:`quantize` never stores: second-level scales or an offset under which a scale overflows."""
-    from lqlora.quantized._encoding import decode_scales  # noqa: PLC0415 - which needs this class
-
+    """Refuse second-level scales, or an offset, under which a scale overflows: :func:`quantize` never stores such."""
     if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
         return
     with np.errstate(over="ignore", invalid="ignore"):
-        decoded = [decode_scales(part.scales) for part in q.unstack()]
+        decoded = [decode_scales(part.scales, q.format.scales) for part in q.unstack()]
     if not all(map(_is_finite, decoded)):
-        raise FormatError("The arrays of 'scales' are finite, but a scale that they decode to is not.")
+        raise FormatError("'scales' must decode to finite numbers, got finite arrays that overflow when decoded.")
 
 
 def _is_finite(array: Array) -> bool:

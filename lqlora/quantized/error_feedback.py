@@ -1,4 +1,12 @@
-"""Quantization that makes the error of a layer's outputs small, not that of its weights."""
+r"""``gptq``: quantization with error feedback, which makes the error of a layer's outputs small.
+
+With rows of inputs ``x`` and their second moment :math:`H = X^T X`, the squared error of the outputs is
+
+.. math:: \|X (W - Q)^T\|^2 = \operatorname{tr}\bigl((W - Q) \, H \, (W - Q)^T\bigr) .
+
+Columns of the weight are coupled by ``H``: a column that is rounded later can make up for the errors of columns rounded
+before it. :mod:`lqlora.quantized._sweep` does one such pass under given scales. Scales and passes are fitted in turns here.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +20,13 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.quantized._encoding import decode_scales, encode_array
-from lqlora.quantized._fits import Source, assemble
-from lqlora.quantized._layout import Layout
+from lqlora.quantized._decoding import decode_scales, zero_point_codes
+from lqlora.quantized._encoding import encode_codes
+from lqlora.quantized._fits import Fit, assemble, choose
+from lqlora.quantized._layout import blocks_last, layout_of
+from lqlora.quantized._source import Source
 from lqlora.quantized._sweep import System, targets
-from lqlora.quantized.quantization import Fit, choose, dequantize, quantize
+from lqlora.quantized.quantization import dequantize, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,58 +65,60 @@ def gptq(
     gram : array of a floating-point dtype, shape (n, n)
         Second moment of the inputs, ``x.T @ x`` of many rows of inputs, in any unit.
     fit : {"scale", "levels+scale", "absmax"}
-        How scales and levels are chosen, as by :func:`quantize`: first for the weights, with the diagonal of ``gram``
-        as weights of the columns, then for what the weights become when columns make up for the errors of others.
+        Choice of scales and levels, as in :func:`quantize`: first for the weights, with the diagonal of ``gram`` as the
+        importance of the columns, then for the targets that the weights become under error feedback.
     damping : float, default 0.01
-        Added to the diagonal of ``gram``, times its mean: what is not learned from few inputs counts less.
+        Number that is added to the diagonal of ``gram``, as a multiple of its mean. It keeps the matrix positive definite
+        when there are few inputs.
     order : {"activation", "natural"}
-        ``"activation"``: columns of large inputs are rounded first, when most others can still make up for them; the
-        codes are stored where they belong, so this costs nothing later. ``"natural"``: from the first to the last.
+        Order in which columns are rounded. ``"activation"``: columns of large inputs first, when most others can still
+        make up for their errors. Codes are stored in the original order of columns. ``"natural"``: first to last.
     rounds : int, default 3
-        Passes of error feedback, at least 1. Each after the first fits scales and levels to the targets of the one
-        before. A single one is plain GPTQ.
+        Passes of error feedback, at least 1. Each pass after the first fits scales and levels to the targets of the pass
+        before. A single pass is plain GPTQ.
     sweeps : int, default 2
         Passes of coordinate descent over the codes of the best round, at least 0; scales and levels stay.
     start : QuantizedArray, optional
-        A result for a similar matrix, in the same format and by the same fit: fits then start from it, and from each
-        other, as those of :func:`quantize` do. Not for ``fit="absmax"``.
+        Result for a similar matrix, in the same format and by the same fit. Fits then start from it, and from each other,
+        as in :func:`quantize`. Not for ``fit="absmax"``.
     check_finite : bool, default True
         False skips the check of ``w`` for NaN and infinity.
     name : str, optional
-        What the matrix is, for errors.
+        Name of the matrix in messages.
 
     Returns
     -------
     QuantizedArray
-        In the library and on the device of ``w``. Of everything tried, nearest rounding included, what leaves the least
+        In the library and on the device of ``w``. Of all results tried, nearest rounding included, the one with the least
         ``tr((w - q) @ gram @ (w - q).T)``.
 
     Raises
     ------
     NonFiniteError
-        If ``w`` or ``gram`` hold NaN or infinity, or a scale is beyond the range of the dtype that stores it.
+        If ``w`` or ``gram`` holds NaN or infinity, or a scale is beyond the range of the dtype that stores it.
     UnsupportedArrayError
         If ``w`` or ``gram`` is not an array of a floating-point dtype.
     MixedArraysError
         If the two belong to different libraries or devices.
     InvalidArgumentError
-        If ``w`` is no matrix, ``gram`` does not fit it, is not symmetric or not positive definite with its damping, or
-        an option has another value.
+        If ``w`` is not a matrix, ``gram`` does not fit it, is not symmetric or not positive definite with its damping,
+        or an option has a value that is not allowed.
 
     Warns
     -----
     UserWarning
-        If ``gram`` is zero; then the weights are rounded to nearest.
+        If ``gram`` is zero. The weights are then rounded to nearest.
     ScaleUnderflowWarning
-        If nearest rounding loses blocks, as by :func:`quantize`.
+        If nearest rounding loses blocks, as in :func:`quantize`.
 
     Notes
     -----
-    Scales that are chosen before the feedback suit the weights and not what is rounded in the end, which at two bits
-    costs much: hence the rounds. The squared distance of a column from its target counts the square of a diagonal entry
-    of the Cholesky factor, and with these weights the fit of a block minimizes what the feedback will leave.
+    Scales that are chosen before the feedback suit the weights, not the targets that are rounded in the end. At two bits
+    that costs much, hence the rounds. The squared distance of column ``k`` from its target is multiplied by ``d_k``, the
+    square of a diagonal entry of the Cholesky factor. With this importance, the fit of a block minimizes the error that the
+    feedback will leave.
 
-    Results of two libraries differ where a target is a rounding error away from the boundary between two levels.
+    Results of two libraries differ where a target is within a rounding error of the boundary between two levels.
 
     References
     ----------
@@ -131,11 +143,11 @@ def gptq(
     moment = _checked_moment(gram, w, name)
     if not bool(xp.any(moment != 0)):
         if moment.shape[0]:
-            warnings.warn(f"The gram of {name} is zero: its weights are rounded to nearest.", UserWarning, stacklevel=2)
+            warnings.warn(f"gram of {name} is zero: its weights are rounded to nearest.", UserWarning, stacklevel=2)
         return quantize(w, fmt, fit=fit, start=start, check_finite=check_finite, name=name)
     system, diagonal = _system(moment, damping, order, w)
-    weights = None if fit == "absmax" else _row(diagonal)
-    best = quantize(w, fmt, fit=fit, weights=weights, start=start, check_finite=check_finite, name=name)
+    importance = None if fit == "absmax" else _row(diagonal)
+    best = quantize(w, fmt, fit=fit, weights=importance, start=start, check_finite=check_finite, name=name)
     least = _output_error(w, best, moment)
     for q in _rounds(w, best, system, fit, rounds, name, again=start is not None):
         error = _output_error(w, q, moment)
@@ -148,33 +160,32 @@ def gptq(
 
 def _check_options(damping: float, order: str, rounds: int, sweeps: int) -> None:
     if not 0 <= damping < math.inf:
-        raise InvalidArgumentError(f"damping is at least 0 and finite, not {damping!r}.")
+        raise InvalidArgumentError(f"damping must be at least 0 and finite, got {damping!r}.")
     if order not in ("activation", "natural"):
-        raise InvalidArgumentError(f"order is 'activation' or 'natural', not {order!r}.")
+        raise InvalidArgumentError(f"order must be 'activation' or 'natural', got {order!r}.")
     for option, value, least in (("rounds", rounds, 1), ("sweeps", sweeps, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InvalidArgumentError(f"{option} is an int of at least {least}, not {value!r}.")
+            raise InvalidArgumentError(f"{option} must be an int of at least {least}, got {value!r}.")
 
 
 def _checked_moment(gram: Array, w: Array, name: str) -> Array:
     """Return a gram in float64, symmetric to the last bit and with its largest entry between 1/2 and 1."""
     xp = namespace(gram)
     if len(w.shape) != 2:
-        raise InvalidArgumentError(f"{name} has {len(w.shape)} dimensions; a gram of inputs needs two.")
+        raise InvalidArgumentError(f"w must be a matrix for a gram of inputs, got {name} of shape {tuple(w.shape)}.")
     columns = w.shape[1]
     if tuple(gram.shape) != (columns, columns):
         raise InvalidArgumentError(
-            f"A gram of {columns} inputs has shape {(columns, columns)}, not {tuple(gram.shape)}; {name} is "
-            f"{tuple(w.shape)}."
+            f"gram must have shape {(columns, columns)} for {name} of shape {tuple(w.shape)}, got {tuple(gram.shape)}."
         )
     moment = ops.symmetric_moment(gram, f"the gram of {name}")
     largest = float(xp.max(xp.abs(moment))) if columns else 0.0
-    # A power of two, so that a gram in another unit gives the same bytes.
+    # Scaled by a power of two, so that a gram in another unit gives the same bytes.
     return moment * math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
 
 
 def _system(moment: Array, damping: float, order: Order, w: Array) -> tuple[System, Array]:
-    """Return how errors spread from column to column, and the diagonal of the damped moment."""
+    """Return the feedback between columns, and the diagonal of the damped moment."""
     xp = namespace(moment)
     diagonal = xp.linalg.diagonal(moment)
     columns, device = moment.shape[0], device_of(moment)
@@ -186,30 +197,35 @@ def _system(moment: Array, damping: float, order: Order, w: Array) -> tuple[Syst
     return System.of(damped, places, w.dtype), diagonal + share
 
 
-def _row(weights: Array) -> Array:
-    """Return the weights of columns as one row, the largest 1: of equal ones all are."""
-    xp = namespace(weights)
-    return xp.astype(weights / xp.max(weights), xp.float32)[None, :]
+def _row(importance: Array) -> Array:
+    """Return the importance of columns as one row, scaled so that the largest is 1."""
+    xp = namespace(importance)
+    return xp.astype(importance / xp.max(importance), xp.float32)[None, :]
 
 
 def _output_error(w: Array, q: QuantizedArray, moment: Array) -> float:
+    """Return ``tr((w - q) @ moment @ (w - q).T)`` in float64."""
     xp = namespace(w)
     errors = xp.astype(w, xp.float64) - xp.astype(dequantize(q), xp.float64)
-    with np.errstate(over="ignore", invalid="ignore"):  # it then compares as no better
+    with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity compare as not better
         return float(xp.sum((errors @ moment) * errors))
 
 
 def _rounds(
     w: Array, nearest: QuantizedArray, system: System, fit: Fit, rounds: int, name: str, *, again: bool
 ) -> Iterator[QuantizedArray]:
-    """Yield what each round of error feedback gives."""
+    """Yield the result of each round of error feedback.
+
+    The first round rounds the targets to the scales and levels of nearest rounding. Each round after it fits scales and
+    levels to the targets of the round before, and then computes targets under the new ones.
+    """
     found = targets(w, nearest, system)
     yield _with_codes_of(found, nearest)
-    fitted, weights = nearest, None
+    fitted, importance = nearest, None
     if fit != "absmax":
-        weights = namespace(w).broadcast_to(_row(system.importance), w.shape)
+        importance = namespace(w).broadcast_to(_row(system.importance), w.shape)
     for _ in range(rounds - 1):
-        source = Source(found, weights, nearest.format, name, fitted if again else None)
+        source = Source(found, importance, nearest.format, name, fitted if again else None)
         try:
             _, choice, levels = choose(source, fit, check_finite=True)
         except NonFiniteError:  # targets may be larger than the weights, and their scales beyond the range
@@ -220,7 +236,7 @@ def _rounds(
 
 
 def _sweeps(w: Array, q: QuantizedArray, system: System, sweeps: int) -> Iterator[QuantizedArray]:
-    """Yield what each sweep of coordinate descent gives."""
+    """Yield the result of each sweep of coordinate descent, which never increases the error of the outputs."""
     for _ in range(sweeps):
         q = _with_codes_of(targets(w, q, system, dequantize(q)), q)
         yield q
@@ -228,7 +244,6 @@ def _sweeps(w: Array, q: QuantizedArray, system: System, sweeps: int) -> Iterato
 
 def _with_codes_of(found: Array, q: QuantizedArray) -> QuantizedArray:
     """Return targets rounded to nearest under the scales and levels of a quantized matrix."""
-    zeros = None
-    if q.zero_points is not None:
-        zeros = ops.unpack_codes(q.zero_points, q.format.bits, Layout.of(q.format, q.shape).blocks)
-    return replace(q, packed=encode_array(found, q.format, decode_scales(q.scales), zeros, q.levels))
+    layout, scales = layout_of(q.format, q.shape), decode_scales(q.scales, q.format.scales)
+    packed = encode_codes(blocks_last(found, layout.axis), layout, scales, zero_point_codes(q), q.levels)
+    return replace(q, packed=packed)

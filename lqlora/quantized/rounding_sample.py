@@ -1,4 +1,4 @@
-"""What an array comes back as in formats that are alike, measured on some of its blocks."""
+"""``RoundingSample``: rounding errors of an array in formats that differ in their scales only, from a sample of blocks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
-from lqlora.quantized._fits import Choice, Source, assemble, by_absmax, rounded_rows
+from lqlora.quantized._fits import Choice, assemble, by_absmax, rounded_rows
 from lqlora.quantized._layout import piece_size
-from lqlora.quantized.quantization import block_statistics
+from lqlora.quantized._source import Source
+from lqlora.quantized._statistics import block_statistics
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -19,22 +20,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Rounded", "RoundingSample"]
 
-#: Weights of a sample. The ratio of two errors is off by about 0.1 % then, and less for formats that are alike.
+#: Weights of a sample. The ratio of two errors is then off by about 0.1 %, and by less for similar formats.
 _SAMPLE = 1 << 19
 
-#: One block in so many of the sample serves to tell how alike two formats are.
+#: One block of this number in the sample keeps its errors, to measure how similar two formats are.
 _SOME = 8
 
 
 class Rounded(NamedTuple):
-    """A sample as a format rounds it.
+    """Errors of a sample in one format.
 
     Parameters
     ----------
     squared_error : float
-        Weighted sum of squares of what the whole array loses, as the sample has it.
+        Estimate of the weighted squared error of the whole array.
     errors : array of float64, shape (k,)
-        What is lost of some entries, times the root of their weights: to compare formats by.
+        Errors of some entries, times the root of their importance, to compare formats by.
     """
 
     squared_error: float
@@ -42,18 +43,18 @@ class Rounded(NamedTuple):
 
 
 class RoundingSample:
-    """Blocks spread evenly over an array; scales are those of the whole array.
+    """Sample of blocks spread evenly over an array. Scales are those of the whole array, since they share offsets.
 
     Parameters
     ----------
     array : array of float32 or float64, any shape
-        The array; finite.
+        Array without NaN and infinity.
     like : BlockFormat
-        A format with the codebook and the blocks of those to be compared.
+        Format with the codebook and the blocks of the formats to compare.
     weights : array that broadcasts to the shape of ``array``, optional
-        What the squared error of each entry counts.
+        Importance of each entry: the factor of its squared error.
     name : str, optional
-        What the array is, for errors.
+        Name of the array in messages.
     """
 
     def __init__(
@@ -66,27 +67,27 @@ class RoundingSample:
         every = max(1, layout.count // _SAMPLE)
         self._index = xp.arange(0, layout.blocks, every, dtype=xp.int64, device=device)
         own = xp.ones_like(array) if weights is None and not layout.is_even else weights
-        # What short blocks are padded with weighs nothing: zeros, as it is padded with.
-        self._weights = None if own is None else _spread(xp.broadcast_to(own, array.shape), like, every)
+        # The padding of short blocks gets no importance: it is padded with zeros, too.
+        self._importance = None if own is None else _spread(xp.broadcast_to(own, array.shape), like, every)
         self._rows = _spread(array, like, every)
 
     def rounded(self, fmt: BlockFormat) -> Rounded:
-        """Round the sample.
+        """Return the errors of the sample in a format, rounded to nearest under the absolute maxima of its blocks.
 
         Parameters
         ----------
         fmt : BlockFormat
-            Differs from the one of the sample in the format of its scales only.
+            Format that differs from the one of the sample only in the format of its scales.
 
         Returns
         -------
         Rounded
-            Error of the sample by nearest levels under the absolute maxima of its blocks, as the format stores them.
+            Errors under the scales as the format stores them.
 
         Raises
         ------
         InvalidArgumentError
-            If the format has another codebook, or other blocks.
+            If the format has another codebook or other blocks.
         NonFiniteError
             If a scale is beyond the range of the dtype that stores it.
         """
@@ -101,36 +102,36 @@ class RoundingSample:
             rounded_rows(source, own, None, slice(0, self._rows.shape[0]), self._rows), self._rows.dtype
         )
         some = xp.astype(lost[::_SOME, :], xp.float64)
-        if self._weights is not None:
-            some = some * xp.sqrt(xp.astype(self._weights[::_SOME, :], xp.float64))
+        if self._importance is not None:
+            some = some * xp.sqrt(xp.astype(self._importance[::_SOME, :], xp.float64))
         share = self._rows.shape[0] / max(1, self._source.layout.blocks)
-        error = ops.sum_of_squares(lost, self._weights) / (share or 1.0)
+        error = ops.sum_of_squares(lost, self._importance) / (share or 1.0)
         return Rounded(error, xp.reshape(some, (-1,)))
 
     def quantized(self, fmt: BlockFormat) -> QuantizedArray:
-        """Quantize the whole array.
+        """Quantize the whole array; the absolute maxima of its blocks are found once for all formats.
 
         Parameters
         ----------
         fmt : BlockFormat
-            Differs from the one of the sample in the format of its scales only.
+            Format that differs from the one of the sample only in the format of its scales.
 
         Returns
         -------
         QuantizedArray
-            What :func:`quantize` returns; the absolute maxima of the blocks are found once for all formats.
+            The result of :func:`quantize`.
         """
         return assemble(*self._chosen(fmt))
 
     def _chosen(self, fmt: BlockFormat) -> tuple[Source, Choice]:
         if replace(fmt, scales=self._source.fmt.scales) != self._source.fmt:
-            raise InvalidArgumentError(f"{fmt} differs from {self._source.fmt} in more than the format of its scales.")
+            raise InvalidArgumentError(f"fmt must differ from {self._source.fmt} only in its scales, got {fmt}.")
         source = replace(self._source, fmt=fmt)
         return source, by_absmax(source, self._statistic, self._low)
 
 
 def _spread(array: Array, fmt: BlockFormat, every: int) -> Array:
-    """Return one in so many blocks of an array, as rows."""
+    """Return one block of every ``every`` as rows."""
     xp, source = namespace(array), Source(array, None, fmt, "the array")
     parts = [rows.entries[-blocks.start % every :: every, :] for blocks, rows in source.pieces(piece_size(array))]
     if not parts:

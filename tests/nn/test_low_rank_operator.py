@@ -121,18 +121,18 @@ def test_factors_of_rank_zero_add_nothing_and_are_trained_all_the_same():
 
 
 WRONG = {
-    "columns": (lambda y, x, a, b: (y, x[:, 1:], a, b), InvalidArgumentError, "do not fit"),
-    "rows": (lambda y, x, a, b: (y[1:], x, a, b), InvalidArgumentError, "do not fit"),
+    "columns": (lambda y, x, a, b: (y, x[:, 1:], a, b), InvalidArgumentError, "y, x, .* must have shapes"),
+    "rows": (lambda y, x, a, b: (y[1:], x, a, b), InvalidArgumentError, "y, x, .* must have shapes"),
     "ranks": (lambda y, x, a, b: (y, x, a[1:], b), InvalidArgumentError, r"\(4, 12\), \(4, 20\), \(2, 20\), \(12, 3\)"),
-    "a vector": (lambda y, x, a, b: (y, x, a[0], b), InvalidArgumentError, "do not fit"),
-    "a number": (lambda y, x, a, b: (y[0, 0], x, a, b), InvalidArgumentError, "do not fit"),
+    "a vector": (lambda y, x, a, b: (y, x, a[0], b), InvalidArgumentError, "y, x, .* must have shapes"),
+    "a number": (lambda y, x, a, b: (y[0, 0], x, a, b), InvalidArgumentError, "y, x, .* must have shapes"),
     "two dtypes": (
         lambda y, x, a, b: (y.half(), x, a, b),
         InvalidArgumentError,
-        "of one dtype, not of torch.float16 and torch.float32",
+        "one dtype, .*float16 and .*float32",
     ),
-    "integers": (lambda y, x, a, b: (y.int(), x.int(), a, b), UnsupportedArrayError, "y is of float16, .* torch.int32"),
-    "whole factors": (lambda y, x, a, b: (y, x, a.int(), b), UnsupportedArrayError, "lora_A is of .* not torch.int32"),
+    "integers": (lambda y, x, a, b: (y.int(), x.int(), a, b), UnsupportedArrayError, "y must be .* torch.int32"),
+    "whole factors": (lambda y, x, a, b: (y, x, a.int(), b), UnsupportedArrayError, "lora_A must be .* torch.int32"),
 }
 
 

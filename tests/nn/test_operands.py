@@ -69,9 +69,9 @@ class TestWhatIsRefused:
 
     def test_tensors_too_few_or_too_many(self):
         tensors, *rest = operands(_quantized())
-        names = r"4 tensors \(codes, scales.codes, scales.scales, scales.offset\)"
+        names = r"\(codes, scales.codes, scales.scales, scales.offset\)"
         for wrong in ([], tensors[:-1], [*tensors, tensors[0]]):
-            with pytest.raises(FormatError, match=rf"{names}, not {len(wrong)}"):
+            with pytest.raises(FormatError, match=rf"weight must be 4 .*{names}, got {len(wrong)}"):
                 from_operands(wrong, *rest)
 
     @pytest.mark.parametrize("index", range(4))
@@ -79,19 +79,19 @@ class TestWhatIsRefused:
         tensors, *rest = operands(_quantized())
         name = ("codes", "scales.codes", "scales.scales", "scales.offset")[index]
         for wrong in (tensors[index][:-1], tensors[index].to(torch.float64)):
-            with pytest.raises(FormatError, match=f"'{name}' of format .* should be"):
+            with pytest.raises(FormatError, match=f"'{name}' of format .* must be"):
                 from_operands([*tensors[:index], wrong, *tensors[index + 1 :]], *rest)
 
     def test_a_shape_that_the_tensors_are_not_of(self):
         tensors, fmt, _, _ = operands(_quantized())
         with pytest.raises(FormatError, match="'codes'"):
             from_operands(tensors, fmt, (6, 11))
-        with pytest.raises(InvalidArgumentError, match="no negative lengths"):
+        with pytest.raises(InvalidArgumentError, match=r"shape .* \(-6, -10\)"):
             from_operands(tensors, fmt, (-6, -10))
 
     def test_a_stack_of_more_dimensions_than_the_array_has(self):
         stack = _quantized("nf4/8:float32", (2, 3, 4), batch_dims=2)
-        with pytest.raises(InvalidArgumentError, match="batch_dims is 0 to the 1 dimensions"):
+        with pytest.raises(InvalidArgumentError, match="batch_dims must be from 0 to 1"):
             from_operands(operands(stack).tensors, "nf4/8:float32", (24,))
 
     def test_tensors_on_two_devices(self):
@@ -103,7 +103,7 @@ class TestWhatIsRefused:
         "text", ["", "absmax", "absmax 1 zero", "sideways -1 0 1", "absmax 1 0 -1", "affine 1 2 3 4"]
     )
     def test_what_spells_no_codebook(self, text):
-        with pytest.raises(FormatError, match="spells no codebook, expected such as 'absmax"):
+        with pytest.raises(FormatError, match="codebook must be spelled like"):
             from_operands([torch.zeros(1)], "own/8:float32", (2,), text)
 
     def test_what_spells_no_format(self):

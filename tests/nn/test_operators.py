@@ -138,9 +138,7 @@ class TestTheLayer:
         assert (tuple(y.shape), y.dtype) == ((2, 3, OUT), torch.float16)
 
     def test_rows_that_do_not_fit_are_refused_by_a_sentence(self):
-        with pytest.raises(
-            InvalidArgumentError, match=r"Rows of shape \(3, 19\) do not fit a weight of shape \(12, 20\)"
-        ):
+        with pytest.raises(InvalidArgumentError, match=r"x must .* \(3, 19\) and \(12, 20\)"):
             _layer()(_random(3, IN - 1))
 
 
@@ -208,7 +206,7 @@ class TestGradients:
         layer = _layer()
         y = layer(_random(2, IN).requires_grad_())
         layer.load_state_dict(layer.state_dict())
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match="inplace operation"):
             y.sum().backward()
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -224,14 +222,14 @@ def _trainable(model):
 
 
 WRONG = {
-    "columns": (lambda x, o: (x[:, 1:], *o), InvalidArgumentError, "do not fit a weight of shape"),
-    "no row": (lambda x, o: (x[0, 0], *o), InvalidArgumentError, "do not fit a weight of shape"),
-    "integers": (lambda x, o: (x.int(), *o), UnsupportedArrayError, "x is of float16, .* not torch.int32"),
-    "device": (lambda x, o: (x.to("meta"), *o), MixedArraysError, "Rows on meta and a weight on cpu"),
-    "tensors": (lambda x, o: (x, o.tensors[1:], *o[1:]), FormatError, "stored as 4 tensors"),
-    "format": (lambda x, o: (x, o.tensors, "nf5/16", *o[2:]), FormatError, "stored as 2 tensors"),
-    "spelling": (lambda x, o: (x, o.tensors, "nf4", *o[2:]), FormatError, "'nf4' is no block format"),
-    "codebook": (lambda x, o: (x, o.tensors, o.fmt, o.shape, "-1 0 1"), FormatError, "spells no codebook"),
+    "columns": (lambda x, o: (x[:, 1:], *o), InvalidArgumentError, "x must have the number"),
+    "no row": (lambda x, o: (x[0, 0], *o), InvalidArgumentError, "x must have the number"),
+    "integers": (lambda x, o: (x.int(), *o), UnsupportedArrayError, "x must be .* torch.int32"),
+    "device": (lambda x, o: (x.to("meta"), *o), MixedArraysError, "x and weight .* meta and cpu"),
+    "tensors": (lambda x, o: (x, o.tensors[1:], *o[1:]), FormatError, "weight must be 4 tensors"),
+    "format": (lambda x, o: (x, o.tensors, "nf5/16", *o[2:]), FormatError, "weight must be 2 tensors"),
+    "spelling": (lambda x, o: (x, o.tensors, "nf4", *o[2:]), FormatError, "block format.* 'nf4'"),
+    "codebook": (lambda x, o: (x, o.tensors, o.fmt, o.shape, "-1 0 1"), FormatError, "codebook must be spelled"),
 }
 
 
@@ -253,31 +251,31 @@ class TestErrors:
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_a_stack_is_no_matrix(self, device):
         tensors, *rest = operands(_quantized("nf4/8:float32", (2, 20), batch_dims=1))
-        with pytest.raises(InvalidArgumentError, match="do not fit a weight"):
+        with pytest.raises(InvalidArgumentError, match="x must have the number"):
             torch.ops.lqlora.matmul(_random(3, 20).to(device), [tensor.to(device) for tensor in tensors], *rest)
 
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_of_the_others_too(self, device):
         tensors, *rest = operands(_quantized())
-        with pytest.raises(UnsupportedArrayError, match="dtype is of float16"):
+        with pytest.raises(UnsupportedArrayError, match="dtype must be float16"):
             torch.ops.lqlora.dequantize([tensor.to(device) for tensor in tensors], *rest, dtype=torch.int8)
         w = _random(OUT, IN).to(device)
-        with pytest.raises(InvalidArgumentError, match=r"spelled with \+fit"):
+        with pytest.raises(InvalidArgumentError, match=r"fmt must be spelled with \+fit"):
             torch.ops.lqlora.quantize(w, "nf4/8:float32", fit="levels+scale")
-        with pytest.raises(InvalidArgumentError, match="batch_dims is 0 to the 2"):
+        with pytest.raises(InvalidArgumentError, match=r"batch_dims must be .* 2"):
             torch.ops.lqlora.quantize(w, "nf4/8:float32", batch_dims=3)
         with pytest.raises(UnsupportedArrayError, match="int32"):
             torch.ops.lqlora.quantize(w.int(), "nf4/8:float32")
 
     def test_what_quantize_finds_when_it_runs(self):
-        with pytest.raises(InvalidArgumentError, match="fit is 'absmax', 'scale'"):
+        with pytest.raises(InvalidArgumentError, match=r"fit must be .* 'best'"):
             torch.ops.lqlora.quantize(torch.ones(4), "nf4/8:float32", fit="best")
         with pytest.raises(NonFiniteError, match="4 non-finite value"):
             torch.ops.lqlora.quantize(torch.full((4,), float("nan")), "nf4/8:float32")
 
     def test_the_sentence_survives_compilation(self):
         compiled = torch.compile(_model(), fullgraph=True, backend="eager")
-        with pytest.raises(RuntimeError, match=r"Rows of shape \(3, 19\) do not fit a weight of shape \(12, 20\)"):
+        with pytest.raises(RuntimeError, match=r"x must .* \(3, 19\) and \(12, 20\)"):
             compiled(_random(3, IN - 1))
 
     def test_every_class_of_error_is_the_librarys(self):

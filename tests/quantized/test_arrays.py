@@ -43,7 +43,7 @@ def test_moving_to_numpy_and_back_keeps_every_byte(xp, data):
 @pytest.mark.parametrize("text", RICH)
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
 @pytest.mark.parametrize("batch_dims", [0, 1])
-def test_what_a_fit_stores_is_read_back(text, fit, batch_dims):
+def test_arrays_of_a_fit_are_read_back(text, fit, batch_dims):
     fmt = BlockFormat.parse(text)
     if fit == "levels+scale" and fmt.codebook.normalization == "affine":
         return
@@ -55,7 +55,7 @@ def test_what_a_fit_stores_is_read_back(text, fit, batch_dims):
 
 
 @pytest.mark.parametrize("text", KINDS)
-def test_names_tell_the_level(text):
+def test_names_of_stored_arrays_say_their_depth(text):
     q = quantize(normal(5, 9), BlockFormat.parse(text))
     expected = {"codes"}
     expected |= {"levels"} if "+fit" in text else set()
@@ -95,7 +95,7 @@ def refuse(rich, changed):
 def test_any_missing_array_is_refused(rich):
     for name in rich[0]:
         message = refuse(rich, {key: array for key, array in rich[0].items() if key != name})
-        assert f"{name.split('.')[-1]}' is missing" in message
+        assert f"{name!r}, which is missing" in message
 
 
 def test_any_array_left_over_is_refused(rich):
@@ -108,7 +108,7 @@ def test_any_array_left_over_is_refused(rich):
         "scales.zero_points",
         *(f"x.{key}" for key in known),
     ):
-        assert "has no array named" in refuse(rich, rich[0] | {name: np.zeros(1, dtype=np.float32)})
+        assert f"got also {name}." in refuse(rich, rich[0] | {name: np.zeros(1, dtype=np.float32)})
 
 
 def test_any_array_of_the_wrong_length_is_refused(rich):
@@ -128,13 +128,13 @@ def test_any_array_of_the_wrong_dtype_is_refused(rich):
     for name, array in rich[0].items():
         for dtype in ("int8", "uint16", "float16", "float32", "float64"):
             if dtype != array.dtype.name:
-                assert f"not {dtype} of shape" in refuse(rich, rich[0] | {name: array.astype(dtype)})
+                assert f"got {dtype} of shape" in refuse(rich, rich[0] | {name: array.astype(dtype)})
 
 
 def test_anything_that_is_no_array_is_refused_by_name(rich):
     for name in rich[0]:
         for value in ([0, 1], None, "codes", 1.0, object()):
-            assert f"{name.split('.')[-1]}' is not an array" in refuse(rich, rich[0] | {name: value})
+            assert f"{name!r} must be an array" in refuse(rich, rich[0] | {name: value})
 
 
 def test_any_array_of_another_library_is_refused(rich, torch):
@@ -145,8 +145,8 @@ def test_any_array_of_another_library_is_refused(rich, torch):
             QuantizedArray.from_arrays(rich[0] | {name: torch.from_numpy(array.copy())}, *rich[1:])
 
 
-def test_numbers_that_are_not_finite_are_let_through(rich):
-    # What diverged may be wanted for a look at it.
+def test_numbers_that_are_not_finite_are_accepted(rich):
+    # Users read arrays of a run that diverged to inspect them.
     for name, array in rich[0].items():
         if array.dtype.name == "uint8":
             continue
@@ -186,7 +186,7 @@ def test_finite_arrays_that_decode_to_infinite_scales_are_refused(xp, text, chan
         arrays[name] = on(xp, np.full_like(host(arrays[name]), value))
         if name != list(changes)[-1]:  # one of the two is within range
             QuantizedArray.from_arrays(arrays, q.format, q.shape, batch_dims)
-    with pytest.raises(FormatError, match="The arrays of 'scales' are finite, but a scale that they decode to is not"):
+    with pytest.raises(FormatError, match=r"'scales' .* overflow when decoded"):
         QuantizedArray.from_arrays(arrays, q.format, q.shape, batch_dims)
 
 
@@ -212,7 +212,7 @@ def test_levels_out_of_order_are_refused(rich):
         return
     changed = rich[0]["levels"].copy()
     changed[-1, -2:] = changed[-1, -2:][::-1]
-    assert "not in ascending order" in refuse(rich, rich[0] | {"levels": changed})
+    assert "ascending order" in refuse(rich, rich[0] | {"levels": changed})
 
 
 @pytest.mark.parametrize("shape", [(-5, -9), (-1, 45), (5, 10), (9,), (6, 9), (), (5, 9, 2)])
@@ -241,7 +241,7 @@ def test_codes_beyond_the_codebook_are_refused(fast_xp, fmt, batch_dims):
     arrays = quantized(fast_xp, ramp(4, 4), fmt, batch_dims=batch_dims).to_arrays()
     codes = host(arrays["codes"])
     codes.reshape(-1)[-1] = 255
-    with pytest.raises(FormatError, match=f"A code is beyond the {len(fmt.codebook)} levels of {fmt.codebook.name}"):
+    with pytest.raises(FormatError, match=f"'codes' .* {len(fmt.codebook)}.* {fmt.codebook.name}"):
         QuantizedArray.from_arrays(arrays | {"codes": on(fast_xp, codes)}, fmt, (4, 4), batch_dims)
 
 
@@ -249,7 +249,7 @@ def test_codes_of_scales_beyond_their_codebook_are_refused():
     q = quantize(normal(5, 9), BlockFormat.parse("nf4/4:i3/4:float32"))
     arrays = q.to_arrays()
     arrays["scales.codes"] = np.full_like(arrays["scales.codes"], 255)
-    with pytest.raises(FormatError, match="A code is beyond the 7 levels of int3"):
+    with pytest.raises(FormatError, match=r"'codes' .* below 7.* int3"):
         QuantizedArray.from_arrays(arrays, q.format, q.shape)
 
 
@@ -263,7 +263,7 @@ def test_stored_arrays_of_two_libraries_are_refused(torch, text, key):
 
 
 def test_an_array_of_an_unknown_dtype_is_refused_by_name():
-    with pytest.raises(UnsupportedArrayError, match="'codes' is not an array"):
+    with pytest.raises(UnsupportedArrayError, match="'codes' must be an array, got list"):
         QuantizedArray.from_arrays({"codes": [0], "scales": np.ones(1, np.float32)}, BlockFormat(NF4), (2,))
 
 

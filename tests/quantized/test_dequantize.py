@@ -56,7 +56,7 @@ def test_an_output_of_float64_holds_the_values_of_float32(xp, text):
 @pytest.mark.parametrize("shape", [(7, 6), (6,), (6, 7, 1), (42,), ()])
 def test_an_array_of_another_shape_is_refused(xp, shape):
     q = quantized(xp, ramp(6, 7), BlockFormat(NF4))
-    with pytest.raises(InvalidArgumentError, match=r"out has shape .*, the array has \(6, 7\)"):
+    with pytest.raises(InvalidArgumentError, match=r"out must have shape \(6, 7\)"):
         dequantize(q, out=on(xp, np.zeros(shape, dtype=np.float32)))
 
 
@@ -98,7 +98,7 @@ def test_an_output_that_is_no_array_is_refused(value):
     if value is None:
         assert dequantize(q, out=None).shape == (4, 4)
         return
-    with pytest.raises(UnsupportedArrayError, match="Expected a NumPy, torch, CuPy or array API array"):
+    with pytest.raises(UnsupportedArrayError, match="array"):
         dequantize(q, out=value)
 
 

@@ -300,25 +300,23 @@ def test_denormal_weights_are_fitted(fit, tiny):
 
 @pytest.mark.parametrize("fit", ["mse", "Scale", None, 1, "levels"])
 def test_another_fit_is_refused(fit):
-    with pytest.raises(InvalidArgumentError, match=r"fit is 'absmax', 'scale' or 'levels\+scale', not"):
+    with pytest.raises(InvalidArgumentError, match=f"fit must be .* got {fit!r}"):
         quantize(np.ones(4), BlockFormat(NF4), fit=fit)
 
 
 def test_weights_for_a_fit_without_an_error_are_refused(xp):
-    with pytest.raises(InvalidArgumentError, match=r"fit='absmax' minimizes no error: weights need fit='scale'"):
+    with pytest.raises(InvalidArgumentError, match=r"weights need fit='scale'"):
         quantized(xp, np.ones(4), BlockFormat(NF4), weights=np.ones(4))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(xp, bad):
-    with pytest.raises(
-        NonFiniteError, match=r"The array of weights has 1 non-finite value\(s\), the first at index \(2,\)"
-    ):
+    with pytest.raises(NonFiniteError, match=r"weights has 1 .* index \(2,\)"):
         quantized(xp, np.ones(4), BlockFormat(NF4), fit="scale", weights=np.array([1, 1, bad, 1]))
 
 
 def test_negative_weights_are_refused(xp):
-    with pytest.raises(InvalidArgumentError, match="Weights of squared errors are not negative"):
+    with pytest.raises(InvalidArgumentError, match=r"weights must not be negative.* -1e-30"):
         quantized(xp, np.ones(4), BlockFormat(NF4), fit="scale", weights=np.array([1.0, -1e-30, 1, 1]))
 
 
@@ -330,7 +328,7 @@ def test_weights_of_other_dtypes_are_refused(xp, dtype):
 
 @pytest.mark.parametrize("shape", [(3,), (5, 4), (1, 3, 4), (0,)])
 def test_weights_of_another_shape_are_refused(xp, shape):
-    with pytest.raises(InvalidArgumentError, match=r"Importances of shape .* do not fit weights of shape"):
+    with pytest.raises(InvalidArgumentError, match=r"weights must broadcast to .* \(3, 4\)"):
         quantized(xp, np.ones((3, 4)), BlockFormat(NF4), fit="scale", weights=np.ones(shape))
 
 
@@ -341,7 +339,7 @@ def test_weights_of_another_library_are_refused(torch):
 
 @pytest.mark.parametrize("value", [[1.0, 1.0], 1.0, "weights"])
 def test_weights_that_are_no_array_are_refused(value):
-    with pytest.raises(UnsupportedArrayError, match="Expected a NumPy, torch, CuPy or array API array"):
+    with pytest.raises(UnsupportedArrayError, match="array"):
         quantize(np.ones(2), BlockFormat(NF4), fit="scale", weights=value)
 
 

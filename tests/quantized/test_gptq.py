@@ -268,7 +268,7 @@ def test_arguments_stay_as_they_are(fast_xp):
 
 def test_a_gram_of_zeros_gives_nearest_rounding_and_a_warning(xp):
     w = normal(4, 16)
-    with pytest.warns(UserWarning, match="The gram of q_proj is zero: its weights are rounded to nearest"):
+    with pytest.warns(UserWarning, match="gram of q_proj is zero"):
         q = gptq(on(xp, w), FMT, on(xp, np.zeros((16, 16))), name="q_proj")
     assert stored(q) == stored(quantize(w, FMT, fit="scale"))
 
@@ -292,7 +292,7 @@ def test_inputs_that_are_always_zero_count_by_their_damping(fast_xp):
 def test_few_inputs_need_damping(xp, rank):
     w, gram = on(xp, normal(8, 24)), on(xp, moment(24, rank))
     assert np.isfinite(restored(gptq(w, FMT, gram))).all()
-    with pytest.raises(InvalidArgumentError, match="needs more damping"):
+    with pytest.raises(InvalidArgumentError, match=r"gram must be .* increase damping"):
         gptq(w, FMT, gram, damping=0.0)
 
 
@@ -335,20 +335,18 @@ def test_lost_blocks_are_warned_of_once():
 
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 8), ()])
 def test_weights_that_are_no_matrix_are_refused(xp, shape):
-    with pytest.raises(InvalidArgumentError, match=f"k_proj has {len(shape)} dimensions; a gram of inputs needs two"):
+    with pytest.raises(InvalidArgumentError, match=r"w must be a matrix .* k_proj"):
         gptq(on(xp, np.ones(shape, dtype=np.float32)), FMT, on(xp, np.eye(8)), name="k_proj")
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (8,), (8, 4), (1, 8, 8), ()])
 def test_grams_of_other_shapes_are_refused(xp, shape):
-    with pytest.raises(
-        InvalidArgumentError, match=r"A gram of 8 inputs has shape \(8, 8\), not .*; k_proj is \(4, 8\)"
-    ):
+    with pytest.raises(InvalidArgumentError, match=r"gram .* \(8, 8\) for k_proj .* \(4, 8\)"):
         gptq(on(xp, ramp(4, 8)), FMT, on(xp, np.ones(shape)), name="k_proj")
 
 
 def test_grams_that_are_not_symmetric_are_refused(xp):
-    with pytest.raises(InvalidArgumentError, match="The gram of k_proj is not symmetric"):
+    with pytest.raises(InvalidArgumentError, match=r"gram of k_proj .*symmetric"):
         gptq(on(xp, ramp(4, 8)), FMT, on(xp, np.eye(8) + 1e-2 * np.tri(8)), name="k_proj")
 
 
@@ -360,12 +358,12 @@ def test_grams_may_be_symmetric_up_to_rounding():
 
 @pytest.mark.parametrize("diagonal", [[1, 1, 1, -1], [-1, -1, -1, -1], [1, 1, 1, -1e-1]])
 def test_grams_of_negative_eigenvalues_are_refused(xp, diagonal):
-    with pytest.raises(InvalidArgumentError, match="The gram is not positive definite, even with its damping"):
+    with pytest.raises(InvalidArgumentError, match="gram must be positive definite"):
         gptq(on(xp, ramp(4, 4)), FMT, on(xp, np.diag(np.array(diagonal, dtype=np.float64))))
 
 
 def test_grams_of_an_empty_diagonal_are_refused(xp):
-    with pytest.raises(InvalidArgumentError, match="not positive definite"):
+    with pytest.raises(InvalidArgumentError, match="gram must be positive definite"):
         gptq(on(xp, ramp(4, 2)), FMT, on(xp, np.array([[0.0, 1.0], [1.0, 0.0]])))
 
 
@@ -373,7 +371,7 @@ def test_grams_of_an_empty_diagonal_are_refused(xp):
 def test_numbers_that_are_not_finite_are_located(xp, bad):
     gram, w = np.eye(8), ramp(4, 8)
     gram[2, 3] = bad
-    with pytest.raises(NonFiniteError, match=r"The gram of k_proj has 1 non-finite value\(s\), .* index \(2, 3\)"):
+    with pytest.raises(NonFiniteError, match=r"gram of k_proj has 1 .* index \(2, 3\)"):
         gptq(on(xp, w), FMT, on(xp, gram), name="k_proj")
     w[1, 2] = bad
     with pytest.raises(NonFiniteError, match=r"k_proj has 1 non-finite value\(s\), the first at index \(1, 2\)"):
@@ -382,7 +380,7 @@ def test_numbers_that_are_not_finite_are_located(xp, bad):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.complex64])
 def test_other_dtypes_are_refused(xp, dtype):
-    with pytest.raises(UnsupportedArrayError, match="the gram of the matrix must be"):
+    with pytest.raises(UnsupportedArrayError, match="gram of the matrix must be"):
         gptq(on(xp, ramp(4, 8)), FMT, on(xp, np.ones((8, 8), dtype=dtype)))
     with pytest.raises(UnsupportedArrayError, match="k_proj must be"):
         gptq(on(xp, np.ones((4, 8), dtype=dtype)), FMT, on(xp, np.eye(8)), name="k_proj")
@@ -390,7 +388,7 @@ def test_other_dtypes_are_refused(xp, dtype):
 
 def test_what_is_no_array_is_refused():
     for w, gram in (([[1.0]], np.eye(1)), (np.ones((1, 1)), [[1.0]])):
-        with pytest.raises(UnsupportedArrayError, match="Expected a NumPy, torch, CuPy or array API array"):
+        with pytest.raises(UnsupportedArrayError, match="array"):
             gptq(w, FMT, gram)
 
 
@@ -402,16 +400,16 @@ def test_arrays_of_two_libraries_are_refused(torch):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("damping", -0.1, "damping is at least 0 and finite, not -0.1"),
-        ("damping", np.nan, "damping is at least 0 and finite, not nan"),
-        ("damping", np.inf, "damping is at least 0 and finite, not inf"),
-        ("order", "actorder", "order is 'activation' or 'natural', not 'actorder'"),
-        ("rounds", 0, "rounds is an int of at least 1, not 0"),
-        ("rounds", 1.5, "rounds is an int of at least 1, not 1.5"),
-        ("rounds", True, "rounds is an int of at least 1, not True"),
-        ("sweeps", -1, "sweeps is an int of at least 0, not -1"),
-        ("fit", "best", "fit is 'absmax', 'scale' or 'levels\\+scale', not 'best'"),
-        ("fmt", "nf4/64", "A format is a BlockFormat"),
+        ("damping", -0.1, "damping must be at least 0.* got -0.1"),
+        ("damping", np.nan, "damping must be at least 0.* got nan"),
+        ("damping", np.inf, "damping must be at least 0.* got inf"),
+        ("order", "actorder", "order must be .* got 'actorder'"),
+        ("rounds", 0, "rounds must be .* 1, got 0"),
+        ("rounds", 1.5, "rounds must be .* 1, got 1.5"),
+        ("rounds", True, "rounds must be .* 1, got True"),
+        ("sweeps", -1, "sweeps must be .* 0, got -1"),
+        ("fit", "best", "fit must be .* got 'best'"),
+        ("fmt", "nf4/64", "fmt must be a BlockFormat"),
     ],
 )
 def test_other_options_are_refused(option, value, message):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, QuantizedArray, dequantize, quantize
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.quantized._layout import Layout
+from lqlora.quantized._layout import layout_of
 from lqlora.testing.strategies import ALL_CODEBOOKS, LAYOUTS, lay_out, shapes, weights
 from tests.quantized.cases import DOUBLE, KINDS, draw_case, normal, quantized, ramp, restored
 from tests.strategies import host, on, stored
@@ -46,7 +46,7 @@ def test_a_block_far_longer_than_the_array(xp, text, fit):
 
 @given(lines=st.integers(0, 6), length=st.integers(0, 40), size=st.integers(1, 50), limit=st.sampled_from([8, 16, 64]))
 def test_pieces_cover_every_weight_once_and_every_block_once(lines, length, size, limit):
-    layout = Layout(lines, length, max(1, min(size, length)))
+    layout = layout_of(BlockFormat(NF4, size, axis=-1), (lines, length))
     numbers = np.arange(layout.count)
     for cut in (layout.whole_blocks(limit), layout.byte_pieces(limit), layout.line_pieces(limit)):
         pieces = list(cut)
@@ -111,7 +111,7 @@ def test_blocks_start_anew_at_each_line(xp):
 
 @pytest.mark.parametrize(("axis", "shape"), [(-1, ()), (0, ()), (1, (5,)), (-3, (2, 2)), (2, (2, 2))])
 def test_an_axis_that_the_array_does_not_have_is_refused(xp, axis, shape):
-    with pytest.raises(InvalidArgumentError, match=f"Blocks along axis {axis} need such an axis"):
+    with pytest.raises(InvalidArgumentError, match=f"axis {axis} .* does not exist"):
         quantize(on(xp, np.ones(shape, dtype=np.float32)), BlockFormat(NF4, axis=axis))
 
 
@@ -269,7 +269,7 @@ def test_items_of_a_stack_count_from_both_ends(fast_xp):
     q = quantized(fast_xp, normal(3, 4), BlockFormat(NF4, 4), batch_dims=1)
     assert stored(q[-1]) == stored(q[2])
     for index in (3, -4):
-        with pytest.raises(IndexError, match=f"Item {index} of a stack of 3"):
+        with pytest.raises(IndexError, match=f"index must be below 3.* {index}"):
             q[index]
 
 
@@ -277,7 +277,7 @@ def test_a_single_array_has_no_items(xp):
     q = quantized(xp, normal(3, 4), BlockFormat(NF4, 4))
     assert q.batch_shape == ()
     assert q.unstack() == [q]
-    with pytest.raises(InvalidArgumentError, match="Only a stack of quantized arrays has items"):
+    with pytest.raises(InvalidArgumentError, match="index 0 needs a stack"):
         q[0]
 
 
@@ -292,27 +292,25 @@ def test_only_arrays_of_one_kind_make_a_stack():
     q = quantize(normal(2, 3, 24, 32), BlockFormat.parse("nf3/16:u8/8:float32"), batch_dims=1)
     other = quantize(normal(3, 24, 32), BlockFormat.parse("nf2/16:float32"))
     for parts, shape in ((q.unstack(), (3,)), ([q[0], other], (2,)), ([q], (1,)), ([], (0,))):
-        with pytest.raises(InvalidArgumentError, match="of one format and one shape"):
+        with pytest.raises(InvalidArgumentError, match="parts of a stack of batch_shape"):
             QuantizedArray.stack(parts, shape)
 
 
 def test_an_error_in_a_stack_names_the_array(fast_xp):
     w = normal(2, 3, 4)
     w[1, 2, 0] = np.nan
-    with pytest.raises(NonFiniteError, match=r"experts\[1, 2\] has 1 non-finite value\(s\), the first at index \(0,\)"):
+    with pytest.raises(NonFiniteError, match=r"experts\[1, 2\] has 1 .* index \(0,\)"):
         quantize(on(fast_xp, w), BlockFormat(NF4), batch_dims=2, name="experts")
 
 
 @pytest.mark.parametrize("batch_dims", [-1, 3, 1.0, None])
 def test_batch_dimensions_that_the_array_does_not_have_are_refused(xp, batch_dims):
-    with pytest.raises(
-        InvalidArgumentError, match=f"batch_dims is 0 to the 2 dimensions of the array, not {batch_dims}"
-    ):
+    with pytest.raises(InvalidArgumentError, match=f"batch_dims must be .* 2.* got {batch_dims}"):
         quantize(on(xp, ramp(2, 3)), BlockFormat(NF4), batch_dims=batch_dims)
 
 
 def test_a_stack_of_nothing_is_refused(xp):
-    with pytest.raises(InvalidArgumentError, match="A stack holds at least one array"):
+    with pytest.raises(InvalidArgumentError, match=r"batch_dims=1 .* \(0, 3\)"):
         quantize(on(xp, np.zeros((0, 3), dtype=np.float32)), BlockFormat(NF4), batch_dims=1)
 
 

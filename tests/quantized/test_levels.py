@@ -144,7 +144,7 @@ def test_an_array_without_lines_stays_empty(fit):
 
 @pytest.mark.parametrize("fit", ["absmax", "levels+scale"])
 def test_levels_of_integers_are_not_fitted(fit):
-    with pytest.raises(FormatError, match="affine4 has integer levels, which cannot be fitted"):
+    with pytest.raises(FormatError, match=r"levels of affine4 .* cannot be fitted"):
         quantize(np.ones(4), BlockFormat(affine(4), levels="matrix" if fit == "absmax" else "codebook"), fit=fit)
 
 

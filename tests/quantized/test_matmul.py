@@ -31,23 +31,23 @@ def test_without_factors_it_is_the_weight_alone(xp):
 def test_both_factors_are_needed_or_neither(xp):
     q = quantized(xp, ramp(4, 4), BlockFormat(NF4))
     x = on(xp, ramp(1, 4))
-    with pytest.raises(InvalidArgumentError, match="both lora_A and lora_B"):
+    with pytest.raises(InvalidArgumentError, match="lora_A and lora_B must"):
         lq.matmul(x, q, lora_A=x)
-    with pytest.raises(InvalidArgumentError, match="both lora_A and lora_B"):
+    with pytest.raises(InvalidArgumentError, match="lora_A and lora_B must"):
         lq.matmul(x, q, lora_B=x)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4), ()])
 def test_rows_that_do_not_fit_a_weight_are_refused(shape):
     q = quantize(np.ones((2, 5)), BlockFormat(NF4))
-    with pytest.raises(InvalidArgumentError, match="do not fit"):
+    with pytest.raises(InvalidArgumentError, match=r"x must have the number of columns"):
         lq.matmul(np.ones(shape, dtype=np.float32), q)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 2, 2)])
 def test_a_weight_that_is_no_matrix_is_refused(shape):
     q = quantize(np.ones(shape), BlockFormat(NF4))
-    with pytest.raises(InvalidArgumentError, match="do not fit a weight of shape"):
+    with pytest.raises(InvalidArgumentError, match="x must have the number of columns"):
         lq.matmul(np.ones((1, shape[-1]), dtype=np.float32), q)
 
 

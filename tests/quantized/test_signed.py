@@ -75,7 +75,7 @@ def test_scales_of_both_signs_are_stored_in_every_format_for_them(fast_xp, fit, 
 
 @pytest.mark.parametrize("scales", ["u8/4:float32", "l8/4:float32", "i8+min/4:float32", "d8+min/4:float32"])
 def test_scales_that_have_no_sign_are_refused(scales):
-    with pytest.raises(FormatError, match=r"has scales of both signs, which .* cannot hold"):
+    with pytest.raises(FormatError, match=r"scales of bof4s-64 .* cannot hold"):
         BlockFormat.parse(f"bof4s-64/64:{scales}")
 
 
@@ -93,12 +93,12 @@ def test_a_block_of_negative_zeros_is_all_zero(xp):
 
 @pytest.mark.parametrize("scales", ["d8/4:float32", "i8+mean/4:float32", "u8/4:float32", "l8/4:float32"])
 def test_scales_that_might_turn_their_sign_are_refused(scales):
-    with pytest.raises(FormatError, match=r"bof4s-64 has scales of both signs, which .* cannot hold"):
+    with pytest.raises(FormatError, match=r"scales of bof4s-64 .* cannot hold"):
         BlockFormat.parse(f"bof4s-64/4:{scales}")
 
 
 @pytest.mark.parametrize("normalization", ["absmax", "signed"])
 def test_scales_beyond_float32_because_the_levels_are_narrow_are_refused(normalization):
     book = Codebook([-0.5, 0.0, 0.5], normalization=normalization)
-    with pytest.raises(NonFiniteError, match="A scale of v_proj is beyond the range of float32"):
+    with pytest.raises(NonFiniteError, match=r"scales of v_proj .* float32"):
         quantize(np.array([3.4e38], dtype=np.float32), BlockFormat(book, 1), name="v_proj")

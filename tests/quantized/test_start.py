@@ -125,16 +125,16 @@ def test_starts_that_do_not_fit_are_refused():
     fmt = BlockFormat.parse("nf2/16:float32")
     w, _ = similar()
     start = quantize(w, fmt, fit="scale")
-    with pytest.raises(InvalidArgumentError, match="fit='absmax' searches nothing"):
+    with pytest.raises(InvalidArgumentError, match="start needs fit='scale'"):
         quantize(w, fmt, start=start)
-    with pytest.raises(InvalidArgumentError, match="A start is a QuantizedArray, not ndarray"):
+    with pytest.raises(InvalidArgumentError, match=r"start must be .* got ndarray"):
         quantize(w, fmt, fit="scale", start=w)
-    with pytest.raises(InvalidArgumentError, match=r"of shape \(40, 64\) is none for .* shape \(39, 64\)"):
+    with pytest.raises(InvalidArgumentError, match=r"start .* \(39, 64\) .* \(40, 64\)"):
         quantize(w[:-1], fmt, fit="scale", start=start)
     for text in ("nf2/32:float32", "nf3/16:float32", "nf2/16:u8/16:float32", "nf2/16@-1:float32"):
-        with pytest.raises(InvalidArgumentError, match=r"A start in nf2/16:float32 .* is none for"):
+        with pytest.raises(InvalidArgumentError, match=r"start must have format .* nf2/16:float32"):
             quantize(w, BlockFormat.parse(text), fit="scale", start=start)
-    with pytest.raises(InvalidArgumentError, match="is none for"):
+    with pytest.raises(InvalidArgumentError, match="start must have format"):
         quantize(w, fmt, fit="levels+scale", start=start)
 
 
@@ -143,7 +143,7 @@ def test_a_start_has_the_same_batch_dimensions():
     w = normal(3, 4, 16)
     single, stack = (quantize(w, fmt, fit="scale", batch_dims=count) for count in (0, 1))
     for start, count in ((single, 1), (stack, 0)):
-        with pytest.raises(InvalidArgumentError, match="it has other batch dimensions"):
+        with pytest.raises(InvalidArgumentError, match=f"start .* {count} batch dimensions"):
             quantize(w, fmt, fit="scale", start=start, batch_dims=count)
 
 
@@ -157,5 +157,5 @@ def test_a_start_of_another_library_is_refused(torch):
 def test_scales_of_a_start_are_no_start():
     start = quantize(similar()[0], BlockFormat.parse("nf2/16:u8/16:float32"), fit="scale")
     assert isinstance(start.scales, QuantizedArray)
-    with pytest.raises(InvalidArgumentError, match="is none for"):
+    with pytest.raises(InvalidArgumentError, match="start must have format"):
         quantize(similar()[0], start.format, fit="scale", start=replace(start.scales, offset=None))

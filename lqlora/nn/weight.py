@@ -1,0 +1,114 @@
+"""``QuantizedWeight``: a quantized array as buffers of a torch module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from lqlora.nn.operands import Operands, spell_codebook
+from lqlora.quantized import QuantizedArray
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["QuantizedWeight"]
+
+#: Arrays that a quantized array has or not, depending on its format.
+_OPTIONAL = ("offset", "zero_points", "levels")
+
+
+class QuantizedWeight(nn.Module):
+    """Quantized array as buffers, which move and are saved with their module.
+
+    Its entries in a state dict have the names of a checkpoint: ``codes``, ``scales`` and so on.
+
+    Parameters
+    ----------
+    quantized : QuantizedArray
+        Array of any library; it is copied to torch.
+
+    Notes
+    -----
+    ``module.half()`` and similar calls move the buffers but never change their dtypes: scales are part of the format.
+    """
+
+    def __init__(self, quantized: QuantizedArray) -> None:
+        super().__init__()
+        here = quantized.to(torch)  # which shares memory where it can: buffers are copies
+        self.format = here.format
+        self.shape = torch.Size(here.shape)
+        self._spelling = str(here.format), tuple(here.shape), spell_codebook(here.format)
+        self.register_buffer("codes", here.packed.clone())
+        if isinstance(here.scales, QuantizedArray):
+            self.scales = QuantizedWeight(here.scales)
+        else:
+            self.register_buffer("scales", here.scales.clone())
+        for name in _OPTIONAL:
+            array = getattr(here, name)
+            self.register_buffer(name, None if array is None else array.clone())
+        self._stored = "codes", "scales", *(name for name in _OPTIONAL if getattr(here, name) is not None)
+
+    @property
+    def array(self) -> QuantizedArray:
+        """Quantized array that shares the buffers."""
+        scales = self.scales.array if isinstance(self.scales, QuantizedWeight) else self.scales
+        optional = {name: cast("torch.Tensor | None", getattr(self, name)) for name in _OPTIONAL}
+        return QuantizedArray(self.codes, scales, self.format, tuple(self.shape), **optional)
+
+    @property
+    def operands(self) -> Operands:
+        """Arguments of ``torch.ops.lqlora.matmul`` and ``.dequantize`` that share the buffers."""
+        return Operands(self._tensors(), *self._spelling)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Return the buffers in the order of :meth:`lqlora.QuantizedArray.to_arrays`."""
+        found: list[torch.Tensor] = []
+        for name in self._stored:
+            # Buffers are read without nn.Module.__getattr__, which costs more. A parametrized buffer is an attribute.
+            array = self._buffers.get(name)
+            if array is None:
+                array = getattr(self, name)
+            if isinstance(array, QuantizedWeight):
+                found += array._tensors()  # noqa: SLF001 - of this class
+            else:
+                found.append(array)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the buffers."""
+        return cast("torch.Tensor", self.codes).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the dense values, for code that inspects ``layer.weight.dtype``."""
+        return torch.float32
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Return the dense weight.
+
+        Parameters
+        ----------
+        dtype : torch.dtype, default torch.float32
+            Dtype of the result.
+
+        Returns
+        -------
+        Tensor
+            Dense weight of shape ``self.shape``.
+        """
+        return cast("torch.Tensor", torch.ops.lqlora.dequantize(*self.operands, dtype=dtype))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedWeight:  # noqa: FBT001, FBT002 - torch's signature
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Show shape and format."""
+        return f"{tuple(self.shape)}, {self.format}"

@@ -22,7 +22,7 @@ NAMES = ["model.embed_tokens", "layers.0.q", "layers.0.k", "layers.1.q", "m[0]",
         (re.compile("layers"), []),
         (lambda name: name.endswith("k"), ["layers.0.k"]),
     ],
-    ids=str,
+    ids=["shell", "part", "itself", "expression", "part of an expression", "function"],
 )
 def test_a_pattern_matches_whole_names(pattern, expected):
     assert [name for name in NAMES if matches(name, pattern)] == expected

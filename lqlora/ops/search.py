@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lqlora._dispatch import device_of, namespace, op
 from lqlora.ops.coding import nearest_codes
@@ -13,15 +15,23 @@ from lqlora.ops.tables import pick, table_beside
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["best_ratios", "least_squares", "search_ratios", "squared_errors"]
 
 
-@op
+def _searching(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return rows to search ratios for, with importance or without."""
+    rows = problem.rows(np.clip(problem.normalized, -4, 4).astype(np.float32))
+    weights = np.random.default_rng(problem.seed).random(rows.shape, dtype=np.float32) if problem.seed % 2 else None
+    zeros = None if problem.zeros is None else problem.zeros[: len(rows), None].astype(np.float32)
+    return rows, weights, problem.codebook.levels, problem.codebook.boundaries, zeros, (1.0, 0.75, 0.875, 1.125), 2
+
+
+@op(examples=_searching)
 def best_ratios(
     rows: Array,
     weights: Array | None,
@@ -131,17 +141,23 @@ def search_ratios(
     xp = namespace(rows, weights)
     tried = _constants(grid, rows)
     best = xp.broadcast_to(next(tried), (rows.shape[0],))
-    error = squared_errors(rows, weights, best, nearest(rows / best[:, None]))
+    error = squared_errors(rows, weights, best, nearest(_over(rows, best)))
     for ratio in tried:
-        own = squared_errors(rows, weights, ratio, nearest(rows / ratio[:, None]))
+        own = squared_errors(rows, weights, ratio, nearest(_over(rows, ratio)))
         better = own < error
         best, error = xp.where(better, ratio, best), xp.where(better, own, error)
     for _ in range(refinements):
-        refined = least_squares(rows, weights, nearest(rows / best[:, None]), best)
-        own = squared_errors(rows, weights, refined, nearest(rows / refined[:, None]))
+        refined = least_squares(rows, weights, nearest(_over(rows, best)), best)
+        own = squared_errors(rows, weights, refined, nearest(_over(rows, refined)))
         better = own < error
         best, error = xp.where(better, refined, best), xp.where(better, own, error)
     return best
+
+
+def _over(rows: Array, ratios: Array) -> Array:
+    """Return rows divided by their ratios. Under a subnormal ratio they overflow, and round to an outermost level."""
+    with np.errstate(over="ignore"):
+        return rows / ratios[:, None]
 
 
 def _constants(grid: Sequence[float], rows: Array) -> Iterator[Array]:
@@ -210,5 +226,6 @@ def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Arr
     weighted = values if weights is None else weights * values
     above, below = row_sums(weighted * rows), row_sums(weighted * values)
     solvable = below > 0
-    refined = above / xp.where(solvable, below, xp.ones_like(below))
+    with np.errstate(over="ignore"):  # an infinite quotient is no solution
+        refined = above / xp.where(solvable, below, xp.ones_like(below))
     return xp.where(solvable & (refined * ratios > 0) & xp.isfinite(refined), refined, ratios)

@@ -189,5 +189,5 @@ def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
     """
     known = _operations()
     if operation not in known:
-        raise InvalidArgumentError(f"{operation!r} is no operation; there are {', '.join(sorted(known))}.")
+        raise InvalidArgumentError(f"operation must be one of {', '.join(sorted(known))}, got {operation!r}.")
     return known[operation].select(*arrays, **arguments)

@@ -68,7 +68,7 @@ def from_blocks(blocks: Array, count: int) -> Array:
     return namespace(blocks).reshape(blocks, (-1,))[:count]
 
 
-@op
+@op(examples=lambda problem: (problem.weights, problem.block_size))
 def block_absmax(flat: Array, block_size: int) -> Array:
     """Largest absolute value of each block.
 
@@ -97,7 +97,7 @@ def block_absmax(flat: Array, block_size: int) -> Array:
     return xp.max(xp.abs(blocks), axis=1)
 
 
-@op
+@op(examples=lambda problem: (problem.weights, problem.block_size))
 def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
     """Smallest and largest value of each block and zero.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lqlora.ops.tables import pick, table_beside
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = [
@@ -37,7 +38,7 @@ FEW = 15
 _TINY = 2.0**-126  # the smallest normal float32
 
 
-@op
+@op(examples=lambda problem: (problem.normalized, problem.codebook.boundaries))
 def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     """Index of the cell each value falls into.
 
@@ -192,7 +193,12 @@ def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) ->
     return normalized if zero_points is None else normalized + xp.astype(zero_points, blocks.dtype)[:, None]
 
 
-@op
+def _encoding(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return the arguments that :func:`encode` and :func:`encode_packed` share; scales are of the wide dtype."""
+    return problem.scales.astype(problem.wide.dtype), problem.zeros, problem.codebook.boundaries
+
+
+@op(examples=lambda problem: (problem.wide, *_encoding(problem), problem.block_size))
 def encode(
     flat: Array, scales: Array, zero_points: Array | None, boundaries: npt.NDArray[np.float32], block_size: int
 ) -> Array:
@@ -230,7 +236,7 @@ def encode(
     return from_blocks(nearest_codes(normalized, boundaries), flat.shape[0])
 
 
-@op
+@op(examples=lambda problem: (problem.weights, *_encoding(problem), problem.bits, problem.block_size))
 def encode_packed(
     flat: Array,
     scales: Array,
@@ -270,7 +276,7 @@ def encode_packed(
     return pack_codes(encode(widen(flat), scales, zero_points, boundaries, block_size), bits)
 
 
-@op
+@op(examples=lambda problem: (problem.weights, problem.codebook.boundaries, problem.bits, problem.block_size))
 def encode_by_absmax(
     flat: Array, boundaries: npt.NDArray[np.float32], bits: int, block_size: int
 ) -> tuple[Array, Array]:
@@ -309,7 +315,13 @@ def encode_by_absmax(
         return scales, encode_packed(flat, scales, None, boundaries, bits, block_size)
 
 
-@op
+def _stored(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return the arguments of :func:`decode`: a stored array, and a target."""
+    codes = problem.packed, problem.scales, problem.zeros, problem.codebook.levels
+    return *codes, problem.bits, problem.block_size, problem.target()
+
+
+@op(examples=_stored)
 def decode(
     packed: Array,
     scales: Array,

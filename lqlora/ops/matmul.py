@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
 from lqlora.ops.casting import native_dtype, storage_cast
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import ProductProblem
     from lqlora._typing import Array
 
 __all__ = ["add_low_rank", "factor_dtype", "matmul_dense", "matmul_packed"]
@@ -28,7 +29,13 @@ _TILE_ON_DEVICE = {"float16": 1 << 26, "bfloat16": 1 << 26, "float32": 1 << 25, 
 _WIDENED = 1 << 17
 
 
-@op
+def _product(problem: ProductProblem) -> tuple[Any, ...]:
+    """Return rows, a stored matrix, and room for the product."""
+    codes = problem.packed, problem.scales, problem.zeros, problem.codebook.levels
+    return problem.x, *codes, problem.bits, problem.block_size, problem.y
+
+
+@op(products=_product)
 def matmul_packed(
     x: Array,
     packed: Array,
@@ -158,7 +165,7 @@ def _within(start: int, stop: int, bits: int, block_size: int) -> tuple[slice, s
     return slice(start * bits // 8, -(-stop * bits // 8)), slice(start // block_size, -(-stop // block_size))
 
 
-@op
+@op(products=lambda problem: (problem.y, problem.x, problem.lora_A, problem.lora_B, 0.5))
 def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> Array:
     """Add the product of rows and low-rank factors, without forming the product of the factors.
 

@@ -51,12 +51,12 @@ def packed_size(count: int, bits: int) -> int:
 def _period(bits: int) -> tuple[int, int]:
     """Return the codes, and the bytes, after which the pattern repeats."""
     if not 1 <= bits <= 8:
-        raise InvalidArgumentError(f"Codes have 1 to 8 bits, not {bits!r}.")
+        raise InvalidArgumentError(f"bits must be between 1 and 8, got {bits!r}.")
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
 
 
-@op
+@op(examples=lambda problem: (problem.codes, problem.bits))
 def pack_codes(codes: Array, bits: int) -> Array:
     """Pack codes into dense bytes, in the layout drawn in :mod:`lqlora.ops.packing`.
 
@@ -99,7 +99,7 @@ def pack_codes(codes: Array, bits: int) -> Array:
     return xp.reshape(packed, (-1,))[: packed_size(count, bits)]
 
 
-@op
+@op(examples=lambda problem: (problem.packed, problem.bits, problem.count))
 def unpack_codes(packed: Array, bits: int, count: int) -> Array:
     """Undo :func:`pack_codes`.
 
@@ -132,7 +132,9 @@ def unpack_codes(packed: Array, bits: int, count: int) -> Array:
     group, width = _period(bits)
     if packed.shape[0] != packed_size(count, bits):
         needed = packed_size(count, bits)
-        raise InvalidArgumentError(f"{count} codes of {bits} bits are {needed} bytes, not {packed.shape[0]}.")
+        raise InvalidArgumentError(
+            f"packed must have {needed} bytes, since {count} codes of {bits} bits are {needed} bytes, got {packed.shape[0]}."
+        )
     device = device_of(packed)
     if packed.shape[0] % width:
         packed = xp.concat([packed, xp.zeros((-packed.shape[0] % width,), dtype=xp.uint8, device=device)])

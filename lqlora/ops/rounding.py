@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lqlora._dispatch import namespace, op
 from lqlora.ops.coding import normalize
@@ -10,15 +12,23 @@ from lqlora.ops.search import nearest_values
 from lqlora.ops.sums import row_sums
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["rounding_errors", "wide_errors"]
 
 
-@op
+def _rounding(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return rows to round under scales, with importance or without: none of it is zero, since 0 times inf is NaN."""
+    rows = np.nan_to_num(problem.rows(problem.wide), posinf=1, neginf=-1)
+    weights = np.random.default_rng(problem.seed + 5).uniform(0.5, 1, rows.shape) if problem.seed % 2 else None
+    zeros = None if problem.zeros is None else problem.zeros[: len(rows)]
+    return rows, weights, problem.scales[: len(rows)], zeros, problem.codebook.levels, problem.codebook.boundaries
+
+
+@op(examples=_rounding)
 def rounding_errors(
     rows: Array,
     weights: Array | None,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lqlora._dispatch import array_library, device_of, is_contiguous, is_on_host, namespace, op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["copy_across", "put_flat", "take_flat"]
@@ -119,7 +122,13 @@ def _copy(target: Array, source: Array) -> None:
         copy_across(source, target)
 
 
-@op
+def _across(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return the transpose of a matrix, and room for its rows."""
+    source = problem.rows(problem.weights).T
+    return source, np.full_like(source, 7, order="C")
+
+
+@op(examples=_across)
 def copy_across(source: Array, out: Array) -> Array:
     """Copy an array into another one, across which it lies in memory: a matrix and the transpose of one.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lqlora._dispatch import device_of, namespace, op
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["bin_sums", "level_sums", "row_sums"]
@@ -17,7 +20,7 @@ __all__ = ["bin_sums", "level_sums", "row_sums"]
 _EXACT_BITS = 52
 
 
-@op
+@op(examples=lambda problem: (problem.rows(problem.wide),))
 def row_sums(rows: Array) -> Array:
     """Sum each row, halving it again and again: the order of the additions is part of the definition.
 
@@ -47,7 +50,7 @@ def row_sums(rows: Array) -> Array:
     return rows[:, 0]
 
 
-@op
+@op(examples=lambda problem: (problem.wide.astype(np.float64), problem.codes.astype(np.int64) % 16, 16))
 def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     """Sum the terms of each bin, exactly in an order that does not matter.
 
@@ -78,7 +81,17 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     return xp.stack(sums) * unit
 
 
-@op
+def _fitting(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return rows with ratios, codes and two sets of levels to fit to them."""
+    rows = np.nan_to_num(problem.rows(problem.wide.astype(np.float32)), posinf=1, neginf=-1)
+    rng, size = np.random.default_rng(problem.seed + 4), len(problem.codebook)
+    ratios, importance = rng.uniform(0.5, 1.5, (2, rows.shape[0]))
+    sets = rng.integers(0, 2, rows.shape[0])
+    weights = rng.random(rows.shape).astype(np.float32) if problem.seed % 2 else None
+    return rows, weights, importance, ratios.astype(np.float32), problem.rows(problem.codes), sets, size, 2
+
+
+@op(examples=_fitting)
 def level_sums(
     rows: Array,
     weights: Array | None,

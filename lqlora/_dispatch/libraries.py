@@ -243,7 +243,9 @@ def namespace(*arrays: Array) -> Namespace:
             continue
         if first is None:
             first, home = array, LIBRARY_OF[type(array)]
-        elif LIBRARY_OF[type(array)] != home or home not in _ONE_HOME:
+        elif LIBRARY_OF[type(array)] != home or not (
+            home in _ONE_HOME or (home == "torch" and array.device == first.device)
+        ):
             _require_one_home(arrays)
             break
     if first is None or home is None:

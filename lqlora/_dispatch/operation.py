@@ -236,8 +236,8 @@ class Operation(Generic[P, R]):
         takes : Takes
             The calls that it takes.
         backend : str, optional
-            Name of the backend, such as ``"native"``. It is the first part of the override's name, and :func:`forced`
-            can pass it over. The name of the library by default.
+            Name of the backend, such as ``"native"``. It is the first part of the override's name, and
+            :func:`lqlora.forced` can pass it over. The name of the library by default.
 
         Returns
         -------

@@ -227,7 +227,7 @@ def test_grams_that_do_not_fit_are_refused(w, method):
 
 
 def test_a_diagonal_is_no_gram_for_error_feedback(w):
-    with pytest.raises(InvalidArgumentError, match="is square"):
+    with pytest.raises(InvalidArgumentError, match="must be square"):
         cloq(w, FMT, RANK, gram=np.ones(COLUMNS))
     with pytest.raises(InvalidArgumentError, match="do not fit"):
         qera(w, FMT, RANK, gram=np.ones(COLUMNS + 1))

@@ -264,12 +264,12 @@ def _require_one_home(arrays: tuple[Array | None, ...]) -> None:
     """Raise unless all values are arrays of one library on one device."""
     present = [array for array in arrays if array is not None]
     if not present:
-        raise UnsupportedArrayError("arrays must be of NumPy, torch, CuPy or an array API library, got nothing.")
+        raise UnsupportedArrayError("Expected a NumPy, torch, CuPy or array API array, got nothing.")
     homes = [LIBRARY_OF[type(array)] for array in present]
     library = homes[0]
     if None in homes:
         wrong = type(present[homes.index(None)]).__name__
-        raise UnsupportedArrayError(f"arrays must be of NumPy, torch, CuPy or an array API library, got {wrong}.")
+        raise UnsupportedArrayError(f"Expected a NumPy, torch, CuPy or array API array, got {wrong}.")
     if homes.count(library) != len(homes):
         raise MixedArraysError(f"arrays are of {' and '.join(sorted(set(homes)))} in one call: convert one.")
     if library == "array-api" and len({type(array) for array in present}) > 1:
@@ -287,7 +287,7 @@ _dtype_names: dict[tuple[type, Any], str] = {}
 
 
 def dtype_name(array: Array) -> str:
-    """Return the name of an array's dtype, the same word for every library.
+    """Return the name of an array's dtype, spelled the same for every library.
 
     Parameters
     ----------

@@ -113,7 +113,7 @@ class Override:
         unknown = {*takes.dtypes, *takes.contiguous, *(() if takes.bits is None else ("bits",))} - set(parameters)
         if wrong := sorted(unknown or set(takes.contiguous) - set(takes.dtypes)):
             raise InvalidArgumentError(
-                f"takes of {name} declares {', '.join(wrong)}, which is no array argument of the operation: it has "
+                f"takes of {name} declares {', '.join(wrong)}, but the operation has the arguments "
                 f"{', '.join(parameters)}. Arguments in contiguous must be in dtypes too."
             )
         known = known_libraries().get(library)
@@ -157,7 +157,7 @@ class Override:
             if value is None and check.is_optional:
                 continue
             if PLAIN_LIBRARY_OF[type(value)] != self.library:
-                return f"{name} is no plain array of {self.library}"
+                return f"{name} is not a plain array of {self.library}"
             if not check.dtypes[value.dtype]:
                 return f"{name} is not of {' or '.join(filter(None, self.takes.dtypes[name])) or 'any dtype'}"
             if check.is_on_host is not None and check.is_on_host(value) is not self.on_host:

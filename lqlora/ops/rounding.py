@@ -1,4 +1,4 @@
-"""What rounding loses: squared errors in float64, which tell candidates apart that float32 would not."""
+"""Errors of rounding: weighted squared errors in float64, which separate candidates that are equal in float32."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def rounding_errors(
     rows : array of float32 or float64, shape (m, k)
         One block per row.
     weights : array of float32 or float64, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     scales : array of float32, shape (m,)
-        Scales as they are decoded, of either sign. A block whose scale is zero decodes to zeros.
+        Decoded scales of either sign. A block whose scale is zero decodes to zeros.
     zero_points : array of uint8, shape (m,), optional
-        Codes that zero has in an affine format.
+        Zero points of an affine format: the code of zero in each block.
     levels : ndarray of float32, shape (n,)
         Levels of the codebook.
     boundaries : ndarray of float32, shape (n - 1,)
-        Boundaries between its cells.
+        Boundaries between the levels.
 
     Returns
     -------
     array of float64, shape (m,)
-        Sums of ``weights * (rows - values)**2``, where the values are those that :func:`lqlora.ops.decode` makes, in
-        float32, of the codes of :func:`lqlora.ops.encode`. The terms are added as :func:`lqlora.ops.row_sums` adds.
+        Sums of ``weights * (rows - values)**2``. The values are what :func:`lqlora.ops.decode` returns in float32 for the
+        codes of :func:`lqlora.ops.encode`. Terms are added in the order of :func:`lqlora.ops.row_sums`.
 
     References
     ----------
-    LQ-LoRA, arXiv 2311.12023, section 3.2, for errors that are weighted entry by entry.
+    LQ-LoRA, arXiv 2311.12023, section 3.2, weights the error of each entry.
 
     Examples
     --------
@@ -78,14 +78,14 @@ def rounding_errors(
 
 
 def wide_errors(rows: Array, weights: Array | None, values: Array) -> Array:
-    """Return the weighted squared difference of rows and what they were rounded to.
+    """Return the weighted squared difference between rows and the values they were rounded to.
 
     Parameters
     ----------
     rows : array of float32 or float64, shape (m, k)
         Rows.
     weights : array of float32 or float64, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     values : array of float32, shape (m, k)
         Values the rows were rounded to.
 

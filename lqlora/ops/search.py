@@ -1,4 +1,10 @@
-"""The scale of least squared error for each row: a grid of ratios to a first scale, then least squares."""
+"""Search for the scale of least squared error of each row: a grid of ratios to a first scale, then least squares.
+
+A row ``x`` with importance ``h`` has the error ``E(r) = sum_i h_i (x_i - r v_i)**2`` under the ratio ``r``, where ``v_i`` is the
+level nearest to ``x_i / r``. ``E`` has many local minima, since the ``v_i`` jump as ``r`` moves. So a grid is tried first.
+With the ``v_i`` held fixed, ``dE/dr = 0`` gives ``r = sum_i h_i x_i v_i / sum_i h_i v_i**2``. That never raises the error,
+and neither does rounding to the nearest levels under the new ratio, but for rounding errors: so each step is compared.
+"""
 
 from __future__ import annotations
 
@@ -41,29 +47,29 @@ def best_ratios(
     grid: Sequence[float],
     refinements: int,
 ) -> Array:
-    """Return the factor of each row's scale that leaves the least weighted squared error, of those tried.
+    """Return the ratio to each row's scale that has the least weighted squared error among those tried.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
-        Blocks, each divided by a first scale.
+        Blocks as rows, each divided by a first scale.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     levels : ndarray of float32, shape (n,)
         Levels of the codebook.
     boundaries : ndarray of float32, shape (n - 1,)
-        Boundaries between its cells.
+        Boundaries between the levels.
     zeros : array of float32, shape (m, 1), optional
         Zero points.
     grid : sequence of float
-        Ratios tried, not zero.
+        Ratios to try, none of them zero.
     refinements : int
-        Least-squares steps after that. Each one is exact for the codes at hand.
+        Number of least-squares steps after the grid.
 
     Returns
     -------
     array of float32, shape (m,)
-        Ratios; of equals the first that was tried.
+        Ratios. Among equal errors the ratio that was tried first wins.
 
     Examples
     --------
@@ -80,14 +86,14 @@ def best_ratios(
 def nearest_values(
     rows: Array, levels: npt.NDArray[np.float32], boundaries: npt.NDArray[np.float32], zeros: Array | None
 ) -> Array:
-    """Return the nearest levels, with the zero points of an affine format added before and subtracted after.
+    """Return the nearest level of each entry. Zero points are added before rounding and subtracted afterwards.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
         Rows divided by their scales.
     levels, boundaries : ndarray of float32
-        Those of the codebook.
+        Levels of the codebook, and the boundaries between them.
     zeros : array of float32, shape (m, 1), optional
         Zero points.
 
@@ -112,20 +118,20 @@ def nearest_values(
 def search_ratios(
     rows: Array, weights: Array | None, nearest: Callable[[Array], Array], grid: Sequence[float], refinements: int
 ) -> Array:
-    """Search as :func:`best_ratios` does, with any rounding.
+    """Return the best ratio of each row, as :func:`best_ratios` does, for any rounding function.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
-        Blocks, each divided by a first scale.
+        Blocks as rows, each divided by a first scale.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     nearest : callable
-        From rows to the nearest values.
+        Takes rows, and returns the nearest values.
     grid : sequence of float
-        Ratios tried.
+        Ratios to try.
     refinements : int
-        Least-squares steps after that.
+        Number of least-squares steps after the grid.
 
     Returns
     -------
@@ -161,25 +167,25 @@ def _over(rows: Array, ratios: Array) -> Array:
 
 
 def _constants(grid: Sequence[float], rows: Array) -> Iterator[Array]:
-    """Yield each ratio of a grid as an array of one number: a library may multiply by the reciprocal of a number."""
+    """Yield each ratio as an array of one number, since libraries may replace x / number by x * (1 / number)."""
     xp = namespace(rows)
     for ratio in grid:
         yield xp.full((1,), ratio, dtype=xp.float32, device=device_of(rows))
 
 
 def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Array) -> Array:
-    """Return what rows leave as squared error under some ratios.
+    """Return the weighted squared error of each row under its ratio.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
         Rows.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     ratios : array of float32, shape (m,) or (1,)
         Ratios.
     values : array of float32, shape (m, k)
-        Values the rows were rounded to.
+        Values that the rows were rounded to.
 
     Returns
     -------
@@ -198,18 +204,18 @@ def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Ar
 
 
 def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Array) -> Array:
-    """Return the ratios that are best for the values at hand; the old ones where none of the same sign is.
+    """Return the least-squares ratio of each row; rows without a solution of the same sign keep their ratio.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
         Rows.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     values : array of float32, shape (m, k)
-        Values the rows were rounded to.
+        Values that the rows were rounded to.
     ratios : array of float32, shape (m,)
-        The old ratios.
+        Present ratios.
 
     Returns
     -------

@@ -348,7 +348,7 @@ def test_grams_of_other_shapes_are_refused(xp, shape):
 
 
 def test_grams_that_are_not_symmetric_are_refused(xp):
-    with pytest.raises(InvalidArgumentError, match="The gram of k_proj is not symmetric"):
+    with pytest.raises(InvalidArgumentError, match="gram of k_proj.*symmetric"):
         gptq(on(xp, ramp(4, 8)), FMT, on(xp, np.eye(8) + 1e-2 * np.tri(8)), name="k_proj")
 
 

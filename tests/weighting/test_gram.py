@@ -128,9 +128,9 @@ def test_an_output_gram_of_zeros_counts_the_same_and_warns(xp):
 
 
 BAD = {
-    "not square": (np.ones((7, 8)), InvalidArgumentError, "is square, not of shape"),
-    "a vector": (np.ones(7), InvalidArgumentError, "is square, not of shape"),
-    "not symmetric": (np.eye(7) + np.triu(np.ones((7, 7)), 1), InvalidArgumentError, "is not symmetric"),
+    "not square": (np.ones((7, 8)), InvalidArgumentError, "must be square"),
+    "a vector": (np.ones(7), InvalidArgumentError, "must be square"),
+    "not symmetric": (np.eye(7) + np.triu(np.ones((7, 7)), 1), InvalidArgumentError, "must be symmetric"),
     "negative": (-np.eye(7), InvalidArgumentError, "is not positive semidefinite"),
     "indefinite": (np.diag([1.0] * 6 + [-0.5]), InvalidArgumentError, "is not positive semidefinite"),
     "no diagonal": (np.ones((7, 7)) - np.eye(7), InvalidArgumentError, "is not positive semidefinite"),

@@ -1,4 +1,4 @@
-"""Finding the compiled library, and making sure that it is the one of these sources."""
+"""Loading of the compiled kernels: the library, a check that it fits the sources, and its instruction sets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WORTH_THREADS = 1 << 18
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, and what there is to say of it."""
+    """Return the library, or None and the reason why it cannot be used."""
     path = _FOLDER / "kernels.shared"
     if not path.exists():
         return None, "not compiled: there was no C++ compiler when lqlora was installed"
@@ -45,7 +45,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _digest() -> str:
-    """Return the hash that the build wrote into the library; ``hatch_build.py`` has the same."""
+    """Return the hash of the sources, as ``hatch_build.py`` computes it and compiles it into the library."""
     sources = sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")], key=lambda path: path.name)
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -56,7 +56,7 @@ def loaded() -> ctypes.CDLL | None:
     Returns
     -------
     ctypes.CDLL or None
-        None where it cannot be used; :func:`status` says why.
+        None if it cannot be used; :func:`status` says why.
 
     Examples
     --------
@@ -118,12 +118,12 @@ def _refuse(*_: object) -> None:
 
 
 def status() -> tuple[bool, str]:
-    """Tell whether the compiled kernels can be used, and which.
+    """Return whether the compiled kernels can be used, with the reason.
 
     Returns
     -------
     tuple of bool and str
-        Whether; and the instruction set and the number of threads, or what is wrong.
+        True, the instruction set and the number of threads; or False and what is missing.
 
     Examples
     --------
@@ -138,12 +138,12 @@ def status() -> tuple[bool, str]:
 
 
 def instruction_sets() -> list[str]:
-    """List the instruction sets that the kernels were compiled for and this machine has, the best one last.
+    """Return the instruction sets that the kernels were compiled for and this machine has, the best one last.
 
     Returns
     -------
     list of str
-        Of ``baseline``, ``avx2`` and ``avx512``; empty where there are no compiled kernels.
+        Some of ``baseline``, ``avx2`` and ``avx512``; empty if the kernels cannot be used.
 
     Examples
     --------
@@ -163,17 +163,17 @@ def using(instruction_set: str) -> Iterator[None]:
     Parameters
     ----------
     instruction_set : str
-        One of :func:`instruction_sets`.
+        One of those that :func:`instruction_sets` returns.
 
     Yields
     ------
     None
-        The choice before is restored at the end.
+        The earlier choice is restored at the end.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no such one here.
+        If the machine or the library does not have the instruction set.
 
     Examples
     --------
@@ -184,7 +184,9 @@ def using(instruction_set: str) -> Iterator[None]:
     library = loaded()
     known = instruction_sets()
     if library is None or instruction_set not in known:
-        raise InvalidArgumentError(f"There are kernels for {', '.join(known) or 'nothing'}, not {instruction_set!r}.")
+        raise InvalidArgumentError(
+            f"instruction_set must be one of {', '.join(known) or 'none'}, got {instruction_set!r}."
+        )
     before = library.lqlora_isa_chosen()
     library.lqlora_isa_choose(instruction_set.encode())
     try:

@@ -269,7 +269,8 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.matmul_packed: _Taken(
         {"x": _NARROW, **_CODES, **_SCALES, "out": _NARROW},
         _product_fits,
-        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs below 2**30, blocks below 2**31, as many codes and scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
+        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs below 2**30, blocks below 2**31, as many codes and "
+        "scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
         aligned=("x", "packed"),
     ),
     ops.add_low_rank: _Taken(

@@ -1,6 +1,6 @@
-"""Compile the kernels of ``lqlora/backends/cpu/kernels`` while the package is built, where there is a compiler.
+"""Build hook that compiles the kernels of ``lqlora/backends/cpu/kernels``, where there is a C++ compiler.
 
-Without one the package is installed all the same, and runs on NumPy. ``lqlora.backends.available()`` says which.
+Without a compiler the package is installed all the same and runs on NumPy. ``lqlora.backends.available()`` says which.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIBRARY = "kernels.shared"  # not .so: Python would take it for a module
 
 #: No contraction of products and sums, so that every processor returns the same bytes.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-pthread"]
-#: Instruction sets beside the baseline of a processor; what a compiler does not know is left out.
+#: Instruction sets beside the baseline of a processor. Those that the compiler does not know are left out.
 ISAS_OF_X86 = {"avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
 
 
@@ -31,7 +31,7 @@ class NativeKernels(BuildHookInterface):
     """Adds the compiled library to wheels and to editable installs."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatch's signature
-        """Compile, or say in one line why not."""
+        """Compile the kernels, or warn in one line why they were not compiled."""
         if self.target_name != "wheel":
             return
         folder = Path(self.root) / FOLDER
@@ -50,23 +50,25 @@ class NativeKernels(BuildHookInterface):
 def compile_kernels(folder: Path, library: Path, compiler: str | None = None, *, machine: str | None = None) -> None:
     """Compile the sources in a folder into a shared library.
 
+    ``kernels.cpp`` is compiled once for each instruction set, every other ``.cpp`` file once for the baseline.
+
     Parameters
     ----------
     folder : Path
-        Where the sources are.
+        Folder of the sources.
     library : Path
-        Written to.
+        File that is written.
     compiler : str, optional
-        A command, as in the environment variable ``CXX``; else g++ or clang++.
+        A command, as in the environment variable ``CXX``; g++ or clang++ if neither is given.
     machine : str, optional
-        The processor that is compiled for, this one if not given.
+        The processor to compile for; this one if not given.
 
     Raises
     ------
     OSError
         If there is no compiler.
     subprocess.CalledProcessError
-        If it fails on the baseline.
+        If compiling for the baseline fails.
     """
     command = (compiler or os.environ.get("CXX") or found_compiler()).split()
     is_x86 = (machine or platform.machine()).lower() in ("x86_64", "amd64")
@@ -79,7 +81,8 @@ def compile_kernels(folder: Path, library: Path, compiler: str | None = None, *,
             except subprocess.CalledProcessError:
                 continue
             known.append(f"-DLQLORA_HAS_{isa.upper()}")
-        objects.append(compiled(command, folder, "library.cpp", place, *known))
+        others = sorted({path.name for path in folder.glob("*.cpp")} - {"kernels.cpp"})
+        objects += [compiled(command, folder, source, place, *known) for source in others]
         made = Path(place, LIBRARY)
         run([*command, "-shared", "-pthread", *objects, "-o", str(made)])
         # Moved there in one step: whoever has the old library open keeps it.
@@ -89,7 +92,7 @@ def compile_kernels(folder: Path, library: Path, compiler: str | None = None, *,
 
 
 def compiled(command: list[str], folder: Path, source: str, place: str, *flags: str) -> str:
-    """Compile one file and return where the object is."""
+    """Compile one file and return the path of the object."""
     target = f"{place}/{len(list(Path(place).iterdir()))}.o"
     run([*command, *FLAGS, *flags, "-c", str(folder / source), "-o", target])
     return target
@@ -104,14 +107,14 @@ def found_compiler() -> str:
 
 
 def digest(folder: Path) -> str:
-    """Return a hash of the sources, by which the package knows what its library was compiled from."""
+    """Return a hash of the sources. The package refuses a library that was compiled from other sources."""
     sources = sorted([*folder.glob("*.h"), *folder.glob("*.cpp")], key=lambda path: path.name)
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def run(command: list[str]) -> None:
     """Run a compiler quietly."""
-    subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - the command is ours
+    subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - the command is composed here
 
 
 def reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The only two doors to optional packages."""
+"""Imports of optional packages: whether one is installed, and an error with the pip command if it is not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["is_installed", "require"]
 
 
 def is_installed(module: str) -> bool:
-    """Tell whether ``module`` can be found, without importing it.
+    """Return whether a module is installed, without importing it.
 
     Parameters
     ----------
     module : str
-        Dotted name of an importable module.
+        Dotted name of the module.
 
     Returns
     -------
@@ -39,16 +39,16 @@ def is_installed(module: str) -> bool:
 
 
 def require(module: str, extra: str, needed_by: str) -> ModuleType:
-    """Import an optional package, or say in one sentence how to get it.
+    """Import a module of an optional package.
 
     Parameters
     ----------
     module : str
         Dotted name of the module to import.
     extra : str
-        The extra of lqlora that installs it; a name that contains a space is taken as a whole pip command.
+        Extra of lqlora that installs the package. A value with a space in it is a whole pip command.
     needed_by : str
-        What needed it; the first words of the error.
+        Subject of the error: the function or feature that needs the package.
 
     Returns
     -------
@@ -58,7 +58,7 @@ def require(module: str, extra: str, needed_by: str) -> ModuleType:
     Raises
     ------
     MissingDependencyError
-        If the package is not installed. A package that is present but broken raises its own error.
+        If the package is not installed. A package that is installed but broken raises its own error.
     """
     if not is_installed(module):
         command = extra if " " in extra else f"pip install 'lqlora[{extra}]'"

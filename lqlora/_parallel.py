@@ -1,4 +1,4 @@
-"""Work on many matrices at once."""
+"""Work on many matrices in parallel, with BLAS on one thread."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ def map_matrices(
     progress: Callable[[int, int], None] | None = None,
     collect: Callable[[R], None] | None = None,
 ) -> list[R]:
-    """Apply a function to every item, in parallel, and return the results in the order of the items.
+    """Return the results of a function for all items, computed in parallel, in the order of the items.
 
     Parameters
     ----------
     function : callable
-        Takes one item. Picklable if the executor runs processes.
+        Function of one item. It must be picklable if the executor runs processes.
     items : sequence
-        The items.
+        Arguments, one for each call.
     executor : concurrent.futures.Executor, optional
-        Where to run. A thread per core if not given: NumPy releases the interpreter lock in the work that counts.
+        Executor to run on. By default one thread for each core: NumPy releases the interpreter lock where it computes.
     progress : callable, optional
-        Called in this thread with the number of items done and the number of all.
+        Called in this thread with the number of finished items and the number of all items.
     collect : callable, optional
-        Called in this thread with each result, when it is there.
+        Called in this thread with each result as soon as it is computed.
 
     Returns
     -------
     list
-        Results by item. The first exception is raised after what has not begun was cancelled.
+        Results by item. If a call raises, calls that have not begun are cancelled, and its exception is raised.
 
     Raises
     ------
     InvalidArgumentError
-        If an item has to go to another process and cannot be pickled.
+        If a function or an item goes to another process and cannot be pickled.
 
     Notes
     -----
-    BLAS is held to one thread meanwhile. Threads of BLAS beside those of the pool fight for the cores (see
-    ``benchmarks/decompose.py``), and one thread gives the same bits whatever the number of workers.
+    BLAS uses one thread meanwhile. Its threads would compete with those of the pool for the cores (see
+    ``benchmarks/decompose.py``), and one thread gives the same bits for every number of workers.
     """
     with _blas_on_one_thread(), _pool(executor) as pool:
         futures = [_submit(pool, function, item) for item in items]
@@ -76,29 +76,29 @@ def map_matrices(
             wait(futures)
             if _is_about_pickling(error):
                 raise InvalidArgumentError(
-                    "What goes to another process must be picklable: give arrays, functions of modules, or "
-                    f"functools.partial of these, not functions made on the spot ({error})."
+                    "function and items must be picklable for another process: pass arrays, functions of modules, or "
+                    f"functools.partial of these, not lambdas or local functions ({error})."
                 ) from error
             raise
         return [future.result() for future in futures]
 
 
 def _is_about_pickling(error: BaseException) -> bool:
-    """Tell whether an object could not be sent; what is raised then depends on the object and the Python version."""
+    """Return whether an error comes from pickling; its class depends on the object and the Python version."""
     return isinstance(error, pickle.PicklingError) or (
         isinstance(error, AttributeError | TypeError) and "pickle" in str(error)
     )
 
 
 def _submit(pool: Executor, function: Callable[[T], R], item: T) -> Future[R]:
-    """Hand an item to a pool; threads work in the caller's context, so that ``lq.forced`` reaches them."""
+    """Submit an item to a pool. Threads run in a copy of the caller's context, so that ``lq.forced`` holds in them."""
     if isinstance(pool, ThreadPoolExecutor):
         return pool.submit(contextvars.copy_context().run, _work_on, function, item)
     return pool.submit(_work_on, function, item)
 
 
 def _work_on(function: Callable[[T], R], item: T) -> R:
-    """Hold BLAS to one thread in the process that does the work, which need not be the one that asked for it."""
+    """Run the function with BLAS on one thread. The limit is set here too, since this may be another process."""
     with _blas_on_one_thread(), on_threads(1):
         return function(item)
 
@@ -110,7 +110,7 @@ _limits: threadpool_limits | None = None
 
 @contextmanager
 def _blas_on_one_thread() -> Iterator[None]:
-    """Set a limit that is the process's own: the first user sets it, and the last one to leave restores what was."""
+    """Limit BLAS to one thread in this process: the first user sets the limit, the last one restores the old one."""
     global _users, _limits  # noqa: PLW0603 - so is the setting
     with _lock:
         if _users == 0:

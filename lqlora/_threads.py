@@ -1,4 +1,4 @@
-"""How many threads the compiled kernels run on: a setting of the process, which a context may lower."""
+"""Number of threads of the compiled kernels: a setting of the process, which a context may override."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cores", "num_threads", "on_threads", "set_num_threads"]
 
-#: Read at each call; the first that is set to a number counts.
+#: Environment variables that are read at each call. The first one that is a positive number counts.
 _VARIABLES = ("LQLORA_NUM_THREADS", "OMP_NUM_THREADS")
 
 _own: contextvars.ContextVar[int | None] = contextvars.ContextVar("lqlora_threads", default=None)
@@ -27,13 +27,13 @@ def cores() -> int:
 
 
 def num_threads() -> int:
-    """Return how many threads a compiled kernel runs on at most.
+    """Return the largest number of threads that a compiled kernel uses.
 
     Returns
     -------
     int
-        What :func:`set_num_threads` was given; else the number in the environment variable ``LQLORA_NUM_THREADS`` or
-        ``OMP_NUM_THREADS``; else the number of cores. Work on many matrices at once uses one thread for each.
+        The number that :func:`set_num_threads` set, else that of the environment variable ``LQLORA_NUM_THREADS`` or
+        ``OMP_NUM_THREADS``, else the number of cores. Work on many matrices at once uses one thread for each of them.
 
     Examples
     --------
@@ -55,17 +55,17 @@ def _from_environment() -> int | None:
 
 
 def set_num_threads(count: int | None) -> None:
-    """Set how many threads the compiled kernels of this process run on.
+    """Set the number of threads of the compiled kernels in this process.
 
     Parameters
     ----------
     count : int or None
-        At least 1; None goes back to the environment and the number of cores.
+        A number of at least 1. None restores the default: the environment, or the number of cores.
 
     Raises
     ------
     InvalidArgumentError
-        If the count is no positive integer.
+        If the count is not a positive integer.
 
     Examples
     --------
@@ -76,13 +76,13 @@ def set_num_threads(count: int | None) -> None:
     """
     global _setting  # noqa: PLW0603 - a setting of the process
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise InvalidArgumentError(f"A number of threads is a positive integer or None, not {count!r}.")
+        raise InvalidArgumentError(f"count must be a positive integer or None, got {count!r}.")
     _setting = count
 
 
 @contextlib.contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Run the compiled kernels of this context on so many threads."""
+    """Set the number of threads of the compiled kernels inside a ``with`` block, for this context."""
     token = _own.set(count)
     try:
         yield

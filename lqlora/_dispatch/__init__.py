@@ -1,8 +1,8 @@
-"""Which library an array belongs to, and which implementation of an operation runs on it.
+"""Dispatch: operations with a reference implementation, and overrides for the arrays of single libraries.
 
-A function decorated with :func:`op` *is* the reference: plain array API code that runs on every library. A backend may
-register an override, with a record of what it takes; a call picks by the library of its first array, then by the first
-record that the arguments fit, else runs the reference. An override returns the same bytes as the reference.
+A function decorated with :func:`op` is the reference: array API code that runs on every library. A backend may register
+an override, with a record of the calls that it takes. A call picks by the library of its first array, then the first
+override whose record the arguments fit, else the reference. An override returns the same bytes as the reference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lqlora._dispatch.operation import (
     prefer_pieces,
     preferred_piece,
 )
-from lqlora._dispatch.overrides import Override, Takes
+from lqlora._dispatch.overrides import Override, Takes, arguments_named
 
 __all__ = [
     "Library",
@@ -36,6 +36,7 @@ __all__ = [
     "Override",
     "Selection",
     "Takes",
+    "arguments_named",
     "array_library",
     "device_of",
     "dtype_name",

@@ -1,16 +1,16 @@
-"""Array libraries: whose an array is, and what can be asked of every one without knowing whose it is.
+"""Array libraries: which library an array belongs to, its namespace, device, dtype name and memory layout.
 
-Every public function asks these things, so the answers are kept by class and by dtype.
+Every public function asks for these, so answers are cached by class and by dtype. The modules with overrides of each
+library are listed here, and nothing else in this package knows what is in them.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import array_api_compat
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lqlora._typing import Array, Namespace
 
 __all__ = [
+    "PASSED_OVER",
     "Library",
     "array_library",
     "device_of",
@@ -29,6 +30,7 @@ __all__ = [
     "is_contiguous",
     "is_on_host",
     "known_libraries",
+    "load_overrides",
     "namespace",
     "register_library",
 ]
@@ -45,13 +47,13 @@ class Library:
     name : str
         Name of the package, which is also the name its overrides are registered under.
     arrays : tuple of str
-        Classes of its arrays, as ``module:Class``. They are looked up among the modules that are imported already.
+        Classes of its arrays, as ``module:Class``. They are looked up among the modules that are already imported.
     overrides : tuple of str
-        Modules that register overrides, the preferred ones first; imported with the first array of the library.
+        Modules that register overrides, the preferred ones first. The first array of the library imports them.
     memory : {"host", "device", "either"}
-        Where its arrays may be.
+        The memory that its arrays may be in.
     exact : bool
-        True if arrays of subclasses are not given to overrides.
+        True if overrides take no arrays of subclasses.
     """
 
     name: str
@@ -61,23 +63,17 @@ class Library:
     exact: bool = False
 
     def classes(self) -> tuple[type, ...]:
-        """Return the classes of the arrays, none if the library is not imported."""
+        """Return the classes of the arrays; an empty tuple if the library is not imported."""
         pairs = (place.partition(":")[::2] for place in self.arrays)
         return tuple(getattr(sys.modules[module], name) for module, name in pairs if module in sys.modules)
 
     def takes_class(self, cls: type) -> bool:
-        """Tell whether arrays of a class may be given to overrides."""
+        """Return whether overrides take arrays of a class."""
         return cls in self.classes() if self.exact else issubclass(cls, self.classes())
 
-    @functools.cache  # noqa: B019 - libraries are few and stay
-    def load(self) -> None:
-        """Import the modules of overrides, once."""
-        for module in self.overrides:
-            importlib.import_module(module)
 
-
-#: NumPy's scalars count as arrays of no dimensions: its reductions return them. Subclasses of tensors are those that
-#: compilers trace with, which have no memory.
+#: NumPy's scalars count as arrays without dimensions, because NumPy's reductions return them. Subclasses of torch's
+#: tensors are excluded: compilers trace with such classes, which have no memory.
 _LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
@@ -97,9 +93,15 @@ _LIBRARIES: dict[str, Library] = {
     )
 }
 
+#: Words that ``forced()`` knows besides "reference", and the backends that each of them passes over.
+PASSED_OVER: dict[str, frozenset[str]] = {"numpy": frozenset({"native"})}
+
+#: Libraries whose modules of overrides are imported.
+_loaded: set[str] = set()
+
 
 def known_libraries() -> dict[str, Library]:
-    """Return the libraries that overrides are registered for, by name.
+    """Return the libraries that overrides may be registered for, by name.
 
     Returns
     -------
@@ -109,8 +111,27 @@ def known_libraries() -> dict[str, Library]:
     return dict(_LIBRARIES)
 
 
+def load_overrides(name: str | None) -> None:
+    """Import the modules with overrides for a library, unless that was done before.
+
+    Parameters
+    ----------
+    name : str or None
+        Name of the library. Nothing is imported for libraries that are not registered.
+
+    Examples
+    --------
+    >>> load_overrides("numpy")
+    """
+    if name in _loaded or name not in _LIBRARIES:
+        return
+    for module in _LIBRARIES[name].overrides:
+        importlib.import_module(module)
+    _loaded.add(name)  # last: another thread that comes here meanwhile waits for the same imports
+
+
 def register_library(library: Library) -> None:
-    """Make a library known, or replace what is known of it.
+    """Register a library, or replace its record.
 
     Parameters
     ----------
@@ -125,19 +146,22 @@ def register_library(library: Library) -> None:
     for place in library.arrays or ("",):
         module, _, name = place.partition(":")
         if not module or not name:
-            raise InvalidArgumentError(f"A class of arrays is spelled 'module:Class', not {place!r}.")
+            raise InvalidArgumentError(
+                f"arrays must name classes as 'module:Class', got {place!r}. Such as 'array_api_strict:Array'."
+            )
     _LIBRARIES[library.name] = library
+    _loaded.discard(library.name)
     forget()
 
 
 def forget() -> None:
-    """Drop the answers that are kept, after the libraries have changed."""
-    for answers in (LIBRARY_OF, PLAIN_LIBRARY_OF, _NAMESPACE_OF):
+    """Clear the cached answers after the registered libraries have changed."""
+    for answers in (LIBRARY_OF, PLAIN_LIBRARY_OF, _NAMESPACE_OF, _HOST_TESTS):
         answers.clear()
 
 
 class _ByClass(dict[type, Any]):
-    """Answers by class: the first question computes, later ones cost one look-up."""
+    """Cache of answers by class: the first question computes the answer, later ones cost one look-up."""
 
     def __init__(self, answer: Callable[[type], Any]) -> None:
         self._answer = answer
@@ -168,18 +192,18 @@ _NAMESPACE_OF: dict[type, Namespace] = {}
 
 
 def array_library(value: object) -> str | None:
-    """Name the library an array belongs to, without importing that library.
+    """Return the name of the library that an array belongs to, without importing that library.
 
     Parameters
     ----------
     value : object
-        Anything.
+        Any object.
 
     Returns
     -------
     str or None
-        ``"numpy"``, ``"torch"``, ``"cupy"``, the name of a library that was registered, ``"array-api"`` for any other
-        library that follows the standard, None if ``value`` is not an array.
+        ``"numpy"``, ``"torch"``, ``"cupy"``, the name of a registered library, ``"array-api"`` for any other library
+        that follows the standard, or None if ``value`` is not an array.
 
     Examples
     --------
@@ -213,44 +237,57 @@ def namespace(*arrays: Array) -> Namespace:
     """
     if len(arrays) == 1 and (known := _NAMESPACE_OF.get(type(arrays[0]))) is not None:
         return known
-    present = [array for array in arrays if array is not None]
-    if not present:
-        raise UnsupportedArrayError("Expected a NumPy, torch, CuPy or array API array, got nothing.")
-    library = LIBRARY_OF[type(present[0])]
-    if library is None or len(present) > 1:
-        _require_one_home(present)
-    first = present[0]
+    first = home = None
+    for array in arrays:
+        if array is None:
+            continue
+        if first is None:
+            first, home = array, LIBRARY_OF[type(array)]
+        elif LIBRARY_OF[type(array)] != home or not (
+            home in _ONE_HOME or (home == "torch" and array.device == first.device)
+        ):
+            _require_one_home(arrays)
+            break
+    if first is None or home is None:
+        _require_one_home(arrays)
     found = _NAMESPACE_OF.get(type(first))
     if found is None:
         found = _NAMESPACE_OF[type(first)] = array_api_compat.array_namespace(first)
     return found
 
 
-def _require_one_home(present: list[Array]) -> None:
-    """Raise unless all are arrays of one library on one device."""
+#: Libraries whose arrays are all on one device.
+_ONE_HOME = ("numpy",)
+
+
+def _require_one_home(arrays: tuple[Array | None, ...]) -> None:
+    """Raise unless all values are arrays of one library on one device."""
+    present = [array for array in arrays if array is not None]
+    if not present:
+        raise UnsupportedArrayError("Expected a NumPy, torch, CuPy or array API array, got nothing.")
     homes = [LIBRARY_OF[type(array)] for array in present]
     library = homes[0]
     if None in homes:
         wrong = type(present[homes.index(None)]).__name__
         raise UnsupportedArrayError(f"Expected a NumPy, torch, CuPy or array API array, got {wrong}.")
     if homes.count(library) != len(homes):
-        raise MixedArraysError(f"Arrays of {' and '.join(sorted(set(homes)))} in one call: convert one.")
+        raise MixedArraysError(f"arrays are of {' and '.join(sorted(set(homes)))} in one call: convert one.")
     if library == "array-api" and len({type(array) for array in present}) > 1:
-        raise MixedArraysError("Arrays of two array API libraries in one call: convert one.")
-    if library == "numpy":
+        raise MixedArraysError("arrays are of two array API libraries in one call: convert one.")
+    if library in _ONE_HOME:
         return
     devices = [device_of(array) for array in present]
     if devices.count(devices[0]) != len(devices):
         named = " and ".join(sorted(set(map(str, devices))))
-        raise MixedArraysError(f"Arrays on {named} in one call: move one, lqlora never copies.")
+        raise MixedArraysError(f"arrays are on {named} in one call: move one, since lqlora never copies by itself.")
 
 
-#: By the class of the dtype too: dtypes of two libraries may have one hash, and dislike being compared.
+#: The key holds the class of the dtype too: dtypes of two libraries may have one hash, and comparing them may raise.
 _dtype_names: dict[tuple[type, Any], str] = {}
 
 
 def dtype_name(array: Array) -> str:
-    """Name of an array's dtype, the same word for every library.
+    """Return the name of an array's dtype, spelled the same for every library.
 
     Parameters
     ----------
@@ -260,7 +297,7 @@ def dtype_name(array: Array) -> str:
     Returns
     -------
     str
-        Such as ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
+        For example ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
 
     Examples
     --------
@@ -277,12 +314,12 @@ def dtype_name(array: Array) -> str:
 
 
 def spelled(dtype: Any) -> str:
-    """Return the name of a dtype without that of its library."""
+    """Return the name of a dtype without the name of its library."""
     return str(dtype).rpartition(".")[2]
 
 
 def device_of(array: Array) -> Any:
-    """Return the device of an array, in the words of its library.
+    """Return the device of an array, as its library spells devices.
 
     Parameters
     ----------
@@ -292,7 +329,7 @@ def device_of(array: Array) -> Any:
     Returns
     -------
     object
-        What the functions of the library that make arrays take as ``device``.
+        A value that the library's functions take as ``device``.
 
     Examples
     --------
@@ -300,11 +337,14 @@ def device_of(array: Array) -> Any:
     >>> device_of(np.zeros(1))
     'cpu'
     """
-    return array.device if LIBRARY_OF[type(array)] == "torch" else array_api_compat.device(array)
+    library = LIBRARY_OF[type(array)]
+    if library == "numpy":
+        return "cpu"
+    return array.device if library == "torch" else array_api_compat.device(array)
 
 
 def is_on_host(array: Array) -> bool:
-    """Tell whether the entries of an array are in the memory of the host.
+    """Return whether the entries of an array are in the memory of the host.
 
     Parameters
     ----------
@@ -322,11 +362,11 @@ def is_on_host(array: Array) -> bool:
     >>> is_on_host(np.zeros(1))
     True
     """
-    return bool(host_test(LIBRARY_OF[type(array)])(array))
+    return bool(_HOST_TESTS[LIBRARY_OF[type(array)]](array))
 
 
 def host_test(library: str | None) -> Callable[[Array], Any]:
-    """Return what tells of arrays of one library whether they are on the host, called for every argument."""
+    """Return a function that says whether an array of one library is on the host; it is called for every argument."""
     known = _LIBRARIES.get(library or "")
     if library == "torch":
         return attrgetter("is_cpu")
@@ -347,12 +387,37 @@ def _names_the_host(array: Array) -> bool:
     return "cpu" in str(array_api_compat.device(array)).lower()
 
 
-#: NumPy's flags of an array that is laid out row by row, at an address its dtype may have.
-_PLAIN_FLAGS = 0x101
+class Layouts(NamedTuple):
+    """A function that returns the layout of an array, and the layouts that are dense, row-major and aligned."""
+
+    layout_of: Callable[[Array], Any]
+    dense: frozenset[Any]
+
+
+def layouts(library: str | None) -> Layouts:
+    """Return how the layout of a library's arrays is found out: by functions in C, since every argument is asked."""
+    return _LAYOUTS.get(library, _BY_FLAG)
+
+
+#: Bits of NumPy's ``flags.num``: C_CONTIGUOUS and ALIGNED, which dense arrays have, and the others that may be set.
+_DENSE, _OTHERS = 0x101, 0x2406
+
+
+def _says_so(array: Array) -> bool:
+    return bool(getattr(getattr(array, "flags", None), "c_contiguous", False))
+
+
+_BY_FLAG = Layouts(_says_so, frozenset({True}))
+_LAYOUTS: dict[str | None, Layouts] = {
+    "numpy": Layouts(
+        attrgetter("flags.num"), frozenset(_DENSE | other for other in range(0x4000) if other & ~_OTHERS == 0)
+    ),
+    "torch": Layouts(methodcaller("is_contiguous"), frozenset({True})),
+}
 
 
 def is_contiguous(array: Array) -> bool:
-    """Tell whether an array is known to be dense and row-major, so that flattening it gives a view.
+    """Return whether an array is known to be dense and row-major, so that flattening it gives a view.
 
     Parameters
     ----------
@@ -370,23 +435,19 @@ def is_contiguous(array: Array) -> bool:
     >>> is_contiguous(np.zeros((2, 3))), is_contiguous(np.zeros((2, 3)).T)
     (True, False)
     """
-    return bool(dense_test(LIBRARY_OF[type(array)])(array))
+    known = _LAYOUTS.get(LIBRARY_OF[type(array)], _BY_FLAG)
+    return known.layout_of(array) in known.dense
 
 
-def dense_test(library: str | None) -> Callable[[Array], Any]:
-    """Return what tells of arrays of one library whether they are dense, called for every argument."""
-    return _DENSE_TESTS.get(library or "", _says_so)
+class _ByLibrary(dict["str | None", Any]):
+    """Cache of answers by library."""
+
+    def __init__(self, answer: Callable[[str | None], Any]) -> None:
+        self._answer = answer
+
+    def __missing__(self, library: str | None) -> Any:
+        self[library] = answer = self._answer(library)
+        return answer
 
 
-def _is_dense_and_aligned(array: Array) -> bool:
-    return bool(array.flags.num & _PLAIN_FLAGS == _PLAIN_FLAGS)
-
-
-def _says_so(array: Array) -> bool:
-    return bool(getattr(getattr(array, "flags", None), "c_contiguous", False))
-
-
-_DENSE_TESTS: dict[str, Callable[[Array], Any]] = {
-    "numpy": _is_dense_and_aligned,
-    "torch": methodcaller("is_contiguous"),
-}
+_HOST_TESTS = _ByLibrary(host_test)

@@ -7,40 +7,52 @@ import contextvars
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
-from lqlora._dispatch.libraries import LIBRARY_OF, device_of, known_libraries, namespace
+from lqlora._dispatch.libraries import (
+    LIBRARY_OF,
+    PASSED_OVER,
+    PLAIN_LIBRARY_OF,
+    device_of,
+    load_overrides,
+    namespace,
+)
 from lqlora._dispatch.overrides import Override
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
+    from lqlora._dispatch.examples import BlocksProblem, ProductProblem
     from lqlora._dispatch.overrides import Takes
     from lqlora._typing import Array
 
-    Maker: TypeAlias = Callable[[tuple[int, ...], Any, Array], Array | None]
+    Maker: TypeAlias = Callable[[tuple[int, ...], Any, Array], Array]
 
 __all__ = ["Operation", "Selection", "empty", "forced", "op", "prefer_maker", "prefer_pieces", "preferred_piece"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: What forced() knows, and the backend that it passes over: None for all.
-_FORCED: dict[str, str | None] = {"reference": None, "numpy": "native"}
-
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("lqlora_forced", default=None)
+#: Backends whose overrides are passed over in this context; None passes over all overrides.
+_NOTHING: frozenset[str] = frozenset()
+_passed_over: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar(
+    "lqlora_passed_over", default=_NOTHING
+)
 
 
 @contextlib.contextmanager
-def forced(implementation: str) -> Iterator[None]:
+def forced(implementation: str | None = None, *, without: str | Collection[str] = ()) -> Iterator[None]:
     """Pass over faster implementations inside the ``with`` block.
 
     Parameters
     ----------
-    implementation : {"reference", "numpy"}
+    implementation : {"reference", "numpy"}, optional
         "reference": every operation runs its reference, whatever overrides exist. "numpy": no compiled kernel of the
-        CPU runs; other overrides do.
+        CPU runs, as with ``without="native"``.
+    without : str or collection of str
+        Backends whose overrides do not run, such as ``"native"`` or ``"cuda"``: the first parts of the names that
+        :func:`lqlora.backends.capabilities` lists. Backends that are not installed may be named too.
 
     Yields
     ------
@@ -50,7 +62,7 @@ def forced(implementation: str) -> Iterator[None]:
     Raises
     ------
     InvalidArgumentError
-        If another name is asked for.
+        If ``implementation`` is another word.
 
     Examples
     --------
@@ -61,18 +73,25 @@ def forced(implementation: str) -> Iterator[None]:
     >>> bool((slow.packed == lq.quantize(w, lq.BlockFormat(lq.NF4)).packed).all())
     True
     """
-    if implementation not in _FORCED:
-        raise InvalidArgumentError(f"forced() knows 'reference' and 'numpy', not {implementation!r}.")
-    token = _forced.set(implementation)
+    names = frozenset((without,) if isinstance(without, str) else without)
+    if implementation is not None and implementation != "reference" and implementation not in PASSED_OVER:
+        known = " or ".join(map(repr, ("reference", *PASSED_OVER)))
+        raise InvalidArgumentError(
+            f"implementation must be {known}, got {implementation!r}. Pass without='native' to pass over one backend."
+        )
+    if implementation == "reference":
+        token = _passed_over.set(None)
+    else:
+        token = _passed_over.set(names | PASSED_OVER.get(implementation or "", frozenset()))
     try:
         yield
     finally:
-        _forced.reset(token)
+        _passed_over.reset(token)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which implementation a call would run, and why.
+    """The implementation that a call would run, and the reason.
 
     Parameters
     ----------
@@ -89,12 +108,12 @@ class Selection:
     reason: str
 
 
-#: Entries that overrides for a library would rather be given at a time.
+#: Number of entries that overrides for a library prefer to be given at a time.
 _PIECES: dict[str, int] = {}
 
 
 def prefer_pieces(library: str, entries: int) -> None:
-    """Let callers know that overrides for a library take this many entries at a time without a workspace.
+    """Declare how many entries overrides for a library take at a time without a workspace.
 
     Parameters
     ----------
@@ -107,7 +126,7 @@ def prefer_pieces(library: str, entries: int) -> None:
 
 
 def preferred_piece(array: object) -> int | None:
-    """Return how many entries overrides for an array would rather be given at a time.
+    """Return how many entries overrides for an array prefer to be given at a time.
 
     Parameters
     ----------
@@ -117,29 +136,28 @@ def preferred_piece(array: object) -> int | None:
     Returns
     -------
     int or None
-        None if nobody said so, or :func:`forced` passes faster implementations over.
+        None if no preference is declared, or :func:`forced` passes over faster implementations.
     """
-    library = LIBRARY_OF[type(array)]
-    known = known_libraries().get(library or "")
-    if known is None or _forced.get() is not None:
+    if _passed_over.get() != _NOTHING:
         return None
-    known.load()
-    return _PIECES.get(known.name)
+    library = LIBRARY_OF[type(array)]
+    load_overrides(library)
+    return _PIECES.get(library or "")
 
 
-#: What makes arrays of a library faster than the library does.
+#: Functions that make arrays for results faster than the libraries do.
 _MAKERS: dict[str, Maker] = {}
 
 
 def prefer_maker(library: str, maker: Maker) -> None:
-    """Let arrays for results be made by something faster than their library.
+    """Declare a function that makes arrays for results faster than their library does.
 
     Parameters
     ----------
     library : str
         Name of the library.
     maker : callable
-        From a shape, a dtype of the library and an array to an array of any contents beside that one; None to decline.
+        Takes a shape, a dtype of the library and an array; returns an array of any contents on the device of that one.
     """
     _MAKERS[library] = maker
 
@@ -152,21 +170,21 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     shape : tuple of int
         Its shape.
     dtype : dtype
-        As the library of ``like`` has it.
+        A dtype of the library of ``like``.
     like : array
-        An array of the library, on the device where it is wanted.
+        An array of the library, on the device that is wanted.
 
     Returns
     -------
     array
-        The caller's alone.
+        An array that shares no memory with any other.
     """
     library = LIBRARY_OF[type(like)]
-    known = known_libraries().get(library or "")
-    if known is not None and _forced.get() is None:
-        known.load()
-        if known.name in _MAKERS and (made := _MAKERS[known.name](shape, dtype, like)) is not None:
-            return made
+    if _passed_over.get() == _NOTHING:
+        load_overrides(library)
+        maker = _MAKERS.get(library or "")
+        if maker is not None:
+            return maker(shape, dtype, like)
     return namespace(like).empty(shape, dtype=dtype, device=device_of(like))
 
 
@@ -177,19 +195,30 @@ class Operation(Generic[P, R]):
     ----------
     reference : callable
         Array API implementation; its first argument is the array that decides the library.
+    examples : callable, optional
+        Makes arguments from a :class:`~lqlora._dispatch.examples.BlocksProblem`. Overrides return the same bytes.
+    products : callable, optional
+        Makes arguments from a :class:`~lqlora._dispatch.examples.ProductProblem`. The operation adds in no fixed order,
+        so the results of overrides are compared on integers, and by a bound.
     """
 
-    def __init__(self, reference: Callable[P, R]) -> None:
+    def __init__(
+        self,
+        reference: Callable[P, R],
+        examples: Callable[[BlocksProblem], tuple[Any, ...]] | None = None,
+        products: Callable[[ProductProblem], tuple[Any, ...]] | None = None,
+    ) -> None:
         functools.update_wrapper(self, reference)
-        self.reference = reference
+        self.reference, self.examples, self.products = reference, examples, products
         self.__signature__ = self._signature = inspect.signature(reference)
         self._names = tuple(self._signature.parameters)
+        self._count = len(self._names)
         self._overrides: dict[str, dict[str, Override]] = {}
         self._ready: dict[str | None, tuple[Override, ...]] = {}
 
     @property
     def name(self) -> str:
-        """Name of the operation, as in messages."""
+        """Name of the operation."""
         return self.reference.__name__
 
     def register(
@@ -207,8 +236,8 @@ class Operation(Generic[P, R]):
         takes : Takes
             The calls that it takes.
         backend : str, optional
-            What the override runs on, such as ``"native"``; the first part of its name, and what :func:`forced` knows.
-            The name of the library by default.
+            Name of the backend, such as ``"native"``. It is the first part of the override's name, and
+            :func:`lqlora.forced` can pass it over. The name of the library by default.
 
         Returns
         -------
@@ -218,7 +247,7 @@ class Operation(Generic[P, R]):
         Raises
         ------
         InvalidArgumentError
-            If an argument that is declared is none of the operation.
+            If ``takes`` or its condition names an argument that the operation does not have.
         """
 
         def add(function: Callable[P, R]) -> Callable[P, R]:
@@ -241,16 +270,14 @@ class Operation(Generic[P, R]):
         Returns
         -------
         tuple of Override
-            None for a library that nobody registered.
+            Empty for a library that is not registered.
         """
-        known = known_libraries().get(library or "")
-        if known is not None:
-            known.load()
+        load_overrides(library)
         self._ready[library] = ready = tuple(self._overrides.get(library or "", {}).values())
         return ready
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Return all arguments by position, defaults too: records of overrides look at positions."""
+        """Return all arguments by position, with defaults filled in: records of overrides look at positions."""
         rest = self._names[len(args) :]
         if len(rest) == len(kwargs) and all(name in kwargs for name in rest):
             return (*args, *(kwargs[name] for name in rest))
@@ -258,24 +285,43 @@ class Operation(Generic[P, R]):
         bound.apply_defaults()
         return bound.args
 
-    def _candidates(self, args: tuple[Any, ...]) -> tuple[Override, ...]:
-        library = LIBRARY_OF[type(args[0])]
-        ready = self._ready.get(library)
-        return self.overrides(library) if ready is None else ready
-
     def _choice(self, args: tuple[Any, ...]) -> Override | None:
-        word = _forced.get()
-        if word == "reference":
+        """Return the first override that takes a call, or None for the reference.
+
+        This runs in every call of every operation, so the checks are written out here; they are functions in C, but for
+        the condition. :meth:`Override.fault` runs the same checks and words the first one that fails.
+        """
+        passed_over = _passed_over.get()
+        if passed_over is None:
             return None
-        for override in self._candidates(args):
-            if word is not None and override.backend == _FORCED[word]:
+        candidates = self._ready.get(LIBRARY_OF[type(args[0])])
+        if candidates is None:
+            candidates = self.overrides(LIBRARY_OF[type(args[0])])
+        for override in candidates:
+            if override.backend in passed_over:
                 continue
-            if not override.fault(args):
-                return override
+            library, on_host = override.library, override.on_host
+            for position, is_optional, dtypes, is_on_host, layout_of, dense, _ in override.arrays:
+                value = args[position]
+                if value is None and is_optional:
+                    continue
+                if (
+                    PLAIN_LIBRARY_OF[type(value)] != library
+                    or not dtypes[value.dtype]
+                    or (is_on_host is not None and is_on_host(value) is not on_host)
+                    or (layout_of is not None and layout_of(value) not in dense)
+                ):
+                    break
+            else:
+                named = override.named
+                if (override.bits is None or args[override.bits_at] in override.bits) and (
+                    named is None or override.condition(*named(args))  # type: ignore[misc]  # there is one to name them
+                ):
+                    return override
         return None
 
     def select(self, *args: P.args, **kwargs: P.kwargs) -> Selection:
-        """Tell which implementation a call with these arguments would run, without running it.
+        """Return which implementation a call with these arguments would run, without running it.
 
         Parameters
         ----------
@@ -294,37 +340,57 @@ class Operation(Generic[P, R]):
         return Selection(self.name, "reference", self._why_reference(positional))
 
     def _why_reference(self, args: tuple[Any, ...]) -> str:
-        word = _forced.get()
-        if word == "reference":
+        passed_over = _passed_over.get()
+        if passed_over is None:
             return "forced('reference') is active."
-        passed_over = f"is passed over by forced({word!r})"
         reasons = [
-            f"{override.name} {passed_over}"
-            if word is not None and override.backend == _FORCED[word]
+            f"{override.name} is passed over by forced(without={override.backend!r})"
+            if override.backend in passed_over
             else f"{override.name} declined: {override.fault(args)}"
-            for override in self._candidates(args)
+            for override in self.overrides(LIBRARY_OF[type(args[0])])
         ]
         return f"{'; '.join(reasons)}." if reasons else f"{LIBRARY_OF[type(args[0])]}: no override is registered."
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the operation by the implementation that :meth:`select` names."""
-        positional = args if len(args) == len(self._names) and not kwargs else self._positional(args, kwargs)
+        positional = args if len(args) == self._count and not kwargs else self._positional(args, kwargs)
         override = self._choice(positional)
         implementation: Callable[..., R] = self.reference if override is None else override.function
         return implementation(*positional)
 
 
-def op(reference: Callable[P, R]) -> Operation[P, R]:
+@overload
+def op(reference: Callable[P, R]) -> Operation[P, R]: ...
+
+
+@overload
+def op(
+    *,
+    examples: Callable[[BlocksProblem], tuple[Any, ...]] | None = None,
+    products: Callable[[ProductProblem], tuple[Any, ...]] | None = None,
+) -> Callable[[Callable[P, R]], Operation[P, R]]: ...
+
+
+def op(
+    reference: Callable[P, R] | None = None,
+    *,
+    examples: Callable[[BlocksProblem], tuple[Any, ...]] | None = None,
+    products: Callable[[ProductProblem], tuple[Any, ...]] | None = None,
+) -> Operation[P, R] | Callable[[Callable[P, R]], Operation[P, R]]:
     """Turn an array API function into an :class:`Operation` that backends can override.
 
     Parameters
     ----------
     reference : callable
         The implementation that runs everywhere.
+    examples, products : callable, optional
+        Makes arguments for the conformance suite, as :class:`Operation` describes.
 
     Returns
     -------
     Operation
-        Callable exactly like ``reference``.
+        Callable exactly like ``reference``; a decorator if ``reference`` is not given.
     """
-    return Operation(reference)
+    if reference is None:
+        return lambda function: Operation(function, examples, products)
+    return Operation(reference, examples, products)

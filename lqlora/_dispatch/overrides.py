@@ -1,44 +1,50 @@
-"""What an override takes, declared: the record decides which calls it is given, and is what the table of them shows."""
+"""Conditions under which an override takes a call, declared as a :class:`Takes` record.
+
+The record decides which calls an override is given, words the reasons of :meth:`Operation.select`, and fills the table
+in the documentation.
+"""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF, dense_test, host_test, known_libraries, spelled
+from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF, host_test, known_libraries, layouts, spelled
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    import inspect
     from collections.abc import Callable, Mapping
 
-__all__ = ["Override", "Takes"]
+__all__ = ["Override", "Takes", "arguments_named"]
 
 
 @dataclass(frozen=True)
 class Takes:
-    """Which calls an override takes: those whose arguments fit everything that is declared.
+    """Calls that an override takes: those whose arguments fit everything that is declared.
 
     Parameters
     ----------
     dtypes : mapping of str to tuple of str or None
         For each argument that is an array of the library, the names of the dtypes taken; None among them if the
-        argument may be None. Arrays of another library, and arguments that are no arrays, do not fit.
-        Levels and boundaries, which every library is given as read-only NumPy arrays, are not listed.
+        argument may be None. Arrays of another library do not fit, and neither do values that are not arrays.
+        Levels and boundaries are not listed: every library is given them as read-only NumPy arrays.
     bits : tuple of int, optional
         Values of the argument ``bits``; any by default.
     memory : {"host", "device"}
-        Where the arrays are.
+        The memory that the arrays must be in.
     contiguous : tuple of str
-        Arguments that have to be dense, row-major and aligned.
+        Arguments that must be dense, row-major and aligned.
     condition : callable, optional
-        What else has to hold: called with the arguments of the call, by position.
+        A further condition. Its parameters are named like arguments of the operation, and it is called with these.
+        A callable with a ``__signature__`` is called with the arguments that the signature names.
     sentence : str
         The condition in words, such as ``"more than 15 boundaries"``.
 
     Examples
     --------
-    >>> Takes({"packed": ("uint8",)}, bits=(4,)).memory
+    >>> Takes({"packed": ("uint8",)}, bits=(4,), condition=lambda packed: packed.size > 0).memory
     'host'
     """
 
@@ -50,18 +56,23 @@ class Takes:
     sentence: str = ""
 
 
-class _ArrayCheck(NamedTuple):
-    """What is asked of one argument."""
+class ArrayCheck(NamedTuple):
+    """The checks of one array argument, as functions in C: every call of an operation runs them.
+
+    ``is_on_host`` is None where the library has one memory only, ``layout_of`` where any layout is taken.
+    """
 
     position: int
-    optional: bool
-    dtypes: _ByDtype
-    contiguous: bool
+    is_optional: bool
+    dtypes: ByDtype
+    is_on_host: Callable[[Any], bool] | None
+    layout_of: Callable[[Any], Any] | None
+    dense: frozenset[Any]
     name: str
 
 
-class _ByDtype(dict[Any, bool]):
-    """Whether a dtype is taken: the first question looks its name up, later ones cost one look-up."""
+class ByDtype(dict[Any, bool]):
+    """Cache of whether a dtype is taken: the first question spells its name, later ones cost one look-up."""
 
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self._names = names
@@ -79,13 +90,18 @@ class Override:
     name : str
         The backend and the function, such as ``"numpy.decode_lookup"``.
     library : str
-        Whose arrays it takes.
+        Name of the library whose arrays it takes.
     function : callable
         The implementation, called as the operation is.
     takes : Takes
         The calls it takes.
     signature : inspect.Signature
-        That of the operation.
+        Signature of the operation.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the record names an argument that the operation does not have.
     """
 
     def __init__(
@@ -93,24 +109,35 @@ class Override:
     ) -> None:
         self.name, self.library, self.function, self.takes = name, library, function, takes
         self.backend = name.partition(".")[0]
-        parameters = list(signature.parameters)
+        parameters = tuple(signature.parameters)
         unknown = {*takes.dtypes, *takes.contiguous, *(() if takes.bits is None else ("bits",))} - set(parameters)
-        if unknown or set(takes.contiguous) - set(takes.dtypes):
-            wrong = ", ".join(sorted(unknown or set(takes.contiguous) - set(takes.dtypes)))
-            raise InvalidArgumentError(f"{name} declares {wrong}, which is no array argument of the operation.")
-        self._arrays = [
-            _ArrayCheck(parameters.index(name), None in names, _ByDtype(names), name in takes.contiguous, name)
-            for name, names in takes.dtypes.items()
-        ]
-        self._bits = None if takes.bits is None else (parameters.index("bits"), frozenset(takes.bits))
-        self._asks_more = takes.bits is not None or takes.condition is not None
-        self._is_dense, self._is_on_host = dense_test(library), host_test(library)
+        if wrong := sorted(unknown or set(takes.contiguous) - set(takes.dtypes)):
+            raise InvalidArgumentError(
+                f"takes of {name} declares {', '.join(wrong)}, but the operation has the arguments "
+                f"{', '.join(parameters)}. Arguments in contiguous must be in dtypes too."
+            )
         known = known_libraries().get(library)
-        self._one_memory = known is not None and known.memory == takes.memory
-        self._on_host = takes.memory == "host"
+        has_one_memory = known is not None and known.memory == takes.memory
+        self.on_host = takes.memory == "host"
+        self.arrays = tuple(
+            ArrayCheck(
+                parameters.index(argument),
+                None in dtypes,
+                ByDtype(dtypes),
+                None if has_one_memory else host_test(library),
+                layouts(library).layout_of if argument in takes.contiguous else None,
+                layouts(library).dense,
+                argument,
+            )
+            for argument, dtypes in takes.dtypes.items()
+        )
+        self.bits = None if takes.bits is None else frozenset(takes.bits)
+        self.bits_at = 0 if takes.bits is None else parameters.index("bits")
+        self.condition = takes.condition
+        self.named = None if takes.condition is None else arguments_named(takes.condition, parameters, name)
 
     def fault(self, args: tuple[Any, ...]) -> str:
-        """Return why a call is declined, nothing if it is taken.
+        """Return why a call is declined, or an empty text if it is taken.
 
         Parameters
         ----------
@@ -122,24 +149,67 @@ class Override:
         str
             A clause, or an empty text.
         """
-        library, one_memory = self.library, self._one_memory
-        for position, optional, dtypes, contiguous, name in self._arrays:
-            value = args[position]
-            if value is None and optional:
+        return self._fault_of_arrays(args) or self._fault_of_others(args)
+
+    def _fault_of_arrays(self, args: tuple[Any, ...]) -> str:
+        for check in self.arrays:
+            value, name = args[check.position], check.name
+            if value is None and check.is_optional:
                 continue
-            if PLAIN_LIBRARY_OF[type(value)] != library:
-                return f"{name} is no plain array of {library}"
-            if not dtypes[value.dtype]:
+            if PLAIN_LIBRARY_OF[type(value)] != self.library:
+                return f"{name} is not a plain array of {self.library}"
+            if not check.dtypes[value.dtype]:
                 return f"{name} is not of {' or '.join(filter(None, self.takes.dtypes[name])) or 'any dtype'}"
-            if not one_memory and self._is_on_host(value) is not self._on_host:
+            if check.is_on_host is not None and check.is_on_host(value) is not self.on_host:
                 return f"{name} is not in the memory of the {self.takes.memory}"
-            if contiguous and not self._is_dense(value):
+            if check.layout_of is not None and check.layout_of(value) not in check.dense:
                 return f"{name} is not contiguous"
-        return self._fault_of_others(args) if self._asks_more else ""
+        return ""
 
     def _fault_of_others(self, args: tuple[Any, ...]) -> str:
-        if self._bits is not None and args[self._bits[0]] not in self._bits[1]:
+        if self.bits is not None and args[self.bits_at] not in self.bits:
             return f"bits is none of {', '.join(map(str, self.takes.bits or ()))}"
-        if self.takes.condition is not None and not self.takes.condition(*args):
+        if self.condition is not None and self.named is not None and not self.condition(*self.named(args)):
             return f"it is for {self.takes.sentence}"
         return ""
+
+
+def arguments_named(
+    function: Callable[..., Any], parameters: tuple[str, ...], name: str
+) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return a function that picks the arguments that a condition names out of all arguments of a call.
+
+    Parameters
+    ----------
+    function : callable
+        The condition.
+    parameters : tuple of str
+        Names of the operation's arguments, by position.
+    name : str
+        Name of the override, for the error.
+
+    Returns
+    -------
+    callable
+        From the arguments of a call, by position, to those that the condition is called with.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the condition has a parameter that is not an argument of the operation.
+
+    Examples
+    --------
+    >>> arguments_named(lambda out, x: True, ("x", "y", "out"), "numpy.fast")((1, 2, 3))
+    (3, 1)
+    """
+    wanted = inspect.signature(function).parameters
+    if wrong := [str(parameter) for key, parameter in wanted.items() if key not in parameters]:
+        raise InvalidArgumentError(
+            f"condition of {name} has the parameter {', '.join(wrong)}, which the operation does not have. Name some "
+            f"of {', '.join(parameters)}."
+        )
+    positions = [parameters.index(key) for key in wanted]
+    if len(positions) == 1:
+        return itemgetter(slice(positions[0], positions[0] + 1))
+    return itemgetter(*positions) if positions else itemgetter(slice(0, 0))

@@ -1,6 +1,6 @@
-"""Fast implementations, registered onto the operations of :mod:`lqlora.ops`.
+"""Backends: overrides of the operations of :mod:`lqlora.ops`, and functions that list and explain them.
 
-Each override returns the same bytes as the reference and is justified by a row of ``benchmarks/``.
+Each override returns the same bytes as the reference. A row in ``benchmarks/`` justifies it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether something can be used here; true or false in a condition.
+    """Availability of a library or of compiled kernels; true or false in a condition.
 
     Parameters
     ----------
     usable : bool
-        True if it can.
+        True if it can be used here.
     reason : str
-        What there is, or what is missing, in a few words.
+        What is installed or missing, in a few words.
 
     Examples
     --------
@@ -56,19 +56,19 @@ class Availability:
 
 
 def available() -> dict[str, Availability]:
-    """Tell which array libraries are installed, without importing them, and whether compiled kernels are used.
+    """Return which array libraries are installed, without importing them, and whether compiled kernels are used.
 
     Returns
     -------
     dict of str to Availability
-        ``numpy``, ``torch``, ``cupy``, libraries that were registered, and ``native``: the kernels for the CPU.
+        Availability of ``numpy``, ``torch``, ``cupy``, registered libraries, and ``native``, the kernels for the CPU.
 
     Examples
     --------
     >>> bool(available()["numpy"])
     True
     """
-    from lqlora.backends.cpu import loading  # noqa: PLC0415 - an import of kernels waits for the first array
+    from lqlora.backends.cpu import loading  # noqa: PLC0415 - kernels are imported with the first array
 
     found = {name: _installed(name) for name in known_libraries()}
     return {**found, "native": Availability(*loading.status())}
@@ -82,7 +82,7 @@ def _installed(package: str) -> Availability:
 
 @dataclass(frozen=True)
 class Capability:
-    """One override: what it implements, and for which calls.
+    """An override: the operation that it implements, and the calls that it takes.
 
     Parameters
     ----------
@@ -91,9 +91,9 @@ class Capability:
     implementation : str
         Name of the override.
     library : str
-        Whose arrays it takes.
+        Name of the library whose arrays it takes.
     takes : Takes
-        The record that decides which calls it is given.
+        The record that decides which calls it takes.
     """
 
     operation: str
@@ -103,13 +103,12 @@ class Capability:
 
 
 def capabilities() -> list[Capability]:
-    """List the overrides of all libraries that are installed.
+    """Return the overrides for all installed libraries, which this imports.
 
     Returns
     -------
     list of Capability
-        By operation, then by library, then in the order in which a call tries them. To list them, the libraries are
-        imported.
+        Overrides by operation, then by library, then in the order in which a call tries them.
 
     Examples
     --------
@@ -131,19 +130,19 @@ def _operations() -> dict[str, Operation[Any, Any]]:
 
 
 def register(library: str, *, arrays: tuple[str, ...], overrides: tuple[str, ...] = ()) -> None:
-    """Make an array library known, so that operations may have overrides for its arrays.
+    """Register an array library, so that operations may have overrides for its arrays.
 
-    Without that, arrays of any library that follows the array API standard run the references.
+    Arrays of libraries that are not registered run the references, if the library follows the array API standard.
 
     Parameters
     ----------
     library : str
         Name of its package. Overrides are registered under this name.
     arrays : tuple of str
-        Classes of its arrays, as ``module:Class``; subclasses belong to them.
+        Classes of its arrays, as ``module:Class``. Arrays of subclasses belong to the library too.
     overrides : tuple of str
-        Modules that register overrides, the preferred ones first. They are imported with the first array of the
-        library that an operation sees.
+        Modules that register overrides, the preferred ones first. The first array of the library that an operation
+        sees imports them.
 
     Raises
     ------
@@ -160,26 +159,26 @@ def register(library: str, *, arrays: tuple[str, ...], overrides: tuple[str, ...
 
 
 def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
-    """Tell which implementation of an operation would run on some arguments, and why.
+    """Return which implementation of an operation would run on some arguments, and why.
 
     Parameters
     ----------
     operation : str
         Name of an operation in :mod:`lqlora.ops`.
     *arrays : array
-        Its positional arguments.
+        Positional arguments of the call.
     **arguments
-        Its other arguments.
+        Arguments of the call by name.
 
     Returns
     -------
     Selection
-        The implementation and the reason.
+        The implementation, and the reason for the choice.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no such operation.
+        If ``operation`` is not an operation.
 
     Examples
     --------
@@ -189,5 +188,5 @@ def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
     """
     known = _operations()
     if operation not in known:
-        raise InvalidArgumentError(f"{operation!r} is no operation; there are {', '.join(sorted(known))}.")
+        raise InvalidArgumentError(f"operation must be one of {', '.join(sorted(known))}, got {operation!r}.")
     return known[operation].select(*arrays, **arguments)

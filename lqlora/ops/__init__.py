@@ -1,6 +1,6 @@
-"""Array API references of every hot operation: the documentation, and the oracle that overrides are held against.
+"""Array API references of every hot operation: the definition that overrides are compared with.
 
-Kernels see flat contiguous arrays: decisions about shapes, formats and padding are made above, in plain Python.
+Operations take flat arrays. The rooms above decide about shapes, formats and padding.
 """
 
 from __future__ import annotations

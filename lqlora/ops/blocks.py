@@ -1,4 +1,4 @@
-"""Cutting a flat array into blocks, and the statistics of a block."""
+"""Blocks of a flat array: as rows, and their absolute maxima and extremes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ __all__ = ["block_absmax", "block_extremes", "from_blocks", "to_blocks"]
 
 
 def to_blocks(flat: Array, block_size: int) -> Array:
-    """Lay a flat array out as rows of one block each.
+    """Return a flat array as rows of one block each.
 
     Parameters
     ----------
     flat : array, shape (n,)
-        Any dtype.
+        Array of any dtype.
     block_size : int
         Entries per block, at least 1.
 
     Returns
     -------
     array, shape (ceil(n / block_size), min(block_size, n))
-        The last row is padded with zeros, which cannot raise an absolute maximum. A block that is longer than the
-        array is as long as the array.
+        Rows. Zeros pad the last one, since they raise no absolute maximum. A block is at most as long as the array.
 
     Examples
     --------
@@ -45,14 +44,14 @@ def to_blocks(flat: Array, block_size: int) -> Array:
 
 
 def from_blocks(blocks: Array, count: int) -> Array:
-    """Undo :func:`to_blocks`.
+    """Return the flat array that :func:`to_blocks` made rows of.
 
     Parameters
     ----------
     blocks : array, shape (n_blocks, block_size)
         Rows of blocks.
     count : int
-        Entries before padding.
+        Number of entries without the padding.
 
     Returns
     -------
@@ -68,14 +67,14 @@ def from_blocks(blocks: Array, count: int) -> Array:
     return namespace(blocks).reshape(blocks, (-1,))[:count]
 
 
-@op
+@op(examples=lambda problem: (problem.weights, problem.block_size))
 def block_absmax(flat: Array, block_size: int) -> Array:
-    """Largest absolute value of each block.
+    """Return the largest absolute value of each block.
 
     Parameters
     ----------
     flat : array of float16, bfloat16, float32 or float64, shape (n,)
-        Values; NaN makes the maximum of its block NaN.
+        Values. The maximum of a block with a NaN is NaN.
     block_size : int
         Entries per block; the last block may be short.
 
@@ -97,21 +96,21 @@ def block_absmax(flat: Array, block_size: int) -> Array:
     return xp.max(xp.abs(blocks), axis=1)
 
 
-@op
+@op(examples=lambda problem: (problem.weights, problem.block_size))
 def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
-    """Smallest and largest value of each block and zero.
+    """Return the smallest and largest value of each block, zero included.
 
     Parameters
     ----------
     flat : array of float16, bfloat16, float32 or float64, shape (n,)
-        Values; NaN makes both of its block NaN.
+        Values. Both extremes of a block with a NaN are NaN.
     block_size : int
         Entries per block; the last block may be short.
 
     Returns
     -------
     tuple of array of float32, or float64 for float64, shape (ceil(n / block_size),)
-        Minima, which are not above zero, and maxima, which are not below.
+        Minima, which are at most zero, and maxima, which are at least zero.
 
     Examples
     --------
@@ -125,5 +124,6 @@ def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
         return xp.reshape(blocks, (0,)), xp.reshape(blocks, (0,))
     low, high = xp.min(blocks, axis=1), xp.max(blocks, axis=1)
     zero = xp.zeros_like(low)
-    # Written so that NaN stays: it must reach the check for finite values. The sum makes -0.0 the zero it is.
+    # Comparisons with NaN are false, so NaN passes and reaches the check for finite values. Adding +0.0 turns -0.0 into
+    # +0.0, and changes nothing else: backends that compare bits would tell the two zeros apart.
     return xp.where(low > 0, zero, low) + zero, xp.where(high < 0, zero, high) + zero

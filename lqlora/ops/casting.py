@@ -1,4 +1,4 @@
-"""Arithmetic happens in float32 or float64; storage may be narrower."""
+"""Conversions of dtypes and between libraries: widening for arithmetic, rounding for storage, copies bit for bit."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def widen(array: Array, what: str = "the array") -> Array:
     Parameters
     ----------
     array : array of float16, bfloat16, float32 or float64
-        The input.
+        Array to convert.
     what : str
-        What the array is, the first words of the error.
+        Name of the array, which errors begin with.
 
     Returns
     -------
@@ -61,14 +61,14 @@ def widen(array: Array, what: str = "the array") -> Array:
 
 
 def require_float(array: Array, what: str) -> None:
-    """Raise if an array is not of a floating-point dtype that is computed with here.
+    """Raise unless an array has one of the four floating-point dtypes that lqlora computes with.
 
     Parameters
     ----------
     array : array
         Any array.
     what : str
-        What the array is, the first words of the error.
+        Name of the array, which errors begin with.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def require_float(array: Array, what: str) -> None:
     namespace(array)
     name = dtype_name(array)
     if name not in _FLOATS:
-        raise UnsupportedArrayError(f"{what} must be float16, bfloat16, float32 or float64, not {name}.")
+        raise UnsupportedArrayError(f"{what} must be float16, bfloat16, float32 or float64, got {name}.")
 
 
 def storage_cast(array: Array, dtype: str) -> Array:
@@ -99,7 +99,7 @@ def storage_cast(array: Array, dtype: str) -> Array:
     Returns
     -------
     array of that dtype, same shape
-        The array itself if it is of that dtype. Values beyond the range of ``dtype`` become infinite; the caller decides what that means.
+        The array itself if it has that dtype. Values beyond the range of ``dtype`` become infinite; callers check that.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def native_dtype(array: Array, dtype: str) -> Any:
     """
     xp = namespace(array)
     if dtype not in _FLOATS:
-        raise UnsupportedArrayError(f"A floating-point dtype is one of {', '.join(_FLOATS)}, not {dtype!r}.")
+        raise UnsupportedArrayError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}.")
     if dtype in _FLOATS[:2]:
         return getattr(xp, dtype)
     library = array_library(array)
@@ -153,17 +153,17 @@ def native_dtype(array: Array, dtype: str) -> Any:
         return np.dtype(np.float16 if dtype == "float16" else ml_dtypes.bfloat16)
     if library == "array-api" or not hasattr(xp, dtype):
         owner = type(array).__module__.partition(".")[0]
-        raise UnsupportedArrayError(f"{owner} has no {dtype}: choose a format with float32 scales.")
+        raise UnsupportedArrayError(f"dtype {dtype} does not exist in {owner}: choose a format with float32 scales.")
     return getattr(xp, dtype)
 
 
 def stored_bytes(array: Array) -> int:
-    """Bytes of the entries of an array.
+    """Return the bytes that the entries of an array take.
 
     Parameters
     ----------
     array : array
-        Of uint8 or a floating-point dtype.
+        Array of uint8 or a floating-point dtype.
 
     Returns
     -------
@@ -181,17 +181,19 @@ def stored_bytes(array: Array) -> int:
 
 
 def convert(array: Array, xp: Namespace, device: object = None) -> Array:
-    """Copy an array to another library or device, bit for bit. All such copies go through this function.
+    """Copy an array to another library or device, bit for bit.
+
+    Every copy of that kind in lqlora is made here.
 
     Parameters
     ----------
     array : array
-        Any array; a torch tensor is detached.
+        Any array. A torch tensor is detached.
     xp : module
         Target namespace, such as ``numpy`` or ``torch``.
     device : object, optional
-        Target device, in the words of that library. If not given, an array of that library stays on its device; one of
-        another library goes to the host for torch, to the default device for others.
+        Target device, as that library spells it. By default an array of that library stays on its device. An array of
+        another library goes to the host for torch, and to the default device of other libraries.
 
     Returns
     -------
@@ -220,21 +222,21 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
         )  # torch takes no negative strides, and warns of read-only memory
         bits = torch.from_numpy(host.view(np.uint16) if is_bfloat16 else host)
         return (bits.view(torch.bfloat16) if is_bfloat16 else bits).to(device)  # type: ignore[call-overload]
-    line = host.reshape(1) if not host.ndim else host  # CuPy fills arrays without axes: a zero would lose its sign
+    line = host.reshape(1) if not host.ndim else host  # CuPy fills arrays without axes, where -0.0 would become 0.0
     try:
         there = xp.asarray(line) if device is None else xp.asarray(line, device=device)
         return there if line is host else xp.reshape(there, ())
     except TypeError as error:
-        raise UnsupportedArrayError(f"{xp.__name__} has no {host.dtype}: {error}.") from error
+        raise UnsupportedArrayError(f"array of {host.dtype} cannot go to {xp.__name__}: {error}.") from error
 
 
 def _plain_name(xp: Namespace) -> str:
-    """Return the name of a namespace without that of what wraps it."""
+    """Return the name of a namespace without the prefix of array-api-compat."""
     return str(xp.__name__.removeprefix("array_api_compat."))
 
 
 def _moved(array: Array, device: object) -> Array:
-    """Return an array on another device of its library; never by way of the host."""
+    """Return an array on another device of its library, never copied by way of the host."""
     if array_library(array) != "torch":
         return array if device is None else namespace(array).asarray(array, device=device)
     tensor = array.detach()
@@ -242,7 +244,7 @@ def _moved(array: Array, device: object) -> Array:
 
 
 def _on_host(array: Array) -> Any:
-    """Return a NumPy array; bfloat16 is that of ``ml_dtypes``."""
+    """Return an array as a NumPy array; its bfloat16 is the one of ``ml_dtypes``."""
     library = array_library(array)
     if library == "numpy":
         return array

@@ -1,9 +1,9 @@
-"""From weights to codes and back, given the scales."""
+"""Encoding and decoding under given scales: weights to codes, and codes to weights."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from lqlora.ops.tables import pick, table_beside
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = [
@@ -30,28 +31,28 @@ __all__ = [
     "values_by_row",
 ]
 
-#: Up to this many boundaries, counting those below a value beats a binary search on every library measured, in the
-#: memory of the host. On a device each step of the counting is a kernel.
+#: Up to this many boundaries, counting those below a value was faster than a binary search on every library measured, in
+#: host memory. On a device each step of the counting is a kernel of its own.
 FEW = 15
 
 _TINY = 2.0**-126  # the smallest normal float32
 
 
-@op
+@op(examples=lambda problem: (problem.normalized, problem.codebook.boundaries))
 def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
-    """Index of the cell each value falls into.
+    """Return the code of each value: the index of the cell between two boundaries that it falls into.
 
     Parameters
     ----------
     values : array of float32 or float64
-        Normalized weights, any shape. Infinite values take the first or the last cell.
+        Normalized weights of any shape. Infinite values get the first or the last code.
     boundaries : ndarray of float32, shape (n - 1,)
         Sorted boundaries between the cells.
 
     Returns
     -------
     array of uint8, same shape as ``values``
-        The number of boundaries strictly below the value: at a boundary the lower index wins.
+        The number of boundaries strictly below the value, so that a value on a boundary gets the lower code.
 
     Examples
     --------
@@ -62,7 +63,7 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     xp = namespace(values)
     if len(boundaries) > FEW or not is_on_host(values):
         cells = table_beside(boundaries.astype(dtype_name(values), copy=False), values)
-        # Flat, as torch warns of strided values.
+        # Flat, since torch warns of strided values.
         codes = xp.searchsorted(cells, xp.reshape(values, (-1,)), side="left")
         return xp.reshape(xp.astype(codes, xp.uint8), values.shape)
     codes = xp.zeros(values.shape, dtype=xp.uint8, device=device_of(values))
@@ -72,7 +73,7 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
 
 
 def boundaries_by_set(levels: Array) -> Array:
-    """Boundaries between the cells of several sets of levels.
+    """Return the boundaries between the levels of several sets.
 
     Parameters
     ----------
@@ -93,26 +94,26 @@ def boundaries_by_set(levels: Array) -> Array:
     xp = namespace(levels)
     wide = xp.astype(levels, xp.float64)
     midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
-    zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # of two zeros the upper one is taken, as by a codebook
+    zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # a codebook encodes 0.0 as the upper of two zeros
     return xp.where(zeros, xp.full_like(midpoints, -_TINY), midpoints)
 
 
 def nearest_codes_by_row(values: Array, boundaries: Array, sets: Array) -> Array:
-    """Index of the nearest level, where each row has levels of its own.
+    """Return the codes of the nearest levels, where each row has a set of levels of its own.
 
     Parameters
     ----------
     values : array of float32 or float64, shape (m, k)
         Normalized weights.
     boundaries : array of float32, shape (number of sets, n - 1)
-        Those of :func:`boundaries_by_set`.
+        Boundaries from :func:`boundaries_by_set`.
     sets : array of int64, shape (m,)
-        Which set a row takes.
+        Index of the set of each row.
 
     Returns
     -------
     array of uint8, shape (m, k)
-        Codes; at a boundary the lower index wins.
+        Codes; a value on a boundary gets the lower one.
 
     Examples
     --------
@@ -123,7 +124,7 @@ def nearest_codes_by_row(values: Array, boundaries: Array, sets: Array) -> Array
     """
     xp = namespace(values, boundaries, sets)
     boundaries = xp.astype(pick(boundaries, sets, axis=0), values.dtype, copy=False)
-    if values.shape[1] == 1:  # more columns would take an array of so many boundaries for each
+    if values.shape[1] == 1:  # with more columns the comparison would make an array of (m, k, n - 1) entries
         above = xp.astype(values > boundaries, xp.uint8)
         return xp.sum(above, axis=1, keepdims=True, dtype=xp.uint8)
     codes = xp.zeros(values.shape, dtype=xp.uint8, device=device_of(values))
@@ -133,7 +134,7 @@ def nearest_codes_by_row(values: Array, boundaries: Array, sets: Array) -> Array
 
 
 def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
-    """Levels that codes stand for, where each row has levels of its own.
+    """Return the levels of codes, where each row has a set of levels of its own.
 
     Parameters
     ----------
@@ -142,7 +143,7 @@ def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
     levels : array of float32, shape (number of sets, n)
         Levels.
     sets : array of int64, shape (m,)
-        Which set a row takes.
+        Index of the set of each row.
 
     Returns
     -------
@@ -169,14 +170,14 @@ def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) ->
     blocks : array of float32 or float64, shape (m, k)
         One block per row.
     scales : array of the same dtype, shape (m,)
-        Of either sign. Where a scale is zero so is the result.
+        Scales of either sign. The result is zero where the scale is zero.
     zero_points : array of uint8, shape (m,), optional
         Added after the division.
 
     Returns
     -------
     array of the same dtype, shape (m, k)
-        What is rounded to the nearest level.
+        Normalized weights, which are rounded to the nearest level next.
 
     Examples
     --------
@@ -186,28 +187,35 @@ def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) ->
     """
     xp = namespace(blocks, scales, zero_points)
     column = scales[:, None]
+    # Dividing by infinity gives the zeros of a block without scale, and no 0 / 0. The quotient is never a product with a
+    # reciprocal: that would round twice, and could land on the other side of a boundary.
     divisors = xp.where(column != 0, column, xp.full_like(column, math.inf))
     with np.errstate(over="ignore"):  # a weight far above its decoded scale rounds to the outermost level
         normalized = blocks / divisors
     return normalized if zero_points is None else normalized + xp.astype(zero_points, blocks.dtype)[:, None]
 
 
-@op
+def _encoding(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return the arguments that :func:`encode` and :func:`encode_packed` share; scales are of the wide dtype."""
+    return problem.scales.astype(problem.wide.dtype), problem.zeros, problem.codebook.boundaries
+
+
+@op(examples=lambda problem: (problem.wide, *_encoding(problem), problem.block_size))
 def encode(
     flat: Array, scales: Array, zero_points: Array | None, boundaries: npt.NDArray[np.float32], block_size: int
 ) -> Array:
-    """Divide each block by its scale and round to the nearest level.
+    """Divide each block by its scale and return the codes of the nearest levels.
 
     Parameters
     ----------
     flat : array of float32 or float64, shape (n,)
         Weights.
     scales : array of the same dtype, shape (ceil(n / block_size),)
-        Scales as they will be decoded. A block whose scale is zero is encoded as zeros.
+        Decoded scales. A block whose scale is zero is encoded as zeros.
     zero_points : array of uint8, shape (ceil(n / block_size),), or None
-        Codes that zero has in an affine format.
+        Zero points of an affine format: the code of zero in each block.
     boundaries : ndarray of float32
-        Boundaries of the codebook.
+        Boundaries between the levels of the codebook.
     block_size : int
         Weights per scale.
 
@@ -218,7 +226,7 @@ def encode(
 
     References
     ----------
-    LQ-LoRA, arXiv 2311.12023, section 2.2; encoding is against the decoded scale, as in its published code.
+    LQ-LoRA, arXiv 2311.12023, section 2.2. Encoding divides by the decoded scale, as its published code does.
 
     Examples
     --------
@@ -230,7 +238,7 @@ def encode(
     return from_blocks(nearest_codes(normalized, boundaries), flat.shape[0])
 
 
-@op
+@op(examples=lambda problem: (problem.weights, *_encoding(problem), problem.bits, problem.block_size))
 def encode_packed(
     flat: Array,
     scales: Array,
@@ -239,18 +247,18 @@ def encode_packed(
     bits: int,
     block_size: int,
 ) -> Array:
-    """Encode an array and pack the codes.
+    """Return the packed codes of an array under given scales.
 
     Parameters
     ----------
     flat : array of float16, bfloat16, float32 or float64, shape (n,)
         Weights.
     scales : array of float32, or float64 for float64, shape (ceil(n / block_size),)
-        Scales as they will be decoded. A block whose scale is zero is encoded as zeros.
+        Decoded scales. A block whose scale is zero is encoded as zeros.
     zero_points : array of uint8, shape (ceil(n / block_size),), or None
-        Codes that zero has in an affine format.
+        Zero points of an affine format: the code of zero in each block.
     boundaries : ndarray of float32
-        Boundaries of the codebook, fewer than ``2**bits``.
+        Boundaries between the levels of the codebook, fewer than ``2**bits``.
     bits : int
         Bits per code, 1 to 8.
     block_size : int
@@ -270,18 +278,18 @@ def encode_packed(
     return pack_codes(encode(widen(flat), scales, zero_points, boundaries, block_size), bits)
 
 
-@op
+@op(examples=lambda problem: (problem.weights, problem.codebook.boundaries, problem.bits, problem.block_size))
 def encode_by_absmax(
     flat: Array, boundaries: npt.NDArray[np.float32], bits: int, block_size: int
 ) -> tuple[Array, Array]:
-    """Encode an array under the absolute maxima of its blocks as scales, and pack the codes.
+    """Return the absolute maxima of blocks, and the packed codes of the array with these as scales.
 
     Parameters
     ----------
     flat : array of float16, bfloat16, float32 or float64, shape (n,)
         Weights.
     boundaries : ndarray of float32
-        Boundaries of the codebook, fewer than ``2**bits``.
+        Boundaries between the levels of the codebook, fewer than ``2**bits``.
     bits : int
         Bits per code, 1 to 8.
     block_size : int
@@ -290,8 +298,8 @@ def encode_by_absmax(
     Returns
     -------
     tuple of array of float32, or float64 for float64, shape (ceil(n / block_size),), and array of uint8
-        The maxima of :func:`lqlora.ops.block_absmax`, and the codes of :func:`encode_packed`. Where a maximum is not
-        finite, the codes of its block are any.
+        The maxima of :func:`lqlora.ops.block_absmax`, and the codes of :func:`encode_packed`. The codes of a block
+        whose maximum is not finite are unspecified.
 
     References
     ----------
@@ -305,11 +313,17 @@ def encode_by_absmax(
     ([2.0], [240])
     """
     scales = block_absmax(flat, block_size)
-    with np.errstate(invalid="ignore"):  # whoever asked looks at the scales
+    with np.errstate(invalid="ignore"):  # callers check that the scales are finite
         return scales, encode_packed(flat, scales, None, boundaries, bits, block_size)
 
 
-@op
+def _stored(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return the arguments of :func:`decode`: a stored array, and a target."""
+    codes = problem.packed, problem.scales, problem.zeros, problem.codebook.levels
+    return *codes, problem.bits, problem.block_size, problem.target()
+
+
+@op(examples=_stored)
 def decode(
     packed: Array,
     scales: Array,
@@ -319,7 +333,7 @@ def decode(
     block_size: int,
     out: Array,
 ) -> Array:
-    """Look the codes up and multiply by the scales.
+    """Write the decoded weights: the level of each code times the scale of its block.
 
     Parameters
     ----------
@@ -328,21 +342,21 @@ def decode(
     scales : array of float32, shape (ceil(n / block_size),)
         Decoded scales.
     zero_points : array of uint8, shape (ceil(n / block_size),), or None
-        Codes that zero has in an affine format.
+        Zero points of an affine format: the code of zero in each block.
     levels : ndarray of float32
-        Levels of the codebook; every code must be below their number.
+        Levels of the codebook. Every code must be below their number.
     bits : int
         Bits per code.
     block_size : int
         Weights per scale.
     out : array of float32, float16 or bfloat16, shape (n,)
-        Written to.
+        Array that is written.
 
     Returns
     -------
     array, shape (n,)
-        ``out``: ``(levels[code] - zero_point) * scale``: the difference is of small integers, the product is rounded to
-        float32 and then to the dtype of ``out``.
+        ``out``, which holds ``(levels[code] - zero_point) * scale``. The difference is exact, since both are small
+        integers. The product is rounded to float32, and then to the dtype of ``out``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Checks and sums that must not be fooled by a few extreme values."""
+"""Checks for NaN and infinity, and sums of squares that do not overflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["is_finite", "require_finite", "sum_of_squares"]
 
 
 def is_finite(array: Array) -> bool:
-    """Tell whether an array holds neither NaN nor infinity.
+    """Return whether an array holds neither NaN nor infinity.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def is_finite(array: Array) -> bool:
     Returns
     -------
     bool
-        Minimum and maximum tell it, which takes no array of the size of the input.
+        Computed from the minimum and the maximum, without an array of the size of the input.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def is_finite(array: Array) -> bool:
         return True
     return (
         float(xp.min(array)) > -math.inf and float(xp.max(array)) < math.inf
-    )  # NaN is either, and no comparison holds
+    )  # with a NaN both extremes are NaN, and comparisons false
 
 
 def require_finite(array: Array, what: str) -> None:
@@ -49,12 +49,12 @@ def require_finite(array: Array, what: str) -> None:
     array : array of float32 or float64
         Values to check.
     what : str
-        What the array is, the first words of the error.
+        Name of the array, which the error begins with.
 
     Raises
     ------
     NonFiniteError
-        Naming ``what``, the number of values that are not finite and the index of the first.
+        If a value is not finite. The error says how many are not, and the index of the first.
 
     Examples
     --------
@@ -74,21 +74,21 @@ def require_finite(array: Array, what: str) -> None:
     raise NonFiniteError(f"{what} has {count} non-finite value(s), the first at index {first}.")
 
 
-#: Entries widened to float64 at a time: they stay in the cache, and no wide copy of the array is made. On a device it is
-#: the calls that cost, and waiting for each sum.
+#: Entries that are widened to float64 at a time: they stay in the cache, and no wide copy of the array is made. On a
+#: device calls are what costs, and waiting for each sum.
 _CHUNK = 1 << 15
 _CHUNK_ON_DEVICE = 1 << 22
 
 
 def sum_of_squares(array: Array, weights: Array | None = None) -> float:
-    """Sum of squares, accumulated in float64.
+    """Return the sum of squares, accumulated in float64.
 
     Parameters
     ----------
     array : array of float32 or float64
-        Values of any finite size: the squares do not overflow float32.
+        Finite values. Their squares are computed in float64, which float32 values do not overflow.
     weights : array of the same shape, optional
-        Factor of each square.
+        Importance of each entry, a factor of its square.
 
     Returns
     -------

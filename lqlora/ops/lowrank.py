@@ -1,4 +1,4 @@
-"""Low-rank approximation: the exact one, and one that costs a few passes over the matrix."""
+"""Low-rank approximation: the truncated SVD, and randomized subspace iteration in a few passes over the matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LowRank", "exact_svd", "low_rank_product", "subspace_svd"]
 
-#: Extra columns of the sketch beyond the rank asked for (Halko, Martinsson and Tropp 2011, section 4.2, advise 5 to 10).
+#: Columns of the sketch beyond the rank (Halko, Martinsson and Tropp 2011, section 4.2, advise 5 to 10).
 OVERSAMPLING = 10
 
 
@@ -30,7 +30,7 @@ class LowRank(NamedTuple):
     values : array, shape (rank,)
         Singular values, largest first, not negative.
     basis : array, shape (n, k)
-        Right subspace including the oversampling; the start of the next call on a similar matrix.
+        Right subspace, oversampling included. The next call on a similar matrix can start from it.
     """
 
     left: Array
@@ -40,14 +40,14 @@ class LowRank(NamedTuple):
 
 
 def exact_svd(matrix: Array, rank: int) -> LowRank:
-    """Truncate the full singular value decomposition.
+    """Return the truncated singular value decomposition, computed in full.
 
     Parameters
     ----------
     matrix : array of float32 or float64, shape (m, n)
         Finite values.
     rank : int
-        0 to ``min(m, n)``.
+        Rank of the approximation, 0 to ``min(m, n)``.
 
     Returns
     -------
@@ -75,26 +75,26 @@ def exact_svd(matrix: Array, rank: int) -> LowRank:
 def subspace_svd(
     matrix: Array, rank: int, *, seed: int = 0, start: Array | None = None, power_iterations: int | None = None
 ) -> LowRank:
-    """Truncate the singular value decomposition by randomized subspace iteration.
+    """Return an approximate truncated singular value decomposition, by randomized subspace iteration.
 
     Parameters
     ----------
     matrix : array of float32 or float64, shape (m, n)
         Finite values.
     rank : int
-        0 to ``min(m, n)``.
+        Rank of the approximation, 0 to ``min(m, n)``.
     seed : int, default 0
-        Of the Gaussian sketch, drawn by NumPy on the host so that every library gets the same one.
+        Seed of the Gaussian sketch. NumPy draws it on the host, so that every library gets the same one.
     start : array, shape (n, k), optional
         Basis to start from instead of the sketch, such as ``basis`` of an earlier result.
     power_iterations : int, optional
-        Extra pairs of passes over the matrix; they sharpen slowly decaying spectra. 2 if not given, or 0 from a start:
-        two passes over a matrix that changed little do what six do from scratch.
+        Additional pairs of passes over the matrix, which help where singular values decay slowly. 2 by default, and 0
+        with a start: two passes over a matrix that changed little do what six passes do from scratch.
 
     Returns
     -------
     LowRank
-        Close to :func:`exact_svd`. When the sketch would span the smaller side the exact decomposition is returned.
+        Close to the result of :func:`exact_svd`, and equal to it if the sketch would span the smaller side.
 
     Raises
     ------
@@ -103,8 +103,8 @@ def subspace_svd(
 
     Notes
     -----
-    The small factorization at the end is one of a Gram matrix in float64, which is as wide as the rank. Its eigenvalues
-    are exact to 1e-16 of the largest, so singular values are to 1e-8 of the largest.
+    The last step factors a Gram matrix in float64, as wide as the rank. Its eigenvalues are exact to 1e-16 of the largest,
+    so the singular values are exact to 1e-8 of the largest.
 
     References
     ----------
@@ -136,7 +136,12 @@ def subspace_svd(
 
 
 def _within(matrix: Array, left: Array, rank: int, start: Array) -> LowRank:
-    """Return the best approximation whose columns are in a subspace: the method of Rayleigh and Ritz."""
+    """Return the best approximation whose columns are in a subspace: the method of Rayleigh and Ritz.
+
+    With an orthonormal ``left``, the nearest matrix with columns in its span is ``left @ small``, ``small = left.T @ matrix``.
+    If ``small @ small.T = R @ diag(squares) @ R.T``, then ``small = R @ (R.T @ small)``, and the rows of ``R.T @ small``
+    are orthogonal with norms ``sqrt(squares)``. So ``(left @ R) @ (R.T @ small)`` is a singular value decomposition.
+    """
     xp = namespace(matrix)
     small = xp.matrix_transpose(left) @ matrix
     wide = xp.astype(small, xp.float64)
@@ -144,14 +149,14 @@ def _within(matrix: Array, left: Array, rank: int, start: Array) -> LowRank:
     values = xp.astype(xp.sqrt(xp.clip(xp.flip(squares), 0.0)), matrix.dtype)
     rotation = xp.astype(xp.flip(rotation, axis=1), matrix.dtype)
     right = xp.matrix_transpose(rotation) @ small
-    # What the matrix maps to nothing keeps its old direction, so that a later matrix can find it again.
+    # Directions that the matrix maps to zero keep their old basis vector, so that a later matrix can find them again.
     lost = (values == 0)[:, None]
     basis = xp.where(lost, xp.matrix_transpose(start), right / xp.where(lost, xp.ones_like(right), values[:, None]))
     return LowRank(left @ rotation[:, :rank], right[:rank, :], values[:rank], xp.matrix_transpose(basis))
 
 
 def low_rank_product(lora_B: Array, lora_A: Array, scaling: float = 1.0) -> Array:
-    """Multiply the factors out.
+    """Return the product of two low-rank factors.
 
     Parameters
     ----------
@@ -160,7 +165,7 @@ def low_rank_product(lora_B: Array, lora_A: Array, scaling: float = 1.0) -> Arra
     lora_A : array, shape (rank, n)
         Right factor.
     scaling : float, default 1.0
-        Factor in front, ``lora_alpha / rank`` in PEFT's terms.
+        Factor of the product, ``lora_alpha / rank`` in PEFT.
 
     Returns
     -------
@@ -179,4 +184,6 @@ def low_rank_product(lora_B: Array, lora_A: Array, scaling: float = 1.0) -> Arra
 
 def _check_rank(matrix: Array, rank: int) -> None:
     if not 0 <= rank <= min(matrix.shape):
-        raise InvalidArgumentError(f"rank {rank} is not between 0 and min{tuple(matrix.shape)} of the matrix.")
+        raise InvalidArgumentError(
+            f"rank must be between 0 and {min(matrix.shape)}, the smaller side of the matrix, got {rank}."
+        )

@@ -1,9 +1,9 @@
-"""Multiplication by a weight given as packed codes and scales, plus low-rank factors."""
+"""Products with a quantized weight, given as packed codes and scales, and with low-rank factors."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
 from lqlora.ops.casting import native_dtype, storage_cast
@@ -13,22 +13,29 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import ProductProblem
     from lqlora._typing import Array
 
 __all__ = ["add_low_rank", "factor_dtype", "matmul_dense", "matmul_packed"]
 
-#: Weights that are decoded at a time: 2 MiB of float32, which stay in the cache until they are multiplied; and 8 MiB for
-#: many rows, which BLAS multiplies faster by a wider matrix. On a device one product of most weights, 128 MiB.
+#: Weights that are decoded at a time: 2 MiB of float32, which stay in the cache until they are multiplied, and 8 MiB for
+#: many rows, since BLAS multiplies these faster by a wider matrix. On a device 128 MiB, which most weights fit into.
 _TILE = 1 << 19
 _TILE_FOR_MANY = 1 << 21
 _MANY = 128
 _TILE_ON_DEVICE = {"float16": 1 << 26, "bfloat16": 1 << 26, "float32": 1 << 25, "float64": 1 << 24}
 
-#: Numbers of 16 bits in host memory that there is a wide copy of at a time.
+#: Numbers of 16 bits in host memory that are widened at a time.
 _WIDENED = 1 << 17
 
 
-@op
+def _product(problem: ProductProblem) -> tuple[Any, ...]:
+    """Return rows, a stored matrix, and room for the product."""
+    codes = problem.packed, problem.scales, problem.zeros, problem.codebook.levels
+    return problem.x, *codes, problem.bits, problem.block_size, problem.y
+
+
+@op(products=_product)
 def matmul_packed(
     x: Array,
     packed: Array,
@@ -39,18 +46,18 @@ def matmul_packed(
     block_size: int,
     out: Array,
 ) -> Array:
-    """Multiply rows by a quantized matrix, which is decoded a few of its rows at a time.
+    """Write the product of rows and a quantized matrix, decoding a few rows of the matrix at a time.
 
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, shape (m, k)
-        Inputs.
+        Rows of inputs.
     packed : array of uint8, shape (ceil(n * k * bits / 8),)
         Packed codes of a matrix of shape (n, k), row by row.
     scales : array of float32, shape (ceil(n * k / block_size),)
-        Decoded scales; a block may begin in one row and end in the next.
+        Decoded scales. A block may begin in one row of the matrix and end in the next.
     zero_points : array of uint8, shape (ceil(n * k / block_size),), or None
-        Codes that zero has in an affine format.
+        Zero points of an affine format: the code of zero in each block.
     levels : ndarray of float32
         Levels of the codebook.
     bits : int
@@ -58,12 +65,12 @@ def matmul_packed(
     block_size : int
         Weights per scale.
     out : array of the dtype of ``x``, shape (m, n)
-        Written to.
+        Array that is written.
 
     Returns
     -------
     array, shape (m, n)
-        ``out``: ``x @ w.T``, multiplied as by :func:`matmul_dense`; the order of the additions is the library's.
+        ``out``, which holds ``x @ w.T``, as :func:`matmul_dense` multiplies. The library decides the order of additions.
 
     Examples
     --------
@@ -88,21 +95,21 @@ def matmul_packed(
 
 
 def matmul_dense(x: Array, weight: Array) -> Array:
-    """Multiply rows by a dense matrix.
+    """Return the product of rows and a dense matrix.
 
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, shape (m, k)
-        Inputs.
+        Rows of inputs.
     weight : array of float32, or of the dtype of ``x``, shape (n, k)
-        Matrix.
+        Dense matrix.
 
     Returns
     -------
     array of the dtype of ``x``, shape (m, n)
-        ``x @ weight.T``. Of narrow rows in host memory float32 copies are multiplied, since processors do that faster,
-        and the result is rounded to the dtype of ``x`` once. On a device the weight is rounded to that dtype too, which
-        is what its fast units multiply; sums are the library's, in float32 unless it was told otherwise.
+        ``x @ weight.T``. In host memory, float16 and bfloat16 rows are multiplied as float32 copies, which processors do
+        faster, and the result is rounded once. On a device the weight is rounded to the dtype of the rows, which its
+        matrix units multiply; the library decides how they add, in float32 unless it is configured otherwise.
 
     Examples
     --------
@@ -122,12 +129,12 @@ def factor_dtype(x: Array) -> str:
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64
-        The rows.
+        Rows of inputs.
 
     Returns
     -------
     str
-        That of narrow rows on a device, else ``"float32"``.
+        The dtype of float16 and bfloat16 rows on a device, else ``"float32"``.
 
     Examples
     --------
@@ -147,27 +154,32 @@ def _tile_size(x: Array) -> int:
 
 
 def _rows_per_tile(rows: int, columns: int, block_size: int, limit: int) -> int:
-    """Return how many rows are decoded at a time, such that tiles begin with a block and with a byte."""
+    """Return how many rows are decoded at a time, so that every tile begins with a block and with a byte.
+
+    A weight begins a block if its index is a multiple of ``block_size``, and a byte if its bit index is a multiple of 8,
+    which holds for multiples of 8 whatever the bits. So tiles of ``r`` rows need ``lcm(8, block_size)`` to divide
+    ``r * columns``. The least such ``r`` is ``lcm / gcd(lcm, columns)``, and every multiple of it will do.
+    """
     common = math.lcm(8, block_size)
     unit = common // math.gcd(common, columns) if columns else 1
     return max(1, min(max(1, limit // max(1, unit * columns)) * unit, rows))
 
 
 def _within(start: int, stop: int, bits: int, block_size: int) -> tuple[slice, slice]:
-    """Return where the codes and the scales of a range of weights are, which begins with a byte and with a block."""
+    """Return the slices of codes and scales for a range of weights that begins with a byte and with a block."""
     return slice(start * bits // 8, -(-stop * bits // 8)), slice(start // block_size, -(-stop // block_size))
 
 
-@op
+@op(products=lambda problem: (problem.y, problem.x, problem.lora_A, problem.lora_B, 0.5))
 def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> Array:
-    """Add the product of rows and low-rank factors, without forming the product of the factors.
+    """Return a sum of rows and low-rank products, without forming the product of the factors.
 
     Parameters
     ----------
     y : array of float16, bfloat16, float32 or float64, shape (..., m)
-        What is added to.
+        Rows that the product is added to.
     x : array of the same dtype, shape (..., n)
-        Inputs.
+        Rows of inputs.
     lora_A, lora_B : array of the same dtype or of float32, shape (rank, n) and (m, rank)
         Low-rank factors.
     scaling : float
@@ -176,9 +188,9 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     Returns
     -------
     array of the dtype of ``y``, shape (..., m)
-        ``y + scaling * (x @ lora_A.T) @ lora_B.T``, rounded once: narrow numbers in host memory are computed with in
-        float32, and so are the few rows that a kernel takes on a device. More rows are multiplied there in their own dtype.
-        The order of the additions is the library's.
+        ``y + scaling * (x @ lora_A.T) @ lora_B.T``, rounded once. In host memory float16 and bfloat16 are widened to
+        float32, as they are for the few rows that a kernel takes on a device. More rows on a device are multiplied in
+        their own dtype. The library decides the order of additions.
 
     Examples
     --------
@@ -194,7 +206,7 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     step = max(1, _WIDENED // max(1, *inner.shape, *outer.shape))
     if own == y.dtype or count <= step:
         return xp.reshape(_added(sums, rows, inner, outer, scaling), y.shape)
-    # The wide copies of a few rows at a time stay in a cache.
+    # Wide copies of a few rows at a time stay in the cache.
     out = xp.empty(sums.shape, dtype=y.dtype, device=device_of(y))
     for first in range(0, count, step):
         last = first + step
@@ -203,7 +215,7 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
 
 
 def _added(sums: Array, rows: Array, inner: Array, outer: Array, scaling: float) -> Array:
-    """Return ``sums + scaling * rows @ inner @ outer``, in the dtype of the factors and rounded to that of the sums."""
+    """Return ``sums + scaling * rows @ inner @ outer``, computed in the dtype of the factors, rounded to that of the sums."""
     xp = namespace(rows)
     total = ((xp.astype(rows, inner.dtype, copy=False) @ inner) * scaling) @ outer
     total += xp.astype(sums, inner.dtype, copy=False)

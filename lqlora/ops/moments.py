@@ -1,4 +1,4 @@
-"""Second moments: what a Gram matrix must be."""
+"""Gram matrices: checks of second moments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["symmetric_moment"]
 
-#: How far a Gram matrix may be from symmetric, relative to its largest entry: a product in float16 is not nearer.
+#: Largest difference between mirrored entries, relative to the largest entry. Products in float16 come that close.
 _ASYMMETRY = 1e-3
 
 
@@ -24,9 +24,9 @@ def symmetric_moment(gram: Array, what: str) -> Array:
     Parameters
     ----------
     gram : array of a floating-point dtype, shape (n, n)
-        Symmetric up to rounding. Whether it is positive semidefinite is seen when it is factored, not here.
+        Matrix, symmetric up to rounding. Whether it is positive semidefinite is checked when it is factored.
     what : str
-        How errors name it, such as ``"the gram"``.
+        Name of the matrix in errors, such as ``"the gram"``.
 
     Returns
     -------
@@ -47,13 +47,14 @@ def symmetric_moment(gram: Array, what: str) -> Array:
     [[2.0, 1.00048828125], [1.00048828125, 3.0]]
     """
     gram = widen(gram, what)
-    subject = what[0].upper() + what[1:]
     if len(gram.shape) != 2 or gram.shape[0] != gram.shape[1]:
-        raise InvalidArgumentError(f"{subject} is square, not of shape {tuple(gram.shape)}.")
-    require_finite(gram, subject)
+        raise InvalidArgumentError(f"{what} must be square, got shape {tuple(gram.shape)}.")
+    require_finite(gram, what)
     xp = namespace(gram)
     half = xp.astype(gram, xp.float64) / 2  # so that no sum of two entries overflows
     turned = xp.matrix_transpose(half)
     if 0 not in gram.shape and float(xp.max(xp.abs(half - turned))) > _ASYMMETRY * float(xp.max(xp.abs(half))):
-        raise InvalidArgumentError(f"{subject} is not symmetric.")
+        raise InvalidArgumentError(
+            f"{what} must be symmetric, got mirrored entries that differ by more than {_ASYMMETRY} of the largest."
+        )
     return half + turned

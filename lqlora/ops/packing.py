@@ -1,4 +1,4 @@
-r"""Codes as dense bytes.
+r"""Packing of codes into dense bytes, and unpacking.
 
 The packed bytes are one stream of bits, least significant bit first: code ``i`` of ``bits`` bits fills the bits
 ``[i * bits, (i + 1) * bits)`` of the stream, and bit ``k`` of the stream is bit ``k % 8`` of byte ``k // 8``. For three
@@ -26,7 +26,7 @@ __all__ = ["pack_codes", "packed_size", "unpack_codes"]
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that hold ``count`` codes of ``bits`` bits.
+    """Return the number of bytes that hold ``count`` codes of ``bits`` bits.
 
     Parameters
     ----------
@@ -49,28 +49,28 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """Return the codes, and the bytes, after which the pattern repeats."""
+    """Return the number of codes, and of bytes, after which the pattern repeats: ``lcm(bits, 8)`` bits in both."""
     if not 1 <= bits <= 8:
-        raise InvalidArgumentError(f"Codes have 1 to 8 bits, not {bits!r}.")
+        raise InvalidArgumentError(f"bits must be between 1 and 8, got {bits!r}.")
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
 
 
-@op
+@op(examples=lambda problem: (problem.codes, problem.bits))
 def pack_codes(codes: Array, bits: int) -> Array:
     """Pack codes into dense bytes, in the layout drawn in :mod:`lqlora.ops.packing`.
 
     Parameters
     ----------
     codes : array of uint8, shape (n,)
-        Values below ``2**bits``; larger ones would spill into their neighbors and are not checked here.
+        Codes below ``2**bits``. This is not checked: larger codes would change the bits of their neighbors.
     bits : int
         Bits per code, 1 to 8.
 
     Returns
     -------
     array of uint8, shape (ceil(n * bits / 8),)
-        The bytes.
+        Packed codes.
 
     Raises
     ------
@@ -93,20 +93,20 @@ def pack_codes(codes: Array, bits: int) -> Array:
     packed = xp.zeros((columns.shape[0], width), dtype=xp.uint8, device=device)
     for i in range(group):
         byte, shift = divmod(i * bits, 8)
-        packed[:, byte] |= columns[:, i] << shift  # bits beyond the eighth fall off, and belong to the next byte
+        packed[:, byte] |= columns[:, i] << shift  # uint8 drops the bits of the next byte
         if shift + bits > 8:
             packed[:, byte + 1] |= columns[:, i] >> (8 - shift)
     return xp.reshape(packed, (-1,))[: packed_size(count, bits)]
 
 
-@op
+@op(examples=lambda problem: (problem.packed, problem.bits, problem.count))
 def unpack_codes(packed: Array, bits: int, count: int) -> Array:
-    """Undo :func:`pack_codes`.
+    """Return the codes that :func:`pack_codes` packed.
 
     Parameters
     ----------
     packed : array of uint8, shape (ceil(count * bits / 8),)
-        The bytes.
+        Packed codes.
     bits : int
         Bits per code, 1 to 8.
     count : int
@@ -120,7 +120,7 @@ def unpack_codes(packed: Array, bits: int, count: int) -> Array:
     Raises
     ------
     InvalidArgumentError
-        If ``bits`` is out of range, or the number of bytes is not the one that ``count`` codes take.
+        If ``bits`` is out of range, or ``packed`` has too few or too many bytes for ``count`` codes.
 
     Examples
     --------
@@ -132,7 +132,9 @@ def unpack_codes(packed: Array, bits: int, count: int) -> Array:
     group, width = _period(bits)
     if packed.shape[0] != packed_size(count, bits):
         needed = packed_size(count, bits)
-        raise InvalidArgumentError(f"{count} codes of {bits} bits are {needed} bytes, not {packed.shape[0]}.")
+        raise InvalidArgumentError(
+            f"packed must have {needed} bytes, since {count} codes of {bits} bits are {needed} bytes, got {packed.shape[0]}."
+        )
     device = device_of(packed)
     if packed.shape[0] % width:
         packed = xp.concat([packed, xp.zeros((-packed.shape[0] % width,), dtype=xp.uint8, device=device)])

@@ -1,8 +1,10 @@
-"""What rounding loses: squared errors in float64, which tell candidates apart that float32 would not."""
+"""Errors of rounding: weighted squared errors in float64, which separate candidates that are equal in float32."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lqlora._dispatch import namespace, op
 from lqlora.ops.coding import normalize
@@ -10,15 +12,23 @@ from lqlora.ops.search import nearest_values
 from lqlora.ops.sums import row_sums
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["rounding_errors", "wide_errors"]
 
 
-@op
+def _rounding(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return rows to round under scales, with importance or without: none of it is zero, since 0 times inf is NaN."""
+    rows = np.nan_to_num(problem.rows(problem.wide), posinf=1, neginf=-1)
+    weights = np.random.default_rng(problem.seed + 5).uniform(0.5, 1, rows.shape) if problem.seed % 2 else None
+    zeros = None if problem.zeros is None else problem.zeros[: len(rows)]
+    return rows, weights, problem.scales[: len(rows)], zeros, problem.codebook.levels, problem.codebook.boundaries
+
+
+@op(examples=_rounding)
 def rounding_errors(
     rows: Array,
     weights: Array | None,
@@ -34,25 +44,25 @@ def rounding_errors(
     rows : array of float32 or float64, shape (m, k)
         One block per row.
     weights : array of float32 or float64, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     scales : array of float32, shape (m,)
-        Scales as they are decoded, of either sign. A block whose scale is zero decodes to zeros.
+        Decoded scales of either sign. A block whose scale is zero decodes to zeros.
     zero_points : array of uint8, shape (m,), optional
-        Codes that zero has in an affine format.
+        Zero points of an affine format: the code of zero in each block.
     levels : ndarray of float32, shape (n,)
         Levels of the codebook.
     boundaries : ndarray of float32, shape (n - 1,)
-        Boundaries between its cells.
+        Boundaries between the levels.
 
     Returns
     -------
     array of float64, shape (m,)
-        Sums of ``weights * (rows - values)**2``, where the values are those that :func:`lqlora.ops.decode` makes, in
-        float32, of the codes of :func:`lqlora.ops.encode`. The terms are added as :func:`lqlora.ops.row_sums` adds.
+        Sums of ``weights * (rows - values)**2``. The values are what :func:`lqlora.ops.decode` returns in float32 for the
+        codes of :func:`lqlora.ops.encode`. Terms are added in the order of :func:`lqlora.ops.row_sums`.
 
     References
     ----------
-    LQ-LoRA, arXiv 2311.12023, section 3.2, for errors that are weighted entry by entry.
+    LQ-LoRA, arXiv 2311.12023, section 3.2, weights the error of each entry.
 
     Examples
     --------
@@ -68,14 +78,14 @@ def rounding_errors(
 
 
 def wide_errors(rows: Array, weights: Array | None, values: Array) -> Array:
-    """Return the weighted squared difference of rows and what they were rounded to.
+    """Return the weighted squared difference between rows and the values they were rounded to.
 
     Parameters
     ----------
     rows : array of float32 or float64, shape (m, k)
         Rows.
     weights : array of float32 or float64, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     values : array of float32, shape (m, k)
         Values the rows were rounded to.
 

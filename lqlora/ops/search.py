@@ -1,9 +1,17 @@
-"""The scale of least squared error for each row: a grid of ratios to a first scale, then least squares."""
+"""Search for the scale of least squared error of each row: a grid of ratios to a first scale, then least squares.
+
+A row ``x`` with importance ``h`` has the error ``E(r) = sum_i h_i (x_i - r v_i)**2`` under the ratio ``r``, where ``v_i`` is the
+level nearest to ``x_i / r``. ``E`` has many local minima, since the ``v_i`` jump as ``r`` moves. So a grid is tried first.
+With the ``v_i`` held fixed, ``dE/dr = 0`` gives ``r = sum_i h_i x_i v_i / sum_i h_i v_i**2``. That never raises the error,
+and neither does rounding to the nearest levels under the new ratio, but for rounding errors: so each step is compared.
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lqlora._dispatch import device_of, namespace, op
 from lqlora.ops.coding import nearest_codes
@@ -13,15 +21,23 @@ from lqlora.ops.tables import pick, table_beside
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["best_ratios", "least_squares", "search_ratios", "squared_errors"]
 
 
-@op
+def _searching(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return rows to search ratios for, with importance or without."""
+    rows = problem.rows(np.clip(problem.normalized, -4, 4).astype(np.float32))
+    weights = np.random.default_rng(problem.seed).random(rows.shape, dtype=np.float32) if problem.seed % 2 else None
+    zeros = None if problem.zeros is None else problem.zeros[: len(rows), None].astype(np.float32)
+    return rows, weights, problem.codebook.levels, problem.codebook.boundaries, zeros, (1.0, 0.75, 0.875, 1.125), 2
+
+
+@op(examples=_searching)
 def best_ratios(
     rows: Array,
     weights: Array | None,
@@ -31,29 +47,29 @@ def best_ratios(
     grid: Sequence[float],
     refinements: int,
 ) -> Array:
-    """Return the factor of each row's scale that leaves the least weighted squared error, of those tried.
+    """Return the ratio to each row's scale that has the least weighted squared error among those tried.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
-        Blocks, each divided by a first scale.
+        Blocks as rows, each divided by a first scale.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     levels : ndarray of float32, shape (n,)
         Levels of the codebook.
     boundaries : ndarray of float32, shape (n - 1,)
-        Boundaries between its cells.
+        Boundaries between the levels.
     zeros : array of float32, shape (m, 1), optional
         Zero points.
     grid : sequence of float
-        Ratios tried, not zero.
+        Ratios to try, none of them zero.
     refinements : int
-        Least-squares steps after that. Each one is exact for the codes at hand.
+        Number of least-squares steps after the grid.
 
     Returns
     -------
     array of float32, shape (m,)
-        Ratios; of equals the first that was tried.
+        Ratios. Among equal errors the ratio that was tried first wins.
 
     Examples
     --------
@@ -70,14 +86,14 @@ def best_ratios(
 def nearest_values(
     rows: Array, levels: npt.NDArray[np.float32], boundaries: npt.NDArray[np.float32], zeros: Array | None
 ) -> Array:
-    """Return the nearest levels, with the zero points of an affine format added before and subtracted after.
+    """Return the nearest level of each entry. Zero points are added before rounding and subtracted afterwards.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
         Rows divided by their scales.
     levels, boundaries : ndarray of float32
-        Those of the codebook.
+        Levels of the codebook, and the boundaries between them.
     zeros : array of float32, shape (m, 1), optional
         Zero points.
 
@@ -102,20 +118,20 @@ def nearest_values(
 def search_ratios(
     rows: Array, weights: Array | None, nearest: Callable[[Array], Array], grid: Sequence[float], refinements: int
 ) -> Array:
-    """Search as :func:`best_ratios` does, with any rounding.
+    """Return the best ratio of each row, as :func:`best_ratios` does, for any rounding function.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
-        Blocks, each divided by a first scale.
+        Blocks as rows, each divided by a first scale.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     nearest : callable
-        From rows to the nearest values.
+        Takes rows, and returns the nearest values.
     grid : sequence of float
-        Ratios tried.
+        Ratios to try.
     refinements : int
-        Least-squares steps after that.
+        Number of least-squares steps after the grid.
 
     Returns
     -------
@@ -131,39 +147,45 @@ def search_ratios(
     xp = namespace(rows, weights)
     tried = _constants(grid, rows)
     best = xp.broadcast_to(next(tried), (rows.shape[0],))
-    error = squared_errors(rows, weights, best, nearest(rows / best[:, None]))
+    error = squared_errors(rows, weights, best, nearest(_over(rows, best)))
     for ratio in tried:
-        own = squared_errors(rows, weights, ratio, nearest(rows / ratio[:, None]))
+        own = squared_errors(rows, weights, ratio, nearest(_over(rows, ratio)))
         better = own < error
         best, error = xp.where(better, ratio, best), xp.where(better, own, error)
     for _ in range(refinements):
-        refined = least_squares(rows, weights, nearest(rows / best[:, None]), best)
-        own = squared_errors(rows, weights, refined, nearest(rows / refined[:, None]))
+        refined = least_squares(rows, weights, nearest(_over(rows, best)), best)
+        own = squared_errors(rows, weights, refined, nearest(_over(rows, refined)))
         better = own < error
         best, error = xp.where(better, refined, best), xp.where(better, own, error)
     return best
 
 
+def _over(rows: Array, ratios: Array) -> Array:
+    """Return rows divided by their ratios. Under a subnormal ratio they overflow, and round to an outermost level."""
+    with np.errstate(over="ignore"):
+        return rows / ratios[:, None]
+
+
 def _constants(grid: Sequence[float], rows: Array) -> Iterator[Array]:
-    """Yield each ratio of a grid as an array of one number: a library may multiply by the reciprocal of a number."""
+    """Yield each ratio as an array of one number, since libraries may replace x / number by x * (1 / number)."""
     xp = namespace(rows)
     for ratio in grid:
         yield xp.full((1,), ratio, dtype=xp.float32, device=device_of(rows))
 
 
 def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Array) -> Array:
-    """Return what rows leave as squared error under some ratios.
+    """Return the weighted squared error of each row under its ratio.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
         Rows.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     ratios : array of float32, shape (m,) or (1,)
         Ratios.
     values : array of float32, shape (m, k)
-        Values the rows were rounded to.
+        Values that the rows were rounded to.
 
     Returns
     -------
@@ -182,18 +204,18 @@ def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Ar
 
 
 def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Array) -> Array:
-    """Return the ratios that are best for the values at hand; the old ones where none of the same sign is.
+    """Return the least-squares ratio of each row; rows without a solution of the same sign keep their ratio.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
         Rows.
     weights : array of float32, shape (m, k), optional
-        Weights of the squares.
+        Importance of each entry, a factor of its squared error.
     values : array of float32, shape (m, k)
-        Values the rows were rounded to.
+        Values that the rows were rounded to.
     ratios : array of float32, shape (m,)
-        The old ratios.
+        Present ratios.
 
     Returns
     -------
@@ -210,5 +232,6 @@ def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Arr
     weighted = values if weights is None else weights * values
     above, below = row_sums(weighted * rows), row_sums(weighted * values)
     solvable = below > 0
-    refined = above / xp.where(solvable, below, xp.ones_like(below))
+    with np.errstate(over="ignore"):  # an infinite quotient is no solution
+        refined = above / xp.where(solvable, below, xp.ones_like(below))
     return xp.where(solvable & (refined * ratios > 0) & xp.isfinite(refined), refined, ratios)

@@ -1,39 +1,43 @@
-"""Reading and writing a stretch of an array by its row-major order, without a copy of the whole."""
+"""Reads and writes of a range of entries in row-major order, and copies between transposed layouts."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lqlora._dispatch import array_library, device_of, is_contiguous, is_on_host, namespace, op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["copy_across", "put_flat", "take_flat"]
 
-#: Where two arrays lie across each other in memory they are copied in strips of so many lines, which the nearest cache
-#: holds until all of them is used. Strips of few entries would cost more in calls than they save.
+#: An array is copied to one with the transposed layout in strips of this many lines. A cache line of the source holds 16
+#: entries of 4 bytes, one for each line of the strip: the first line loads it, and the others find it in the cache.
+#: Strips of fewer entries than the second number would cost more in calls than they save.
 _STRIP = 16
 _STRIP_ENTRIES = 1 << 11
 
 
 def take_flat(array: Array, start: int, stop: int) -> Array:
-    """Return a stretch of the entries of an array in row-major order.
+    """Return a range of the entries of an array in row-major order, as a flat array.
 
     Parameters
     ----------
     array : array
-        Any shape and strides.
+        Array of any shape and strides.
     start, stop : int
         Range of the flat index.
 
     Returns
     -------
     array, shape (stop - start,)
-        A view where the array is contiguous, else a copy that touches only the rows it needs.
+        A view if the array is contiguous, else a copy that reads only the rows it needs.
 
     Examples
     --------
@@ -54,16 +58,16 @@ def take_flat(array: Array, start: int, stop: int) -> Array:
 
 
 def put_flat(array: Array, start: int, values: Array) -> None:
-    """Write a stretch of the entries of an array in row-major order.
+    """Write a range of the entries of an array in row-major order.
 
     Parameters
     ----------
     array : array
-        Any shape and strides; changed in place.
+        Array of any shape and strides, changed in place.
     start : int
-        Flat index of the first entry written.
+        Flat index of the first entry that is written.
     values : array, shape (n,)
-        The entries, of the dtype of the array.
+        Entries of the dtype of the array.
 
     Examples
     --------
@@ -105,7 +109,7 @@ def _flattened(array: Array) -> Array:
     if _fastest_axis(array) == len(array.shape) - 1:
         return xp.reshape(array, (-1,))
     if array_library(array) == "torch":
-        array = array.detach()  # a graph of many copies is slower than these
+        array = array.detach()  # autograd would record every strip
     target = xp.empty(array.shape, dtype=array.dtype, device=device_of(array))
     _copy(target, array)
     return xp.reshape(target, (-1,))
@@ -119,16 +123,22 @@ def _copy(target: Array, source: Array) -> None:
         copy_across(source, target)
 
 
-@op
+def _across(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return the transpose of a matrix, and room for its rows."""
+    source = problem.rows(problem.weights).T
+    return source, np.full_like(source, 7, order="C")
+
+
+@op(examples=_across)
 def copy_across(source: Array, out: Array) -> Array:
-    """Copy an array into another one, across which it lies in memory: a matrix and the transpose of one.
+    """Copy an array into another one with a transposed layout in memory.
 
     Parameters
     ----------
     source : array
-        What is copied.
+        Array to copy.
     out : array of the same shape and dtype
-        Written to; no part of the memory of ``source``.
+        Array that is written. It must not share memory with ``source``.
 
     Returns
     -------
@@ -151,7 +161,7 @@ def copy_across(source: Array, out: Array) -> Array:
 
 
 def _fastest_axis(array: Array) -> int:
-    """Return the axis along which entries are closest in memory: the last one where nothing else is known or matters."""
+    """Return the axis along which entries are closest in memory, or the last axis if strides are unknown."""
     steps = [
         (abs(stride), -axis)
         for axis, (stride, length) in enumerate(zip(_strides(array), array.shape, strict=True))
@@ -161,7 +171,7 @@ def _fastest_axis(array: Array) -> int:
 
 
 def _strides(array: Array) -> tuple[int, ...]:
-    """Return the strides of an array in host memory, zeros where the library does not tell them."""
+    """Return the strides of an array in host memory, or zeros if its library has none."""
     library = array_library(array)
     if library == "torch" and is_on_host(array):
         return tuple(array.stride())
@@ -169,7 +179,10 @@ def _strides(array: Array) -> tuple[int, ...]:
 
 
 def _rows(array: Array, start: int, stop: int) -> Iterator[tuple[Any, tuple[int, int] | None]]:
-    """Cut a stretch at the rows of an array: yield whole rows as a slice, and stretches of one row with its number."""
+    """Split a range of entries at the rows of an array.
+
+    Yields whole rows as a slice and None, and a part of one row as its number and the range within it.
+    """
     width = max(1, prod(array.shape[1:]))
     while start < stop:
         row, within = divmod(start, width)

@@ -1,25 +1,34 @@
-"""Sums that are the same bytes on every library: the order of the additions is fixed, or does not matter."""
+"""Sums with the same bytes on every library: the order of the additions is fixed, or the additions are exact.
+
+Exact sums round each term to a multiple ``k * u`` of one power of two. The integers ``k`` are added in float64, where every
+sum below ``2**53`` is exact, so that any order, and any split over threads, gives the same result. If ``n`` terms are at
+most ``m < 2**e``, their sum in units of ``u`` is at most ``n * 2**e / u``. :func:`unit_of` chooses ``u`` so that this is at
+most ``2**52``. Rounding moves each term by at most ``u / 2``, which is the only error.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lqlora._dispatch import device_of, namespace, op
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from lqlora._dispatch.examples import BlocksProblem
     from lqlora._typing import Array
 
 __all__ = ["bin_sums", "level_sums", "row_sums"]
 
-#: Integers up to this many bits are exact in float64, and so is any sum of them that stays below.
+#: Bits of the largest sum of integers. Float64 has 53, so that every partial sum is exact.
 _EXACT_BITS = 52
 
 
-@op
+@op(examples=lambda problem: (problem.rows(problem.wide),))
 def row_sums(rows: Array) -> Array:
-    """Sum each row, halving it again and again: the order of the additions is part of the definition.
+    """Return the sum of each row, added by halving it repeatedly. The order is part of the definition.
 
     Parameters
     ----------
@@ -29,7 +38,8 @@ def row_sums(rows: Array) -> Array:
     Returns
     -------
     array of the same dtype, shape (m,)
-        Sums. Libraries add in orders of their own, which differ by rounding; this order they share.
+        Sums. Each pass adds the second half of a row to the first half, and keeps an odd last term. The error grows with
+        the logarithm of ``n``, and sums of equal terms have the same bytes on every library.
 
     Examples
     --------
@@ -47,14 +57,14 @@ def row_sums(rows: Array) -> Array:
     return rows[:, 0]
 
 
-@op
+@op(examples=lambda problem: (problem.wide.astype(np.float64), problem.codes.astype(np.int64) % 16, 16))
 def bin_sums(terms: Array, bins: Array, count: int) -> Array:
-    """Sum the terms of each bin, exactly in an order that does not matter.
+    """Return the sum of the terms of each bin, by exact additions.
 
     Parameters
     ----------
     terms : array of float64, shape (n,)
-        Finite terms; they are rounded to multiples of one power of two, such that their sum has at most 52 bits.
+        Finite terms. They are rounded to multiples of a power of two, so that their sum has at most 52 bits.
     bins : array of int64, shape (n,)
         Bin of each term, from 0 to ``count - 1``.
     count : int
@@ -78,7 +88,17 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     return xp.stack(sums) * unit
 
 
-@op
+def _fitting(problem: BlocksProblem) -> tuple[Any, ...]:
+    """Return rows with ratios, codes and two sets of levels to fit to them."""
+    rows = np.nan_to_num(problem.rows(problem.wide.astype(np.float32)), posinf=1, neginf=-1)
+    rng, size = np.random.default_rng(problem.seed + 4), len(problem.codebook)
+    ratios, importance = rng.uniform(0.5, 1.5, (2, rows.shape[0]))
+    sets = rng.integers(0, 2, rows.shape[0])
+    weights = rng.random(rows.shape).astype(np.float32) if problem.seed % 2 else None
+    return rows, weights, importance, ratios.astype(np.float32), problem.rows(problem.codes), sets, size, 2
+
+
+@op(examples=_fitting)
 def level_sums(
     rows: Array,
     weights: Array | None,
@@ -89,37 +109,42 @@ def level_sums(
     size: int,
     count: int,
 ) -> tuple[Array, Array]:
-    """Sum what the best levels for given codes and ratios are quotients of.
+    """Return the sums whose quotients are the least-squares levels for given codes and ratios.
 
     Parameters
     ----------
     rows : array of float32, shape (m, k)
-        Rows, each to be approximated by its ratio times the levels of its codes.
+        Rows ``x``. The entry ``x[i, j]`` is approximated by ``ratios[i]`` times the level of ``codes[i, j]``.
     weights : array of float32, shape (m, k), optional
-        Weights of the squared errors.
+        Importance of each entry, a factor of its squared error.
     importance : array of float64, shape (m,)
-        Weight of a row.
+        Factor of the squared errors of each row.
     ratios : array of float32, shape (m,)
         Ratios.
     codes : array of uint8, shape (m, k)
         Codes below ``size``.
     sets : array of int64, shape (m,)
-        Which levels a row takes, from 0 to ``count - 1``.
+        Set of levels of each row, from 0 to ``count - 1``.
     size : int
-        Levels of a set.
+        Number of levels in a set.
     count : int
         Number of sets.
 
     Returns
     -------
     tuple of array of float64, shape (count * size,)
-        Sums, as exact as those of :func:`bin_sums`, of ``importance * ratio * weight * entry`` and of
-        ``importance * ratio**2 * weight``: their quotients are the levels of least error.
+        For each level, sums over its entries of ``importance * ratio * weight * entry`` and of
+        ``importance * ratio**2 * weight``, as exact as those of :func:`bin_sums`.
 
     Raises
     ------
     InvalidArgumentError
         If the shapes do not fit.
+
+    Notes
+    -----
+    The error ``sum importance * weight * (entry - ratio * level)**2`` over the entries with one code is quadratic in the
+    level. Its derivative is zero where the level is the first sum divided by the second.
 
     Examples
     --------
@@ -133,7 +158,10 @@ def level_sums(
     if tuple(codes.shape) != tuple(rows.shape) or any(
         tuple(a.shape) != rows.shape[:1] for a in (importance, ratios, sets)
     ):
-        raise InvalidArgumentError(f"Rows of shape {tuple(rows.shape)} need as many codes, and a set and a ratio each.")
+        raise InvalidArgumentError(
+            f"rows of shape {tuple(rows.shape)} need codes of that shape, and importance, ratios and sets of shape "
+            f"{tuple(rows.shape[:1])}; got {[tuple(a.shape) for a in (codes, importance, ratios, sets)]}."
+        )
     wide = xp.astype(ratios, xp.float64)
     scales = importance * wide
     members = xp.reshape(xp.astype(codes, xp.int64) + sets[:, None] * size, (-1,))
@@ -149,7 +177,7 @@ def level_sums(
 
 
 def exact_terms(terms: Array) -> tuple[Array, float]:
-    """Round terms to integers whose sums are exact in float64; return them and the unit to multiply by."""
+    """Return the terms as integers in units of a power of two, whose sums are exact in float64, and the unit."""
     xp = namespace(terms)
     largest = float(xp.max(xp.abs(terms))) if terms.shape[0] else 0.0
     if largest == 0.0:
@@ -159,7 +187,7 @@ def exact_terms(terms: Array) -> tuple[Array, float]:
 
 
 def unit_of(largest: float, count: int) -> float:
-    """Return the power of two whose multiples terms are rounded to: the sum of so many stays exact.
+    """Return the power of two that terms are rounded to multiples of, so that their sum is exact in float64.
 
     Parameters
     ----------
@@ -178,5 +206,6 @@ def unit_of(largest: float, count: int) -> float:
     >>> unit_of(1.0, 2) == 2.0**-50
     True
     """
+    # largest < 2**e and count <= 2**c, so that the sum is below 2**(e + c), which is 2**52 units.
     exponent = math.frexp(largest)[1] + (count - 1).bit_length() - _EXACT_BITS
     return math.ldexp(1.0, max(exponent, -1000))

@@ -1,4 +1,4 @@
-"""Small tables of the host, such as levels, where an array is; and looking entries up."""
+"""Small tables of the host, such as levels, on the device of an array; and look-ups in them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["pick", "table_beside"]
 
-#: Tables beside tensors, by device and contents, the oldest first; half a KiB each on a device. So many that no kernel still
-#: waits to look at one that is given up, on whichever stream.
+#: Tables of tensors by device and contents, the oldest first, half a KiB each. The number is so large that no kernel on any
+#: stream still waits to read a table when it is evicted.
 _tables: dict[tuple[Any, ...], Array] = {}
 _MOST_TABLES = 4096
 
@@ -34,7 +34,7 @@ def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
     Returns
     -------
     array of the dtype of ``table``, same shape
-        Not to be written to. For tensors the last tables are kept: a copy to a device would make it wait.
+        The table, which must not be written to. Tables of tensors are cached, since a copy to a device waits for it.
 
     Examples
     --------
@@ -54,31 +54,33 @@ def _beside_tensor(table: npt.NDArray[Any], tensor: Array) -> Array:
     key = device_of(tensor), table.tobytes(), table.dtype.str, table.shape
     kept = _tables.get(key)
     if kept is None:
-        kept = namespace(tensor).asarray(table.copy(), device=device_of(tensor))  # of memory that may be written to
-        if PLAIN_LIBRARY_OF[type(kept)] == "torch":  # and not what a compiler traces with
+        kept = namespace(tensor).asarray(table.copy(), device=device_of(tensor))  # torch warns of read-only memory
+        if (
+            PLAIN_LIBRARY_OF[type(kept)] == "torch"
+        ):  # compilers trace with other classes, whose tensors must not be kept
             while len(_tables) >= _MOST_TABLES:
-                with contextlib.suppress(StopIteration, KeyError, RuntimeError):  # other threads do the same
+                with contextlib.suppress(StopIteration, KeyError, RuntimeError):  # other threads evict too
                     del _tables[next(iter(_tables))]
             _tables[key] = kept
     return kept
 
 
 def pick(array: Array, index: Array, axis: int = 0) -> Array:
-    """Return some entries, or rows, of an array.
+    """Return entries, or rows, of an array by position.
 
     Parameters
     ----------
     array : array
         Any array.
     index : array of int64, shape (n,)
-        Positions, none of them negative: to allow for such ones takes torch as long as all the rest.
+        Positions, none of them negative. torch would take twice as long if it had to allow for negative ones.
     axis : int, default 0
         Axis of the positions.
 
     Returns
     -------
     array
-        As ``take`` of the standard returns it.
+        Result of ``take`` as the standard defines it.
 
     Examples
     --------

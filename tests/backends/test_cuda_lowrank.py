@@ -139,7 +139,7 @@ def test_tensors_with_gradients_are_left_to_torch(on_tensors, torch):
     memory = on_tensors._memory
 
     def is_taken(*given):
-        return taken._condition(memory, (0, 1, 2, 3), fits, *given, 0.5)
+        return taken._Condition(memory, ops.add_low_rank, fits)(*given, 0.5)
 
     assert is_taken(*arrays)
     for position in range(4):

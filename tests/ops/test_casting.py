@@ -45,13 +45,13 @@ def test_dtypes_have_the_same_name_everywhere(xp):
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.complex64])
 def test_other_dtypes_are_refused_by_name(xp, dtype):
-    with pytest.raises(UnsupportedArrayError, match=rf"The weight must be float16.*, not {np.dtype(dtype).name}\."):
+    with pytest.raises(UnsupportedArrayError, match=rf"^The weight.*float16.*got {np.dtype(dtype).name}\."):
         widen(on(xp, np.ones(2, dtype=dtype)), "The weight")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_library_without_narrow_floats_is_told_so(dtype, strict):
-    with pytest.raises(UnsupportedArrayError, match=f"array_api_strict has no {dtype}: choose a format with float32"):
+    with pytest.raises(UnsupportedArrayError, match=f"^dtype {dtype}.*array_api_strict"):
         storage_cast(strict.ones(2), dtype)
 
 

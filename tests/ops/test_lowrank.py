@@ -146,5 +146,5 @@ def test_rank_zero_is_nothing(xp, decompose):
 @pytest.mark.parametrize("decompose", [exact_svd, subspace_svd])
 @pytest.mark.parametrize("rank", [-1, 21])
 def test_rank_out_of_range_is_refused(xp, decompose, rank):
-    with pytest.raises(InvalidArgumentError, match=rf"rank {rank} is not between 0 and min\(30, 20\)"):
+    with pytest.raises(InvalidArgumentError, match=rf"^rank.* 20.*got {rank}"):
         decompose(on(xp, decaying(30, 20)), rank)

@@ -70,14 +70,14 @@ def test_packing_takes_strided_codes(xp):
 @pytest.mark.parametrize("bits", [0, 9, -1])
 def test_bits_out_of_range_are_refused(xp, bits):
     codes = on(xp, np.zeros(1, dtype=np.uint8))
-    with pytest.raises(InvalidArgumentError, match=f"1 to 8 bits, not {bits}"):
+    with pytest.raises(InvalidArgumentError, match=f"bits.*1 and 8.*{bits}"):
         pack_codes(codes, bits)
-    with pytest.raises(InvalidArgumentError, match=f"1 to 8 bits, not {bits}"):
+    with pytest.raises(InvalidArgumentError, match=f"bits.*1 and 8.*{bits}"):
         unpack_codes(codes, bits, 1)
 
 
 @pytest.mark.parametrize("length", [0, 2, 4])
 def test_a_wrong_number_of_bytes_is_refused(xp, length):
     packed = on(xp, np.zeros(length, dtype=np.uint8))
-    with pytest.raises(InvalidArgumentError, match=f"8 codes of 3 bits are 3 bytes, not {length}"):
+    with pytest.raises(InvalidArgumentError, match=f"packed.*3 bytes.*got {length}"):
         unpack_codes(packed, 3, 8)

@@ -128,5 +128,5 @@ def test_sums_by_level_need_arrays_that_fit(position):
     arguments = [np.ones((2, 3), np.float32), None, np.ones(2), np.ones(2, np.float32), np.zeros((2, 3), np.uint8)]
     arguments.append(np.zeros(2, np.int64))
     arguments[position] = arguments[position][:1]
-    with pytest.raises(InvalidArgumentError, match="need as many codes"):
+    with pytest.raises(InvalidArgumentError, match=r"^rows of shape \(2, 3\)"):
         level_sums(*arguments, 2, 1)

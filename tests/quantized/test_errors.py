@@ -41,7 +41,7 @@ def test_a_nan_scalar_is_refused(xp):
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.uint8, np.bool_, np.complex64])
 def test_other_dtypes_are_refused(xp, dtype):
-    with pytest.raises(UnsupportedArrayError, match=rf"k_proj must be .* not {np.dtype(dtype).name}"):
+    with pytest.raises(UnsupportedArrayError, match=rf"k_proj must be .* got {np.dtype(dtype).name}"):
         quantize(on(xp, np.ones(3, dtype=dtype)), BlockFormat(NF4), name="k_proj")
 
 
@@ -94,7 +94,7 @@ def test_a_range_beyond_float32_is_refused(xp):
 
 @pytest.mark.parametrize("text", ["nf4/4:bfloat16", "nf4/4:u8/4:float16"])
 def test_a_library_without_narrow_floats_says_so(text, strict):
-    with pytest.raises(UnsupportedArrayError, match=r"array_api_strict.* b?float16"):
+    with pytest.raises(UnsupportedArrayError, match=r"dtype b?float16.*array_api_strict"):
         quantize(strict.ones(8), BlockFormat.parse(text))
 
 

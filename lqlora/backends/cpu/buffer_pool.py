@@ -1,8 +1,8 @@
-"""Large arrays for results, in memory that the system has provided before.
+"""Pool of memory for large results, which reuses the memory of earlier results of the same size.
 
-Of the time that a decoder takes for a new array of many megabytes, most is the system's, which clears page after page
-before it hands them out. So the memory of a large result is kept when the last array in it is gone, and serves the
-next one of its size: a model's weights are decoded one after the other, an alternation's again and again.
+The system clears every page of new memory before it provides it, which takes longer than decoding into it. So the memory
+of a large result is kept when the last array in it is gone, and the next result of its size gets it. Models decode weights
+of the same shapes one after the other, and a decomposition decodes the same weight in every iteration.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGE", "MOST_KEPT", "large_empty"]
 
-#: Bytes from which on an array has pages of its own. NumPy asks the system for large pages then, where torch does not.
+#: Least bytes of an array in the pool. From this size on NumPy asks the system for large pages, which torch does not.
 LARGE = 1 << 22
 
-#: Bytes of a line of the caches. Results that begin at one are written by whole vectors, past the caches.
+#: Bytes of a cache line. Results that begin at one are written in whole vectors that bypass the caches.
 ALIGNMENT = 64
 
-#: Bytes of results that are kept at most.
+#: Largest number of bytes in the pool.
 MOST_KEPT = 1 << 27
 
-#: What is kept, the oldest first. Threads, and the collector of garbage in the midst of one, may come between any two
-#: calls: each call here changes the whole at once, and whoever takes something out has it alone.
+#: Memory in the pool, the oldest first. Other threads, and the garbage collector within this one, may run between any two
+#: calls. Each method of a deque is atomic, so memory that is taken out belongs to one caller.
 _kept: collections.deque[npt.NDArray[np.uint8]] = collections.deque()
 
 
 def large_empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type[Any]) -> npt.NDArray[Any] | None:
-    """Return an array of any contents; None if it would be small, which NumPy's own allocator is best for.
+    """Return a large array of any contents, or None if it would be small: NumPy's allocator is faster for these.
 
     Parameters
     ----------
     shape : tuple of int
-        Its shape.
+        Shape of the array.
     dtype : dtype
-        Its dtype.
+        Dtype of the array.
 
     Returns
     -------
     ndarray or None
-        The caller's alone, until it and all its views are gone.
+        An array whose memory is not reused before it and all its views are gone.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < LARGE:
@@ -56,7 +56,8 @@ def large_empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type[Any]) -> npt
     memory = _taken(size + ALIGNMENT)
     if memory is None:
         memory = np.empty(size + ALIGNMENT, np.uint8)
-    # Arrays refer to what they are views of: to this one object, whose end is the end of all of them.
+    # NumPy's views refer to the object that owns the memory, not to each other: the lease. It ends with the last view, and
+    # its finalizer returns the memory to the pool.
     start = -memory.__array_interface__["data"][0] % ALIGNMENT
     lease = (ctypes.c_ubyte * size).from_buffer(memory.data, start)
     weakref.finalize(lease, _keep, memory).atexit = False
@@ -64,7 +65,7 @@ def large_empty(shape: tuple[int, ...], dtype: np.dtype[Any] | type[Any]) -> npt
 
 
 def _taken(size: int) -> npt.NDArray[np.uint8] | None:
-    """Return memory of this size, looking at all that is kept once: what does not fit goes back as the youngest."""
+    """Take memory of this size out of the pool, or return None. Each piece is looked at once; others become the youngest."""
     for _ in range(len(_kept)):
         try:
             memory = _kept.popleft()
@@ -77,7 +78,7 @@ def _taken(size: int) -> npt.NDArray[np.uint8] | None:
 
 
 def _keep(memory: npt.NDArray[np.uint8]) -> None:
-    """Keep memory, and let go what has been kept for longer if that is too much."""
+    """Return memory to the pool; evict the oldest beyond the limit."""
     if memory.nbytes - ALIGNMENT > MOST_KEPT:
         return
     _kept.append(memory)

@@ -1,4 +1,4 @@
-"""Registers the compiled kernels onto the operations, and turns arrays into what C takes.
+"""Overrides for NumPy arrays by the compiled kernels: conditions, parameters of C, and the calls.
 
 ``benchmarks/quantize.py`` has the rows that justify them.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 
 from lqlora._dispatch import Operation, Takes, prefer_pieces
-from lqlora._threads import num_threads
-from lqlora.backends.cpu.loading import instruction_sets, loaded
+from lqlora.backends.cpu.loading import instruction_sets, kernel, loaded
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops.blocks import block_absmax, block_extremes
 from lqlora.ops.casting import storage_cast
@@ -28,89 +28,79 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["FEW_ROWS", "PIECE", "register"]
+__all__ = ["FEW_ROWS", "PIECE"]
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _BITS = tuple(range(1, 9))
-_DTYPES = {name: number for number, name in enumerate(_FLOATS)}
 
-#: Weights that are worked on at a time where they lie one after the other: the kernels need no workspace, and threads
-#: are begun anew for each piece.
+#: Numbers of the dtypes in ``kernels.h``, and the dtype of the arithmetic for each of them.
+_NUMBER: dict[np.dtype[Any], int] = {
+    np.dtype(dtype): number for number, dtype in enumerate((np.float32, np.float64, np.float16, ml_dtypes.bfloat16))
+}
+_WIDE = {dtype: np.dtype(np.float64 if dtype == np.float64 else np.float32) for dtype in _NUMBER}
+
+#: Weights that callers hand over at a time where the weights are contiguous. The kernels need no workspace, but each
+#: piece starts threads anew.
 PIECE = 1 << 24
 
-#: Longer rows are left to the reference: a copy of a row is made.
+#: Longer rows are left to the reference, because a kernel copies a row.
 _LONGEST_ROW = 1 << 20
 
-_OVERRIDES: list[tuple[Operation[Any, Any], Takes, Callable[..., Any]]] = []
 
-
-def register() -> None:
-    """Register all overrides, if the library can be used."""
+def _native(operation: Operation[Any, Any], takes: Takes) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that registers an override for NumPy, if the kernels can be used."""
     if loaded() is None:
-        return
+        return lambda function: function
+    return operation.register("numpy", backend="native", takes=takes)
+
+
+if loaded() is not None:
     prefer_pieces("numpy", PIECE)
-    for operation, takes, function in _OVERRIDES:
-        operation.register("numpy", backend="native", takes=takes)(function)
+
+_FLAT = Takes(
+    {"flat": _FLOATS}, contiguous=("flat",), condition=lambda block_size: block_size >= 1, sentence="whole blocks"
+)
+_ABSMAX = kernel("absmax", "pillp")
+_EXTREMES = kernel("extremes", "pillpp")
 
 
-def _overrides(operation: Operation[Any, Any], takes: Takes) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        _OVERRIDES.append((operation, takes, function))
-        return function
-
-    return add
-
-
-def _at(array: npt.NDArray[Any] | None) -> int | None:
-    """Return the address of the entries."""
-    address: int | None = None if array is None else array.__array_interface__["data"][0]
-    return address
-
-
-def _number(array: npt.NDArray[Any]) -> int:
-    return _DTYPES[array.dtype.name]
-
-
-def _call(name: str, *arguments: Any) -> None:
-    getattr(loaded(), f"lqlora_{name}")(*arguments, num_threads())
-
-
-def _arithmetic(array: npt.NDArray[Any]) -> type[np.float32 | np.float64]:
-    return np.float64 if array.dtype == np.float64 else np.float32
-
-
-_FLAT = Takes({"flat": _FLOATS}, contiguous=("flat",), condition=lambda _, size: size >= 1, sentence="whole blocks")
-
-
-@_overrides(block_absmax, _FLAT)
+@_native(block_absmax, _FLAT)
 def absmax(flat: npt.NDArray[Any], block_size: int) -> npt.NDArray[Any]:
-    """Take the maximum of the bits, which are ordered like magnitudes."""
-    size = min(block_size, max(1, flat.size))
-    out = np.empty(-(-flat.size // size), dtype=_arithmetic(flat))
-    _call("absmax", _at(flat), _number(flat), flat.size, size, _at(out))
+    """Take the maximum of the bits without the sign, which are ordered like magnitudes."""
+    count = flat.size
+    size = min(block_size, max(1, count))
+    out = np.empty(-(-count // size), dtype=_WIDE[flat.dtype])
+    _ABSMAX(count, flat, _NUMBER[flat.dtype], count, size, out)
     return out
 
 
-@_overrides(block_extremes, _FLAT)
+@_native(block_extremes, _FLAT)
 def extremes(flat: npt.NDArray[Any], block_size: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Take two maxima of the bits: as signed integers, and as unsigned ones."""
-    size = min(block_size, max(1, flat.size))
-    low, high = (np.empty(-(-flat.size // size), dtype=_arithmetic(flat)) for _ in range(2))
-    _call("extremes", _at(flat), _number(flat), flat.size, size, _at(low), _at(high))
+    count = flat.size
+    size = min(block_size, max(1, count))
+    low, high = (np.empty(-(-count // size), dtype=_WIDE[flat.dtype]) for _ in range(2))
+    _EXTREMES(count, flat, _NUMBER[flat.dtype], count, size, low, high)
     return low, high
 
 
+def _is_packable(flat: Any, scales: Any, zero_points: Any, boundaries: Any, bits: int, block_size: int) -> bool:
+    if block_size < 1 or len(boundaries) >= 2**bits or scales.dtype != _WIDE[flat.dtype]:
+        return False
+    blocks = (-(-flat.size // block_size),)
+    return scales.shape == blocks and (zero_points is None or zero_points.shape == blocks)
+
+
 def _is_scaled(flat: Any, scales: Any, zero_points: Any, boundaries: Any, block_size: int) -> bool:
-    blocks = -(-flat.size // block_size) if block_size >= 1 else -1
-    zeros_fit = zero_points is None or zero_points.shape == (blocks,)
-    return bool(scales.shape == (blocks,) and zeros_fit and scales.dtype == _arithmetic(flat) and len(boundaries) < 256)
+    return _is_packable(flat, scales, zero_points, boundaries, 8, block_size)
 
 
 _ENCODED = {"flat": _FLOATS, "scales": ("float32", "float64"), "zero_points": ("uint8", None)}
 _DENSE = ("flat", "scales", "zero_points")
+_ENCODE = kernel("encode", "pillpppiipp")
 
 
-@_overrides(
+@_native(
     encode,
     Takes(
         {**_ENCODED, "flat": ("float32", "float64")},
@@ -128,23 +118,17 @@ def codes_of(
 ) -> npt.NDArray[np.uint8]:
     """Divide, and count the boundaries below."""
     codes = np.empty(flat.size, dtype=np.uint8)
-    _encode(flat, scales, zero_points, boundaries, 8, block_size, codes=codes)
+    _encode(flat, scales, zero_points, boundaries, 8, block_size, None, codes)
     return codes
 
 
-def _is_scaled_and_packed(
-    flat: Any, scales: Any, zero_points: Any, boundaries: Any, bits: int, block_size: int
-) -> bool:
-    return len(boundaries) < 2**bits and _is_scaled(flat, scales, zero_points, boundaries, block_size)
-
-
-@_overrides(
+@_native(
     encode_packed,
     Takes(
         _ENCODED,
         bits=_BITS,
         contiguous=_DENSE,
-        condition=_is_scaled_and_packed,
+        condition=_is_packable,
         sentence="a scale of the dtype of the arithmetic for each block, and codes of no more than ``bits`` bits",
     ),
 )
@@ -158,46 +142,42 @@ def packed_codes_of(
 ) -> npt.NDArray[np.uint8]:
     """Divide, count the boundaries below, and pack, a few thousand weights at a time."""
     packed = np.empty(packed_size(flat.size, bits), dtype=np.uint8)
-    _encode(flat, scales, zero_points, boundaries, bits, block_size, packed=packed)
+    _encode(flat, scales, zero_points, boundaries, bits, block_size, packed, None)
     return packed
 
 
 def _encode(
-    flat: Any,
-    scales: Any,
-    zeros: Any,
-    boundaries: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    *,
-    packed: Any = None,
-    codes: Any = None,
+    flat: Any, scales: Any, zeros: Any, boundaries: Any, bits: int, block_size: int, packed: Any, codes: Any
 ) -> None:
-    table = np.ascontiguousarray(boundaries, dtype=np.float32)
-    weights = (_at(flat), _number(flat), flat.size, min(block_size, max(1, flat.size)))
-    _call("encode", *weights, _at(scales), _at(zeros), _at(table), len(table), bits, _at(packed), _at(codes))
+    """Write either the packed codes or the codes."""
+    table, count = np.ascontiguousarray(boundaries, dtype=np.float32), flat.size
+    weights = (flat, _NUMBER[flat.dtype], count, min(block_size, max(1, count)))
+    _ENCODE(count, *weights, scales, zeros, table, len(table), bits, packed, codes)
 
 
-@_overrides(
+_ENCODE_BY_ABSMAX = kernel("encode_by_absmax", "pillppiip")
+
+
+@_native(
     encode_by_absmax,
     Takes(
         {"flat": _FLOATS},
         bits=_BITS,
         contiguous=("flat",),
-        condition=lambda _, boundaries, bits, size: size >= 1 and len(boundaries) < 2**bits,
+        condition=lambda boundaries, bits, block_size: block_size >= 1 and len(boundaries) < 2**bits,
         sentence="whole blocks, and codes of no more than ``bits`` bits",
     ),
 )
 def scales_and_codes_of(
     flat: npt.NDArray[Any], boundaries: npt.NDArray[np.float32], bits: int, block_size: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-    """Do one after the other with a piece of the array, so that a thread waits for memory while others compute."""
-    size = min(block_size, max(1, flat.size))
-    scales = np.empty(-(-flat.size // size), dtype=_arithmetic(flat))
-    packed = np.empty(packed_size(flat.size, bits), dtype=np.uint8)
+    """Find the maxima of a piece and encode it while it is in the cache, so that memory is read once."""
+    count = flat.size
+    size = min(block_size, max(1, count))
+    scales = np.empty(-(-count // size), dtype=_WIDE[flat.dtype])
+    packed = np.empty(packed_size(count, bits), dtype=np.uint8)
     table = np.ascontiguousarray(boundaries, dtype=np.float32)
-    weights = (_at(flat), _number(flat), flat.size, size)
-    _call("encode_by_absmax", *weights, _at(scales), _at(table), len(table), bits, _at(packed))
+    _ENCODE_BY_ABSMAX(count, flat, _NUMBER[flat.dtype], count, size, scales, table, len(table), bits, packed)
     return scales, packed
 
 
@@ -214,7 +194,10 @@ def _are_columns_to_rows(source: Any, out: Any) -> bool:
     return bool(source.strides[0] == source.itemsize == out.strides[1])
 
 
-@_overrides(
+_CROSS = kernel("cross", "pplllli")
+
+
+@_native(
     copy_across,
     Takes(
         {"source": _FLOATS, "out": _FLOATS},
@@ -226,16 +209,16 @@ def crossed(source: npt.NDArray[Any], out: npt.NDArray[Any]) -> npt.NDArray[Any]
     """Copy squares that stay in the caches, eight by eight entries in registers."""
     word = source.itemsize
     own, target = (source, out) if _are_columns_to_rows(source, out) else (source.T, out.T)
-    _call("cross", _at(own), _at(target), *own.shape, own.strides[1] // word, target.strides[0] // word, word)
+    _CROSS(source.size, own, target, *own.shape, own.strides[1] // word, target.strides[0] // word, word)
     return out
 
 
-@_overrides(
+@_native(
     nearest_codes,
     Takes(
         {"values": ("float32", "float64")},
         contiguous=("values",),
-        condition=lambda _, boundaries: len(boundaries) < 256,
+        condition=lambda boundaries: len(boundaries) < 256,
         sentence="fewer than 256 boundaries",
     ),
 )
@@ -243,18 +226,21 @@ def codes_of_values(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32
     """Encode as one block whose scale is one: that division changes nothing."""
     one = np.ones(1, dtype=values.dtype)
     codes = np.empty(values.shape, dtype=np.uint8)
-    _encode(values, one, None, boundaries, 8, max(1, values.size), codes=codes)
+    _encode(values, one, None, boundaries, 8, max(1, values.size), None, codes)
     return codes
 
 
 def _is_whole(packed: Any, scales: Any, zero_points: Any, levels: Any, bits: int, block_size: int, out: Any) -> bool:
-    blocks = -(-out.size // block_size) if block_size >= 1 else -1
-    zeros_fit = zero_points is None or zero_points.shape == (blocks,)
-    is_whole = packed.size == packed_size(out.size, bits) and out.flags.writeable
-    return bool(is_whole and scales.shape == (blocks,) and zeros_fit and len(levels) <= 2**bits)
+    if block_size < 1 or len(levels) > 2**bits or packed.size != -(-out.size * bits // 8) or not out.flags.writeable:
+        return False
+    blocks = (-(-out.size // block_size),)
+    return scales.shape == blocks and (zero_points is None or zero_points.shape == blocks)
 
 
-@_overrides(
+_DECODE = kernel("decode", "ppppiillpi")
+
+
+@_native(
     decode,
     Takes(
         {
@@ -279,14 +265,14 @@ def values_of(
     out: npt.NDArray[Any],
 ) -> npt.NDArray[Any]:
     """Unpack, look up, multiply and round, a few thousand weights at a time."""
-    table = np.ascontiguousarray(levels, dtype=np.float32)
-    codes = (_at(packed), _at(scales), _at(zero_points), _at(table), len(table), bits)
-    _call("decode", *codes, out.size, min(block_size, max(1, out.size)), _at(out), _number(out))
+    table, count = np.ascontiguousarray(levels, dtype=np.float32), out.size
+    codes = (packed, scales, zero_points, table, len(table), bits)
+    _DECODE(count, *codes, count, min(block_size, max(1, count)), out, _NUMBER[out.dtype])
     return out
 
 
-#: Up to this many rows, multiplying each stretch of a decoded row at once is at least as fast as handing many rows of the
-#: weight to BLAS. Where values stay in registers it takes half the time.
+#: Up to this many rows, multiplying each stretch of a decoded row at once is at least as fast as decoding many rows of the
+#: weight for BLAS. AVX-512 has twice the registers, so twice as many rows stay in them.
 FEW_ROWS = 16 if "avx512" in instruction_sets() else 8
 
 
@@ -294,14 +280,19 @@ def _are_few(
     x: Any, packed: Any, scales: Any, zero_points: Any, levels: Any, bits: int, block_size: int, out: Any
 ) -> bool:
     rows, columns = out.shape[1], x.shape[1]
-    blocks = -(-rows * columns // block_size) if block_size >= 1 else -1
-    zeros_fit = zero_points is None or zero_points.shape == (blocks,)
-    is_whole = packed.size == packed_size(rows * columns, bits) and scales.shape == (blocks,) and zeros_fit
-    are_alike = x.shape[0] == out.shape[0] <= FEW_ROWS and x.dtype == out.dtype
-    return bool(is_whole and are_alike and out.flags.writeable and columns % 8 == 0 and len(levels) <= 2**bits)
+    count = rows * columns
+    if block_size < 1 or columns % 8 or not x.shape[0] == out.shape[0] <= FEW_ROWS or x.dtype != out.dtype:
+        return False
+    if packed.size != -(-count * bits // 8) or len(levels) > 2**bits or not out.flags.writeable:
+        return False
+    blocks = (-(-count // block_size),)
+    return scales.shape == blocks and (zero_points is None or zero_points.shape == blocks)
 
 
-@_overrides(
+_MULTIPLY = kernel("multiply", "plllppppiilp")
+
+
+@_native(
     matmul_packed,
     Takes(
         {
@@ -331,35 +322,43 @@ def products_of_few(
     rows = np.asarray(x, dtype=np.float32)
     in_place = out.dtype == np.float32 and not np.may_share_memory(out, rows)
     sums = out if in_place else np.empty(out.shape, dtype=np.float32)
-    table = np.ascontiguousarray(levels, dtype=np.float32)
-    size = min(block_size, max(1, rows.shape[1] * out.shape[1]))
-    codes = (_at(packed), _at(scales), _at(zero_points), _at(table), len(table), bits, size)
-    _call("multiply", _at(rows), rows.shape[0], out.shape[1], rows.shape[1], *codes, _at(sums))
+    table, count = np.ascontiguousarray(levels, dtype=np.float32), rows.shape[1] * out.shape[1]
+    codes = (packed, scales, zero_points, table, len(table), bits, min(block_size, max(1, count)))
+    _MULTIPLY(count, rows, rows.shape[0], out.shape[1], rows.shape[1], *codes, sums)
     if sums is not out:
         out[...] = storage_cast(sums, out.dtype.name)
     return out
 
 
-@_overrides(pack_codes, Takes({"codes": ("uint8",)}, bits=_BITS, contiguous=("codes",)))
+_PACK = kernel("pack", "pilp")
+_UNPACK = kernel("unpack", "pilp")
+
+
+@_native(pack_codes, Takes({"codes": ("uint8",)}, bits=_BITS, contiguous=("codes",)))
 def packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Join eight codes in a word, in three steps."""
     found = np.empty(packed_size(codes.size, bits), dtype=np.uint8)
-    _call("pack", _at(codes), bits, codes.size, _at(found))
+    _PACK(codes.size, codes, bits, codes.size, found)
     return found
 
 
-@_overrides(unpack_codes, Takes({"packed": ("uint8",)}, bits=_BITS[:-1], contiguous=("packed",)))
+@_native(unpack_codes, Takes({"packed": ("uint8",)}, bits=_BITS[:-1], contiguous=("packed",)))
 def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
-    """Part eight codes of a word, in three steps."""
+    """Split a word into eight codes, in three steps."""
     if packed.size != packed_size(count, bits):
         needed = packed_size(count, bits)
-        raise InvalidArgumentError(f"{count} codes of {bits} bits are {needed} bytes, not {packed.size}.")
+        raise InvalidArgumentError(
+            f"packed must have {needed} bytes, since {count} codes of {bits} bits are {needed} bytes, got {packed.size}."
+        )
     codes = np.empty(count, dtype=np.uint8)
-    _call("unpack", _at(packed), bits, count, _at(codes))
+    _UNPACK(count, packed, bits, count, codes)
     return codes
 
 
-@_overrides(
+_ROW_SUMS = kernel("row_sums", "pillp")
+
+
+@_native(
     row_sums,
     Takes(
         {"rows": ("float32", "float64")},
@@ -371,20 +370,21 @@ def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArra
 def halved_sums(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Halve each row in the cache."""
     sums = np.empty(rows.shape[0], dtype=rows.dtype)
-    _call("row_sums", _at(rows), _number(rows), rows.shape[0], rows.shape[1], _at(sums))
+    _ROW_SUMS(rows.size, rows, _NUMBER[rows.dtype], *rows.shape, sums)
     return sums
 
 
-def _is_searchable(
-    rows: Any, weights: Any, levels: Any, boundaries: Any, zeros: Any, grid: Any, _refinements: Any
-) -> bool:
+def _is_searchable(rows: Any, weights: Any, levels: Any, boundaries: Any, zeros: Any, grid: Any) -> bool:
     weights_fit = weights is None or weights.shape == rows.shape
     zeros_fit = zeros is None or zeros.shape == (rows.shape[0], 1)
     tables_fit = 1 <= len(levels) <= 256 and len(boundaries) == len(levels) - 1 and len(grid) >= 1
     return bool(weights_fit and zeros_fit and tables_fit and 1 <= rows.shape[1] <= _LONGEST_ROW)
 
 
-@_overrides(
+_SEARCH = kernel("search", "ppllpppipiip")
+
+
+@_native(
     best_ratios,
     Takes(
         {"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)},
@@ -405,8 +405,8 @@ def searched_ratios(
     """Try all ratios on a row while it is in the cache."""
     tables = [np.ascontiguousarray(table, dtype=np.float32) for table in (levels, boundaries, grid)]
     best = np.empty(rows.shape[0], dtype=np.float32)
-    known = (_at(tables[0]), _at(tables[1]), len(levels), _at(tables[2]), len(grid), refinements)
-    _call("search", _at(rows), _at(weights), *rows.shape, _at(zeros), *known, _at(best))
+    known = (tables[0], tables[1], len(levels), tables[2], len(grid), refinements)
+    _SEARCH(rows.size * len(grid), rows, weights, *rows.shape, zeros, *known, best)
     return best
 
 
@@ -418,7 +418,10 @@ def _is_encodable(rows: Any, weights: Any, scales: Any, zero_points: Any, levels
     return bool(weights_fit and zeros_fit and tables_fit and is_even)
 
 
-@_overrides(
+_ROUNDING_ERRORS = kernel("rounding_errors", "pipillppppip")
+
+
+@_native(
     rounding_errors,
     Takes(
         {
@@ -443,15 +446,15 @@ def errors_of_rows(
     """Divide, round, look up, multiply, and add squares up, a row at a time."""
     tables = [np.ascontiguousarray(table, dtype=np.float32) for table in (levels, boundaries)]
     sums = np.empty(rows.shape[0], dtype=np.float64)
-    given = (_at(rows), _number(rows), _at(weights), 0 if weights is None else _number(weights), *rows.shape)
-    _call("rounding_errors", *given, _at(scales), _at(zero_points), *map(_at, tables), len(levels), _at(sums))
+    given = (rows, _NUMBER[rows.dtype], weights, 0 if weights is None else _NUMBER[weights.dtype], *rows.shape)
+    _ROUNDING_ERRORS(rows.size, *given, scales, zero_points, *tables, len(levels), sums)
     return sums
 
 
 def _can_be_summed(
     rows: Any, weights: Any, importance: Any, ratios: Any, codes: Any, sets: Any, size: int, count: int
 ) -> bool:
-    """Accept what no sum is written beyond the end for."""
+    """Return whether every code and set has a sum of its own, so that nothing is written beyond the sums."""
     by_row = {array.shape for array in (importance, ratios, sets)} == {rows.shape[:1]}
     by_entry = codes.shape == rows.shape and (weights is None or weights.shape == rows.shape)
     if not by_row or not by_entry or rows.size < 2:
@@ -459,7 +462,11 @@ def _can_be_summed(
     return bool(codes.max() < size and sets.min() >= 0 and sets.max() < count)
 
 
-@_overrides(
+_LEVEL_MAXIMA = kernel("level_maxima", "ppppllp")
+_LEVEL_SUMS = kernel("level_sums", "ppppppllllddpp")
+
+
+@_native(
     level_sums,
     Takes(
         {
@@ -487,13 +494,10 @@ def summed_by_level(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Look for the largest term, then add integers up."""
     maxima, sums = np.empty(2), np.zeros((2, count * size))
-    given = (_at(rows), _at(weights), _at(importance), _at(ratios))
-    _call("level_maxima", *given, *rows.shape, _at(maxima))
+    given = (rows, weights, importance, ratios)
+    _LEVEL_MAXIMA(rows.size, *given, *rows.shape, maxima)
     if not np.isfinite(maxima).all():
         return level_sums.reference(rows, weights, importance, ratios, codes, sets, size, count)
     units = [unit_of(largest, rows.size) if largest else 1.0 for largest in maxima.tolist()]
-    _call("level_sums", *given, _at(codes), _at(sets), *rows.shape, size, count, *units, _at(sums[0]), _at(sums[1]))
+    _LEVEL_SUMS(rows.size, *given, codes, sets, *rows.shape, size, count, *units, sums[0], sums[1])
     return sums[0] * units[0], sums[1] * units[1]
-
-
-register()

@@ -1,4 +1,4 @@
-"""Finding the compiled library, and making sure that it is the one of these sources."""
+"""Loading of the compiled kernels: the library, a check that it fits the sources, and its instruction sets."""
 
 from __future__ import annotations
 
@@ -7,59 +7,29 @@ import ctypes
 import functools
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lqlora._threads import num_threads
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import InvalidArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["instruction_sets", "loaded", "status", "using"]
+__all__ = ["instruction_sets", "kernel", "loaded", "status", "using"]
 
 _FOLDER = Path(__file__).parent / "kernels"
 
-_POINTER, _INT, _LONG, _REAL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
+#: C types of parameters, by the letters that :func:`kernel` is given: pointer, int32, int64 and double.
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "d": ctypes.c_double}
 
-#: Parameters of what ``library.cpp`` exports, but for the number of threads, which is the last one of all.
-_FUNCTIONS = {
-    "absmax": (_POINTER, _INT, _LONG, _LONG, _POINTER),
-    "extremes": (_POINTER, _INT, _LONG, _LONG, _POINTER, _POINTER),
-    "encode": (*(_POINTER, _INT, _LONG, _LONG), *(_POINTER, _POINTER), *(_POINTER, _INT, _INT), *(_POINTER, _POINTER)),
-    "encode_by_absmax": (*(_POINTER, _INT, _LONG, _LONG), _POINTER, *(_POINTER, _INT, _INT), _POINTER),
-    "cross": (_POINTER, _POINTER, *(_LONG, _LONG, _LONG, _LONG), _INT),
-    "decode": (*(_POINTER, _POINTER, _POINTER), *(_POINTER, _INT, _INT), *(_LONG, _LONG), *(_POINTER, _INT)),
-    "pack": (_POINTER, _INT, _LONG, _POINTER),
-    "unpack": (_POINTER, _INT, _LONG, _POINTER),
-    "level_maxima": (*(_POINTER, _POINTER, _POINTER, _POINTER), *(_LONG, _LONG), _POINTER),
-    "level_sums": (
-        *(_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
-        *(_LONG, _LONG, _LONG, _LONG),
-        *(_REAL, _REAL, _POINTER, _POINTER),
-    ),
-    "multiply": (
-        *(_POINTER, _LONG, _LONG, _LONG),
-        *(_POINTER, _POINTER, _POINTER),
-        *(_POINTER, _INT, _INT, _LONG),
-        _POINTER,
-    ),
-    "row_sums": (_POINTER, _INT, _LONG, _LONG, _POINTER),
-    "rounding_errors": (
-        *(_POINTER, _INT, _POINTER, _INT, _LONG, _LONG),
-        *(_POINTER, _POINTER, _POINTER, _POINTER, _INT),
-        _POINTER,
-    ),
-    "search": (
-        *(_POINTER, _POINTER, _LONG, _LONG, _POINTER),
-        *(_POINTER, _POINTER, _INT, _POINTER, _INT, _INT),
-        _POINTER,
-    ),
-}
+#: Entries below which a kernel runs on one thread whatever it is given: twice ``kWorthAThread`` of ``ranges.h``. The
+#: number of threads is not even looked up then, which takes longer than a small kernel.
+_WORTH_THREADS = 1 << 18
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """Return the library, and what there is to say of it."""
+    """Return the library, or None and the reason why it cannot be used."""
     path = _FOLDER / "kernels.shared"
     if not path.exists():
         return None, "not compiled: there was no C++ compiler when lqlora was installed"
@@ -70,15 +40,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     library.lqlora_sources.restype = ctypes.c_char_p
     if library.lqlora_sources().decode() != _digest():
         return None, "compiled from other sources than these: install lqlora again"
-    for name, parameters in _FUNCTIONS.items():
-        function = getattr(library, f"lqlora_{name}")
-        function.argtypes, function.restype = (*parameters, _INT), None
     library.lqlora_isa_name.restype = library.lqlora_isa_chosen.restype = ctypes.c_char_p
     return library, ""
 
 
 def _digest() -> str:
-    """Return the hash that the build wrote into the library; ``hatch_build.py`` has the same."""
+    """Return the hash of the sources, as ``hatch_build.py`` computes it and compiles it into the library."""
     sources = sorted([*_FOLDER.glob("*.h"), *_FOLDER.glob("*.cpp")], key=lambda path: path.name)
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
@@ -89,7 +56,7 @@ def loaded() -> ctypes.CDLL | None:
     Returns
     -------
     ctypes.CDLL or None
-        None where it cannot be used; :func:`status` says why.
+        None if it cannot be used; :func:`status` says why.
 
     Examples
     --------
@@ -99,13 +66,64 @@ def loaded() -> ctypes.CDLL | None:
     return _load()[0]
 
 
+def kernel(name: str, parameters: str) -> Callable[..., None]:
+    """Return a function that calls an exported function of the library.
+
+    Parameters
+    ----------
+    name : str
+        The function ``lqlora_NAME``. Its last parameter is the number of threads.
+    parameters : str
+        One letter for each other parameter: ``p`` for a pointer, which an array or None is given for; ``i`` and ``l``
+        for integers of 32 and 64 bits; ``d`` for a double.
+
+    Returns
+    -------
+    callable
+        Called with the number of entries that the work is cut by, and the arguments. Arrays must be contiguous, of the
+        dtypes that C reads, and long enough: nothing is checked here.
+
+    Raises
+    ------
+    AttributeError
+        If the library has no such function.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> if loaded() is not None:
+    ...     packed = np.empty(1, dtype=np.uint8)
+    ...     kernel("pack", "pilp")(2, np.array([1, 2], dtype=np.uint8), 4, 2, packed)
+    ...     assert packed.tolist() == [33]
+    """
+    library = loaded()
+    if library is None:
+        return _refuse
+    function = getattr(library, f"lqlora_{name}")
+    function.argtypes, function.restype = (*(_TYPES[letter] for letter in parameters), ctypes.c_int32), None
+    pointers = tuple(index for index, letter in enumerate(parameters) if letter == "p")
+
+    def call(entries: int, *arguments: Any) -> None:
+        given = list(arguments)
+        for index in pointers:
+            if (array := arguments[index]) is not None:
+                given[index] = array.__array_interface__["data"][0]
+        function(*given, 1 if entries < _WORTH_THREADS else num_threads())
+
+    return call
+
+
+def _refuse(*_: object) -> None:
+    raise MissingDependencyError(f"compiled kernels cannot run: {_load()[1]}.")
+
+
 def status() -> tuple[bool, str]:
-    """Tell whether the compiled kernels can be used, and which.
+    """Return whether the compiled kernels can be used, with the reason.
 
     Returns
     -------
     tuple of bool and str
-        Whether; and the instruction set and the number of threads, or what is wrong.
+        True, the instruction set and the number of threads; or False and what is missing.
 
     Examples
     --------
@@ -120,12 +138,12 @@ def status() -> tuple[bool, str]:
 
 
 def instruction_sets() -> list[str]:
-    """List the instruction sets that the kernels were compiled for and this machine has, the best one last.
+    """Return the instruction sets that the kernels were compiled for and this machine has, the best one last.
 
     Returns
     -------
     list of str
-        Of ``baseline``, ``avx2`` and ``avx512``; empty where there are no compiled kernels.
+        Some of ``baseline``, ``avx2`` and ``avx512``; empty if the kernels cannot be used.
 
     Examples
     --------
@@ -145,17 +163,17 @@ def using(instruction_set: str) -> Iterator[None]:
     Parameters
     ----------
     instruction_set : str
-        One of :func:`instruction_sets`.
+        One of those that :func:`instruction_sets` returns.
 
     Yields
     ------
     None
-        The choice before is restored at the end.
+        The earlier choice is restored at the end.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no such one here.
+        If the machine or the library does not have the instruction set.
 
     Examples
     --------
@@ -166,7 +184,9 @@ def using(instruction_set: str) -> Iterator[None]:
     library = loaded()
     known = instruction_sets()
     if library is None or instruction_set not in known:
-        raise InvalidArgumentError(f"There are kernels for {', '.join(known) or 'nothing'}, not {instruction_set!r}.")
+        raise InvalidArgumentError(
+            f"instruction_set must be one of {', '.join(known) or 'none'}, got {instruction_set!r}."
+        )
     before = library.lqlora_isa_chosen()
     library.lqlora_isa_choose(instruction_set.encode())
     try:

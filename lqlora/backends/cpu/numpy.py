@@ -1,4 +1,4 @@
-"""NumPy overrides that keep their workspace in the cache. ``benchmarks/quantize.py`` has the rows that justify them."""
+"""Overrides in NumPy that keep their workspace in the cache. ``benchmarks/quantize.py`` has the rows that justify them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-#: Values looked up at a time: they, their buckets and their codes fit into a second-level cache.
+#: Values that are looked up at a time: with their buckets and codes they fit into a second-level cache.
 _CHUNK = 32768
 
-#: Buckets that the range of the boundaries is cut into.
+#: Number of buckets that the range of the boundaries is cut into.
 _BUCKETS = 2048
 
 #: Boundaries that span less than this are left to the reference: buckets would be too many per unit for float32.
 _NARROW = 2.0**-100
 
-#: From so many weights on two bytes are looked up at a time: below, making the table of 1 MiB takes longer than it saves.
+#: From this many weights on two bytes are looked up at a time: below, making the table of 1 MiB takes longer than it saves.
 _MANY = 1 << 18
 
 
-def _can_be_bucketed(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> bool:  # noqa: ARG001
-    """Accept what the reference would search; it counts the boundaries below a value where these are few."""
+def _can_be_bucketed(boundaries: npt.NDArray[np.float32]) -> bool:
+    """Return whether there are so many boundaries that the reference searches them, and whether they are not too near."""
     return len(boundaries) > FEW and float(boundaries[-1]) - float(boundaries[0]) >= _NARROW
 
 
@@ -45,7 +45,12 @@ def _can_be_bucketed(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float3
     ),
 )
 def nearest_codes_in_buckets(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Look up how many boundaries are below a value's bucket, chunk by chunk."""
+    """Look up how many boundaries are below a value's bucket, chunk by chunk.
+
+    A value's bucket is ``b(v) = floor(clip((v - low) * factor))``. Rounding keeps the order of differences and products,
+    so ``v <= w`` implies ``b(v) <= b(w)``: boundaries in lower buckets are below ``v``, and those in higher buckets are
+    not. Only the boundaries in the bucket of ``v`` have to be compared with it, at most ``most`` of them.
+    """
     flat, codes = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
     table = _buckets(boundaries.tobytes(), values.dtype)
     with np.errstate(over="ignore"):
@@ -55,7 +60,7 @@ def nearest_codes_in_buckets(values: npt.NDArray[Any], boundaries: npt.NDArray[n
 
 
 class _Buckets(NamedTuple):
-    """Where a value's bucket is, and the boundaries that are below all values of a bucket."""
+    """A map from values to buckets, and for each bucket the number of boundaries in lower ones."""
 
     low: Any
     factor: Any
@@ -75,16 +80,16 @@ def _buckets(boundaries: bytes, dtype: np.dtype[Any]) -> _Buckets:
 
 
 def _bucket(values: npt.NDArray[Any], low: Any, factor: Any) -> npt.NDArray[np.intp]:
-    """Return a number that never falls when the value rises: rounding keeps the order of products and differences."""
+    """Return the bucket of each value, which does not fall when the value rises."""
     place = values - low
     place *= factor
-    with np.errstate(invalid="ignore"):  # NaN ends in some bucket, and is found to be above no boundary
+    with np.errstate(invalid="ignore"):  # NaN gets any bucket, and compares above no boundary
         buckets: npt.NDArray[np.intp] = np.clip(place, 0, _BUCKETS - 1, out=place).astype(np.intp)
         return buckets
 
 
 def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.uint8]) -> None:
-    """Start from the boundaries in lower buckets, then pass those in the value's own bucket one by one."""
+    """Start from the boundaries in lower buckets, then count those in the value's own bucket one by one."""
     np.take(table.below, _bucket(values, table.low, table.factor), out=codes, mode="clip")
     for _ in range(table.most):
         above = values > np.take(table.cuts, codes, mode="clip")
@@ -108,16 +113,16 @@ def decode_lookup(
     block_size: int,
     out: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
-    """Look several codes up at once: an entry of the table holds the levels of all codes in one byte, or twelve bits."""
+    """Look up several codes at once: an entry of the table holds the levels of all codes in a byte, or in twelve bits."""
     count = out.shape[0]
     if packed.shape[0] != packed_size(count, bits):
-        unpack_codes(packed, bits, count)  # raises the reference's error
+        unpack_codes(packed, bits, count)  # raises the error of the reference
     index_bits = _index_bits(bits, count)
     table = _lookup_table(levels.tobytes(), bits, index_bits)
     at_once = index_bits // bits
     indices = _indices(packed, index_bits)
     whole = min(count // at_once, len(indices)) // 2 * 2  # two numbers of twelve bits end with a byte
-    # No bounds are checked in this mode, and an index of one byte or twelve bits cannot be out of bounds.
+    # This mode checks no bounds, and an index of one byte or twelve bits cannot be out of bounds.
     np.take(table, indices[:whole], out=out[: whole * at_once].view(table.dtype), mode="wrap")
     if whole * at_once < count:
         rest = slice(whole * index_bits // 8, None)
@@ -130,7 +135,7 @@ def decode_lookup(
 
 
 def _by_weight(per_block: npt.NDArray[Any], block_size: int, count: int) -> npt.NDArray[Any]:
-    """Repeat the number of each block for its weights: one long product is faster than one for each block."""
+    """Repeat the number of each block for its weights: one long product is faster than one product for each block."""
     return per_block if block_size == 1 else np.repeat(per_block, min(block_size, count))[:count]
 
 
@@ -142,7 +147,7 @@ def _index_bits(bits: int, count: int) -> int:
 
 
 def _indices(packed: npt.NDArray[np.uint8], index_bits: int) -> npt.NDArray[Any]:
-    """Cut a stream of bytes into numbers of so many bits, least significant bit first; a rest is left out."""
+    """Split a stream of bytes into numbers of ``index_bits`` bits, least significant bit first; a rest is left out."""
     if index_bits == 8:
         return packed
     if index_bits == 16:
@@ -156,7 +161,7 @@ def _indices(packed: npt.NDArray[np.uint8], index_bits: int) -> npt.NDArray[Any]
     return numbers.reshape(-1)
 
 
-#: Types that stand for a number of float32 values: copying one number is faster than copying a short row.
+#: Dtypes as large as 1, 2 and 4 values of float32: copying one number is faster than copying a short row.
 _AS_ONE = {1: np.float32, 2: np.int64, 4: np.complex128}
 
 
@@ -176,7 +181,7 @@ def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]
     "numpy",
     takes=Takes(
         {"terms": ("float64",), "bins": ("int64",)},
-        condition=lambda terms, bins, _: terms.shape == bins.shape,  # NumPy takes no bins for any number of terms
+        condition=lambda terms, bins: terms.shape == bins.shape,  # NumPy broadcasts neither
         sentence="a bin for each term",
     ),
 )
@@ -189,4 +194,10 @@ def bin_sums_counted(
     return sums
 
 
-prefer_maker("numpy", lambda shape, dtype, _: large_empty(shape, dtype))
+def _empty(shape: tuple[int, ...], dtype: Any, _: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array for a result, in memory of the pool if it is large."""
+    large = large_empty(shape, dtype)
+    return np.empty(shape, dtype) if large is None else large
+
+
+prefer_maker("numpy", _empty)

@@ -1,122 +1,110 @@
-"""Overrides for torch tensors in host memory: NumPy's implementations on zero-copy views. ``benchmarks/quantize.py`` has the rows."""
+"""Overrides for torch tensors in host memory: NumPy's implementations on views of the same memory.
+
+Every operation that NumPy has overrides for gets one override for torch, which takes what NumPy's overrides take.
+``benchmarks/quantize.py`` has the rows that justify them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import torch
 
-from lqlora._dispatch import Operation, Takes, prefer_maker, prefer_pieces
+from lqlora import ops
+from lqlora._dispatch import Operation, Override, Takes, prefer_maker, prefer_pieces
 from lqlora.backends.cpu import compiled, loading
 from lqlora.backends.cpu.buffer_pool import large_empty
-from lqlora.ops.blocks import block_absmax, block_extremes
-from lqlora.ops.coding import decode, encode, encode_by_absmax, encode_packed, nearest_codes
-from lqlora.ops.matmul import matmul_packed
-from lqlora.ops.packing import pack_codes, unpack_codes
-from lqlora.ops.rounding import rounding_errors
-from lqlora.ops.search import best_ratios
-from lqlora.ops.slices import copy_across
-from lqlora.ops.sums import bin_sums, level_sums, row_sums
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
 
 __all__: list[str] = []
 
-_WIDE = ("float32", "float64")
-_FLOATS = (*_WIDE, "float16", "bfloat16")
-_DECODED = ("float32", "float16", "bfloat16")
-_OWN_SCALES = {"scales": _WIDE, "zero_points": ("uint8", None)}
-_OF_CODES = {"packed": ("uint8",), "scales": ("float32",), "zero_points": ("uint8", None)}
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-#: What NumPy does faster than torch, compiled or not.
-_TAKES: dict[Operation[Any, Any], Takes] = {
-    nearest_codes: Takes({"values": _WIDE}),
-    decode: Takes({**_OF_CODES, "out": _DECODED}),
-    bin_sums: Takes({"terms": ("float64",), "bins": ("int64",)}),
-}
-
-#: What only compiled kernels do faster.
-_TAKES_COMPILED: dict[Operation[Any, Any], Takes] = {
-    block_absmax: Takes({"flat": _FLOATS}),
-    block_extremes: Takes({"flat": _FLOATS}),
-    encode: Takes({"flat": _WIDE, **_OWN_SCALES}),
-    encode_packed: Takes({"flat": _FLOATS, **_OWN_SCALES}),
-    encode_by_absmax: Takes({"flat": _FLOATS}),
-    copy_across: Takes({"source": _FLOATS, "out": _FLOATS}),
-    pack_codes: Takes({"codes": ("uint8",)}),
-    unpack_codes: Takes({"packed": ("uint8",)}, bits=tuple(range(1, 8))),
-    row_sums: Takes({"rows": _WIDE}),
-    level_sums: Takes(
-        {
-            "rows": ("float32",),
-            "weights": ("float32", None),
-            "importance": ("float64",),
-            "ratios": ("float32",),
-            "codes": ("uint8",),
-            "sets": ("int64",),
-        }
-    ),
-    best_ratios: Takes({"rows": ("float32",), "weights": ("float32", None), "zeros": ("float32", None)}),
-    rounding_errors: Takes(
-        {"rows": _WIDE, "weights": (*_WIDE, None), "scales": ("float32",), "zero_points": ("uint8", None)}
-    ),
-    matmul_packed: Takes(
-        {"x": _DECODED, **_OF_CODES, "out": _DECODED},
+#: Calls that are not handed to NumPy even if the dtypes fit. Sums of products have no fixed order, so a tensor that the
+#: compiled kernel does not take is multiplied by torch, and not by the reference on NumPy.
+_STRICTER = {
+    ops.matmul_packed: Takes(
+        {},
         contiguous=("x", "out"),
-        condition=lambda x, *others: (
-            x.shape[0] <= compiled.FEW_ROWS and x.shape[1] % 8 == 0 and x.dtype == others[-1].dtype
-        ),
+        condition=lambda x, out: x.shape[0] <= compiled.FEW_ROWS and x.shape[1] % 8 == 0 and x.dtype == out.dtype,
         sentence=f"up to {compiled.FEW_ROWS} rows of a multiple of eight entries, and results of their dtype",
-    ),
+    )
 }
 
 
-def _view(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    tensor = value.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+def _takes(operation: Operation[Any, Any], overrides: tuple[Override, ...]) -> Takes:
+    """Return a record of the calls that one of NumPy's overrides may take; NumPy's dispatch looks at the rest."""
+    records = [override.takes for override in overrides]
+    names = dict.fromkeys(name for record in records for name in record.dtypes)
+    dtypes = {name: tuple(dict.fromkeys(d for own in records for d in own.dtypes.get(name, ()))) for name in names}
+    bits = (
+        None
+        if any(own.bits is None for own in records)
+        else tuple(sorted({b for own in records for b in own.bits or ()}))
+    )
+    stricter = _STRICTER.get(operation, Takes({}))
+    return Takes(dtypes, bits, contiguous=stricter.contiguous, condition=stricter.condition, sentence=stricter.sentence)
 
 
-def _tensor(array: Any) -> Any:
-    if isinstance(array, tuple):
-        return tuple(_tensor(part) for part in array)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _share(operation: Operation[Any, Any], takes: Takes, backend: str) -> None:
-    """Register a torch override that hands views to NumPy's implementation of the same operation."""
-    writes = "out" in takes.dtypes  # which is the last argument then
+def _on_views(operation: Operation[Any, Any], takes: Takes) -> Callable[..., Any]:
+    """Return a function that hands views of tensors to NumPy's implementation of an operation."""
+    names = list(operation.__signature__.parameters)
+    positions = [names.index(name) for name in takes.dtypes]
+    returns_out = "out" in names  # the last argument, which is written to and returned
 
     def on_views(*args: Any) -> Any:
-        result = operation(*(_view(argument) for argument in args))
-        return args[-1] if writes else _tensor(result)
+        given = list(args)
+        for position in positions:
+            if (tensor := args[position]) is not None:
+                given[position] = _view(tensor) if tensor.dtype == torch.bfloat16 else tensor.detach().numpy()
+        result = operation(*given)
+        if returns_out:
+            return args[-1]
+        return tuple(map(_tensor, result)) if isinstance(result, tuple) else _tensor(result)
 
     on_views.__name__ = f"{operation.name}_as_numpy"
-    operation.register("torch", backend=backend, takes=takes)(on_views)
+    return on_views
+
+
+def _view(tensor: torch.Tensor) -> Any:
+    """Return a view of a tensor of bfloat16, a dtype that torch does not hand to NumPy."""
+    return tensor.detach().view(torch.uint16).numpy().view(_BFLOAT16)
+
+
+def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    """Return a tensor in the memory of an array."""
+    if array.dtype == _BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 _DTYPES = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
     torch.float16: np.dtype(np.float16),
-    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.bfloat16: _BFLOAT16,
 }
 
 
-def _large(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor | None:
-    own = large_empty(shape, _DTYPES[dtype]) if like.device.type == "cpu" and dtype in _DTYPES else None
-    return None if own is None else _tensor(own)
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor beside another one, in memory of the pool if it is large and on the host."""
+    if not like.is_cpu or dtype not in _DTYPES:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    large = large_empty(shape, _DTYPES[dtype])
+    return torch.empty(shape, dtype=dtype) if large is None else _tensor(large)
 
 
-prefer_maker("torch", _large)
-for _operation, _takes in _TAKES.items():
-    _share(_operation, _takes, "torch")
-if loading.status()[0]:
+prefer_maker("torch", _empty)
+if loading.loaded() is not None:
     prefer_pieces("torch", compiled.PIECE)
-    for _operation, _takes in _TAKES_COMPILED.items():
-        _share(_operation, _takes, "native")
+for _operation in (getattr(ops, _name) for _name in ops.__all__):
+    if isinstance(_operation, Operation) and (_overrides := _operation.overrides("numpy")):
+        _record = _takes(_operation, _overrides)
+        _backend = "torch" if any(_override.backend == "numpy" for _override in _overrides) else "native"
+        _operation.register("torch", backend=_backend, takes=_record)(_on_views(_operation, _record))

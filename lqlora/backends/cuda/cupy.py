@@ -1,4 +1,4 @@
-"""Registers the kernels for CuPy's own arrays."""
+"""Registration of the CUDA kernels for CuPy arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__: list[str] = []
 
 
 class CuPyMemory:
-    """CuPy's own arrays, on CuPy's current stream."""
+    """CuPy arrays, on CuPy's current stream."""
 
     library = "cupy"
 
@@ -24,10 +24,10 @@ class CuPyMemory:
         return int(array.data.device_id)
 
     def stream(self, device: int) -> None:
-        """Return None: the current stream is CuPy's."""
+        """Return None, which stands for CuPy's current stream."""
 
     def address(self, array: Array) -> int:
-        """Return where the memory of an array begins."""
+        """Return the address of the first entry of an array."""
         return int(array.data.ptr)
 
     def view(self, array: Array) -> Any:
@@ -50,5 +50,5 @@ class CuPyMemory:
 
 
 register(CuPyMemory())
-if kernels_run():  # they need no workspace
+if kernels_run():  # kernels need no workspace
     prefer_pieces("cupy", 1 << 30)

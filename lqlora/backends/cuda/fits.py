@@ -1,4 +1,4 @@
-"""How the kernels that fits are made of are called: searches for ratios, and sums."""
+"""Calls of the CUDA kernels for fits: searches for ratios, and sums."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ __all__ = ["LONGEST_SEARCH", "Fits"]
 
 _TYPES = {"float32": "float", "float64": "double"}
 
-#: Threads of a block, all of which may have one row together, and entries of a row that a thread has in registers.
+#: Threads of a block, which may share one row, and entries of a row that a thread holds in registers.
 _TEAM, _SLOTS = 512, 8
 LONGEST_SEARCH = _TEAM * _SLOTS
 
-#: Entries that become one in a pass over rows that no team can hold.
+#: Entries that one pass adds up to one, for rows that are longer than a block can hold.
 _HALVED = 16
 
-#: Terms of bins that a thread looks at: fewer threads meet in global memory.
+#: Terms that a thread adds to bins. More terms a thread mean fewer atomic additions in global memory at a time.
 _TERMS = 16
 
 
 class Fits(Kernels):
-    """The operations that fits are made of, besides those that every array takes."""
+    """Calls of the kernels that fits of scales and levels need, in addition to those of :class:`Kernels`."""
 
     def row_sums(self, rows: Array) -> Array:
-        """Halve long rows in passes over memory, and what is left in registers."""
+        """Halve long rows in passes over memory, then in registers."""
         (count, length), name = rows.shape, dtype_name(rows)
         while count and length > LONGEST_SEARCH:
             left = -(-length // _HALVED)
@@ -62,7 +62,7 @@ class Fits(Kernels):
         grid: Sequence[float],
         refinements: int,
     ) -> Array:
-        """Try all ratios on a row while it is in registers."""
+        """Try all ratios while a row is in registers."""
         count, length = rows.shape
         best = self._memory.empty(count, "float32", rows)
         if count:
@@ -76,7 +76,7 @@ class Fits(Kernels):
         return best
 
     def bin_sums(self, terms: Array, bins: Array, count: int) -> Array:
-        """Look for the largest term, then add integers up."""
+        """Find the largest term, then add integers."""
         entries = terms.shape[0]
         given = (terms, bins, np.int64(entries))
         found = self._exact_sums(("bin_maximum<double>", "bin_sums<double>"), given, entries, count, 1)
@@ -93,7 +93,7 @@ class Fits(Kernels):
         size: int,
         count: int,
     ) -> tuple[Array, Array]:
-        """Look for the largest terms of both sums, then add integers up."""
+        """Find the largest terms of both sums, then add integers."""
         entries, columns, bins = rows.shape[0] * rows.shape[1], rows.shape[1], count * size
         sizes = (np.int64(size), np.int64(entries), np.int64(columns), np.float64(1 / columns))
         given = (rows, rows if weights is None else weights, importance, ratios, codes, sets, *sizes)
@@ -107,7 +107,10 @@ class Fits(Kernels):
     def _exact_sums(
         self, names: tuple[str, str], given: tuple[Any, ...], entries: int, bins: int, kinds: int
     ) -> Array | None:
-        """Return the sums of one or two kinds of terms in all bins, None if a term is not finite."""
+        """Return the sums of one or two kinds of terms in all bins, or None if a term is not finite.
+
+        The terms are rounded to integers, as :mod:`lqlora.ops.sums` describes, so atomic additions may come in any order.
+        """
         like, work = given[0], -(-entries // _TERMS)
         largest = self._memory.zeros(kinds, "int64", like)
         self._run("sums", names[0], work, (*given, largest))
@@ -124,5 +127,5 @@ class Fits(Kernels):
 
 
 def _or(array: Array | None, other: Array) -> tuple[Array, np.int32]:
-    """Return what a kernel is given for an array that may be missing, and whether it may look."""
+    """Return an array to pass for an optional one, and whether the kernel may read it."""
     return (other, np.int32(0)) if array is None else (array, np.int32(1))

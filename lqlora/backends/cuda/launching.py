@@ -1,4 +1,4 @@
-"""Compiling kernels when they are first needed, and running them."""
+"""Launches of CUDA kernels, which are compiled and loaded at first use, and tables on devices."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["capability", "launch", "table"]
 
-#: Tables on devices, by what they hold.
+#: Tables on devices, by device and contents.
 _tables: dict[tuple[Any, ...], Any] = {}
 _MOST_TABLES = 1024
 
-#: Thread blocks of one launch; threads go on with what is beyond them.
+#: Largest number of thread blocks in a launch. Threads loop over the work beyond it.
 MOST_BLOCKS = 1 << 16
 
 
@@ -31,20 +31,20 @@ def launch(
     Parameters
     ----------
     device : int
-        Where the arguments are.
+        Number of the device that holds the arguments.
     stream : cupy.cuda.Stream or None
-        The stream to run on; None for the current one of CuPy.
+        Stream to run on; None for CuPy's current one.
     module : str
-        File that has the kernel.
+        Name of the file with the kernel.
     kernel : str
-        The instance of a template, such as ``"decode<4, float>"``.
+        Template instance, such as ``"decode<4, float>"``.
     threads : int
         Threads of a block.
     work : int
-        How many threads would have one piece of work each.
+        Number of pieces of work, one for each thread of a large enough grid.
     arguments : tuple
-        CuPy arrays, addresses as Python integers, and numbers, which must be ``np.int32``, ``np.int64``,
-        ``np.float32`` or ``np.float64``, as the kernel has them.
+        CuPy arrays, addresses as Python integers, and numbers. Numbers are ``np.int32``, ``np.int64``, ``np.float32`` or
+        ``np.float64``, as the parameters of the kernel are.
     """
     cupy = importlib.import_module("cupy")
     grid = (min(-(-work // threads), MOST_BLOCKS),)
@@ -56,7 +56,7 @@ def launch(
 
 
 @functools.cache
-def _loaded(cupy: Any, device: int, module: str, kernel: str) -> Any:  # noqa: ARG001 - code is loaded on one device
+def _loaded(cupy: Any, device: int, module: str, kernel: str) -> Any:  # noqa: ARG001 - the key: code is loaded on one device
     binary = Binary.of(module, kernel)
     loaded = cupy.cuda.Module()
     loaded.load(binary.code)
@@ -64,17 +64,17 @@ def _loaded(cupy: Any, device: int, module: str, kernel: str) -> Any:  # noqa: A
 
 
 def capability(device: int) -> int:
-    """Return what a device can do, as CUDA counts it.
+    """Return the compute capability of a device.
 
     Parameters
     ----------
     device : int
-        Its number.
+        Number of the device.
 
     Returns
     -------
     int
-        Such as 80 for the Ampere generation.
+        Ten times the capability, such as 80 for the Ampere generation.
     """
     return _capability(importlib.import_module("cupy"), device)
 
@@ -85,30 +85,30 @@ def _capability(cupy: Any, device: int) -> int:
 
 
 def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: float) -> Any:
-    """Return a small table of the host on the device, where it stays.
+    """Return a copy of a small table on a device, from a cache.
 
     Parameters
     ----------
     device : int
-        Where to.
+        Number of the device.
     values : ndarray of float32
         Levels or boundaries.
     length : int
-        Entries that a kernel may look at.
+        Entries that a kernel may read.
     beyond : float
-        What is in those that ``values`` does not have.
+        Value of the entries beyond those of ``values``.
 
     Returns
     -------
     cupy.ndarray
-        Not to be written to.
+        The table, which must not be written to.
     """
     cupy = importlib.import_module("cupy")
     key = cupy, device, values.tobytes(), length, beyond
     kept = _tables.get(key)
     if kept is None:
         kept = _copied(cupy, device, values, length, beyond)
-        if len(_tables) >= _MOST_TABLES:  # kernels on any stream may still look at some of them
+        if len(_tables) >= _MOST_TABLES:  # kernels on any stream may still read some of them
             _synchronize(cupy, {other_device for _, other_device, *_ in list(_tables)})
             _tables.clear()
         _tables[key] = kept

@@ -1,4 +1,4 @@
-"""What the kernels need of an array library."""
+"""Access to the memory of array libraries, as the CUDA kernels need it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ __all__ = ["Memory"]
 
 
 class Memory(Protocol):
-    """What kernels are given for the arrays of one library, room for results, and the stream to run on."""
+    """Access to the arrays of one library: addresses, devices, streams, and new arrays for results."""
 
     @property
     def library(self) -> str:
-        """Name of the library, as overrides are registered for it."""
+        """Name of the library, which overrides are registered under."""
 
     def device(self, array: Array) -> int | None:
-        """Return the number of the CUDA device that an array is on, None if it is on none."""
+        """Return the number of the CUDA device that holds an array, or None."""
 
     def stream(self, device: int) -> Any:
-        """Return the stream of CuPy that is the library's current one on a device; None if that is CuPy's current one."""
+        """Return the library's current stream on a device, as a stream of CuPy; None for CuPy's current one."""
 
     def address(self, array: Array) -> int:
-        """Return where the memory of an array begins."""
+        """Return the address of the first entry of an array."""
 
     def view(self, array: Array) -> Any:
-        """Return what a kernel is given for an array: a CuPy array, or the address of its memory as an integer."""
+        """Return the argument of a kernel for an array: a CuPy array, or an address as an integer."""
 
     def is_tracked(self, array: Array) -> bool:
-        """Tell whether the library follows an array to differentiate what is computed from it: kernels would be a gap."""
+        """Return whether autograd follows an array. A kernel would break the graph."""
 
     def empty(self, count: int, dtype: str, like: Array) -> Array:
-        """Return an array of so many entries on the device of another one."""
+        """Return a flat array of ``count`` entries, of any contents, on the device of another array."""
 
     def zeros(self, count: int, dtype: str, like: Array) -> Array:
-        """Return an array of so many zeros on the device of another one."""
+        """Return a flat array of ``count`` zeros on the device of another array."""

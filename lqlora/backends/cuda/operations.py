@@ -1,4 +1,4 @@
-"""How the kernel of each operation is called."""
+"""Calls of the CUDA kernels: grid sizes, template instances and arguments of each operation."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUP", "MOST_INPUTS", "Kernels", "lanes_for"]
 
-#: How the kernels call the dtypes.
+#: Names of the dtypes in the kernels.
 _TYPES = {"float32": "float", "float16": "Float16", "bfloat16": "BFloat16", "float64": "double"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
-#: Weights that one team of lanes looks at; the statistics of the parts of longer blocks meet in global memory.
+#: Weights of a block that one team of lanes reduces. Longer blocks are split, and their parts merged in global memory.
 _PART = 4096
 
 #: Vectors of sixteen bytes that a lane loads at a time.
 _LOADS = 4
 
-#: Rows of inputs that matrix products are compiled for. With more of them, dense products of decoded tiles are faster.
+#: Numbers of input rows that products are compiled for. For more rows, dense products of decoded tiles are faster.
 _INPUTS = (1, 4, 16)
 MOST_INPUTS = _INPUTS[-1]
 
-#: More rows of 16-bit inputs than these are multiplied by units for small matrices, which devices have from some
-#: capability on; a block of threads has so many rows of the weight there.
+#: Above the first number, rows of 16-bit inputs are multiplied by the matrix units, which devices have from the second
+#: number on (compute capability). A block of threads has the third number of rows of the weight.
 _FEW, _MULTIPLIES_MATRICES, _TILE = 4, 80, 16
 
-#: Rows of inputs that threads multiply by one row of a low-rank factor.
+#: Rows of inputs that a group of threads multiplies by one row of a low-rank factor.
 _INPUTS_AT_ONCE = 4
 
-#: Threads of a block, and those of a matrix product, whose warps have one row each, or two.
+#: Threads of a block in general, and in products, where each warp has one row or two.
 _THREADS, _PRODUCT_THREADS = 256, 128
 
-#: Weights, or codes, that a thread has at a time.
+#: Weights or codes that a thread has at a time: their codes are whole bytes for any number of bits.
 GROUP = 8
 
 
 class Kernels:
-    """The operations on the arrays of one library; methods are named as the operations are.
+    """Calls of the kernels on the arrays of one library. Each method has the name of its operation.
 
     Parameters
     ----------
     memory : Memory
-        How the arrays are reached.
+        Access to the memory of the arrays.
     """
 
     def __init__(self, memory: Memory) -> None:
@@ -85,7 +85,7 @@ class Kernels:
         return low, high
 
     def nearest_codes(self, values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
-        """Search the boundaries of each value."""
+        """Search the boundaries for each value."""
         count = prod(values.shape)
         codes = self._memory.empty(count, "uint8", values)
         if count:
@@ -207,7 +207,7 @@ class Kernels:
         return out
 
     def _run(self, module: str, kernel: str, work: int, arguments: tuple[Any, ...], threads: int = _THREADS) -> None:
-        """Launch a kernel; a table of the host is given as its entries, their number, and what fills it up."""
+        """Launch a kernel. A table of the host is given as its entries, their number, and a value that pads it."""
         memory, device = self._memory, self._memory.device(arguments[0]) or 0
         given = tuple(
             value
@@ -221,21 +221,21 @@ class Kernels:
 
 
 def lanes_for(entries: int, each: int, most: int) -> int:
-    """Return how many threads have a row, or a part of a block, together.
+    """Return the number of threads that share a row, or a part of a block.
 
     Parameters
     ----------
     entries : int
         Entries of a row.
     each : int
-        Entries that a thread takes at once.
+        Entries that a thread takes at a time.
     most : int
-        Most threads, a power of two.
+        Largest number of threads, a power of two.
 
     Returns
     -------
     int
-        A power of two.
+        Number of threads, a power of two.
 
     Examples
     --------
@@ -246,10 +246,10 @@ def lanes_for(entries: int, each: int, most: int) -> int:
 
 
 def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int32]:
-    """Return what a kernel is given for zero points, and whether it may look: CuPy has no word for a null pointer."""
+    """Return an array to pass for zero points, and whether the kernel may read it: CuPy cannot pass a null pointer."""
     return (other, np.int32(0)) if zero_points is None else (zero_points, np.int32(1))
 
 
 def _blocks(block_size: int) -> tuple[np.int64, np.float64]:
-    """Return the length of blocks, and its reciprocal: on a device a long division is a call."""
+    """Return the length of blocks and its reciprocal: division of 64-bit integers is a slow call on a device."""
     return np.int64(block_size), np.float64(1 / block_size)

@@ -1,4 +1,4 @@
-"""Which calls the kernels are given."""
+"""Registration of the CUDA kernels, with the conditions under which they take a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lqlora import ops
-from lqlora._dispatch import Takes, dtype_name
+from lqlora._dispatch import Takes, arguments_named, dtype_name
 from lqlora._optional import is_installed
 from lqlora.backends.cuda.fits import LONGEST_SEARCH, Fits
 from lqlora.backends.cuda.operations import GROUP, MOST_INPUTS
@@ -28,12 +28,12 @@ __all__ = ["kernels_run", "register"]
 
 @functools.cache
 def kernels_run() -> bool:
-    """Tell whether CuPy is installed and finds a CUDA device; without a driver it can be imported all the same.
+    """Return whether CuPy is installed and finds a CUDA device; CuPy can be imported without a driver too.
 
     Returns
     -------
     bool
-        Found out once.
+        Computed once.
     """
     return is_installed("cupy") and bool(importlib.import_module("cupy").cuda.is_available())
 
@@ -44,7 +44,7 @@ def register(memory: Memory) -> None:
     Parameters
     ----------
     memory : Memory
-        How the arrays are reached.
+        Access to the memory of the arrays.
     """
     kernels = Fits(memory)
     for operation, taken in _TAKEN.items():
@@ -53,40 +53,50 @@ def register(memory: Memory) -> None:
             bits=tuple(range(1, 9)) if "bits" in operation.__signature__.parameters else None,
             memory="device",
             contiguous=tuple(taken.dtypes),
-            condition=functools.partial(_condition, memory, _positions(operation, taken), taken),
+            condition=_Condition(memory, operation, taken),
             sentence=f"{taken.sentence}, on one CUDA device that CuPy can use",
         )
         operation.register(memory.library, backend="cuda", takes=takes)(getattr(kernels, operation.name))
 
 
-def _positions(operation: Operation[Any, Any], taken: _Taken) -> tuple[int, ...]:
-    """Return where the arrays are among the arguments."""
-    return tuple(i for i, name in enumerate(operation.__signature__.parameters) if name in taken.dtypes)
+class _Condition:
+    """The condition of a kernel: its arrays are on one device, not followed by autograd, aligned, and of shapes that fit.
 
+    It names all arguments of the operation, as its signature says; ``taken.fits`` names those that it needs.
+    """
 
-def _condition(memory: Memory, positions: tuple[int, ...], taken: _Taken, *args: Any) -> bool:
-    if not kernels_run():
-        return False
-    device = memory.device(args[positions[0]])
-    others = (args[position] for position in positions[1:])
-    one_device = all(array is None or memory.device(array) == device for array in others)
-    if device is None or not one_device or not taken.fits(*args):
-        return False
-    if taken.differentiable and any(memory.is_tracked(args[position]) for position in positions):
-        return False
-    return not any(memory.address(args[position]) % 16 for position in taken.aligned)
+    def __init__(self, memory: Memory, operation: Operation[Any, Any], taken: _Taken) -> None:
+        self.__signature__ = operation.__signature__
+        names = tuple(operation.__signature__.parameters)
+        self._memory, self._taken = memory, taken
+        self._arrays = tuple(i for i, name in enumerate(names) if name in taken.dtypes)
+        self._aligned = tuple(names.index(name) for name in taken.aligned)
+        self._named = arguments_named(taken.fits, names, f"cuda.{operation.name}")
+
+    def __call__(self, *args: Any) -> bool:
+        if not kernels_run():
+            return False
+        memory, taken = self._memory, self._taken
+        first, *others = (args[position] for position in self._arrays)
+        device = memory.device(first)
+        one_device = all(array is None or memory.device(array) == device for array in others)
+        if device is None or not one_device or not taken.fits(*self._named(args)):
+            return False
+        if taken.differentiable and any(memory.is_tracked(array) for array in (first, *others)):
+            return False
+        return not any(memory.address(args[position]) % 16 for position in self._aligned)
 
 
 class _Taken(NamedTuple):
-    """Arrays and their dtypes; what else has to hold, as code and in words; arguments that begin at vectors.
+    """Dtypes of the arrays, a condition on shapes as code and in words, and the arguments that must begin at vectors.
 
-    What is ``differentiable`` has gradients without a kernel, which it keeps.
+    ``differentiable`` marks operations that autograd can follow without a kernel, and must follow where it is on.
     """
 
     dtypes: dict[str, tuple[str | None, ...]]
     fits: Callable[..., bool]
     sentence: str
-    aligned: tuple[int, ...] = ()
+    aligned: tuple[str, ...] = ()
     differentiable: bool = False
 
 
@@ -94,7 +104,7 @@ def _is_flat(flat: Array, block_size: int) -> bool:
     return len(flat.shape) == 1 and block_size >= 1
 
 
-def _values_fit(values: Array, boundaries: npt.NDArray[np.float32]) -> bool:  # noqa: ARG001
+def _values_fit(boundaries: npt.NDArray[np.float32]) -> bool:
     return len(boundaries) <= 255
 
 
@@ -153,7 +163,7 @@ def _decoding_fits(
     return flat and _weight_fits(out.shape[0], packed, scales, zero_points, levels, bits, block_size)
 
 
-def _codes_fit(codes: Array, bits: int) -> bool:  # noqa: ARG001
+def _codes_fit(codes: Array) -> bool:
     return len(codes.shape) == 1
 
 
@@ -178,7 +188,7 @@ def _product_fits(
     return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
 
 
-def _factors_fit(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> bool:  # noqa: ARG001
+def _factors_fit(y: Array, x: Array, lora_A: Array, lora_B: Array) -> bool:
     if not x.shape or len(lora_A.shape) != 2 or len(lora_B.shape) != 2 or y.dtype != x.dtype:
         return False
     (rank, columns), rows = lora_A.shape, lora_B.shape[0]
@@ -259,8 +269,9 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ops.matmul_packed: _Taken(
         {"x": _NARROW, **_CODES, **_SCALES, "out": _NARROW},
         _product_fits,
-        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs below 2**30, blocks below 2**31, as many codes and scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
-        aligned=(0, 1),
+        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs below 2**30, blocks below 2**31, as many codes and "
+        "scales as the weight takes, and inputs and codes that begin at multiples of 16 bytes",
+        aligned=("x", "packed"),
     ),
     ops.add_low_rank: _Taken(
         dict.fromkeys(("y", "x", "lora_A", "lora_B"), _NARROW),

@@ -1,4 +1,4 @@
-"""Registers the kernels for torch tensors. Their memory is used as it is: nothing is copied."""
+"""Registration of the CUDA kernels for torch tensors, which are used in place: nothing is copied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TorchMemory:
     library = "torch"
 
     def device(self, array: torch.Tensor) -> int | None:
-        """Return the number of the CUDA device, None for other devices."""
+        """Return the number of the CUDA device, or None for other devices."""
         return array.get_device() if array.is_cuda else None
 
     def stream(self, device: int) -> Any:
@@ -28,7 +28,7 @@ class TorchMemory:
         return _stream_of_cupy(torch.cuda.current_stream(device).cuda_stream)
 
     def address(self, array: torch.Tensor) -> int:
-        """Return where the memory of a tensor begins."""
+        """Return the address of the first entry of a tensor."""
         return array.data_ptr()
 
     def view(self, array: torch.Tensor) -> int:
@@ -36,7 +36,7 @@ class TorchMemory:
         return array.data_ptr()
 
     def is_tracked(self, array: torch.Tensor) -> bool:
-        """Tell whether a tensor has a gradient now, or a tangent."""
+        """Return whether a tensor requires a gradient now, or has a tangent."""
         return (array.requires_grad and torch.is_grad_enabled()) or unpack_dual(array).tangent is not None
 
     def empty(self, count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def _stream_of_cupy(handle: int) -> Any:
 
 
 class _Stream:
-    """A stream as CUDA libraries tell each other of one; torch's own streams do so since a later version."""
+    """A stream under the protocol of CUDA libraries, which later versions of torch implement themselves."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle

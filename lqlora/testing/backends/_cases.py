@@ -1,14 +1,18 @@
-"""Calls of operations, made from a few small numbers: what a finding prints is enough to make the call again."""
+"""Problems that example arguments of operations are made from: a few small numbers say everything about one of them.
+
+A finding prints these numbers, which is enough to make the failing call again.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
 
+from lqlora import ops
 from lqlora.codebooks import Codebook, affine, normal_float, uniform
 
 if TYPE_CHECKING:
@@ -50,67 +54,20 @@ class Blocks:
     any_levels: bool = False
     unused_bits: bool = False
 
-    OPERATIONS: ClassVar = (
-        "block_absmax", "block_extremes", "nearest_codes", "encode", "encode_packed", "encode_by_absmax", "decode",
-        "pack_codes", "unpack_codes", "bin_sums", "row_sums", "copy_across", "rounding_errors", "best_ratios",
-        "level_sums",
-    )  # fmt: skip
-
     def arguments(self, operation: str) -> tuple[Any, ...]:
-        """Return the arguments of an operation, as arrays of NumPy."""
-        weights, wide, zeros = self.weights, self.wide, self.zeros
-        scales, boundaries = self.scales.astype(wide.dtype), self.codebook.boundaries
-        calls: dict[str, Any] = {
-            "block_absmax": lambda: (weights, self.block_size),
-            "block_extremes": lambda: (weights, self.block_size),
-            "nearest_codes": lambda: (self._normalized, boundaries),
-            "encode": lambda: (wide, scales, zeros, boundaries, self.block_size),
-            "encode_packed": lambda: (weights, scales, zeros, boundaries, self.bits, self.block_size),
-            "encode_by_absmax": lambda: (weights, boundaries, self.bits, self.block_size),
-            "decode": lambda: (
-                self.packed, self.scales, zeros, self.codebook.levels, self.bits, self.block_size,
-                np.full(self.count, 7, dtype=DTYPES["float32" if self.dtype == "float64" else self.dtype]),
-            ),
-            "pack_codes": lambda: (self.codes, self.bits),
-            "unpack_codes": lambda: (self.packed, self.bits, self.count),
-            "bin_sums": lambda: (wide.astype(np.float64), self.codes.astype(np.int64) % 16, 16),
-            "row_sums": lambda: (self._rows(wide),),
-            "copy_across": lambda: (self._rows(weights).T, np.full_like(self._rows(weights).T, 7, order="C")),
-            "rounding_errors": self._rounding,
-            "best_ratios": self._search,
-            "level_sums": self._fit,
-        }  # fmt: skip
-        arguments: tuple[Any, ...] = calls[operation]()
+        """Return the arguments of an operation of :mod:`lqlora.ops`, as arrays of NumPy."""
+        arguments: tuple[Any, ...] = getattr(ops, operation).examples(self)
         return arguments
 
-    def _rows(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the whole blocks as rows."""
+    def rows(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the whole blocks of a flat array as rows."""
         columns = max(1, min(self.block_size, self.count))
         rows = self.count // columns
         return values[: rows * columns].reshape(rows, columns)
 
-    def _fit(self) -> tuple[Any, ...]:
-        """Return rows with ratios, codes and two sets of levels to fit to them."""
-        rows = np.nan_to_num(self._rows(self.wide.astype(np.float32)), posinf=1, neginf=-1)
-        rng, size = np.random.default_rng(self.seed + 4), len(self.codebook)
-        ratios, importance = rng.uniform(0.5, 1.5, (2, rows.shape[0]))
-        sets = rng.integers(0, 2, rows.shape[0])
-        weights = rng.random(rows.shape).astype(np.float32) if self.seed % 2 else None
-        return rows, weights, importance, ratios.astype(np.float32), self._rows(self.codes), sets, size, 2
-
-    def _rounding(self) -> tuple[Any, ...]:
-        """Return rows to round under scales, with weights or without: none is zero, which times infinity is no number."""
-        rows = np.nan_to_num(self._rows(self.wide), posinf=1, neginf=-1)
-        weights = np.random.default_rng(self.seed + 5).uniform(0.5, 1, rows.shape) if self.seed % 2 else None
-        scales, zeros = self.scales[: len(rows)], None if self.zeros is None else self.zeros[: len(rows)]
-        return rows, weights, scales, zeros, self.codebook.levels, self.codebook.boundaries
-
-    def _search(self) -> tuple[Any, ...]:
-        """Return rows to search ratios for, with weights or without."""
-        rows = self._rows(np.clip(self._normalized, -4, 4).astype(np.float32))
-        weights = np.random.default_rng(self.seed).random(rows.shape, dtype=np.float32) if self.seed % 2 else None
-        zeros = None if self.zeros is None else self.zeros[: len(rows), None].astype(np.float32)
-        return rows, weights, self.codebook.levels, self.codebook.boundaries, zeros, (1.0, 0.75, 0.875, 1.125), 2
+    def target(self) -> npt.NDArray[Any]:
+        """Return an array for decoded weights, of the dtype of the weights; float32 for float64."""
+        return np.full(self.count, 7, dtype=DTYPES["float32" if self.dtype == "float64" else self.dtype])
 
     @cached_property
     def codebook(self) -> Codebook:
@@ -210,7 +167,7 @@ class Blocks:
         return np.array([*sizes, *(-size for size in sizes)], dtype=dtype)
 
     @cached_property
-    def _normalized(self) -> npt.NDArray[Any]:
+    def normalized(self) -> npt.NDArray[Any]:
         """The weights over the scales, infinite ones too but no NaN."""
         with np.errstate(all="ignore"):
             values = self.wide / self.scales.astype(self.wide.dtype)[self._block_of]
@@ -234,19 +191,33 @@ class Product:
     zero_points: bool = False
     exact: bool = True
 
-    OPERATIONS: ClassVar = ("matmul_packed", "add_low_rank")
-
     def arguments(self, operation: str) -> tuple[Any, ...]:
-        """Return the arguments of an operation, as arrays of NumPy."""
-        rng = np.random.default_rng(self.seed)
-        x, y = self._factor(rng, self.batch, self.columns), self._factor(rng, self.batch, self.rows)
-        if operation == "add_low_rank":
-            return y, x, self._factor(rng, 3, self.columns), self._factor(rng, self.rows, 3), 0.5
-        out = np.full_like(y, 7)
-        return x, self.stored.packed, self.scales, self.zeros, self.codebook.levels, self.bits, self.block_size, out
+        """Return the arguments of an operation of :mod:`lqlora.ops`, as arrays of NumPy."""
+        arguments: tuple[Any, ...] = getattr(ops, operation).products(self)
+        return arguments
 
-    def _factor(self, rng: np.random.Generator, rows: int, columns: int) -> npt.NDArray[Any]:
-        shape = rows, columns
+    @property
+    def x(self) -> npt.NDArray[Any]:
+        """Rows of inputs."""
+        return self._factor(0, self.batch, self.columns)
+
+    @property
+    def y(self) -> npt.NDArray[Any]:
+        """Rows of outputs, which a product may overwrite."""
+        return self._factor(1, self.batch, self.rows)
+
+    @property
+    def lora_A(self) -> npt.NDArray[Any]:
+        """Right factor."""
+        return self._factor(2, 3, self.columns)
+
+    @property
+    def lora_B(self) -> npt.NDArray[Any]:
+        """Left factor."""
+        return self._factor(3, self.rows, 3)
+
+    def _factor(self, stream: int, *shape: int) -> npt.NDArray[Any]:
+        rng = np.random.default_rng((self.seed, stream))
         factor = rng.integers(-1, 2, shape) if self.exact else rng.standard_normal(shape)
         return factor.astype(DTYPES[self.dtype])
 
@@ -255,6 +226,11 @@ class Product:
         """The matrix as a problem of its own, with integers as levels if products are to be exact."""
         integers = self.exact or self.zero_points
         return Blocks(self.seed, "float32", self.bits, self.block_size, self.rows * self.columns, zero_points=integers)
+
+    @property
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """Packed codes of the matrix."""
+        return self.stored.packed
 
     @property
     def codebook(self) -> Codebook:
@@ -282,5 +258,5 @@ class Product:
             values = values - self.zeros[block]
         values = values * self.scales[block]
         w = values.astype(np.float64).reshape(self.rows, self.columns)
-        x = self.arguments("matmul_packed")[0].astype(np.float64)
+        x = self.x.astype(np.float64)
         return x @ w.T, np.abs(x) @ np.abs(w).T

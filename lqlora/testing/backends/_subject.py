@@ -13,7 +13,7 @@ from lqlora import ops
 from lqlora._dispatch import Operation, array_library, forced
 from lqlora.errors import UnsupportedArrayError
 from lqlora.testing._verdicts import NotApplicableError, RefusedError, ViolationError, named
-from lqlora.testing.backends._cases import DTYPES
+from lqlora.testing.backends._cases import DTYPES, Blocks
 from lqlora.testing.quantizers._subject import on_host
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._typing import Array, Namespace
-    from lqlora.testing.backends._cases import Blocks, Product
+    from lqlora.testing.backends._cases import Product
 
 __all__ = ["BackendSubject", "Call", "operations"]
 
@@ -85,8 +85,10 @@ class BackendSubject:
         return ops.convert(np.array(array), self.xp, self.device)
 
     def of(self, case: Blocks | Product) -> list[str]:
-        """Return the operations asked for that a case has arguments of."""
-        return self.asked(*case.OPERATIONS)
+        """Return the operations asked for whose examples are made from a problem of this kind."""
+        of_blocks = isinstance(case, Blocks)
+        known = operations().items()
+        return self.asked(*(name for name, operation in known if (operation.examples is not None) is of_blocks))
 
     def asked(self, *names: str) -> list[str]:
         """Return those of some operations that were asked for."""

@@ -1,13 +1,9 @@
 // What Python calls: picks the instruction set once, and deals the work out to threads in ranges.
 #include "kernels.h"
+#include "ranges.h"
 
-#include <atomic>
 #include <cstring>
-#include <functional>
-#include <limits>
 #include <mutex>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 extern "C" {
@@ -22,8 +18,6 @@ extern const Kernels lqlora_kernels_avx512;
 
 namespace {
 
-// Entries below which another thread costs more than it saves.
-constexpr int64_t kWorthAThread = 1 << 17;
 // Entries that a core's own cache holds until they are read again. While one thread reads from memory, another computes:
 // all of them reading first, and computing then, would have to share what memory takes.
 constexpr int64_t kAtHand = 1 << 16;
@@ -56,33 +50,7 @@ const Kernels* chosen = nullptr;
 
 const Kernels& kernels() { return chosen ? *chosen : *available().back(); }
 
-// Runs `work` on ranges of [0, count) that begin at multiples of `unit`, on several threads. Each of them takes the next
-// range when it is done with one: a thread that begins late, or shares its core, is not waited for. Threads end with the
-// call, so that nothing is left behind in a process that forks.
-void in_ranges(int64_t count, int64_t unit, int64_t entries, int32_t threads,
-               const std::function<void(int64_t, int64_t)>& work, int64_t most = std::numeric_limits<int64_t>::max()) {
-    const int64_t units = (count + unit - 1) / unit;
-    int64_t parts = entries / kWorthAThread;
-    if (parts > most) parts = most;
-    if (parts > units) parts = units;
-    if (threads < 2 || parts < 2) return work(0, count);
-    std::atomic<int64_t> next{0};
-    const auto cut = [&](int64_t part) { return part == parts ? count : units * part / parts * unit; };
-    const auto take = [&] {
-        for (int64_t part = next++; part < parts; part = next++) work(cut(part), cut(part + 1));
-    };
-    std::vector<std::thread> others;
-    try {
-        while (static_cast<int64_t>(others.size()) + 1 < (parts < threads ? parts : threads)) others.emplace_back(take);
-    } catch (const std::system_error&) {  // no more threads to be had: those that are there do it all
-    }
-    take();
-    for (std::thread& other : others) other.join();
-}
-
 }  // namespace
-
-#define LQLORA_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The hash of the sources this was compiled from: whoever changes them and does not compile again is told so.
 LQLORA_EXPORT const char* lqlora_sources() { return LQLORA_SOURCES; }

@@ -103,8 +103,7 @@ def finisher() -> str | None:
     str or None
         The first of :data:`FINISHERS` that is installed; None if none is.
     """
-    installed = available()
-    return next((name for name in FINISHERS if installed.get(name)), None)
+    return next((name for name in FINISHERS if name in ADAPTERS and is_installed(ADAPTERS[name].REQUIRES)), None)
 
 
 def check_license(name: str) -> License:

@@ -277,7 +277,7 @@ class TestThreads:
 
 class TestTheLibrary:
     def test_an_instruction_set_that_is_not_there_is_refused(self):
-        with pytest.raises(InvalidArgumentError, match="instruction_set.*'sse9'"), loading.using("sse9"):
+        with pytest.raises(InvalidArgumentError, match=r"instruction_set.*'sse9'"), loading.using("sse9"):
             pass
 
     @pytest.mark.usefixtures("isa")

@@ -29,7 +29,7 @@ def test_rounding_is_averaged_away_and_anything_more_is_refused(xp, square):
     largest = float(np.abs(square).max(initial=0.0))
     difference = float(np.abs(square.astype(np.float64) - square.T).max(initial=0.0))
     if difference > 1e-3 * largest:
-        with pytest.raises(InvalidArgumentError, match="the gram.*symmetric"):
+        with pytest.raises(InvalidArgumentError, match=r"the gram.*symmetric"):
             symmetric_moment(on(xp, square), "the gram")
     else:
         found = host(symmetric_moment(on(xp, square), "the gram"))
@@ -44,7 +44,7 @@ def test_the_largest_numbers_do_not_overflow(xp):
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 2, 2), ()])
 def test_only_squares_are_taken(xp, shape):
-    with pytest.raises(InvalidArgumentError, match="the gram of q_proj.*square"):
+    with pytest.raises(InvalidArgumentError, match=r"the gram of q_proj.*square"):
         symmetric_moment(on(xp, np.ones(shape)), "the gram of q_proj")
 
 

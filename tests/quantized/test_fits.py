@@ -322,7 +322,7 @@ def test_negative_weights_are_refused(xp):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.complex64])
 def test_weights_of_other_dtypes_are_refused(xp, dtype):
-    with pytest.raises(UnsupportedArrayError, match=rf"weights must be .* not {np.dtype(dtype).name}"):
+    with pytest.raises(UnsupportedArrayError, match=rf"weights must be .* got {np.dtype(dtype).name}"):
         quantized(xp, np.ones(4), BlockFormat(NF4), fit="scale", weights=np.ones(4, dtype=dtype))
 
 

@@ -346,7 +346,7 @@ def test_grams_of_other_shapes_are_refused(xp, shape):
 
 
 def test_grams_that_are_not_symmetric_are_refused(xp):
-    with pytest.raises(InvalidArgumentError, match="gram of k_proj.*symmetric"):
+    with pytest.raises(InvalidArgumentError, match=r"gram of k_proj.*symmetric"):
         gptq(on(xp, ramp(4, 8)), FMT, on(xp, np.eye(8) + 1e-2 * np.tri(8)), name="k_proj")
 
 

@@ -127,7 +127,7 @@ def test_bad_arguments_are_refused():
             check_backend(library)
     with pytest.raises(InvalidArgumentError, match="chosen from add_low_rank"):
         check_backend("numpy", operations=["abacus"])
-    with pytest.raises(InvalidArgumentError, match="only.*abacus"):
+    with pytest.raises(InvalidArgumentError, match=r"only.*abacus"):
         check_backend("numpy", only=["abacus"])
     with pytest.raises(MissingDependencyError, match="no_such_library"):
         check_backend("no_such_library")

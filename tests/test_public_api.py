@@ -59,7 +59,7 @@ def test_public_names_are_all_that_dir_promises():
 
 
 def test_unknown_attributes_are_refused_by_name():
-    with pytest.raises(AttributeError, match="module 'lqlora' has no attribute 'quantise'"):
+    with pytest.raises(AttributeError, match=r"lqlora.*quantise"):
         _ = lqlora.quantise
 
 

@@ -15,7 +15,7 @@ def test_a_missing_package_skips_unless_it_is_named(monkeypatch):
 
 def test_a_missing_package_fails_if_it_is_named(monkeypatch):
     monkeypatch.setenv("LQLORA_REQUIRE", "numpy,torch")
-    with pytest.raises(pytest.fail.Exception, match="torch is not available, and LQLORA_REQUIRE names it"):
+    with pytest.raises(pytest.fail.Exception, match=r"torch.*LQLORA_REQUIRE"):
         require_or_skip("torch", False)
 
 

@@ -2,7 +2,7 @@
 
 Formats that share codebook and blocks are a family. A sample of the blocks is rounded to each of them, which gives the
 error of quantization alone, and the distance between two formats. A few leaders of each family are decomposed, such
-that every format is near a leader. A format that is no leader costs as much as the nearest leader, times the ratio of
+that every format is near a leader. The cost of any other format is that of its nearest leader, times the ratio of
 their errors of quantization alone.
 """
 

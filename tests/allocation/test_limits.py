@@ -164,7 +164,7 @@ class TestErrors:
         ids=str,
     )
     def test_what_is_no_limit_is_refused(self, options):
-        with pytest.raises(InvalidArgumentError, match=r"^(bits_per_weight|total_bytes) "):
+        with pytest.raises(InvalidArgumentError, match=r"^(bits_per_weight|total_bytes)\b"):
             lq.Limit("*", **options)
 
     @pytest.mark.parametrize(

@@ -53,9 +53,13 @@ def decode_scales(stored: Array | QuantizedArray, scale_format: str | ScaleForma
 def decode_flat(layout: Layout, packed: Array, inner: Array, offset: Array | None) -> Array:
     """Return the values of quantized scales, given their second-level scales as float32.
 
-    Scales lie in one line and have no zero points and no fitted levels. A small array of them is one call of an operation;
-    every product with a double-quantized weight makes it.
+    Scales lie in one line, without zero points or fitted levels. A small array of them takes one call of an operation. Every
+    product with a double-quantized weight makes this call, so it must be cheap.
     """
+    # The order of the roundings is part of the format. With the second-level scale t, the offset o and levels l and l':
+    #     s = round32(round32(t l') + o) ,   w = round32(s l) .
+    # t (l' l), or an addition fused into the product, differs in the last bit. Weights were encoded against s as it is here,
+    # so every implementation must round in this order.
     xp = namespace(packed)
     decoded = xp.empty((layout.count,), dtype=xp.float32, device=device_of(packed))
     if not layout.whole:
@@ -107,6 +111,8 @@ def _decode_pieces(layout: Layout, stored: _Stored, out: Array) -> None:
             flat = xp.empty((weights.stop - weights.start,), dtype=own, device=device_of(stored.packed))
         else:
             flat = dense[weights]
+        # An affine code decodes to (c - z) s. The difference of two codes is an integer below 256, exact in float32, so
+        # there is one rounding here too.
         packed = stored.packed[layout.bytes_of(weights)]
         if table is None:
             _decode_by_set(layout, packed, stored.scales, stored.levels, weights, flat)

@@ -44,8 +44,11 @@ def encode_codes(
         boundaries = ops.boundaries_by_set(levels)
     else:
         boundaries = layout.codebook.boundaries if levels is None else read_only(cell_boundaries(table))
-    if ops.dtype_name(dense) == "float64":  # which is divided by scales of float64
+    if ops.dtype_name(dense) == "float64":
+        # A float32 quotient could cross a boundary that the float64 weight does not: scales are widened, exactly.
         scales = namespace(scales).astype(scales, namespace(scales).float64)
+    # Pieces begin at multiples of eight weights, where a code of any width begins a byte: 8 b bits are b bytes. So pieces
+    # are packed by themselves, and no byte is shared by two of them.
     packed = None
     for piece in layout.pieces(dense):
         flat = ops.take_flat(dense, piece[0].start, piece[0].stop)
@@ -73,9 +76,11 @@ def _codes_by_set(flat: Array, layout: Layout, scales: Array, boundaries: Array,
 def encode_by_absmax(dense: Array, layout: Layout) -> tuple[Array, Array] | None:
     """Return the absolute maxima of the blocks and the packed codes, found in one pass over the weights.
 
-    Returns None where one pass cannot do: where the maxima are not the decoded scales, bit for bit, or where the ends of
-    blocks and pieces differ.
+    Returns None where one pass is not enough: the maxima are not the decoded scales, bit for bit, or the ends of blocks and
+    pieces differ.
     """
+    # Encoding needs the decoded scales, and in general those are known only once all statistics are. Where the maxima are
+    # stored as they are, a block's codes follow from the block alone, while it is still in the cache.
     if not (layout.stores_absmax and layout.is_even and layout.count) or ops.dtype_name(dense) == "float64":
         return None
     if not layout.whole and 8 * layout.block_size > stream_size(dense):  # a piece is eight whole blocks or more

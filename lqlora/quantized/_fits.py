@@ -1,4 +1,4 @@
-r"""Choice of scales and levels: by the absolute maximum of each block, or by the error that they leave.
+r"""Choice of scales and levels: absolute maximum of each block, or least squared error.
 
 A fit minimizes the squared error of the decoded array, each square times its importance ``w``. Each block has its own scale
 ``s``, so the sum splits into one problem per block:
@@ -6,8 +6,8 @@ A fit minimizes the squared error of the decoded array, each square times its im
 .. math:: \min_s \sum_i w_i \, (x_i - \hat s \, Q(x_i / \hat s))^2 ,
 
 with the decoded scale :math:`\hat s` in place of ``s``. The search (:mod:`lqlora.quantized._search`) proposes a scale; it is then
-stored, decoded, and compared with the scale of the absolute maximum *as decoded*. So the choice is never worse than the
-absolute maximum, whatever storing does to the scales.
+stored, decoded, and compared with the scale of the absolute maximum *as decoded*. So no block is worse than under its
+absolute maximum, however storage rounds the scales.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["QUIET", "SEARCH_SHARE", "Choice", "Fit", "assemble", "by_absmax", "c
 Fit: TypeAlias = Literal["absmax", "scale", "levels+scale"]
 
 #: Weights that one set of levels for a whole array is fitted to, spread evenly over it. At 8 bits that is a thousand
-#: for each level, which then is off by 3 % of its cell, and the error by 0.1 %.
+#: for each level. The sampling error of a level is then about 3 % of its cell, and the squared error rises by 0.1 %.
 _SAMPLE = 1 << 18
 _SAMPLE_PIECE = 1 << 13
 
@@ -99,6 +99,8 @@ def _zero_points(low: Array, decoded: Array, levels: int) -> Array:
 
     A code ``c`` decodes to ``(c - z) * s``. Code 0 stands for ``low`` if ``z = -low / s``, rounded to an integer code.
     """
+    # Statistics of affine blocks include zero, so low <= 0 <= high and 0 <= -low / s <= n - 1 for n levels: zero is always a
+    # value. Rounding z moves all values by up to s / 2. The clip acts only where the stored scale came out smaller than asked.
     xp = namespace(low)
     usable = decoded > 0
     with np.errstate(over="ignore"):  # an infinite quotient is clipped to the last code, like any other large one
@@ -129,6 +131,8 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     """Return for each block the better of the scale of its absolute maximum and those that a search finds."""
     wanted = _search(source, statistic, first, None)
     if isinstance(first.stored, QuantizedArray):
+        # With second-level scale t and offset o fixed, each scale is one of the values t l + o, whatever the other blocks
+        # choose. So blocks can be compared one by one. A new t would change the scales of all blocks that share it.
         # Second-level scales stay those of the absolute maximum, so that its own codes are among the candidates.
         others = code_neighbors(first.stored, wanted)
     else:
@@ -139,7 +143,7 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
 
 
 def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
-    """Return the zero points to try: those of the first choice, and one below and above them."""
+    """Return the zero points to try: those of the first choice, the next lower ones and the next higher ones."""
     zeros = first.zero_points
     if zeros is None:
         return [None]
@@ -154,6 +158,9 @@ def _by_levels(source: Source, statistic: Array, first: Choice) -> tuple[Choice,
 
     A fit from a start is not compared with the codebook: its caller wants a result near the start, quickly.
     """
+    # The total is not above that of fit="scale" because that fit is computed too, and the smaller total wins. No weaker
+    # argument holds: the alternation starts from other ratios, a level fitted to a sample may harm other blocks, and storing
+    # rounds the scales again. Both totals are of values as they will decode, added in float64.
     plain = _by_scale(source, statistic, first) if source.start is None else None
     with QUIET():
         statistic = statistic * source.layout.widest  # the largest fitted level is 1
@@ -176,6 +183,7 @@ def _not_above(wanted: Array, statistic: Array) -> Array:
     xp = namespace(wanted)
     if not wanted.shape[0]:
         return wanted
+    # A ratio above 1 may push the largest scale beyond float16 or a second-level range. Clipping costs one block some error.
     limit = xp.max(xp.abs(statistic))
     return xp.clip(wanted, -limit, limit)
 
@@ -222,7 +230,7 @@ def _fitted_levels(source: Source, statistic: Array) -> Array:
 
 
 def _group(source: Source, first: int, last: int) -> list[tuple[slice, slice]]:
-    """Return the ranges of weights and blocks of some sets; of one large set only a sample of its lines."""
+    """Return the ranges of weights and blocks of some sets, or a sample of the lines if there is one large set."""
     layout, lines = source.layout, int(source.fmt.levels)
     start, stop = first * lines, min(last * lines, layout.lines)
     every = max(1, (stop - start) * layout.length // _SAMPLE) if last == first + 1 else 1
@@ -239,11 +247,15 @@ def _group(source: Source, first: int, last: int) -> list[tuple[slice, slice]]:
 def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice]], which: slice) -> Array:
     """Fit levels to some pieces, whose rows belong to a range of sets in equal parts.
 
-    The error of a row counts as that of its weights: its square times the square of the scale it was divided by, and times
-    the importance that :meth:`Rows.relative_importance` divided it by. Both factors are folded into ``importance``.
+    Rows are normalized, but the fit minimizes the error of the weights. The importance of a row restores what the division
+    took away: the square of the scale, and the largest importance of :meth:`Rows.relative_importance`.
     """
     xp, sets = namespace(statistic), which.stop - which.start
     parts = [source.read(entries) for entries, _ in pieces]
+    # With scale s and largest importance p of a block, v = s x and u = p w:
+    #     sum_i u_i (v_i - s r l)^2 = p s^2 sum_i w_i (x_i - r l)^2 .
+    # So a row has the importance a = p s^2. It is kept as its root s sqrt(p) until it is relative to the largest of its set,
+    # since squares of small scales underflow even where the scales do not.
     scales = xp.concat([statistic[blocks] for _, blocks in pieces])
     rows = ops.normalize(xp.concat([part.entries for part in parts]), scales)
     members = xp.arange(rows.shape[0], dtype=xp.int64, device=device_of(rows)) // (rows.shape[0] // sets)
@@ -271,6 +283,8 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
 def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice:
     """Return the best choice for each block; the first of equal ones."""
     xp, first = namespace(choices[0].decoded), choices[0]
+    # The error is a sum over blocks, and a block depends on its own scale and zero point only. Choosing block by block
+    # therefore minimizes the total over all combinations of the choices.
     winners = _winners(source, choices, levels)
     codes, decoded, zeros = _codes(first), first.decoded, first.zero_points
     for index, other in enumerate(choices[1:], 1):
@@ -293,7 +307,9 @@ def _winners(source: Source, choices: list[Choice], levels: Array | None) -> Arr
         best, error = xp.zeros_like(errors[0], dtype=xp.uint8), errors[0]
         for index in range(1, len(choices)):
             scales, own = choices[index].decoded[blocks], errors[index]
+            # A strict comparison keeps the earlier choice in a tie, and drops NaN, the error of a scale that overflowed.
             better = (own < error) & xp.isfinite(scales)
+            # A scale below zero may leave less error, but files with one are refused unless the codebook is signed.
             if source.fmt.codebook.normalization != "signed":
                 better &= scales >= 0
             best, error = xp.where(better, xp.full_like(best, index), best), xp.where(better, own, error)
@@ -311,6 +327,7 @@ def _piece_errors(source: Source, choices: list[Choice], levels: Array | None) -
     """Yield ranges of blocks, and for each choice the weighted squared errors of these blocks in float64."""
     for blocks, rows in source.pieces(piece_size(choices[0].decoded) // SEARCH_SHARE):
         rounding = Rounding.of(source.fmt.codebook, levels, source.sets_of(blocks))
+        # Errors of several blocks are added here, so their importance must not be relative to each block, as in a search.
         importance = rows.exact_importance()
         with QUIET():
             errors = [_block_errors(rows.entries, importance, rounding, choice, blocks) for choice in choices]
@@ -332,6 +349,7 @@ def rounded_rows(source: Source, choice: Choice, levels: Array | None, blocks: s
 
 
 def _rounded(rows: Array, rounding: Rounding, choice: Choice, blocks: slice) -> Array:
+    # float32(level * scale), in this order, is what decoding computes. The error is of exactly these values.
     xp, scales = namespace(rows), choice.decoded[blocks]
     zeros = None if choice.zero_points is None else xp.astype(choice.zero_points[blocks], xp.float32)[:, None]
     return rounding.nearest(ops.normalize(rows, xp.astype(scales, rows.dtype)), zeros) * scales[:, None]

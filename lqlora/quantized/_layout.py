@@ -147,6 +147,8 @@ class Layout:
             return self.whole
         if self.lines_per_set is not None:
             return self.line_pieces(piece_size(array))
+        # Code i takes bits [b i, b (i + 1)). For odd b only a multiple of eight makes b i one of eight, and then b i / 8 bytes
+        # hold the codes before i. Limits are powers of two from 8 up, so pieces that ignore blocks begin right as well.
         limit = stream_size(array) if streams else piece_size(array)
         # Where the ends of blocks and pieces differ, scales are repeated for each weight, which takes workspace.
         lines_up = self.is_even and (self.block_size <= limit or self.blocks == 1)
@@ -156,6 +158,7 @@ class Layout:
         """Yield ranges of weights and of blocks: whole blocks, or whole lines where a line ends in a short block."""
         if not self.count:
             return
+        # Ragged lines: the block ends are not at multiples of the block size, but whole lines end where blocks do.
         size, factor = (self.block_size, 1) if self.is_even else (self.length, self.blocks_per_line)
         per_step, steps = max(1, limit // size), -(-self.count // size)
         for first in range(0, steps, per_step):
@@ -167,6 +170,7 @@ class Layout:
         xp = namespace(flat)
         row = flat.shape[0] if self.is_even else self.length
         lines = xp.reshape(flat, (-1, row)) if row else xp.reshape(flat, (0, 0))
+        # Zeros change neither absolute maxima nor extremes, which include zero. In errors a mask excludes them.
         tail = -row % self.block_size
         if tail:
             padding = xp.zeros((lines.shape[0], tail), dtype=flat.dtype, device=device_of(flat))
@@ -175,6 +179,7 @@ class Layout:
 
     def byte_pieces(self, limit: int) -> Iterator[Piece]:
         """Yield pieces of at most ``limit`` weights; of whole blocks where eight of them fit into one piece."""
+        # Eight blocks of any size are a multiple of eight weights. Fewer would need a block size that is one.
         step = limit // self.block_size // 8 * 8
         if self.is_even and step:
             for first in range(0, self.blocks, step):
@@ -227,6 +232,8 @@ class Layout:
         """Return the block of each weight of a range, as int64 on the device of ``like``."""
         xp = namespace(like)
         numbers = xp.arange(weights.start, weights.stop, dtype=xp.int64, device=device_of(like))
+        # Each line ends its last block, so that i // block_size is wrong after a ragged line. Weight i lies in line
+        # i // length, before which there are blocks_per_line blocks each, at position i % length.
         lines = numbers // self.length
         return lines * self.blocks_per_line + (numbers - lines * self.length) // self.block_size
 
@@ -234,6 +241,9 @@ class Layout:
 @lru_cache(maxsize=4096)
 def layout_of(fmt: BlockFormat, shape: tuple[int, ...]) -> Layout:
     """Return the layout that a format gives to arrays of a shape, planned once."""
+    # The cache is bounded because shapes are data: a process may see any number of them, and a plan is a few hundred bytes.
+    # A model has a few dozen pairs of format and shape, and as many again for each depth of scales. An evicted plan is made
+    # anew and equals the old one in all but identity, so a cache keyed by plans only computes its entry again.
     lines, length = fmt.lines(shape)
     return Layout(
         codebook=fmt.codebook,

@@ -59,6 +59,8 @@ def store_scales(
     else:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused as a second-level scale
             centered = wide - offset
+    # Second-level scales t are the absolute maxima of s - o over their blocks, stored by this function one depth further.
+    # Codes are chosen under t as it decodes, so that the error of t does not add to that of the codes.
     try:
         second, decoded_second = store_scales(ops.block_absmax(centered, layout.block_size), fmt.scales, name)
     except NonFiniteError:
@@ -67,10 +69,13 @@ def store_scales(
     packed = encode_codes(centered, layout, decoded_second)
     stored = QuantizedArray(packed, second, fmt, shape, offset)
     decoded = decode_flat(layout, packed, decoded_second, offset)
-    # All scales are above zero and so are the decoded ones: nearly always.
+    # The usual case: no scale is negative, and all decode to finite numbers above zero.
     if bool(xp.all((decoded > 0) & (decoded < math.inf) & (wide >= 0))):
         return stored, decoded
     require_in_range(decoded, scale_format, name)  # a rounded second-level scale plus the offset may be out of range
+    # The positive-scale rule. sign(s) s^ <= 0 holds for the two faults of a decoded scale s^: it is zero, so that its block
+    # decodes to zeros, or it has the other sign. It also holds for s = 0, which the next line exempts: nothing is lost there.
+    # Small scales are at risk, since the error of s^ is up to half a step of t l, which does not shrink with s.
     wrong = xp.sign(wide) * decoded <= 0
     if not bool(xp.any(wrong & (wide != 0))):
         return stored, decoded
@@ -103,11 +108,12 @@ def _offset(scales: Array, kind: str) -> Array | None:
 def _with_signs(stored: QuantizedArray, scales: Array) -> QuantizedArray:
     """Move the codes of scales that decode to zero, or to the other sign, to the nearest code of the right sign.
 
-    Otherwise the weights of such a block would all decode to zero, or with the wrong sign. The scale becomes too large,
-    which costs less: a weight then rounds to zero or to a level of its own sign, so its error is at most about the weight
-    itself. Codes move by one in each pass, because the levels next to zero differ between codebooks and depths.
+    Otherwise all weights of such a block would decode to zero, or with the wrong sign. A scale that is too large costs
+    less: a weight then rounds to zero or to a level of its own sign, so its error is at most about the weight itself. Codes move by one in each pass, because the levels next to zero differ between codebooks and depths.
     """
     xp = namespace(scales)
+    # t >= 0 and levels ascend, so t l + o does not decrease with the code: a higher code is right for s > 0, a lower one for
+    # s < 0. A code moves at most ``last`` times. Where t = 0 no code helps, and the block is counted as lost later.
     last = len(stored.format.codebook) - 1
     for _ in range(last):
         decoded, codes = _decoded(stored), unpacked(stored)
@@ -131,6 +137,8 @@ def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray
     They share second-level scales and offset with ``stored``. The nearest scale need not be the best one for the weights,
     which is why a fit also tries the neighbors.
     """
+    # E is not a parabola across a change of codes, and not symmetric about its minimum. The scale that is nearest to the best
+    # one may leave more error than the next one on the other side. The codes below and above include both sides.
     xp = namespace(wanted)
     wide = ops.storage_cast(wanted, "float32")
     centered = wide if stored.offset is None else wide - stored.offset

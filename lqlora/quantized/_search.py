@@ -112,15 +112,27 @@ class Rounding:
 
 def ratio_grid(bits: int, *, signed: bool, coarse: bool = False) -> list[float]:
     """Return the ratios that a search tries first; a coarse grid serves a search that starts near its result."""
+    # E(r) = sum_i w_i min_l (x_i - r l)^2 is continuous, but not convex. A ratio r moves the boundary b between two cells
+    # to r b, so entry i changes its code where r = x_i / b. Between two such ratios E is one parabola. An exact search would
+    # visit every x_i / b, up to k (2^b - 1) of them in a block of k entries. One grid serves all blocks at once, since rows
+    # are normalized, and the least-squares step after it finds the minimum of the parabola that the grid point lies on.
     grid = np.linspace(_LOWEST_RATIO[bits], _HIGHEST_RATIO[bits], _GRID, dtype=np.float32).tolist()
+    # 1.0 comes first: a later ratio must leave less error than it, so that ties keep the scale of the absolute maximum.
     grid = grid[1::3] if coarse else [1.0, *grid]
+    # The levels of a signed codebook are not symmetric, so -r offers other values than r. Unsigned scales cannot store it.
     return [*grid, *(-ratio for ratio in grid if signed)]
 
 
 def best_ratios(
     rows: Array, importance: Array | None, rounding: Rounding, zeros: Array | None, grid: list[float]
 ) -> Array:
-    """Return the ratio of least squared error of each row, of those on the grid and the least-squares steps after it."""
+    """Return the ratio of least squared error of each row, among the grid and the least-squares steps after it."""
+    # A refinement cannot raise the error. Let c be the codes under r, and r' = <x, l_c> / <l_c, l_c> in the inner product
+    # weighted by w. For fixed codes the error is a parabola in r with leading coefficient <l_c, l_c> > 0 and minimum r', and
+    # rounding again under r' minimizes each term by itself:
+    #     E(r') <= sum_i w_i (x_i - r' l_{c_i})^2 <= sum_i w_i (x_i - r l_{c_i})^2 = E(r) .
+    # Sums in float32 may break this in the last digits, so a step is kept only if its computed error is smaller. A step to
+    # zero or to the other sign is dropped: r = 0 has no codes, and the format may not hold the sign.
     if rounding.table is not None and rounding.boundaries is not None:
         return ops.best_ratios(rows, importance, rounding.table, rounding.boundaries, zeros, grid, _REFINEMENTS)
     return ops.search_ratios(rows, importance, partial(rounding.nearest, zeros=zeros), grid, _REFINEMENTS)
@@ -141,12 +153,12 @@ def fit_levels(
 
     .. math:: \sum_b a_b \sum_i w_{bi} \, (x_{bi} - r_b \, l_{c_{bi}})^2 .
 
-    Each round lowers it in one group of unknowns at a time: the codes (nearest level), the ratios (least squares by row), and
-    the levels, where a level ``k`` becomes the centroid of the entries with its code,
+    Each round minimizes it in one group of unknowns after the other: the codes (nearest level), the ratios (least squares by
+    row), and the levels. A level ``k`` becomes the centroid of the entries with its code,
 
     .. math:: l_k = \frac{\sum a_b r_b w_{bi} x_{bi}}{\sum a_b r_b^2 w_{bi}} \quad \text{over } c_{bi} = k .
 
-    A level without entries stays where it is. Common factors of levels and ratios cancel, so levels are scaled at the end.
+    A level without entries keeps its value. Common factors of levels and ratios cancel, so levels are scaled at the end.
 
     Parameters
     ----------
@@ -184,6 +196,7 @@ def fit_levels(
         tried = [_alternate(rows, within, importance, sets, one, codebook, again=False) for one in starts]
         (first, error), (second, other) = tried
         levels = xp.where((other < error)[:, None], second, first)
+    # (f r) (l / f) = r l: the error determines levels up to a factor, which the search for scales will absorb.
     largest = xp.max(xp.abs(levels), axis=1)
     usable = (largest > 0)[:, None]
     scaled = levels / xp.where(usable, largest[:, None], xp.ones_like(levels))
@@ -199,6 +212,8 @@ def _spread_levels(rows: Array, importance: Array, sets: Array, count: int, size
     xp = namespace(rows)
     squares = importance * xp.astype(ops.row_sums(rows * rows), xp.float64)
     total = ops.bin_sums(importance, sets, count) * rows.shape[1]
+    # Levels are placed at the quantiles (k + 1/2) / n of N(0, 3 v), with v the mean square of the rows: for p of N(0, v),
+    # p^(1/3) is proportional to exp(-x^2 / (6 v)).
     mean = ops.bin_sums(squares, sets, count) / xp.where(total > 0, total, xp.ones_like(total))
     quantiles: npt.NDArray[np.float64] = np.array(
         [NormalDist(sigma=3**0.5).inv_cdf((index + 0.5) / size) for index in range(size)]
@@ -224,13 +239,21 @@ def _alternate(
     ratios = xp.ones((rows.shape[0],), dtype=xp.float32, device=device_of(rows))
     for step in range(_ROUNDS_AGAIN if again else _ROUNDS):
         rounding = Rounding.of(codebook, levels, sets)
+        # A search starts from the grid and not from the present ratios. It is the only step that may raise the error.
         if step in _SEARCHES or (again and step == 0):
             ratios = best_ratios(rows, within, rounding, None, grid)
         codes = rounding.codes(rows / ratios[:, None])
         ratios = ops.least_squares(rows, within, rounding.values(codes), ratios)
+        # Lloyd step with importance. For fixed codes and ratios the error of a set is quadratic in its levels. Each entry
+        # has one code, so the normal equations are diagonal, one scalar equation for each level:
+        #     sum a_b r_b w_bi (x_bi - r_b l_k) = 0   over c_bi = k ,   or   below_k * l_k = above_k .
+        # The centroid is taken of x / r with importance a r^2 w, not of x: a block of large ratio counts more.
+        # An empty cell has below_k = 0, no equation, and keeps its level.
         above, below = ops.level_sums(rows, within, importance, ratios, codes, sets, size, count)
         centers = xp.astype(above / xp.where(below > 0, below, xp.ones_like(below)), xp.float32)
         levels = xp.reshape(xp.where(below > 0, centers, xp.reshape(levels, (-1,))), (count, size))
+        # A centroid lies in its cell only while the ratios are those of the codes. Sorting keeps the set of levels, and so
+        # the error, and restores the order that boundaries need.
         levels = xp.sort(levels, axis=1)
     rounding = Rounding.of(codebook, levels, sets)
     errors = ops.squared_errors(rows, within, ratios, rounding.nearest(rows / ratios[:, None], None))

@@ -80,6 +80,7 @@ class Source:
             return None
         xp, layout = namespace(self.array), self.layout
         numbers = xp.arange(blocks.start, blocks.stop, dtype=xp.int64, device=device_of(self.array))
+        # Blocks are numbered line by line, so the blocks of a set of lines are consecutive.
         per_set = layout.blocks if layout.lines_per_set is None else layout.blocks_per_line * layout.lines_per_set
         return numbers // max(1, per_set)
 
@@ -105,6 +106,8 @@ class Rows(NamedTuple):
         """Return importance divided by the largest of its row, and these largest values."""
         if self.importance is None:
             return self.mask, None if self.mask is None else self.mask[:, 0]
+        # A common factor of a row does not move the minimum of its error. Dividing by the largest value keeps the products of
+        # float32 in range, whatever the unit of the importance.
         positive, largest, equal = self._largest(self.importance)
         xp = namespace(largest)
         relative = xp.where(positive, self.importance / xp.where(positive, largest, xp.ones_like(largest)), equal)

@@ -38,8 +38,11 @@ def block_statistics(source: Source) -> tuple[Array, Array | None]:
     if layout.codebook.normalization == "absmax" and layout.widest == 1.0:
         return high, None
     with np.errstate(over="ignore", invalid="ignore"):  # a scale that is not finite is refused when it is stored
+        # n levels 0 .. n - 1 span n - 1 = L steps of one scale each.
         if affine:
             high = high - low
+        # The largest level of a signed codebook is positive. A scale with the sign of the largest entry maps it there; of
+        # two opposite ones the positive is taken.
         elif layout.codebook.normalization == "signed":
             high = xp.where(high >= -low, high, low)
         if layout.widest != 1.0:

@@ -1,4 +1,6 @@
-"""Passes of error feedback: rounding column by column, where each column makes up for the errors of others.
+"""Passes of error feedback and coordinate descent, which round a weight matrix column by column.
+
+Each column compensates the errors of the others.
 
 Matrices are held transposed and in the order of the pass, so that a column of the weight is contiguous.
 """
@@ -40,8 +42,8 @@ class System:
               (E M)_k = \Bigl(W_k + \sum_{j < k} M_{jk} E_j\Bigr) - Q_k .
 
     The bracket is the *target* of column ``k``. Its errors ``E_j`` are known when column ``k`` is rounded, so rounding the
-    target to nearest minimizes the term of column ``k``. This is GPTQ: the inverse of its Cholesky factor of the inverse of
-    ``H`` is ``M diag(sqrt(d))``.
+    target to nearest minimizes the term of column ``k``. This is GPTQ: its Cholesky factor of the inverse of ``H`` is the
+    inverse of ``M diag(sqrt(d))``.
 
     For coordinate descent, set the derivative by column ``k`` to zero with all other columns fixed. The best value is
 
@@ -70,6 +72,12 @@ class System:
         """Return the system of a second moment, given in float64, with arrays of a dtype."""
         xp = namespace(damped)
         ordered = ops.pick(ops.pick(damped, order, axis=0), order, axis=1)
+        # H = U U^T with U = M diag(sqrt d) upper triangular, so the diagonal of U is sqrt d, and M = U with unit diagonal.
+        # With T the targets, (E M)_k = T_k - Q_k, hence
+        #     tr(E H E^T) = ||E U||^2 = sum_k d_k ||T_k - Q_k||^2 .
+        # So d_k is what the squared distance of column k from its target counts. It is the Schur complement
+        #     d_k = H_kk - H_kR H_RR^{-1} H_Rk ,   R = columns after k ,
+        # the part of the error of column k that no change of the later columns can undo.
         factor = _upper_factor(ordered)
         roots, diagonal = xp.linalg.diagonal(factor), xp.linalg.diagonal(ordered)
         relative = ordered / diagonal[None, :]
@@ -121,6 +129,10 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
         Target of each column, which was rounded to the nearest value.
     """
     xp = namespace(w)
+    # Feedback: T_k = W_k + sum_{j < k} M_jk E_j, of columns that are rounded already. Rounding T_k to nearest minimizes the
+    # term of column k, though not the sum, since E_k enters later targets.
+    # Descent: in E_k the objective is H_kk ||Q_k - T_k||^2 + const with T_k = W_k + sum_{j != k} (H_jk / H_kk) E_j. Values of
+    # column k are free of each other, so rounding T_k to nearest is the exact minimum and no step raises the error.
     wanted = _ordered(w, system)
     coupling, errors = system.feedback, xp.zeros_like(wanted)
     grid, count = _Grid.of(w, q, system), wanted.shape[0]
@@ -135,6 +147,7 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
             for others in (slice(0, start), slice(stop, count if dense is not None else stop)):
                 base = base + xp.matrix_transpose(coupling[others, start:stop]) @ errors[others, :]
             inner = xp.matrix_transpose(coupling[start:stop, start:stop])
+            # Errors of later columns of the group are zero or have no coupling in a pass, and are the present ones in a sweep.
             for column in range(start, stop):
                 target = base[column - start, :] + inner[column - start, :] @ errors[start:stop, :]
                 found.append(target)
@@ -187,6 +200,7 @@ class _Grid:
         if rounding.table is None:
             sets = by_weight(Source(w, None, fmt, "").sets_of(slice(0, layout.blocks)))
         scales = by_weight(decode_scales(q.scales, fmt.scales))
+        # x / inf = 0: all weights of a block without a scale get the code nearest to zero, and decode to zero.
         divisors = xp.astype(xp.where(scales != 0, scales, xp.full_like(scales, float("inf"))), w.dtype)
         return cls(scales, divisors, zeros, rounding, sets)
 

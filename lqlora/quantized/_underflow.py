@@ -51,6 +51,9 @@ def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array 
     int
         Number of lost blocks.
     """
+    # Rounding to the nearest level is monotone, and the level zero is nearest on an interval around zero. If the entry of
+    # largest magnitude leaves it, the block is kept. If it stays, entries of the other sign may still leave an uneven
+    # interval, so a suspicion is settled by decoding the weights.
     if not _may_lose(source.layout, statistic, choice, levels):
         return 0
     xp, count = namespace(statistic), 0
@@ -94,6 +97,8 @@ def _loses_ones(layout: Layout) -> bool:
 def _rounds_to_zero(largest: Array, nonzero: Array, scales: Array, book: Codebook) -> bool:
     """Return whether the largest weight of any block that is not zero, or its negative, rounds to zero."""
     xp = namespace(largest)
+    # The statistic has lost the sign of the largest weight, so both signs are tried, by the encoder itself: its rounding
+    # of the quotient decides, and not that of a second formula.
     is_level = ops.table_beside(book.levels != 0, largest)
     for extreme in (largest, -largest):
         codes = ops.encode(extreme, scales, None, book.boundaries, 1)
@@ -108,6 +113,7 @@ def _are_far_from_zero(statistic: Array, decoded: Array, layout: Layout) -> bool
     if cell is None:
         return False
     xp = namespace(statistic)
+    # a / s > c for all blocks, multiplied by s: no division, and one pass over two short arrays.
     # One part in a million is more than the rounding errors of the quotient of the two.
     return bool(xp.all((statistic >= 1.000001 * cell * decoded) & (decoded > 0)))
 

@@ -205,6 +205,8 @@ class QuantizedArray:
             expected = fmt.stored_arrays(shape[batch_dims:], shape[:batch_dims])
         except InvalidArgumentError as error:
             raise FormatError(str(error)) from None
+        # Shapes and dtypes come first: kernels read as many bytes as the shape of the array implies, without looking.
+        # Values come second, and need the decoder only at the end.
         _check_arrays(arrays, expected, fmt)
         quantized = nest(arrays, fmt, shape, batch_dims)
         namespace(*quantized.to_arrays().values())  # refuses arrays of two libraries
@@ -262,6 +264,8 @@ def nest(
     QuantizedArray
         Shares the arrays, no copy.
     """
+    # Scales are an array of shape (blocks,) in a format of their own, so names nest as the formats do: ``scales.codes``,
+    # then ``scales.scales.codes``. The recursion ends at scales of a float dtype.
     if isinstance(fmt.scales, ScaleFormat):
         inner = *shape[:batch_dims], fmt.blocks(shape[batch_dims:])
         scales = nest(arrays, fmt.scales.format, inner, batch_dims, f"{prefix}scales.")
@@ -291,6 +295,7 @@ def _check_arrays(arrays: Mapping[str, Array], expected: StoredArrays, fmt: Bloc
 def _check_values(q: QuantizedArray, *, signed: bool = False) -> None:
     """Check codes, levels and the signs of scales. An offset below zero means that the scales are signed."""
     book = q.format.codebook
+    # A codebook of 2^b levels has a level for every code, so that only shorter ones can be exceeded.
     for codes in [] if len(book) == 2**q.format.bits else [part.codes for part in q.unstack()]:
         if prod(codes.shape) and int(namespace(codes).max(codes)) >= len(book):
             raise FormatError(f"'codes' must be below {len(book)}, the number of levels of {book.name}.")

@@ -1,11 +1,12 @@
-r"""``gptq``: quantization with error feedback, which makes the error of a layer's outputs small.
+r"""``gptq``: quantization with error feedback, which reduces the error of a layer's outputs.
 
 With rows of inputs ``x`` and their second moment :math:`H = X^T X`, the squared error of the outputs is
 
 .. math:: \|X (W - Q)^T\|^2 = \operatorname{tr}\bigl((W - Q) \, H \, (W - Q)^T\bigr) .
 
-Columns of the weight are coupled by ``H``: a column that is rounded later can make up for the errors of columns rounded
-before it. :mod:`lqlora.quantized._sweep` does one such pass under given scales. Scales and passes are fitted in turns here.
+Columns of the weight are coupled by ``H``: a column that is rounded later can compensate the errors of columns rounded
+before it. :mod:`lqlora.quantized._sweep` makes one such pass under given scales. This module alternates between fitting
+scales and making passes.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def gptq(
         when there are few inputs.
     order : {"activation", "natural"}
         Order in which columns are rounded. ``"activation"``: columns of large inputs first, when most others can still
-        make up for their errors. Codes are stored in the original order of columns. ``"natural"``: first to last.
+        compensate their errors. Codes are stored in the original order of columns. ``"natural"``: first to last.
     rounds : int, default 3
         Passes of error feedback, at least 1. Each pass after the first fits scales and levels to the targets of the pass
         before. A single pass is plain GPTQ.
@@ -149,6 +150,8 @@ def gptq(
     importance = None if fit == "absmax" else _row(diagonal)
     best = quantize(w, fmt, fit=fit, weights=importance, start=start, check_finite=check_finite, name=name)
     least = _output_error(w, best, moment)
+    # Rounds need not lower the error: scales are fitted to targets that move once the scales do. The objective does not
+    # include damping either. Each result is measured with the undamped H, and the best one, nearest rounding included, stays.
     for q in _rounds(w, best, system, fit, rounds, name, again=start is not None):
         error = _output_error(w, q, moment)
         best, least = (q, error) if error < least else (best, least)
@@ -189,10 +192,14 @@ def _system(moment: Array, damping: float, order: Order, w: Array) -> tuple[Syst
     xp = namespace(moment)
     diagonal = xp.linalg.diagonal(moment)
     columns, device = moment.shape[0], device_of(moment)
+    # Fewer rows of inputs than columns make H singular, and no Cholesky factor exists. H + c I has no eigenvalue below c, and
+    # adds c ||E||^2 to the error: changes far from the weights are no longer free in directions without inputs. The mean of
+    # the diagonal gives c the unit of H.
     share = damping * float(xp.mean(diagonal))
     damped = moment + share * xp.eye(columns, dtype=xp.float64, device=device)
     places = xp.arange(columns, dtype=xp.int64, device=device)
     if order == "activation":
+        # d_k is H_kk less what later columns can undo, so a column should be rounded while many are left. Large H_kk go first.
         places = xp.argsort(-diagonal, stable=True)
     return System.of(damped, places, w.dtype), diagonal + share
 
@@ -206,6 +213,7 @@ def _row(importance: Array) -> Array:
 def _output_error(w: Array, q: QuantizedArray, moment: Array) -> float:
     """Return ``tr((w - q) @ moment @ (w - q).T)`` in float64."""
     xp = namespace(w)
+    # tr(E H E^T) = sum_ij (E H)_ij E_ij, without forming a product of m x m.
     errors = xp.astype(w, xp.float64) - xp.astype(dequantize(q), xp.float64)
     with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity compare as not better
         return float(xp.sum((errors @ moment) * errors))
@@ -219,6 +227,8 @@ def _rounds(
     The first round rounds the targets to the scales and levels of nearest rounding. Each round after it fits scales and
     levels to the targets of the round before, and then computes targets under the new ones.
     """
+    # ||E U||^2 = sum_k d_k ||T_k - Q_k||^2, so with the targets fixed the error of the outputs is a weighted squared error of
+    # T, with one importance d_k for each column. The fits of ``quantize`` minimize just that.
     found = targets(w, nearest, system)
     yield _with_codes_of(found, nearest)
     fitted, importance = nearest, None

@@ -188,14 +188,14 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
 
 
 def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "float32") -> Array:
-    """Return the dense array that a quantized array stands for.
+    """Decode a quantized array to a dense one.
 
     Parameters
     ----------
     q : QuantizedArray
         Quantized array.
     out : array of shape ``q.shape``, optional
-        Array to write to and return instead of a new one, in the library and on the device of ``q``; any strides.
+        Array of any strides to write the result to, in the library and on the device of ``q``. It is returned.
     dtype : {"float32", "float64", "float16", "bfloat16"}
         Dtype of the result if ``out`` is not given. The product of level and scale is rounded to float32 first.
 
@@ -213,9 +213,9 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
 
     Notes
     -----
-    On the CPU the memory of a result of 4 MiB or more is kept when the last array or tensor in it is gone, and serves for
-    the next result of its size: new pages cost more than decoding. At most 128 MiB are kept. Such a result cannot be
-    resized in place; a copy can, and ``out`` may be any array.
+    On the CPU the memory of a result of 4 MiB or more is reused: it is kept when the last array or tensor in it is deleted,
+    for the next result of the same size. New pages cost more than decoding. At most 128 MiB are kept. Such a result cannot
+    be resized in place. Resize a copy, or pass an array of your own as ``out``.
 
     Examples
     --------
@@ -241,7 +241,7 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
 def matmul(
     x: Array, q: QuantizedArray, lora_A: Array | None = None, lora_B: Array | None = None, scaling: float = 1.0
 ) -> Array:
-    """Multiply rows by a quantized weight, and add their product with a low-rank part.
+    """Multiply rows by a quantized weight, and optionally add their product with low-rank factors.
 
     Parameters
     ----------
@@ -268,8 +268,8 @@ def matmul(
 
     Notes
     -----
-    The weight is decoded a few rows at a time, 2 MiB of them on the host and 128 MiB on a device. It exists as a whole only
-    if it is smaller, its blocks do not run along its rows, or its rows have levels of their own.
+    The weight is decoded a few rows at a time, 2 MiB of them on the host and 128 MiB on a device. It is decoded as a
+    whole only if it is smaller, its blocks do not run along its rows, or its rows have separate levels.
 
     Examples
     --------
@@ -310,6 +310,8 @@ def multiply(x: Array, q: QuantizedArray) -> Array:
     lead, (rows, columns) = tuple(x.shape[:-1]), q.shape
     flat = x if len(lead) == 1 else xp.reshape(x, (prod(lead), columns))
     levels = host_levels(q.levels, layout.codebook)
+    # Kernels decode whole rows of codes from one table. With levels by line, or blocks down the columns, the weight is
+    # decoded first.
     if levels is None or q.offset is not None or not layout.follows_rows:
         dense = xp.empty(q.shape, dtype=ops.native_dtype(x, ops.factor_dtype(x)), device=device)
         decode_into(q, dense)

@@ -1,4 +1,4 @@
-"""``RoundingSample``: rounding errors of an array in formats that differ in their scales only, from a sample of blocks."""
+"""``RoundingSample``: estimates of rounding errors in formats that differ only in their scales, from a sample of blocks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class RoundingSample:
         every = max(1, layout.count // _SAMPLE)
         self._index = xp.arange(0, layout.blocks, every, dtype=xp.int64, device=device)
         own = xp.ones_like(array) if weights is None and not layout.is_even else weights
-        # The padding of short blocks gets no importance: it is padded with zeros, too.
+        # Importance is padded with zeros as the weights are, so the padding of short blocks adds no error.
         self._importance = None if own is None else _spread(xp.broadcast_to(own, array.shape), like, every)
         self._rows = _spread(array, like, every)
 
@@ -104,6 +104,7 @@ class RoundingSample:
         some = xp.astype(lost[::_SOME, :], xp.float64)
         if self._importance is not None:
             some = some * xp.sqrt(xp.astype(self._importance[::_SOME, :], xp.float64))
+        # The sample takes every n-th block, so the total is estimated by the error of the sample over its share of blocks.
         share = self._rows.shape[0] / max(1, self._source.layout.blocks)
         error = ops.sum_of_squares(lost, self._importance) / (share or 1.0)
         return Rounded(error, xp.reshape(some, (-1,)))

@@ -263,7 +263,7 @@ def test_stored_arrays_of_two_libraries_are_refused(torch, text, key):
 
 
 def test_an_array_of_an_unknown_dtype_is_refused_by_name():
-    with pytest.raises(UnsupportedArrayError, match="'codes' must be an array, got list"):
+    with pytest.raises(UnsupportedArrayError, match=r"'codes' .* got list"):
         QuantizedArray.from_arrays({"codes": [0], "scales": np.ones(1, np.float32)}, BlockFormat(NF4), (2,))
 
 

@@ -292,7 +292,7 @@ def test_only_arrays_of_one_kind_make_a_stack():
     q = quantize(normal(2, 3, 24, 32), BlockFormat.parse("nf3/16:u8/8:float32"), batch_dims=1)
     other = quantize(normal(3, 24, 32), BlockFormat.parse("nf2/16:float32"))
     for parts, shape in ((q.unstack(), (3,)), ([q[0], other], (2,)), ([q], (1,)), ([], (0,))):
-        with pytest.raises(InvalidArgumentError, match="parts of a stack of batch_shape"):
+        with pytest.raises(InvalidArgumentError, match=r"parts of .* batch_shape"):
             QuantizedArray.stack(parts, shape)
 
 

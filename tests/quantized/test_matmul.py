@@ -40,14 +40,14 @@ def test_both_factors_are_needed_or_neither(xp):
 @pytest.mark.parametrize("shape", [(3,), (2, 4), ()])
 def test_rows_that_do_not_fit_a_weight_are_refused(shape):
     q = quantize(np.ones((2, 5)), BlockFormat(NF4))
-    with pytest.raises(InvalidArgumentError, match=r"x must have the number of columns"):
+    with pytest.raises(InvalidArgumentError, match=r"x must have .* columns"):
         lq.matmul(np.ones(shape, dtype=np.float32), q)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 2, 2)])
 def test_a_weight_that_is_no_matrix_is_refused(shape):
     q = quantize(np.ones(shape), BlockFormat(NF4))
-    with pytest.raises(InvalidArgumentError, match="x must have the number of columns"):
+    with pytest.raises(InvalidArgumentError, match=r"x must have .* columns"):
         lq.matmul(np.ones((1, shape[-1]), dtype=np.float32), q)
 
 

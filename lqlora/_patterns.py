@@ -87,7 +87,7 @@ def select(
 ) -> list[str]:
     """Return the names that one of ``include`` matches and none of ``exclude`` does.
 
-    A pattern that matches nothing is no error as long as another one selects a name. :class:`NameIndex` is stricter.
+    A pattern may match nothing as long as another one selects a name. :class:`NameIndex` is stricter.
 
     Parameters
     ----------

@@ -51,6 +51,6 @@ def test_a_device_that_is_newer_than_the_compiler_compiles_itself(emulated, tmp_
 def test_what_the_compiler_refuses_is_said(emulated, tmp_path, monkeypatch):
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("lqlora.backends.cuda.compiling.source", lambda _: "")
-    with pytest.raises(KernelError, match=r"pack_codes<3> was not compiled .* nothing to compile"):
+    with pytest.raises(KernelError, match=r"pack_codes<3> .* nothing to compile"):
         Binary.of("packing", "pack_codes<3>")
     assert not list(tmp_path.iterdir())

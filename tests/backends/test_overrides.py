@@ -91,7 +91,7 @@ def test_the_table_needs_no_library_that_is_absent():
 def test_a_wrong_number_of_bytes_is_refused_on_the_fast_path_too(fast_xp, length):
     packed, *rest = typical(fast_xp)["decode"]
     wrong = packed[:length] if length < 0 else fast_xp.concat([packed, packed[:length]])
-    with pytest.raises(InvalidArgumentError, match="1000 codes of 4 bits are 500 bytes"):
+    with pytest.raises(InvalidArgumentError, match=r"1000 codes.*500 bytes"):
         ops.decode(wrong, *rest)
 
 

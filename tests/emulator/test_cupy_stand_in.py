@@ -69,7 +69,7 @@ def test_what_is_no_such_number_or_array_is_refused(cupy, fill, position, value,
 
 def test_arrays_of_other_sizes_or_with_gaps_are_refused(cupy, fill):
     _, *rest = right(cupy)
-    with pytest.raises(TypeError, match="array of float64, the parameter is p4"):
+    with pytest.raises(TypeError, match=r"float64.*p4"):
         fill((1,), (32,), (cupy.empty(10, dtype="float64"), *rest))
     with pytest.raises(ValueError, match="not contiguous"):
         fill((1,), (32,), (cupy.empty(20, dtype="float32")[::2], *rest))
@@ -108,7 +108,7 @@ def test_memory_of_others_is_reached_by_its_address(cupy, fill):
     values, rest = np.zeros(10, np.float32), right(cupy)[1:]
     fill((1,), (32,), (cupy.lend(values), *rest))
     assert values.tolist() == [2.5] * 10
-    with pytest.raises(TypeError, match="array of float64, the parameter is p4"):
+    with pytest.raises(TypeError, match=r"float64.*p4"):
         fill((1,), (32,), (cupy.lend(np.zeros(10)), *rest))
 
 

@@ -32,7 +32,7 @@ _MANY = 1 << 18
 
 
 def _can_be_bucketed(boundaries: npt.NDArray[np.float32]) -> bool:
-    """Return whether there are so many boundaries that the reference searches them, and whether they are not too near."""
+    """Return whether the boundaries are many enough for a search in the reference, and far enough apart."""
     return len(boundaries) > FEW and float(boundaries[-1]) - float(boundaries[0]) >= _NARROW
 
 

@@ -296,7 +296,7 @@ def _expect_refused(subject: BackendSubject, name: str, argument: str, arguments
 
 @_promise(inputs.formatted)
 def quantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> None:
-    """What quantize() stores are the bytes of the reference, in any format."""
+    """The arrays that quantize() stores have the bytes of the reference, in any format."""
     with forced("reference"):
         expected = quantized(w, fmt).to_arrays()
     found = _run("quantize", lambda: quantized(subject.put(w), fmt).to_arrays())
@@ -306,7 +306,7 @@ def quantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> 
 
 @_promise(inputs.formatted)
 def dequantize(subject: BackendSubject, fmt: BlockFormat, w: npt.NDArray[Any]) -> None:
-    """What dequantize() returns are the bytes of the reference, in any format and every dtype."""
+    """The result of dequantize() has the bytes of the reference, in any format and dtype."""
     with forced("reference"):
         stored = quantized(w, fmt)
     moved = stored.to(subject.xp, subject.device)

@@ -104,6 +104,7 @@ def kernel(name: str, parameters: str) -> Callable[..., None]:
     pointers = tuple(index for index, letter in enumerate(parameters) if letter == "p")
 
     def call(entries: int, *arguments: Any) -> None:
+        """Run the kernel on addresses and numbers."""
         given = list(arguments)
         for index in pointers:
             if (array := arguments[index]) is not None:

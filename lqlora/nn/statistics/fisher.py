@@ -101,6 +101,7 @@ def collect_fisher(
     recorders = {name: _Recorder(name, total) for name, total in fisher.items()}
 
     def step(batch: Any, done: int) -> int:
+        """Add one batch and return its number of examples."""
         losses = example_losses(loss(model, batch), done)
         for recorder in recorders.values():
             recorder.examples = losses.shape[0]

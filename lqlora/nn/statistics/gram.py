@@ -91,6 +91,7 @@ def collect_gram(
     hooks = {name: _Hook(name, inputs, None) for name in linears}
 
     def step(batch: Any, _: int) -> int:
+        """Add one batch and return its number of examples."""
         model(batch) if loss is None else loss(model, batch)
         inputs.settle()
         return 1
@@ -176,6 +177,7 @@ def collect_kronecker(
     hooks = {name: _Hook(name, inputs, total) for name, total in outputs.items()}
 
     def step(batch: Any, done: int) -> int:
+        """Add one batch and return its number of examples."""
         losses = example_losses(loss(model, batch), done)
         # At the output of a layer for example n, the sum has the gradient of the loss of n alone: no other depends on it.
         losses.sum().backward()

@@ -278,19 +278,19 @@ def huge(subject: Subject, w: Weights) -> None:
 
 @_promise(_inputs.in_dtype(np.float16, 2.0**-8, 2.0**14))
 def float16(subject: Subject, w: npt.NDArray[np.float16]) -> None:
-    """float16 weights are accepted and meet the error bound, up to rounding to float16."""
+    """Weights in float16 are accepted and meet the error bound, up to rounding to float16."""
     _expect_accepted(subject, w)
 
 
 @_promise(_inputs.in_dtype(ml_dtypes.bfloat16, 2.0**-20, 2.0**20))
 def bfloat16(subject: Subject, w: npt.NDArray[Any]) -> None:
-    """bfloat16 weights are accepted and meet the error bound, up to rounding to bfloat16."""
+    """Weights in bfloat16 are accepted and meet the error bound, up to rounding to bfloat16."""
     _expect_accepted(subject, w)
 
 
 @_promise(_inputs.in_dtype(np.float64, 2.0**-20, 2.0**20))
 def float64(subject: Subject, w: npt.NDArray[np.float64]) -> None:
-    """float64 weights are accepted and meet the error bound, up to rounding to float32."""
+    """Weights in float64 are accepted and meet the error bound, up to rounding to float32."""
     _expect_accepted(subject, w)
 
 

@@ -27,7 +27,7 @@ _GAP = SolveOptions().rel_gap
 
 @_promise(inputs.nothing)
 def version(subject: SolverSubject) -> None:
-    """version() returns a string that is not empty."""
+    """The call version() returns a string that is not empty."""
     found = subject.version()
     if not isinstance(found, str) or not found:
         raise ViolationError(f"version() returned {found!r}")
@@ -35,7 +35,7 @@ def version(subject: SolverSubject) -> None:
 
 @_promise(inputs.easy)
 def result(subject: SolverSubject, problem: Problem) -> None:
-    """solve() returns a RawResult: a vector or None, a float, a string and a StopReason."""
+    """The call solve() returns a RawResult: a vector or None, a float, a string and a StopReason."""
     raw = cast("object", subject.run(reduce_problem(problem), SolveOptions()))
     if not isinstance(raw, RawResult):
         raise ViolationError(f"solve() returned a {type(raw).__name__}")

@@ -155,7 +155,7 @@ def codebook_from_json(name: str, document: Mapping[str, Any]) -> Codebook | Non
     Parameters
     ----------
     name : str
-        Name of the codebook, as :func:`lqlora.formats.codebook_name` finds it in the spelling of a format.
+        Name of the codebook, as ``lqlora.formats.codebook_name`` finds it in the spelling of a format.
     document : mapping
         Any JSON object. Fields other than ``"levels"`` and ``"normalization"`` are ignored.
 

@@ -57,6 +57,8 @@ def widen(array: Array, what: str = "the array") -> Array:
     if dtype_name(array) in _FLOATS[:2]:
         return array
     xp = namespace(array)
+    # float16 has 11 significant bits and bfloat16 has 8. Both have an exponent range within that of float32 with its 24
+    # bits, so the conversion is exact, subnormals included.
     return xp.astype(array, xp.float32)
 
 
@@ -113,6 +115,8 @@ def storage_cast(array: Array, dtype: str) -> Array:
     [0.333984375]
     """
     xp = namespace(array)
+    # Overflow and underflow are results here, not faults: callers check the stored scales, where they can name the
+    # array and advise a wider dtype.
     with np.errstate(over="ignore", under="ignore"):
         return xp.astype(array, native_dtype(array, dtype), copy=False)
 
@@ -213,6 +217,8 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     """
     if array_library(array) != "numpy" and _plain_name(namespace(array)) == _plain_name(xp):
         return _moved(array, device)
+    # torch and NumPy share no bfloat16 dtype: NumPy's is an extension of ml_dtypes. Its bits cross as uint16 and are
+    # reinterpreted there. A detour over float32 would keep the values, but perhaps not the bits of a NaN.
     host, is_bfloat16 = _on_host(array), dtype_name(array) == "bfloat16"
     if xp.__name__.rpartition(".")[2] == "torch":
         import torch  # noqa: PLC0415 - the caller passed torch, or a wrapper of it, so it is imported already

@@ -61,6 +61,10 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     [0, 1, 2]
     """
     xp = namespace(values)
+    # Let b_i be the midpoint of the sorted levels l_i and l_(i + 1). Then l_i is nearest to x if b_(i - 1) < x <= b_i,
+    # and i is the number of boundaries below x. Counting comparisons and bisection (side="left" is that number) compute
+    # nothing but comparisons, so both give the same codes. They may differ only at NaN, for which codes are
+    # unspecified. On a tie x = b_i the comparison x > b_i is false, and the lower level wins.
     if len(boundaries) > FEW or not is_on_host(values):
         cells = table_beside(boundaries.astype(dtype_name(values), copy=False), values)
         # Flat, since torch warns of strided values.
@@ -93,6 +97,7 @@ def boundaries_by_set(levels: Array) -> Array:
     """
     xp = namespace(levels)
     wide = xp.astype(levels, xp.float64)
+    # In float64 the sum of two float32 levels cannot overflow, and the midpoint is rounded to float32 once.
     midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
     zeros = (levels[:, 1:] == 0) & (levels[:, :-1] == 0)  # a codebook encodes 0.0 as the upper of two zeros
     return xp.where(zeros, xp.full_like(midpoints, -_TINY), midpoints)
@@ -158,6 +163,7 @@ def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
     [[0.0, 8.0]]
     """
     xp = namespace(codes, levels, sets)
+    # Sets lie one after another in the flat table: level c of set s is entry s * n + c. One gather reads all.
     indices = xp.astype(codes, xp.int64) + sets[:, None] * levels.shape[1]
     return xp.reshape(pick(xp.reshape(levels, (-1,)), xp.reshape(indices, (-1,))), codes.shape)
 
@@ -192,6 +198,8 @@ def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) ->
     divisors = xp.where(column != 0, column, xp.full_like(column, math.inf))
     with np.errstate(over="ignore"):  # a weight far above its decoded scale rounds to the outermost level
         normalized = blocks / divisors
+    # An affine format decodes (l - z) * s with integer levels l and the code z of zero. Solving for l gives x / s + z.
+    # The sum is rounded in the dtype of the blocks before it meets the boundaries: kernels must add in the same dtype.
     return normalized if zero_points is None else normalized + xp.astype(zero_points, blocks.dtype)[:, None]
 
 
@@ -234,6 +242,8 @@ def encode(
     >>> encode(np.array([-2.0, 2.0]), np.array([2.0]), None, lq.NF4.boundaries, 64).tolist()
     [0, 15]
     """
+    # Decoding multiplies by the decoded scale, so encoding divides by it too. Under the exact scale some codes would
+    # not be nearest to what decoding returns.
     normalized = normalize(to_blocks(flat, block_size), scales, zero_points)
     return from_blocks(nearest_codes(normalized, boundaries), flat.shape[0])
 
@@ -370,6 +380,8 @@ def decode(
     blocks = to_blocks(pick(table_beside(levels.astype(np.float32, copy=False), packed), codes), block_size)
     if zero_points is not None:
         blocks = blocks - xp.astype(zero_points, xp.float32)[:, None]
+    # The product is formed in float32 and rounded to the storage dtype afterwards. Rounding the levels or scales first
+    # would round twice, and kernels could not return the same bytes.
     values = from_blocks(blocks * scales[:, None], out.shape[0])
     out[...] = values if dtype_name(out) == "float32" else storage_cast(values, dtype_name(out))
     return out

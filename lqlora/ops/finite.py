@@ -112,4 +112,5 @@ def sum_of_squares(array: Array, weights: Array | None = None) -> float:
         if factors is not None:
             squares *= xp.astype(factors[part], xp.float64)
         partial.append(float(xp.sum(squares)))
+    # fsum rounds the sum of the partial sums once, so the number of chunks adds no error.
     return math.fsum(partial)

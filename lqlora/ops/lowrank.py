@@ -121,14 +121,24 @@ def subspace_svd(
     xp = namespace(matrix, start)
     rows, columns = matrix.shape
     width = rank + OVERSAMPLING
+    # A sketch as wide as the smaller side saves no work over the full decomposition, which is exact.
     if rank == 0 or width >= min(rows, columns):
         return exact_svd(matrix, rank)
+    # A basis from an earlier call already spans nearly the leading right subspace, if the matrix has changed little
+    # since. One product and the projection then suffice.
     if power_iterations is None:
         power_iterations = 2 if start is None else 0
     if start is None:
+        # A Gaussian sketch has a component along every right singular vector with probability one, so no leading
+        # direction is missed. The oversampling makes small components unlikely.
         sketch = np.random.default_rng(seed).standard_normal((columns, width))
         start = xp.asarray(sketch, dtype=matrix.dtype, device=device_of(matrix))
     left, _ = xp.linalg.qr(matrix @ start)
+    # With q pairs of passes the columns span (A A^T)**q A S, in which singular direction i counts by s_i**(2 q + 1). In
+    # corollary 10.10 of the reference the expected error is at most the (2 q + 1)-th root of a bound on the error for
+    # the singular values s_i**(2 q + 1): factors above the optimal s_(rank + 1) shrink toward 1. The columns are
+    # orthogonalized after every product (algorithm 4.4). Else all would turn toward the first singular vector, and
+    # directions with s_i < s_1 * eps**(1 / (2 q + 1)) would drown in rounding errors.
     for _ in range(power_iterations):
         start, _ = xp.linalg.qr(xp.matrix_transpose(matrix) @ left)
         left, _ = xp.linalg.qr(matrix @ start)
@@ -145,6 +155,9 @@ def _within(matrix: Array, left: Array, rank: int, start: Array) -> LowRank:
     xp = namespace(matrix)
     small = xp.matrix_transpose(left) @ matrix
     wide = xp.astype(small, xp.float64)
+    # eigh sorts upwards, hence the flips, and rounding may give eigenvalues slightly below zero, hence the clip.
+    # Squaring halves the digits that small singular values have: 1e-8 of the largest remains, which float32 would not
+    # resolve either.
     squares, rotation = xp.linalg.eigh(wide @ xp.matrix_transpose(wide))
     values = xp.astype(xp.sqrt(xp.clip(xp.flip(squares), 0.0)), matrix.dtype)
     rotation = xp.astype(xp.flip(rotation, axis=1), matrix.dtype)

@@ -82,6 +82,8 @@ def matmul_packed(
     """
     xp = namespace(x, packed, scales, zero_points, out)
     rows, columns = out.shape[1], x.shape[1]
+    # Decoding a tile costs one pass over its codes, whatever the number of rows of x. The tile is reused, so the
+    # workspace is bounded by its size, and a large matrix never exists decoded as a whole.
     step = _rows_per_tile(rows, columns, block_size, _tile_size(x))
     tile = xp.empty((step * columns,), dtype=native_dtype(x, factor_dtype(x)), device=device_of(x))
     for first in range(0, rows, step):
@@ -200,6 +202,8 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     """
     xp = namespace(y, x, lora_A, lora_B)
     own = y.dtype if dtype_name(y) == "float64" else native_dtype(y, factor_dtype(x))
+    # (x A^T) B^T takes rank * (n + m) multiplications per row; x (B A)^T would take n * m and form the product of the
+    # factors.
     inner, outer = (xp.matrix_transpose(xp.astype(array, own, copy=False)) for array in (lora_A, lora_B))
     count = math.prod(y.shape[:-1])
     sums, rows = xp.reshape(y, (count, y.shape[-1])), xp.reshape(x, (count, x.shape[-1]))

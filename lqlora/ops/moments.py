@@ -53,6 +53,8 @@ def symmetric_moment(gram: Array, what: str) -> Array:
     xp = namespace(gram)
     half = xp.astype(gram, xp.float64) / 2  # so that no sum of two entries overflows
     turned = xp.matrix_transpose(half)
+    # Products of float16 inputs come with rounding errors that differ across the diagonal. Larger differences show
+    # another matrix than a second moment, for example weights passed by mistake.
     if 0 not in gram.shape and float(xp.max(xp.abs(half - turned))) > _ASYMMETRY * float(xp.max(xp.abs(half))):
         raise InvalidArgumentError(
             f"{what} must be symmetric, got mirrored entries that differ by more than {_ASYMMETRY} of the largest."

@@ -88,7 +88,11 @@ def pack_codes(codes: Array, bits: int) -> Array:
     count = codes.shape[0]
     device = device_of(codes)
     if count % group:
+        # Zeros complete the last group; the slice at the end drops the bytes that hold nothing else.
         codes = xp.concat([codes, xp.zeros((-count % group,), dtype=xp.uint8, device=device)])
+    # After lcm(bits, 8) bits the shifts repeat, so each row holds one such group. The loop has at most eight steps, and
+    # each step handles one position of all groups. A code of at most 8 bits begins at bit i * bits of the group and
+    # reaches into the next byte if shift + bits > 8, but never beyond.
     columns = xp.reshape(codes, (-1, group))
     packed = xp.zeros((columns.shape[0], width), dtype=xp.uint8, device=device)
     for i in range(group):
@@ -145,5 +149,6 @@ def unpack_codes(packed: Array, bits: int, count: int) -> Array:
         code = columns[:, byte] >> shift
         if shift + bits > 8:
             code |= columns[:, byte + 1] << (8 - shift)
+        # The high bits belong to the codes that follow in the stream.
         codes[:, i] = code & (2**bits - 1)
     return xp.reshape(codes, (-1,))[:count]

@@ -72,6 +72,8 @@ def rounding_errors(
     [0.25, 1.25]
     """
     xp = namespace(rows, weights, scales, zero_points)
+    # The values repeat the arithmetic of decode, rounding of the product included. So the error is that of the stored
+    # array, and not that of an ideal one with exact products. Zero points are added inside nearest_values, not here.
     normalized = normalize(rows, xp.astype(scales, rows.dtype))
     zeros = None if zero_points is None else xp.astype(zero_points, xp.float32)[:, None]
     return wide_errors(rows, weights, nearest_values(normalized, levels, boundaries, zeros) * scales[:, None])
@@ -101,6 +103,9 @@ def wide_errors(rows: Array, weights: Array | None, values: Array) -> Array:
     [0.75]
     """
     xp = namespace(rows, weights, values)
+    # Two scales that differ by one step of their quantizer may give errors that agree to seven digits. Float32 would
+    # call them equal, or rank them by rounding errors. In float64 the difference of two float32 numbers of similar size
+    # is exact.
     difference = xp.astype(rows, xp.float64) - xp.astype(values, xp.float64)
     squares = difference * difference
     return row_sums(squares if weights is None else squares * xp.astype(weights, xp.float64))

@@ -145,6 +145,9 @@ def search_ratios(
     [0.5]
     """
     xp = namespace(rows, weights)
+    # The grid comes first, because least squares only descends into the nearest of many local minima. The comparison is
+    # strict, so among equal errors the earlier ratio stays, on every library alike. A NaN error compares as false, so a
+    # later candidate with one is never taken.
     tried = _constants(grid, rows)
     best = xp.broadcast_to(next(tried), (rows.shape[0],))
     error = squared_errors(rows, weights, best, nearest(_over(rows, best)))
@@ -153,6 +156,9 @@ def search_ratios(
         better = own < error
         best, error = xp.where(better, ratio, best), xp.where(better, own, error)
     for _ in range(refinements):
+        # Lloyd's algorithm with one parameter: round to the nearest v under r, then solve for r with these v. Neither
+        # half raises E in exact arithmetic. In float32 either may, so the refined ratio is taken only if its error is
+        # smaller.
         refined = least_squares(rows, weights, nearest(_over(rows, best)), best)
         own = squared_errors(rows, weights, refined, nearest(_over(rows, refined)))
         better = own < error
@@ -163,6 +169,9 @@ def search_ratios(
 def _over(rows: Array, ratios: Array) -> Array:
     """Return rows divided by their ratios. Under a subnormal ratio they overflow, and round to an outermost level."""
     with np.errstate(over="ignore"):
+        # If |x / r| exceeds the range of float32, infinity falls into the same outermost cell as the exact quotient
+        # would. No 0 / 0 occurs: the grid has no zero, and least_squares returns only ratios of the sign of the present
+        # one.
         return rows / ratios[:, None]
 
 
@@ -198,6 +207,8 @@ def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Ar
     >>> squared_errors(np.ones((1, 2)), None, np.array([0.5]), np.ones((1, 2))).tolist()
     [0.5]
     """
+    # The expansion sum h x**2 - 2 r sum h x v + r**2 sum h v**2 would share sums between ratios. It cancels where the
+    # fit is good: float32 would lose the digits that separate the candidates. So the differences are formed first.
     difference = rows - ratios[:, None] * values
     squares = difference * difference
     return row_sums(squares if weights is None else weights * squares)
@@ -231,6 +242,8 @@ def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Arr
     xp = namespace(rows)
     weighted = values if weights is None else weights * values
     above, below = row_sums(weighted * rows), row_sums(weighted * values)
+    # The denominator is zero if every entry that counts has the value 0: the error is then the same for every r. A
+    # quotient of the other sign would turn a block around, and zero cannot be divided by: such rows keep their ratio.
     solvable = below > 0
     with np.errstate(over="ignore"):  # an infinite quotient is no solution
         refined = above / xp.where(solvable, below, xp.ones_like(below))

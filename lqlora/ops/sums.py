@@ -50,6 +50,9 @@ def row_sums(rows: Array) -> Array:
     xp = namespace(rows)
     if rows.shape[1] == 0:
         return xp.zeros((rows.shape[0],), dtype=rows.dtype, device=device_of(rows))
+    # Each term takes part in at most ceil(log2(n)) additions, so the error is at most about log2(n) * eps * sum |x|,
+    # instead of n * eps * sum |x| for a loop over the terms. A library's own sum is not used: it may add in any order,
+    # while slices are added entry by entry everywhere.
     while rows.shape[1] > 1:
         half, odd = divmod(rows.shape[1], 2)
         halves = rows[:, :half] + rows[:, half : 2 * half]
@@ -83,6 +86,8 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     """
     xp = namespace(terms, bins)
     rounded, unit = exact_terms(terms)
+    # A masked sum adds zeros for the terms of other bins, which leaves sums of integers unchanged. Scatter-add would
+    # take one pass instead of `count`, but it is missing in the array API standard and unordered on devices.
     zeros = xp.zeros_like(rounded)
     sums = [xp.sum(xp.where(bins == index, rounded, zeros)) for index in range(count)]
     return xp.stack(sums) * unit
@@ -163,7 +168,10 @@ def level_sums(
             f"{tuple(rows.shape[:1])}; got {[tuple(a.shape) for a in (codes, importance, ratios, sets)]}."
         )
     wide = xp.astype(ratios, xp.float64)
+    # The order of the factors is part of the definition. IEEE 754 rounds each product in one way only, so that the
+    # terms have the same bits everywhere if the products are formed in the same order. A compiler must not fuse them.
     scales = importance * wide
+    # Set s and code c share the bin s * size + c.
     members = xp.reshape(xp.astype(codes, xp.int64) + sets[:, None] * size, (-1,))
     above = scales[:, None] * xp.astype(rows, xp.float64)
     below = (scales * wide)[:, None] * xp.ones_like(above)
@@ -183,6 +191,8 @@ def exact_terms(terms: Array) -> tuple[Array, float]:
     if largest == 0.0:
         return xp.zeros_like(terms), 1.0
     unit = unit_of(largest, terms.shape[0])
+    # Dividing by a power of two only changes the exponent, so that rounding to an integer is the only rounding here.
+    # The integers are at most 2**(52 - c) with n <= 2**c, hence every partial sum is at most 2**52, in any order.
     return xp.round(terms / unit), unit
 
 
@@ -208,4 +218,6 @@ def unit_of(largest: float, count: int) -> float:
     """
     # largest < 2**e and count <= 2**c, so that the sum is below 2**(e + c), which is 2**52 units.
     exponent = math.frexp(largest)[1] + (count - 1).bit_length() - _EXACT_BITS
+    # The smallest positive float64 is 2**-1074, so a smaller unit would become zero. At 2**-1000 tiny terms lose
+    # digits, but their sum stays exact in units.
     return math.ldexp(1.0, max(exponent, -1000))

@@ -51,6 +51,8 @@ def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
 
 
 def _beside_tensor(table: npt.NDArray[Any], tensor: Array) -> Array:
+    # The key holds the contents, not the identity: an id may be given to another table after the first is freed, and
+    # equal codebooks of two formats share one entry. Entries cannot go stale, because nobody may write to them.
     key = device_of(tensor), table.tobytes(), table.dtype.str, table.shape
     kept = _tables.get(key)
     if kept is None:

@@ -6,9 +6,11 @@ into the documentation.
 """
 
 import statistics
+import sys
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from records import Record
 
 import lqlora as lq
-from lqlora.backends.cpu import loading
+from lqlora.backends.cpu import buffer_pool, loading
 
 SHAPE = (4096, 4096)
 FORMATS = [*(f"nf{bits}/64:float32" for bits in range(2, 9)), "nf4/64@0:float32", "nf4/64:u8/256:float32"]
@@ -54,6 +56,19 @@ def whole_arrays(weight, copy_ms):
                 fast = median_ms(call)
                 others = without("numpy", call, 3), without("reference", call, 3)
                 yield library, verb, text, f"{fast:.1f}", *(f"{ms:.0f}" for ms in others), f"{fast / copy_ms:.2f}"
+
+
+def new_results(weight):
+    """Yield rows of dequantize into a new array, with the pool of large results and without it, in turn."""
+    for library, array in (("NumPy", weight), ("torch", torch.from_numpy(weight))):
+        q = lq.quantize(array, lq.BlockFormat(lq.NF4, 64))
+        times = {buffer_pool.LARGE: [], sys.maxsize: []}  # from the second size on no array is large
+        for _ in range(15):
+            for least, own in times.items():
+                with mock.patch.object(buffer_pool, "LARGE", least):
+                    own.append(median_ms(lambda q=q: lq.dequantize(q), 1))
+        pooled, plain = map(statistics.median, times.values())
+        yield library, f"{pooled:.1f}", f"{plain:.1f}", f"{plain / pooled:.2f}"
 
 
 def dtypes(weight):
@@ -178,6 +193,11 @@ def main():
         f"{SHAPE[0]} x {SHAPE[1]} float32, one thread, CPU time; numpy.copyto takes {copy_ms:.1f} ms",
         ("library", "operation", "format", *compared, "times copyto"),
         whole_arrays(weight, copy_ms),
+    )
+    record.table(
+        "Dequantize nf4/64:float32 into a new array, one thread, CPU time; memory from the pool or from the system",
+        ("library", "pool, ms", "system, ms", "times faster"),
+        new_results(weight),
     )
     record.table(
         "nf4/64:float32 by dtype, one thread, CPU time",

@@ -234,17 +234,19 @@ def _add_low_rank_fake(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, sca
 
 
 def _check_factors(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    given = {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B}
-    for name, tensor in given.items():
-        _name_of(tensor.dtype, name)
-    if not x.device == y.device == lora_A.device == lora_B.device:
-        devices = dict.fromkeys(str(tensor.device) for tensor in given.values())
-        raise MixedArraysError(f"y, x and the factors must be on one device, got {' and '.join(devices)}. Move some.")
-    if y.dtype != x.dtype:
+    """Refuse rows and factors that do not fit. Every call runs the three comparisons; messages are worded where one fails."""
+    dtype, device = x.dtype, x.device
+    if not (dtype == y.dtype and {dtype, lora_A.dtype, lora_B.dtype} <= _FLOATS.keys()):
+        for name, tensor in {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B}.items():
+            _name_of(tensor.dtype, name)
         raise InvalidArgumentError(f"y and x must have one dtype, got {y.dtype} and {x.dtype}.")
-    sides = y.shape[-1:] + x.shape[-1:] + lora_A.shape[:1]
-    if y.shape[:-1] != x.shape[:-1] or sides != lora_B.shape[:1] + lora_A.shape[1:] + lora_B.shape[1:]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given.values())
+    if not device == y.device == lora_A.device == lora_B.device:
+        devices = dict.fromkeys(str(tensor.device) for tensor in (y, x, lora_A, lora_B))
+        raise MixedArraysError(f"y, x and the factors must be on one device, got {' and '.join(devices)}. Move some.")
+    of_x, of_y, of_a, of_b = x.shape, y.shape, lora_A.shape, lora_B.shape
+    fit = of_x[:-1] == of_y[:-1] and of_a[1:] == of_x[-1:] and of_b == of_y[-1:] + of_a[:1]
+    if not (of_x and fit):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (y, x, lora_A, lora_B))
         raise InvalidArgumentError(f"y, x, lora_A and lora_B must have shapes that fit, got {shapes}.")
 
 

@@ -107,8 +107,7 @@ class LQLinear(nn.Module):
         kind = x.device.type
         if is_autocast(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        y: torch.Tensor = torch.ops.lqlora.matmul(x, *self.weight.operands)
-        y = torch.ops.lqlora.add_low_rank(y, x, self.lora_A, self.lora_B, self.scaling)
+        y: torch.Tensor = torch.ops.lqlora.linear(x, *self.weight.operands, self.lora_A, self.lora_B, self.scaling)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Torch operators ``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.add_low_rank``.
+"""Torch operators ``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.linear``.
 
 Each operator is one node of a graph, so a compiler does not trace its inside. Importing :mod:`lqlora.nn` registers them.
 They run :func:`lqlora.quantize` and the functions like it, which choose the fastest implementation for their arrays.
@@ -48,7 +48,8 @@ for _schema in (
     "quantize(Tensor w, str fmt, str? codebook=None, *, str fit='absmax', int batch_dims=0) -> Tensor[]",
     "dequantize(Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, ScalarType dtype=float) -> Tensor",
     "matmul(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, bool adjoint=False) -> Tensor",
-    "add_low_rank(Tensor y, Tensor x, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
+    "linear(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook, Tensor lora_A, Tensor lora_B, "
+    "float scaling) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -215,52 +216,81 @@ def _matmul_autograd(
     return y
 
 
-def _add_low_rank(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    _check_factors(y, x, lora_A, lora_B)
+def _linear(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
+    q = from_operands(weight, fmt, shape, codebook)
+    _check_rows(x, weight, shape, adjoint=False)
+    _check_factors(x, shape, lora_A, lora_B)
     with _as_given(x):
-        if x.dtype == lora_A.dtype == lora_B.dtype and x.dtype in _WIDE and x.device.type == "cpu":
-            return _added(y.contiguous(), x, lora_A, lora_B, scaling)  # the same as the operation, without a dispatch
-        total: Tensor = ops.add_low_rank(y.contiguous(), x.contiguous(), lora_A, lora_B, scaling)
+        y = multiply(x, q)
+        if x.dtype == lora_A.dtype == lora_B.dtype and x.dtype in _WIDE and x.is_cpu:
+            return _added(y, x, lora_A, lora_B, scaling)  # the same as the operation, without a dispatch
+        total: Tensor = ops.add_low_rank(y, x.contiguous(), lora_A, lora_B, scaling)
     return total
 
 
 def _added(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, scaling: float) -> Tensor:
-    return y + functional.linear(functional.linear(x, inner), outer) * scaling
+    return torch.add(y, functional.linear(functional.linear(x, inner), outer), alpha=scaling)
 
 
-def _add_low_rank_fake(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:  # noqa: ARG001
-    _check_factors(y, x, lora_A, lora_B)
-    return y.new_empty(y.shape)
+def _linear_fake(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,  # noqa: ARG001 - changes no shape
+) -> Tensor:
+    y = _matmul_fake(x, weight, fmt, shape, codebook)
+    _check_factors(x, shape, lora_A, lora_B)
+    return y
 
 
-def _check_factors(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Refuse rows and factors that do not fit. Every call runs the three comparisons; messages are worded where one fails."""
-    dtype, device = x.dtype, x.device
-    if not (dtype == y.dtype and {dtype, lora_A.dtype, lora_B.dtype} <= _FLOATS.keys()):
-        for name, tensor in {"y": y, "x": x, "lora_A": lora_A, "lora_B": lora_B}.items():
-            _name_of(tensor.dtype, name)
-        raise InvalidArgumentError(f"y and x must have one dtype, got {y.dtype} and {x.dtype}.")
-    if not device == y.device == lora_A.device == lora_B.device:
-        devices = dict.fromkeys(str(tensor.device) for tensor in (y, x, lora_A, lora_B))
-        raise MixedArraysError(f"y, x and the factors must be on one device, got {' and '.join(devices)}. Move some.")
-    of_x, of_y, of_a, of_b = x.shape, y.shape, lora_A.shape, lora_B.shape
-    fit = of_x[:-1] == of_y[:-1] and of_a[1:] == of_x[-1:] and of_b == of_y[-1:] + of_a[:1]
-    if not (of_x and fit):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (y, x, lora_A, lora_B))
-        raise InvalidArgumentError(f"y, x, lora_A and lora_B must have shapes that fit, got {shapes}.")
+def _check_factors(x: Tensor, shape: Sequence[int], lora_A: Tensor, lora_B: Tensor) -> None:
+    """Refuse factors that do not fit. Every call makes these comparisons; messages are worded where one fails."""
+    of_a, of_b = lora_A.shape, lora_B.shape
+    if len(of_a) != 2 or of_a[1] != shape[1] or of_b != (shape[0], of_a[0]):
+        expected, found = f"({shape[0]}, rank) and (rank, {shape[1]})", f"{tuple(of_b)} and {tuple(of_a)}"
+        raise InvalidArgumentError(f"lora_B and lora_A must have shapes {expected}, got {found}.")
+    if lora_A.dtype not in _FLOATS or lora_B.dtype not in _FLOATS:
+        _name_of(lora_A.dtype, "lora_A")
+        _name_of(lora_B.dtype, "lora_B")
+    if not x.device == lora_A.device == lora_B.device:
+        devices = dict.fromkeys(str(tensor.device) for tensor in (x, lora_A, lora_B))
+        raise MixedArraysError(f"x, lora_A and lora_B must be on one device, got {' and '.join(devices)}. Move some.")
 
 
-def _add_low_rank_autograd(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def _linear_autograd(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor:
     """Use torch's own products where there is a gradient: they save fewer tensors than a function of ours would."""
-    given = y, x, lora_A, lora_B
+    given = x, lora_A, lora_B
     if (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
         unpack_dual(t).tangent is not None for t in given
     ):
-        _check_factors(y, x, lora_A, lora_B)
+        y = _matmul_autograd(x, weight, fmt, shape, codebook)
+        _check_factors(x, shape, lora_A, lora_B)
         inner, outer = lora_A.to(x.dtype), lora_B.to(x.dtype)
         with _as_given(x):
             return _added(y, x, inner, outer, scaling)
-    total: Tensor = _below_autograd(torch.ops.lqlora.add_low_rank, *given, scaling)
+    total: Tensor = _below_autograd(torch.ops.lqlora.linear, x, weight, fmt, shape, codebook, lora_A, lora_B, scaling)
     return total
 
 
@@ -277,7 +307,7 @@ for _name, _kernel, _fake, _autograd in (
     ("quantize", _quantize, _quantize_fake, _without_gradient(torch.ops.lqlora.quantize)),
     ("dequantize", _dequantize, _dequantize_fake, _without_gradient(torch.ops.lqlora.dequantize)),
     ("matmul", _matmul, _matmul_fake, _matmul_autograd),
-    ("add_low_rank", _add_low_rank, _add_low_rank_fake, _add_low_rank_autograd),
+    ("linear", _linear, _linear_fake, _linear_autograd),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     _library.impl(_name, _autograd, "Autograd")

@@ -121,10 +121,11 @@ class TestOperators:
         torch.library.opcheck(torch.ops.lqlora.quantize.default, (_random(OUT, IN).to("cuda"), spelled, codebook))
 
     @pytest.mark.parametrize("grad", [False, True])
-    def test_add_low_rank(self, grad):
-        shapes = ((3, OUT), (3, IN), (RANK, IN), (OUT, RANK))
-        tensors = [_random(*shape, seed=i).to("cuda").requires_grad_(grad) for i, shape in enumerate(shapes)]
-        torch.library.opcheck(torch.ops.lqlora.add_low_rank.default, (*tensors, 0.5))
+    def test_linear(self, grad):
+        shapes = ((3, IN), (RANK, IN), (OUT, RANK))
+        x, *factors = (_random(*shape, seed=i).to("cuda").requires_grad_(grad) for i, shape in enumerate(shapes))
+        weight = operands(_quantized("nested").to(torch, "cuda"))
+        torch.library.opcheck(torch.ops.lqlora.linear.default, (x, *weight, *factors, 0.5))
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")

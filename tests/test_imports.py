@@ -1,12 +1,18 @@
-"""What ``import lqlora`` does not import. A fresh interpreter each time: this one has imported everything."""
+"""Optional packages that ``import lqlora`` does not import, and names of modules that functions do not take.
+
+Imports are watched in a fresh interpreter, because this one has imported everything.
+"""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import lqlora
 from lqlora._optional import is_installed
 from tests.requirements import require_or_skip
 
@@ -48,3 +54,16 @@ lq.backends.available()
 def test_the_bridge_to_torch_is_imported_at_first_use():
     require_or_skip("torch", is_installed("torch"))
     assert "torch" in imported_by("import lqlora; lqlora.nn")
+
+
+def test_no_function_shadows_the_module_of_its_name():
+    """``from lqlora.room import name`` must return the module where ``lqlora/room/name.py`` is a file."""
+    root = Path(lqlora.__file__).parent
+    shadowed = []
+    for init in root.rglob("__init__.py"):
+        package = ".".join(("lqlora", *init.parent.relative_to(root).parts))
+        for node in ast.walk(ast.parse(init.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module != package:
+                names = [alias.asname or alias.name for alias in node.names]
+                shadowed += [f"{package}.{name}" for name in names if (init.parent / f"{name}.py").exists()]
+    assert shadowed == []

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
-from lqlora.nn.operands import check_tensors, from_operands, read_format, stored_tensors
+from lqlora.nn.operator_arguments import check_tensors, from_operands, read_format, stored_tensors
 from lqlora.quantized import dequantize, quantize
 from lqlora.quantized.quantization import multiply
 
@@ -48,8 +48,8 @@ for _schema in (
     "quantize(Tensor w, str fmt, str? codebook=None, *, str fit='absmax', int batch_dims=0) -> Tensor[]",
     "dequantize(Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, ScalarType dtype=float) -> Tensor",
     "matmul(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, bool adjoint=False) -> Tensor",
-    "linear(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook, Tensor lora_A, Tensor lora_B, "
-    "float scaling) -> Tensor",
+    ("linear(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook, Tensor lora_A, Tensor lora_B, float scaling)"
+     " -> Tensor"),
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 

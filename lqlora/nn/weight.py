@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from lqlora.nn.operands import Operands, spell_codebook
+from lqlora.nn.operator_arguments import Operands, spell_codebook
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from lqlora.codebooks import Codebook, is_standard
+from lqlora.codebooks import codebook_from_text, codebook_to_text
 from lqlora.errors import FormatError, InvalidArgumentError, MixedArraysError
 from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized.array import nest
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["Operands", "check_tensors", "from_operands", "operands", "read_format", "spell_codebook", "stored_tensors"]
+__all__ = ["Operands", "check_tensors", "from_operands", "operands", "read_format", "stored_tensors"]
 
 #: Dtype and shape of each stored tensor, by name and in order.
 Stored: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -80,7 +80,7 @@ def operands(quantized: QuantizedArray) -> Operands:
     arrays = list(quantized.to_arrays().values())
     if not all(isinstance(array, torch.Tensor) for array in arrays):
         raise MixedArraysError("quantized must hold torch tensors. Pass quantized.to(torch).")
-    return Operands(arrays, str(quantized.format), tuple(quantized.shape), spell_codebook(quantized.format))
+    return Operands(arrays, str(quantized.format), tuple(quantized.shape), codebook_to_text(quantized.format.codebook))
 
 
 def from_operands(
@@ -197,14 +197,14 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
 
 @functools.lru_cache(maxsize=1024)
 def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
-    """Return the format of its spelling and of the spelling of its codebook.
+    """Return the format that a spelling stands for, with the codebook of a text if there is one.
 
     Parameters
     ----------
     fmt : str
         Spelling of the format.
     codebook : str, optional
-        Spelling of the codebook, as :func:`spell_codebook` returns it.
+        Text of the codebook, as :func:`lqlora.codebooks.codebook_to_text` returns it.
 
     Returns
     -------
@@ -214,32 +214,6 @@ def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
     Raises
     ------
     FormatError
-        If one of the two does not spell what it should.
+        If ``fmt`` does not spell a format, or ``codebook`` is not the text of a codebook.
     """
-    if codebook is None:
-        return BlockFormat.parse(fmt)
-    normalization, *levels = codebook.split() or [""]
-    try:
-        own = Codebook([float(level) for level in levels], codebook_name(fmt), normalization)  # type: ignore[arg-type]
-    except ValueError as error:  # of float() or of the codebook
-        raise FormatError(
-            f"codebook must be spelled like 'absmax -1.0 0.0 1.0', got {codebook[:80]!r}: {error}"
-        ) from None
-    return BlockFormat.parse(fmt, own)
-
-
-def spell_codebook(fmt: BlockFormat) -> str | None:
-    """Return normalization and levels of a codebook as text; None if the name in the format is enough to know it.
-
-    Parameters
-    ----------
-    fmt : BlockFormat
-        The format.
-
-    Returns
-    -------
-    str or None
-        Such as ``"absmax -1.0 0.0 1.0"``.
-    """
-    book = fmt.codebook
-    return None if is_standard(book) else " ".join([book.normalization, *map(repr, book.levels.tolist())])
+    return BlockFormat.parse(fmt, codebook_from_text(codebook_name(fmt), codebook))

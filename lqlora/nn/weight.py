@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from lqlora.nn.operands import Operands, spell_codebook
+from lqlora.codebooks import codebook_to_text
+from lqlora.nn.operands import Operands
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class QuantizedWeight(nn.Module):
         here = quantized.to(torch)  # which shares memory where it can: buffers are copies
         self.format = here.format
         self.shape = torch.Size(here.shape)
-        self._spelling = str(here.format), tuple(here.shape), spell_codebook(here.format)
+        self._spelling = str(here.format), tuple(here.shape), codebook_to_text(here.format.codebook)
         self.register_buffer("codes", here.packed.clone())
         if isinstance(here.scales, QuantizedArray):
             self.scales = QuantizedWeight(here.scales)

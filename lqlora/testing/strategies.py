@@ -61,7 +61,8 @@ ALL_CODEBOOKS = (
     ),
 )  # fmt: skip
 
-#: Range of bits by the codebook of the scales; offsets by codebook and by whether scales have a sign.
+#: Range of bits by the codebook of the scales; offsets by codebook and by whether scales have a sign. Differences
+#: from a mean have both signs, which "uint" and "log" cannot hold. An offset may change the sign of small scales.
 _SCALE_BITS = {"uint": (1, 8), "int": (2, 8), "dynamic": (8, 8), "log": (3, 8)}
 _SCALE_OFFSETS = {
     ("uint", False): ["min", "none"], ("log", False): ["min", "none"],
@@ -171,6 +172,7 @@ def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> Se
     >>> find(hard_floats(), lambda x: 0 < x < 1.2e-38) < 1.2e-38
     True
     """
+    # st.floats(width=32) refuses limits that float32 does not hold, so the limit is rounded toward zero.
     bound = float(np.float32(largest))
     if bound > largest:  # float32 rounded the limit up
         bound = float(np.nextafter(np.float32(largest), np.float32(0)))
@@ -208,6 +210,8 @@ def weights(
     dimensions = draw(shapes() if shape is None else shape)
     seed = draw(st.integers(0, 2**16))
     size = draw(st.integers(-126, 120))
+    # Standard normal numbers are below 2**3 in magnitude, so the noise stays below 2**123. It is clipped before the
+    # conversion at the end, where a narrower dtype would otherwise turn it into infinity.
     noise = np.random.default_rng(seed).standard_normal(dimensions) * 2.0**size
     array = np.atleast_1d(np.clip(noise, -largest, largest)).reshape(-1)
     if array.size:
@@ -258,6 +262,8 @@ def block_weights(
 
 
 def _one_block(draw: DrawFn, count: int, smallest: float, largest: float) -> npt.NDArray[np.float32]:
+    # Blocks are built with an absmax of exactly 1 and scaled at the end. In a block of a few weights the products
+    # (k / 1024) * (m / 1024) have at most 22 bits, so float32 holds them exactly, and w / absmax is k / 1024 again.
     if draw(st.booleans()):
         noise = np.random.default_rng(draw(st.integers(0, 2**16))).standard_normal(count)
         block = np.clip(noise / 3, -1, 1)
@@ -297,6 +303,8 @@ def ties(draw: DrawFn, codebook: Codebook) -> npt.NDArray[np.float32]:
     >>> sorted(find(ties(uniform(2)), lambda w: w[0] == 4).tolist())
     [-2.0, 2.0, 4.0]
     """
+    # Products with a power of two are exact, so dividing by the scale gives the boundaries back bit for bit. Another
+    # scale would round some products, and what is rounded need not be a tie.
     scale = np.float32(2.0 ** draw(st.integers(-60, 60)))
     boundaries = draw(st.permutations(codebook.boundaries.tolist()))
     return np.array([1.0, *boundaries], dtype=np.float32) * scale

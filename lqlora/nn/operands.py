@@ -147,7 +147,7 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
     Raises
     ------
     InvalidArgumentError
-        If the array does not have the dimensions or the axis.
+        If the shape has fewer than ``batch_dims`` dimensions, or lacks the axis of the format.
     """
     if not 0 <= batch_dims <= len(shape):
         raise InvalidArgumentError(
@@ -159,7 +159,9 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
 
 @functools.lru_cache(maxsize=4096)
 def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_dims: int) -> tuple[BlockFormat, Stored]:
-    """Return the format and the stored tensors that the words of operands stand for, planned once."""
+    """Return the format and the stored tensors that operands describe. Each description is worked out once."""
+    # The keys of the cache must be integers. Shapes of a tracing compiler are symbols, which stand for one graph only, so
+    # fake implementations call read_format and stored_tensors themselves.
     known = read_format(fmt, codebook)
     return known, stored_tensors(known, shape, batch_dims)
 
@@ -179,13 +181,15 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
     Raises
     ------
     FormatError
-        If the number of tensors, a dtype or a shape is another.
+        If the number of tensors, a dtype or a shape differs from that of the format.
     MixedArraysError
         If the tensors are on two devices.
     """
     if len(tensors) != len(expected):
         wanted = f"{len(expected)} tensors of format {fmt} ({', '.join(expected)})"
         raise FormatError(f"weight must be {wanted}, got {len(tensors)}.")
+    # Kernels take sizes from the format and the shape, never from the tensors: a tensor that is too short would be read
+    # beyond its end.
     device = tensors[0].device
     for (name, (dtype, shape)), tensor in zip(expected.items(), tensors, strict=True):
         if tensor.dtype != dtype or tensor.shape != shape:

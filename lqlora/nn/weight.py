@@ -37,7 +37,9 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__()
-        here = quantized.to(torch)  # which shares memory where it can: buffers are copies
+        # to() shares memory where it can. Buffers are cloned, because load_state_dict writes into them in place and would
+        # otherwise change the caller's array.
+        here = quantized.to(torch)
         self.format = here.format
         self.shape = torch.Size(here.shape)
         self._spelling = str(here.format), tuple(here.shape), codebook_to_text(here.format.codebook)
@@ -103,6 +105,8 @@ class QuantizedWeight(nn.Module):
         return cast("torch.Tensor", torch.ops.lqlora.dequantize(*self.operands, dtype=dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedWeight:  # noqa: FBT001, FBT002 - torch's signature
+        # half(), float() and to(dtype) convert floating-point buffers, and scales in another dtype are another format. The
+        # result of fn was rounded already if its dtype differs, so the original is moved instead.
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

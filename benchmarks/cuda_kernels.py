@@ -2,8 +2,8 @@
 
 Run by hand: ``python benchmarks/cuda_kernels.py [--record]``. Without CuPy or a device it says so, in one sentence.
 
-The device is given something to wait for before the first of a few calls: what is measured by its own clock is then only
-its own work, not that of the host. Arrays are larger than the cache of the device, or taken in turns.
+The device waits before the first of a few calls, until the host has issued them all. Its own clock then measures its work
+alone, without that of the host. Arrays are larger than the cache of the device, or used in turns.
 """
 
 import functools
@@ -33,13 +33,13 @@ class Timer:
         self._ticks = 10_000_000
 
     def device(self, *functions):
-        """Time functions in turns; they are given as many, so that nothing they read is in a cache."""
+        """Return the time of one function. Several of them take turns, so that their input is not in a cache."""
         for function in functions:
             function()
         return statistics.median(self._one(functions) for _ in range(REPEATS))
 
     def _one(self, functions):
-        """Return the time of one call; a host that was too slow for that gets twice the time, a few times."""
+        """Return the time of one call. If the host was too slow, measure again with twice the waiting time, a few times."""
         for _ in range(6):
             events = self._cupy.cuda.Event(), self._cupy.cuda.Event()
             self._cupy.cuda.Device().synchronize()
@@ -136,7 +136,7 @@ def dense_us(timer, dtype, inputs, side):
 
 
 def low_rank_parts(timer):
-    """Yield rows: the low-rank part of a few rows of inputs, added; and by the two products of torch.addmm and torch.mm."""
+    """Yield rows: the low-rank part of a few rows of inputs, added; and the same by torch.mm and torch.addmm."""
     torch, side = importlib.import_module("torch"), 4096
     for dtype in ("float16", "float32"):
         for rank in (8, 64):
@@ -175,7 +175,7 @@ def dense_layer(torch, weight, lora_A, lora_B, x):
 
 
 def graph_of(torch, functions, x):
-    """Return what runs all functions from a graph."""
+    """Return a function that runs all functions from one CUDA graph."""
     with torch.cuda.stream(torch.cuda.Stream()):
         for function in functions:
             function(x)
@@ -187,7 +187,7 @@ def graph_of(torch, functions, x):
 
 
 def calls(cupy, timer):
-    """Yield rows: whole calls on arrays of either library, and what they take of the host."""
+    """Yield rows: whole calls on arrays of either library, and the host time they take."""
     torch = importlib.import_module("torch")
     w = cupy.random.standard_normal((4096, 4096), dtype="float32")
     for library, array in (("CuPy", w), ("torch", torch.from_dlpack(w))):
@@ -204,7 +204,7 @@ def calls(cupy, timer):
 
 
 def fits(cupy, timer):
-    """Yield rows: what fits spend their time on, for as many blocks as a 4096 x 4096 weight has."""
+    """Yield rows: the parts of a fit and their times, for the blocks of a 4096 x 4096 weight."""
     rows = 4096 * 4096 // BLOCK
     entries = cupy.random.standard_normal((rows, BLOCK), dtype="float32")
     entries /= cupy.abs(entries).max(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What dispatch costs: a call of an operation, less a call of the override that it picks; and what every function asks.
+"""Cost of dispatch: a call of an operation minus a call of the override it picks, and the checks of every function.
 
 Run by ``scripts/bench`` on one thread. The override does nothing, and its record asks for everything a record can.
 Prints medians of CPU time in microseconds.

@@ -1,4 +1,4 @@
-"""What an operator of torch adds to the function that runs inside, as it is registered and as ``custom_op`` would be.
+"""Overhead of the torch operators over the functions they run: as registered, and as ``custom_op`` would register them.
 
 Run by ``scripts/bench`` on one thread. Prints microseconds of CPU time per call, least of 15 runs, for a row times a
 matrix so small that little else takes time.

@@ -97,10 +97,10 @@ def products(weight):
 
 
 def threads(weight):
-    """Yield rows of ours, and of reading and writing as much memory: no number of threads is faster than that."""
+    """Yield rows of this library, and of reading and of writing as much memory, which no number of threads can beat."""
     target = np.zeros_like(weight)
     pools = {count: ThreadPoolExecutor(count) for count in (1, 2)}
-    # More of them than threads: one half for each would stay in the cache of the core that had it the last time.
+    # More parts than threads: with one part each, a part would stay in the cache of the core that had it the last time.
     parts = [np.split(array, 16) for array in (weight, target)]
     calls = {
         "only read (numpy.max)": lambda count: list(pools[count].map(np.max, parts[0])),

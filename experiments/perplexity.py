@@ -66,7 +66,7 @@ def fisher(layer):
     return Elementwise(layer.fisher)
 
 
-#: What needs gradients of the loss.
+#: Pattern of the names of norms that need gradients of the loss.
 GRADIENTS = re.compile("Fisher|Kronecker")
 
 

@@ -81,7 +81,7 @@ def token_sequences(tokenizer, text, calibration_text):
 
 
 def collected(kind, collect, sequences, cache):
-    """Return arrays by layer, from a file if they were collected from the same tokens before; equal ones are shared."""
+    """Return arrays by layer, from a file if they were collected from the same tokens before; equal arrays are shared."""
     digest = hashlib.sha256(sequences.numpy().tobytes()).hexdigest()[:16]
     path = cache / f"{kind}-{digest}.npz" if cache else None
     if path is not None and path.exists():
@@ -99,7 +99,7 @@ def collected(kind, collect, sequences, cache):
 
 
 def known_layers(model, sequences, cache, gradients):
-    """Return the layers with second moments, and what gradients say if they are asked for."""
+    """Return the layers with second moments of inputs, and with statistics of gradients if they are asked for."""
 
     def grams(sequences):
         return lq.nn.collect_gram(model, sequences.split(4))

@@ -62,7 +62,7 @@ def test_no_function_shadows_the_module_of_its_name():
     shadowed = []
     for init in root.rglob("__init__.py"):
         package = ".".join(("lqlora", *init.parent.relative_to(root).parts))
-        for node in ast.walk(ast.parse(init.read_text())):
+        for node in ast.parse(init.read_text()).body:
             if isinstance(node, ast.ImportFrom) and node.module != package:
                 names = [alias.asname or alias.name for alias in node.names]
                 shadowed += [f"{package}.{name}" for name in names if (init.parent / f"{name}.py").exists()]

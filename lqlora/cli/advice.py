@@ -72,6 +72,8 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     first, *rest = re.split(r"(?<=[.!?]) (?=[A-Z])", message)
     sentences = [first, *(sentence for sentence in rest if _is_for_options(sentence, options))]
     message = _KEYWORD.sub(lambda found: _option(found, options), " ".join(sentences))
+    # A name with an underscore cannot be an English word. Others, such as "rank" or "force", can: they are replaced at the
+    # beginning only. An option begins with a dash, so no later turn of the loop changes what an earlier one has put in.
     for name, option in options.items():
         pattern = rf"(?<![\w./'\"-]){name}(?![\w/'\"-]|\.\w)" if "_" in name else rf"\A{name}\b"
         message = re.sub(pattern, option, message)

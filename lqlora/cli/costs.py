@@ -56,7 +56,8 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
         If an input is missing or invalid. The table is not written then; rows in the store are kept.
     """
     if (model is None) == (not packaged):
-        raise InvalidArgumentError("Give either a model file or folder, or --packaged.")
+        found = "neither" if model is None else "both"
+        raise InvalidArgumentError(f"model must be a file or folder, or --packaged instead of it, got {found}.")
     check_outputs([output], force=force)
     formats, ranks = parse_formats(options.formats), parse_integers(options.ranks, "--ranks")
     patterns = {"include": options.include, "exclude": options.exclude}

@@ -75,7 +75,9 @@ def parse_pattern(text: str) -> Pattern:
     try:
         return re.compile(text.removeprefix("re:"))
     except re.error as error:
-        raise InvalidArgumentError(f"{text!r} is not a regular expression after 're:': {error}.") from None
+        raise InvalidArgumentError(
+            f"pattern must be a regular expression after 're:', got {text!r}: {error}."
+        ) from None
 
 
 def parse_pairs(texts: Iterable[str], option: str) -> dict[Pattern, str]:

@@ -103,7 +103,8 @@ def _budget(options: PlanOptions) -> dict[str, Any]:
     }
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
-        raise InvalidArgumentError("Give exactly one of --bits, --bytes and --max-error.")
+        options_given = " and ".join(given) or "none"
+        raise InvalidArgumentError(f"budget must be one of --bits, --bytes and --max-error, got {options_given}.")
     return given
 
 

@@ -241,6 +241,4 @@ def codebook_from_text(name: str, text: str | None) -> Codebook | None:
     try:
         return Codebook([float(level) for level in levels], name, normalization)  # type: ignore[arg-type]
     except ValueError as error:  # of float() or of the codebook
-        raise FormatError(
-            f"{text[:80]!r} spells no codebook, expected text such as 'absmax -1.0 0.0 1.0': {error}"
-        ) from None
+        raise FormatError(f"codebook must be spelled like 'absmax -1.0 0.0 1.0', got {text[:80]!r}: {error}") from None

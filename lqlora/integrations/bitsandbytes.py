@@ -43,6 +43,8 @@ __all__ = ["BitsandbytesWeight", "find_bitsandbytes", "from_bitsandbytes", "to_b
 
 _BLOCK_SIZES = tuple(2**power for power in range(5, 13))
 _DTYPES = ("float32", "float16", "bfloat16")
+#: Scales of double quantization: bitsandbytes subtracts the mean of all absmax values, then stores the differences as
+#: codes of its signed dynamic map in blocks of 256. The mean is the offset of ``d8``.
 _NESTED = "d8/256:float32"
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -211,6 +213,7 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
         arrays |= {f"{name}.absmax": stored["scales.codes"], f"{name}.nested_absmax": stored["scales.scales"]}
         tables["nested_quant_map"] = q.format.scales.format.codebook.levels
         state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+        # A float64, which holds each float32, is written with the digits that restore it: no bit of the offset is lost.
         state["nested_offset"] = float(stored["scales.offset"][0])
     else:
         arrays[f"{name}.absmax"] = stored["scales"]
@@ -346,6 +349,7 @@ def _bytes_between(order: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     The two codes of a byte swap their halves, and each code ``c`` becomes the index ``i`` with ``order[i] == c``. The
     inverse table is the ``argsort`` of this one, because it is a permutation of the 256 bytes.
     """
+    # Codes c0, c1 of two neighboring weights are the byte  c0 << 4 | c1  there, and  i0 | i1 << 4  here.
     index = np.argsort(order)
     first, second = np.divmod(np.arange(256), 16)
     return (index[first] | index[second] << 4).astype(np.uint8)
@@ -357,6 +361,8 @@ def _recode(packed: Array, table: npt.NDArray[Any]) -> Array:
 
 
 def _codes_from(weight: Array, kind: str, count: int, name: str) -> Array:
+    # bitsandbytes pads an odd number of weights with a zero, whose code fills the low half of the last byte. Here unused
+    # bits are 0. Another filling could not be restored by to_bitsandbytes, so it is refused.
     xp = namespace(weight)
     if count % 2 and int(weight[-1, 0]) & 15 != _ZERO[kind]:
         raise FormatError(f"The unused half of the last byte of {name!r} is not the code of zero.")

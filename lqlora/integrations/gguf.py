@@ -102,6 +102,9 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     except KeyError as error:
         raise CheckpointError(f"{path} lacks the entry {error}.") from error
     state = {_torch_name(name): torch.from_numpy(_read(path, name)) for name in tensors}
+    # On the meta device no time is spent on random weights. to_empty() then leaves all memory undefined: assign=True puts
+    # the tensors of the file in place of the parameters, and the rotary buffers, which no file holds, are computed.
+    # Assigning also separates tied parameters, so ties are made afterwards.
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     model.to_empty(device="cpu")
@@ -158,7 +161,9 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return _open_as_of(path, state.st_mtime_ns, state.st_size)
 
 
-@functools.lru_cache(maxsize=1)  # reading the header takes longer than reading a matrix
+# Reading the header takes longer than reading a matrix. Time and size are keys, so that a file that was replaced is read
+# again. Only one file is kept, because its tensors keep the memory map open.
+@functools.lru_cache(maxsize=1)
 def _open_as_of(path: Path, time: int, size: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - keys of the cache
     gguf = require("gguf", "demo", "Reading GGUF files")
     try:
@@ -173,6 +178,10 @@ def _open_as_of(path: Path, time: int, size: int) -> tuple[dict[str, Any], dict[
 
 def _read(path: Path, name: str) -> npt.NDArray[np.float32]:
     """Read and dequantize one tensor, with its rows in the order of transformers."""
+    # Tensors are decoded by gguf, not taken over as codes and scales, because the layouts differ. Q4_0, for instance, has
+    # 18 bytes for 32 weights: a float16 scale, then 16 bytes whose low halves are weights 0 to 15 and whose high halves
+    # are weights 16 to 31. Here two neighbors share a byte, and scales are an array of their own. Q4_0 decodes to
+    # scale * (code - 8): its zero is in the middle of the codes, and 8 is the same for all blocks.
     gguf = require("gguf", "demo", "Reading GGUF files")
     fields, tensors = _open(path)
     try:
@@ -189,6 +198,7 @@ def _value(field: Any) -> Any:
 
 
 def _config(transformers: Any, fields: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    # GGUF lists the sides of a tensor from the innermost to the outermost: the embedding is (hidden size, vocabulary).
     heads = fields["llama.attention.head_count"]
     return transformers.LlamaConfig(
         vocab_size=int(tensors["token_embd.weight"].shape[1]),

@@ -62,6 +62,9 @@ class LQLinear(nn.Module):
         self.out_features, self.in_features = rows, columns
         self.scaling = scaling
         self.weight = QuantizedWeight(quantized)
+        # Copies, in float32: an optimizer changes parameters in place, and a decomposition must keep its factors. Small steps
+        # would vanish in a half precision, so the factors stay float32 under autocast; the operator rounds them in each call.
+        # The bias is frozen, so it may share the memory of the given one.
         self.lora_A = nn.Parameter(ops.convert(lora_A, torch).to(torch.float32, copy=True))
         self.lora_B = nn.Parameter(ops.convert(lora_B, torch).to(torch.float32, copy=True))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

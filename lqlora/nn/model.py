@@ -204,6 +204,7 @@ def quantize_model(
     # All layers are decomposed before the first one is replaced, so that an error leaves the model as it was.
     found = map_matrices(functools.partial(_decompose_one, options=options), items, executor, progress)
     decompositions = dict(zip(linears, found, strict=True))
+    # Frozen before the layers are replaced: factors are created afterwards, as parameters that require gradients.
     model.requires_grad_(requires_grad=False)
     for name, decomposition in decompositions.items():
         replace_module(model, linears[name], LQLinear.from_decomposition(decomposition, linears[name].bias))

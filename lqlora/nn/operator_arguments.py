@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from lqlora.codebooks import Codebook, is_standard
+from lqlora.codebooks import codebook_from_text, codebook_to_text
 from lqlora.errors import FormatError, InvalidArgumentError, MixedArraysError
 from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized.array import nest
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["Operands", "check_tensors", "from_operands", "operands", "read_format", "spell_codebook", "stored_tensors"]
+__all__ = ["Operands", "check_tensors", "from_operands", "operands", "read_format", "stored_tensors"]
 
 #: Dtype and shape of each stored tensor, by name and in order.
 Stored: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -80,7 +80,7 @@ def operands(quantized: QuantizedArray) -> Operands:
     arrays = list(quantized.to_arrays().values())
     if not all(isinstance(array, torch.Tensor) for array in arrays):
         raise MixedArraysError("quantized must hold torch tensors. Pass quantized.to(torch).")
-    return Operands(arrays, str(quantized.format), tuple(quantized.shape), spell_codebook(quantized.format))
+    return Operands(arrays, str(quantized.format), tuple(quantized.shape), codebook_to_text(quantized.format.codebook))
 
 
 def from_operands(
@@ -147,7 +147,7 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
     Raises
     ------
     InvalidArgumentError
-        If the array does not have the dimensions or the axis.
+        If the shape has fewer than ``batch_dims`` dimensions, or lacks the axis of the format.
     """
     if not 0 <= batch_dims <= len(shape):
         raise InvalidArgumentError(
@@ -159,7 +159,9 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
 
 @functools.lru_cache(maxsize=4096)
 def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_dims: int) -> tuple[BlockFormat, Stored]:
-    """Return the format and the stored tensors that the words of operands stand for, planned once."""
+    """Return the format and the stored tensors that operands describe. Each description is worked out once."""
+    # The keys of the cache must be integers. Shapes of a tracing compiler are symbols, which stand for one graph only, so
+    # fake implementations call read_format and stored_tensors themselves.
     known = read_format(fmt, codebook)
     return known, stored_tensors(known, shape, batch_dims)
 
@@ -179,13 +181,15 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
     Raises
     ------
     FormatError
-        If the number of tensors, a dtype or a shape is another.
+        If the number of tensors, a dtype or a shape differs from that of the format.
     MixedArraysError
         If the tensors are on two devices.
     """
     if len(tensors) != len(expected):
         wanted = f"{len(expected)} tensors of format {fmt} ({', '.join(expected)})"
         raise FormatError(f"weight must be {wanted}, got {len(tensors)}.")
+    # Kernels take sizes from the format and the shape, never from the tensors: a tensor that is too short would be read
+    # beyond its end.
     device = tensors[0].device
     for (name, (dtype, shape)), tensor in zip(expected.items(), tensors, strict=True):
         if tensor.dtype != dtype or tensor.shape != shape:
@@ -197,14 +201,14 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
 
 @functools.lru_cache(maxsize=1024)
 def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
-    """Return the format of its spelling and of the spelling of its codebook.
+    """Return the format that a spelling stands for, with the codebook of a text if there is one.
 
     Parameters
     ----------
     fmt : str
         Spelling of the format.
     codebook : str, optional
-        Spelling of the codebook, as :func:`spell_codebook` returns it.
+        Text of the codebook, as :func:`lqlora.codebooks.codebook_to_text` returns it.
 
     Returns
     -------
@@ -214,32 +218,6 @@ def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
     Raises
     ------
     FormatError
-        If one of the two does not spell what it should.
+        If ``fmt`` does not spell a format, or ``codebook`` is not the text of a codebook.
     """
-    if codebook is None:
-        return BlockFormat.parse(fmt)
-    normalization, *levels = codebook.split() or [""]
-    try:
-        own = Codebook([float(level) for level in levels], codebook_name(fmt), normalization)  # type: ignore[arg-type]
-    except ValueError as error:  # of float() or of the codebook
-        raise FormatError(
-            f"codebook must be spelled like 'absmax -1.0 0.0 1.0', got {codebook[:80]!r}: {error}"
-        ) from None
-    return BlockFormat.parse(fmt, own)
-
-
-def spell_codebook(fmt: BlockFormat) -> str | None:
-    """Return normalization and levels of a codebook as text; None if the name in the format is enough to know it.
-
-    Parameters
-    ----------
-    fmt : BlockFormat
-        The format.
-
-    Returns
-    -------
-    str or None
-        Such as ``"absmax -1.0 0.0 1.0"``.
-    """
-    book = fmt.codebook
-    return None if is_standard(book) else " ".join([book.normalization, *map(repr, book.levels.tolist())])
+    return BlockFormat.parse(fmt, codebook_from_text(codebook_name(fmt), codebook))

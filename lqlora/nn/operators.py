@@ -43,13 +43,17 @@ _FLOATS = {getattr(torch, name): name for name in ("float16", "bfloat16", "float
 _WIDE = (torch.float32, torch.float64)
 _NO_CONTEXT = nullcontext()
 
+# Lengths are SymInt, because a compiler may trace a model for shapes that it does not know yet. Format and codebook are
+# strings, which a graph holds as constants.
 _library = torch.library.Library("lqlora", "DEF")
 for _schema in (
     "quantize(Tensor w, str fmt, str? codebook=None, *, str fit='absmax', int batch_dims=0) -> Tensor[]",
     "dequantize(Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, ScalarType dtype=float) -> Tensor",
     "matmul(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, bool adjoint=False) -> Tensor",
-    ("linear(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook, Tensor lora_A, Tensor lora_B, float scaling)"
-     " -> Tensor"),
+    (
+        "linear(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook, Tensor lora_A, Tensor lora_B, float scaling)"
+        " -> Tensor"
+    ),
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -92,7 +96,10 @@ def _quantize_fake(
 
 
 def _storing(fmt: str, codebook: str | None, fit: Fit) -> BlockFormat:
-    """Return the format of a spelling, which must say ``+fit`` if levels are fitted: the result holds tensors only."""
+    """Return the format that a spelling stands for; raise unless it says ``+fit`` where levels are fitted.
+
+    The operator returns tensors only, so the caller knows the format from the spelling alone.
+    """
     own = read_format(fmt, codebook)
     if fit == "levels+scale" and own.levels == "codebook":
         raise InvalidArgumentError(f"fmt must be spelled with +fit for fit='levels+scale', got {fmt}.")
@@ -137,6 +144,7 @@ def _matmul(
     _check_rows(x, weight, shape, adjoint=adjoint)
     with _as_given(x):
         y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T) if adjoint else multiply(x, q)
+    # The fake implementation promises a contiguous result, and compiled code reads the result by those strides.
     return y.contiguous()
 
 
@@ -164,7 +172,8 @@ def _check_rows(x: Tensor, weight: Sequence[Tensor], shape: Sequence[int], *, ad
     if len(shape) != 2 or weight[0].dim() != 1 or not x.dim() or x.shape[-1] != shape[0 if adjoint else 1]:
         side = "rows" if adjoint else "columns"
         raise InvalidArgumentError(
-            f"x must have the number of {side} of the weight, a matrix, got shapes {tuple(x.shape)} and {tuple(shape)}."
+            f"x must have the number of {side} of the weight on its last axis, and the weight must be one matrix, "
+            f"got shapes {tuple(x.shape)} and {tuple(shape)}."
         )
     if x.device != weight[0].device:
         raise MixedArraysError(f"x and weight must be on one device, got {x.device} and {weight[0].device}. Move one.")
@@ -178,6 +187,11 @@ def _name_of(dtype: torch.dtype, what: str) -> str:
 
 class _Matmul(Function):
     """Product with a packed weight. Gradients are multiplied by its transpose, tangents by the weight itself."""
+
+    # y = x W^T is linear in x, so dL/dx = dL/dy W, and the tangent of y is that of x times W^T. Neither needs x. Only a
+    # gradient of the weight would, and the weight is frozen. So the packed tensors alone are saved, which exist anyway.
+    # They are arguments one by one, because autograd does not look into lists. backward() and jvp() call the operator,
+    # not its kernel, so that they can be differentiated again.
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, description: tuple[Any, ...], adjoint: bool, *weight: Tensor) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
@@ -295,6 +309,7 @@ def _linear_autograd(
 
 
 def _below_autograd(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    # Without this guard the call would come back to the autograd kernel it was made from, without end.
     with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 - what torch.library.register_autograd does
         return operator(*args, **kwargs)
 
@@ -303,6 +318,8 @@ def _without_gradient(operator: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: _below_autograd(operator, *args, **kwargs)
 
 
+# "CompositeExplicitAutograd" stands for every device, below autograd; "Autograd" stands for the autograd key of every device.
+# A single kernel under "CompositeImplicitAutograd" would serve both, but compilers would then trace through it.
 for _name, _kernel, _fake, _autograd in (
     ("quantize", _quantize, _quantize_fake, _without_gradient(torch.ops.lqlora.quantize)),
     ("dequantize", _dequantize, _dequantize_fake, _without_gradient(torch.ops.lqlora.dequantize)),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from lqlora.nn.operator_arguments import Operands, spell_codebook
+from lqlora.codebooks import codebook_to_text
+from lqlora.nn.operator_arguments import Operands
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__()
-        here = quantized.to(torch)  # which shares memory where it can: buffers are copies
+        # to() shares memory where it can. Buffers are cloned, because load_state_dict writes into them in place and would
+        # otherwise change the caller's array.
+        here = quantized.to(torch)
         self.format = here.format
         self.shape = torch.Size(here.shape)
-        self._spelling = str(here.format), tuple(here.shape), spell_codebook(here.format)
+        self._spelling = str(here.format), tuple(here.shape), codebook_to_text(here.format.codebook)
         self.register_buffer("codes", here.packed.clone())
         if isinstance(here.scales, QuantizedArray):
             self.scales = QuantizedWeight(here.scales)
@@ -102,6 +105,8 @@ class QuantizedWeight(nn.Module):
         return cast("torch.Tensor", torch.ops.lqlora.dequantize(*self.operands, dtype=dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedWeight:  # noqa: FBT001, FBT002 - torch's signature
+        # half(), float() and to(dtype) convert floating-point buffers, and scales in another dtype are another format. The
+        # result of fn was rounded already if its dtype differs, so the original is moved instead.
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -34,9 +34,9 @@ def perplexity(
         Called with a batch of ``sequences``; returns logits, or an object that has ``logits``. It is evaluated in
         evaluation mode and returned to its mode afterwards.
     sequences : Tensor of int64, shape (sequences, tokens)
-        Token numbers, on the device of the model: see :func:`token_sequences`.
+        Token ids, on the device of the model: see :func:`token_sequences`.
     batch_size : int, default 2
-        Sequences per forward pass. Each pass dequantizes every weight, so that more are faster and take more memory.
+        Sequences per forward pass. Each pass dequantizes every weight, so larger batches are faster, and take more memory.
     progress : callable, optional
         Called after each batch with the number of sequences so far and the number of all.
 
@@ -79,5 +79,6 @@ def perplexity(
     finally:
         for module, mode in modes:
             module.training = mode
-    # All sequences have the same length, so the mean over sequences is the mean over predicted tokens.
+    # All sequences have the same length, so the mean over sequences is the mean over predicted tokens. fsum adds without
+    # rounding between the terms, so the order of the sequences does not matter.
     return math.exp(math.fsum(losses) / len(losses))

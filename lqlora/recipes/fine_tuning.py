@@ -36,7 +36,7 @@ def fine_tune(
         Called with a batch of ``sequences``; returns logits, or an object that has ``logits``. Trained in place, in
         the mode it is in.
     sequences : Tensor of int64, shape (sequences, tokens)
-        Token numbers, on the device of the model: see :func:`token_sequences`.
+        Token ids, on the device of the model: see :func:`token_sequences`.
     learning_rate : float, default 1e-3
         Learning rate of the first step.
     batch_size : int, default 1
@@ -70,12 +70,18 @@ def fine_tune(
     check_sequences(sequences)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise InvalidArgumentError("model has no parameter that requires a gradient: there is nothing to train.")
+        raise InvalidArgumentError(
+            "model must have a parameter that requires a gradient, got none. Call lqlora.nn.quantize_model first."
+        )
     batches = sequences.split(batch_size)
+    # Weight decay would pull the product of the factors toward zero, that is, the layer toward the quantized weight alone.
+    # Step k of n (from 0) has the rate learning_rate * (1 - k / n): the last one is small, but not zero.
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     losses: list[float] = []
     for batch in batches:
+        # The mean over sequences, not the sum, keeps the size of gradients, and so the clipping, independent of the batch
+        # size. In a last batch that is shorter each sequence counts more.
         loss = causal_lm_loss(model, batch).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -49,6 +49,7 @@ def packaged_text() -> str:
     """
     from pydoc_data.topics import topics  # noqa: PLC0415 - a large module that only this function needs
 
+    # Sorted, because the order of the dictionary is not documented: the parts of a split must be the same in each run.
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
@@ -100,6 +101,8 @@ def token_sequences(tokenizer: Any, text: str, length: int) -> torch.Tensor:
         If the text has fewer than ``length`` tokens.
     """
     library = require("torch", "pip install torch", "lqlora.recipes.token_sequences")
+    # The whole text is tokenized at once, so that no word is cut at a border. verbose=False keeps the tokenizer of
+    # transformers from warning that the text is longer than the context of the model.
     ids = library.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=library.int64)
     if len(ids) < length:
         raise InvalidArgumentError(f"text must have at least {length} tokens (one sequence), got {len(ids)} tokens.")
@@ -140,6 +143,7 @@ def split_sequences(sequences: torch.Tensor, *, calibration: int, training: int,
             f"sequences must be at least {needed} (calibration {calibration}, training {training}, evaluation "
             f"{evaluation}), got {count}. Use a longer text or shorter sequences."
         )
+    # The stride is rounded down, so at least `training` sequences remain; the slice drops any beyond.
     between = sequences[calibration : count - evaluation]
     stride = len(between) // training if training else 1
     return Split(sequences[:calibration], between[::stride][:training], sequences[count - evaluation :])
@@ -151,7 +155,7 @@ def check_sequences(sequences: torch.Tensor) -> None:
     Parameters
     ----------
     sequences : Tensor, shape (sequences, tokens)
-        Token numbers.
+        Token ids.
 
     Raises
     ------

@@ -27,6 +27,8 @@ __all__ = ["try_properties"]
 #: Entries of an array that a message lists.
 _SHOWN = 8
 
+#: Stored examples are not replayed, because the next call has another subject. The phase "explain" is left out: after a
+#: failure it would run the subject many more times.
 _PHASES = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
 
 
@@ -44,6 +46,9 @@ def try_properties(
     selected = _selected(registry, only, exclude)
     if max_examples < 1:
         raise InvalidArgumentError(f"max_examples must be at least 1, got {max_examples!r}.")
+    # A subject may be slow and a strategy may reject most of its draws, as that of infeasible problems does. Both are
+    # no faults of the subject, so deadlines and health checks are off. With several bugs reported, Hypothesis would
+    # raise a group of exceptions, and _try_property would not see the class of the check's own.
     settings = hypothesis.settings(
         max_examples=max_examples,
         derandomize=derandomize,
@@ -108,6 +113,7 @@ def _search(prop: Property[S], subject: S, settings: hypothesis.settings, last: 
     @settings
     @hypothesis.given(prop.inputs(subject))
     def attempt(drawn: dict[str, Any]) -> None:
+        # Hypothesis runs the smallest failing input again at the end, so the last failure noted is the one to report.
         try:
             prop.check(subject, **drawn)
         except (ViolationError, RefusedError) as error:

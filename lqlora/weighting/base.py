@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["AbstractWeighting", "LowRankStep", "ScaledWeighting", "balanced", "unit_of"]
 
 #: A truncated SVD leaves ``||M||**2 - sum(s**2)``. In float32 this difference is exact to 2e-7 of ``||M||**2``, which
-#: is no digit of a small rest. Below this share of the whole the residual is formed and measured instead. In a matrix
+#: leaves a small rest without a correct digit. Below this share of the whole the residual is formed and measured instead. In a matrix
 #: of 2**18 entries or more rounding errors average out, and the difference is exact to 1e-8.
 _CANCELLED, _CANCELLED_IN_LARGE, _LARGE = 0.1, 1e-3, 2**18
 

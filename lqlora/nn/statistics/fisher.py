@@ -137,6 +137,7 @@ class _Recorder:
     def __call__(
         self, _: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
     ) -> torch.Tensor | None:
+        # A loss may run part of the model without gradients. Such a use has no part in the gradient of the weight.
         if not torch.is_grad_enabled():
             return None
         # The input is kept without a copy until its gradient arrives. A change in place in between would pair the

@@ -79,6 +79,8 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode and switch off the gradients of parameters; restore both at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
+    # Collectors form gradients of weights from inputs and output gradients, example by example. Gradients that autograd
+    # would accumulate in the parameters are sums over examples, and take as much memory as the model.
     model.eval()
     model.requires_grad_(requires_grad=False)
     try:
@@ -188,6 +190,7 @@ def sum_outer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Tensor of float32, shape (m, n)
         The sum. An autocast around the call does not lower its precision.
     """
+    # Sums over thousands of rows in a half precision would lose the small terms, so rows are widened before the product.
     with torch.autocast(left.device.type, enabled=False):
         rows = left.reshape(-1, left.shape[-1]).float()
         return rows.T @ right.reshape(-1, right.shape[-1]).float()

@@ -1,4 +1,4 @@
-"""Table and picture that the demo leaves behind."""
+"""Table and picture of the demo's results."""
 
 from __future__ import annotations
 

@@ -141,6 +141,8 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
+        # rename() replaces no folder that holds files, so the old one steps aside. A crash between the two renames leaves
+        # both folders, complete, beside the output.
         aside = Path(f"{staging}.old")
         if output.exists():
             output.rename(aside)
@@ -233,6 +235,7 @@ def _compare(work: _Work, plans: Mapping[str, Plan], fisher: Mapping[str, Elemen
     iterations = work.settings.iterations
     _variant(work, "QLoRA NF4", NF4, {"init": "zero"})
     _tune(work, _variant(work, "QLoRA NF3", NF3, {"init": "zero"}))
+    # LoftQ as published: it starts from the quantized matrix and takes five plain alternations, without a stopping rule.
     _variant(
         work, "LoftQ NF3", NF3, {"init": "quantize", "extrapolation": 0.0, "max_iter": min(5, iterations), "rtol": 0.0}
     )
@@ -283,6 +286,7 @@ def _mean_curve(report: nn.QuantizationReport) -> list[float]:
 
 def _tune(work: _Work, model: torch.nn.Module) -> None:
     row = work.rows[-1]
+    # Each model sees the same sequences in the same order, so that differences between rows are those of the methods.
     with work.stage(f"Fine-tuning {row.name}") as progress:
         fine_tune(
             model,

@@ -75,7 +75,7 @@ class OpenChoices:
     # This is a knapsack again, and its relaxation is a piecewise linear convex function of r. For r >= 0 it fills the
     # room by the up steps that cost less than p per unit, cheapest first, and pays p for each unit that stays empty.
     # For r < 0 it frees -r units by the down steps, cheapest first, and is infinite if all of them free too little.
-    # The steps of one hull get dearer with their distance from the base, so the sort takes them in a valid order.
+    # The steps of one hull get more expensive with their distance from the base, so the sort takes them in a valid order.
     def completion_bound(self, turn: int, room: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return lower bounds on the excess that the groups from a turn on add to partial choices.
 

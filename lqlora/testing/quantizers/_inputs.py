@@ -86,6 +86,8 @@ def with_zero_block(subject: Subject) -> Inputs:
     """Draw easy weights with a block of zeros inserted, or two if a block has odd size."""
 
     def _insert(drawn: tuple[Weights, int]) -> Weights:
+        # The size is a multiple of the unit, so the index is one too, from 0 to the size: the zeros fill whole blocks,
+        # and may come before the first block, between two, or after the last.
         w, block = drawn
         return np.insert(w, block * subject.unit % (w.size + subject.unit), np.zeros(subject.unit, dtype=np.float32))
 
@@ -107,6 +109,7 @@ def with_power(subject: Subject) -> Inputs:
 
 def with_tail(subject: Subject) -> Inputs:
     """Draw arrays that end within a block, of even size where possible."""
+    # In blocks of two a short block is one weight, which makes the size odd.
     block = subject.block_size or 1
     sizes = [size for size in range(1, 3 * block) if size % block and (size % 2 == 0 or block == 2)]
     if not sizes:
@@ -158,6 +161,8 @@ def _blocks_of(subject: Subject, fractions: SearchStrategy[float]) -> SearchStra
 
     def build(drawn: tuple[list[float], int, int]) -> Weights:
         choices, seed, power = drawn
+        # The first weight of each block becomes 1. Fractions are at most 1, so the absmax is the power of two, and the
+        # quotient of a weight and the absmax is the fraction itself, without rounding.
         w = np.random.default_rng(seed).choice(np.array(choices), size=subject.unit)
         w[:: subject.block_size or subject.unit] = 1.0
         return np.asarray(w * 2.0**power, dtype=np.float32)
@@ -178,6 +183,7 @@ def between(low: float, high: float) -> Callable[[Subject], Inputs]:
     def _of(subject: Subject) -> Inputs:
         sizes = st.floats(low, high, width=32)
         signed = sizes | sizes.map(lambda x: -x)
+        # A block of zeros only would test the property "zeros" again, so one value is never zero.
         few = st.tuples(signed, st.lists(signed | st.just(0.0), max_size=7)).map(lambda drawn: [drawn[0], *drawn[1]])
         return st.fixed_dictionaries({"w": few.map(lambda w: np.resize(np.array(w, dtype=np.float32), subject.unit))})
 

@@ -66,6 +66,7 @@ def zeros(subject: Subject, w: Weights) -> None:
 @_promise(_inputs.with_zero_block, "block_size")
 def zero_block(subject: Subject, w: Weights) -> None:
     """A block of zeros among other blocks gives zeros."""
+    # Its scale is zero, and 0 / 0 is NaN. Results of other blocks are masked: error_bound is about those.
     out = subject.flat(w)
     _expect_same(np.where(subject.absmax(w) == 0, out, 0.0), np.zeros(w.size), w)
 
@@ -80,6 +81,8 @@ def layout(subject: Subject, w: Weights, layout: str) -> None:
 @_promise(_inputs.with_power)
 def power_of_two_scaling(subject: Subject, w: Weights, power: int) -> None:
     """Scaling the weights by a power of two scales the result by the same power."""
+    # A power of two changes no digit of a float, so the comparison is exact. It finds an epsilon that is added to scales,
+    # and a scale that is stored with too narrow an exponent.
     # The power is clipped so that every scaled block stays within the range that the quantizer supports.
     absmax = subject.absmax(w)
     lowest = int(np.ceil(np.log2(subject.smallest / absmax.min())))
@@ -92,6 +95,8 @@ def power_of_two_scaling(subject: Subject, w: Weights, power: int) -> None:
 @_promise(_inputs.ordinary)
 def sign_kept(subject: Subject, w: Weights) -> None:
     """No weight changes its sign."""
+    # If zero is a level, it is nearer to a weight than any level of the other sign. Without a level of zero a small weight
+    # may be nearest to a level of the other sign, which is not a fault.
     if subject.levels is not None and not (subject.levels == 0).any():
         raise NotApplicableError("the levels have no zero")
     out = subject.flat(w)
@@ -130,6 +135,8 @@ def ragged_tail(subject: Subject, w: Weights) -> None:
 @_promise(_inputs.of_odd_size)
 def odd_size(subject: Subject, w: Weights) -> None:
     """An odd number of weights gives the same result as with one more copy of the last weight."""
+    # Two codes of four bits share a byte: with an odd number the last half byte is the one that gets lost. The copy does
+    # not change an absmax, because it either joins the block of its original or, in a block of its own, is its absmax.
     _expect_same(subject.flat(w), subject.flat(np.append(w, w[-1]))[: w.size], w, "with one more weight")
 
 
@@ -189,6 +196,8 @@ def _scales(subject: Subject, weights: Wide, results: Wide) -> list[float]:
 
 def _all_nearest(subject: Subject, weights: Wide, results: Wide, scale: float) -> bool:
     table = subject.normalized * scale
+    # Level times scale is rounded to float32, and so is a scale found as a quotient: each errs by at most 2**-24 of its
+    # size. 2**-20 leaves room for sixteen such roundings.
     slack = max(subject.tolerance, 2.0**-20) * max(scale, float(np.abs(weights).max()))
     is_level = _distance(results, table) <= slack
     return bool((is_level & (np.abs(results - weights) <= _distance(weights, table) + slack)).all())
@@ -264,6 +273,9 @@ def _with(w: Weights, index: int, value: float) -> Weights:
     return changed
 
 
+# 2**-149 to the largest subnormal number, and 2**127 to the largest float32. No quantizer need be accurate there: a scale
+# may underflow to zero, which decodes each weight to zero, with the weight itself as error. NaN, infinity or a
+# larger error shows that a scale or its inverse overflowed.
 @_promise(_inputs.between(1.401298464324817e-45, 1.1754942106924411e-38))
 def subnormal(subject: Subject, w: Weights) -> None:
     """Subnormal weights give finite results, with errors of at most the largest of them."""

@@ -72,6 +72,8 @@ def _scaled(draw: DrawFn, factor: float) -> Problem:
 def _with_mask(draw: DrawFn) -> Problem:
     cost, size = draw(_tables())
     allowed = draw(_table(st.booleans(), cost.shape[0], cost.shape[1], np.bool_))
+    # Problem refuses a row without an allowed choice. In the range of the limit, forbidden sizes count as the largest one,
+    # so that no limit is below the least total of allowed sizes.
     allowed[~allowed.any(axis=1)] = True
     return Problem(cost, size, allowed, budgets=[Budget(upper=_limit(draw, np.where(allowed, size, size.max())))])
 
@@ -89,6 +91,7 @@ def _with_ties(draw: DrawFn) -> Problem:
 def _with_budgets(draw: DrawFn) -> Problem:
     cost, size = draw(_tables())
     some = draw(st.lists(st.booleans(), min_size=len(cost), max_size=len(cost)).map(np.array))
+    # Each limit can be met alone, but the three may contradict each other: the check allows an infeasible problem.
     parts = [np.ones(len(cost), dtype=bool), some, ~some]
     limits = [_limit(draw, size[members]) if members.any() else 0 for members in parts]
     return Problem(cost, size, budgets=[Budget(upper=u, members=m) for u, m in zip(limits, parts, strict=True)])
@@ -108,6 +111,8 @@ def _without_budget(draw: DrawFn) -> Problem:
 
 @st.composite
 def _met_to_the_unit(draw: DrawFn) -> Problem:
+    # Solvers scale the rows of a problem and accept violations of about 1e-6 of a row. Totals of some 2**20 units make
+    # that a whole unit or more, and the limit is exactly a total that is reached, or one unit less.
     sizes = st.tuples(st.integers(1, 3), st.integers(0, 5)).map(lambda pair: pair[0] * 2**20 + pair[1])
     cost, size = draw(_tables(sizes=sizes))
     chosen = draw(st.lists(st.integers(0, cost.shape[1] - 1), min_size=len(cost), max_size=len(cost)))
@@ -134,6 +139,8 @@ def _costs_of_many_sizes() -> SearchStrategy[Problem]:
 
 def larger_problem(seed: int, rows: int = 200, columns: int = 30) -> Problem:
     """Return costs that fall with size, as those of formats do, and a budget between the extremes."""
+    # One more bit halves the step of a quantizer, and so divides its squared error by four: 4**-bits. The noise
+    # of each cost is wider than the step from one format to the next, so that some choices are dominated.
     rng = np.random.default_rng(seed)
     bits = np.sort(rng.uniform(2, 8, columns))
     size = (rng.integers(1, 9, (rows, 1)) * 4096 * bits).astype(np.int64) // 8 * 8

@@ -157,6 +157,7 @@ def time_limit(subject: SolverSubject, seed: int) -> None:
     """The solver keeps its time limit, with or without an answer."""
     problem = inputs.larger_problem(seed)
     start = time.perf_counter()
+    # A gap of zero keeps the solver from ending early with an answer that is good enough.
     answer = subject.answer(problem, SolveOptions(time_limit=subject.time_limit, rel_gap=0.0))
     seconds = time.perf_counter() - start
     if seconds > subject.time_limit + subject.overrun:

@@ -107,7 +107,7 @@ def check_solver(
     if not time_limit > 0:
         raise InvalidArgumentError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
     if not is_installed(adapter.REQUIRES):
-        raise MissingDependencyError(f"solver to check needs {adapter.REQUIRES}, which is not installed.")
+        raise MissingDependencyError(f"solver must be installed to be checked, but {adapter.REQUIRES} is missing.")
     subject = SolverSubject(adapter, exact, several_budgets, lower_limits, time_limit, overrun)
     return try_properties(REGISTRY, subject, only, exclude, max_examples, derandomize=derandomize, shrink=shrink)
 

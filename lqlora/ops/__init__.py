@@ -1,6 +1,7 @@
 """Array API references of every hot operation: the definition that overrides are compared with.
 
-Operations take flat arrays. The rooms above decide about shapes, formats and padding.
+Operations take flat arrays. The rooms above decide about shapes, formats and padding. ``coding`` divides weights by their
+scale and picks the codes, ``packing`` packs the codes, ``search`` fits the scale of a block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Quantized arrays: what is stored, and the functions between it and dense arrays."""
+"""Quantized arrays: their stored arrays, and the functions that make them from dense arrays and decode them.
+
+``array`` checks stored arrays on load. ``_fits`` chooses scales and levels, ``_search`` has the least squares of that choice,
+and ``_scales`` rounds and stores the scales. ``_encoding`` and ``_decoding`` convert between weights and packed codes.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Integer programming: choose one format for each matrix at least cost within budgets, with interchangeable solvers.
 
-:func:`solve` reduces the problem, calls the adapter of a solver and checks the answer. Objective, use and feasibility
+``solving`` picks the solver for ``solver="auto"``, and ``registry`` finds one by name. :func:`solve` reduces the problem, calls the adapter of a solver and checks the answer. Objective, use and feasibility
 are always computed from the assignment, in exact integers, never taken from the solver.
 """
 

@@ -1,7 +1,8 @@
 """Integer programming: choose one format for each matrix at least cost within budgets, with interchangeable solvers.
 
-``solving`` picks the solver for ``solver="auto"``, and ``registry`` finds one by name. :func:`solve` reduces the problem, calls the adapter of a solver and checks the answer. Objective, use and feasibility
-are always computed from the assignment, in exact integers, never taken from the solver.
+``solving`` picks the solver for ``solver="auto"``, and ``registry`` finds one by name. :func:`solve` reduces the problem,
+calls the adapter of a solver and checks the answer. Objective, use and feasibility are always computed from the assignment,
+in exact integers, never taken from the solver.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from array_api_compat import device
@@ -14,6 +17,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.testing import assert_backend_conforms
 from lqlora.testing.backends._cases import Blocks
 from lqlora.testing.backends._subject import operations
+from tests.requirements import require_or_skip
 from tests.strategies import flushes, host, on
 
 #: What typical arguments are to run on where no compiled kernel is. Operations without an entry have no override.
@@ -124,3 +128,27 @@ def test_arguments_by_name_are_those_by_position(library, request):
     codes = xp.asarray([1, 2, 3], dtype=xp.uint8)
     assert host(ops.pack_codes(codes=codes, bits=4)).tolist() == host(ops.pack_codes(codes, 4)).tolist()
     assert ops.pack_codes.select(codes, bits=4) == ops.pack_codes.select(codes, 4)
+
+
+ORDER = """
+import lqlora.ops
+for name in lqlora.ops.__all__:
+    operation = getattr(lqlora.ops, name)
+    if hasattr(operation, "overrides"):
+        print(name, *(override.name for override in operation.overrides("numpy")))
+"""
+
+
+def order_after(first):
+    """Names of NumPy's overrides in a fresh interpreter, in the order in which they are tried."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import {first}\n{ORDER}"], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("module", ["numpy", "torch", "buffer_pool"])
+def test_overrides_are_tried_in_one_order_whatever_is_imported_first(module):
+    require_or_skip("torch", module != "torch" or is_installed("torch"))
+    expected = order_after("lqlora")
+    assert "native." in expected or not lq.backends.available()["native"]
+    assert order_after(f"lqlora.backends.cpu.{module}") == expected

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+# Overrides are tried in the order of their registration, and compiled ones come first whatever is imported first.
+import lqlora.backends.cpu.compiled  # noqa: F401
 from lqlora._dispatch import Takes, prefer_maker
 from lqlora.backends.cpu.buffer_pool import large_empty
 from lqlora.ops.coding import FEW, decode, nearest_codes

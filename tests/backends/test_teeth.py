@@ -32,7 +32,7 @@ FAULTS = {
     "all_lanes_write": ("blocks", "lane != 0 || turn + team >= parts", "turn + team >= parts", "what another thread wrote"),
     "tail_read": ("decode", "(count * bits + 7) / 8", "bits", "out of bounds"),
     "tail_written": ("decode", "if (i < count) narrow", "narrow", "out of bounds"),
-    "always_aligned": ("encode", "is_aligned(flat, 16)", "true", "no multiple of 16"),
+    "always_aligned": ("encode", "is_aligned(flat, 16)", "true", "not a multiple of 16"),
     "reciprocal": ("encode", "values[i] / scaling.divisor", "values[i] * ((Wide)1 / scaling.divisor)", None),
     "upper_index": ("encode", "value > boundaries", "value >= boundaries", None),
     "zero_scale": ("encode", "scale != 0 ? scale :", "scale == scale ? scale :", None),

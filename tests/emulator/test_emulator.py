@@ -124,8 +124,8 @@ def test_races_are_found(name, blocks, message, schedule):
         ("reads_beyond", "block 0, thread 63: read of 4 bytes out of bounds"),
         ("writes_before", "block 0, thread 0: write of 4 bytes out of bounds"),
         ("shared_beyond", "write of 4 bytes out of bounds"),
-        ("misaligned_word", "8 bytes at an address that is no multiple of 8"),
-        ("misaligned", "16 bytes at an address that is no multiple of 16"),
+        ("misaligned_word", "8 bytes at an address that is not a multiple of 8"),
+        ("misaligned", "16 bytes at an address that is not a multiple of 16"),
         ("null", "write of 4 bytes out of bounds"),
     ],
 )

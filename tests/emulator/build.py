@@ -1,4 +1,4 @@
-"""Compilation of CUDA C++ kernels for the host: their text is unchanged, between a header and exports of the emulator."""
+"""Compilation of CUDA C++ kernels for the host: unchanged text, between a header and exports of the emulator."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ VARIABLE = "LQLORA_EMULATOR"
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-w")
 
-#: ThreadSanitizer's instrumentation turns every memory access into a call, which the emulator answers instead of its library.
-#: AddressSanitizer checks for accesses beyond arrays only.
+#: ThreadSanitizer's instrumentation turns every memory access into a call, which the emulator answers instead of its
+#: library. AddressSanitizer checks for accesses beyond arrays only.
 _ACCESSES = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
 _ADDRESSES = ("-fsanitize=address", "-DEMULATED_ADDRESSES")
 
@@ -56,8 +56,8 @@ def is_available() -> bool:
 class Kernel:
     """One kernel of a library.
 
-    ``parameters`` has two letters for each parameter: its kind (``p`` for pointers, ``i`` for integers, ``f`` for floats)
-    and a size in bytes, of the number or of the entries that the pointer points to.
+    ``parameters`` has two letters for each parameter. The first is the kind: ``p`` for pointers, ``i`` for integers and
+    ``f`` for floats. The second is the size in bytes of the number, or of the entries that the pointer points to.
     """
 
     def __init__(self, library: ctypes.CDLL, number: int, name: str, most_threads: int) -> None:
@@ -107,7 +107,7 @@ def build(text: str, expressions: tuple[str, ...]) -> dict[str, Kernel]:
 
 
 def _library(text: str, *flags: str) -> Path:
-    """Compile a text to a library. Linking is a separate step without ThreadSanitizer's library, which the runtime replaces."""
+    """Compile a text to a library. It is linked without ThreadSanitizer's library, which the runtime replaces."""
     header = (_HERE / "device.h").read_text(encoding="utf-8")
     key = hashlib.sha256("\0".join((text, header, *_FLAGS, *flags)).encode()).hexdigest()[:20]
     linked = ["-fsanitize=address"] if "-fsanitize=address" in flags else []

@@ -1,9 +1,9 @@
 """A stand-in for CuPy: NumPy arrays behind CuPy's names, and kernels that the emulator runs.
 
 It provides the part of CuPy that the backend, the references of the operations and their tests use, and is at least as
-strict. Its arrays do not convert to NumPy arrays and do not mix with them, and reductions return arrays. It raises where
-CuPy would pass an argument that the kernel then reads wrongly: a number of another width or kind than the parameter, an
-array of another item size, or an array that is not contiguous. New memory holds a pattern.
+strict. Its arrays do not convert to NumPy arrays and do not mix with them, and reductions return arrays. It raises
+where CuPy would pass an argument that the kernel then reads wrongly: a number of another width or kind than the
+parameter, an array of another item size, or an array that is not contiguous. New memory holds a pattern.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class _Function:
     def _bytes(self, where: str, value: Any, parameter: str) -> bytes:
         kind, size = parameter[0], int(parameter[1])
         if type(value) is int and value not in self._cupy.lent:
-            raise TypeError(f"{where} is {value}, which is not the address of lent memory. Pass numbers as NumPy scalars.")
+            raise TypeError(f"{where} is {value}, not the address of lent memory. Pass numbers as NumPy scalars.")
         if isinstance(value, ndarray) or type(value) is int:
             values = value.values if isinstance(value, ndarray) else self._cupy.lent[value]
             if kind != "p" or size != values.itemsize:
@@ -280,7 +280,7 @@ class _Module:
 class CuPyStandIn(types.ModuleType):
     """The module ``cupy``. Tests make new ones, because each records its launches.
 
-    ``together`` lists, for a kernel, the kernels that are compiled with it: one run of the compiler is faster than many.
+    ``together`` lists, for a kernel, the kernels that are compiled with it: one run of the compiler beats many.
     """
 
     def __init__(self, together: dict[str, list[str]]) -> None:

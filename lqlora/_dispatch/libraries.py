@@ -404,8 +404,8 @@ def layouts(library: str | None) -> Layouts:
     return _LAYOUTS.get(library, _BY_FLAG)
 
 
-#: Bits of NumPy's ``flags.num``: C_CONTIGUOUS and ALIGNED, which dense arrays have; F_CONTIGUOUS, OWNDATA, WRITEABLE and
-#: WRITEBACKIFCOPY, which may be set. All 16 sums are listed, so that the test is one look-up: the property
+#: Bits of NumPy's ``flags.num``: C_CONTIGUOUS and ALIGNED, which dense arrays have; F_CONTIGUOUS, OWNDATA, WRITEABLE
+#: and WRITEBACKIFCOPY, which may be set. All 16 sums are listed, so that the test is one look-up: the property
 #: ``c_contiguous`` says nothing about alignment, and masking the bits would need a function in Python.
 _DENSE, _OTHERS = 0x101, 0x2406
 

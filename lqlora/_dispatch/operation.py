@@ -34,8 +34,8 @@ __all__ = ["Operation", "Selection", "empty", "forced", "op", "prefer_maker", "p
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Backends whose overrides are passed over; None passes over all overrides. It is a context variable and not a global, so
-#: that a block in one thread or asyncio task does not change the calls of others.
+#: Backends whose overrides are passed over; None passes over all overrides. It is a context variable and not a global:
+#: a block in one thread or asyncio task does not change the calls of others.
 _NOTHING: frozenset[str] = frozenset()
 _passed_over: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar(
     "lqlora_passed_over", default=_NOTHING

@@ -120,8 +120,8 @@ class Override:
             )
         known = known_libraries().get(library)
         has_one_memory = known is not None and known.memory == takes.memory
-        # The record is resolved here, once: into positions of arguments, tests by library, and sets. A call then runs no
-        # Python function but the condition.
+        # The record is resolved here, once: into positions of arguments, tests by library, and sets. A call then runs
+        # no Python function but the condition.
         self.on_host = takes.memory == "host"
         self.arrays = tuple(
             ArrayCheck(

@@ -56,7 +56,7 @@ def test_what_is_compiled_is_loaded_until_the_sources_change(hook, folder, monke
     assert loaded_from(folder, monkeypatch)[1] == ""
     with (folder / source).open("a") as file:
         file.write("// changed\n")
-    assert loaded_from(folder, monkeypatch) == (None, "compiled from other sources than these: install lqlora again")
+    assert loaded_from(folder, monkeypatch) == (None, "compiled from other sources: install lqlora again")
 
 
 def test_without_a_library_there_is_one_line(folder, monkeypatch):

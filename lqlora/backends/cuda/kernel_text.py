@@ -10,7 +10,7 @@ __all__ = ["MODULES", "OPTIONS", "source"]
 #: Products and sums are not fused, and divisions are rounded correctly: kernels return the bytes of the reference.
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 
-#: Files of kernels. Each is compiled after the shared files.
+#: Files of kernels. The compiler gets the text of the shared files and then that of one of these, as one program.
 MODULES = ("blocks", "decode", "encode", "lowrank", "matmul", "packing", "search", "sums", "tensor")
 
 _SHARED = ("numbers.cuh", "groups.cuh", "halving.cuh")

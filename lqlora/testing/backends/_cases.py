@@ -1,6 +1,6 @@
-"""Problems that example arguments of operations are made from: a few small numbers say everything about one of them.
+"""Test problems that example arguments of operations are made from. A few small numbers define each problem.
 
-A finding prints these numbers, which is enough to make the failing call again.
+A finding prints these numbers, which are enough to repeat the failing call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocks", "Product"]
 
-#: NumPy's dtypes of weights, and the unsigned integers as wide as they are.
+#: NumPy's dtypes of weights, and the unsigned integers of the same width.
 DTYPES: dict[str, Any] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
@@ -29,7 +29,7 @@ DTYPES: dict[str, Any] = {
 }
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
-#: Unusual scales: zeros, a negative one, both ends of float32.
+#: Unusual scales: both zeros, a negative scale, the smallest and largest subnormals, the smallest normal, a huge one.
 _SCALES = (0.0, -0.0, -1.5, 1e-45, 1.1754942e-38, 1.1754944e-38, 3e38, 1.0)
 
 Values = Literal["noise", "boundaries", "special", "non-finite", "midpoints"]
@@ -39,9 +39,10 @@ Values = Literal["noise", "boundaries", "special", "non-finite", "midpoints"]
 class Blocks:
     """A quantization problem, from which the arguments of most operations are made.
 
-    ``values`` names what is hard about it. "boundaries": weights are boundaries between levels times the scale, or next
-    to such a product. "special": weights and scales are zeros, subnormals and the largest numbers. "non-finite": some
-    weights are NaN or infinite. "midpoints": levels times scales are midway between two numbers of 16 bits.
+    ``values`` names the hard part of the problem. "boundaries": weights are boundaries between levels times the scale,
+    or next to such a product. "special": weights and scales are zeros, subnormals and the largest numbers.
+    "non-finite": some weights are NaN or infinite. "midpoints": levels times scales are midway between two numbers of
+    16 bits.
     """
 
     seed: int
@@ -101,7 +102,7 @@ class Blocks:
 
     @cached_property
     def packed(self) -> npt.NDArray[np.uint8]:
-        """The codes as dense bytes, made by the definition: a stream of bits."""
+        """The codes as dense bytes, packed by the definition: a stream of bits, least significant bit first."""
         stream = (self.codes[:, None] >> np.arange(self.bits, dtype=np.uint8) & 1).reshape(-1)
         packed = np.packbits(stream, bitorder="little")
         if self.unused_bits and stream.size % 8:
@@ -124,6 +125,8 @@ class Blocks:
         """Return scales whose product with the first level of their block is midway, after rounding to float32."""
         mantissa = rng.integers(0, 2**10, self._blocks).astype(np.uint32)
         exponent = rng.integers(120, 136, self._blocks).astype(np.uint32)
+        # A float32 whose first dropped bit is one, and whose other dropped bits are zero, is midway between two numbers
+        # of 16 bits. bfloat16 drops 16 bits, and float16 drops 13 bits of the mantissa.
         half, shift = (0x8000, 16) if self.dtype == "bfloat16" else (0x1000, 13)
         middle = (exponent << 23 | mantissa << shift & 0x7FFFFF | half).view(np.float32)
         levels = self.codebook.levels[self.codes[:: self.block_size]].astype(np.float64)
@@ -155,9 +158,8 @@ class Blocks:
         weights = (normalized * self.scales[self._block_of]).astype(DTYPES[self.dtype])
         bits = weights.view(_UNSIGNED[weights.dtype.itemsize])
         nudged = (bits + rng.integers(-2, 3, self.count).astype(bits.dtype)).view(weights.dtype)
-        return np.where(
-            np.abs(weights) < 2.0**-13, weights, nudged
-        )  # a step between subnormals is large in relation to them
+        # A step between subnormal numbers is large in relation to them, so small weights stay where they are.
+        return np.where(np.abs(weights) < 2.0**-13, weights, nudged)
 
     @cached_property
     def _hard_values(self) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Problems that each property of backends is tried on: each property varies one thing and leaves the rest easy.
+"""Strategies for the problems of each property of backends. Each property varies one thing and leaves the rest easy.
 
 Easy means float32, 4 bits, whole blocks of 64 weights of ordinary size, no zero points, and levels of NormalFloat.
 """
@@ -27,7 +27,7 @@ _SEEDS = st.integers(0, 2**16)
 _BITS = st.integers(1, 8)
 _WHOLE = st.integers(1, 4).map(lambda blocks: 64 * blocks)
 
-#: Block sizes around those that loops are split at, and counts that end within a block, a byte or a vector.
+#: Block sizes around the sizes at which loops are split, and counts that end within a block, a byte or a vector.
 _BLOCK_SIZES = (1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 256, 257)
 _COUNTS = st.sampled_from([1, 2, 3, 5, 7, 8, 9, 15, 17, 31, 33, 63, 65, 127, 129, 190, 257]) | st.integers(1, 300)
 

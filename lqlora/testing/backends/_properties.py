@@ -1,4 +1,4 @@
-"""Properties of backends: each is a function whose docstring is the promise."""
+"""Properties of backends. Each property is a function whose docstring is the promise."""
 
 from __future__ import annotations
 
@@ -150,12 +150,15 @@ def products(subject: BackendSubject, case: Product) -> None:
     (name,) = subject.asked("matmul_packed")
     truth, size = case.truth()
     step = float(np.finfo(np.float32).eps if case.dtype in ("float32", "float64") else 2.0**-7)
+    # A sum of n rounded products has an error of at most about n + 1 times 2**-24 times the sum of their magnitudes
+    # (`size`), in any order of additions. The bound is twice as large, plus a term for numbers that are rounded to the
+    # dtype of the result.
     bound = (case.columns + 2) * 2.0**-23 * size + step * (size if case.dtype != "float64" else 0) + 1e-30
     for call in subject.calls_of(name, case.arguments(name)):
         error = np.abs(on_host(call.run()[0]).astype(np.float64) - truth)
         if (error > bound).any() or np.isnan(error).any():
             worst = np.unravel_index(int(np.argmax(error - bound)), error.shape)
-            raise ViolationError(f"{call.name} is off by {error[worst]:.3g} of {truth[worst]:.3g}")
+            raise ViolationError(f"{call.name} has an error of {error[worst]:.3g} in an entry of {truth[worst]:.3g}")
 
 
 @_promise(inputs.layouts)
@@ -196,7 +199,7 @@ def input_unchanged(subject: BackendSubject, case: Blocks) -> None:
 
 @_promise(inputs.all_bits)
 def own_memory(subject: BackendSubject, case: Blocks) -> None:
-    """A result is the caller's: writing to it changes neither an argument nor a later result."""
+    """A result has memory of its own: writing to it changes neither an argument nor a later result."""
     for name in subject.of(case):
         arguments = case.arguments(name)
         for first, second in zip(subject.calls_of(name, arguments), subject.calls_of(name, arguments), strict=True):
@@ -262,7 +265,7 @@ def _expect_mixed_refused(name: str, argument: str, mixed: tuple[Any, ...]) -> N
     except Exception as error:
         raise RefusedError(f"{name} with {argument} of another library raised {named(error)}") from error
     chosen = operation.select(*mixed).implementation
-    raise ViolationError(f"{chosen} took {argument} of another library")
+    raise ViolationError(f"{chosen} accepted {argument} of another library")
 
 
 @_promise(inputs.tails)
@@ -291,7 +294,7 @@ def _expect_refused(subject: BackendSubject, name: str, argument: str, arguments
             call.run()
         except RefusedError:
             continue
-        raise ViolationError(f"{call.name} took {argument}, which is one entry too short")
+        raise ViolationError(f"{call.name} accepted {argument}, which is one entry too short")
 
 
 @_promise(inputs.formatted)

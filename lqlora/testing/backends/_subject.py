@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BackendSubject", "Call", "operations"]
 
-#: Arguments that every library is given as read-only NumPy arrays.
+#: Arguments that are read-only NumPy arrays for every library.
 _TABLES = ("levels", "boundaries")
 
 
@@ -107,6 +107,7 @@ class BackendSubject:
     ) -> Iterator[Call]:
         """Yield a call of every override that takes the arguments, or of the reference if none does."""
         operation = operations()[name]
+        # Each call gets its own copies: an override that writes to an argument must not spoil the next one.
         taken = self._given(operation, arguments, lay)
         overrides = [override for override in operation.overrides(self.library) if not override.fault(taken)]
         for override in overrides:
@@ -170,6 +171,7 @@ def expect_bytes(who: str, found: npt.NDArray[Any], expected: npt.NDArray[Any]) 
     differ = (
         (found.reshape(-1, 1).view(np.uint8) != expected.reshape(-1, 1).view(np.uint8)).reshape(-1, size).any(axis=1)
     )
+    # NaN is the only value that differs from itself. Its payload is not part of the promise.
     differ &= ~((found != found) & (expected != expected)).reshape(-1)  # noqa: PLR0124 - NaN
     if differ.any():
         i = int(differ.argmax())

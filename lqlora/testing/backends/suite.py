@@ -98,7 +98,7 @@ def _selected(names: Collection[str] | None) -> tuple[str, ...]:
 
 def _namespace(library: str) -> Namespace:
     if not is_installed(library):
-        raise MissingDependencyError(f"library {library!r} is not installed: install it to check its backend.")
+        raise MissingDependencyError(f"library {library!r} is not installed. Install it to check its backend.")
     wrapped = f"array_api_compat.{library}"
     return importlib.import_module(wrapped if is_installed(wrapped) else library)
 

@@ -1,4 +1,4 @@
-"""Compiling the kernels: with and without a compiler, for other processors, and knowing what a library was made of."""
+"""Compilation of the kernels: with and without a compiler, for other processors, and the hash of the sources."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def copy_sources(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the sources, as the package would have them."""
+    """Return a folder with a copy of the sources, laid out like the package."""
     copy_sources(tmp_path)
     return tmp_path
 
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_library_is_not_loaded(folder, monkeypatch):
 
 
 class Recorder:
-    """Stands for hatch: keeps what would be printed."""
+    """Stand in for hatch, and keep the messages that it would print."""
 
     def __init__(self):
         self.lines = []

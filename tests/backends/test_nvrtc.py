@@ -64,7 +64,7 @@ def test_a_sample_of_the_kernels_compiles(architecture, module):
 @pytest.mark.parametrize("module", KERNELS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_without_spills_or_products_that_are_fused(architecture, module):
-    # Each for one of the architectures: registers.py compiles all for all, and takes minutes.
+    # Each kernel for one of the architectures: registers.py compiles all for all, and takes minutes.
     check(architecture, module, KERNELS[module][ARCHITECTURES.index(architecture) :: len(ARCHITECTURES)])
 
 

@@ -1,4 +1,4 @@
-"""The stand-in refuses what CuPy refuses, and what CuPy passes on for a kernel to read wrongly."""
+"""The stand-in refuses arguments that CuPy refuses, and those that CuPy passes on and a kernel then reads wrongly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulator runs right kernels right, and finds each kind of fault that is planted."""
+"""The emulator runs correct kernels, and finds each kind of planted fault."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_text_that_does_not_compile_is_refused_with_what_the_compiler_says():
 
 
 def again(mode: str, *arguments: str, preload: str = "") -> subprocess.CompletedProcess[str]:
-    """Run Python with another kind of emulation; it is chosen once in a process."""
+    """Run Python with another kind of emulation, which is chosen once per process."""
     environment = {**os.environ, emulator.VARIABLE: mode, "LD_PRELOAD": preload}
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "HYPOTHESIS_PROFILE": "quick"}
     command = [sys.executable, *arguments]

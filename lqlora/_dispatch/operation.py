@@ -114,7 +114,7 @@ _PIECES: dict[str, int] = {}
 
 
 def prefer_pieces(library: str, entries: int) -> None:
-    """Declare how many entries overrides for a library take at a time without a workspace.
+    """Declare the number of entries that overrides for a library take at a time without a workspace.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def prefer_pieces(library: str, entries: int) -> None:
 
 
 def preferred_piece(array: object) -> int | None:
-    """Return how many entries overrides for an array prefer to be given at a time.
+    """Return the number of entries that overrides for an array prefer at a time.
 
     Parameters
     ----------
@@ -328,7 +328,7 @@ class Operation(Generic[P, R]):
         return None
 
     def select(self, *args: P.args, **kwargs: P.kwargs) -> Selection:
-        """Return which implementation a call with these arguments would run, without running it.
+        """Return the implementation that a call with these arguments would run, without running it.
 
         Parameters
         ----------
@@ -359,7 +359,7 @@ class Operation(Generic[P, R]):
         return f"{'; '.join(reasons)}." if reasons else f"{LIBRARY_OF[type(args[0])]}: no override is registered."
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the operation by the implementation that :meth:`select` names."""
+        """Run the implementation that :meth:`select` names."""
         positional = args if len(args) == self._count and not kwargs else self._positional(args, kwargs)
         override = self._choice(positional)
         implementation: Callable[..., R] = self.reference if override is None else override.function

@@ -22,7 +22,7 @@ __all__ = ["Override", "Takes", "arguments_named"]
 
 @dataclass(frozen=True)
 class Takes:
-    """Calls that an override takes: those whose arguments fit everything that is declared.
+    """Calls that an override takes: the arguments must meet every condition of the record.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ class Override:
         self.named = None if takes.condition is None else arguments_named(takes.condition, parameters, name)
 
     def fault(self, args: tuple[Any, ...]) -> str:
-        """Return why a call is declined, or an empty text if it is taken.
+        """Return the reason why a call is declined, or an empty text if it is taken.
 
         Parameters
         ----------

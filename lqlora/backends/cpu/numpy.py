@@ -49,7 +49,7 @@ def _can_be_bucketed(boundaries: npt.NDArray[np.float32]) -> bool:
     ),
 )
 def nearest_codes_in_buckets(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Look up how many boundaries are below a value's bucket, chunk by chunk.
+    """Look up the number of boundaries below a value's bucket, chunk by chunk.
 
     A value's bucket is ``b(v) = floor(clip((v - low) * factor))``. Rounding keeps the order of differences and
     products, so ``v <= w`` implies ``b(v) <= b(w)``: boundaries in lower buckets are below ``v``, and those in higher
@@ -147,7 +147,7 @@ def _by_weight(per_block: npt.NDArray[Any], block_size: int, count: int) -> npt.
 
 
 def _index_bits(bits: int, count: int) -> int:
-    """Return how many bits of packed codes are looked up at a time."""
+    """Return the number of bits of packed codes that are looked up at a time."""
     if 8 % bits:
         return 12
     return 16 if bits in (4, 8) and count >= _MANY else 8

@@ -22,7 +22,7 @@ __all__ = ["Binary"]
 
 
 class Binary(NamedTuple):
-    """A compiled kernel.
+    """A compiled kernel: its code, and the name of its entry point.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ MOST_BLOCKS = 1 << 16
 def launch(
     device: int, stream: Any, module: str, kernel: str, threads: int, work: int, arguments: tuple[Any, ...]
 ) -> None:
-    """Run a kernel.
+    """Run a kernel on a device; compile and load it first if this is its first launch there.
 
     Parameters
     ----------

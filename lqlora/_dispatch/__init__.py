@@ -1,8 +1,9 @@
 """Dispatch: operations with a reference implementation, and overrides for the arrays of single libraries.
 
 A function decorated with :func:`op` is the reference: array API code that runs on every library. A backend may register
-an override, with a record of the calls that it takes. A call picks by the library of its first array, then the first
-override whose record the arguments fit, else the reference. An override returns the same bytes as the reference.
+an override, with a record of the calls that it takes. A call looks at the overrides for the library of its first array.
+It runs the first one whose record fits the arguments, or else the reference. An override returns the same bytes as the
+reference.
 
 ``operation`` makes the choice, and has :func:`forced`, which switches overrides off. ``overrides`` has the conditions.
 """

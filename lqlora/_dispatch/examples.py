@@ -1,8 +1,8 @@
-"""Problems that the example arguments of an operation are made from.
+"""Protocols of the test problems from which an operation makes its example arguments.
 
 An operation is declared with a function that makes its arguments from one of these: ``@op(examples=...)`` or
-``@op(products=...)``. The conformance suite of :mod:`lqlora.testing` draws the problems, easy and hard ones, and calls
-every override with the arguments. Arrays are NumPy's.
+``@op(products=...)``. The conformance suite of :mod:`lqlora.testing` draws easy and hard problems, and calls every
+override with the arguments. All arrays are NumPy arrays.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["BlocksProblem", "ProductProblem", "Tables"]
 
 
 class Tables(Protocol):
-    """A codebook."""
+    """Levels and boundaries of a codebook."""
 
     @property
     def levels(self) -> npt.NDArray[np.float32]:
@@ -36,7 +36,7 @@ class BlocksProblem(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of whatever else an example draws."""
+        """Seed of the random numbers that an example draws itself."""
 
     @property
     def bits(self) -> int:
@@ -60,7 +60,7 @@ class BlocksProblem(Protocol):
 
     @property
     def normalized(self) -> npt.NDArray[Any]:
-        """The wide weights over their scales: some may be infinite, none is NaN."""
+        """The wide weights divided by their scales. Quotients may be infinite, but not NaN."""
 
     @property
     def scales(self) -> npt.NDArray[np.float32]:
@@ -86,7 +86,7 @@ class BlocksProblem(Protocol):
         """Return the whole blocks of a flat array as rows."""
 
     def target(self) -> npt.NDArray[Any]:
-        """Return an array for decoded weights, of any contents."""
+        """Return an array of any contents that decoded weights are written to."""
 
 
 class ProductProblem(Protocol):

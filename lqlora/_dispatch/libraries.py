@@ -1,7 +1,7 @@
-"""Array libraries: which library an array belongs to, its namespace, device, dtype name and memory layout.
+"""Array libraries: the library of an array, its namespace, device, dtype name and memory layout.
 
-Every public function asks for these, so answers are cached by class and by dtype. The modules with overrides of each
-library are listed here, and nothing else in this package knows what is in them.
+Every public function needs these, so the answers are cached by class and by dtype. The record of a library names the
+modules that register overrides for it. Dispatch imports these modules, and depends on nothing in them.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class Library:
 
     def classes(self) -> tuple[type, ...]:
         """Return the classes of the arrays; an empty tuple if the library is not imported."""
+        # An array can only exist after its library was imported. So a library that is missing here has no arrays to ask
+        # about, and dispatch does not have to import torch (a second or more) for a call on NumPy arrays.
         pairs = (place.partition(":")[::2] for place in self.arrays)
         return tuple(getattr(sys.modules[module], name) for module, name in pairs if module in sys.modules)
 
@@ -72,8 +74,8 @@ class Library:
         return cls in self.classes() if self.exact else issubclass(cls, self.classes())
 
 
-#: NumPy's scalars count as arrays without dimensions, because NumPy's reductions return them. Subclasses of torch's
-#: tensors are excluded: compilers trace with such classes, which have no memory.
+#: NumPy's scalars count as arrays without dimensions, because NumPy's reductions return them. Overrides do not take
+#: subclasses of torch's tensors: compilers trace with such classes, whose tensors have no memory.
 _LIBRARIES: dict[str, Library] = {
     library.name: library
     for library in (
@@ -93,7 +95,7 @@ _LIBRARIES: dict[str, Library] = {
     )
 }
 
-#: Words that ``forced()`` knows besides "reference", and the backends that each of them passes over.
+#: Words that ``forced()`` accepts besides "reference", and the backends that each of them passes over.
 PASSED_OVER: dict[str, frozenset[str]] = {"numpy": frozenset({"native"})}
 
 #: Libraries whose modules of overrides are imported.
@@ -147,7 +149,7 @@ def register_library(library: Library) -> None:
         module, _, name = place.partition(":")
         if not module or not name:
             raise InvalidArgumentError(
-                f"arrays must name classes as 'module:Class', got {place!r}. Such as 'array_api_strict:Array'."
+                f"arrays must name classes as 'module:Class', such as 'array_api_strict:Array', got {place!r}."
             )
     _LIBRARIES[library.name] = library
     _loaded.discard(library.name)
@@ -166,6 +168,8 @@ class _ByClass(dict[type, Any]):
     def __init__(self, answer: Callable[[type], Any]) -> None:
         self._answer = answer
 
+    # No lock: two threads that ask first at once compute the same answer, and storing it is one atomic operation. The
+    # classes of arrays are few, so the cache is not bounded.
     def __missing__(self, cls: type) -> Any:
         self[cls] = answer = self._answer(cls)
         return answer
@@ -184,7 +188,7 @@ def _plain_class_library(cls: type) -> str | None:
     return name if library is not None and library.takes_class(cls) else None
 
 
-#: The library of a class, and the same for classes whose arrays may be given to overrides.
+#: The library of a class; the second gives None for classes whose arrays overrides do not take.
 LIBRARY_OF = _ByClass(_class_library)
 PLAIN_LIBRARY_OF = _ByClass(_plain_class_library)
 
@@ -235,6 +239,7 @@ def namespace(*arrays: Array) -> Namespace:
     MixedArraysError
         If the arrays belong to two libraries, or to two devices.
     """
+    # One array cannot be on two devices or of two libraries. This is the common case, and takes one look-up.
     if len(arrays) == 1 and (known := _NAMESPACE_OF.get(type(arrays[0]))) is not None:
         return known
     first = home = None
@@ -264,22 +269,22 @@ def _require_one_home(arrays: tuple[Array | None, ...]) -> None:
     """Raise unless all values are arrays of one library on one device."""
     present = [array for array in arrays if array is not None]
     if not present:
-        raise UnsupportedArrayError("Expected a NumPy, torch, CuPy or array API array, got nothing.")
+        raise UnsupportedArrayError("arrays must be NumPy, torch, CuPy or array API arrays, got none.")
     homes = [LIBRARY_OF[type(array)] for array in present]
     library = homes[0]
     if None in homes:
         wrong = type(present[homes.index(None)]).__name__
-        raise UnsupportedArrayError(f"Expected a NumPy, torch, CuPy or array API array, got {wrong}.")
+        raise UnsupportedArrayError(f"arrays must be NumPy, torch, CuPy or array API arrays, got {wrong}.")
     if homes.count(library) != len(homes):
-        raise MixedArraysError(f"arrays are of {' and '.join(sorted(set(homes)))} in one call: convert one.")
+        raise MixedArraysError(f"arrays are of {' and '.join(sorted(set(homes)))} in one call: convert some of them.")
     if library == "array-api" and len({type(array) for array in present}) > 1:
-        raise MixedArraysError("arrays are of two array API libraries in one call: convert one.")
+        raise MixedArraysError("arrays are of two array API libraries in one call: convert some of them.")
     if library in _ONE_HOME:
         return
     devices = [device_of(array) for array in present]
     if devices.count(devices[0]) != len(devices):
         named = " and ".join(sorted(set(map(str, devices))))
-        raise MixedArraysError(f"arrays are on {named} in one call: move one, since lqlora never copies by itself.")
+        raise MixedArraysError(f"arrays are on {named} in one call: move some of them, lqlora never copies by itself.")
 
 
 #: The key holds the class of the dtype too: dtypes of two libraries may have one hash, and comparing them may raise.
@@ -366,7 +371,7 @@ def is_on_host(array: Array) -> bool:
 
 
 def host_test(library: str | None) -> Callable[[Array], Any]:
-    """Return a function that says whether an array of one library is on the host; it is called for every argument."""
+    """Return a fast test of whether an array of one library is on the host, which runs for every argument."""
     known = _LIBRARIES.get(library or "")
     if library == "torch":
         return attrgetter("is_cpu")
@@ -395,11 +400,13 @@ class Layouts(NamedTuple):
 
 
 def layouts(library: str | None) -> Layouts:
-    """Return how the layout of a library's arrays is found out: by functions in C, since every argument is asked."""
+    """Return the layout test of a library's arrays: functions in C, because it runs for every argument."""
     return _LAYOUTS.get(library, _BY_FLAG)
 
 
-#: Bits of NumPy's ``flags.num``: C_CONTIGUOUS and ALIGNED, which dense arrays have, and the others that may be set.
+#: Bits of NumPy's ``flags.num``: C_CONTIGUOUS and ALIGNED, which dense arrays have; F_CONTIGUOUS, OWNDATA, WRITEABLE
+#: and WRITEBACKIFCOPY, which may be set. All 16 sums are listed, so that the test is one look-up: the property
+#: ``c_contiguous`` says nothing about alignment, and masking the bits would need a function in Python.
 _DENSE, _OTHERS = 0x101, 0x2406
 
 
@@ -427,7 +434,7 @@ def is_contiguous(array: Array) -> bool:
     Returns
     -------
     bool
-        False for libraries that do not say so, and for memory that is not aligned to the dtype.
+        False if the library has no such flag, or the memory is not aligned to the dtype.
 
     Examples
     --------

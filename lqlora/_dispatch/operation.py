@@ -34,7 +34,8 @@ __all__ = ["Operation", "Selection", "empty", "forced", "op", "prefer_maker", "p
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Backends whose overrides are passed over in this context; None passes over all overrides.
+#: Backends whose overrides are passed over; None passes over all overrides. It is a context variable and not a global:
+#: a block in one thread or asyncio task does not change the calls of others.
 _NOTHING: frozenset[str] = frozenset()
 _passed_over: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar(
     "lqlora_passed_over", default=_NOTHING
@@ -62,7 +63,7 @@ def forced(implementation: str | None = None, *, without: str | Collection[str] 
     Raises
     ------
     InvalidArgumentError
-        If ``implementation`` is another word.
+        If ``implementation`` is neither of the two.
 
     Examples
     --------
@@ -113,7 +114,7 @@ _PIECES: dict[str, int] = {}
 
 
 def prefer_pieces(library: str, entries: int) -> None:
-    """Declare how many entries overrides for a library take at a time without a workspace.
+    """Declare the number of entries that overrides for a library take at a time without a workspace.
 
     Parameters
     ----------
@@ -126,7 +127,7 @@ def prefer_pieces(library: str, entries: int) -> None:
 
 
 def preferred_piece(array: object) -> int | None:
-    """Return how many entries overrides for an array prefer to be given at a time.
+    """Return the number of entries that overrides for an array prefer at a time.
 
     Parameters
     ----------
@@ -213,6 +214,8 @@ class Operation(Generic[P, R]):
         self.__signature__ = self._signature = inspect.signature(reference)
         self._names = tuple(self._signature.parameters)
         self._count = len(self._names)
+        # Calls run through the tuples in `_ready`. `register` drops the tuple of its library, and the next call makes a
+        # new one. A call in another thread meanwhile goes on with the old tuple, which never changes.
         self._overrides: dict[str, dict[str, Override]] = {}
         self._ready: dict[str | None, tuple[Override, ...]] = {}
 
@@ -277,7 +280,8 @@ class Operation(Generic[P, R]):
         return ready
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Return all arguments by position, with defaults filled in: records of overrides look at positions."""
+        """Return all arguments by position, with defaults filled in: overrides find arguments by their positions."""
+        # Binding a signature takes longer than a small kernel, so calls that name all the rest are put in order here.
         rest = self._names[len(args) :]
         if len(rest) == len(kwargs) and all(name in kwargs for name in rest):
             return (*args, *(kwargs[name] for name in rest))
@@ -288,12 +292,14 @@ class Operation(Generic[P, R]):
     def _choice(self, args: tuple[Any, ...]) -> Override | None:
         """Return the first override that takes a call, or None for the reference.
 
-        This runs in every call of every operation, so the checks are written out here; they are functions in C, but for
-        the condition. :meth:`Override.fault` runs the same checks and words the first one that fails.
+        This runs in every call of every operation, so the checks are written out here. All but the condition are
+        functions in C. :meth:`Override.fault` runs the same checks in the same order, and words the first that fails.
         """
         passed_over = _passed_over.get()
         if passed_over is None:
             return None
+        # The first array decides the library. If a later one is of another library, no override takes the call, and the
+        # reference raises: it asks for one namespace of all its arrays.
         candidates = self._ready.get(LIBRARY_OF[type(args[0])])
         if candidates is None:
             candidates = self.overrides(LIBRARY_OF[type(args[0])])
@@ -313,6 +319,7 @@ class Operation(Generic[P, R]):
                 ):
                     break
             else:
+                # The condition comes last: it may rely on dtypes and memory, such as that every array has a shape.
                 named = override.named
                 if (override.bits is None or args[override.bits_at] in override.bits) and (
                     named is None or override.condition(*named(args))  # type: ignore[misc]  # there is one to name them
@@ -321,7 +328,7 @@ class Operation(Generic[P, R]):
         return None
 
     def select(self, *args: P.args, **kwargs: P.kwargs) -> Selection:
-        """Return which implementation a call with these arguments would run, without running it.
+        """Return the implementation that a call with these arguments would run, without running it.
 
         Parameters
         ----------
@@ -352,7 +359,7 @@ class Operation(Generic[P, R]):
         return f"{'; '.join(reasons)}." if reasons else f"{LIBRARY_OF[type(args[0])]}: no override is registered."
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the operation by the implementation that :meth:`select` names."""
+        """Run the implementation that :meth:`select` names."""
         positional = args if len(args) == self._count and not kwargs else self._positional(args, kwargs)
         override = self._choice(positional)
         implementation: Callable[..., R] = self.reference if override is None else override.function

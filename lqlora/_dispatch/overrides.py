@@ -1,6 +1,6 @@
 """Conditions under which an override takes a call, declared as a :class:`Takes` record.
 
-The record decides which calls an override is given, words the reasons of :meth:`Operation.select`, and fills the table
+The record decides which calls an override gets, words the reasons of :meth:`Operation.select`, and fills the table
 in the documentation.
 """
 
@@ -22,14 +22,14 @@ __all__ = ["Override", "Takes", "arguments_named"]
 
 @dataclass(frozen=True)
 class Takes:
-    """Calls that an override takes: those whose arguments fit everything that is declared.
+    """Calls that an override takes: the arguments must meet every condition of the record.
 
     Parameters
     ----------
     dtypes : mapping of str to tuple of str or None
-        For each argument that is an array of the library, the names of the dtypes taken; None among them if the
+        Names of the accepted dtypes, for each argument that is an array of the library; None among them if the
         argument may be None. Arrays of another library do not fit, and neither do values that are not arrays.
-        Levels and boundaries are not listed: every library is given them as read-only NumPy arrays.
+        Levels and boundaries are not listed, because operations get them as read-only NumPy arrays for every library.
     bits : tuple of int, optional
         Values of the argument ``bits``; any by default.
     memory : {"host", "device"}
@@ -77,6 +77,8 @@ class ByDtype(dict[Any, bool]):
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self._names = names
 
+    # Operation._choice checks the class of an array before its dtype, so one cache sees the dtypes of one library only.
+    # Dtypes of two libraries may have the same hash, and comparing them may raise.
     def __missing__(self, dtype: Any) -> bool:
         self[dtype] = taken = spelled(dtype) in self._names
         return taken
@@ -118,6 +120,8 @@ class Override:
             )
         known = known_libraries().get(library)
         has_one_memory = known is not None and known.memory == takes.memory
+        # The record is resolved here, once: into positions of arguments, tests by library, and sets. A call then runs
+        # no Python function but the condition.
         self.on_host = takes.memory == "host"
         self.arrays = tuple(
             ArrayCheck(
@@ -137,7 +141,7 @@ class Override:
         self.named = None if takes.condition is None else arguments_named(takes.condition, parameters, name)
 
     def fault(self, args: tuple[Any, ...]) -> str:
-        """Return why a call is declined, or an empty text if it is taken.
+        """Return the reason why a call is declined, or an empty text if it is taken.
 
         Parameters
         ----------
@@ -168,7 +172,7 @@ class Override:
 
     def _fault_of_others(self, args: tuple[Any, ...]) -> str:
         if self.bits is not None and args[self.bits_at] not in self.bits:
-            return f"bits is none of {', '.join(map(str, self.takes.bits or ()))}"
+            return f"bits is not among {', '.join(map(str, self.takes.bits or ()))}"
         if self.condition is not None and self.named is not None and not self.condition(*self.named(args)):
             return f"it is for {self.takes.sentence}"
         return ""
@@ -206,10 +210,11 @@ def arguments_named(
     wanted = inspect.signature(function).parameters
     if wrong := [str(parameter) for key, parameter in wanted.items() if key not in parameters]:
         raise InvalidArgumentError(
-            f"condition of {name} has the parameter {', '.join(wrong)}, which the operation does not have. Name some "
-            f"of {', '.join(parameters)}."
+            f"condition of {name} has the parameter {', '.join(wrong)}, which the operation does not have. Use names "
+            f"among {', '.join(parameters)}."
         )
     positions = [parameters.index(key) for key in wanted]
+    # An itemgetter of one index returns the bare item, but the condition needs a tuple to unpack: a slice returns one.
     if len(positions) == 1:
         return itemgetter(slice(positions[0], positions[0] + 1))
     return itemgetter(*positions) if positions else itemgetter(slice(0, 0))

@@ -43,7 +43,7 @@ class PlannedMatrix:
     cost: float
     factor_bits: int
 
-    # Cached, since reports and budgets ask for it several times. The cache is no field, so equality ignores it.
+    # Cached, since reports and budgets ask for it several times. The cache is not a field, so equality ignores it.
     @functools.cached_property
     def storage_bits(self) -> int:
         """Exact bits of the quantized part."""

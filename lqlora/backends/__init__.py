@@ -56,7 +56,7 @@ class Availability:
 
 
 def available() -> dict[str, Availability]:
-    """Return which array libraries are installed, without importing them, and whether compiled kernels are used.
+    """Return the installed array libraries, without importing them, and whether compiled kernels are used.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def register(library: str, *, arrays: tuple[str, ...], overrides: tuple[str, ...
 
 
 def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
-    """Return which implementation of an operation would run on some arguments, and why.
+    """Return the implementation of an operation that would run on some arguments, and the reason.
 
     Parameters
     ----------

@@ -245,6 +245,6 @@ def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Arr
     # The denominator is zero if every entry that counts has the value 0: the error is then the same for every r. A
     # quotient of the other sign would turn a block around, and zero cannot be divided by: such rows keep their ratio.
     solvable = below > 0
-    with np.errstate(over="ignore"):  # an infinite quotient is no solution
+    with np.errstate(over="ignore"):  # an infinite quotient does not solve it
         refined = above / xp.where(solvable, below, xp.ones_like(below))
     return xp.where(solvable & (refined * ratios > 0) & xp.isfinite(refined), refined, ratios)

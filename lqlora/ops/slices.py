@@ -48,7 +48,9 @@ def take_flat(array: Array, start: int, stop: int) -> Array:
     xp = namespace(array)
     if start >= stop:
         return xp.zeros((0,), dtype=array.dtype, device=device_of(array))
-    if len(array.shape) < 2 or is_contiguous(array):
+    if len(array.shape) == 1:
+        return array[start:stop]
+    if not array.shape or is_contiguous(array):
         return xp.reshape(array, (-1,))[start:stop]
     # A strided array is read row by row of its first axis: whole rows at once, and the two ragged ends by recursion.
     # reshape of the whole array would copy all of it to read a few entries.

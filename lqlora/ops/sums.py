@@ -129,7 +129,7 @@ def level_sums(
     codes : array of uint8, shape (m, k)
         Codes below ``size``.
     sets : array of int64, shape (m,)
-        Set of levels of each row, from 0 to ``count - 1``.
+        Index of the set of levels of each row, from 0 to ``count - 1``.
     size : int
         Number of levels in a set.
     count : int

@@ -409,7 +409,7 @@ def formats(
     >>> find(formats(), lambda fmt: fmt.block_size > 60).block_size <= 70
     True
     """
-    # ALL_CODEBOOKS is no default of the signature, because Hypothesis would print every level of every codebook.
+    # ALL_CODEBOOKS is not a default of the signature, because Hypothesis would print every level of every codebook.
     codebook = draw(st.sampled_from(ALL_CODEBOOKS if codebooks is None else codebooks))
     signed = codebook.normalization == "signed"
     scales: Any = draw(st.sampled_from(dtypes) | scale_formats(dtypes, depth, signed=signed))

@@ -1,4 +1,4 @@
-"""What the tests of compiled kernels share: what is drawn, and how a result is compared with that of a reference."""
+"""Helpers of the tests of compiled kernels: drawn sizes and codebooks, and the comparison of bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lqlora.testing.strategies import ALL_CODEBOOKS
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-#: Lengths around those of registers and stripes.
+#: Lengths around the lengths of registers (8, 16, 32) and of stripes (2048).
 COUNTS = st.sampled_from([0, 1, 7, 8, 9, 31, 32, 33, 63, 65, 100, 2047, 2048, 2049, 5000])
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 16, 63, 64, 65, 256, 2048, 2056, 10**6])
 BOOKS = st.sampled_from(ALL_CODEBOOKS)
@@ -21,7 +21,7 @@ def same(found, expected):
 
 
 def ran(operation, *arguments):
-    """Run an operation, after making sure that a compiled kernel will."""
+    """Run an operation, after checking that a compiled kernel takes the call."""
     assert operation.select(*arguments).implementation.startswith("native."), operation.select(*arguments).reason
     return operation(*arguments)
 

@@ -1,4 +1,4 @@
-"""Instruction sets for the tests of compiled kernels; CuPy for those of CUDA: the stand-in that emulates it, and a device."""
+"""Fixtures of the kernel tests: instruction sets of the CPU, and CuPy as an emulating stand-in or on a device."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.requirements import require_or_skip
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: What is compiled together: a call to the compiler for each kernel would take longer.
+#: Kernels that are compiled together: one run of the compiler for each kernel would take longer.
 TOGETHER = {name: names for names in (*KERNELS.values(), MATMUL_SAMPLE, TENSOR_SAMPLE) for name in names}
 
 
 @pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An instruction set of this machine, which the compiled kernels use."""
+    """Run the compiled kernels with one instruction set of this machine, and return its name."""
     require_or_skip("native", loading.status()[0])
     if request.param not in loading.instruction_sets():
         pytest.skip(f"this machine has no {request.param}")
@@ -40,7 +40,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])
 def cupy(request: pytest.FixtureRequest) -> Any:
-    """The module ``cupy``; whichever it is, kernels run by the backend's own code."""
+    """Return the stand-in or the real ``cupy``. The backend's own code launches the kernels on either."""
     if request.param == "stand-in":
         return request.getfixturevalue("emulated")
     require_or_skip("cupy", is_installed("cupy") and importlib.import_module("cupy").cuda.is_available())
@@ -49,14 +49,14 @@ def cupy(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def emulated() -> CuPyStandIn:
-    """Only the stand-in."""
+    """Return the stand-in of CuPy."""
     require_or_skip("g++", build.is_available())
     return CuPyStandIn(TOGETHER)
 
 
 @pytest.fixture(autouse=True)
 def _the_one_that_is_asked_for(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Put the stand-in where CuPy would be, for tests that take it and for no other: there may be a real one."""
+    """Import the stand-in as CuPy, only in tests that take it: a real CuPy may be installed."""
     name = next((name for name in ("cupy", "emulated") if name in request.fixturenames), None)
     module = None if name is None else request.getfixturevalue(name)
     if isinstance(module, CuPyStandIn):
@@ -68,7 +68,7 @@ def _the_one_that_is_asked_for(request: pytest.FixtureRequest) -> Iterator[None]
 
 @contextmanager
 def in_place(module: CuPyStandIn) -> Iterator[None]:
-    """Let what imports CuPy find a stand-in, which finds no kernels on disk."""
+    """Import a stand-in as CuPy inside the ``with`` block, with an empty folder of compiled kernels."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setitem(sys.modules, "cupy", module)
         patch.setitem(sys.modules, "array_api_compat.cupy", module)
@@ -81,7 +81,7 @@ def in_place(module: CuPyStandIn) -> Iterator[None]:
 
 @pytest.fixture
 def on_tensors(emulated: CuPyStandIn, torch: Any, monkeypatch: pytest.MonkeyPatch) -> Fits:
-    """The kernels for tensors, given such in host memory, which the emulator can reach."""
+    """Return the kernels for torch tensors, which use tensors in host memory that the emulator can access."""
     from lqlora.backends.cuda.torch import TorchMemory
 
     def view(_: TorchMemory, tensor: Any) -> int:
@@ -97,5 +97,5 @@ def on_tensors(emulated: CuPyStandIn, torch: Any, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads go on with what is beyond the first two blocks of threads."""
+    """Limit grids to two blocks of threads, so that threads loop over the rest of the work."""
     monkeypatch.setattr(launch, "MOST_BLOCKS", 2)

@@ -1,4 +1,4 @@
-"""Every kernel of the CUDA backend by name: what a compiler, or the emulator, is asked to make of the templates."""
+"""Names of every kernel of the CUDA backend: the instances of the templates that compiler and emulator make."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ __all__ = ["EXACT", "KERNELS", "MATMUL_SAMPLE", "TENSOR_SAMPLE"]
 _BITS = range(1, 9)
 _FLOATS = ("float", "Float16", "BFloat16")
 
-#: Modules whose results are the bytes of the reference, so that nothing in them may be fused.
+#: Modules whose results are the bytes of the reference: products and sums in them must not be fused.
 EXACT = {
     "blocks": [
         f"block_statistics<{value}, {extremes}>" for value in (*_FLOATS, "double") for extremes in ("false", "true")
@@ -27,7 +27,7 @@ EXACT = {
     ],
 }
 
-#: Dtypes of rows and of the factors that they are multiplied by.
+#: Dtypes of rows of inputs, each with a dtype of the low-rank factors.
 _FACTORS = [(value, factor) for value in _FLOATS for factor in dict.fromkeys((value, "float"))]
 
 KERNELS = {
@@ -45,7 +45,7 @@ KERNELS = {
     "tensor": [f"matmul_tensor<{bits}, {value}>" for bits in _BITS for value in ("Float16", "BFloat16")],
 }
 
-#: Enough of the matrix products for a short test: even, odd and whole bytes; each type; each number of inputs.
+#: Matrix products for a short test: codes of 3, 4 and 8 bits, each dtype, and each number of inputs.
 MATMUL_SAMPLE = [
     "matmul_packed<3, float, 4>",
     "matmul_packed<4, float, 1>",

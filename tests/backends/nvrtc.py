@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler, which needs neither a device nor a driver: from CUDA C++ to PTX, machine code and a log."""
+"""NVIDIA's run-time compiler without a device or driver: it returns PTX, and the registers of each kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Compiled", "Usage", "compile_for", "is_available"]
 
 
 class Usage(NamedTuple):
-    """What ptxas says of a kernel."""
+    """Registers, spilled bytes and stack bytes of a kernel, as ptxas reports them."""
 
     registers: int
     spilled: int
@@ -39,12 +39,12 @@ def _library() -> ctypes.CDLL | None:
 
 
 def is_available() -> bool:
-    """Tell whether the package of the compiler is installed."""
+    """Return whether the package of the compiler is installed."""
     return _library() is not None
 
 
 def compile_for(architecture: int, source: str, options: tuple[str, ...], expressions: list[str]) -> Compiled:
-    """Compile the named instances of templates; a program that does not compile is an AssertionError with the log."""
+    """Return the named instances of templates, compiled. Raise an AssertionError with the log if that fails."""
     library = _library()
     assert library is not None
     program = ctypes.c_void_p()
@@ -91,7 +91,7 @@ _FUNCTION = re.compile(
 
 
 def _usage(log: str, names: dict[str, str]) -> dict[str, Usage]:
-    """Read the log of ptxas: one paragraph for each kernel."""
+    """Return the usage of each kernel from the log of ptxas, which has a paragraph for each."""
     return {
         names[name]: Usage(int(registers), int(stores) + int(loads), int(stack))
         for name, stack, stores, loads, registers in _FUNCTION.findall(log)

@@ -1,6 +1,6 @@
-"""Compiles every kernel for every architecture and prints the registers as a Markdown table, for the documentation.
+"""Print the registers of every kernel on every architecture as a Markdown table, for the documentation.
 
-Run by hand, as it takes several minutes: ``python -m tests.backends.registers``.
+Run it by hand, because it takes several minutes: ``python -m tests.backends.registers``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from tests.backends.test_nvrtc import ARCHITECTURES, OLDEST
 
 
 def family(name: str) -> str:
-    """Return the template, and of products the number of inputs too, which the registers hold the sums of."""
+    """Return the template of a kernel; for products also the number of inputs, whose sums take registers."""
     template, _, arguments = name.partition("<")
     return f"{template}, up to {arguments.split(', ')[2][:-1]}" if template == "matmul_packed" else template
 
 
 def span(registers: list[int]) -> str:
-    """Return the least and the most, once if they are the same."""
+    """Return the smallest and the largest number of registers; one number if they are equal."""
     return " to ".join(map(str, sorted({min(registers), max(registers)}))) if registers else ""
 
 
 def batched(names: list[str]) -> list[list[str]]:
-    """Cut a list: the compiler takes much memory for many kernels at once."""
+    """Cut a list into short ones: the compiler takes much memory for many kernels at once."""
     return [names[first : first + 9] for first in range(0, len(names), 9)]
 
 

@@ -1,4 +1,4 @@
-"""Kernels are compiled for the device at hand, kept on disk, and compiled again where that fails."""
+"""Kernels are compiled for the current device and kept on disk; a damaged file is compiled again."""
 
 from __future__ import annotations
 

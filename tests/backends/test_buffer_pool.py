@@ -93,7 +93,7 @@ def test_garbage_may_be_collected_anywhere():
 
 
 def test_threads_never_share_memory():
-    """All hold what they got until all have written."""
+    """Every thread keeps its array until all have written."""
     written, looked = threading.Barrier(6), threading.Barrier(6)
 
     def work(number):
@@ -116,7 +116,7 @@ def test_threads_never_share_memory():
 
 
 def test_large_results_are_of_a_fixed_size(torch):
-    """As the documentation says; a copy is not."""
+    """The documentation says that large results cannot be resized, and that copies can."""
     dense = lq.dequantize(lq.quantize(torch.randn(1024, 2048), lq.BlockFormat(lq.NF4)))
     assert not dense.untyped_storage().resizable()
     assert dense.clone().untyped_storage().resizable()

@@ -1,4 +1,4 @@
-"""Compiling the kernels: with and without a compiler, for other processors, and knowing what a library was made of."""
+"""Compilation of the kernels: with and without a compiler, for other processors, and the hash of the sources."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def copy_sources(folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the sources, as the package would have them."""
+    """Return a folder with a copy of the sources, laid out like the package."""
     copy_sources(tmp_path)
     return tmp_path
 
@@ -56,7 +56,7 @@ def test_what_is_compiled_is_loaded_until_the_sources_change(hook, folder, monke
     assert loaded_from(folder, monkeypatch)[1] == ""
     with (folder / source).open("a") as file:
         file.write("// changed\n")
-    assert loaded_from(folder, monkeypatch) == (None, "compiled from other sources than these: install lqlora again")
+    assert loaded_from(folder, monkeypatch) == (None, "compiled from other sources: install lqlora again")
 
 
 def test_without_a_library_there_is_one_line(folder, monkeypatch):
@@ -73,7 +73,7 @@ def test_a_file_that_is_no_library_is_not_loaded(folder, monkeypatch):
 
 
 class Recorder:
-    """Stands for hatch: keeps what would be printed."""
+    """Stand in for hatch, and keep the messages that it would print."""
 
     def __init__(self):
         self.lines = []

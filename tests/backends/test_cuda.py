@@ -37,13 +37,13 @@ def put(cupy, array):
 
 
 def apart(cupy, array, start):
-    """Copy an array to the device, ``start`` entries after an address that vectors of sixteen bytes may have."""
+    """Copy an array to the device, ``start`` entries after an address that is aligned to sixteen bytes."""
     padded = np.concatenate([np.zeros(start, array.dtype), array])
     return put(cupy, padded)[start:]
 
 
 def values(rng, count, dtype, boundaries=()):
-    """Numbers of all sizes; zeros of either sign, numbers below the normal ones, and boundaries among them."""
+    """Draw numbers of all sizes, with zeros of both signs, subnormal numbers and boundaries among them."""
     drawn = rng.standard_normal(count) * 2.0 ** rng.integers(-12, 8)
     special = np.array([0.0, -0.0, 2.0**-140, -(2.0**-140), 2.0**-24, *boundaries])
     mixed = np.where(rng.random(count) < 0.2, rng.choice(special, count), drawn)
@@ -214,12 +214,12 @@ def test_threads_go_on_beyond_the_largest_grid(cupy, bits):
 # ---- Products -------------------------------------------------------------------------------------------------------
 
 
-#: How many rows of inputs a kernel is given, by the number that its name ends with.
+#: Numbers of rows of inputs for a kernel, by the number that its name ends with.
 SHARES = {0: (5, 16), 1: (1, 1), 4: (2, 4), 16: (5, 16)}
 
 
 def product_case(rng, kernel, rows, columns, block_size, affine):
-    """Arguments of a product whose every sum is an integer that all types have."""
+    """Return arguments of a product whose sums are all integers that every dtype represents exactly."""
     bits, dtype, *most = kernel.partition("<")[2].removesuffix(">").split(", ")
     bits, fewest, most = int(bits), *SHARES[int(most[0]) if most else 0]
     name = {"float": "float32", "Float16": "float16", "BFloat16": "bfloat16"}[dtype]

@@ -1,4 +1,4 @@
-"""The CUDA kernels that fits are made of give the bytes of the reference: searches for ratios, and sums."""
+"""The CUDA kernels of fits return the bytes of the reference: searches for ratios, and sums."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.strategies import stored
 
 seeds = st.integers(0, 2**32 - 1)
 
-#: Around what a thread, a warp and a block have in registers, and around multiples of what a pass makes one of.
+#: Lengths around the entries in registers of a thread, a warp and a block, and around multiples of the terms of a pass.
 LONG = [256, 257, 300, 511, 512, 1000, 2047, 2049, 4095, 4096, 4097, 4111, 5000, 20_001]
 
 
 def apart(cupy, array, start):
-    """Copy rows to the device, ``start`` entries after an address that vectors of sixteen bytes may have."""
+    """Copy rows to the device, ``start`` entries after an address that is aligned to sixteen bytes."""
     padded = np.concatenate([np.zeros(start, array.dtype), array.reshape(-1)])
     return put(cupy, padded)[start:].reshape(array.shape)
 
 
 def terms_of(rng, shape, dtype):
-    """Terms of all sizes that nearly cancel each other, so that another order of the additions shows; and zeros."""
+    """Return terms of all sizes and zeros. Terms nearly cancel, so that another order of additions changes the sum."""
     drawn = rng.standard_normal(shape) ** 5 * 2.0 ** rng.integers(-12, 8, shape)
     tiny = float(np.finfo(dtype).smallest_subnormal)
     special = rng.choice(np.array([0.0, -0.0, tiny, -5 * tiny, 1e30, -1e30]), shape)
@@ -85,7 +85,7 @@ def codebook(rng, bits):
 
 
 def search(rng, rows, length, book, *, weighted, affine, grid=(1.0, 0.7, 0.9, 1.1, -1.0)):
-    """Arguments of a search: rows at boundaries times a ratio or beside them, zeros, and numbers below the normal ones."""
+    """Return arguments of a search: rows at or next to boundaries times a ratio, zeros, and subnormal numbers."""
     entries = np.clip(rng.standard_normal((rows, length)), -4, 4).astype(np.float32)
     near = rng.random(entries.shape) < 0.4
     at = rng.choice(book.boundaries, entries.shape) * rng.choice(np.asarray(grid, np.float32), entries.shape)
@@ -144,7 +144,7 @@ def test_of_equal_errors_the_first_ratio_is_kept(cupy):
 
 
 def nearly_equal(rng, length):
-    """Arguments of a search whose ratios are at the minimum of the error: its last bits decide, so all roundings show."""
+    """Return arguments of a search near the minimum of the error, where the last bits of every rounding decide."""
     row, weights = rng.standard_normal(length).astype(np.float32), rng.random(length, dtype=np.float32)
     best = np.float32(1)
     for _ in range(20):  # until the codes stay

@@ -19,12 +19,12 @@ pairs = st.sampled_from([(own, factor) for own in NARROW for factor in {own, "fl
 
 
 def integers(rng, shape, dtype):
-    """Numbers whose products have sums that every dtype holds: most are zero."""
+    """Return integers, most of them zero, so that every dtype represents the sums of products."""
     return (rng.integers(-1, 2, shape) * (rng.random(shape) < 0.15)).astype(FLOATS[dtype])
 
 
 def case(rng, pair, sizes):
-    """Arguments of NumPy: a result so far, rows, factors and a scaling."""
+    """Return NumPy arguments: a result so far, rows of inputs, factors and a scaling."""
     (own, factor), (inputs, rank, columns, rows) = pair, sizes
     shapes = ((inputs, rows), own), ((inputs, columns), own), ((rank, columns), factor), ((rows, rank), factor)
     return *(integers(rng, shape, dtype) for shape, dtype in shapes), 0.5

@@ -60,7 +60,7 @@ def test_every_narrow_number_is_read_and_written(isa, dtype, size):
     every = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype])
     finite = every[np.isfinite(every.astype(np.float32))]
     assert ops.block_absmax(finite, 1).tobytes() == np.abs(finite.astype(np.float32)).tobytes()
-    # As scales of a level of one, they and their neighbors in float32 are rounded to the narrow dtype.
+    # With a level of one, the scale itself and its neighbors in float32 are rounded to the narrow dtype.
     levels = np.array([1.0], dtype=np.float32)
     near = finite.astype(np.float32)
     between = ((near[1:].astype(np.float64) + near[:-1]) / 2).astype(np.float32)
@@ -79,7 +79,7 @@ def test_every_narrow_number_is_read_and_written(isa, dtype, size):
 
 @pytest.fixture(scope="module")
 def last_page():
-    """A page of memory before one that nobody may read: who reads beyond the end of an array does not live on."""
+    """Return a page of memory before a page that may not be read: reading beyond the end of an array ends the process."""
     if not sys.platform.startswith("linux"):
         pytest.skip("memory is protected by mprotect")
     memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)

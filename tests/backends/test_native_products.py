@@ -11,7 +11,7 @@ from lqlora.backends.cpu import compiled, loading
 from tests.backends.compiled import DTYPES, ran, same
 from tests.requirements import require_or_skip
 
-#: Blocks that fill registers, and blocks that do not; rows longer than stripes; as many rows as any kernel takes at once.
+#: Blocks that fill registers and blocks that do not, rows longer than stripes, and up to the most rows of any kernel.
 PRODUCTS = [
     (1, 5, 64, 64),
     (4, 3, 4104, 24),

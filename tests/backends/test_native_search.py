@@ -69,7 +69,7 @@ def test_ratios_depend_on_the_side_of_a_boundary_to_the_last_bit(isa, low, sign)
         assert len(set(expected.tolist())) == 2 or low == 1e30  # whose squares are infinite
 
 
-#: Boundaries and ratios that no codebook and no search of ours has.
+#: Boundaries and ratios that occur in no codebook and no search of this package.
 ODD = [0.0, -0.0, 1e-45, 2.0**-60, 2.0**60, 3e38, -1e-45, -(2.0**-61), np.inf, -np.inf]
 
 

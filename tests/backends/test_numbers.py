@@ -1,4 +1,4 @@
-"""What the kernels compute in ways of their own: 16-bit numbers, as NumPy and ml_dtypes, and the blocks of weights."""
+"""The kernels' own conversions of 16-bit numbers match NumPy and ml_dtypes; positions in blocks match divisions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HALVES = {"Float16": np.dtype(np.float16), "BFloat16": np.dtype(ml_dtypes.bfloat
 
 @pytest.fixture(params=["emulated", pytest.param("device", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Any:
-    """On a device 16-bit numbers are converted by instructions that it has for them."""
+    """Return a function that runs a kernel. A device has its own instructions for 16-bit numbers."""
     return run_emulated if request.param == "emulated" else run_on_device
 
 
@@ -74,7 +74,7 @@ def test_all_numbers_are_widened_exactly(run, half):
 
 
 def near(dtype: np.dtype) -> np.ndarray:
-    """All numbers of a dtype, the midpoints between them, and the neighbors of both."""
+    """Return all numbers of a dtype, the midpoints between them, and the neighbors of both."""
     finite = np.arange(2**15, dtype=np.uint16).view(dtype).astype(np.float32)
     finite = finite[np.isfinite(finite)]
     middle = (finite[1:].astype(np.float64) / 2 + finite[:-1].astype(np.float64) / 2).astype(np.float32)

@@ -11,17 +11,17 @@ from tests.backends import nvrtc
 from tests.backends.kernels import EXACT, KERNELS, MATMUL_SAMPLE, TENSOR_SAMPLE
 from tests.requirements import require_or_skip
 
-#: From the oldest that CUDA 13 still compiles for.
+#: Architectures from the oldest one that CUDA 13 compiles for.
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
-#: The oldest that some files of kernels are for, which other devices are not given.
+#: The oldest architecture of files of kernels that older devices do not run.
 OLDEST = {"tensor": 80}
 
-#: With so many registers each there is room for two blocks of 256 threads, or of 512 in these two files of kernels, or
-#: three of 128, on every architecture.
+#: Registers of a thread; 128 in other files. A multiprocessor of any architecture has 65,536 of them: enough for two
+#: blocks of 256 threads, for two of 512 in search and sums, and for three of 128 in matmul.
 MOST_REGISTERS = {"matmul": 168, "search": 64, "sums": 64}
 
-#: Some of each module for a short test.
+#: Kernels of each module for a short test.
 SAMPLE = {
     "blocks": ["block_statistics<Float16, false>", "block_statistics<float, true>"],
     "decode": ["decode<3, Float16>", "decode<4, float>"],
@@ -64,7 +64,7 @@ def test_a_sample_of_the_kernels_compiles(architecture, module):
 @pytest.mark.parametrize("module", KERNELS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_without_spills_or_products_that_are_fused(architecture, module):
-    # Each for one of the architectures: registers.py compiles all for all, and takes minutes.
+    # Each kernel for one of the architectures: registers.py compiles all for all, and takes minutes.
     check(architecture, module, KERNELS[module][ARCHITECTURES.index(architecture) :: len(ARCHITECTURES)])
 
 

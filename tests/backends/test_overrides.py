@@ -1,4 +1,4 @@
-"""Every override returns the very bytes of the reference, and is the one that really runs."""
+"""Every override returns the bytes of the reference, and runs for the calls that it is made for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lqlora.testing.backends._subject import operations
 from tests.requirements import require_or_skip
 from tests.strategies import flushes, host, on
 
-#: What typical arguments are to run on where no compiled kernel is. Operations without an entry have no override.
+#: Overrides that typical arguments run without compiled kernels. Operations without an entry have no override.
 FAST = {
     "numpy": {
         "nearest_codes": "numpy.nearest_codes_in_buckets",
@@ -55,7 +55,7 @@ def test_a_library_returns_the_bytes_of_the_reference_however_often_it_is_asked(
 
 
 def typical(xp, bits=4):
-    """Arguments of every operation, as quantize and dequantize would pass them."""
+    """Return arguments by operation, as quantize and dequantize pass them."""
     case = Blocks(0, bits=bits, count=1000)
     arguments = {name: operation.examples(case) for name, operation in operations().items() if operation.examples}
     return {name: tuple(_put(xp, value) for value in values) for name, values in arguments.items()}

@@ -1,4 +1,4 @@
-"""The tests of the kernels find what is planted in the kernels themselves."""
+"""The tests of the kernels find faults that are planted in the text of the kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from tests.emulator.build import EmulationError
 from tests.emulator.cupy_stand_in import CuPyStandIn
 from tests.requirements import require_or_skip
 
-#: What is planted: the module, the text that is replaced, what it becomes, and what finds it.
+#: Planted faults: the module, the text that is replaced, its replacement, and words of the error that finds the fault.
+#: None stands for results that differ, without an error.
 FAULTS = {
     "no_barrier": ("decode", "  __syncthreads();\n}", "}", "shared memory"),
     "no_lanes": ("blocks", "__shfl_xor_sync(0xffffffffu, high", "__shfl_xor_sync(0xffffu, high", "not in its own mask"),
@@ -32,7 +33,7 @@ FAULTS = {
     "all_lanes_write": ("blocks", "lane != 0 || turn + team >= parts", "turn + team >= parts", "what another thread wrote"),
     "tail_read": ("decode", "(count * bits + 7) / 8", "bits", "out of bounds"),
     "tail_written": ("decode", "if (i < count) narrow", "narrow", "out of bounds"),
-    "always_aligned": ("encode", "is_aligned(flat, 16)", "true", "no multiple of 16"),
+    "always_aligned": ("encode", "is_aligned(flat, 16)", "true", "not a multiple of 16"),
     "reciprocal": ("encode", "values[i] / scaling.divisor", "values[i] * ((Wide)1 / scaling.divisor)", None),
     "upper_index": ("encode", "value > boundaries", "value >= boundaries", None),
     "zero_scale": ("encode", "scale != 0 ? scale :", "scale == scale ? scale :", None),
@@ -67,7 +68,7 @@ FAULTS = {
 
 
 def near_boundaries(scales, block_size):
-    """Weights that lie at a boundary times their scale, or right beside it."""
+    """Return weights at a boundary times their scale, or next to one."""
     rng = np.random.default_rng(1)
     cuts = rng.choice(lq.NF4.boundaries, (len(scales), block_size)) * scales[:, None]
     step = rng.choice([-np.inf, np.inf, 0.0], cuts.shape).astype(np.float32)
@@ -75,7 +76,7 @@ def near_boundaries(scales, block_size):
 
 
 def run(cupy):
-    """Yield what kernels give for arguments that faults show with, and what the references give."""
+    """Yield the results of kernels and of the references for arguments that reveal the faults."""
     rng = np.random.default_rng(0)
     size, bits = 20, 3
     scales = rng.choice([0.0, 1.0, 3.0, 0.7, 1.9], 450).astype(np.float32)
@@ -121,7 +122,7 @@ def run(cupy):
 
 
 def run_fits(cupy, rng):
-    """The same for the operations that fits are made of."""
+    """Yield the results of kernels and of the references for the operations of fits."""
     for length in (44, 64, 700):
         rows = rng.standard_normal((6, length)).astype(np.float32) ** 3
         rows[0] = 0
@@ -155,7 +156,7 @@ def differs(cupy) -> bool:
 
 @pytest.fixture
 def planted(monkeypatch):
-    """Return what plants a fault and gives the stand-in that runs the kernels with it."""
+    """Return a function that plants a fault and returns the stand-in that runs the kernels with it."""
     require_or_skip("g++", build.is_available())
     with ExitStack() as stack:
 

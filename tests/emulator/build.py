@@ -1,4 +1,4 @@
-"""CUDA C++ to a library of the host: the text of the kernels unchanged, with what the emulator needs around it."""
+"""Compilation of CUDA C++ kernels for the host: unchanged text, between a header and exports of the emulator."""
 
 from __future__ import annotations
 
@@ -19,43 +19,45 @@ if TYPE_CHECKING:
 
 __all__ = ["VARIABLE", "EmulationError", "Kernel", "Range", "build", "is_available"]
 
-#: Environment variable of a process that is to emulate otherwise: ``addresses``, or ``portable``, as tests ask for.
+#: Environment variable that chooses another kind of emulation for a process: ``addresses`` uses AddressSanitizer, and
+#: ``portable`` the fibers of the C library.
 VARIABLE = "LQLORA_EMULATOR"
 
 _HERE = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-w")
 
-#: Every access to memory is a call to the emulator; or AddressSanitizer looks at what lies around arrays.
+#: ThreadSanitizer's instrumentation turns every memory access into a call, which the emulator answers instead of its
+#: library. AddressSanitizer checks for accesses beyond arrays only.
 _ACCESSES = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
 _ADDRESSES = ("-fsanitize=address", "-DEMULATED_ADDRESSES")
 
-#: There is one set of fibers; other threads of Python run while one waits for them.
+#: The runtime has one set of fibers, so one launch runs at a time; ctypes releases the interpreter lock meanwhile.
 _ONE_AT_A_TIME = threading.Lock()
 
 _BOUNDS = re.compile(r"__launch_bounds__\((\d+)[^)]*\)\s+(\w+)\(")
 
 
 class EmulationError(RuntimeError):
-    """What a kernel did wrong."""
+    """A fault of a kernel, such as a race or an access out of bounds, or an error of the compiler."""
 
 
 class Range(NamedTuple):
-    """The memory of an array: the address of its first byte, and one beyond its last."""
+    """Memory of an array: the address of its first byte, and the address after its last byte."""
 
     begin: int
     end: int
 
 
 def is_available() -> bool:
-    """Tell whether there is a compiler."""
+    """Return whether a compiler is installed."""
     return shutil.which("g++") is not None
 
 
 class Kernel:
     """One kernel of a library.
 
-    ``parameters`` are words of a kind, which is ``p``, ``i`` or ``f``, and a size in bytes: that of the number, or of
-    what the pointer points to.
+    ``parameters`` has two letters for each parameter. The first is the kind: ``p`` for pointers, ``i`` for integers and
+    ``f`` for floats. The second is the size in bytes of the number, or of the entries that the pointer points to.
     """
 
     def __init__(self, library: ctypes.CDLL, number: int, name: str, most_threads: int) -> None:
@@ -75,7 +77,7 @@ class Kernel:
         arrays: list[Range],
         schedule: int = 0,
     ) -> None:
-        """Run all threads to the end; ``arguments`` are the bytes of the parameters, ``arrays`` what may be touched."""
+        """Run all threads to the end. ``arguments`` has the bytes of each parameter, ``arrays`` the memory to allow."""
         sizes = (ctypes.c_uint * 6)(*((*grid, 1, 1, 1))[:3], *((*block, 1, 1, 1))[:3])
         buffers = [ctypes.create_string_buffer(value, len(value)) for value in arguments]
         addresses = (ctypes.c_void_p * len(buffers))(*[ctypes.addressof(buffer) for buffer in buffers])
@@ -88,12 +90,13 @@ class Kernel:
 
 @functools.cache
 def build(text: str, expressions: tuple[str, ...]) -> dict[str, Kernel]:
-    """Compile kernels, or take what was compiled from the same text before; return them by name."""
+    """Return kernels by name, compiled now or read from the cache of libraries with the same text."""
     exports = "".join(f"\nEMULATED_EXPORT({number}, {name})" for number, name in enumerate(expressions))
     whole = f'#include "device.h"\n{text}\n{exports}\n'
     mode = os.environ.get(VARIABLE)
     runtime = (_HERE / "runtime.cpp").read_text(encoding="utf-8")
     fibers = ("-DEMULATED_UCONTEXT",) if mode == "portable" else ()
+    # Global: the library of the kernels, which is loaded next, finds the functions of the runtime by name.
     ctypes.CDLL(str(_library(runtime, "-O2", *fibers)), mode=ctypes.RTLD_GLOBAL)
     loaded = ctypes.CDLL(str(_library(whole, *(_ADDRESSES if mode == "addresses" else _ACCESSES))))
     bounds = {name: int(threads) for threads, name in _BOUNDS.findall(text)}
@@ -104,7 +107,7 @@ def build(text: str, expressions: tuple[str, ...]) -> dict[str, Kernel]:
 
 
 def _library(text: str, *flags: str) -> Path:
-    """Compile a text. Linking is a step of its own: the runtime stands in for the library of the thread sanitizer."""
+    """Compile a text to a library. It is linked without ThreadSanitizer's library, which the runtime replaces."""
     header = (_HERE / "device.h").read_text(encoding="utf-8")
     key = hashlib.sha256("\0".join((text, header, *_FLAGS, *flags)).encode()).hexdigest()[:20]
     linked = ["-fsanitize=address"] if "-fsanitize=address" in flags else []
@@ -125,7 +128,7 @@ def _run(command: list[str], text: str = "") -> None:
 
 
 def _stored(name: str, make: Callable[[Path], None]) -> Path:
-    """Return a file of the cache; made under another name and moved, as tests run in several processes."""
+    """Return a file of the cache. It is made under another name and moved, because tests run in several processes."""
     folder = Path(tempfile.gettempdir()) / f"lqlora-emulator-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / name

@@ -1,9 +1,9 @@
-"""A stand-in for CuPy: arrays of NumPy behind CuPy's names, and kernels that the emulator runs.
+"""A stand-in for CuPy: NumPy arrays behind CuPy's names, and kernels that the emulator runs.
 
-It has what the backend, the reference of the operations and their tests use of CuPy, and is as strict as CuPy is, or
-stricter. It never hands out its arrays as NumPy's, does not mix with them, and gives reductions as arrays. Where CuPy
-passes on silently what a kernel then reads wrongly, it raises: a number of another width or kind than the parameter's, an
-array of another item size, one that is not contiguous. Memory that nobody wrote holds a pattern.
+It provides the part of CuPy that the backend, the references of the operations and their tests use, and is at least as
+strict. Its arrays do not convert to NumPy arrays and do not mix with them, and reductions return arrays. It raises
+where CuPy would pass an argument that the kernel then reads wrongly: a number of another width or kind than the
+parameter, an array of another item size, or an array that is not contiguous. New memory holds a pattern.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Device:
 
 
 class Stream:
-    """The only stream of the device; all that is launched is done at once."""
+    """The only stream of the device; a launch returns when the kernel has ended."""
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +64,7 @@ class Stream:
     def from_external(cls, stream: Any) -> Stream:
         version, handle = stream.__cuda_stream__()
         if (version, type(handle)) != (0, int):
-            raise TypeError("A stream is told as the version of the protocol and an address.")
+            raise TypeError("stream must give the version of the protocol and an address.")
         return cls()
 
     def synchronize(self) -> None:
@@ -72,7 +72,7 @@ class Stream:
 
 
 class ndarray:  # noqa: N801 - as CuPy calls it
-    """An array; no subclass of NumPy's, which NumPy would take for its own."""
+    """An array. It does not derive from NumPy's class, because NumPy would accept it as its own."""
 
     __array_ufunc__ = None
     __hash__ = None  # type: ignore[assignment]
@@ -166,7 +166,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 class _Function:
-    """A kernel of a compiled module, which is launched as CuPy launches it."""
+    """A kernel of a compiled module, launched like a CuPy kernel."""
 
     def __init__(self, cupy: CuPyStandIn, kernel: Any) -> None:
         self._cupy, self._kernel = cupy, kernel
@@ -175,10 +175,10 @@ class _Function:
         self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], *, stream: Stream | None = None
     ) -> None:
         if not isinstance(stream, Stream | None):
-            raise TypeError("A stream is one of CuPy's.")
+            raise TypeError("stream must be a stream of CuPy.")
         kernel = self._kernel
         if any(type(size) is not int for size in (*grid, *block)):
-            raise TypeError("Sizes of grids and blocks are tuples of int.")
+            raise TypeError("grid and block must be tuples of int.")
         if not 1 <= np.prod(block) <= kernel.most_threads or any(
             not 1 <= size <= most for size, most in zip(grid, _LARGEST_GRID, strict=False)
         ):
@@ -194,14 +194,14 @@ class _Function:
         kernel.launch(grid, block, given, ranges, self._cupy.schedule)
 
     def _arrays(self, arguments: tuple[Any, ...]) -> list[np.ndarray]:
-        """Return what kernels may touch: arrays, and memory of others that an address is known of."""
+        """Return the arrays that the kernel may access: CuPy arrays, and lent memory by its address."""
         own = [value.values for value in arguments if isinstance(value, ndarray)]
         return own + [self._cupy.lent[value] for value in arguments if type(value) is int]
 
     def _bytes(self, where: str, value: Any, parameter: str) -> bytes:
         kind, size = parameter[0], int(parameter[1])
         if type(value) is int and value not in self._cupy.lent:
-            raise TypeError(f"{where} is {value}: no address, and numbers are given as those of NumPy.")
+            raise TypeError(f"{where} is {value}, not the address of lent memory. Pass numbers as NumPy scalars.")
         if isinstance(value, ndarray) or type(value) is int:
             values = value.values if isinstance(value, ndarray) else self._cupy.lent[value]
             if kind != "p" or size != values.itemsize:
@@ -221,7 +221,7 @@ class _Function:
 
 
 class _Compiler:
-    """CuPy's bindings of the run-time compiler. What it "compiles" is the text, which the emulator takes."""
+    """CuPy's bindings of the run-time compiler. The compiled code is the text itself, which the emulator compiles."""
 
     NVRTCError = RuntimeError
 
@@ -229,7 +229,7 @@ class _Compiler:
         self._cupy, self._programs = cupy, {}
 
     def getVersion(self) -> tuple[str, int]:
-        return "stand-in", id(self)  # nothing is taken from the disk that another one left there
+        return "stand-in", id(self)  # the version is part of the cache's key: files of another stand-in are not used
 
     def getSupportedArchs(self) -> list[int]:
         return [75, 80, 90]
@@ -278,9 +278,9 @@ class _Module:
 
 
 class CuPyStandIn(types.ModuleType):
-    """The module ``cupy``; made anew for each test, as it keeps what was launched.
+    """The module ``cupy``. Tests make new ones, because each records its launches.
 
-    ``together`` tells for a kernel which others to compile along with it: a compiler that runs once is faster.
+    ``together`` lists, for a kernel, the kernels that are compiled with it: one run of the compiler beats many.
     """
 
     def __init__(self, together: dict[str, list[str]]) -> None:
@@ -290,7 +290,7 @@ class CuPyStandIn(types.ModuleType):
         self.launched: list[Any] = []
         self.options: set[tuple[str, ...]] = set()
         self.ndarray = ndarray
-        #: Memory that is not of CuPy's arrays, by its address.
+        #: Memory outside CuPy's arrays that kernels may access, by its address.
         self.lent: dict[int, np.ndarray] = {}
         self.cuda = types.SimpleNamespace(
             is_available=lambda: True,
@@ -303,7 +303,7 @@ class CuPyStandIn(types.ModuleType):
         )
 
     def lend(self, values: np.ndarray) -> int:
-        """Let kernels reach memory that they are given the address of."""
+        """Allow kernels to access an array by its address, and return the address."""
         self.lent[values.ctypes.data] = values
         return values.ctypes.data
 

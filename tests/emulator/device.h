@@ -1,5 +1,6 @@
-// The part of CUDA C++ that kernels see. What has to know of other threads is in runtime.cpp, which is compiled apart:
-// the text of kernels is compiled with calls to the runtime at every access to memory.
+// The part of CUDA C++ that kernels use, for a compiler of the host. Functions that concern several threads are in
+// runtime.cpp. It is compiled separately, because the compiler inserts a call to the runtime at every memory access of
+// the kernels, and the runtime must not check its own accesses.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,11 +20,11 @@ namespace emulated {
 
 #pragma GCC visibility push(default)
 
-// Where the running thread is. Changed whenever another thread runs.
+// Position of the running thread. The scheduler changes it whenever it switches to another thread.
 struct Here { uint3 thread, block, block_size, grid_size; };
 extern "C" Here emulated_here;
 
-// A launch: `kernel` calls the function with the arguments that it is given.
+// A launch: `kernel` calls the kernel function with `arguments`, an array of pointers to the parameters' values.
 struct Launch {
   void (*kernel)(void** arguments);
   void** arguments;
@@ -76,10 +77,11 @@ template <class... Arguments, void (*kernel)(Arguments...)> struct Kernel<kernel
 
 }  // namespace emulated
 
-// Nothing but shared memory lies in what a module leaves to be filled with zeros, as nothing else of it may be changed.
+// __shared__ variables are static, so they lie in the section of zero-initialized data (.bss). Kernels have no other
+// variables that can be changed, so the section is exactly the shared memory of a block.
 #ifdef EMULATED_ADDRESSES
-#define EMULATED_SHARED nullptr, nullptr  // AddressSanitizer has guards there, which must stay
-#define EMULATED_ATOMIC(address)          // it looks at the access itself
+#define EMULATED_SHARED nullptr, nullptr  // AddressSanitizer has guards there, which must not be overwritten
+#define EMULATED_ATOMIC(address)          // AddressSanitizer checks the access itself
 #else
 extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
 #define EMULATED_SHARED __bss_start, _end
@@ -97,7 +99,8 @@ extern "C" __attribute__((visibility("hidden"))) char __bss_start[], _end[];
     return emulated::emulated_launch(&launch);                                                                       \
   }
 
-// Sixteen bytes at once. The compiler takes copies apart, so they say themselves where they are from and to.
+// Vectors of sixteen bytes. The compiler splits a copy into words, whose addresses no longer show that a device needs
+// sixteen-byte alignment. So the copy functions report both addresses themselves.
 template <class T> struct alignas(16) EmulatedVector {
   T x, y, z, w;
   EmulatedVector() = default;

@@ -1,10 +1,15 @@
-// Runs the threads of a kernel on one thread of the CPU: block after block, each CUDA thread a fiber of its own. A fiber
-// runs until it has to wait for others: at a barrier, or where lanes of a warp meet.
+// Emulation of a kernel launch on one thread of the CPU. Blocks run one after the other, and each CUDA thread of a
+// block is a fiber. A fiber runs until it must wait: at a barrier of the block, or at a meeting of lanes of a warp (a
+// shuffle or __syncwarp). Then the scheduler continues the next fiber that can run.
 //
-// Every access to memory is looked at. It must be within an array that the launch was given or within shared memory, at
-// a multiple of its size, and ordered against what other threads did to the same bytes. Threads of a block are ordered
-// by __syncthreads, lanes of a warp by __syncwarp too, and threads of different blocks by nothing but the end of a kernel.
-// Shuffles order nothing. Atomic accesses do not race with each other.
+// Every memory access is checked. It must be within an array of the launch or within shared memory, at a multiple of
+// its size, and ordered against accesses of other threads to the same bytes. __syncthreads orders the threads of a
+// block, and __syncwarp the lanes of a warp. Only the end of a kernel orders threads of different blocks. Shuffles
+// order nothing, and atomic accesses do not race with each other.
+//
+// Fibers are switched only where they wait, so a race rarely shows in the results of one schedule. The check does not
+// need the wrong result: it records who accessed each byte, and reports two accesses that nothing orders, in whichever
+// order they were emulated.
 #include "device.h"
 
 #include <cstdarg>
@@ -35,35 +40,38 @@ static void prepare(Context* context, char* bottom, size_t size, void (*entry)()
   makecontext(context, entry, 0);
 }
 #else
-using Context = void*;  // the stack pointer; everything else lies on the stack
+// A switch is a call, so only the registers that a callee must preserve (System V ABI) have to be saved, on the fiber's
+// own stack. No fiber changes the rounding mode or the floating-point flags, so these are not saved.
+using Context = void*;  // the stack pointer
 extern "C" void emulated_change(void** from, void* to);
 asm(".text\n.globl emulated_change\n.hidden emulated_change\n.type emulated_change, @function\nemulated_change:\n"
     "push %rbx\npush %rbp\npush %r12\npush %r13\npush %r14\npush %r15\n"
     "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
     "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbp\npop %rbx\n"
-    "pop %rcx\njmp *%rcx\n"  // a return would be predicted to go where the last call came from
+    "pop %rcx\njmp *%rcx\n"  // the processor would predict a return to the last call, which is in another fiber
     ".size emulated_change, .-emulated_change\n");
 static void change(Context* from, Context* to) { emulated_change(from, *to); }
 static void prepare(Context* context, char* bottom, size_t size, void (*entry)()) {
   void** top = reinterpret_cast<void**>(bottom + size);
-  *--top = nullptr;  // where a caller would be: keeps the stack aligned as after a call
+  *--top = nullptr;  // in place of a return address: the ABI wants rsp % 16 == 8 at the first instruction of a function
   *--top = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  for (int i = 0; i < 6; ++i) *--top = nullptr;  // the six registers that emulated_change restores
   *context = top;
 }
 #endif
 
-// ---- What is known of the threads ---------------------------------------------------------------------------------
+// ---- State of the threads ---------------------------------------------------------------------------------
 
 struct Fiber {
   Context context;
   uint3 place;
-  unsigned syncs;      // how often it met others of its warp in memory order
+  unsigned syncs;      // logical clock of the warp's __syncwarp calls, see complete()
   bool alive, waits;
   uint64_t received;
   int source;
 };
 
+// A shuffle or __syncwarp that some lanes of `mask` have reached; it completes when all of them have arrived.
 struct Meeting {
   unsigned mask = 0, arrived = 0;
   Collective kind;
@@ -73,7 +81,7 @@ struct Meeting {
 
 struct Warp {
   unsigned alive;
-  std::vector<Meeting> meetings;  // those that some lanes wait at
+  std::vector<Meeting> meetings;  // meetings at which lanes wait; disjoint masks may wait at several
 };
 
 struct State {
@@ -106,7 +114,8 @@ static Fiber& self() { return state.fibers[state.current]; }
   state.failed = true;
 }
 
-// Give way to the other threads; a thread that failed never comes back.
+// Switch to the scheduler. A thread that failed gives way forever: a kernel cannot be unwound, and the launch ends
+// anyway.
 static void give_way() { change(&self().context, &state.scheduler); }
 static void stop() {
   for (;;) give_way();
@@ -120,6 +129,8 @@ static void release_barrier() {
   for (int i = 0; i < state.threads; ++i) state.fibers[i].waits = false;
 }
 
+// The last thread that arrives releases all others and goes on at once. A barrier is an error if a thread of the block
+// has returned, or waits at a barrier in another line: on a device both are undefined.
 extern "C" void emulated_barrier(int line) {
   if (state.alive != state.threads) fail("__syncthreads in line %d, which other threads never reach: they returned", line);
   else if (state.waiting && line != state.barrier_line)
@@ -133,7 +144,7 @@ extern "C" void emulated_barrier(int line) {
 
 extern "C" int emulated_lane() { return state.current % 32; }
 
-// The meeting that this lane takes part in, or null if the call is wrong.
+// Returns the meeting that this lane takes part in, or null if the call is wrong.
 static Meeting* find_meeting(Warp& warp, Collective kind, unsigned mask, int line) {
   if (!(mask >> emulated_lane() & 1)) return fail("line %d: the lane is not in its own mask %08x", line, mask), nullptr;
   if (mask & ~warp.alive) return fail("line %d: mask %08x names lanes that returned or never were", line, mask), nullptr;
@@ -148,6 +159,11 @@ static Meeting* find_meeting(Warp& warp, Collective kind, unsigned mask, int lin
   return &warp.meetings.back();
 }
 
+// Ends a meeting: every lane receives the value of its source lane, and can run again.
+//
+// __syncwarp advances a Lamport clock: all lanes of the mask get the largest of their clocks plus one. If an access
+// comes before another by such calls, its clock is smaller, so ordered accesses are never reported. For masks of all
+// lanes the converse holds too. With partial masks a smaller clock does not prove an order, and a race may be missed.
 static void complete(Warp& warp, Meeting& meeting, int first_fiber) {
   unsigned syncs = 0;
   for (int lane = 0; lane < 32; ++lane)
@@ -189,7 +205,9 @@ struct Access {
 };
 
 struct Byte {
-  Access write, read, other_read;  // the two last threads that read it
+  // The last write, and the last reads by two different threads. A write is checked against both: the later read may be
+  // by the writing thread itself, and would hide the other one. Reads of more threads are forgotten.
+  Access write, read, other_read;
 };
 
 struct Region {
@@ -200,6 +218,7 @@ struct Region {
 
 static std::vector<Region> regions;
 
+// Barriers stop all threads of a block, so an access with fewer passed barriers is ordered before one with more.
 static bool ordered(const Access& before, const Access& now) {
   if (before.block < 0) return true;
   if (before.block != now.block) return false;
@@ -234,7 +253,7 @@ static bool is_own(uintptr_t address) {
 
 static void require_multiple(uintptr_t address, size_t size) {
   if (address % size == 0) return;
-  fail("%zu bytes at an address that is no multiple of %zu", size, size);
+  fail("%zu bytes at an address that is not a multiple of %zu", size, size);
   stop();
 }
 
@@ -262,7 +281,8 @@ static void look_at(const void* pointer, size_t size, bool writes, bool atomic =
 extern "C" void emulated_vector(const void* address) { require_multiple(reinterpret_cast<uintptr_t>(address), 16); }
 extern "C" void emulated_atomic(const void* address, int size) { look_at(address, size, true, true); }
 
-// What the compiler calls at each access of a kernel.
+// Functions that the compiler calls at each access of a kernel: the interface of ThreadSanitizer, whose library is not
+// linked.
 #pragma GCC visibility push(default)
 extern "C" {
 #define EMULATED_ACCESSES(size)                                                               \
@@ -301,7 +321,9 @@ static void run_thread() {
   stop();
 }
 
-// In which order threads, and blocks, come: forwards, backwards, or in strides.
+// Returns the thread or block that comes at a turn: forwards (0), backwards (1), or in strides. The stride is the next
+// number from `schedule` on that is coprime to the count, so the turns are a permutation. Tests run several schedules,
+// because the results of a correct kernel do not depend on the order.
 static long in_order(long turn, long count, unsigned schedule) {
   if (schedule == 0) return turn;
   if (schedule == 1) return count - 1 - turn;
@@ -324,7 +346,7 @@ static void start_block(const Launch& launch, long block) {
     fiber.syncs = 0;
     fiber.alive = true;
     fiber.waits = false;
-    // Tops of stacks at equal distances would all fall into the same few lines of the cache.
+    // Tops of stacks at equal distances would fall into the same few sets of the cache, so they are staggered.
     prepare(&fiber.context, state.stacks + i * STACK, STACK - i % 64 * 192 - 64, run_thread);
   }
   for (int w = 0; w * 32 < state.threads; ++w) {
@@ -332,6 +354,7 @@ static void start_block(const Launch& launch, long block) {
     state.warps[w].alive = lanes >= 32 ? 0xffffffffu : (1u << lanes) - 1;
     state.warps[w].meetings.clear();
   }
+  // Shared memory starts with a pattern and without accesses: a block that reads what another left there must fail.
   for (Region& region : regions)
     if (region.shared) {
       memset(reinterpret_cast<char*>(region.begin), 0xA5, region.end - region.begin);
@@ -339,6 +362,8 @@ static void start_block(const Launch& launch, long block) {
     }
 }
 
+// Runs the fibers of a block round by round, in the order of the schedule. Each round continues every fiber that does
+// not wait. A round in which no fiber can run, while some are alive, is a deadlock.
 static void run_block(const Launch& launch) {
   while (state.alive && !state.failed) {
     bool ran = false;

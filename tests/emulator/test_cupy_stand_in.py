@@ -1,4 +1,4 @@
-"""The stand-in refuses what CuPy refuses, and what CuPy passes on for a kernel to read wrongly."""
+"""The stand-in refuses arguments that CuPy refuses, and those that CuPy passes on and a kernel then reads wrongly."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_a_right_launch_runs(cupy, fill):
         (1, 2.5, "argument 1 is float64, the parameter is f4"),
         (1, np.float64(2.5), "argument 1 is float64"),
         (1, np.int32(2), "argument 1 is int32"),
-        (0, 10, "argument 0 is 10: no address"),
-        (2, 10, "argument 2 is 10: no address, and numbers are given as those of NumPy"),
+        (0, 10, "argument 0 is 10, not the address"),
+        (2, 10, "argument 2 is 10, not the address of lent memory"),
         (2, True, "argument 2 is int64"),
         (3, np.int32(1), "argument 3 is int32, the parameter is i8"),
         (0, np.zeros(10, np.float32), "Unsupported type"),

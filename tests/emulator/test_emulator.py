@@ -1,4 +1,4 @@
-"""The emulator runs right kernels right, and finds each kind of fault that is planted."""
+"""The emulator runs correct kernels, and finds each kind of planted fault."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def test_races_are_found(name, blocks, message, schedule):
         ("reads_beyond", "block 0, thread 63: read of 4 bytes out of bounds"),
         ("writes_before", "block 0, thread 0: write of 4 bytes out of bounds"),
         ("shared_beyond", "write of 4 bytes out of bounds"),
-        ("misaligned_word", "8 bytes at an address that is no multiple of 8"),
-        ("misaligned", "16 bytes at an address that is no multiple of 16"),
+        ("misaligned_word", "8 bytes at an address that is not a multiple of 8"),
+        ("misaligned", "16 bytes at an address that is not a multiple of 16"),
         ("null", "write of 4 bytes out of bounds"),
     ],
 )
@@ -180,7 +180,7 @@ def test_text_that_does_not_compile_is_refused_with_what_the_compiler_says():
 
 
 def again(mode: str, *arguments: str, preload: str = "") -> subprocess.CompletedProcess[str]:
-    """Run Python with another kind of emulation; it is chosen once in a process."""
+    """Run Python with another kind of emulation, which is chosen once per process."""
     environment = {**os.environ, emulator.VARIABLE: mode, "LD_PRELOAD": preload}
     environment |= {"ASAN_OPTIONS": "detect_leaks=0", "HYPOTHESIS_PROFILE": "quick"}
     command = [sys.executable, *arguments]

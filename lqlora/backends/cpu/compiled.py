@@ -1,4 +1,7 @@
-"""Overrides for NumPy arrays by the compiled kernels: conditions, parameters of C, and the calls.
+"""Overrides for NumPy arrays by the compiled kernels: the conditions, and the calls of the C functions.
+
+The C functions check nothing. The ``Takes`` record of an override is the only check of dtypes, memory layout, lengths
+and codes, so a condition that is too wide lets a kernel read or write beyond an array.
 
 ``benchmarks/quantize.py`` has the rows that justify them.
 """
@@ -39,8 +42,8 @@ _NUMBER: dict[np.dtype[Any], int] = {
 }
 _WIDE = {dtype: np.dtype(np.float64 if dtype == np.float64 else np.float32) for dtype in _NUMBER}
 
-#: Weights that callers hand over at a time where the weights are contiguous. The kernels need no workspace, but each
-#: piece starts threads anew.
+#: Weights that callers pass at a time if the weights are contiguous. The kernels need no workspace, so pieces are
+#: large: each call starts its threads anew.
 PIECE = 1 << 24
 
 #: Longer rows are left to the reference, because a kernel copies a row.
@@ -67,6 +70,8 @@ _EXTREMES = kernel("extremes", "pillpp")
 @_native(block_absmax, _FLAT)
 def absmax(flat: npt.NDArray[Any], block_size: int) -> npt.NDArray[Any]:
     """Take the maximum of the bits without the sign, which are ordered like magnitudes."""
+    # A block size is any Python integer. It is cut to the number of weights, so that it fits into the kernel's 64 bits,
+    # and so do its products with numbers of blocks.
     count = flat.size
     size = min(block_size, max(1, count))
     out = np.empty(-(-count // size), dtype=_WIDE[flat.dtype])
@@ -85,6 +90,7 @@ def extremes(flat: npt.NDArray[Any], block_size: int) -> tuple[npt.NDArray[Any],
 
 
 def _is_packable(flat: Any, scales: Any, zero_points: Any, boundaries: Any, bits: int, block_size: int) -> bool:
+    # n boundaries make codes 0 to n, and packing keeps only `bits` bits of a code.
     if block_size < 1 or len(boundaries) >= 2**bits or scales.dtype != _WIDE[flat.dtype]:
         return False
     blocks = (-(-flat.size // block_size),)
@@ -150,6 +156,7 @@ def _encode(
     flat: Any, scales: Any, zeros: Any, boundaries: Any, bits: int, block_size: int, packed: Any, codes: Any
 ) -> None:
     """Write either the packed codes or the codes."""
+    # The record does not check the boundaries, so they are copied here if they are strided or of another dtype.
     table, count = np.ascontiguousarray(boundaries, dtype=np.float32), flat.size
     weights = (flat, _NUMBER[flat.dtype], count, min(block_size, max(1, count)))
     _ENCODE(count, *weights, scales, zeros, table, len(table), bits, packed, codes)
@@ -171,7 +178,7 @@ _ENCODE_BY_ABSMAX = kernel("encode_by_absmax", "pillppiip")
 def scales_and_codes_of(
     flat: npt.NDArray[Any], boundaries: npt.NDArray[np.float32], bits: int, block_size: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8]]:
-    """Find the maxima of a piece and encode it while it is in the cache, so that memory is read once."""
+    """Find the maxima of a piece and encode it while it is in the cache, so that the weights are read once."""
     count = flat.size
     size = min(block_size, max(1, count))
     scales = np.empty(-(-count // size), dtype=_WIDE[flat.dtype])
@@ -184,6 +191,7 @@ def scales_and_codes_of(
 def _lie_across(source: Any, out: Any) -> bool:
     if source.ndim != 2 or source.shape != out.shape or source.dtype != out.dtype or not source.size:
         return False
+    # The kernel walks over entries in steps of whole words. It copies tile by tile, so the arrays must not overlap.
     word, steps = source.itemsize, (*source.strides, *out.strides)
     are_across = _are_columns_to_rows(source, out) or _are_columns_to_rows(source.T, out.T)
     is_plain = all(step > 0 and step % word == 0 for step in steps) and source.flags.aligned and out.flags.aligned
@@ -206,7 +214,7 @@ _CROSS = kernel("cross", "pplllli")
     ),
 )
 def crossed(source: npt.NDArray[Any], out: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Copy squares that stay in the caches, eight by eight entries in registers."""
+    """Transpose squares that stay in the caches, in tiles of eight by eight entries in registers."""
     word = source.itemsize
     own, target = (source, out) if _are_columns_to_rows(source, out) else (source.T, out.T)
     _CROSS(source.size, own, target, *own.shape, own.strides[1] // word, target.strides[0] // word, word)
@@ -223,7 +231,7 @@ def crossed(source: npt.NDArray[Any], out: npt.NDArray[Any]) -> npt.NDArray[Any]
     ),
 )
 def codes_of_values(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Encode as one block whose scale is one: that division changes nothing."""
+    """Encode as one block whose scale is one, because a division by one changes nothing."""
     one = np.ones(1, dtype=values.dtype)
     codes = np.empty(values.shape, dtype=np.uint8)
     _encode(values, one, None, boundaries, 8, max(1, values.size), None, codes)
@@ -271,8 +279,8 @@ def values_of(
     return out
 
 
-#: Up to this many rows, multiplying each stretch of a decoded row at once is at least as fast as decoding many rows of the
-#: weight for BLAS. AVX-512 has twice the registers, so twice as many rows stay in them.
+#: Largest number of rows of inputs for the kernel. Up to here, multiplying each stretch of a decoded row at once is at
+#: least as fast as decoding many rows of the weight for BLAS. AVX-512 has twice as many registers of twice the width.
 FEW_ROWS = 16 if "avx512" in instruction_sets() else 8
 
 
@@ -318,8 +326,10 @@ def products_of_few(
     block_size: int,
     out: npt.NDArray[Any],
 ) -> npt.NDArray[Any]:
-    """Look codes up and multiply their values in registers, or at least a stretch of a row while it is in the cache."""
+    """Decode and multiply in registers; if blocks do not fill these, multiply stretches of a row in the cache."""
     rows = np.asarray(x, dtype=np.float32)
+    # The kernel clears an entry of the result before it reads the inputs, so the two must not overlap. Results of 16
+    # bits are summed in float32 and rounded once.
     in_place = out.dtype == np.float32 and not np.may_share_memory(out, rows)
     sums = out if in_place else np.empty(out.shape, dtype=np.float32)
     table, count = np.ascontiguousarray(levels, dtype=np.float32), rows.shape[1] * out.shape[1]
@@ -336,7 +346,7 @@ _UNPACK = kernel("unpack", "pilp")
 
 @_native(pack_codes, Takes({"codes": ("uint8",)}, bits=_BITS, contiguous=("codes",)))
 def packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Join eight codes in a word, in three steps."""
+    """Join eight codes in a word of 64 bits, in three steps."""
     found = np.empty(packed_size(codes.size, bits), dtype=np.uint8)
     _PACK(codes.size, codes, bits, codes.size, found)
     return found
@@ -344,7 +354,7 @@ def packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 
 @_native(unpack_codes, Takes({"packed": ("uint8",)}, bits=_BITS[:-1], contiguous=("packed",)))
 def unpacked(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
-    """Split a word into eight codes, in three steps."""
+    """Split a word of 64 bits into eight codes, in three steps."""
     if packed.size != packed_size(count, bits):
         needed = packed_size(count, bits)
         raise InvalidArgumentError(
@@ -368,7 +378,7 @@ _ROW_SUMS = kernel("row_sums", "pillp")
     ),
 )
 def halved_sums(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Halve each row in the cache."""
+    """Copy each row to the cache and halve it there."""
     sums = np.empty(rows.shape[0], dtype=rows.dtype)
     _ROW_SUMS(rows.size, rows, _NUMBER[rows.dtype], *rows.shape, sums)
     return sums
@@ -443,7 +453,7 @@ def errors_of_rows(
     levels: npt.NDArray[np.float32],
     boundaries: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float64]:
-    """Divide, round, look up, multiply, and add squares up, a row at a time."""
+    """Divide, round, look up, multiply, and add the squared errors, a row at a time."""
     tables = [np.ascontiguousarray(table, dtype=np.float32) for table in (levels, boundaries)]
     sums = np.empty(rows.shape[0], dtype=np.float64)
     given = (rows, _NUMBER[rows.dtype], weights, 0 if weights is None else _NUMBER[weights.dtype], *rows.shape)
@@ -454,7 +464,8 @@ def errors_of_rows(
 def _can_be_summed(
     rows: Any, weights: Any, importance: Any, ratios: Any, codes: Any, sets: Any, size: int, count: int
 ) -> bool:
-    """Return whether every code and set has a sum of its own, so that nothing is written beyond the sums."""
+    """Return whether every code and set has a sum, so that the kernel writes nothing beyond the sums."""
+    # Reading all codes takes little time beside the two passes of the kernel, which uses them as indices unchecked.
     by_row = {array.shape for array in (importance, ratios, sets)} == {rows.shape[:1]}
     by_entry = codes.shape == rows.shape and (weights is None or weights.shape == rows.shape)
     if not by_row or not by_entry or rows.size < 2:
@@ -492,7 +503,9 @@ def summed_by_level(
     size: int,
     count: int,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Look for the largest term, then add integers up."""
+    """Find the largest terms, then add integers."""
+    # Pass 1 finds the largest magnitudes, and these give the units. In units every partial sum is an integer that
+    # float64 holds (see unit_of), so pass 2 may add in any order on any number of threads. NaN or infinity has no unit.
     maxima, sums = np.empty(2), np.zeros((2, count * size))
     given = (rows, weights, importance, ratios)
     _LEVEL_MAXIMA(rows.size, *given, *rows.shape, maxima)

@@ -1,4 +1,4 @@
-"""Loading of the compiled kernels: the library, a check that it fits the sources, and its instruction sets."""
+"""Loading of the compiled kernels: the library, a check against its sources, and its instruction sets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["instruction_sets", "kernel", "loaded", "status", "using"]
 
 _FOLDER = Path(__file__).parent / "kernels"
 
-#: C types of parameters, by the letters that :func:`kernel` is given: pointer, int32, int64 and double.
+#: C types of parameters by their letters in :func:`kernel`: pointer, int32, int64 and double.
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_int64, "d": ctypes.c_double}
 
-#: Entries below which a kernel runs on one thread whatever it is given: twice ``kWorthAThread`` of ``ranges.h``. The
-#: number of threads is not even looked up then, which takes longer than a small kernel.
+#: Entries below which a kernel always runs on one thread: twice ``kWorthAThread`` of ``ranges.h``. Below it the number
+#: of threads is not looked up, because that takes longer than a small kernel.
 _WORTH_THREADS = 1 << 18
 
 
@@ -37,9 +37,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"cannot be loaded: {error}"
+    # A library of other sources may have other parameters, and ctypes cannot see that: a call would read wrong memory.
     library.lqlora_sources.restype = ctypes.c_char_p
     if library.lqlora_sources().decode() != _digest():
-        return None, "compiled from other sources than these: install lqlora again"
+        return None, "compiled from other sources: install lqlora again"
     library.lqlora_isa_name.restype = library.lqlora_isa_chosen.restype = ctypes.c_char_p
     return library, ""
 
@@ -74,14 +75,14 @@ def kernel(name: str, parameters: str) -> Callable[..., None]:
     name : str
         The function ``lqlora_NAME``. Its last parameter is the number of threads.
     parameters : str
-        One letter for each other parameter: ``p`` for a pointer, which an array or None is given for; ``i`` and ``l``
-        for integers of 32 and 64 bits; ``d`` for a double.
+        One letter for each other parameter: ``p`` for a pointer, passed as an array or None; ``i`` and ``l`` for
+        integers of 32 and 64 bits; ``d`` for a double.
 
     Returns
     -------
     callable
-        Called with the number of entries that the work is cut by, and the arguments. Arrays must be contiguous, of the
-        dtypes that C reads, and long enough: nothing is checked here.
+        Takes the number of entries, by which the work is divided among threads, and the arguments. Arrays must be
+        contiguous, of the dtypes that C reads, and long enough: nothing is checked here.
 
     Raises
     ------
@@ -108,7 +109,10 @@ def kernel(name: str, parameters: str) -> Callable[..., None]:
         given = list(arguments)
         for index in pointers:
             if (array := arguments[index]) is not None:
+                # An integer keeps nothing alive: `arguments` holds the arrays until the function has returned.
                 given[index] = array.__array_interface__["data"][0]
+        # ctypes releases the interpreter lock here. Kernels keep no state but the chosen instruction set, so several
+        # threads may call them at once.
         function(*given, 1 if entries < _WORTH_THREADS else num_threads())
 
     return call
@@ -119,7 +123,7 @@ def _refuse(*_: object) -> None:
 
 
 def status() -> tuple[bool, str]:
-    """Return whether the compiled kernels can be used, with the reason.
+    """Return whether the compiled kernels can be used, and the reason.
 
     Returns
     -------

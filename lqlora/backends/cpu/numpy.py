@@ -1,4 +1,7 @@
-"""Overrides in NumPy that keep their workspace in the cache. ``benchmarks/quantize.py`` has the rows that justify them."""
+"""Overrides in NumPy that keep their workspace in the cache.
+
+``benchmarks/quantize.py`` has the rows that justify them.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,22 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-#: Values that are looked up at a time: with their buckets and codes they fit into a second-level cache.
+#: Values that are looked up at a time. With their buckets (int64) and codes they fit into a second-level cache.
 _CHUNK = 32768
 
 #: Number of buckets that the range of the boundaries is cut into.
 _BUCKETS = 2048
 
-#: Boundaries that span less than this are left to the reference: buckets would be too many per unit for float32.
+#: Boundaries that span less than this run the reference: buckets per unit of the values would overflow float32.
 _NARROW = 2.0**-100
 
-#: From this many weights on two bytes are looked up at a time: below, making the table of 1 MiB takes longer than it saves.
+#: From this many weights on, two bytes are looked up at a time. For fewer, making the table of up to 1 MiB takes longer
+#: than it saves.
 _MANY = 1 << 18
 
 
 def _can_be_bucketed(boundaries: npt.NDArray[np.float32]) -> bool:
-    """Return whether the boundaries are many enough for a search in the reference, and far enough apart."""
+    """Return whether buckets are faster than counting, and whether the boundaries span enough for float32."""
     return len(boundaries) > FEW and float(boundaries[-1]) - float(boundaries[0]) >= _NARROW
 
 
@@ -47,11 +51,11 @@ def _can_be_bucketed(boundaries: npt.NDArray[np.float32]) -> bool:
     ),
 )
 def nearest_codes_in_buckets(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Look up how many boundaries are below a value's bucket, chunk by chunk.
+    """Look up the number of boundaries below a value's bucket, chunk by chunk.
 
-    A value's bucket is ``b(v) = floor(clip((v - low) * factor))``. Rounding keeps the order of differences and products,
-    so ``v <= w`` implies ``b(v) <= b(w)``: boundaries in lower buckets are below ``v``, and those in higher buckets are
-    not. Only the boundaries in the bucket of ``v`` have to be compared with it, at most ``most`` of them.
+    A value's bucket is ``b(v) = floor(clip((v - low) * factor))``. Rounding keeps the order of differences and
+    products, so ``v <= w`` implies ``b(v) <= b(w)``: boundaries in lower buckets are below ``v``, and those in higher
+    buckets are not. Only the boundaries in the bucket of ``v`` have to be compared with it, at most ``most`` of them.
     """
     flat, codes = values.reshape(-1), np.empty(values.size, dtype=np.uint8)
     table = _buckets(boundaries.tobytes(), values.dtype)
@@ -75,6 +79,8 @@ class _Buckets(NamedTuple):
 def _buckets(boundaries: bytes, dtype: np.dtype[Any]) -> _Buckets:
     cuts = np.frombuffer(boundaries, dtype=np.float32).astype(dtype)
     low, factor = cuts[0], dtype.type((_BUCKETS - 1) / (float(cuts[-1]) - float(cuts[0])))
+    # The bucket of a boundary is computed as that of a value, with the same roundings. So a boundary and an equal value
+    # share a bucket, and the comparison decides between them.
     own = _bucket(cuts, low, factor)
     below = np.searchsorted(own, np.arange(_BUCKETS), side="left").astype(np.uint8)
     most = int(np.bincount(own).max())
@@ -86,6 +92,7 @@ def _bucket(values: npt.NDArray[Any], low: Any, factor: Any) -> npt.NDArray[np.i
     place = values - low
     place *= factor
     with np.errstate(invalid="ignore"):  # NaN gets any bucket, and compares above no boundary
+        # Clipped before the cast: casting infinity or a large number to an integer gives any value.
         buckets: npt.NDArray[np.intp] = np.clip(place, 0, _BUCKETS - 1, out=place).astype(np.intp)
         return buckets
 
@@ -115,7 +122,7 @@ def decode_lookup(
     block_size: int,
     out: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
-    """Look up several codes at once: an entry of the table holds the levels of all codes in a byte, or in twelve bits."""
+    """Look up several codes at once: an entry of the table has the levels of all codes in 8, 12 or 16 bits."""
     count = out.shape[0]
     if packed.shape[0] != packed_size(count, bits):
         unpack_codes(packed, bits, count)  # raises the error of the reference
@@ -142,7 +149,7 @@ def _by_weight(per_block: npt.NDArray[Any], block_size: int, count: int) -> npt.
 
 
 def _index_bits(bits: int, count: int) -> int:
-    """Return how many bits of packed codes are looked up at a time."""
+    """Return the number of bits of packed codes that are looked up at a time."""
     if 8 % bits:
         return 12
     return 16 if bits in (4, 8) and count >= _MANY else 8
@@ -172,7 +179,7 @@ def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]
     indices = np.arange(2**index_bits)[:, None]
     codes = indices >> np.arange(0, index_bits, bits) & (2**bits - 1)
     known = np.frombuffer(levels, dtype=np.float32)
-    # Codes beyond a codebook whose length is no power of two never occur; their rows only have to exist.
+    # If the number of levels is not a power of two, codes beyond it never occur; their rows only have to exist.
     rows = known[np.minimum(codes, len(known) - 1)]
     table: npt.NDArray[Any] = rows.view(_AS_ONE.get(rows.shape[1], np.dtype((np.void, 4 * rows.shape[1]))))[:, 0]
     table.flags.writeable = False
@@ -190,7 +197,7 @@ def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]
 def bin_sums_counted(
     terms: npt.NDArray[np.float64], bins: npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.float64]:
-    """Sum all bins in one pass: the rounded terms are integers, so their order does not matter."""
+    """Sum all bins in one pass: the rounded terms are integers, so the order of additions does not matter."""
     rounded, unit = exact_terms(terms)
     sums: npt.NDArray[Any] = np.bincount(bins, weights=rounded, minlength=count) * unit
     return sums

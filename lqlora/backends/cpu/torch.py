@@ -26,8 +26,8 @@ __all__: list[str] = []
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-#: Calls that are not handed to NumPy even if the dtypes fit. Sums of products have no fixed order, so a tensor that the
-#: compiled kernel does not take is multiplied by torch, and not by the reference on NumPy.
+#: Further conditions for operations whose calls do not go to NumPy by dtype alone. Products have no fixed order of
+#: additions, so torch multiplies a tensor that the compiled kernel does not take, and not the reference on NumPy.
 _STRICTER = {
     ops.matmul_packed: Takes(
         {},
@@ -39,7 +39,9 @@ _STRICTER = {
 
 
 def _takes(operation: Operation[Any, Any], overrides: tuple[Override, ...]) -> Takes:
-    """Return a record of the calls that one of NumPy's overrides may take; NumPy's dispatch looks at the rest."""
+    """Return a record of the calls that one of NumPy's overrides may take; NumPy's dispatch checks the rest."""
+    # The union of all records: a call that fits it and yet none of them runs the reference on the views. That costs
+    # time at most, since references return the same bytes on both libraries.
     records = [override.takes for override in overrides]
     names = dict.fromkeys(name for record in records for name in record.dtypes)
     dtypes = {name: tuple(dict.fromkeys(d for own in records for d in own.dtypes.get(name, ()))) for name in names}
@@ -53,7 +55,7 @@ def _takes(operation: Operation[Any, Any], overrides: tuple[Override, ...]) -> T
 
 
 def _on_views(operation: Operation[Any, Any], takes: Takes) -> Callable[..., Any]:
-    """Return a function that hands views of tensors to NumPy's implementation of an operation."""
+    """Return a function that runs NumPy's implementation of an operation on views of tensors."""
     names = list(operation.__signature__.parameters)
     positions = [names.index(name) for name in takes.dtypes]
     returns_out = "out" in names  # the last argument, which is written to and returned
@@ -73,7 +75,7 @@ def _on_views(operation: Operation[Any, Any], takes: Takes) -> Callable[..., Any
 
 
 def _view(tensor: torch.Tensor) -> Any:
-    """Return a view of a tensor of bfloat16, a dtype that torch does not hand to NumPy."""
+    """Return a NumPy view of a tensor of bfloat16, which ``Tensor.numpy`` refuses."""
     return tensor.detach().view(torch.uint16).numpy().view(_BFLOAT16)
 
 

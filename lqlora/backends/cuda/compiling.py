@@ -1,8 +1,8 @@
-"""Machine code of kernels, by NVIDIA's run-time compiler and from a cache on disk.
+"""Compilation of CUDA kernels by NVIDIA's run-time compiler (NVRTC), with a cache on disk.
 
-CuPy's own ``RawModule`` would do, but for one option that CuPy adds to all others: ``-ftz=true``, under which numbers
-below 2**-126 count as zero. The bytes of the reference cannot be had with it. So the compiler is called here, through
-CuPy's bindings, and what it returns is loaded as CuPy loads its own kernels.
+CuPy's ``RawModule`` adds ``-ftz=true`` to all options, which flushes numbers below 2**-126 to zero. Kernels would not
+return the bytes of the reference then. So this module calls the compiler through CuPy's bindings, and loads the code as
+CuPy loads its own kernels.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["Binary"]
 
 
 class Binary(NamedTuple):
-    """A compiled kernel.
+    """A compiled kernel: its code, and the name of its entry point.
 
     Parameters
     ----------
     symbol : str
-        What the compiler calls it.
+        Name of the kernel in the code.
     code : bytes
-        What is loaded.
+        Machine code, or PTX.
     """
 
     symbol: str
@@ -37,24 +37,24 @@ class Binary(NamedTuple):
 
     @classmethod
     def of(cls, module: str, kernel: str) -> Binary:
-        """Compile a kernel for the current device, or read what was compiled before.
+        """Return a kernel for the current device, compiled now or read from the cache.
 
         Parameters
         ----------
         module : str
-            File that has the kernel.
+            Name of the file with the kernel.
         kernel : str
-            The instance of a template.
+            Template instance, such as ``"decode<4, float>"``.
 
         Returns
         -------
         Binary
-            The kernel.
+            Compiled kernel.
 
         Raises
         ------
         KernelError
-            If the compiler refuses the text, with what it says.
+            If the compiler refuses the text. The error has its log.
         """
         cupy = importlib.import_module("cupy")
         nvrtc = cupy.cuda.nvrtc
@@ -66,13 +66,13 @@ class Binary(NamedTuple):
             if (binary := cls.from_bytes(kept.read_bytes())) is not None:
                 return binary
         binary = _compile(nvrtc, text, kernel, options)
-        with suppress(OSError, CheckpointError):  # compiled again, where nothing can be kept
+        with suppress(OSError, CheckpointError):  # without a writable cache, kernels are compiled again
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, binary.to_bytes())
         return binary
 
     def to_bytes(self) -> bytes:
-        """Return what is kept of a kernel: a hash, the symbol, and the code.
+        """Return the content of a cache file: a hash, the symbol, and the code.
 
         Returns
         -------
@@ -84,7 +84,7 @@ class Binary(NamedTuple):
 
     @classmethod
     def from_bytes(cls, stored: bytes) -> Binary | None:
-        """Read what :meth:`to_bytes` returned.
+        """Return the kernel in the content of a cache file.
 
         Parameters
         ----------
@@ -94,7 +94,7 @@ class Binary(NamedTuple):
         Returns
         -------
         Binary or None
-            None if that was damaged.
+            None if the content does not have its hash.
         """
         symbol, _, code = stored[32:].partition(b"\0")
         return cls(symbol.decode(), code) if hashlib.sha256(stored[32:]).digest() == stored[:32] else None
@@ -108,7 +108,7 @@ def _architecture(cupy: Any) -> str:
 
 
 def _folder() -> Path:
-    """Return where CuPy keeps its kernels, too."""
+    """Return the folder of CuPy's own cache of kernels."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))  # noqa: PTH111 - never raises
 
 
@@ -120,6 +120,6 @@ def _compile(nvrtc: Any, text: str, kernel: str, options: tuple[str, ...]) -> Bi
         code = nvrtc.getCUBIN(program) if "=sm_" in options[-1] else nvrtc.getPTX(program)
         return Binary(nvrtc.getLoweredName(program, kernel), bytes(code))
     except nvrtc.NVRTCError as error:
-        raise KernelError(f"{kernel} was not compiled ({error}): {nvrtc.getProgramLog(program)}") from None
+        raise KernelError(f"kernel {kernel} was not compiled ({error}): {nvrtc.getProgramLog(program)}") from None
     finally:
         nvrtc.destroyProgram(program)

@@ -22,14 +22,17 @@ __all__ = ["LONGEST_SEARCH", "Fits"]
 
 _TYPES = {"float32": "float", "float64": "double"}
 
-#: Threads of a block, which may share one row, and entries of a row that a thread holds in registers.
+#: Threads of a block, which may share one row, and entries of a row that a thread holds in registers: TEAM and SLOTS of
+#: halving.cuh. 512 threads leave 64 registers to each thread if two blocks run at once, which eight entries with their
+#: weights and the search fit into. Longer rows would be read from memory again for every ratio.
 _TEAM, _SLOTS = 512, 8
 LONGEST_SEARCH = _TEAM * _SLOTS
 
-#: Entries that one pass adds up to one, for rows that are longer than a block can hold.
+#: Terms that one pass adds to one, four halvings at once, for rows that are longer than a block can hold.
 _HALVED = 16
 
-#: Terms that a thread adds to bins. More terms a thread mean fewer atomic additions in global memory at a time.
+#: Terms of a thread that adds to bins. With more terms per thread there are fewer blocks of threads, and each block
+#: adds its sums to global memory once.
 _TERMS = 16
 
 
@@ -76,7 +79,7 @@ class Fits(Kernels):
         return best
 
     def bin_sums(self, terms: Array, bins: Array, count: int) -> Array:
-        """Find the largest term, then add integers."""
+        """Find the largest term, then add the terms as integers."""
         entries = terms.shape[0]
         given = (terms, bins, np.int64(entries))
         found = self._exact_sums(("bin_maximum<double>", "bin_sums<double>"), given, entries, count, 1)
@@ -93,7 +96,7 @@ class Fits(Kernels):
         size: int,
         count: int,
     ) -> tuple[Array, Array]:
-        """Find the largest terms of both sums, then add integers."""
+        """Find the largest terms of both sums, then add the terms as integers."""
         entries, columns, bins = rows.shape[0] * rows.shape[1], rows.shape[1], count * size
         sizes = (np.int64(size), np.int64(entries), np.int64(columns), np.float64(1 / columns))
         given = (rows, rows if weights is None else weights, importance, ratios, codes, sets, *sizes)
@@ -109,11 +112,13 @@ class Fits(Kernels):
     ) -> Array | None:
         """Return the sums of one or two kinds of terms in all bins, or None if a term is not finite.
 
-        The terms are rounded to integers, as :mod:`lqlora.ops.sums` describes, so atomic additions may come in any order.
+        The terms are rounded to integers, as :mod:`lqlora.ops.sums` describes: atomic additions may come in any order.
         """
         like, work = given[0], -(-entries // _TERMS)
         largest = self._memory.zeros(kinds, "int64", like)
         self._run("sums", names[0], work, (*given, largest))
+        # The maxima are the bits of float64. Reading them waits for the device once: the host derives the units, so
+        # that they are the units of the reference to the bit.
         magnitudes = np.array(largest.tolist(), dtype=np.int64).view(np.float64).tolist()
         if not np.isfinite(magnitudes).all():
             return None
@@ -127,5 +132,5 @@ class Fits(Kernels):
 
 
 def _or(array: Array | None, other: Array) -> tuple[Array, np.int32]:
-    """Return an array to pass for an optional one, and whether the kernel may read it."""
+    """Return an array to pass for an optional one, and a flag that says whether the kernel may read it."""
     return (other, np.int32(0)) if array is None else (array, np.int32(1))

@@ -1,4 +1,4 @@
-"""The text of the kernels, and how it is compiled."""
+"""Source text of the CUDA kernels, and the options of their compiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["MODULES", "OPTIONS", "source"]
 #: Products and sums are not fused, and divisions are rounded correctly: kernels return the bytes of the reference.
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 
-#: Files of kernels. Each is compiled behind those that all of them share.
+#: Files of kernels. The compiler gets the text of the shared files and then that of one of these, as one program.
 MODULES = ("blocks", "decode", "encode", "lowrank", "matmul", "packing", "search", "sums", "tensor")
 
 _SHARED = ("numbers.cuh", "groups.cuh", "halving.cuh")
@@ -28,7 +28,7 @@ def source(module: str) -> str:
     Returns
     -------
     str
-        The text; errors of a compiler name the file and line they are in.
+        Source text. Line directives make the compiler's errors name file and line.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Launches of CUDA kernels, which are compiled and loaded at first use, and tables on devices."""
+"""Launches of CUDA kernels, which are compiled and loaded at first use, and a cache of tables on devices."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ __all__ = ["capability", "launch", "table"]
 _tables: dict[tuple[Any, ...], Any] = {}
 _MOST_TABLES = 1024
 
-#: Largest number of thread blocks in a launch. Threads loop over the work beyond it.
+#: Largest number of thread blocks in a launch. Kernels step by the size of the grid (grid-stride loops), so that a
+#: smaller grid does the same work. This bounds the atomic additions and the tables that blocks copy to shared memory.
 MOST_BLOCKS = 1 << 16
 
 
 def launch(
     device: int, stream: Any, module: str, kernel: str, threads: int, work: int, arguments: tuple[Any, ...]
 ) -> None:
-    """Run a kernel.
+    """Run a kernel on a device; compile and load it first if this is its first launch there.
 
     Parameters
     ----------
@@ -43,8 +44,8 @@ def launch(
     work : int
         Number of pieces of work, one for each thread of a large enough grid.
     arguments : tuple
-        CuPy arrays, addresses as Python integers, and numbers. Numbers are ``np.int32``, ``np.int64``, ``np.float32`` or
-        ``np.float64``, as the parameters of the kernel are.
+        CuPy arrays, addresses as Python integers, and numbers. A number is a ``np.int32``, ``np.int64``, ``np.float32``
+        or ``np.float64``, as the parameter of the kernel is.
     """
     cupy = importlib.import_module("cupy")
     grid = (min(-(-work // threads), MOST_BLOCKS),)
@@ -57,6 +58,7 @@ def launch(
 
 @functools.cache
 def _loaded(cupy: Any, device: int, module: str, kernel: str) -> Any:  # noqa: ARG001 - the key: code is loaded on one device
+    # `cupy` is part of the key too: tests replace the module, and a kernel of one module cannot run in another.
     binary = Binary.of(module, kernel)
     loaded = cupy.cuda.Module()
     loaded.load(binary.code)
@@ -116,6 +118,8 @@ def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: flo
 
 
 def _copied(cupy: Any, device: int, values: npt.NDArray[np.float32], length: int, beyond: float) -> Any:
+    # Kernels read all entries of a table, whose length follows from the number of bits. Infinite boundaries are above
+    # every value, and levels beyond a short codebook are never looked up.
     padded = np.full(length, beyond, dtype=np.float32)
     padded[: len(values)] = values
     with cupy.cuda.Device(device):

@@ -15,7 +15,7 @@ class Memory(Protocol):
 
     @property
     def library(self) -> str:
-        """Name of the library, which overrides are registered under."""
+        """Name of the library, under which overrides are registered."""
 
     def device(self, array: Array) -> int | None:
         """Return the number of the CUDA device that holds an array, or None."""

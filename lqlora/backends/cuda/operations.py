@@ -19,31 +19,35 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUP", "MOST_INPUTS", "Kernels", "lanes_for"]
 
-#: Names of the dtypes in the kernels.
+#: Names of the dtypes in the kernels, and the bytes of a number.
 _TYPES = {"float32": "float", "float16": "Float16", "bfloat16": "BFloat16", "float64": "double"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
-#: Weights of a block that one team of lanes reduces. Longer blocks are split, and their parts merged in global memory.
+#: Weights of a block that one team of lanes reduces. Longer blocks are split into parts, so that a tensor with one
+#: scale still fills the device; the parts are merged in global memory.
 _PART = 4096
 
-#: Vectors of sixteen bytes that a lane loads at a time.
+#: Vectors of sixteen bytes that a lane loads at a time: ``batch`` of blocks.cu.
 _LOADS = 4
 
-#: Numbers of input rows that products are compiled for. For more rows, dense products of decoded tiles are faster.
+#: Largest numbers of input rows for which products are compiled. A thread keeps a sum for each of them in registers, so
+#: a kernel for many rows wastes registers on few. For more rows, dense products of decoded tiles are faster.
 _INPUTS = (1, 4, 16)
 MOST_INPUTS = _INPUTS[-1]
 
-#: Above the first number, rows of 16-bit inputs are multiplied by the matrix units, which devices have from the second
-#: number on (compute capability). A block of threads has the third number of rows of the weight.
+#: Tensor cores multiply rows of 16-bit inputs if there are more than the first number of rows, and the device has at
+#: least the compute capability of the second. A block of threads then has the third number of rows of the weight.
 _FEW, _MULTIPLIES_MATRICES, _TILE = 4, 80, 16
 
-#: Rows of inputs that a group of threads multiplies by one row of a low-rank factor.
+#: Rows of inputs that a block or team of threads multiplies by one row of a low-rank factor.
 _INPUTS_AT_ONCE = 4
 
-#: Threads of a block in general, and in products, where each warp has one row or two.
+#: Threads of a block in general, and in products, where each warp has one row or two. Blocks of products are small
+#: because their threads need up to 168 registers, and a multiprocessor hands out its 65,536 registers block by block.
 _THREADS, _PRODUCT_THREADS = 256, 128
 
-#: Weights or codes that a thread has at a time: their codes are whole bytes for any number of bits.
+#: Weights or codes of a thread at a time. Eight codes are whole bytes for any number of bits, so that no two threads
+#: write the same byte.
 GROUP = 8
 
 
@@ -60,11 +64,11 @@ class Kernels:
         self._memory = memory
 
     def block_absmax(self, flat: Array, block_size: int) -> Array:
-        """Reduce each block in a team of lanes."""
+        """Find the largest magnitude of each block in a team of lanes."""
         return self._statistics(flat, block_size, extremes=False)[1]
 
     def block_extremes(self, flat: Array, block_size: int) -> tuple[Array, Array]:
-        """Reduce each block in a team of lanes."""
+        """Find the extremes of each block in a team of lanes."""
         return self._statistics(flat, block_size, extremes=True)
 
     def _statistics(self, flat: Array, block_size: int, *, extremes: bool) -> tuple[Array, Array]:
@@ -72,7 +76,7 @@ class Kernels:
         block_size = max(1, min(block_size, count))
         blocks, wide = -(-count // block_size), "float64" if name == "float64" else "float32"
         parts = -(-block_size // _PART)
-        make = self._memory.empty if parts == 1 else self._memory.zeros  # the parts of a block are merged into zeros
+        make = self._memory.empty if parts == 1 else self._memory.zeros  # atomic maxima start from zeros
         high = make(blocks, wide, flat)
         low = make(blocks, wide, flat) if extremes else high
         if not count:
@@ -89,6 +93,7 @@ class Kernels:
         count = prod(values.shape)
         codes = self._memory.empty(count, "uint8", values)
         if count:
+            # The binary search needs 2**n cells, which 2**n - 1 boundaries separate: the table is padded with infinity.
             cells = 1 << len(boundaries).bit_length()
             cuts = (boundaries, max(1, cells - 1), inf)
             arguments = (values, cuts, np.int32(cells), codes, np.int64(count))
@@ -176,6 +181,7 @@ class Kernels:
             return out
         own = _TYPES[dtype_name(x)]
         zeros, affine = _zero_points(zero_points, packed)
+        # For block sizes that are powers of two a shift replaces the division in the innermost loop.
         shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
         sizes = (np.int32(inputs), np.int64(rows), np.int32(columns), *_blocks(block_size), np.int32(shift))
         arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
@@ -207,7 +213,7 @@ class Kernels:
         return out
 
     def _run(self, module: str, kernel: str, work: int, arguments: tuple[Any, ...], threads: int = _THREADS) -> None:
-        """Launch a kernel. A table of the host is given as its entries, their number, and a value that pads it."""
+        """Launch a kernel. A tuple stands for a table of the host: its entries, its padded length, and the padding."""
         memory, device = self._memory, self._memory.device(arguments[0]) or 0
         given = tuple(
             value
@@ -246,10 +252,10 @@ def lanes_for(entries: int, each: int, most: int) -> int:
 
 
 def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int32]:
-    """Return an array to pass for zero points, and whether the kernel may read it: CuPy cannot pass a null pointer."""
+    """Return an array to pass for zero points, and a flag for the kernel, because CuPy cannot pass a null pointer."""
     return (other, np.int32(0)) if zero_points is None else (zero_points, np.int32(1))
 
 
 def _blocks(block_size: int) -> tuple[np.int64, np.float64]:
-    """Return the length of blocks and its reciprocal: division of 64-bit integers is a slow call on a device."""
+    """Return the block size and its reciprocal, because dividing 64-bit integers is a slow call on a device."""
     return np.int64(block_size), np.float64(1 / block_size)

@@ -60,9 +60,9 @@ def register(memory: Memory) -> None:
 
 
 class _Condition:
-    """The condition of a kernel: its arrays are on one device, not followed by autograd, aligned, and of shapes that fit.
+    """The condition of a kernel: arrays of fitting shapes on one device, aligned, and not followed by autograd.
 
-    It names all arguments of the operation, as its signature says; ``taken.fits`` names those that it needs.
+    Its signature names all arguments of the operation; ``taken.fits`` names those that it needs.
     """
 
     def __init__(self, memory: Memory, operation: Operation[Any, Any], taken: _Taken) -> None:
@@ -77,6 +77,7 @@ class _Condition:
         if not kernels_run():
             return False
         memory, taken = self._memory, self._taken
+        # A kernel gets plain addresses. These show neither a wrong device, nor that autograd loses track of the result.
         first, *others = (args[position] for position in self._arrays)
         device = memory.device(first)
         one_device = all(array is None or memory.device(array) == device for array in others)
@@ -88,9 +89,9 @@ class _Condition:
 
 
 class _Taken(NamedTuple):
-    """Dtypes of the arrays, a condition on shapes as code and in words, and the arguments that must begin at vectors.
+    """Dtypes of arrays, a condition on shapes as code and in words, and the arguments that must be aligned to 16 bytes.
 
-    ``differentiable`` marks operations that autograd can follow without a kernel, and must follow where it is on.
+    ``differentiable`` marks operations whose reference autograd can follow. A kernel must not run on arrays that it follows.
     """
 
     dtypes: dict[str, tuple[str | None, ...]]
@@ -184,6 +185,7 @@ def _product_fits(
     if len(x.shape) != 2 or len(out.shape) != 2 or out.shape[0] != x.shape[0] or out.dtype != x.dtype:
         return False
     (inputs, columns), rows = x.shape, out.shape[1]
+    # Kernels count columns and weights of a block in 32 bits, and read rows in whole groups of codes.
     few = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0 and columns < 2**30 and block_size < 2**31
     return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
 

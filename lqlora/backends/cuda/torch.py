@@ -1,4 +1,4 @@
-"""Registration of the CUDA kernels for torch tensors, which are used in place: nothing is copied."""
+"""Registration of the CUDA kernels for torch tensors, which the kernels use in place without copies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TorchMemory:
         return array.data_ptr()
 
     def is_tracked(self, array: torch.Tensor) -> bool:
-        """Return whether a tensor requires a gradient now, or has a tangent."""
+        """Return whether a tensor requires a gradient now, or has a tangent of forward-mode autograd."""
         return (array.requires_grad and torch.is_grad_enabled()) or unpack_dual(array).tangent is not None
 
     def empty(self, count: int, dtype: str, like: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def _stream_of_cupy(handle: int) -> Any:
 
 
 class _Stream:
-    """A stream under the protocol of CUDA libraries, which later versions of torch implement themselves."""
+    """A stream with the ``__cuda_stream__`` protocol, which later versions of torch implement themselves."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle

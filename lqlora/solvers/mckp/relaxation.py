@@ -110,7 +110,7 @@ def _hull(knapsack: Knapsack) -> npt.NDArray[np.int64]:
     """Return the items on the lower convex hull of each group, by passes over all groups at once."""
     kept = np.arange(len(knapsack.cost))
     while len(kept) > 2:
-        # A point on or above the segment between two others of its group is no vertex, whether or not these stay.
+        # A point on or above the segment between two others of its group is not a vertex, whether or not these stay.
         # So all such points can go in one pass, and passes end when there is none.
         group, cost, size = knapsack.group[kept], knapsack.cost[kept], knapsack.size[kept]
         grown, saved = np.diff(size).astype(np.float64), -np.diff(cost)

@@ -1,1 +1,1 @@
-"""Property tests that run on any backend."""
+"""Conformance suite for backends."""

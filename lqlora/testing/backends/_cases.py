@@ -1,6 +1,6 @@
-"""Problems that example arguments of operations are made from: a few small numbers say everything about one of them.
+"""Test problems that example arguments of operations are made from. A few small numbers define each problem.
 
-A finding prints these numbers, which is enough to make the failing call again.
+A finding prints these numbers, which are enough to repeat the failing call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocks", "Product"]
 
-#: NumPy's dtypes of weights, and the unsigned integers as wide as they are.
+#: NumPy's dtypes of weights, and the unsigned integers of the same width.
 DTYPES: dict[str, Any] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
@@ -29,7 +29,7 @@ DTYPES: dict[str, Any] = {
 }
 _UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
-#: Scales that are no ordinary ones: zeros, a negative one, both ends of float32.
+#: Unusual scales: both zeros, a negative scale, the smallest and largest subnormals, the smallest normal, a huge one.
 _SCALES = (0.0, -0.0, -1.5, 1e-45, 1.1754942e-38, 1.1754944e-38, 3e38, 1.0)
 
 Values = Literal["noise", "boundaries", "special", "non-finite", "midpoints"]
@@ -37,11 +37,12 @@ Values = Literal["noise", "boundaries", "special", "non-finite", "midpoints"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantization problem, from which the arguments of most operations are cut.
+    """A quantization problem, from which the arguments of most operations are made.
 
-    ``values`` tells what is hard about it. "boundaries": weights are boundaries between levels times the scale, or next
-    to it. "special": zeros, subnormals and the largest numbers, for weights and scales. "non-finite": some weights are
-    NaN or infinite. "midpoints": levels times scales are midway between two numbers of 16 bits after one rounding.
+    ``values`` names the hard part of the problem. "boundaries": weights are boundaries between levels times the scale,
+    or next to such a product. "special": weights and scales are zeros, subnormals and the largest numbers.
+    "non-finite": some weights are NaN or infinite. "midpoints": levels times scales are midway between two numbers of
+    16 bits.
     """
 
     seed: int
@@ -71,7 +72,7 @@ class Blocks:
 
     @cached_property
     def codebook(self) -> Codebook:
-        """Levels of the zero points, of a normal float, or any."""
+        """An affine codebook, random levels, or NormalFloat."""
         if self.zero_points:
             return affine(self.bits)
         if self.any_levels:
@@ -90,18 +91,18 @@ class Blocks:
 
     @cached_property
     def zeros(self) -> npt.NDArray[np.uint8] | None:
-        """Codes that zero has, if the levels are integers."""
+        """Zero points, if the problem has them."""
         rng = np.random.default_rng(self.seed)
         return rng.integers(0, 2**self.bits, self._blocks).astype(np.uint8) if self.zero_points else None
 
     @cached_property
     def codes(self) -> npt.NDArray[np.uint8]:
-        """Codes of levels that there are."""
+        """Random codes below the number of levels."""
         return np.random.default_rng(self.seed).integers(0, len(self.codebook), self.count).astype(np.uint8)
 
     @cached_property
     def packed(self) -> npt.NDArray[np.uint8]:
-        """The codes as dense bytes, by the definition: a stream of bits."""
+        """The codes as dense bytes, packed by the definition: a stream of bits, least significant bit first."""
         stream = (self.codes[:, None] >> np.arange(self.bits, dtype=np.uint8) & 1).reshape(-1)
         packed = np.packbits(stream, bitorder="little")
         if self.unused_bits and stream.size % 8:
@@ -110,7 +111,7 @@ class Blocks:
 
     @cached_property
     def scales(self) -> npt.NDArray[np.float32]:
-        """Scales of float32, not those of the weights: most weights are near, but need not be below."""
+        """Scales of float32. They are not absolute maxima: some weights are above their scale."""
         rng = np.random.default_rng(self.seed + 1)
         if self.values == "midpoints":
             return self._midpoint_scales(rng)
@@ -124,6 +125,8 @@ class Blocks:
         """Return scales whose product with the first level of their block is midway, after rounding to float32."""
         mantissa = rng.integers(0, 2**10, self._blocks).astype(np.uint32)
         exponent = rng.integers(120, 136, self._blocks).astype(np.uint32)
+        # A float32 whose first dropped bit is one, and whose other dropped bits are zero, is midway between two numbers
+        # of 16 bits. bfloat16 drops 16 bits, and float16 drops 13 bits of the mantissa.
         half, shift = (0x8000, 16) if self.dtype == "bfloat16" else (0x1000, 13)
         middle = (exponent << 23 | mantissa << shift & 0x7FFFFF | half).view(np.float32)
         levels = self.codebook.levels[self.codes[:: self.block_size]].astype(np.float64)
@@ -155,7 +158,8 @@ class Blocks:
         weights = (normalized * self.scales[self._block_of]).astype(DTYPES[self.dtype])
         bits = weights.view(_UNSIGNED[weights.dtype.itemsize])
         nudged = (bits + rng.integers(-2, 3, self.count).astype(bits.dtype)).view(weights.dtype)
-        return np.where(np.abs(weights) < 2.0**-13, weights, nudged)  # among the smallest numbers a step is a long way
+        # A step between subnormal numbers is large in relation to them, so small weights stay where they are.
+        return np.where(np.abs(weights) < 2.0**-13, weights, nudged)
 
     @cached_property
     def _hard_values(self) -> npt.NDArray[Any]:
@@ -168,7 +172,7 @@ class Blocks:
 
     @cached_property
     def normalized(self) -> npt.NDArray[Any]:
-        """The weights over the scales, infinite ones too but no NaN."""
+        """The weights divided by their scales; infinite quotients stay, NaN becomes zero."""
         with np.errstate(all="ignore"):
             values = self.wide / self.scales.astype(self.wide.dtype)[self._block_of]
         return np.where(np.isnan(values), 0, values).astype(values.dtype)
@@ -176,9 +180,9 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Product:
-    """Rows and a quantized matrix, or low-rank factors, to be multiplied.
+    """Rows of inputs with a quantized matrix, and with low-rank factors.
 
-    ``exact``: all numbers are integers, so small that sums in any order are exact in float32.
+    If ``exact``, all numbers are small integers or powers of two, so that sums in any order are exact in float32.
     """
 
     seed: int
@@ -223,7 +227,7 @@ class Product:
 
     @cached_property
     def stored(self) -> Blocks:
-        """The matrix as a problem of its own, with integers as levels if products are to be exact."""
+        """The matrix as a quantization problem; its levels are integers if products are exact."""
         integers = self.exact or self.zero_points
         return Blocks(self.seed, "float32", self.bits, self.block_size, self.rows * self.columns, zero_points=integers)
 
@@ -234,23 +238,23 @@ class Product:
 
     @property
     def codebook(self) -> Codebook:
-        """Levels of the matrix."""
+        """Codebook of the matrix."""
         return self.stored.codebook
 
     @property
     def zeros(self) -> npt.NDArray[np.uint8] | None:
-        """Codes that zero has."""
+        """Zero points of the matrix."""
         return self.stored.zeros if self.zero_points else None
 
     @cached_property
     def scales(self) -> npt.NDArray[np.float32]:
-        """Powers of two if products are to be exact, else near one."""
+        """Powers of two if products are exact, else numbers near one."""
         small = self.stored.scales < 1
         scales = np.where(small, 0.5, 2.0) if self.exact else np.where(small, 0.7, 1.3)
         return scales.astype(np.float32)
 
     def truth(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return the product of rows and matrix in float64, and the same of absolute values."""
+        """Return the product in float64, and the product of absolute values, which bounds the rounding errors."""
         stored = self.stored
         block = np.arange(stored.count) // self.block_size
         values = self.codebook.levels[stored.codes]

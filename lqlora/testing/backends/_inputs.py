@@ -1,6 +1,6 @@
-"""Cases that each property of backends is tried on: one hardship each, and easy otherwise.
+"""Strategies for the problems of each property of backends. Each property varies one thing and leaves the rest easy.
 
-Easy is: float32, 4 bits, whole blocks of 64 weights of ordinary size, no zero points, levels of a normal float.
+Easy means float32, 4 bits, whole blocks of 64 weights of ordinary size, no zero points, and levels of NormalFloat.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SEEDS = st.integers(0, 2**16)
 _BITS = st.integers(1, 8)
 _WHOLE = st.integers(1, 4).map(lambda blocks: 64 * blocks)
 
-#: Block sizes that loops are cut at, and counts that end within a block, a byte, a vector.
+#: Block sizes around the sizes at which loops are split, and counts that end within a block, a byte or a vector.
 _BLOCK_SIZES = (1, 2, 3, 4, 7, 8, 15, 16, 31, 32, 33, 63, 64, 65, 100, 127, 128, 129, 256, 257)
 _COUNTS = st.sampled_from([1, 2, 3, 5, 7, 8, 9, 15, 17, 31, 33, 63, 65, 127, 129, 190, 257]) | st.integers(1, 300)
 
-#: Sizes that overrides cut into pieces or hand to threads, with blocks on both sides of them.
+#: Bits, block sizes and counts that overrides split into pieces or among threads.
 _LARGE = (
     (1, 3, 32767), (2, 64, 32769), (3, 63, 70_001), (4, 64, 262_147), (5, 32, 100_000), (6, 4096, 131_073),
     (7, 32_769, 65_537), (8, 64, 300_003), (4, 1, 65_536), (3, 100_000, 70_001),
@@ -62,12 +62,12 @@ unused_bits = _of(bits=_BITS, count=_COUNTS, unused_bits=True)
 
 
 def all_dtypes(subject: BackendSubject) -> Inputs:
-    """Every floating-point dtype that the library has."""
+    """Draw every floating-point dtype that the library has."""
     return _case(dtype=st.sampled_from(subject.dtypes), bits=st.sampled_from([4, 8]))
 
 
 def block_sizes(_: BackendSubject) -> Inputs:
-    """Sizes around powers of two, and around the number of weights."""
+    """Draw block sizes around powers of two, and around the number of weights."""
     counts = st.sampled_from([64, 128, 256])
     near = st.tuples(counts, st.sampled_from([-1, 0, 1])).map(lambda pair: (pair[0], pair[0] + pair[1]))
     pairs = st.tuples(counts, st.sampled_from(_BLOCK_SIZES)) | near
@@ -80,7 +80,7 @@ def _with_block_size(drawn: tuple[int, tuple[int, int]]) -> Blocks:
 
 
 def combinations(subject: BackendSubject) -> Inputs:
-    """Anything with anything."""
+    """Draw all parts of a problem at once."""
     return _case(
         dtype=st.sampled_from(subject.dtypes),
         bits=_BITS,
@@ -94,18 +94,18 @@ def combinations(subject: BackendSubject) -> Inputs:
 
 
 def large(_: BackendSubject) -> Inputs:
-    """Few sizes, each once: they are cut into pieces."""
+    """Draw one of a few large sizes."""
     cases = [Blocks(0, "float32", bits, size, count, zero_points=bits == 3) for bits, size, count in _LARGE]
     return st.fixed_dictionaries({"case": st.sampled_from(cases)})
 
 
 def non_finite(subject: BackendSubject) -> Inputs:
-    """NaN and infinity among the weights."""
+    """Draw weights with NaN and infinity among them."""
     return _case(dtype=st.sampled_from(subject.dtypes), values="non-finite", count=_COUNTS, block_size=8)
 
 
 def midpoints(subject: BackendSubject) -> Inputs:
-    """Products midway between two numbers of 16 bits."""
+    """Draw products midway between two numbers of 16 bits."""
     narrow = [name for name in subject.dtypes if name in ("float16", "bfloat16")]
     if not narrow:
         raise NotApplicableError("the library has no floating-point dtype of 16 bits")
@@ -113,7 +113,7 @@ def midpoints(subject: BackendSubject) -> Inputs:
 
 
 def layouts(subject: BackendSubject) -> Inputs:
-    """Arrays that are held otherwise than dense, aligned and writable."""
+    """Draw layouts that are not contiguous, aligned and writable."""
     words = ["every second", "reversed"]
     if subject.library == "numpy":
         words += ["unaligned", "read-only"]
@@ -138,17 +138,17 @@ def _products(subject: BackendSubject, *, exact: bool) -> Inputs:
 
 
 def integers(subject: BackendSubject) -> Inputs:
-    """Products of integers, whose sums are exact."""
+    """Draw products of integers, whose sums are exact."""
     return _products(subject, exact=True)
 
 
 def products(subject: BackendSubject) -> Inputs:
-    """Products of any numbers."""
+    """Draw products of any numbers."""
     return _products(subject, exact=False)
 
 
 def formatted(subject: BackendSubject) -> Inputs:
-    """Any format, and weights in its range."""
+    """Draw a format, and weights in its range."""
     scales: Any = [name for name in ("float32", "float16", "bfloat16") if name in subject.dtypes]
     return formats(scales, axes=(None, 0, -1)).flatmap(_with_weights)
 

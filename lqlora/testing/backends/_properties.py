@@ -1,4 +1,4 @@
-"""The properties of backends: each a function whose docstring is the promise."""
+"""Properties of backends. Each property is a function whose docstring is the promise."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def zero_points(subject: BackendSubject, case: Blocks) -> None:
 
 @_promise(inputs.any_levels)
 def levels(subject: BackendSubject, case: Blocks) -> None:
-    """Codebooks of any levels, and of fewer than the bits could tell apart, match the reference."""
+    """Codebooks of any levels, and of fewer than ``2**bits``, match the reference."""
     subject.expect_reference(case)
 
 
 @_promise(inputs.boundaries)
 def boundaries(subject: BackendSubject, case: Blocks) -> None:
-    """Weights at a boundary between two levels, or next to it, match the reference."""
+    """Weights on a boundary between two levels, or next to one, match the reference."""
     subject.expect_reference(case)
 
 
@@ -106,19 +106,19 @@ def special_values(subject: BackendSubject, case: Blocks) -> None:
 
 @_promise(inputs.unused_bits)
 def unused_bits(subject: BackendSubject, case: Blocks) -> None:
-    """Bits of the last byte that belong to no code do not matter."""
+    """Bits of the last byte that belong to no code change no result."""
     subject.expect_reference(case)
 
 
 @_promise(inputs.midpoints)
 def rounding(subject: BackendSubject, case: Blocks) -> None:
-    """Results of 16 bits are rounded to float32 first, then to the nearest, midway to even."""
+    """Results of 16 bits are rounded to float32 first, then to the nearest number, ties to even."""
     subject.expect_reference(case)
 
 
 @_promise(inputs.non_finite)
 def non_finite(subject: BackendSubject, case: Blocks) -> None:
-    """NaN and infinity come out of the statistics of their block, and of no other."""
+    """NaN and infinity show in the statistics of their block, and in no other."""
     for name in subject.asked("block_absmax", "block_extremes"):
         subject.expect_right(name, case.arguments(name))
 
@@ -146,21 +146,24 @@ def _without_negative_zeros(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 @_promise(inputs.products)
 def products(subject: BackendSubject, case: Product) -> None:
-    """Products are off by no more than rounding in float32, and once to the dtype of the result."""
+    """Products are exact up to rounding in float32, and once to the dtype of the result."""
     (name,) = subject.asked("matmul_packed")
     truth, size = case.truth()
     step = float(np.finfo(np.float32).eps if case.dtype in ("float32", "float64") else 2.0**-7)
+    # A sum of n rounded products has an error of at most about n + 1 times 2**-24 times the sum of their magnitudes
+    # (`size`), in any order of additions. The bound is twice as large, plus a term for numbers that are rounded to the
+    # dtype of the result.
     bound = (case.columns + 2) * 2.0**-23 * size + step * (size if case.dtype != "float64" else 0) + 1e-30
     for call in subject.calls_of(name, case.arguments(name)):
         error = np.abs(on_host(call.run()[0]).astype(np.float64) - truth)
         if (error > bound).any() or np.isnan(error).any():
             worst = np.unravel_index(int(np.argmax(error - bound)), error.shape)
-            raise ViolationError(f"{call.name} is off by {error[worst]:.3g} of {truth[worst]:.3g}")
+            raise ViolationError(f"{call.name} has an error of {error[worst]:.3g} in an entry of {truth[worst]:.3g}")
 
 
 @_promise(inputs.layouts)
 def layout(subject: BackendSubject, case: Blocks, layout: str) -> None:
-    """Arrays that are strided, unaligned or read-only are read as others are."""
+    """Arrays that are strided, unaligned or read-only give the bytes of contiguous ones."""
     for name in subject.of(case):
         if layout != "read-only" or "out" not in operations()[name].__signature__.parameters:
             subject.expect_right(name, case.arguments(name), lambda array: _laid_out(array, layout))
@@ -184,7 +187,7 @@ def _unaligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 @_promise(inputs.combinations)
 def input_unchanged(subject: BackendSubject, case: Blocks) -> None:
-    """No argument is written to but ``out``."""
+    """No argument but ``out`` is changed."""
     for call in subject.calls(case):
         read = call.arrays()
         before = {name: on_host(call.arguments[i]).tobytes() for name, i in read.items()}
@@ -196,7 +199,7 @@ def input_unchanged(subject: BackendSubject, case: Blocks) -> None:
 
 @_promise(inputs.all_bits)
 def own_memory(subject: BackendSubject, case: Blocks) -> None:
-    """A result is the caller's: writing to it changes neither an argument nor a later result."""
+    """A result has memory of its own: writing to it changes neither an argument nor a later result."""
     for name in subject.of(case):
         arguments = case.arguments(name)
         for first, second in zip(subject.calls_of(name, arguments), subject.calls_of(name, arguments), strict=True):
@@ -205,7 +208,7 @@ def own_memory(subject: BackendSubject, case: Blocks) -> None:
                 _overwrite(first, result)
             shared = [key for key, i in first.arrays().items() if on_host(first.arguments[i]).tobytes() != before[key]]
             if shared:
-                raise ViolationError(f"what {first.name} returned is memory of {' and '.join(shared)}")
+                raise ViolationError(f"{first.name} returned memory of {' and '.join(shared)}")
             subject.expect(second, second.run(), right(name, arguments))
 
 
@@ -213,7 +216,7 @@ def _overwrite(call: Call, result: Array) -> None:
     try:
         result[...] = 1
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ViolationError(f"what {call.name} returned cannot be written to: {named(error)}") from error
+        raise ViolationError(f"{call.name} returned an array that cannot be written: {named(error)}") from error
 
 
 @_promise(inputs.combinations)
@@ -234,7 +237,7 @@ def threads(subject: BackendSubject, case: Blocks) -> None:
 
 
 class _Foreign:
-    """An array of a library that nobody knows."""
+    """An array of a library that is not registered."""
 
     dtype, shape, ndim, size, device = np.dtype(np.float32), (1,), 1, 1, "cpu"
 
@@ -262,7 +265,7 @@ def _expect_mixed_refused(name: str, argument: str, mixed: tuple[Any, ...]) -> N
     except Exception as error:
         raise RefusedError(f"{name} with {argument} of another library raised {named(error)}") from error
     chosen = operation.select(*mixed).implementation
-    raise ViolationError(f"{chosen} took {argument} of another library")
+    raise ViolationError(f"{chosen} accepted {argument} of another library")
 
 
 @_promise(inputs.tails)
@@ -291,7 +294,7 @@ def _expect_refused(subject: BackendSubject, name: str, argument: str, arguments
             call.run()
         except RefusedError:
             continue
-        raise ViolationError(f"{call.name} took {argument} that is one entry too short")
+        raise ViolationError(f"{call.name} accepted {argument}, which is one entry too short")
 
 
 @_promise(inputs.formatted)

@@ -1,4 +1,4 @@
-"""The library under test, its implementations of an operation, and the bytes that are right."""
+"""The library under test, the implementations of its operations, and the expected bytes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["BackendSubject", "Call", "operations"]
 
-#: Arguments that every library is given as read-only NumPy arrays.
+#: Arguments that are read-only NumPy arrays for every library.
 _TABLES = ("levels", "boundaries")
 
 
 def operations() -> dict[str, Operation[Any, Any]]:
-    """Return the operations that may have overrides, by name."""
+    """Return the operations of :mod:`lqlora.ops`, by name."""
     known = {name: getattr(ops, name) for name in ops.__all__}
     return {name: operation for name, operation in known.items() if isinstance(operation, Operation)}
 
 
 class Call(NamedTuple):
-    """An implementation, and the arguments it is called with."""
+    """An implementation with the arguments of a call."""
 
     name: str
     operation: Operation[Any, Any]
@@ -45,13 +45,13 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
 
     def arrays(self, *, written: bool = False) -> dict[str, int]:
-        """Return the positions of the arrays of the library, by the names of the arguments; without ``out`` if not told."""
+        """Return the positions of the array arguments by name; those of ``out`` only if ``written``."""
         names = list(self.operation.__signature__.parameters)
         own = {name: i for i, name in enumerate(names) if name not in _TABLES and array_library(self.arguments[i])}
         return own if written else {name: i for name, i in own.items() if name != "out"}
 
     def run(self) -> list[Any]:
-        """Return the arrays that come back."""
+        """Return the results as a list of arrays."""
         try:
             result = self.function(*self.arguments)
         except Exception as error:
@@ -61,7 +61,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class BackendSubject:
-    """A namespace and a device; the operations asked for."""
+    """A namespace, a device, and the operations to check."""
 
     xp: Namespace
     library: str
@@ -85,13 +85,13 @@ class BackendSubject:
         return ops.convert(np.array(array), self.xp, self.device)
 
     def of(self, case: Blocks | Product) -> list[str]:
-        """Return the operations asked for whose examples are made from a problem of this kind."""
+        """Return the operations to check whose examples are made from a problem of this kind."""
         of_blocks = isinstance(case, Blocks)
         known = operations().items()
         return self.asked(*(name for name, operation in known if (operation.examples is not None) is of_blocks))
 
     def asked(self, *names: str) -> list[str]:
-        """Return those of some operations that were asked for."""
+        """Return those of some operations that are to be checked."""
         found = [name for name in names if name in self.names]
         if not found:
             raise NotApplicableError(f"is about {', '.join(names)}")
@@ -105,8 +105,9 @@ class BackendSubject:
     def calls_of(
         self, name: str, arguments: tuple[Any, ...], lay: Callable[[Array], Array] | None = None
     ) -> Iterator[Call]:
-        """Yield a call of every override that takes the arguments; of the reference, if none does."""
+        """Yield a call of every override that takes the arguments, or of the reference if none does."""
         operation = operations()[name]
+        # Each call gets its own copies: an override that writes to an argument must not spoil the next one.
         taken = self._given(operation, arguments, lay)
         overrides = [override for override in operation.overrides(self.library) if not override.fault(taken)]
         for override in overrides:
@@ -137,7 +138,7 @@ class BackendSubject:
             self.expect(call, call.run(), expected)
 
     def expect(self, call: Call, found: list[Any], expected: list[npt.NDArray[Any]]) -> None:
-        """Raise unless what came back is of the library, on the device, and has the bytes expected."""
+        """Raise unless the results are arrays of the library, on the device, with the expected bytes."""
         first = call.arguments[0]
         for result, right_one in zip(found, expected, strict=True):
             if array_library(result) != array_library(first):
@@ -152,7 +153,7 @@ def _as_it_is(array: Array) -> Array:
 
 
 def right(name: str, arguments: tuple[Any, ...]) -> list[npt.NDArray[Any]]:
-    """Return what the reference says, on copies of NumPy arrays."""
+    """Return the results of the reference on copies of NumPy arrays."""
     copies = [np.array(value) if isinstance(value, np.ndarray) else value for value in arguments]
     with forced("reference"), np.errstate(all="ignore"):
         result = operations()[name].reference(*copies)
@@ -160,7 +161,7 @@ def right(name: str, arguments: tuple[Any, ...]) -> list[npt.NDArray[Any]]:
 
 
 def expect_bytes(who: str, found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
-    """Raise unless two arrays have one dtype, shape and bytes; every NaN counts as one."""
+    """Raise unless two arrays have the same dtype, shape and bytes. All NaN are equal here."""
     if (found.dtype, found.shape) != (expected.dtype, expected.shape):
         got, wanted = f"{found.dtype} of shape {found.shape}", f"{expected.dtype} of shape {expected.shape}"
         raise ViolationError(f"{who} returned {got} where the reference returns {wanted}")
@@ -170,6 +171,7 @@ def expect_bytes(who: str, found: npt.NDArray[Any], expected: npt.NDArray[Any]) 
     differ = (
         (found.reshape(-1, 1).view(np.uint8) != expected.reshape(-1, 1).view(np.uint8)).reshape(-1, size).any(axis=1)
     )
+    # NaN is the only value that differs from itself. Its payload is not part of the promise.
     differ &= ~((found != found) & (expected != expected)).reshape(-1)  # noqa: PLR0124 - NaN
     if differ.any():
         i = int(differ.argmax())

@@ -1,4 +1,4 @@
-"""A suite of properties for any backend: overrides return the bytes of the reference, and so does every library."""
+"""Conformance suite for backends: every override and every library returns the bytes of the reference."""
 
 from __future__ import annotations
 
@@ -35,43 +35,43 @@ def check_backend(
     max_examples: int = 50,
     derandomize: bool = True,
 ) -> Report:
-    """Try every property on a library: on each of its overrides, and on the reference where there is none.
+    """Check every property on a library: on each of its overrides, and on the reference where there is none.
 
-    What is right is what the reference returns for NumPy arrays.
+    Results are compared with those of the reference on NumPy arrays.
 
     Parameters
     ----------
     library : str or module
         Name of the library, such as ``"numpy"``, ``"torch"`` or one that was registered, or its array API namespace.
     device : object, optional
-        Device that arrays are put on, in the words of the library.
+        Device that arrays are put on, as the library spells it.
     operations : collection of str, optional
-        Names of operations of :mod:`lqlora.ops` to try; all by default.
+        Names of operations of :mod:`lqlora.ops` to check; all by default.
     only : collection of str, optional
-        Names of the properties to try.
+        Names of the properties to check; all by default.
     exclude : collection of str, optional
         Names of properties to skip.
     max_examples : int, default 50
-        Calls per property and operation.
+        Number of calls for each property and operation.
     derandomize : bool, default True
-        The same calls at every run. False draws others each time.
+        True makes the same calls in every run; False draws new ones each time.
 
     Returns
     -------
     Report
-        A finding for each property; whatever an override raises is a finding too.
+        A finding for each property. An error that an override raises is a finding too.
 
     Raises
     ------
     InvalidArgumentError
-        If an operation or a property is unknown, the module makes no arrays, or a number is out of range.
+        If an operation or a property is unknown, ``library`` has no arrays, or a number is out of range.
     MissingDependencyError
         If the library is not installed.
 
     Notes
     -----
-    An override is called with the arguments that its record takes, whichever override a call would pick, so those that
-    are tried later are checked too. ``quantize`` and ``dequantize`` check what a call picks.
+    Every override is called with the arguments that its record takes, even if a call would pick an earlier one. The
+    properties ``quantize`` and ``dequantize`` check what a call picks.
 
     Examples
     --------
@@ -83,7 +83,7 @@ def check_backend(
     xp = _namespace(library) if isinstance(library, str) else library
     name = array_library(xp.zeros(1)) if hasattr(xp, "zeros") else None
     if name is None:
-        raise InvalidArgumentError(f"A library is a name or a namespace of arrays, not {library!r}.")
+        raise InvalidArgumentError(f"library must be a name or a namespace of arrays, got {library!r}.")
     subject = _backend_subject.BackendSubject(xp, name, device, names)
     return try_properties(REGISTRY, subject, only, exclude, max_examples, derandomize=derandomize)
 
@@ -92,36 +92,36 @@ def _selected(names: Collection[str] | None) -> tuple[str, ...]:
     known = _backend_subject.operations()
     unknown = sorted(set(names or ()) - set(known))
     if isinstance(names, str) or unknown:
-        raise InvalidArgumentError(f"Operations are chosen from {', '.join(sorted(known))}, not {names!r}.")
+        raise InvalidArgumentError(f"operations must be chosen from {', '.join(sorted(known))}, got {names!r}.")
     return tuple(known if names is None else names)
 
 
 def _namespace(library: str) -> Namespace:
     if not is_installed(library):
-        raise MissingDependencyError(f"The backend to be checked needs {library}, which is not installed.")
+        raise MissingDependencyError(f"library {library!r} is not installed. Install it to check its backend.")
     wrapped = f"array_api_compat.{library}"
     return importlib.import_module(wrapped if is_installed(wrapped) else library)
 
 
 def assert_backend_conforms(library: str | Namespace, **options: Any) -> Report:
-    """Raise if a property fails: one line of a test.
+    """Raise an error if a property of a backend fails; a test needs one line.
 
     Parameters
     ----------
     library : str or module
-        The library, as in :func:`check_backend`.
+        Library to check, as for :func:`check_backend`.
     **options
-        The options of :func:`check_backend`.
+        Options of :func:`check_backend`.
 
     Returns
     -------
     Report
-        If nothing failed.
+        Report of the properties, all of which passed or were skipped.
 
     Raises
     ------
     ConformanceError
-        If a property failed or could not be tried. It is an AssertionError, and its message is the report.
+        If a property failed or raised. The error is an AssertionError, and its message is the report.
 
     Examples
     --------

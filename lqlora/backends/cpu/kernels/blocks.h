@@ -1,4 +1,5 @@
-// Extremes of blocks, on the bits of the numbers: these are ordered like the magnitudes, and NaN is above them all.
+// Absolute maxima and extremes of blocks, as maxima of integers: the bits of magnitudes are ordered as the magnitudes
+// are, with NaN above infinity. So a NaN is never lost, and the compiler can use integer vectors.
 #pragma once
 
 #include "numbers.h"
@@ -51,7 +52,9 @@ void absmax(const Blocks* blocks, int64_t first, int64_t last, void* out) {
     }
 }
 
-// Positive numbers are ordered as signed integers, and negative magnitudes as unsigned ones above all the positive.
+// The bits of positive numbers are ordered as signed integers, where all negative numbers are below them. The bits of
+// negative numbers are ordered by magnitude as unsigned integers, above all positive numbers. So the signed maximum is
+// the largest number and the unsigned maximum the smallest; both start at a zero, so that zero lies within the range.
 template <typename Real, typename Signed, typename Unsigned>
 void extremes_of(const Unsigned* values, int64_t count, Real* low, Real* high) {
     constexpr Unsigned sign = ~(static_cast<Unsigned>(~Unsigned(0)) >> 1);
@@ -65,6 +68,7 @@ void extremes_of(const Unsigned* values, int64_t count, Real* low, Real* high) {
     const Real top = bits_as<Real>(above), bottom = bits_as<Real>(below);
     const bool finite_order = top == top && bottom == bottom;
     *high = finite_order ? top : std::numeric_limits<Real>::quiet_NaN();
+    // Adding zero turns the start value -0 into +0, as the reference has it.
     *low = finite_order ? bottom + Real(0) : std::numeric_limits<Real>::quiet_NaN();
 }
 

@@ -1,4 +1,5 @@
-// Copies between matrices that lie across each other in memory: in squares that stay in the caches, eight by eight.
+// Transposing copies, for matrices of which one is row-major and the other column-major. The matrix is cut into squares
+// that stay in the caches, and a square into tiles of eight by eight entries that are transposed in registers.
 #pragma once
 
 #include "numbers.h"
@@ -9,7 +10,8 @@
 
 namespace {
 
-// So many lines of so many entries, read from and written to, are held by a core's own cache.
+// Side of a square. Source and target of a square take 512 KiB together in float32, which fits into the second-level
+// cache of most server cores: each line of memory is then read once and written once.
 constexpr int64_t kSquare = 256;
 constexpr int64_t kTile = 8;
 
@@ -51,15 +53,16 @@ void cross_tile(const uint32_t* source, int64_t source_step, uint32_t* target, i
 void cross_tile(const uint16_t* source, int64_t source_step, uint16_t* target, int64_t target_step) {
     __m128i lines[8], joined[8];
     for (int k = 0; k < 8; ++k) lines[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + k * source_step));
-    for (int k = 0; k < 4; ++k) {  // entries of two lines side by side
+    // Interleave lines pairwise in three steps, as a butterfly: after step s, a register holds 2**s lines side by side.
+    for (int k = 0; k < 4; ++k) {  // two lines
         joined[k] = _mm_unpacklo_epi16(lines[2 * k], lines[2 * k + 1]);
         joined[4 + k] = _mm_unpackhi_epi16(lines[2 * k], lines[2 * k + 1]);
     }
-    for (int k = 0; k < 4; ++k) {  // of four
+    for (int k = 0; k < 4; ++k) {  // four lines
         lines[2 * k] = _mm_unpacklo_epi32(joined[2 * k], joined[2 * k + 1]);
         lines[2 * k + 1] = _mm_unpackhi_epi32(joined[2 * k], joined[2 * k + 1]);
     }
-    for (int k = 0; k < 4; ++k) {  // and of all eight
+    for (int k = 0; k < 4; ++k) {  // all eight lines
         const int own = k / 2 * 4 + k % 2;
         __m128i* first = reinterpret_cast<__m128i*>(target + 2 * k * target_step);
         __m128i* second = reinterpret_cast<__m128i*>(target + (2 * k + 1) * target_step);

@@ -1,4 +1,4 @@
-// The values of packed codes.
+// Decoding of packed codes: value = (level[code] - zero point) * scale, rounded to the dtype of the result at the end.
 #pragma once
 
 #include "packing.h"
@@ -9,8 +9,8 @@
 
 namespace {
 
-// The levels of the codebook, as many as a byte can name. Those of fewer bits than four are repeated up to the sixteenth:
-// where sixteen are looked up at once, bits of the next code stand above those of a code.
+// The levels of the codebook, padded to the 256 that a byte can index. Levels of fewer than four bits are repeated up
+// to the sixteenth, because a lookup among sixteen reads four bits: above a short code it finds bits of the next code.
 struct LevelTable {
     float levels[256];
 
@@ -20,10 +20,10 @@ struct LevelTable {
     }
 };
 
-// --- Codes of a byte each: how those of other numbers of bits, other blocks and other processors are decoded
+// --- Codes of one byte each: the way for bits, block sizes and processors that have no faster one
 
-// Not inlined: a compiler that knows that levels and values are not the same numbers gathers eight levels at once, which
-// most processors do more slowly than one after the other.
+// Not inlined: if the compiler can prove that levels and values do not overlap, it gathers eight levels at once. Most
+// processors run a gather more slowly than eight loads.
 __attribute__((noinline)) void decode_run(const uint8_t* codes, const float* levels, bool are_few, float zero, float scale,
                                           int64_t count, float* values) {
     if (are_few && count >= 16) {
@@ -54,7 +54,7 @@ void decode_bytes(const uint8_t* codes, const Decoding& decoding, const float* l
     }
 }
 
-// Where each weight has a scale of its own.
+// Decodes blocks of one weight: every weight has its own scale.
 void decode_single(const uint8_t* codes, const Decoding& decoding, const float* levels, int64_t first, int64_t last,
                    float* values) {
     for (int64_t i = first; i < last; ++i) {
@@ -67,7 +67,7 @@ void decode_single(const uint8_t* codes, const Decoding& decoding, const float* 
 
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
-// Of eight bits, looking up in memory is faster than in that many registers.
+// A lookup among the 256 levels of eight bits is faster in memory than in sixteen registers.
 constexpr int kMostInRegisters = 7;
 #else
 constexpr int kMostInRegisters = 4;
@@ -101,8 +101,9 @@ Storing<uint16_t> storing_narrow(int bits) {
     return by_bits[bits - 1];
 }
 
-// Results of so many numbers leave the caches before anybody looks at them. One thread streams them into memory, which is
-// not read for that before. Two threads are faster without: what one of them streams is all that memory takes.
+// Results of this many numbers leave the caches before they are used. A single thread writes them by streaming stores,
+// which save reading each cache line before it is written. Two threads are faster with ordinary stores: the streaming
+// stores of one thread already use the whole memory bandwidth.
 constexpr int64_t kBeyondCaches = int64_t{1} << 23;
 
 bool is_streamed(const Decoding& decoding, int64_t count) {
@@ -131,7 +132,8 @@ void decode_stripe(const Decoding& decoding, const uint8_t* end, const float* le
     (decoding.block == 1 ? decode_single : decode_bytes)(codes, decoding, levels, first, last, values);
 }
 
-// In blocks so long, sixteen cells are rounded sooner than all weights.
+// From this block size on, rounding the sixteen cells of a block to 16 bits costs less than rounding each of its
+// weights.
 constexpr int64_t kLongBlock = 32;
 
 void decode_stripe(const Decoding& decoding, const uint8_t* end, const float* levels, int64_t first, int64_t last,
@@ -154,7 +156,7 @@ void decode_as(const Decoding& decoding, int64_t first, int64_t last) {
     for (int64_t at = first; at < last; at += kStripe)
         decode_stripe(decoding, end, table.levels, at, least(at + kStripe, last), streams, out + at);
 #if defined(__AVX2__)
-    if (streams) _mm_sfence();  // before another thread is told that this one is done
+    if (streams) _mm_sfence();  // streaming stores are weakly ordered: finish them before another thread may read them
 #endif
 }
 

@@ -1,4 +1,5 @@
-// Dividing weights by the scales of their blocks, and their nearest levels.
+// Encoding of weights: division by the scale of the block, and the code of the nearest level. Weights go through in
+// stripes, so that the quotients and codes between the two steps stay in the first-level cache.
 #pragma once
 
 #include "nearest.h"
@@ -8,7 +9,9 @@
 
 namespace {
 
-// Divides a range of weights by the scales of their blocks and adds the zero points. A scale of zero makes zeros.
+// Divides a range of weights by the scales of their blocks and adds the zero points. A scale of zero is replaced by
+// infinity, so that its weights become zeros. It divides and does not multiply by the reciprocal, which would round
+// twice.
 template <typename Real>
 void normalize(const Real* values, const Encoding& encoding, int64_t first, int64_t last, Real* normalized) {
     const Real* scales = static_cast<const Real*>(encoding.scales);

@@ -1,9 +1,10 @@
-// The kernels of one instruction set. This file is compiled once for each of them, with LQLORA_ISA naming it: nothing
-// in it has external linkage but the table at its end, or the linker might keep one set's code for all. That is also why
-// it uses no templates of the standard library but constants.
+// The kernels of one instruction set. This file is compiled once for each of them, with LQLORA_ISA naming it: only the
+// table at its end has external linkage. Otherwise the linker might keep the code of one set for all of them. For the
+// same reason the file uses no templates of the standard library except constants.
 //
 // Results are those of lqlora.ops to the bit: no contraction of products and sums, division and not multiplication by
-// the reciprocal, and sums in the order that lqlora.ops.row_sums defines. Products of matrices have an order of their own.
+// the reciprocal, and sums in the order that lqlora.ops.row_sums defines. Products of matrices have an order of their
+// own.
 #include "blocks.h"
 #include "crossing.h"
 #include "decoding.h"

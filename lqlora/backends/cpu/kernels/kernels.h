@@ -1,4 +1,6 @@
-// What the kernels of every instruction set offer, and what they are given. Plain C types only.
+// The interface of the kernels: their arguments, and the table of functions that each instruction set provides. Plain C
+// types only: a type with inline functions would be compiled once per instruction set, and the linker would keep one of
+// the copies for all.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +51,8 @@ struct Product {
     float* out;
 };
 
-// Rows of floats, each already divided by a first scale; which factor of that scale leaves the least error.
+// Rows of floats, each already divided by a first scale. The search finds the factor of that scale with the least
+// error.
 struct Search {
     const float* rows;
     const float* weights;  // of the squared errors, or null
@@ -64,7 +67,7 @@ struct Search {
     float* best;
 };
 
-// Rows, each to be encoded and decoded under a scale. `dtype` is that of the rows.
+// Rows that are encoded and decoded, each with its scale, to measure the error. `dtype` is the dtype of the rows.
 struct RoundingErrors {
     const void* rows;
     int32_t dtype;
@@ -91,7 +94,8 @@ struct Levels {
     int64_t size;
 };
 
-// `target[i * target_step + j] = source[j * source_step + i]`, of words of two, four or eight bytes. Steps are in words.
+// `target[i * target_step + j] = source[j * source_step + i]`, of words of two, four or eight bytes. Steps are in
+// words.
 struct Crossing {
     const void* source;
     void* target;

@@ -1,4 +1,4 @@
-// The widest registers of floats, by what all code has in common that is written for one of them.
+// The widest vector register of floats, and the operations on it that code for AVX2 and AVX-512 shares.
 #pragma once
 
 #if defined(__AVX2__)

@@ -1,4 +1,5 @@
-// Sums by level. Terms are rounded to integers, whose sums are exact, so that their order does not matter.
+// Sums by level. Terms are rounded to integer multiples of a unit. The unit is so large that every partial sum is an
+// integer of at most 2**52, which float64 holds exactly: the sums are the same in any order, on any number of threads.
 #pragma once
 
 #include "kernels.h"
@@ -24,7 +25,8 @@ void level_maxima(const Levels* levels, int64_t first, int64_t last, double* abo
     *below = most_below;
 }
 
-// To the nearest integer, to the even one of two: what is added pushes the fraction out. For magnitudes below 2**51.
+// Rounds to the nearest integer, ties to even, for magnitudes below 2**51. The spacing of float64 between 2**52 and
+// 2**53 is one, so that adding 1.5 * 2**52 rounds the fraction away; subtracting it again is exact.
 double rounded(double value) {
     const double shift = 0x1.8p52;
     return value + shift - shift;

@@ -1,4 +1,4 @@
-// What Python calls: picks the instruction set once, and deals the work out to threads in ranges.
+// The functions that Python calls. They choose the instruction set once, and distribute work over threads in ranges.
 #include "kernels.h"
 #include "ranges.h"
 
@@ -18,9 +18,9 @@ extern const Kernels lqlora_kernels_avx512;
 
 namespace {
 
-// Entries that a core's own cache holds until they are read again. While one thread reads from memory, another computes:
-// all of them reading first, and computing then, would have to share what memory takes.
-constexpr int64_t kAtHand = 1 << 16;
+// Entries that a core's own cache holds until they are read again. Pieces of this size let one thread compute while
+// another reads memory. If all threads first read everything and then computed, they would share the memory bandwidth.
+constexpr int64_t kCached = 1 << 16;
 
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> found{&lqlora_kernels_baseline};
@@ -46,13 +46,15 @@ const std::vector<const Kernels*>& available() {
     return sets;
 }
 
+// The set that loading.using() chose; null stands for the best one of this machine.
 const Kernels* chosen = nullptr;
 
 const Kernels& kernels() { return chosen ? *chosen : *available().back(); }
 
 }  // namespace
 
-// The hash of the sources this was compiled from: whoever changes them and does not compile again is told so.
+// The hash of the sources that this library was compiled from. loading.py refuses the library if the sources changed
+// since.
 LQLORA_EXPORT const char* lqlora_sources() { return LQLORA_SOURCES; }
 
 LQLORA_EXPORT int32_t lqlora_isa_count() { return static_cast<int32_t>(available().size()); }
@@ -101,7 +103,7 @@ LQLORA_EXPORT void lqlora_encode_by_absmax(const void* values, int32_t dtype, in
                             nullptr};
     int64_t unit = block;
     while (unit % 8) unit *= 2;  // whole blocks, and whole bytes of codes
-    const int64_t step = unit * (kAtHand / unit > 1 ? kAtHand / unit : 1);
+    const int64_t step = unit * (kCached / unit > 1 ? kCached / unit : 1);
     in_ranges(count, unit, count, threads, [&](int64_t first, int64_t last) {
         for (int64_t at = first; at < last; at += step) {
             const int64_t stop = last - at < step ? last : at + step;
@@ -188,7 +190,8 @@ LQLORA_EXPORT void lqlora_level_maxima(const float* rows, const float* weights, 
     });
 }
 
-// Integers are added up: which range is first does not matter.
+// Every range adds integers of its own, and the lock serializes only their merging. Sums of integers are exact, so the
+// order in which ranges finish does not matter.
 LQLORA_EXPORT void lqlora_level_sums(const float* rows, const float* weights, const double* importance,
                                      const float* ratios, const uint8_t* codes, const int64_t* sets, int64_t count,
                                      int64_t columns, int64_t size, int64_t set_count, double above_unit,
@@ -204,5 +207,5 @@ LQLORA_EXPORT void lqlora_level_sums(const float* rows, const float* weights, co
             above[bin] += own[bin];
             below[bin] += own[bins + bin];
         }
-    }, threads);  // sums of each range are kept and added: not of more ranges than threads
+    }, threads);  // each range allocates its own sums: no more ranges than threads
 }

@@ -1,4 +1,5 @@
-// The nearest level: the number of boundaries below a value.
+// The code of the nearest level, which is the number of boundaries strictly below a value. NaN compares above no
+// boundary, so that its code is zero.
 #pragma once
 
 #include "numbers.h"
@@ -20,7 +21,7 @@ struct Boundaries {
     int count;       // those of the codebook
     int bits;        // the table has 2**bits - 1 entries
     Real table[256]; // ascending; infinite beyond those of the codebook, so that no value is above them
-    Real tree[256];  // the same as a search asks for them: entries 2**d to 2**(d + 1) in the step after d steps
+    Real tree[256];  // the same in the order of a binary search (Eytzinger layout): step d reads entries 2**d to 2**(d + 1)
 
     Boundaries(const float* given, int given_count) : count(given_count), bits(1), tree{} {
         while ((1 << bits) - 1 < count) ++bits;
@@ -29,6 +30,9 @@ struct Boundaries {
         plant(table, bits, tree);
     }
 
+    // After `done` steps the search has found the top `done` bits j of the code. It then compares with the boundary in
+    // the middle of the codes that begin with j. These boundaries lie side by side in the tree, so that one register
+    // holds them.
     static void plant(const Real* table, int bits, Real* tree) {
         for (int done = 0; done < bits; ++done)
             for (int j = 0; j < 1 << done; ++j) tree[(1 << done) + j] = table[(2 * j + 1) * (1 << (bits - done - 1)) - 1];
@@ -59,7 +63,8 @@ void nearest(const double* values, int64_t count, const Boundaries<double>& boun
 }
 
 #if defined(__AVX512F__)
-// The steps of a binary search from the one that asks for `kSize` boundaries to the last one, in several registers.
+// The steps of a binary search, from the step among `kSize` boundaries to the last one. Several registers take turns,
+// so that the latency of one lookup is hidden behind the others.
 template <int kSize, int kBits, int kRegisters>
 void take_steps(const __m512* values, const float* tree, __m512i* found) {
     for (int k = 0; k < kRegisters; ++k) {
@@ -75,8 +80,8 @@ void take_steps(const __m512* values, const float* tree, __m512i* found) {
     if constexpr (2 * kSize < 1 << kBits) take_steps<2 * kSize, kBits, kRegisters>(values, tree, found);
 }
 
-// One to `16 * kRegisters` values. No byte beyond their codes is written, and whole registers without a mask: what is
-// stored with one has to reach the cache before it can be read again.
+// Finds the codes of one to `16 * kRegisters` values, and writes no byte beyond them. Whole registers are stored
+// without a mask, because a load cannot be forwarded from a masked store: it would wait for the cache.
 template <int kBits, int kRegisters>
 void nearest_at_once(const float* values, int64_t count, const float* tree, uint8_t* codes) {
     __m512 own[kRegisters];
@@ -105,14 +110,16 @@ __m256i above(__m256 values, __m256 boundary) {
     return _mm256_castps_si256(_mm256_cmp_ps(values, boundary, _CMP_GT_OQ));  // -1 where it is
 }
 
-// Counts in four registers, as bytes in their order.
+// Narrows the counts in four registers to bytes. Packing works within halves of 128 bits, so the bytes are reordered
+// last.
 __m256i as_bytes(const __m256i counts[4]) {
     const __m256i words = _mm256_packs_epi32(counts[0], counts[1]), others = _mm256_packs_epi32(counts[2], counts[3]);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(words, others), order);
 }
 
-// A binary search in 32 values at once. Up to 16 boundaries are looked up in registers, more in memory.
+// A binary search for 32 values at once. A step among up to 16 boundaries looks them up in registers, a later one in
+// memory.
 template <int kBits>
 void nearest_32(const float* values, const float* tree, uint8_t* codes) {
     __m256 own[4];

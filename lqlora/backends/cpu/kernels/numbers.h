@@ -1,4 +1,4 @@
-// Numbers as bits, and those of 16 bits.
+// Numbers as bits, and conversions of float16 and bfloat16.
 #pragma once
 
 #include "kernels.h"
@@ -10,7 +10,8 @@
 
 namespace {
 
-// Weights at hand: as floats and codes they stay in the nearest cache. A multiple of eight, so stripes begin with a byte.
+// Weights of a stripe. Their floats (8 KiB) and codes (2 KiB) stay in the first-level cache, as doubles too (16 KiB). A
+// multiple of eight, so that the codes of every stripe begin with a whole byte, whatever their number of bits.
 constexpr int64_t kStripe = 2048;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -26,7 +27,8 @@ To bits_as(From value) {
 // --- Numbers of 16 bits
 
 float from_half(uint16_t half) {
-    // The exponent is moved by a product, which also makes subnormal numbers right.
+    // Shifted by 13 bits, the fields lie where float32 has them, but the exponent's bias is 15 and not 127. The product
+    // with 2**(127 - 15) corrects the bias, and normalizes subnormal numbers as well.
     const uint32_t magnitude = half & 0x7fffu, sign = static_cast<uint32_t>(half & 0x8000u) << 16;
     const uint32_t scaled = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
     const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
@@ -38,6 +40,8 @@ uint16_t to_half(float value) {
     const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
     // Below the smallest normal half, adding one half aligns the last bit of the sum with that of the subnormal.
     const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+    // Otherwise subtract 112 from the exponent, and add half a unit of the last bit that stays, minus one where that
+    // bit is even: the carry rounds to nearest, ties to even.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     const uint32_t finite = magnitude < 0x38800000u ? small : normal;
     const uint32_t quiet = 0x7e00u | (magnitude >> 13 & 0x3ffu);

@@ -1,4 +1,9 @@
-// Codes as bits: eight codes are joined in three steps, each of which halves the gaps between them.
+// Packing of codes. Eight codes fill `bits` whole bytes for every number of bits, so they are joined in one word of 64
+// bits.
+//
+// The codes of eight bytes are joined in three steps of shifts and masks. After the first step each lane of 16 bits
+// holds two codes without a gap (2 * bits bits), after the second each lane of 32 bits holds four, and after the third
+// all eight are joined. Unpacking runs the steps backwards.
 #pragma once
 
 #include "numbers.h"
@@ -53,6 +58,7 @@ void pack_stripe(const uint8_t* codes, int bits, int64_t count, uint8_t* packed)
     for (int64_t k = 0; k < whole; ++k) words[k] = join(words[k], bits);
     uint8_t* to = packed + i / 8 * bits;
     int64_t k = 0;
+    // A store of eight bytes also writes zeros beyond the word's own bytes, which the next store overwrites.
     for (; k < whole && i / 8 * bits + k * bits + 8 <= stop; ++k) std::memcpy(to + k * bits, words + k, 8);
     for (; k < whole; ++k) std::memcpy(to + k * bits, words + k, static_cast<size_t>(bits));
     const int64_t rest = count - i - 8 * whole;
@@ -64,7 +70,8 @@ void pack_stripe(const uint8_t* codes, int bits, int64_t count, uint8_t* packed)
     }
 }
 
-// Codes of fewer than eight bits. `stop` is the end of the packed bytes: words are read whole where they end before it.
+// Unpacks codes of fewer than eight bits. Words of eight bytes are read whole as long as they end before `stop`, the
+// end of all packed bytes; the last words are read byte by byte, so that nothing beyond the array is touched.
 void unpack_stripe(const uint8_t* packed, const uint8_t* stop, int bits, int64_t count, uint8_t* codes) {
     int64_t i = 0;
 #if defined(__AVX2__)

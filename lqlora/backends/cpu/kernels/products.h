@@ -1,11 +1,14 @@
-// Products of a few rows, which would wait for a decoded matrix on its way to memory and back.
+// Products of a few rows of inputs and a packed matrix. The matrix is decoded in registers, or in a stripe of the
+// first-level cache: for a few rows, writing the decoded matrix to memory and reading it back would take longer than
+// the product.
 #pragma once
 
 #include "decoding.h"
 
 namespace {
 
-// Sums of a product's terms, so many of them that the order of additions is the same on every instruction set.
+// Number of partial sums of a product: term i of a stretch is added to sum i % 32. As every register width divides 32,
+// the order of additions, and so the result, is the same on every instruction set.
 constexpr int kSums = 32;
 
 float halved(float sums[kSums]) {
@@ -26,7 +29,7 @@ float dot(const float* a, const float* b, int64_t count) {
 using Adding = void (*)(const Product&, const float*, int64_t, int64_t, int64_t);
 
 #if defined(__AVX2__)
-// Products of `kRows` rows and the values of runs, which never leave the registers.
+// Products of `kRows` rows of inputs with runs of decoded values, which never leave the registers.
 template <typename Lookup, int kBits, int kRows>
 struct Dots {
     static constexpr int kLanes = Lookup::kLanes, kStep = kLanes / 8 * kBits, kParts = kSums / kLanes;
@@ -58,7 +61,8 @@ void add_products(const Product& product, const float* levels, int64_t row, int6
     }
 }
 
-// The sums of so many rows have room in the registers: four of AVX-512, three of AVX2.
+// Rows of inputs whose sums fit into registers. With AVX2 a row has four registers of sums: three rows take twelve of
+// the sixteen. With AVX-512 a row has two: four rows take eight of 32, and the levels need many of the others.
 constexpr int64_t kRowsAtOnce = kSums / Wide<4>::kLanes == 2 ? 4 : 3;
 
 template <int kBits>
@@ -68,7 +72,8 @@ Adding adding(int64_t rows) {
     return by_rows[rows - 1];
 }
 
-// What adds products in registers; null where runs of blocks do not fill them, and for codes of more bits.
+// Returns the function that adds products in registers. Null if blocks or rows are not whole groups of 32, or if the
+// codes have too many bits for a table in registers.
 Adding adding_in_registers(const Decoding& matrix, int64_t rows, int64_t columns) {
     using Choosing = Adding (*)(int64_t);
     constexpr Choosing by_bits[] = {adding<1>, adding<2>, adding<3>, adding<4>,
@@ -93,7 +98,8 @@ void multiply_some(const Product& product, int64_t first, int64_t last) {
     float weights[kStripe];
     for (int64_t row = first; row < last; ++row) {
         const int64_t begin = row * product.columns;
-        // Registers are filled with bytes beyond their codes: of the last row, or the last few, they may not be there.
+        // A register reads up to 16 bytes from where its codes begin. Near the end of the matrix these may lie beyond
+        // the array, so the last rows go through a stripe.
         const bool in_registers = add && end - matrix.packed >= (begin + product.columns) / 8 * matrix.bits + 16;
         for (int64_t m = 0; m < product.x_rows; ++m) product.out[m * product.rows + row] = 0;
         for (int64_t at = 0; at < product.columns; at += kStripe) {

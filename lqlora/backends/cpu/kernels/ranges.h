@@ -1,4 +1,4 @@
-// What a file of exported functions needs: the macro for their linkage, and threads.
+// Linkage of the functions that Python calls, and the distribution of work over threads.
 #pragma once
 
 #include <atomic>
@@ -15,10 +15,10 @@
 // Entries below which another thread costs more than it saves. loading.py has twice this number.
 constexpr int64_t kWorthAThread = 1 << 17;
 
-// Runs `work(first, last)` on ranges of [0, count) that begin at multiples of `unit`, on several threads. `entries` says
-// how much work there is in all, and `most` bounds the number of ranges. Each thread takes the next range when it has
-// finished one, so that none waits for a thread that starts late or shares its core. Threads end with the call: nothing
-// is left behind in a process that forks.
+// Runs `work(first, last)` on ranges of [0, count) that begin at multiples of `unit`, on several threads. `entries`
+// says how much work there is in all, and `most` bounds the number of ranges. Each thread takes the next range when it
+// has finished one, so that none waits for a thread that starts late or shares its core. Threads end with the call:
+// nothing is left behind in a process that forks.
 inline void in_ranges(int64_t count, int64_t unit, int64_t entries, int32_t threads,
                const std::function<void(int64_t, int64_t)>& work, int64_t most = std::numeric_limits<int64_t>::max()) {
     const int64_t units = (count + unit - 1) / unit;

@@ -1,4 +1,4 @@
-// Packed codes that are looked up in registers, without being unpacked into memory first.
+// Decoding of packed codes in registers, without unpacking them into memory first.
 #pragma once
 
 #include "lanes.h"
@@ -10,7 +10,7 @@
 
 namespace {
 
-// Eight numbers, rounded to 16 bits.
+// Rounds eight numbers to 16 bits, ties to even.
 __m128i narrowed(__m256 wide, int32_t dtype) {
     if (dtype == FLOAT16) return _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT);
     const __m256i bits = _mm256_castps_si256(wide), upper = _mm256_srli_epi32(bits, 16);
@@ -36,8 +36,8 @@ struct Sixteen {
 
 #if defined(__AVX512F__)
 
-// Where the codes of a register's lanes are in sixteen bytes: the byte that each byte of a lane is taken from, and the bit
-// of the first of them that the lane's code begins with.
+// Positions of the codes of a register's lanes within sixteen packed bytes: for each byte of a lane, the byte that it
+// is taken from; for each lane, the bit of its first byte at which the code begins.
 template <int kBits, int kLanes>
 struct Places {
     alignas(64) uint8_t bytes[64];
@@ -48,14 +48,14 @@ struct Places {
         for (int lane = 0; lane < kLanes; ++lane) {
             for (int k = 0; k < kWidth; ++k) {
                 const int byte = kBits * lane / 8 + k;
-                bytes[kWidth * lane + k] = static_cast<uint8_t>(byte < 16 ? byte : 0x80);  // there are zeros
+                bytes[kWidth * lane + k] = static_cast<uint8_t>(byte < 16 ? byte : 0x80);  // 0x80 selects zero
             }
             shifts[kWidth * lane] = static_cast<uint8_t>(kBits * lane % 8);
         }
     }
 };
 
-// A code in the low bits of each lane; others may stand above. Reads sixteen bytes.
+// Returns a code in the low bits of each lane; bits of the next codes may stand above it. Reads sixteen bytes.
 template <int kBits, int kLanes>
 __m512i codes_in_lanes(const uint8_t* packed) {
     static constexpr Places<kBits, kLanes> places;
@@ -67,7 +67,7 @@ __m512i codes_in_lanes(const uint8_t* packed) {
     else return _mm512_srlv_epi16(spread, shifts);
 }
 
-// Values of sixteen codes at a time, as float.
+// Looks up sixteen codes at a time, as float32.
 template <int kBits>
 struct Wide : Lanes {
     using Value = float;
@@ -96,7 +96,8 @@ struct Wide : Lanes {
     }
 };
 
-// Of 32 codes of four bits or fewer, rounded to 16 bits: the cells are rounded, and not each value.
+// Looks up 32 codes of four bits or fewer at a time, as 16-bit numbers. The sixteen cells are rounded once per block,
+// and not each value.
 template <int kBits>
 struct Narrow {
     using Value = uint16_t;
@@ -124,7 +125,7 @@ struct Narrow {
 
 #else
 
-// Values of eight codes of four bits or fewer at a time, which lie in one word.
+// Looks up eight codes of four bits or fewer at a time, which lie in one word of 32 bits.
 template <int kBits>
 struct Wide : Lanes {
     using Value = float;
@@ -146,7 +147,9 @@ struct Wide : Lanes {
     static bool store_some(float*, __m256, int64_t) { return false; }  // but for the last ones, all blocks fill registers
 };
 
-// Of sixteen codes, rounded to 16 bits: the two bytes of each are looked up by themselves.
+// Looks up sixteen codes at a time, as 16-bit numbers. AVX2 looks up bytes and not words in a table of
+// sixteen, so the low and the high byte of each number
+// are looked up separately and interleaved.
 template <int kBits>
 struct Narrow {
     using Value = uint16_t;
@@ -188,8 +191,8 @@ struct Narrow {
 
 #endif
 
-// Goes through the runs of blocks within a range of weights, all of which begin with a byte: `take` is given the cells of
-// a run, where its codes begin, and their number.
+// Calls `take` for the run of each block within a range of weights, with the cells of the block, the first byte of the
+// run's codes, and their number. Every run must begin with a whole byte, so blocks are multiples of eight.
 template <typename Lookup, int kBits, typename Take>
 void each_run(const Decoding& decoding, const float* levels, int64_t first, int64_t last, Take& take) {
     const uint8_t* packed = decoding.packed + first / 8 * kBits;
@@ -203,7 +206,7 @@ void each_run(const Decoding& decoding, const float* levels, int64_t first, int6
     }
 }
 
-// Writes the values of runs one after the other. No byte is read at `end` or beyond.
+// Writes the values of runs, one run after the other. Reads no byte at `end` or beyond.
 template <typename Lookup, int kBits, bool kStreams>
 struct Stored {
     using Value = typename Lookup::Value;
@@ -232,7 +235,7 @@ struct Stored {
         if (!is_readable || !Lookup::store_some(to, cells.of(packed), count)) store_rest(cells, packed, count, to);
     }
 
-    // Registers of which some lanes, or some of the bytes that are read with them, are not there.
+    // Stores the last values, for which a whole register would be written, or sixteen bytes read, beyond an array.
     __attribute__((noinline)) void store_rest(const Lookup& cells, const uint8_t* packed, int64_t count, Value* to) const {
         for (int64_t i = 0; i < count; i += kLanes, packed += kStep) {
             uint8_t bytes[16] = {};

@@ -1,4 +1,4 @@
-// What rows lose when they are rounded to the nearest levels under given scales.
+// Squared errors of rows that are rounded to the nearest levels with given scales.
 #pragma once
 
 #include "nearest.h"
@@ -20,7 +20,8 @@ struct RoundedLevels {
     }
 };
 
-// A scale and a zero point. Without one zero is added and subtracted, which changes no code and no value.
+// A scale and a zero point. Rows without zero points have zero: adding and subtracting zero changes no code and no
+// value.
 struct Shifted {
     float scale;
     float zero;
@@ -61,7 +62,8 @@ void weigh(const void* weights, int64_t begin, int64_t count, double* squares) {
     for (int64_t i = 0; i < count; ++i) squares[i] *= static_cast<double>(own[i]);
 }
 
-// Short rows are rounded several at once, long ones in parts: a stripe is what `nearest` is given.
+// Short rows are rounded several at once, long ones in parts, so that `nearest` is always given up to a stripe. The
+// squares of a whole row are kept until they are summed, because the order of the sum depends on the row's length.
 template <typename Real>
 void rounding_errors_of(const RoundingErrors& errors, int64_t first, int64_t last) {
     const RoundedLevels<Real> known(errors);

@@ -1,4 +1,4 @@
-// The scale of least error.
+// Search for the scale of least error: each row tries the ratios of a grid, then refines the best one by least squares.
 #pragma once
 
 #include "lanes.h"
@@ -17,7 +17,7 @@ struct Row {
     bool has_zero;
     float zero;
     float* scratch;   // `count` floats each
-    float* values;    // nearest ones under the ratio tried last
+    float* values;    // nearest values with the ratio that was tried last
     uint8_t* codes;
 };
 
@@ -44,7 +44,7 @@ void round_row(const Row& row, const Rounding& rounding, float ratio) {
         for (int64_t i = 0; i < row.count; ++i) row.values[i] -= row.zero;
 }
 
-// Leaves the weighted squares of what the values are off by in `scratch`.
+// Writes the weighted squared errors of the values to `scratch`.
 void square_errors(const Row& row, float ratio) {
     for (int64_t i = 0; i < row.count; ++i) {
         const float difference = row.entries[i] - ratio * row.values[i];
@@ -54,7 +54,8 @@ void square_errors(const Row& row, float ratio) {
         for (int64_t i = 0; i < row.count; ++i) row.scratch[i] = row.weights[i] * row.scratch[i];
 }
 
-// The ratio that is best for the values at hand; the old one where none of the same sign is.
+// Returns the least-squares ratio of the current values v, sum(w * v * x) / sum(w * v * v). Returns the old ratio if
+// the new one has another sign or is not finite.
 float least_squares(const Row& row, float ratio) {
     for (int64_t i = 0; i < row.count; ++i) {
         const float weighted = row.weights ? row.weights[i] * row.values[i] : row.values[i];
@@ -71,8 +72,9 @@ float least_squares(const Row& row, float ratio) {
     return below > 0 && refined * ratio > 0 && is_finite ? refined : ratio;
 }
 
-// Tries ratios, `round` with each of which leaves values and squares of a row. It is told which one of the search's ratios
-// that is, or -1.
+// Tries all ratios and then the refinements. `round(ratio, k)` writes the values and squared errors of the row; k is
+// the index of the ratio in the grid, or -1 for a refined one. Only a strictly smaller error replaces the best, as in
+// the reference.
 template <typename Round>
 float best_ratio(const Row& row, const Search& search, const Round& round) {
     float best = search.ratios[0], error = 0;
@@ -114,7 +116,7 @@ constexpr int kMostSearched = 4;
 template <int kBits>
 __m256 nearest_level(__m256 compared, const float* tree, const float* levels) {
     const __m256 first = _mm256_loadu_ps(tree), last = _mm256_loadu_ps(tree + 8);
-    __m256i found = _mm256_set1_epi32(1);  // the entry of the tree that is asked for
+    __m256i found = _mm256_set1_epi32(1);  // index in the tree: 1 is the root, node n has the children 2n and 2n + 1
     for (int done = 0; done < kBits; ++done) {
         const __m256 boundary = _mm256_permutevar8x32_ps(done < 3 ? first : last, found);
         found = _mm256_sub_epi32(_mm256_add_epi32(found, found), above(compared, boundary));
@@ -125,15 +127,17 @@ __m256 nearest_level(__m256 compared, const float* tree, const float* levels) {
 }
 #endif
 
-// The number that comes so many steps after another one.
+// Returns the float that is `steps` places after a value. Signed floats are ordered by magnitude; `lowest - bits` maps
+// the negative ones to integers in their numerical order, so that a step is an addition.
 float after(float value, int32_t steps) {
     const int32_t bits = bits_as<int32_t>(value), lowest = std::numeric_limits<int32_t>::min();
     const int32_t order = (bits < 0 ? lowest - bits : bits) + steps;
     return bits_as<float>(order < 0 ? lowest - order : order);
 }
 
-// The largest number whose quotient with a positive ratio, as it is rounded, is not above a boundary: a step or two from
-// their product. Zero has no quotients nearby: the smallest number divided by a ratio of up to 1.5 is still above it.
+// Finds the largest number whose rounded quotient with a positive ratio is not above a boundary. The quotient rises
+// with the number, so this is a threshold, and it lies a step or two from the product. The threshold of a boundary of
+// zero is zero: the smallest positive number divided by a ratio of up to 1.5 does not round to zero.
 bool find_last_below(float boundary, float ratio, float* last) {
     constexpr int kSteps = 8;
     int steps = 0;
@@ -144,8 +148,9 @@ bool find_last_below(float boundary, float ratio, float* last) {
     return steps < kSteps;
 }
 
-// Entries are compared with boundaries, after they were divided, or with what those are for a ratio, which takes no
-// division. A negative ratio is one of the opposite entries.
+// Thresholds of the undivided entries for one ratio. Comparing an entry with these gives the code of the rounded
+// quotient without a division. If `divides`, the thresholds could not be found, and quotients are compared with the
+// boundaries. A negative ratio uses the thresholds of its magnitude, and entries of the opposite sign.
 struct Cuts {
     bool divides;
     float tree[256];
@@ -162,7 +167,7 @@ struct Cuts {
         divides = false;
     }
 
-    // Whether all quotients around are zero or normal numbers.
+    // True if all quotients near a boundary are zero or normal numbers: subnormal ones are rounded with a coarser step.
     static bool can_be_moved(const Boundaries<float>& boundaries, float ratio) {
         const float size = ratio < 0 ? -ratio : ratio;
         if (!(size >= 0x1p-20f && size <= 1.5f)) return false;
@@ -177,7 +182,7 @@ struct Cuts {
 using Searching = float (*)(const Row&, const Rounding&, const Cuts*, const Search&);
 
 #if defined(__AVX2__)
-// Rounds the entries to `values`, and leaves the weighted squares of what they are off by in `scratch`.
+// Rounds the entries to `values`, and writes the weighted squared errors to `scratch`.
 template <int kBits, bool kDivides>
 void round_in_registers(const Row& row, const Rounding& rounding, const float* tree, float ratio) {
     using Register = Lanes::Register;
@@ -200,7 +205,7 @@ float best_in_registers(const Row& row, const Rounding& rounding, const Cuts* cu
     });
 }
 
-// What searches rows that fill registers; null for others.
+// Returns the function that searches rows of whole registers; null for other rows, and for codes of too many bits.
 Searching searching_in_registers(const Rounding& rounding, int64_t columns) {
     constexpr Searching by_bits[] = {best_in_registers<1>, best_in_registers<2>, best_in_registers<3>, best_in_registers<4>,
 #if defined(__AVX512F__)
@@ -214,7 +219,7 @@ Searching searching_in_registers(const Rounding& rounding, int64_t columns) {
 Searching searching_in_registers(const Rounding&, int64_t) { return nullptr; }
 #endif
 
-// So many entries are worth moving the boundaries for.
+// From this many entries on, finding the thresholds of every ratio takes less time than the divisions that they save.
 constexpr int64_t kWorthMoving = 1 << 10;
 
 void search(const Search* search, int64_t first, int64_t last) {

@@ -1,4 +1,5 @@
-// Sums of rows: halved again and again, which is the order that lqlora.ops.row_sums defines.
+// Sums of rows in the order that lqlora.ops.row_sums defines: term i and term i + half are added, until one term is
+// left.
 #pragma once
 
 #include "numbers.h"
@@ -15,6 +16,7 @@ Real halved_sum(Real* terms, int64_t count) {
     if (count == 0) return 0;
     while (count > 1) {
         const int64_t half = count / 2, odd = count % 2;
+        // The halves do not overlap, which GCC cannot prove: the loop reads and writes one array.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC ivdep
 #endif

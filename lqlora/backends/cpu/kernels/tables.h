@@ -1,4 +1,4 @@
-// Tables that are held in registers while many codes are looked up in them.
+// Lookups of codes in tables that are held in registers.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace {
 
-// Looks codes up in a table of 16 entries.
+// Looks up codes in a table of 16 entries. A permutation of AVX2 reads three bits of an index; the fourth bit, shifted
+// into the sign, selects between the two halves of the table.
 void look_up_few(const uint8_t* codes, const float table[16], int64_t count, float* values) {
     int64_t i = 0;
 #if defined(__AVX2__)
@@ -24,8 +25,8 @@ void look_up_few(const uint8_t* codes, const float table[16], int64_t count, flo
 }
 
 #if defined(__AVX512F__)
-// Entries of a table of up to 256, which is held in registers as far as there are any; of a smaller one than sixteen as many
-// are read. Of an index the low bits count.
+// Looks up indices in a table of up to 256 entries, as far as possible in registers. At least sixteen entries are read,
+// also of a smaller table. Only the low bits of an index count.
 template <int kSize>
 __m512 entries(const float* table, __m512i index) {
     if constexpr (kSize <= 16) {

@@ -1,8 +1,9 @@
 // Statistics of blocks of weights: absolute maxima, or minima and maxima together with zero.
 //
-// Maxima are of the bits of numbers, which are ordered as the numbers are, with NaN beyond all: the order of the threads
-// does not matter, and NaN is never lost. A team of 1 to 32 lanes of a warp takes a part of a block. Where blocks are longer
-// than parts, results meet in global memory, which the host has set to zero.
+// The kernel takes maxima of the bits of numbers as integers. Bits are ordered as the numbers are, with NaN beyond
+// infinity: the result does not depend on the order of the threads, and a NaN is never lost. A team of 1 to 32 lanes of
+// a warp reduces one part of a block. A block of several parts is merged by atomic maxima in global memory, which the
+// host has set to zero.
 
 template <class Bits> __device__ __forceinline__ Bits larger(Bits a, Bits b) { return a > b ? a : b; }
 
@@ -10,8 +11,8 @@ template <class Half> constexpr unsigned infinite = 0;
 template <> constexpr unsigned infinite<Float16> = 0x7c00u;
 template <> constexpr unsigned infinite<BFloat16> = 0x7f80u;
 
-// Keys of numbers: bits of the width that results have. Those of sixteen bits are the upper half of a word, and widened
-// at the end.
+// Integer keys of numbers, as wide as the results. A 16-bit number is the upper half of its key, and is widened to
+// float32 only at the end, once per block.
 template <class Value> struct Keys {
   using Bits = unsigned;
   using Signed = int;
@@ -52,8 +53,9 @@ template <> struct Keys<double> {
   static __device__ __forceinline__ Bits result(Bits key) { return key; }
 };
 
-// What a team has seen, zero at first. As signed integers positive numbers are above all negative ones; as unsigned
-// integers negative numbers are above all positive ones, the least of them topmost.
+// Extremes that a team has seen so far; they start at zero. As signed integers, the keys of positive numbers are above
+// those of all negative ones, so `high` is a signed maximum. As unsigned integers, the keys of negative numbers are
+// above those of all positive ones, the least number topmost, so `low` is an unsigned maximum.
 template <class Value, bool extremes> struct Seen {
   using K = Keys<Value>;
   using Bits = typename K::Bits;
@@ -75,7 +77,8 @@ template <class Value, bool extremes> struct Seen {
       meet(extremes ? __shfl_xor_sync(0xffffffffu, low, distance) : 0, __shfl_xor_sync(0xffffffffu, high, distance));
   }
 
-  // Puts right what is no minimum: positive numbers, negative zero. NaN of either sign is both.
+  // Corrects `low` where the block has no negative number: it is then the key of a positive number or of -0, and
+  // becomes +0. A NaN of either sign becomes both extremes.
   __device__ __forceinline__ void finish() {
     if constexpr (extremes) {
       const bool is_nan = high > K::INFINITE || (low & ~K::SIGN) > K::INFINITE;
@@ -90,7 +93,8 @@ template <class Bits> __device__ __forceinline__ void put(Bits* to, Bits key, bo
   else *to = key;
 }
 
-// Where a part of a block begins and ends; from `parts` on there is nothing.
+// Beginning and end of a part of a block. Parts from number `parts` on are empty: a last warp may have teams without
+// work.
 struct Part {
   long long block, begin, end;
 
@@ -106,7 +110,8 @@ struct Part {
   static __device__ __forceinline__ long long smaller(long long a, long long b) { return a < b ? a : b; }
 };
 
-// All lanes of a warp make the same number of turns: shuffles need every lane.
+// All lanes of a warp take the same number of turns, because a shuffle waits for every lane. The loop counts by warps,
+// and a team without a part takes its turn with an empty one.
 template <class Value, bool extremes>
 __global__ void __launch_bounds__(256)
     block_statistics(const Value* __restrict__ flat, typename Keys<Value>::Bits* __restrict__ low,

@@ -1,4 +1,4 @@
-// From codes to weights. A thread has eight weights at a time.
+// Decoding of packed codes to weights. A thread decodes eight weights at a time, whose codes are whole bytes.
 
 template <int bits, class Out>
 __global__ void __launch_bounds__(256)

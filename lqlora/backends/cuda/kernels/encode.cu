@@ -1,6 +1,7 @@
-// From weights to codes, given the scales. A thread has eight weights at a time.
+// Encoding of weights with given scales. A thread encodes eight weights at a time, so that it writes whole bytes.
 
-// What a block of weights is divided by, and its zero point.
+// Divisor and zero point of a block. A scale of zero is replaced by infinity, so that the quotients are zeros and not
+// NaN.
 template <class Wide> struct Scaling {
   Wide divisor, zero;
 

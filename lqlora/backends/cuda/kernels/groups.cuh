@@ -1,5 +1,6 @@
-// Codes in groups of eight: eight codes of `bits` bits fill `bits` whole bytes, whatever `bits` is, so that a thread with
-// a group shares no byte with another thread. Within a group, code i begins at bit i * bits of a little-endian number.
+// Codes in groups of eight: eight codes of `bits` bits fill `bits` whole bytes, whatever `bits` is, so that a thread
+// with a group shares no byte with another thread. Within a group, code i begins at bit i * bits of a little-endian
+// number.
 
 constexpr int GROUP = 8;
 
@@ -63,8 +64,11 @@ struct Position {
   long long block, within;
 };
 
-// A division of 64 bits would be a call, around which registers are spilled. Below 2**52 the estimate is off by one at
-// most.
+// Returns the block of a weight and the position within it. A division of 64-bit integers is a function call on a
+// device, around which registers are spilled, so it is avoided. Numbers of 32 bits are divided directly. Larger ones
+// are multiplied by the rounded reciprocal: both roundings have a relative error of at most 2**-53, so for a quotient
+// below 2**52 the estimate is off by less than one, and its integer part by one at most. The remainder shows in which
+// direction.
 __device__ __forceinline__ Position position_of(long long weight, Blocks blocks) {
   if (!((unsigned long long)(weight | blocks.size) >> 32)) {
     const unsigned block = (unsigned)weight / (unsigned)blocks.size;
@@ -76,7 +80,7 @@ __device__ __forceinline__ Position position_of(long long weight, Blocks blocks)
   return {block, within};
 }
 
-// The block that a thread is in while it walks from weight to weight of one group.
+// The block of the current weight, while a thread goes through the weights of a group. It counts and does not divide.
 struct BlockWalk {
   long long block, size;
   int next;  // the weight of the group that begins the next block
@@ -98,14 +102,15 @@ struct BlockWalk {
 __device__ __forceinline__ long long first_thread() { return blockIdx.x * (long long)blockDim.x + threadIdx.x; }
 __device__ __forceinline__ long long thread_count() { return gridDim.x * (long long)blockDim.x; }
 
-// A table of the host that every weight looks into, nearer than global memory.
+// Copies a table to shared memory: every weight looks into it, and shared memory is faster than global memory.
 template <int length> __device__ __forceinline__ void share(const float* __restrict__ from, float (&to)[length]) {
   for (int i = threadIdx.x; i < length; i += blockDim.x) to[i] = from[i];
   __syncthreads();
 }
 
-// Where the boundaries of cells lie in shared memory: in order, and if they are many with a gap after every 32. Those that
-// threads ask for in the same step would be in one bank without.
+// Position of a boundary in shared memory. Many boundaries have a gap of one word after every 32. The first steps of a
+// binary search read boundaries that are multiples of 32 apart. Without gaps these are in one of the 32 banks of shared
+// memory, and threads that read different ones would wait for each other.
 template <bool gaps> __device__ constexpr int place_of(int boundary) { return gaps ? boundary + boundary / 32 : boundary; }
 
 constexpr int MANY = 128;
@@ -115,7 +120,8 @@ template <bool gaps> __device__ __forceinline__ void share_boundaries(const floa
   __syncthreads();
 }
 
-// How many of the boundaries are strictly below. Steps and cells are powers of two.
+// Returns the number of boundaries strictly below a value. Steps and cells are powers of two. The search runs on
+// positions with gaps: 32 boundaries take 33 words, so at the end place / 33 gaps are subtracted.
 template <bool gaps, class Real>
 __device__ __forceinline__ int cell_of(Real value, const float* boundaries, int cells) {
   int place = 0;
@@ -124,7 +130,7 @@ __device__ __forceinline__ int cell_of(Real value, const float* boundaries, int 
   return gaps ? place - place / 33 : place;
 }
 
-// The weights that a group of `length` codes stands for; the product is rounded once.
+// Decodes a group of `length` codes: (level - zero point) * scale in float32, as the reference rounds it.
 template <int bits>
 __device__ __forceinline__ void decode_group(unsigned long long group, Position first, int length,
                                              const float* __restrict__ scales,

@@ -1,11 +1,14 @@
-// Sums of rows in the order that lqlora.ops.row_sums defines: a row is halved again and again, term i meets term i + half,
-// and the last of an odd number goes on alone.
+// Sums of rows in the order that lqlora.ops.row_sums defines: a row is halved until one term is left. Each halving adds
+// term i + half to term i; if the number of terms is odd, the last term is kept unchanged.
 //
-// So a row is a tree, whose root is what is left at last, and every term is at the end of one path from there. Bits of the
-// path are those of a thread, the lowest first, then those of one of its slots. Paths that lead nowhere, since a term went
-// on alone, have the term -0: added to any number it changes nothing.
+// The additions form a binary tree whose root is the sum, and a path of bits leads from the root to each term. The
+// lowest bits of the path number the thread, the next ones a slot of that thread. So a thread adds its slots first,
+// without exchanging anything, and then the threads of a team add in the order of the last halvings. A term that is
+// kept unchanged has only one child, so some paths lead to no term. Their slots hold -0, which changes no number that
+// it is added to, not even -0.
 
-// Which of `length` terms a path of `levels` bits leads to, from number `at` of what as many halvings leave; -1 for none.
+// Returns the term, among `length`, at the end of a path of `levels` bits, or -1. The path starts at term `at` of those
+// that `levels` halvings leave. After `level` halvings there are ceil(length / 2**level) terms: each halving rounds up.
 template <class Index> __device__ __forceinline__ Index leaf(Index at, int path, int levels, Index length) {
   for (int level = levels - 1; level >= 0; --level, path >>= 1) {
     const Index half = (length + ((Index)1 << level) - 1 >> level) / 2;
@@ -16,7 +19,7 @@ template <class Index> __device__ __forceinline__ Index leaf(Index at, int path,
   return at;
 }
 
-// The sum of terms that lie as slots do: the lowest bits of their paths are the last.
+// Returns the sum of the terms in the slots of a thread, halved in the same order.
 template <int count, class Value, int slots> __device__ __forceinline__ Value halved(Value (&terms)[slots]) {
   if constexpr (count > 1) {
 #pragma unroll
@@ -26,17 +29,19 @@ template <int count, class Value, int slots> __device__ __forceinline__ Value ha
   return terms[0];
 }
 
-// Entries of a row that a thread has, and threads of a block, all of which may have one row together.
+// Entries of a row in the registers of a thread, and threads of a block, which may all share one row. fits.py has the
+// same numbers: 8 * 512 = 4096 entries are the longest row that a block can sum at once.
 constexpr int SLOTS = 8, TEAM = 512;
 
-// Threads that have a row together: a power of two of them. All teams of a block add up as often.
+// Threads that share a row; their number is a power of two. All teams of a block call `sum` equally often, because it
+// waits at barriers of the whole block.
 template <class Value> struct Team {
   int lanes;
   Value* met;  // of shared memory, one for each thread of the block
 
   __device__ __forceinline__ int lane() const { return threadIdx.x & lanes - 1; }
 
-  // Which entries of rows of some length are this thread's, -1 for none.
+  // Writes the indices of this thread's entries in rows of some length; -1 for none.
   __device__ __forceinline__ void find(int length, int (&entries)[SLOTS]) const {
     const bool whole = length == lanes * SLOTS;
     int levels = 0;
@@ -46,7 +51,9 @@ template <class Value> struct Team {
       entries[i] = whole ? lane() + i * lanes : leaf(0, lane() + i * lanes, levels, length);
   }
 
-  // The sum of all terms of the team, which every thread gets.
+  // Returns the sum of all terms of the team, to every thread. Teams of several warps first add the terms of equal
+  // lanes through shared memory, in the order of the tree; then a warp adds by shuffles. The second barrier keeps fast
+  // threads from overwriting what slow ones still read.
   __device__ __forceinline__ Value sum(Value (&terms)[SLOTS]) const {
     Value own = halved<SLOTS>(terms);
     if (lanes > 32) {

@@ -1,8 +1,8 @@
-// The low-rank part of a few rows of inputs: first times one factor, then times the other and added. Between the two are
-// as many numbers as the factors have ranks, for each input, in float32. As in products with packed weights, the order of
-// sums is no part of the definition, and multiplications are fused with additions.
+// The low-rank part of a few rows of inputs: inner = x @ A^T, then out = y + scaling * (inner @ B^T). The inner product
+// has one float32 for each input and rank. As for products with packed weights, the operation defines no order of
+// additions, so multiplications may be fused with additions.
 
-// Eight numbers, of which those beyond `count` are zero.
+// Loads eight numbers; those beyond `count` become zero.
 template <class Value>
 __device__ __forceinline__ void load_some(const Value* from, bool aligned, int count, float (&to)[GROUP]) {
   if (count >= GROUP) return load_eight(from, aligned, to);
@@ -16,7 +16,8 @@ __device__ __forceinline__ float added_up(const float (&a)[GROUP], const float (
   return sum;
 }
 
-// A block of threads has one rank at a time, and up to `most` inputs.
+// A block of threads computes one rank at a time, for up to `most` inputs, because rows of A are long and ranks are
+// few.
 template <class Value, class Factor, int most>
 __global__ void __launch_bounds__(256)
     low_rank_inner(const Value* __restrict__ x, const Factor* __restrict__ lora_A, float* __restrict__ inner, int inputs,
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// A team of lanes has one row of the factor at a time, and up to `most` inputs.
+// A team of lanes computes one row of B at a time, for up to `most` inputs: rows of B are short and many. Two blocks of
+// 256 threads on a multiprocessor leave 128 registers to each thread.
 template <class Value, class Factor, int most>
 __global__ void __launch_bounds__(256, 2)
     low_rank_outer(const Value* __restrict__ y, const float* __restrict__ inner, const Factor* __restrict__ lora_B,
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(256, 2)
   const bool inner_aligned = is_aligned(inner, 16) && rank % 4 == 0;
   const int lane = threadIdx.x % lanes;
   const long long parts = (inputs + most - 1) / most, teams = thread_count() / lanes;
-  // All teams of a warp go on as long as one of them has a row: they exchange sums together.
+  // All teams of a warp go on as long as one of them has a row, because a shuffle waits for every lane.
   for (long long begin = first_thread() / 32 * (32 / lanes); begin < parts * rows; begin += teams) {
     const long long turn = begin + threadIdx.x % 32 / lanes, own = turn < parts * rows ? turn : 0;
     const long long row = parts > 1 ? own % rows : own;

@@ -1,18 +1,19 @@
-// A few rows of inputs times a packed weight: each weight is decoded once, in registers, for all inputs.
+// Products of a few rows of inputs and a packed weight: each weight is decoded once, in registers, for all inputs.
 //
-// A warp has one or two rows of the weight; its lanes go along them in groups of eight weights. Each lane loads the codes of
-// a few groups before it decodes the first: loads that do not wait for each other. Sums of the lanes meet at the end. Rows
-// are whole groups long; inputs and codes begin at multiples of sixteen bytes. Multiplications
-// are fused with additions: the order of the sums is no part of the definition.
+// A warp multiplies one or two rows of the weight, and its lanes go through them in groups of eight weights. Each lane
+// loads the codes of a few groups before it decodes the first, so that the loads do not wait for each other. The sums
+// of the lanes are added at the end. Rows are whole groups long, and inputs and codes begin at multiples of sixteen
+// bytes. The operation defines no order of additions, so multiplications may be fused with additions.
 
-// How rows and groups are shared out, by the number of inputs.
+// Rows of a warp and groups of a lane, by the number of inputs. A thread holds rows * most_inputs sums, 8 * rows
+// weights and 8 * inputs_at_once inputs in registers: more inputs leave room for fewer groups of codes.
 template <int most_inputs> struct Shares {
   static constexpr int rows = most_inputs > 1 ? 2 : 1, groups = most_inputs > 4 ? 1 : most_inputs > 1 ? 2 : 4;
   static constexpr int inputs_at_once = most_inputs > 4 ? 4 : most_inputs > 1 ? 2 : 1;
 };
 
-// Adds the products of one group of each row. In plain rows no group is in two blocks, and there are no zero points: their
-// sums are multiplied by the scale once.
+// Adds the products of one group of each row. In plain rows a group lies within one block and has no zero point, so the
+// sum of its products is multiplied by the scale once.
 template <bool plain, int bits, class Value, int most_inputs>
 __device__ __forceinline__ void add_group(const RowOfWeights* rows, const unsigned long long* codes, unsigned column,
                                           const float* table, const Value* __restrict__ x, int inputs, int columns,
@@ -77,6 +78,8 @@ __device__ __forceinline__ void add_rows(const RowOfWeights* rows, const float* 
   }
 }
 
+// A multiprocessor has 65,536 registers. Four blocks of 128 threads leave 128 of them to each thread, three leave 168:
+// the sums of several inputs need the larger number. tests/backends/test_nvrtc.py checks that nothing is spilled.
 template <int bits, class Value, int most_inputs>
 __global__ void __launch_bounds__(128, most_inputs > 1 ? 3 : 4)
     matmul_packed(const Value* __restrict__ x, const unsigned char* __restrict__ packed,

@@ -1,5 +1,6 @@
-// Numbers as they lie in memory, and as they are computed with. No header of CUDA is needed: bfloat16 is
-// converted by integer arithmetic, which is the same on every architecture and on the CPU.
+// Conversions between the dtypes in memory and the dtypes of the arithmetic, and loads and stores of eight numbers. No
+// header of CUDA is needed: integer arithmetic converts bfloat16, and gives the same bits on every architecture and on
+// the CPU.
 
 struct Float16 { unsigned short bits; };
 struct BFloat16 { unsigned short bits; };
@@ -11,7 +12,7 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(BFloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 
-// Where there is a device, it has an instruction for float16, which denormal numbers of float32 pass unharmed.
+// A device converts float16 by an instruction, which keeps subnormal numbers.
 #ifdef __CUDA_ARCH__
 
 __device__ __forceinline__ float widen(Float16 x) {
@@ -63,7 +64,7 @@ __device__ __forceinline__ bool is_aligned(const void* pointer, unsigned bytes) 
   return ((unsigned long long)pointer & (bytes - 1u)) == 0;
 }
 
-// The numbers in sixteen bytes.
+// Converts the numbers in sixteen bytes.
 __device__ __forceinline__ void spread(uint4 raw, const float*, float* to) {
   to[0] = __uint_as_float(raw.x), to[1] = __uint_as_float(raw.y);
   to[2] = __uint_as_float(raw.z), to[3] = __uint_as_float(raw.w);
@@ -80,7 +81,7 @@ template <class Half> __device__ __forceinline__ void spread(uint4 raw, const Ha
   for (int i = 0; i < 8; ++i) to[i] = widen(Half{(unsigned short)(words[i / 2] >> 16 * (i % 2))});
 }
 
-// Eight numbers that begin at `from`; sixteen bytes at a time where it is aligned.
+// Loads eight numbers that begin at `from`, sixteen bytes at a time if it is aligned.
 template <class Value>
 __device__ __forceinline__ void load_eight(const Value* from, bool aligned, typename Arithmetic<Value>::type (&to)[8]) {
   constexpr int at_once = 16 / sizeof(Value);
@@ -108,7 +109,7 @@ template <class Half> __device__ __forceinline__ void store_aligned(Half* to, co
             halves[4].bits | (unsigned)halves[5].bits << 16, halves[6].bits | (unsigned)halves[7].bits << 16};
 }
 
-// The first `count` of eight numbers; sixteen bytes at a time where `to` is aligned.
+// Stores the first `count` of eight numbers, sixteen bytes at a time if `to` is aligned.
 template <class Value>
 __device__ __forceinline__ void store_eight(Value* to, bool aligned, int count, const float (&from)[8]) {
   if (aligned && count == 8) return store_aligned(to, from);

@@ -1,4 +1,4 @@
-// Codes of one byte each, to dense bytes and back. A thread has eight codes at a time.
+// Packing of codes of one byte each to dense bytes, and unpacking. A thread converts eight codes at a time.
 
 template <int bits>
 __global__ void __launch_bounds__(256)

@@ -1,6 +1,7 @@
-// The factor of each row's scale that leaves the least squared error. A team of threads has a row, in registers.
+// Search for the factor of each row's scale with the least squared error. A team of threads holds a row in registers,
+// and tries all ratios on it without reading memory again.
 
-// The nearest levels; boundaries and levels lie in shared memory.
+// Lookup of the nearest level. Boundaries and levels lie in shared memory.
 template <int bits> struct Nearest {
   const float *cuts, *levels;
   float zero;
@@ -30,7 +31,8 @@ template <int bits> struct Row {
     });
   }
 
-  // The ratio that is best for the values at hand; the old one where none of the same sign is.
+  // Returns the least-squares ratio of the current values v, sum(w * v * x) / sum(w * v * v). Returns the old ratio if
+  // the new one has another sign or is not finite.
   __device__ __forceinline__ float refined(float ratio) {
     const float above = sum([&](float entry, float weight) { return weight * nearest(entry / ratio) * entry; });
     const float below = sum([&](float entry, float weight) {
@@ -43,7 +45,9 @@ template <int bits> struct Row {
   }
 };
 
-// Without weights each is one, and without zero points each is zero: neither changes a bit.
+// Rows without weights use ones, and rows without zero points use zeros: neither changes a bit of the result. Two
+// blocks of 512 threads on a multiprocessor leave 64 registers to each thread, for eight entries and eight weights of a
+// row.
 template <int bits>
 __global__ void __launch_bounds__(512, 2)
     best_ratios(const float* __restrict__ rows, const float* __restrict__ weights, int weighted,

@@ -1,9 +1,10 @@
-// Sums that are the same bytes in any order of the threads: of rows, whose order of additions is fixed, and of bins, whose
-// terms are rounded to multiples of a unit and added up as integers.
+// Sums with the same bytes for any order of the threads. Sums of rows have a fixed order of additions. Sums of bins
+// round the terms to multiples of a unit, and add integers.
 
 // ---- Rows
 
-// Sixteen terms that are next to be added, to one: rows of `length` become rows of `left`.
+// Runs four halvings at once: each thread adds the sixteen terms that they reduce to one. Rows of `length` become rows
+// of `left` terms.
 template <class Value>
 __global__ void __launch_bounds__(256)
     halve_rows(const Value* __restrict__ rows, Value* __restrict__ shorter, long long count, long long length,
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(512, 2)
 
 // ---- Bins
 
-// What is added where: one term of a bin, or two, the second `second` bins further on. Bins that do not exist get nothing.
+// The term of an entry and its bin. Sums by level have a second term, which is added to a second set of bins. Terms of
+// bins that do not exist are skipped.
 struct Entry {
   double term, other;
   long long bin;
@@ -73,7 +75,8 @@ template <bool weighted> struct LevelTerms {
   }
 };
 
-// The bits of a magnitude: they are ordered as the numbers are, with NaN above all.
+// Returns the bits of a magnitude, which are ordered as the numbers are, with NaN above infinity: the host finds a term
+// that is not finite by the maximum.
 __device__ __forceinline__ unsigned long long magnitude(double x) {
   return (unsigned long long)__double_as_longlong(x) & 0x7fffffffffffffffull;
 }
@@ -97,14 +100,17 @@ __device__ __forceinline__ void find_largest(const Terms& terms, long long count
   }
 }
 
-// The nearest integer, the even one of two: what is added pushes the fraction out. For magnitudes up to 2**51.
+// Rounds to the nearest integer, ties to even, for magnitudes up to 2**51. The spacing of doubles between 2**52 and
+// 2**53 is one, so that adding 1.5 * 2**52 rounds the fraction away; the difference of the bits is then the integer.
 __device__ __forceinline__ unsigned long long integer(double x) {
   constexpr double shift = 0x1.8p52;
   return (unsigned long long)(__double_as_longlong(x + shift) - __double_as_longlong(shift));
 }
 
-// Few sums are added up in shared memory first, in several copies where there is room: fewer threads wait for each other.
-// The factors are powers of two, so that the products are exact.
+// Adds the rounded terms to their bins. If the bins fit into shared memory (2048 integers, 16 KiB), blocks add there
+// first. Up to one copy per warp keeps threads from waiting for each other, since few bins are hit often. Then each
+// block adds its sums to global memory once. The factors are powers of two, so that the products are exact; integers
+// may be added in any order.
 template <class Terms>
 __device__ __forceinline__ void add_integers(const Terms& terms, long long count, double factor, double other_factor,
                                              long long bins, unsigned long long* sums) {
@@ -166,7 +172,7 @@ __global__ void __launch_bounds__(256)
   add_integers(terms, count, factor, other_factor, bins, sums);
 }
 
-// From integers to numbers: the first `bins` are multiples of one unit, the others of another.
+// Converts integers to numbers: the first `bins` are multiples of one unit, the others of another.
 template <class Sum>
 __global__ void __launch_bounds__(256)
     in_units(const long long* __restrict__ integers, double unit, double other_unit, long long bins,

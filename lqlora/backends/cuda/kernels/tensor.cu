@@ -1,11 +1,12 @@
-// Up to sixteen rows of 16-bit inputs times a packed weight, by the units that multiply small matrices: from sm_80 on.
+// Products of up to sixteen rows of 16-bit inputs and a packed weight, by tensor cores (sm_80 and later).
 //
-// A block of threads has sixteen rows of the weight, each of its warps a part of their columns. Which columns a lane gives
-// to the units is free, as long as weights and inputs agree: it takes groups of eight that lie one after the other, so that
-// it reads whole words. Weights are rounded to the dtype of the inputs, as for products of many rows on a device; sums are
-// of float32, and meet in shared memory at the end.
+// A block of threads multiplies sixteen rows of the weight, and each of its warps a part of their columns. A tensor
+// core adds over all columns that it is given, so any order of the columns is right as long as weights and inputs
+// agree. Each lane takes groups of eight adjacent columns, so that it reads whole words. Weights are rounded to the
+// dtype of the inputs, as for products of many rows on a device. Sums are float32, and the warps add theirs through
+// shared memory at the end.
 
-// Two numbers of 16 bits in a word, the first one in its lower half.
+// Packs two 16-bit numbers in a word, the first one in the lower half.
 template <class Half> __device__ __forceinline__ unsigned paired(float first, float second) {
   Half low, high;
   narrow(first, low);
@@ -29,9 +30,9 @@ template <> __device__ __forceinline__ unsigned paired<Float16>(float first, flo
 }
 #endif
 
-// Adds the product of a 16 x 16 matrix `a` and a 16 x 8 matrix `b` to the 16 x 8 matrix `sums`. Lane 4 * i + j has of `a`
-// rows i and i + 8, of `b` column i, of both entries 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9 along the other side; of
-// `sums` columns 2 * j and 2 * j + 1 of rows i and i + 8.
+// Adds the product of a 16 x 16 matrix `a` and a 16 x 8 matrix `b` to the 16 x 8 matrix `sums`. Lane 4 * i + j holds
+// rows i and i + 8 of `a`, and column i of `b`; of each it holds the entries 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9
+// along the common side. Of `sums` it holds columns 2 * j and 2 * j + 1 of rows i and i + 8.
 __device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], Float16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
@@ -46,7 +47,8 @@ __device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a
 
 #else
 
-// The same, by lanes that show each other what they have.
+// The same by shuffles, for the emulator: lane 4 * i + j gets from other lanes of its warp the rows and columns that it
+// needs.
 template <class Half>
 __device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], Half) {
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
@@ -65,10 +67,10 @@ __device__ __forceinline__ void add_product(float (&sums)[4], const unsigned (&a
 
 #endif
 
-// Rows of weights that a block of threads has, columns that a warp has at a time, inputs of one product.
+// Rows of the weight of a block of threads, columns of a warp at a time, warps of a block, and inputs of one product.
 constexpr int TILE = 16, STRETCH = 64, WARPS = 8, EIGHT = 8;
 
-// The weights of a group. In plain rows no group is in two blocks, and there are no zero points.
+// Decodes a group. In plain rows a group lies within one block and has no zero point.
 template <bool plain, int bits>
 __device__ __forceinline__ void decode_part(const RowOfWeights& row, unsigned long long codes, unsigned column,
                                             const float* table, float (&weights)[GROUP]) {
@@ -83,8 +85,8 @@ __device__ __forceinline__ void decode_part(const RowOfWeights& row, unsigned lo
   }
 }
 
-// Adds the products of a stretch of columns, a quarter of which each lane of four has. Where the row has ended, its first
-// columns stand in, as zeros.
+// Adds the products of a stretch of columns; each of four lanes has a quarter of it. Beyond the end of the row the
+// lanes read its first columns instead, and multiply zeros: all lanes of a warp must take part in a product.
 template <bool plain, int bits, class Half>
 __device__ __forceinline__ void add_stretch(const RowOfWeights (&rows)[2], const Half* __restrict__ x, int inputs,
                                             int columns, int begin, const float* table, float (&sums)[2][4]) {

@@ -119,8 +119,6 @@ class CostTable:
             The same text for the same table, with a line for each configuration and each matrix.
         """
         # Lines are joined by hand: json.dumps with an indent would put each of thousands of numbers on a separate line.
-        # Sizes are stored although formats and shapes determine them, so that a table can hold measured sizes too.
-        # Lines are joined by hand: json.dumps with an indent would put each of thousands of numbers on a separate line.
         # Sizes are stored because a configuration does not determine them: factors may be quantized, or of any dtype.
         columns = [_written(configuration) for configuration in self.configurations]
         rows = [

@@ -1,4 +1,4 @@
-"""Quantized arrays: what is stored, and the functions between it and dense arrays."""
+"""Quantized arrays: quantization by absolute maxima, least squares or error feedback, decoding, and products."""
 
 from __future__ import annotations
 

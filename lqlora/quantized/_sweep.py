@@ -107,7 +107,8 @@ def _upper_factor(matrix: Array) -> Array:
 
 
 def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = None) -> Array:
-    """Round columns one after another to the scales and levels of a quantized matrix, and return what was rounded.
+    """Return the targets of columns that are rounded one after another to the values of a quantized matrix.
+
     Parameters
     ----------
     w : array of float32 or float64, shape (m, n)

@@ -152,7 +152,7 @@ def test_a_block_of_multiples_of_levels_is_found_exactly(xp):
     np.testing.assert_allclose(scales_of(q), [0.5], rtol=1e-6)
 
 
-# --- importance
+# --- importance of entries
 
 
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])

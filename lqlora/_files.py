@@ -40,12 +40,15 @@ def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> It
         If the file cannot be written. The old file is unchanged then, and the temporary one is removed.
     """
     path = Path(path)
+    # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
+    # front hides what a killed process leaves behind, since `finally` does not run then.
     expected: tuple[type[Exception], ...] = (OSError, *failures)
     beside = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
         yield beside
         # A file system may commit a rename before the data it names. Without the flush, a loss of power after the
         # rename could leave the final name with an empty file. fsync flushes the file, whichever descriptor wrote it.
+        # The mode is "rb+" and not "rb", because Windows flushes only descriptors that may write.
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)  # atomic in POSIX, because both names are in one folder and so on one file system

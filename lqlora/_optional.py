@@ -15,7 +15,7 @@ __all__ = ["is_installed", "require"]
 
 
 def is_installed(module: str) -> bool:
-    """Return whether a module is installed, without importing it.
+    """Return whether a module is installed, without importing it. Parent packages of a dotted name are imported.
 
     Parameters
     ----------
@@ -60,6 +60,8 @@ def require(module: str, extra: str, needed_by: str) -> ModuleType:
     MissingDependencyError
         If the package is not installed. A package that is installed but broken raises its own error.
     """
+    # The package is looked for first, and its import is not wrapped in `except ImportError`: an installed package that
+    # fails to import has its own message, and another pip command would not help.
     if not is_installed(module):
         command = extra if " " in extra else f"pip install 'lqlora[{extra}]'"
         message = f"{needed_by} needs {module.partition('.')[0]}: {command}."

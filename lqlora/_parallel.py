@@ -1,4 +1,4 @@
-"""Work on many matrices in parallel, with BLAS on one thread."""
+"""Parallel map over matrices, in threads or on an executor, with BLAS and the compiled kernels on one thread each."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ def map_matrices(
     progress : callable, optional
         Called in this thread with the number of finished items and the number of all items.
     collect : callable, optional
-        Called in this thread with each result as soon as it is computed.
+        Called in this thread with each result as soon as it is computed, so in an order that may differ between runs.
 
     Returns
     -------
     list
-        Results by item. If a call raises, calls that have not begun are cancelled, and its exception is raised.
+        Results in the order of the items. If a call raises, calls that have not begun are cancelled, and its exception
+        is raised.
 
     Raises
     ------
@@ -61,6 +62,10 @@ def map_matrices(
     BLAS uses one thread meanwhile. Its threads would compete with those of the pool for the cores (see
     ``benchmarks/decompose.py``), and one thread gives the same bits for every number of workers.
     """
+    # `futures` keeps the order of the items, and the result is read from it. `as_completed` yields in the order in
+    # which calls end, so a row is collected, and kept if the process dies, while slower items before it still run.
+    # Which of several failing items is reported depends on timing. `collect` and `progress` run in this thread only, so
+    # they need no lock.
     with _blas_on_one_thread(), _pool(executor) as pool:
         futures = [_submit(pool, function, item) for item in items]
         try:
@@ -71,6 +76,9 @@ def map_matrices(
                 if progress is not None:
                     progress(done, len(futures))
         except BaseException as error:
+            # Calls that have begun cannot be cancelled. They are waited for, so that none runs on after the error, when
+            # the limit of BLAS is gone and the caller may have closed what they use. Ctrl-C and errors of `collect`
+            # take the same way out.
             for future in futures:
                 future.cancel()
             wait(futures)
@@ -92,6 +100,9 @@ def _is_about_pickling(error: BaseException) -> bool:
 
 def _submit(pool: Executor, function: Callable[[T], R], item: T) -> Future[R]:
     """Submit an item to a pool. Threads run in a copy of the caller's context, so that ``lq.forced`` holds in them."""
+    # A thread of a pool does not run in the context of the thread that submits to it, so it would not see the caller's
+    # context variables. Each item gets a separate copy, because only one thread at a time can run in a context. A copy
+    # is cheap: it shares the values. Processes get none, because a context cannot be pickled.
     if isinstance(pool, ThreadPoolExecutor):
         return pool.submit(contextvars.copy_context().run, _work_on, function, item)
     return pool.submit(_work_on, function, item)
@@ -103,6 +114,10 @@ def _work_on(function: Callable[[T], R], item: T) -> R:
         return function(item)
 
 
+# The number of BLAS threads is a setting of the process, and a limit restores the number that it found. Two limits that
+# overlap in time would restore each other's: A finds 8 and sets 1, B finds 1 and sets 1, A restores 8 while B works,
+# and B then restores 1 for good. So users are counted: the first one sets the limit, and the last one restores the
+# number. The caller of `map_matrices` is a user too, which keeps the limit from coming and going between two items.
 _lock = threading.Lock()
 _users = 0
 _limits: threadpool_limits | None = None
@@ -110,7 +125,7 @@ _limits: threadpool_limits | None = None
 
 @contextmanager
 def _blas_on_one_thread() -> Iterator[None]:
-    """Limit BLAS to one thread in this process: the first user sets the limit, the last one restores the old one."""
+    """Limit BLAS to one thread in this process: the first user sets the limit, the last one restores the old number."""
     global _users, _limits  # noqa: PLW0603 - so is the setting
     with _lock:
         if _users == 0:

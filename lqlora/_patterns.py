@@ -29,7 +29,8 @@ Pattern: TypeAlias = "str | re.Pattern[str] | Callable[[str], bool]"
 #: One pattern or several.
 Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
 
-#: Output heads stay as they are unless a caller asks for them: they are few, sensitive, and often tied to the embedding.
+#: Output heads stay as they are unless a caller asks for them: they are few, sensitive, and often tied to the
+#: embedding.
 OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "*.lm_head")
 
 #: Embeddings are matrices of a model file, but not linear layers. They stay as they are for the same reasons.
@@ -42,7 +43,7 @@ def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
     Parameters
     ----------
     patterns : pattern or iterable of patterns
-        Argument of a caller.
+        One pattern, or several in any iterable.
 
     Returns
     -------
@@ -128,12 +129,12 @@ def select(
 
 
 class NameIndex:
-    """Names in a fixed order, to be looked up by pattern where every pattern must match.
+    """Rows of names, looked up by pattern. A pattern that matches no name is an error.
 
     Parameters
     ----------
     names : sequence of str
-        Different names.
+        Names in the order of the rows. They must differ.
     what : str, default "matrix"
         Word for one of the names, for errors.
 
@@ -174,7 +175,7 @@ class NameIndex:
         return sorted(wanted)
 
     def _matching(self, pattern: Pattern, parameter: str) -> list[int]:
-        # A tie may list thousands of names, one pattern each: those are looked up, not compared with every name.
+        # A tie may list thousands of names, one pattern each. A dict finds a name without comparing it with all others.
         if isinstance(pattern, str) and pattern in self._row:
             return [self._row[pattern]]
         predicate = _predicate(pattern)
@@ -195,7 +196,7 @@ def list_names(names: Collection[str], most: int = 5) -> str:
     names : collection of str
         Names, such as those that a selection left out.
     most : int, default 5
-        How many names are listed.
+        Largest number of names to list.
 
     Returns
     -------
@@ -212,14 +213,18 @@ def list_names(names: Collection[str], most: int = 5) -> str:
 
 
 def _predicate_of_any(patterns: Sequence[Pattern]) -> Callable[[str], bool]:
-    """Return the function that is true of a name which one of the patterns matches."""
+    """Return a predicate that is true for names that at least one of the patterns matches."""
+    # Exact names are compared as text too, since a name may hold characters that patterns give a meaning: as a shell
+    # pattern "experts[0].w" matches "experts0.w" and not itself.
     exact = {own for own in patterns if isinstance(own, str)}
     predicates = [_predicate(own) for own in patterns]
     return lambda name: name in exact or any(predicate(name) for predicate in predicates)
 
 
 def _predicate(pattern: Pattern) -> Callable[[str], object]:
-    """Return the function that is true of a name which matches."""
+    """Return a predicate that is true for names that the pattern matches."""
+    # fnmatch.translate anchors its expression at the end, so `match` compares the whole name. fnmatch.fnmatch would
+    # ignore upper and lower case on Windows, and a plan would depend on the system.
     if isinstance(pattern, str):
         return re.compile(fnmatch.translate(pattern)).match
     return pattern.fullmatch if isinstance(pattern, re.Pattern) else pattern

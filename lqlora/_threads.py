@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 
 __all__ = ["cores", "num_threads", "on_threads", "set_num_threads"]
 
-#: Environment variables that are read at each call. The first one that is a positive number counts.
+#: Environment variables, read at each call. The first one that holds a positive number is used.
 _VARIABLES = ("LQLORA_NUM_THREADS", "OMP_NUM_THREADS")
 
+# A context variable and not a second global: a worker of `map_matrices` sets it for its own thread, while other threads
+# of the process keep the number of the process. It is also restored by token, so `on_threads` may be nested.
 _own: contextvars.ContextVar[int | None] = contextvars.ContextVar("lqlora_threads", default=None)
 _setting: int | None = None
 
 
 def cores() -> int:
     """Return the number of cores this process may run on."""
+    # The affinity mask counts only the cores that `taskset`, a scheduler or a container's cpuset has given the process.
+    # os.cpu_count() counts those of the machine, and is what systems without masks have.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -47,6 +51,8 @@ def num_threads() -> int:
 
 
 def _from_environment() -> int | None:
+    # OMP_NUM_THREADS may be a list such as "8,2" for nested parallel regions. Its first number is for the outermost
+    # ones.
     for name in _VARIABLES:
         text = os.environ.get(name, "").partition(",")[0].strip()
         if text.isdecimal() and int(text) > 0:

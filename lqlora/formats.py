@@ -1,8 +1,9 @@
 """Block formats: codebook, block size, axis and storage of scales; their spelling, and the arrays that they store.
 
-Nothing here touches an array. A format says how it is spelled (``str``, :meth:`BlockFormat.parse`) and what it stores
-(:meth:`BlockFormat.stored_arrays`); :mod:`lqlora.quantized` encodes and decodes. Code above that package asks a format for
-its stored arrays and their bits, and never counts codes itself: other families need not have one code per weight.
+Nothing here touches an array. A format has a one-line spelling (``str``, :meth:`BlockFormat.parse`) and a list of the
+arrays that it stores (:meth:`BlockFormat.stored_arrays`). :mod:`lqlora.quantized` encodes and decodes. Code above that
+package asks a format for its stored arrays and their bits, and never counts codes itself: other families need not have
+one code per weight.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ StoredArrays: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 _STORED_BITS = {"uint8": 8, **_FLOAT_BITS}
-_MAX_DEPTH = 8  # stages of double quantization that text may spell; one is usual, two are rare
+_MAX_DEPTH = 8  # depths of scales that a text may spell, the dtype included; it bounds the recursion of _parse_scales
 _OFFSET_BITS = 32  # one float32 per array of scales
 
-#: For each codebook of scales: its letter in the spelling, the name of its levels, and its default offset.
+#: For each codebook of scales: its letter in the spelling, the name of its levels, and its default offset. A spelling
+#: leaves out the default offset, so a changed default would give the spellings in old files a new meaning.
 _SCALE_CODEBOOKS: dict[str, tuple[str, str, Offset]] = {
     "uint": ("u", "uint{}", "min"),
     "int": ("i", "int{}", "none"),
@@ -59,7 +61,7 @@ class _Record:
     """Base of frozen formats that keep what they derive from their fields.
 
     Formats are keys of caches and are asked for the same things in every call, so the answers stay in ``__dict__``. A
-    pickle takes the fields alone: the hash of a string differs from process to process.
+    pickle holds the fields alone: the hash of a string differs from process to process.
     """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,9 +81,9 @@ class ScaleFormat(_Record):
     dtype : {"float32", "float16", "bfloat16"} or ScaleFormat
         Storage of the second-level scales; another ScaleFormat quantizes those too, to any depth.
     offset : {"min", "mean", "none"}, optional
-        Number that is subtracted from the scales before they are quantized and added back afterwards, stored as one
-        float32: the smallest scale of the whole array (LQ-LoRA), the mean scale (QLoRA), or nothing. The default is
-        ``"min"`` for ``"uint"``, ``"mean"`` for ``"dynamic"``, else ``"none"``.
+        Number that is subtracted from the scales before they are quantized and added to them when they are decoded. It
+        is the smallest scale of the whole array (LQ-LoRA), the mean scale (QLoRA), or zero. The first two are stored as
+        one float32. The default is ``"min"`` for ``"uint"``, ``"mean"`` for ``"dynamic"``, else ``"none"``.
     codebook : {"uint", "int", "dynamic", "log"}
         Levels of the codes. ``"uint"``: ``k / (2**bits - 1)``. ``"int"``: symmetric about zero, for scales that have a
         sign. ``"dynamic"``: the signed dynamic map of bitsandbytes, 8 bits. ``"log"``: zero and a geometric series over
@@ -173,8 +175,9 @@ class BlockFormat(_Record):
         ``-1`` cuts each row into blocks, ``0`` each column. A block size of at least the length of a line gives one
         scale per channel. If not given, blocks follow the row-major order of the whole array.
     levels : {"codebook", "matrix"} or int
-        ``"codebook"``: the levels are those of the codebook, known by name. ``"matrix"``: the array has levels of its
-        own, which are stored with it and counted. An int: the number of lines along ``axis`` that share a fitted set.
+        ``"codebook"``: the levels are those of the codebook, known by name. ``"matrix"``: levels are fitted to the
+        whole array; they are stored with it, and count as storage. An int: the number of lines along ``axis`` that
+        share a fitted set.
 
     Raises
     ------
@@ -241,10 +244,17 @@ class BlockFormat(_Record):
 
     @property
     def bits_per_weight(self) -> Fraction:
-        """Bits per weight of a very large array: codes, scales and second-level scales.
+        """Bits per weight of a large array that blocks divide: codes, zero points, scales and second-level scales.
 
-        :meth:`storage_bits` counts the bits of an array of a given shape, with its padding and offsets.
+        :meth:`storage_bits` counts the bits of an array of a given shape, with its padding, offsets and fitted levels.
         """
+        # A weight has a code of b bits, and 1 / B of what its block of B weights stores: one scale, and one zero point
+        # of b bits under an affine codebook. Scales are an array in their own format, so by the same rule each of them
+        # takes S = b' + S' / B' bits, to any depth. For nf3/64:u8/256:float32 that is
+        #     b + S / B = 3 + (8 + 32 / 256) / 64 = 3.126953125 .
+        # It is the limit of storage_bits over the number of weights for one long line: padding to whole bytes, the last
+        # short block, offsets, and one set of levels vanish there. What every line adds does not vanish with more
+        # lines: a short block at the end of each, and a set of levels for every few of them.
         scale_bits = (
             self.scales.format.bits_per_weight
             if isinstance(self.scales, ScaleFormat)
@@ -254,7 +264,7 @@ class BlockFormat(_Record):
         return self.bits + (scale_bits + zero_point_bits) / self.block_size
 
     def lines(self, shape: Sequence[int]) -> tuple[int, int]:
-        """Return the number and the length of the lines that blocks follow without a break.
+        """Return the number and the length of the lines that are cut into blocks. No block crosses the end of a line.
 
         Parameters
         ----------
@@ -303,6 +313,8 @@ class BlockFormat(_Record):
         >>> BlockFormat.parse("nf4/64@0").blocks((100, 10))
         20
         """
+        # ceil(length / B) for each line, not ceil(count / B): each line begins a new block. The ceiling is taken in
+        # integers, because lengths may be symbols of a tracing compiler, and a float quotient is wrong beyond 2^53.
         lines, length = self.lines(shape)
         return lines * -(-length // self.block_size)
 
@@ -325,6 +337,7 @@ class BlockFormat(_Record):
         7
         """
         if isinstance(self.levels, int):
+            # The last set may serve fewer lines. It is stored as a whole set.
             return -(-self.lines(shape)[0] // self.levels)
         return 1 if self.levels == "matrix" else 0
 
@@ -360,6 +373,14 @@ class BlockFormat(_Record):
         >>> list(BlockFormat.parse("nf4/64:u8/256:float32").stored_arrays((64, 64)))
         ['codes', 'scales.codes', 'scales.scales', 'scales.offset']
         """
+        # With N weights of b bits in n blocks, and L levels in each of k fitted sets, the bytes are
+        #     codes ceil(N b / 8) ,  zero points ceil(n b / 8) ,  levels 4 L k ,
+        #     scales 4 n or 2 n ,  or if they are quantized  ceil(n b' / 8) + second-level scales + 4 for the offset.
+        # Codes are rounded up to whole bytes once an array, not once a block: the codes of a block may begin within a
+        # byte. Scales are one line of n numbers whatever the axis of the weights. A second-level block may therefore
+        # span several lines of weights, and all scales share the offset. Members of a stack are quantized one by one:
+        # each has its own offset and begins at a whole byte, so a batch multiplies whole bytes.
+        # Names and order are those of QuantizedArray.to_arrays, and `nest` reads the nested names back.
         lines, length = self.lines(shape)
         blocks = self.blocks(shape)
         stored: StoredArrays = {"codes": ("uint8", (*batch, packed_size(lines * length, self.bits)))}
@@ -443,6 +464,8 @@ class BlockFormat(_Record):
         >>> BlockFormat.parse("nf2+fit/64@-1:float16").levels
         'matrix'
         """
+        # The pattern bounds the digits: 18 of them stay below 2^63, and no text costs a long conversion. The class
+        # checks the numbers, so that a text and arguments raise the same errors.
         head, *scales = text.strip().split(":")
         match = re.fullmatch(r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?", head)
         if match is None or len(scales) > _MAX_DEPTH:
@@ -518,6 +541,9 @@ def _or(names: Iterable[str]) -> str:
 
 def _parse_scales(depths: list[str]) -> FloatName | ScaleFormat:
     """Read the parts between colons: one for each depth of double quantization, then a dtype."""
+    # Quantized scales need another part for their own scales, and a dtype ends the text. The two conditions on ``rest``
+    # refuse "u8/256", whose second-level scales have no dtype, and "float32:u8/256", whose second part would be
+    # dropped.
     head, *rest = depths
     letters = {letter: codebook for codebook, (letter, _, _) in _SCALE_CODEBOOKS.items()}
     match = re.fullmatch(r"([a-z])([0-9]{1,2})(?:\+(min|mean|none))?/([0-9]{1,18})", head)

@@ -20,7 +20,7 @@ any_format = formats(depth=3, axes=AXES, fitted=True)
 
 
 def lines_of(fmt, shape):
-    """Lengths of the lines that blocks follow, one by one."""
+    """Return the length of each line that is cut into blocks."""
     array = np.empty(shape, dtype=np.int8)
     if fmt.axis is None:
         return [array.size]
@@ -29,7 +29,7 @@ def lines_of(fmt, shape):
 
 
 def counted_bits(fmt, shape):
-    """Bytes of codes, of zero points, of levels, of scales and of offsets, level by level."""
+    """Return the bits of codes, zero points, levels, scales and offsets, in whole bytes, depth by depth."""
     lines = lines_of(fmt, shape)
     blocks = sum(-(-length // fmt.block_size) for length in lines)
     bits = 8 * -(-sum(lines) * fmt.bits // 8)
@@ -85,7 +85,7 @@ def test_a_pickle_holds_the_fields_of_a_format_only():
 
 @given(fmt=formats(depth=3))
 def test_bits_per_weight_are_the_limit_of_storage(fmt):
-    # A size that all blocks divide: nothing is padded, offsets vanish in the number of weights.
+    # All blocks divide the number of weights, so nothing is padded. Only offsets are left, at most 32 bits a depth.
     count = 8 * 70 * fmt.block_size
     scales = fmt.scales
     while isinstance(scales, ScaleFormat):
@@ -142,7 +142,7 @@ def test_malformed_text_is_refused(text):
     with pytest.raises(FormatError) as caught:
         BlockFormat.parse(text)
     message = str(caught.value)
-    # Words of Python's own do not help who wrote the text, and one nested level does not need to say it twice.
+    # The message must be ours and not Python's, and must not repeat itself for nested scales.
     assert "unpack" not in message
     assert message.count("block format") <= 1
 

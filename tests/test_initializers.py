@@ -1,4 +1,4 @@
-"""The presets, against the papers they are named after. Matrices are so small that every SVD is exact."""
+"""The presets against the papers that they are named after. Matrices are so small that every SVD is exact."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_lqlora_is_the_algorithm_of_its_paper(xp, w, fisher, is_weighted):
 def test_lqlora_stops_when_the_error_stops_falling(w):
     d = lqlora(w, FMT, RANK)
     assert d.stop_reason == "converged"
-    # The paper stops at the first increase of the error; the iterates before that are ours, too.
+    # The paper stops at the first increase of the error. Until then its iterates equal ours.
     errors = relative_errors(w, oracle.lqlora(w, q, RANK, None, 30))
     rises = [index for index in range(1, 30) if errors[index] > errors[index - 1]]
     assert d.relative_error <= errors[rises[0] - 1 if rises else -1] * (1 + 1e-3)
@@ -136,7 +136,7 @@ def test_the_factors_of_lorc_share_the_singular_values_evenly(w):
 def test_pissa_quantizes_what_its_paper_does_and_is_nearer_to_the_matrix(xp, w, iterations):
     d = pissa(on(xp, w), FMT, RANK, iterations=iterations)
     pairs = oracle.pissa(w, q, RANK, iterations)
-    # The adapter of the paper precedes the quantization; ours is fitted to its result.
+    # The adapter of the paper is from before the quantization. Ours is fitted to the quantized matrix.
     fitted = [(base, oracle.svd(w - base, RANK)) for base, _ in pairs]
     assert d.errors[2:] == pytest.approx(relative_errors(w, fitted), rel=CLOSE)
     assert d.relative_error < min(relative_errors(w, pairs))
@@ -178,7 +178,7 @@ def test_qera_with_a_diagonal_is_approximate(xp, w, gram):
 def test_qera_takes_the_gram_of_fewer_inputs_than_columns(xp, w):
     x = np.random.default_rng(3).standard_normal((5, COLUMNS))
     d = qera(on(xp, w), FMT, 5, gram=on(xp, x.T @ x))
-    # Inputs of five directions and rank five: their outputs are exact.
+    # The inputs span five directions, so a low-rank part of rank five makes the outputs exact.
     assert norm(x @ (w - host(d.reconstruct())).T) < 1e-2 * norm(x @ w.T)
     assert np.abs(product(d)).max() < 10
 

@@ -1,4 +1,4 @@
-"""Work on many matrices: order, errors, and the threads of BLAS before, during and after."""
+"""The parallel map over matrices: order of results, errors, and the threads of BLAS before, during and after."""
 
 from __future__ import annotations
 

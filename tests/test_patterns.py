@@ -1,4 +1,4 @@
-"""Selecting names by pattern: which names match, and what is said when none does."""
+"""Selecting names by pattern: matches, and errors when no name matches."""
 
 from __future__ import annotations
 

@@ -105,6 +105,8 @@ class Choices:
             raise InvalidArgumentError(f"Limit.exclude must leave a matrix, but it leaves none: {limit}.")
         members = np.zeros(len(self.ties), dtype=np.bool_)
         members[rows] = True
+        # Sizes are whole bits, so a limit of B bits may be rounded to a whole number without loss: size <= B is the
+        # same as size <= floor(B), and size >= B the same as size >= ceil(B). B is an exact fraction here.
         count = sum(map(math.prod, map(self.table.shapes.__getitem__, rows)))
         bits = limit.in_bits(count)
         whole = math.ceil(bits) if limit.at_least else math.floor(bits)
@@ -139,7 +141,8 @@ class Choices:
 
     def _groups(self, rows: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the rows ordered by tie, and the place where each tie begins, as ``ufunc.reduceat`` takes them."""
-        # A stable sort keeps the rows of a tie in order. A tie begins where the sorted numbers change; -1 is below all of them.
+        # A stable sort keeps the rows of a tie in order. A tie begins where the sorted numbers change; -1 is below all
+        # of them.
         chosen = np.flatnonzero(rows)
         order = chosen[np.argsort(self.ties[chosen], kind="stable")]
         return order, np.flatnonzero(np.diff(self.ties[order], prepend=-1))
@@ -178,6 +181,8 @@ def _allowed(
     minimum_bits: Mapping[Pattern, float | Fraction],
 ) -> npt.NDArray[np.bool_]:
     """Return the mask of shape (n, k) of the configurations that each matrix may take, ties and limits aside."""
+    # Constraints on single matrices become a mask, and only ties and sums reach the solver. Each of them can only
+    # remove configurations, so their order does not matter. An infinite cost is how a table forbids a configuration.
     allowed = np.isfinite(table.costs)
     for pattern, wanted in fixed.items():
         allowed[index.rows(pattern, parameter="fixed")] &= _columns(table, wanted, "fixed")

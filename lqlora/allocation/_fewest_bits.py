@@ -127,7 +127,8 @@ def _error_of(choices: Choices, found: Solution) -> float:
 
 
 def _with_bound(found: Solution, bound: float, rel_gap: float) -> Solution:
-    # The bound is that of the relaxed problem. Solvers compute it in floats, so it may exceed the objective by rounding.
+    # The bound is that of the relaxed problem. Solvers compute it in floats, so it may exceed the objective by
+    # rounding.
     bound = min(bound, found.objective)
     status = Status.OPTIMAL if relative_gap(found.objective, bound) <= rel_gap + 1e-12 else Status.FEASIBLE
     return replace(found, bound=bound, status=status)

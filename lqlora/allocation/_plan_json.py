@@ -31,6 +31,8 @@ _TEXTS = ("status", "solver", "note", "goal")
 
 def write(head: Mapping[str, Any], matrices: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the document of the given keys, with a line for each matrix."""
+    # One line a matrix, so that a diff of two plans shows the matrices that differ. The head ends in a brace, which is
+    # taken off for the matrices to follow.
     lines = [f"  {json.dumps(name)}: {json.dumps(row, allow_nan=False)}" for name, row in matrices.items()]
     start = json.dumps({"lqlora_plan": _VERSION, **head}, indent=1, allow_nan=False).removesuffix("\n}")
     return f'{start},\n "matrices": {{\n' + ",\n".join(lines) + "\n }\n}"
@@ -47,7 +49,7 @@ def read(text: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
         if document["lqlora_plan"] not in _KEYS:
-            raise ValueError(f"its version is {document['lqlora_plan']!r}, and this library reads 3 and 4")
+            raise ValueError(f"its version is {document['lqlora_plan']!r}, and this library reads versions 3 and 4")
         return _read_head(document)
     except KeyError as error:
         raise InvalidArgumentError(f"text must be a plan in JSON, but the key {error} is missing.") from error
@@ -103,6 +105,7 @@ def _read_limit(row: dict[str, Any], keys: tuple[str, str, str]) -> LimitUse:
 
 
 def _only(found: Mapping[str, Any], known: set[str]) -> None:
+    # An unknown key may be misspelled or belong to a later version. To ignore it would be to read another plan.
     if unknown := set(found) - known:
         raise ValueError(f"the key {min(unknown)!r} is unknown")
 

@@ -73,8 +73,8 @@ def allocate(
         ``re.compile(r"(.*)\.(?:gate|up)_proj")`` ties names that agree in the groups. Overlapping ties merge.
         :func:`lqlora.allocation.ties.fused_projections` and :func:`lqlora.allocation.ties.experts` find the usual ones.
     fixed : mapping of pattern to BlockFormat, Configuration, or several of them, optional
-        Configurations that a matrix may take. A format leaves the rank open. Of several, the plan takes one. If several
-        patterns match a matrix, all of them hold.
+        Configurations that a matrix may take. A format allows every rank. If several configurations are given, the plan
+        takes one of them. If several patterns match a matrix, all of them hold.
     forbidden : mapping of pattern to BlockFormat, Configuration, or several of them, optional
         Configurations that a matrix must not take.
     minimum_bits : mapping of pattern to float or Fraction, optional
@@ -95,13 +95,13 @@ def allocate(
     -------
     Plan
         Within the budget and all limits in exact integers, and within ``max_error`` as :attr:`Plan.error` is computed.
-        No plan within the budget has a sum of costs below ``Plan.bound``; with ``max_error``, no plan within it takes
-        fewer bits. A budget above the size of the largest choice gives the plan of least cost, and a note.
+        No plan within the budget has a sum of costs below ``Plan.bound``. With ``max_error``, no plan within it takes
+        fewer bits. If the budget is above the size of the largest choice, the plan has the least cost and a note.
 
     Raises
     ------
     InfeasibleBudgetError
-        If no choice fits. The error has the limit that fails, and its feasible range.
+        If no choice fits. The error holds the limit that fails, and its feasible range.
     InvalidArgumentError
         If a budget is negative or not a number, a pattern matches nothing, a format is not in the table, or a matrix
         has no configuration left.
@@ -237,8 +237,8 @@ def _budget(
 
 def _better(found: Solution, before: Solution, rel_gap: float) -> Solution:
     """Return the better of the solutions of a budget and of a smaller one."""
-    # The assignment of the smaller budget is feasible for the larger one, so it may replace a worse one. The bound stays:
-    # it was proven for all assignments within the larger budget.
+    # The assignment of the smaller budget is feasible for the larger one, so it may replace a worse one. The bound
+    # stays: it was proven for all assignments within the larger budget.
     if found.objective <= before.objective:
         return found
     status = Status.OPTIMAL if relative_gap(before.objective, found.bound) <= rel_gap else found.status
@@ -255,7 +255,9 @@ def _make_plan(
 ) -> Plan:
     """Return the plan of a solution; ``budget`` holds the budget if there is one."""
     if require_optimal and found.status is not Status.OPTIMAL:
-        raise SolverError(f"{found.solver}: the relative gap is {found.gap:.2g}. {found.status.value}")
+        raise SolverError(
+            f"require_optimal: {found.solver} left a relative gap of {found.gap:.2g}. {found.status.value}"
+        )
     if found.assignment is None:
         raise SolverError(f"{found.solver}: {found.status.value} ({found.message})")
     table, rows = choices.table, np.arange(len(choices.table.names))
@@ -268,11 +270,13 @@ def _make_plan(
             chosen.format, chosen.rank, table.shapes[row], costs[row], factor_bits[row]
         )
     # Solvers sum costs in any order. The plan has the sum that is rounded once, so equal choices have equal errors.
+    # The bound is proven in the solver's arithmetic, so it may exceed the objective by rounding and is cut to it below.
     error = math.fsum(costs)
     uses = _limit_uses((*budget, *choices.limits), choices.size[rows, found.assignment])
     if max_error is not None:
         uses.insert(0, LimitUse("all matrices", error, float(max_error), unit="error", weight_count=table.weight_count))
     objective = error if max_error is None else found.objective
+    # A budget that the largest choice of every matrix meets has no effect. The note says so: its unit may be wrong.
     binds = all(own.bits < own.largest for own in budget)
     return Plan(
         matrices=matrices,

@@ -59,8 +59,8 @@ class Limit:
         object.__setattr__(self, "exclude", as_patterns(self.exclude))
         if (self.bits_per_weight is None) == (self.total_bytes is None):
             raise InvalidArgumentError(
-                f"bits_per_weight or total_bytes must be given as the budget, and not both: got "
-                f"{self.bits_per_weight!r} and {self.total_bytes!r}."
+                f"bits_per_weight or total_bytes must be given, and not both: got {self.bits_per_weight!r} and "
+                f"{self.total_bytes!r}."
             )
         value = self.total_bytes if self.bits_per_weight is None else self.bits_per_weight
         parameter = "total_bytes" if self.bits_per_weight is None else "bits_per_weight"
@@ -93,6 +93,8 @@ class Limit:
         """
         if self.total_bytes is not None:
             return Fraction(8 * self.total_bytes)
+        # A float is taken at its exact binary value, which may be a little below the decimal number that was typed: 2.3
+        # excludes a plan of exactly 23/10 bits per weight. Fraction(23, 10) admits it.
         rate = self.bits_per_weight
         return (rate if isinstance(rate, Fraction) else Fraction(float(rate))) * weight_count  # type: ignore[arg-type]
 
@@ -134,7 +136,7 @@ class LimitUse:
     Raises
     ------
     InvalidArgumentError
-        If there is no limit, the unit is another word, or a number is negative or not finite.
+        If neither limit is given, the unit is not one of the two, or a number is negative or not finite.
 
     Examples
     --------
@@ -150,6 +152,7 @@ class LimitUse:
     weight_count: int = 0
 
     def __post_init__(self) -> None:
+        # Plans are read from files, so the numbers of a use are checked as if a user had typed them.
         given = {"upper": self.upper, "lower": self.lower}
         numbers = {"used": self.used, "weight_count": self.weight_count}
         numbers |= {name: limit for name, limit in given.items() if limit is not None}

@@ -52,13 +52,14 @@ def cache_bytes(
     Raises
     ------
     InvalidArgumentError
-        If a number is negative or no integer, or the dtype is unknown.
+        If a number is negative or not an integer, or the dtype is unknown.
 
     Examples
     --------
     >>> cache_bytes(layers=32, kv_heads=8, head_size=128, length=8192) // 2**20
     1024
     """
+    # The factor 2 counts a key and a value. Layers with a sliding window keep fewer tokens and need a separate call.
     total = 2 * float_bits(dtype) // 8
     for name, value in {
         "layers": layers,
@@ -96,7 +97,7 @@ def memory_budget(device_bytes: int, *, unquantized_bytes: int = 0, cache_bytes:
     Raises
     ------
     InvalidArgumentError
-        If a number is negative or no integer, or nothing is left.
+        If a number is negative or not an integer, or nothing is left.
 
     Examples
     --------
@@ -113,12 +114,13 @@ def memory_budget(device_bytes: int, *, unquantized_bytes: int = 0, cache_bytes:
     if left <= 0:
         raise InvalidArgumentError(
             f"device_bytes must be more than the {device_bytes - left} bytes that are not for quantized weights, got "
-            f"{device_bytes}."
+            f"{device_bytes}. Shorten the context, quantize more parts, or use a larger device."
         )
     return left
 
 
 def _count(name: str, value: int) -> int:
+    # operator.index takes the integers of every library and refuses floats, even whole ones such as 8e9.
     try:
         number = operator.index(value)
     except TypeError:

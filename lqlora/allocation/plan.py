@@ -179,7 +179,7 @@ class Plan:
         Returns
         -------
         dict of str to float
-            They sum to 1, or are all 0 if there is no error.
+            Shares that sum to 1, or are all 0 if there is no error.
         """
         total = self.error
         return {name: own.cost / total if total else 0.0 for name, own in self.matrices.items()}
@@ -240,7 +240,7 @@ class Plan:
         Raises
         ------
         InvalidArgumentError
-            If the text is no such document.
+            If the text is not such a document.
         """
         fields = _plan_json.read(text)
         matrices = {name: PlannedMatrix(**row) for name, row in fields.pop("matrices").items()}

@@ -153,9 +153,10 @@ def _root(leader: list[int], row: int) -> int:
 
 
 def _members(index: NameIndex, tie: Tie) -> list[list[int]]:
-    """Return the groups of rows that a tie joins: several only if it is an expression with groups."""
+    """Return the groups of rows that a tie joins: one, or several if it is a regular expression with groups."""
     if isinstance(tie, Iterable) and not isinstance(tie, str):
         return [index.rows(tie, parameter="ties")]
+    # Rows are keyed by the text that each group of the expression matched. Without groups the key is () for all rows.
     groups: defaultdict[tuple[str | None, ...], list[int]] = defaultdict(list)
     for row in index.rows(tie, parameter="ties"):
         found = tie.fullmatch(index.names[row]) if isinstance(tie, re.Pattern) else None

@@ -8,8 +8,9 @@ A quantized matrix ``m`` is stored as these tensors:
 - ``m.weight.codebook``, the levels of the codebook, if its name is not a standard one.
 - ``m.lora_A`` and ``m.lora_B``.
 
-One JSON document, under the key ``lqlora`` of the metadata of the safetensors file, has the format, shape and scaling of
-each matrix, the metadata of the caller, and a SHA-256 fingerprint of the whole content. No pickle is read or written.
+The metadata of the safetensors file has one JSON document under the key ``lqlora``. It holds the format, shape and
+scaling of each matrix, the metadata of the caller, and a SHA-256 fingerprint of the whole content. No pickle is read or
+written.
 """
 
 from __future__ import annotations
@@ -139,6 +140,9 @@ def save(
     >>> bool((back.matrices["eye"].quantized.packed == d.quantized.packed).all())
     True
     """
+    # Everything is checked before the file is opened: names, formats, and that the metadata is JSON. So bad arguments
+    # change nothing on disk. "normalization" is read back for codebooks without a standard name. Levels alone do not
+    # determine such a codebook: "affine" adds zero points, and "signed" allows scales below zero.
     arrays: dict[str, Any] = {}
     rows = {}
     for name, matrix in matrices.items():
@@ -149,6 +153,8 @@ def save(
             "scaling": float(matrix.scaling),
             "normalization": matrix.quantized.format.codebook.normalization,
         }
+    # A reader takes every tensor that begins with "m.weight." for a part of the matrix m, and refuses parts that the
+    # format does not have. A plain tensor of such a name would make the file unreadable.
     reserved = tuple(map(_weight_key, matrices))
     if taken := [name for name in tensors or {} if name.startswith(reserved)]:
         raise InvalidArgumentError(
@@ -172,6 +178,8 @@ def save(
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Read the matrices back from the arrays: a file that can be loaded is not replaced by one that cannot."""
+    # The arrays go through the reader itself, so writing accepts exactly what loading does: no second list of checks
+    # can drift from the first. The reader removes what it takes, hence the copy of the dict. Weights are not decoded.
     left = dict(arrays)
     try:
         for name, row in rows.items():
@@ -184,6 +192,8 @@ def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, A
 
 def _plain(array: Any) -> Any:
     """Return a C-contiguous array in this machine's byte order; scalars stay scalars."""
+    # A reader gets arrays in the byte order of its machine. The fingerprint must be of the same bytes, so the order is
+    # changed before it is computed. np.asarray keeps a scalar, where np.ascontiguousarray would give it a dimension.
     native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     return np.asarray(native, order="C")
 
@@ -248,6 +258,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], document: dict[str, Any]) -> Checkpoint:
     """Sort the tensors of a file into matrices and plain tensors."""
+    # Each matrix removes its tensors from `arrays`. What is left belongs to no matrix and is plain.
     try:
         matrices = {name: _take_matrix(arrays, name, row) for name, row in document["matrices"].items()}
     except KeyError as error:
@@ -288,6 +299,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _take_matrix(arrays: dict[str, Any], name: str, row: Mapping[str, Any]) -> StoredMatrix:
     """Remove the tensors of a matrix from the arrays, check them, and return the matrix."""
+    # The levels and the format come from a file that may be damaged or forged. Nothing is decoded before
+    # QuantizedArray.from_arrays has compared every dtype and length with BlockFormat.stored_arrays.
     prefix = _weight_key(name)
     own = {key.removeprefix(prefix): arrays.pop(key) for key in list(arrays) if key.startswith(prefix)}
     levels = own.pop("codebook", None)
@@ -330,6 +343,8 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         If :func:`load` would raise, a byte of the data has changed, or a number is NaN or infinite.
     """
+    # The fingerprint comes first, so that a changed byte is reported as one and not as the inconsistency that it may
+    # cause. _assemble comes last, because it removes tensors from `arrays`.
     arrays, document = _read(Path(path))
     try:
         same = _digest(arrays, document) == document.get("sha256")

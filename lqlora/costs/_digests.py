@@ -1,4 +1,4 @@
-"""Digests of matrices and weightings, and JSON of settings: a store keeps them to know what its costs belong to."""
+"""Digests of matrices and weightings, and JSON of settings, by which a store recognizes the inputs of its costs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def weighting_digest(weighting: AbstractWeighting | None) -> str:
         return "none"
     if not dataclasses.is_dataclass(weighting):
         raise InvalidArgumentError(
-            f"weighting must be a dataclass for a store to tell it from others, got {type(weighting).__name__}."
+            f"weighting must be a dataclass, whose fields a store can compare, got {type(weighting).__name__}. Make it "
+            "one, or leave out store."
         )
     parts = [type(weighting).__qualname__]
     # Fields with init=False follow from the arguments, and may hold what was computed lazily.
@@ -63,6 +64,7 @@ def configuration_key(configuration: Configuration) -> str:
 
 def _format_key(fmt: BlockFormat) -> str:
     """Return the spelling of a format, with a digest of the levels if the codebook has no standard name."""
+    # A name that is not standard may stand for other levels in the next run, so the levels are part of the key.
     own = codebook_to_json(fmt.codebook)
     if not own:
         return str(fmt)
@@ -80,7 +82,7 @@ def settings_as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = value
         else:
             raise InvalidArgumentError(
-                f"{name} must be a text or a number for a store to tell it from others, got {value!r}. Leave out store."
+                f"{name} must be text, a number or a format, which a store can compare, got {value!r}. Leave out store."
             )
     return found
 

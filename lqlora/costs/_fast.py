@@ -141,8 +141,8 @@ def _cover(distances: npt.NDArray[np.float64], members: Sequence[int]) -> list[i
 
 def _decomposed(task: Task, family: _Family, leader: int, ranks: Sequence[int]) -> Iterator[tuple[int, float]]:
     """Yield the cost of a format at each rank, as ``decompose(init="quantize", max_iter=2)`` computes it."""
-    # One SVD serves all ranks: the first low-rank part at a smaller rank is that at the largest one, truncated. Only the
-    # second iteration, quantization and a low-rank step, is done for each rank.
+    # One SVD serves all ranks: the first low-rank part at a smaller rank is that at the largest one, truncated. Only
+    # the second iteration, quantization and a low-rank step, is done for each rank.
     fmt = family.formats[leader]
     residual = residual_of(task.matrix, family.sample.quantized(fmt))
     first = task.weighting.low_rank(residual, max(ranks), seed=task.seed) if max(ranks) else None

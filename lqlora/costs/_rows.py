@@ -83,6 +83,9 @@ def _costs(
     matrix: Array, task: RowTask, missing: Sequence[Configuration], options: dict[str, Any], *, fast: bool
 ) -> list[float]:
     """Return the cost of each configuration."""
+    # Matrix, weighting and ranks are checked first, so that bad input fails before the first decomposition, and a
+    # matrix without importance is checked like any other. Ranks above the smaller side become equal if they are
+    # clipped, and the fast mode computes each rank once.
     wide, norm = checked_matrix(matrix, task.name), task.weighting or Uniform()
     norm.check(tuple(wide.shape))
     clip = options.get("clip_rank", False)

@@ -73,13 +73,13 @@ def cost_table(
     factor_dtype : {"float16", "bfloat16", "float32"}
         Dtype of stored factors that are not quantized. It decides their size only: errors are those of float32 factors.
     mode : {"exact", "fast"}
-        ``"exact"``: each cost is that of a decomposition of its own. ``"fast"``: a few formats of each codebook and
-        block size are decomposed, by two iterations from the quantized matrix. Each other format costs as much as the
-        nearest of them, times the ratio of their errors of quantization alone. This mode is meant for grids of
+        ``"exact"``: each cost is computed by a separate decomposition. ``"fast"``: a few formats of each codebook and
+        block size are decomposed, by two iterations from the quantized matrix. The cost of any other format is that of
+        the nearest of them, times the ratio of their errors of quantization alone. This mode is meant for grids of
         hundreds of formats: of the 432 of ``paper_grid("code")`` it decomposes about a tenth. Its costs are off by a few
-        tenths of a percent (see ``benchmarks/README.md``). Costs of scales of two bits may be off by a tenth on small
-        matrices, and costs of formats that another one beats by half at no larger size by more. With element-wise
-        importance all costs are a few percent too high, since factors are not refitted.
+        tenths of a percent (see ``benchmarks/README.md``). On small matrices, costs of formats with scales of two bits
+        may be off by a tenth. Costs may be off by more for formats with 1.5 times the error of one that is not larger.
+        With element-wise importance all costs are a few percent too high, because factors are not refitted.
     weighting : mapping of str to AbstractWeighting, optional
         Norm of each matrix; it is uniform for matrices that are not named. Costs are compared across matrices, so the
         weightings must be on one scale, as Fisher information is. A matrix whose importance is all zero costs nothing.
@@ -127,6 +127,8 @@ def cost_table(
     options = {**options, "factor_format": factor_format, "init": init, "max_iter": max_iter, "seed": seed}
     _check(weights, configurations, weighting or {}, mode, options)
     dtype_bits = float_bits(factor_dtype)
+    # Rows are known by the keys of their configurations, not by columns: a store may hold more configurations than this
+    # table, or fewer, or the same in another order. The columns are put in order at the end.
     by_key = {configuration_key(own): own for own in configurations}
     tasks = [RowTask(name, source, (weighting or {}).get(name)) for name, source in weights.items()]
     with contextlib.nullcontext() if store is None else CostStore(store, _settings(mode, options, by_key)) as file:
@@ -156,7 +158,8 @@ def _by_shape(
 
 
 def _as_stored(formats: Sequence[BlockFormat], options: Mapping[str, Any]) -> list[BlockFormat]:
-    """Return the formats that decompositions will have: fitted levels are stored, and take bits of their own."""
+    """Return the formats that decompositions will have: fitted levels are stored, and take further bits."""
+    # The same change of the format as in `quantize`. Without it, sizes would leave out the levels that are stored.
     if options.get("fit") != "levels+scale":
         return list(formats)
     return [
@@ -213,7 +216,7 @@ def _settings(mode: str, options: Mapping[str, Any], keys: Iterable[str]) -> dic
 
 
 class _Collector:
-    """Receives finished rows: appends them to the store, and reports progress with the estimated time left."""
+    """Receiver of finished rows, which appends them to the store and reports progress with the estimated time left."""
 
     def __init__(
         self,
@@ -237,6 +240,8 @@ class _Collector:
             self._store.append(row)
         if self._progress is not None:
             # Rows that the store holds completely take no time, so they are neither in the pace nor in what is left.
+            # The pace is the time since the start over the rows computed, so it includes that several are computed at
+            # once.
             left = self._total - self._count - len(self._complete)
             pace = (time.monotonic() - self._start) / self._computed if self._computed else math.inf
             self._progress(self._count, self._total, left * pace if left else 0.0)
@@ -244,6 +249,8 @@ class _Collector:
 
 def _factor_bits(shape: tuple[int, ...], rank: int, fmt: BlockFormat | None, bits: int) -> int:
     """Return the bits of the factors of a matrix, quantized if there is a format, else of ``bits`` an entry."""
+    # The rank is the one that was asked for, even above what the matrix allows: clip_rank pads factors with zeros up to
+    # it, and the zeros are stored. Factors are quantized one by one, so each is rounded up to whole bytes separately.
     rows, columns = shape
     if fmt is None:
         return bits * rank * (rows + columns)

@@ -1,9 +1,9 @@
 """A file of finished costs that survives a kill at any moment: appending, recovery, locking, merging.
 
-Each row is one line that is flushed to the disk before the next one begins. A process that is killed can therefore leave
-only one incomplete line, the last one, which has no line break. Opening the store cuts that line off. JSON escapes line
-breaks inside texts, so a line break always ends a line. A kill cannot cause any other fault, such as a wrong checksum or
-a broken line before the last: such a file is refused.
+Each row is one line that is flushed to the disk before the next one begins. A process that is killed can therefore
+leave only one incomplete line, the last one, which has no line break. Opening the store cuts that line off. JSON escapes
+line breaks inside texts, so a line break always ends a line. A kill cannot cause any other fault, such as a wrong
+checksum or a broken line before the last: such a file is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ __all__ = ["CostStore", "StoredRow"]
 
 _SPEC = 1
 
-#: Version of the numerics. Raise it with any change of the costs of decompositions, so that stores do not mix old and new.
+#: Version of the numerics. Raise it with any change of the costs of decompositions, so that stores do not mix old and
+#: new.
 NUMERICS = 1
 
 
@@ -83,12 +84,14 @@ class StoredRow:
         ):
             if mine != others:
                 raise StoreError(
-                    f"{where}: the {what} of matrix {self.name!r} differ from those whose costs are stored. Use another store."
+                    f"{where}: the {what} of matrix {self.name!r} differ from those whose costs are stored. Use "
+                    "another store."
                 )
         for key in self.costs.keys() & other.costs.keys():
             if self.costs[key] != other.costs[key]:
                 raise StoreError(
-                    f"{where}: the cost of {self.name!r} in {key} is {other.costs[key]!r}, but {self.costs[key]!r} is stored."
+                    f"{where}: the cost of {self.name!r} in {key} is {other.costs[key]!r}, but {self.costs[key]!r} is "
+                    "stored. Use another store, or leave one of the two out of a merge."
                 )
         return StoredRow(self.name, self.shape, self.content, self.weighting, self.costs | other.costs)
 
@@ -126,6 +129,8 @@ class CostStore:
         self.path = Path(path)
         head = {"lqlora_costs": _SPEC, "numerics": NUMERICS, "settings": dict(settings)}
         try:
+            # Append mode writes at the end wherever the position is, so neither reading nor the cut below needs a seek
+            # back. Without a buffer no half of a line waits in this process, to be written after an error.
             self._file = open(self.path, "a+b", buffering=0)  # noqa: PTH123, SIM115 - closed by close()
         except OSError as error:
             raise StoreError(f"{self.path} cannot be opened: {error}.") from error
@@ -160,6 +165,8 @@ class CostStore:
         StoreError
             If the costs contradict those in the store, or cannot be written.
         """
+        # A contradiction is found before anything is written, and `rows` changes only after the line is on the disk. So
+        # the file never holds two costs of one cell, and `rows` holds nothing that a crash could take back.
         known = self.rows.get(row.name)
         joined = row if known is None else known.joined(row, str(self.path))
         self._write(
@@ -288,6 +295,8 @@ def _line(document: dict[str, Any]) -> bytes:
 
 
 def _checksum(text: str) -> str:
+    # The sum is of the text of the document. A reader has only the parsed line, and writes it as text once more. That
+    # gives the same text, since json keeps the order of keys and writes the shortest digits that restore a float.
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Cost tables: error and size of every matrix in every configuration, which allocations choose from; JSON of them."""
+"""Cost tables: error and size of every matrix in every configuration, from which allocations choose, and their JSON."""
 
 from __future__ import annotations
 
@@ -116,8 +116,10 @@ class CostTable:
         Returns
         -------
         str
-            The same text for the same table, a line for each configuration and each matrix.
+            The same text for the same table, with a line for each configuration and each matrix.
         """
+        # Lines are joined by hand: json.dumps with an indent would put each of thousands of numbers on a separate line.
+        # Sizes are stored because a configuration does not determine them: factors may be quantized, or of any dtype.
         columns = [_written(configuration) for configuration in self.configurations]
         rows = [
             {
@@ -153,7 +155,7 @@ class CostTable:
         Raises
         ------
         InvalidArgumentError
-            If the text is no such document.
+            If the text is not such a document.
         """
         try:
             document = json.loads(text)

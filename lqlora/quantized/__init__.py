@@ -1,4 +1,4 @@
-"""Quantized arrays: their stored arrays, and the functions that make them from dense arrays and decode them.
+"""Quantized arrays: quantization by absolute maxima, least squares or error feedback, decoding, and products.
 
 ``array`` checks stored arrays on load. ``_fits`` chooses scales and levels, ``_search`` has the least squares of that choice,
 and ``_scales`` rounds and stores the scales. ``_encoding`` and ``_decoding`` convert between weights and packed codes.

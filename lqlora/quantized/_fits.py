@@ -5,9 +5,9 @@ A fit minimizes the squared error of the decoded array, each square times its im
 
 .. math:: \min_s \sum_i w_i \, (x_i - \hat s \, Q(x_i / \hat s))^2 ,
 
-with the decoded scale :math:`\hat s` in place of ``s``. The search (:mod:`lqlora.quantized._search`) proposes a scale; it is then
-stored, decoded, and compared with the scale of the absolute maximum *as decoded*. So no block is worse than under its
-absolute maximum, however storage rounds the scales.
+with the decoded scale :math:`\hat s` in place of ``s``. The search (:mod:`lqlora.quantized._search`) proposes a scale.
+It is then stored, decoded, and compared with the scale of the absolute maximum *as decoded*. So no block is worse than
+under its absolute maximum, however storage rounds the scales.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _not_above(wanted: Array, statistic: Array) -> Array:
 
 
 def _search(source: Source, statistic: Array, first: Choice, levels: Array | None) -> Array:
-    """Return the scale of least error of each block, before it is stored.
+    """Return the scale of least error of each block, before storing rounds it.
 
     Blocks are divided by their statistic, so that the search works on numbers near 1 whatever the unit of the weights, and
     its grid of ratios serves all blocks. Importance is divided by the largest of its block for the same reason: a common

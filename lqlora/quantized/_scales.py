@@ -109,7 +109,8 @@ def _with_signs(stored: QuantizedArray, scales: Array) -> QuantizedArray:
     """Move the codes of scales that decode to zero, or to the other sign, to the nearest code of the right sign.
 
     Otherwise all weights of such a block would decode to zero, or with the wrong sign. A scale that is too large costs
-    less: a weight then rounds to zero or to a level of its own sign, so its error is at most about the weight itself. Codes move by one in each pass, because the levels next to zero differ between codebooks and depths.
+    less: a weight then rounds to zero or to a level of its own sign, so its error is at most about the weight itself.
+    Codes move by one in each pass, because the levels next to zero differ between codebooks and depths.
     """
     xp = namespace(scales)
     # t >= 0 and levels ascend, so t l + o does not decrease with the code: a higher code is right for s > 0, a lower one for
@@ -137,8 +138,9 @@ def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray
     They share second-level scales and offset with ``stored``. The nearest scale need not be the best one for the weights,
     which is why a fit also tries the neighbors.
     """
-    # E is not a parabola across a change of codes, and not symmetric about its minimum. The scale that is nearest to the best
-    # one may leave more error than the next one on the other side. The codes below and above include both sides.
+    # The error E of a block as a function of its scale is not a parabola across a change of codes, and not symmetric about
+    # its minimum. The scale nearest to the best one may leave more error than the next one on the other side. The codes
+    # below and above include both sides.
     xp = namespace(wanted)
     wide = ops.storage_cast(wanted, "float32")
     centered = wide if stored.offset is None else wide - stored.offset

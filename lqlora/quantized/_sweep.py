@@ -1,8 +1,7 @@
 """Passes of error feedback and coordinate descent, which round a weight matrix column by column.
 
-Each column compensates the errors of the others.
-
-Matrices are held transposed and in the order of the pass, so that a column of the weight is contiguous.
+Each column compensates the errors of the others. Matrices are held transposed and in the order of the pass, so that a
+column of the weight is contiguous.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def _upper_factor(matrix: Array) -> Array:
 
 
 def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = None) -> Array:
-    """Round columns one after another to the scales and levels of a quantized matrix.
+    """Return the targets of columns that are rounded one after another to the values of a quantized matrix.
 
     Parameters
     ----------
@@ -126,7 +125,8 @@ def targets(w: Array, q: QuantizedArray, system: System, dense: Array | None = N
     Returns
     -------
     array of the same shape and dtype as ``w``
-        Target of each column, which was rounded to the nearest value.
+        Target of each column: its weights plus the errors of other columns that it compensates. Rounding it to nearest
+        gives the codes.
     """
     xp = namespace(w)
     # Feedback: T_k = W_k + sum_{j < k} M_jk E_j, of columns that are rounded already. Rounding T_k to nearest minimizes the

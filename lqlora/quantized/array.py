@@ -106,7 +106,7 @@ class QuantizedArray:
         Raises
         ------
         InvalidArgumentError
-            If the number of parts is another, or they differ in format or shape, or one is a stack itself.
+            If the number of parts is not the product, they differ in format or shape, or one is a stack itself.
         """
         kinds = {(part.format, part.shape, part.batch_shape) for part in parts}
         if len(parts) != prod(batch_shape) or len(kinds) != 1 or parts[0].batch_shape:
@@ -215,7 +215,7 @@ class QuantizedArray:
         return quantized
 
     def to(self, xp: Namespace, device: object = None) -> QuantizedArray:
-        """Return the quantized array in another array library or on another device. Nothing else moves arrays.
+        """Return the quantized array in another array library or on another device. No other function moves arrays.
 
         Parameters
         ----------
@@ -297,8 +297,8 @@ def _check_values(q: QuantizedArray, *, signed: bool = False) -> None:
     book = q.format.codebook
     # A codebook of 2^b levels has a level for every code, so that only shorter ones can be exceeded.
     for codes in [] if len(book) == 2**q.format.bits else [part.codes for part in q.unstack()]:
-        if prod(codes.shape) and int(namespace(codes).max(codes)) >= len(book):
-            raise FormatError(f"'codes' must be below {len(book)}, the number of levels of {book.name}.")
+        if prod(codes.shape) and (largest := int(namespace(codes).max(codes))) >= len(book):
+            raise FormatError(f"'codes' must be below {len(book)}, the number of levels of {book.name}, got {largest}.")
     if q.levels is not None:
         _check_levels(q.levels)
     if q.offset is not None:
@@ -322,7 +322,7 @@ def _check_scales(scales: Array, *, signed: bool) -> None:
 
 
 def _check_decoded_scales(q: QuantizedArray) -> None:
-    """Refuse second-level scales, or an offset, under which a scale overflows: :func:`quantize` never stores such."""
+    """Refuse second-level scales and offsets under which a scale overflows: :func:`quantize` never stores them."""
     if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
         return
     with np.errstate(over="ignore", invalid="ignore"):

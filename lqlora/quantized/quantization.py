@@ -1,4 +1,4 @@
-"""``quantize``, ``dequantize`` and ``matmul``: quantized arrays from dense ones, back, and products with them."""
+"""``quantize``, ``dequantize`` and ``matmul``: encoding of dense arrays, decoding, and products with weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def quantize(
     batch_dims : int, default 0
         Number of leading dimensions that count arrays to quantize one by one, such as the experts of a layer.
     check_finite : bool, default True
-        False skips the search for NaN and infinity. Scales made of them may still raise an error.
+        False skips the search for NaN and infinity. Scales computed from them may still raise an error.
     name : str, optional
         Name of the array in messages.
 
@@ -130,6 +130,7 @@ def quantize(
         raise InvalidArgumentError(
             f"batch_dims={batch_dims} must count at least one array, got {name} of shape {tuple(w.shape)}."
         )
+    # One by one, so that a member of a stack has the bytes that it would have alone: its own offset and levels.
     parts = []
     starts = [None] * prod(batch_shape) if start is None else start.unstack()
     for index, near in zip(_indices(batch_shape), starts, strict=True):
@@ -143,7 +144,7 @@ def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
     """Return importance in the shape of the array; refuse values that cannot be factors of squared errors."""
     xp = namespace(w, weights)
     if fit == "absmax":
-        raise InvalidArgumentError("weights need fit='scale' or 'levels+scale': fit='absmax' minimizes no error.")
+        raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which uses no weights.")
     ops.require_float(weights, "weights")
     ops.require_finite(ops.widen(weights), "weights")
     if prod(weights.shape) and bool(xp.min(ops.widen(weights)) < 0):
@@ -159,7 +160,7 @@ def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
 
 def _check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...], fit: str, batch_dims: int) -> None:
     if fit == "absmax":
-        raise InvalidArgumentError("start needs fit='scale' or 'levels+scale': fit='absmax' searches nothing.")
+        raise InvalidArgumentError("start needs fit='scale' or 'levels+scale', got 'absmax', which does not search.")
     if not isinstance(start, QuantizedArray):
         raise InvalidArgumentError(f"start must be a QuantizedArray, got {type(start).__name__}.")
     found = start.format, start.shape, len(start.batch_shape)

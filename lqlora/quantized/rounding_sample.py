@@ -23,7 +23,7 @@ __all__ = ["Rounded", "RoundingSample"]
 #: Weights of a sample. The ratio of two errors is then off by about 0.1 %, and by less for similar formats.
 _SAMPLE = 1 << 19
 
-#: One block of this number in the sample keeps its errors, to measure how similar two formats are.
+#: One in this number of sampled blocks keeps the errors of its entries, to measure how similar two formats are.
 _SOME = 8
 
 
@@ -43,7 +43,7 @@ class Rounded(NamedTuple):
 
 
 class RoundingSample:
-    """Sample of blocks spread evenly over an array. Scales are those of the whole array, since they share offsets.
+    """Sample of blocks spread evenly over an array. Scales are computed for the whole array, since they share offsets.
 
     Parameters
     ----------

@@ -40,7 +40,7 @@ def pareto_points(plans: Iterable[Plan]) -> list[ParetoPoint]:
     Returns
     -------
     list of ParetoPoint
-        One for each plan. Plans of one size come by falling error.
+        One for each plan. Plans of one size are sorted by falling error.
 
     Raises
     ------
@@ -65,5 +65,7 @@ def pareto_points(plans: Iterable[Plan]) -> list[ParetoPoint]:
                 f"plans must count the same parts, but counts_factors is {plan.counts_factors} in plan {number} and "
                 f"{plans[0].counts_factors} in plan 0."
             )
+    # Points of equal size are sorted by falling error. A line through all points then drops vertically there, and goes
+    # on from the least error of that size.
     points = [ParetoPoint(float(plan.counted_bits_per_weight), plan.error) for plan in plans]
     return sorted(points, key=lambda point: (point.bits_per_weight, -point.error))

@@ -1,4 +1,4 @@
-"""Matrices of a plan grouped by kind (all query projections, say) and by layer: bits, ranks and shares of the error."""
+"""Matrices of a plan grouped by kind, such as all query projections, and by layer: bits, ranks, shares of the error."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ class Kind:
     storage_bits, factor_bits : int
         Exact bits of their quantized parts and of their low-rank factors.
     lowest, highest : Fraction
-        Bits per weight of the smallest and of the largest quantized part, relative to its weights.
+        Least and greatest bits per weight of a quantized part.
     ranks : tuple of int
         Smallest and largest rank.
     error_share : float
-        Their share of the weighted squared error of the plan.
+        Share of these matrices in the weighted squared error of the plan.
     """
 
     name: str
@@ -116,7 +116,9 @@ def bits_by_layer(plan: Plan) -> Grid:
     Grid
         Matrices that share kind and layer, such as the experts of a layer, are taken together.
     """
-    # The mean over the weights, not over the matrices: experts of a layer may differ in shape.
+    # The mean is over the weights, not over the matrices: experts of a layer may differ in shape. A cell without a
+    # matrix is NaN in both grids and stays NaN, since np.maximum passes NaN on. An empty matrix has 0 bits per weight,
+    # not 0 / 0.
     bits = by_layer({name: own.storage_bits for name, own in plan.matrices.items()})
     counts = by_layer({name: own.weight_count for name, own in plan.matrices.items()})
     return bits._replace(values=bits.values / np.maximum(counts.values, 1))
@@ -166,7 +168,7 @@ def by_layer(values: Mapping[str, float]) -> Grid:
     Returns
     -------
     Grid
-        Kinds in the order of first appearance. Only their last words are given if these differ.
+        Kinds in the order of first appearance. If their last words differ, each kind is given by its last word only.
 
     Examples
     --------
@@ -181,6 +183,8 @@ def by_layer(values: Mapping[str, float]) -> Grid:
         cell = kinds[kind], layers[layer]
         # nansum takes NaN, which stands for no matrix, as 0: the first value of a cell replaces it.
         grid[cell] = np.nansum([grid[cell], values[name]])
+    # Last words alone are ambiguous where a layer has two parts of the same structure: self_attn.out_proj and
+    # cross_attn.out_proj are both "out_proj". Then all kinds keep their whole names.
     short = [kind.rpartition(".")[2] for kind in kinds]
     return Grid(short if len(set(short)) == len(kinds) else list(kinds), list(layers), grid)
 
@@ -208,7 +212,9 @@ def kind_and_layer(name: str) -> tuple[str, int]:
     >>> kind_and_layer("layer_3/kernel")
     ('layer_*/kernel', 3)
     """
-    # ASCII digits only: str.isdigit is true of "²", too, which int() refuses.
+    # ASCII digits only: str.isdigit is true of "²", too, which int() refuses. The first number is the layer, since
+    # names go from the outside in: the number of an expert follows that of its layer. All parts that are numbers
+    # become "*", so that the experts of a layer are one kind.
     parts = name.split(".")
     if numbers := [part for part in parts if re.fullmatch(r"[0-9]+", part)]:
         return ".".join("*" if part in numbers else part for part in parts), int(numbers[0])
@@ -217,6 +223,7 @@ def kind_and_layer(name: str) -> tuple[str, int]:
 
 
 def _summarize(kind: str, matrices: list[PlannedMatrix], total_error: float) -> Kind:
+    # Bits are fractions, so the extremes are exact. The sum of errors is rounded once, as in Plan.error.
     bits = [own.bits_per_weight for own in matrices]
     ranks = [own.rank for own in matrices]
     error = math.fsum(own.cost for own in matrices)

@@ -1,4 +1,4 @@
-"""Pictures of plans and frontiers, drawn with matplotlib, which is imported when the first one is drawn."""
+"""Pictures of plans and Pareto frontiers, drawn with matplotlib, which is imported at the first picture."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plot(plan: Plan) -> Any:
     Returns
     -------
     matplotlib.figure.Figure
-        Belongs to no window: save it, or show it in a notebook.
+        Figure without a window: save it, or show it in a notebook.
 
     Raises
     ------
@@ -42,6 +42,7 @@ def plot(plan: Plan) -> Any:
         grids.append((ranks_by_layer(plan), "Ranks", "rank", "{x:g}"))
     grids.append((error_by_layer(plan), "Share of the weighted squared error", "share", "{x:.1%}"))
     picture = figure(figsize=(8, len(grids) * max(3.0, 1.2 + 0.25 * len(bits.kinds))))
+    # Two grids at least: for a single one, subplots would return one Axes and not an array of them.
     for axes, (grid, title, label, form) in zip(picture.subplots(len(grids)), grids, strict=True):
         draw_grid(axes, grid, title, label, form=form)
     return picture
@@ -60,7 +61,7 @@ def plot_pareto(plans: Iterable[Plan]) -> Any:
     Returns
     -------
     matplotlib.figure.Figure
-        Belongs to no window: save it, or show it in a notebook.
+        Figure without a window: save it, or show it in a notebook.
 
     Raises
     ------
@@ -78,7 +79,7 @@ def plot_pareto(plans: Iterable[Plan]) -> Any:
     axes.plot(bits, errors, marker=".")
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("weighted squared error")
-    if min(errors) > 0:
+    if min(errors) > 0:  # zero has no place on a logarithmic axis
         axes.set_yscale("log")
     return picture
 
@@ -134,7 +135,7 @@ def draw_errors(axes: Any, curves: Mapping[str, Sequence[float]], title: str) ->
 
 
 def figure(**options: Any) -> Any:
-    """Return an empty matplotlib figure that belongs to no window.
+    """Return an empty matplotlib figure without a window.
 
     Parameters
     ----------

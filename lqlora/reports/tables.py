@@ -33,7 +33,7 @@ def table(plan: Plan, by: Literal["matrix", "kind"] = "matrix") -> str:
     Raises
     ------
     InvalidArgumentError
-        If ``by`` is another word.
+        If ``by`` is neither of the two.
     """
     if by == "matrix":
         return _matrix_table(plan)
@@ -71,5 +71,7 @@ def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _escape(cell: str) -> str:
-    """Return a name as one visible cell: a pipe or a line break in it would end the cell or its row."""
+    """Return a text as one table cell, with pipes escaped and characters that cannot be printed replaced."""
+    # Names come from files of others. A pipe would end the cell, a line break the row, and a control character could
+    # rewrite what a terminal shows. str.isprintable is false for line breaks and control characters.
     return "".join(c if c.isprintable() else "\ufffd" for c in cell).replace("|", "\\|")

@@ -46,8 +46,8 @@ def try_properties(
     selected = _selected(registry, only, exclude)
     if max_examples < 1:
         raise InvalidArgumentError(f"max_examples must be at least 1, got {max_examples!r}.")
-    # A subject may be slow and a strategy may reject most of its draws, as that of infeasible problems does. Both are
-    # no faults of the subject, so deadlines and health checks are off. With several bugs reported, Hypothesis would
+    # A subject may be slow, and a strategy may reject most of its draws, as that of infeasible problems does. Neither is
+    # a fault of the subject, so deadlines and health checks are off. With several bugs reported, Hypothesis would
     # raise a group of exceptions, and _try_property would not see the class of the check's own.
     settings = hypothesis.settings(
         max_examples=max_examples,

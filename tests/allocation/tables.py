@@ -1,4 +1,4 @@
-"""Cost tables to allocate from, and answers found by trying every assignment."""
+"""Strategies for cost tables, and optimal answers found by trying every assignment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.costs.cases import FORMATS, make_table
 
 @st.composite
 def tables(draw, ranks=(0,), formats=None, max_rows=4) -> lq.CostTable:
-    """Tables of some formats, of all by default, whose costs differ by many orders of magnitude and are sometimes equal."""
+    """Draw tables of some formats, with costs that differ by many orders of magnitude and are sometimes equal."""
     formats = FORMATS if formats is None else formats
     rows = draw(st.integers(1, max_rows))
     shapes = [(draw(st.integers(1, 9)), draw(st.integers(1, 9))) for _ in range(rows)]
@@ -26,7 +26,7 @@ def tables(draw, ranks=(0,), formats=None, max_rows=4) -> lq.CostTable:
 
 
 class Everything:
-    """Every assignment of a table, with its sum of costs and its bits: what a plan is compared with.
+    """Every assignment of a table, with its sum of costs and its bits, to compare plans with.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ class Everything:
         self._rows = np.arange(rows)
 
     def bits(self, rows=None) -> np.ndarray:
-        """Bits of some rows in every assignment."""
+        """Return the bits of some rows in every assignment."""
         each = self.size[self._rows, self.columns]
         return each.sum(axis=1) if rows is None else each[:, rows].sum(axis=1)
 
     def keep(self, valid) -> Everything:
-        """Rule assignments out."""
+        """Remove assignments."""
         self.valid &= valid
         return self
 

@@ -1,4 +1,4 @@
-"""Plans within a budget of bits, of bytes, or of error."""
+"""Plans within a budget of bits, bytes or error."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_plans_of_both_solvers_agree_within_the_gap(table, bits):
 
 
 class _Stopped:
-    """A solver that its time limit stopped before it found anything."""
+    """Solver that returns no assignment, as if its time limit had stopped it."""
 
     REQUIRES = "numpy"
 
@@ -206,7 +206,7 @@ class TestErrors:
         table = make_table([(8, 8)], [lq.Configuration(fmt, 0) for fmt in (NF8, NF4, NF2)], [[0.0, 1.0, 2.0]])
         plan = lq.allocate(table, max_error=math.nextafter(2.0, 0.0))
         assert plan.formats["m0"] == NF4
-        # In the units of the solver NF2 might do, so that nothing better than its bits is proven.
+        # In the integer units of the solver NF2 might be valid, so the proven bound is not above its bits.
         assert (plan.status, plan.bound) == ("FEASIBLE", NF2.storage_bits((8, 8)))
 
     @pytest.mark.parametrize("scale", [1e-300, 5e-324, 1e300])

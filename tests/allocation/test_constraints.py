@@ -1,4 +1,4 @@
-"""What a matrix may take: fixed, forbidden and tied configurations, and minimum bits."""
+"""Constraints on the configurations of a matrix: fixed, forbidden and tied ones, and minimum bits."""
 
 from __future__ import annotations
 

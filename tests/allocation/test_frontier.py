@@ -1,4 +1,4 @@
-"""Plans for several budgets at once."""
+"""Pareto frontiers: plans for several budgets."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_one_budget_that_cannot_be_met_is_refused(table):
 
 
 class _GivesUp:
-    """Notes what it could start from, and finds nothing."""
+    """Solver that records the given start and returns no assignment."""
 
     REQUIRES = "numpy"
 

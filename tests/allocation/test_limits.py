@@ -1,4 +1,4 @@
-"""Limits on some of the matrices, from above and from below."""
+"""Upper and lower limits on the size of some matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.costs.cases import FORMATS, NF2, NF4, NF8, make_table
 
 @st.composite
 def _limits(draw, table, everything):
-    """A limit on some matrices, with their rows, and about as often out of reach as not binding."""
+    """Draw a limit on some matrices, with their rows, that is about as often infeasible as not binding."""
     rows = sorted(draw(st.sets(st.integers(0, len(table.names) - 1), min_size=1)))
     size = draw(st.integers(int(everything.bits(rows).min()) - 8, int(everything.bits(rows).max()) + 8))
     at_least = draw(st.booleans())
@@ -31,7 +31,7 @@ def _limits(draw, table, everything):
 
 
 def _apply(everything, table, limits):
-    """Rule out what breaks a limit, in integers of eight times the number of weights."""
+    """Remove the assignments that violate a limit."""
     for rows, limit in limits:
         count = sum(math.prod(table.shapes[row]) for row in rows)
         bits = 8 * limit.total_bytes if limit.total_bytes is not None else limit.bits_per_weight * count

@@ -131,7 +131,7 @@ class TestDocuments:
 
 @pytest.fixture(scope="module")
 def errors():
-    """List what is wrong with a document."""
+    """List the faults of a document."""
     require_or_skip("jsonschema", is_installed("jsonschema"))
     jsonschema = importlib.import_module("jsonschema")
     jsonschema.Draft202012Validator.check_schema(lq.Plan.json_schema())
@@ -140,7 +140,7 @@ def errors():
 
 
 class TestSchema:
-    """What the shipped schema accepts and refuses, according to the package jsonschema."""
+    """Validation of documents against the shipped schema, by the package jsonschema."""
 
     @pytest.mark.parametrize("options", [{"bits_per_weight": 4.0}, {"total_bytes": 900}, {"max_error": 1000.0}])
     def test_every_kind_of_plan_is_valid(self, errors, table, options):

@@ -1,4 +1,4 @@
-"""Which matrices are tied, from lists and patterns, and by the customs of serving engines."""
+"""Ties between matrices, from lists and patterns, and those that serving engines need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LLAMA = [
 
 
 def _groups(names, ties):
-    """Groups of two or more, as sets of names."""
+    """Return the groups of two or more, as sets of names."""
     found = {}
     for name, group in zip(names, tie_groups(NameIndex(names), ties).tolist(), strict=True):
         found.setdefault(group, set()).add(name)
@@ -61,7 +61,7 @@ def test_lists_of_one_name_or_of_none_tie_nothing():
 def test_ties_that_overlap_merge(ties):
     names = [f"m{i}" for i in range(8)]
     groups = tie_groups(NameIndex(names), [[names[i] for i in tie] for tie in ties]).tolist()
-    # The closure of a relation, by repetition.
+    # Transitive closure: groups that overlap are merged until none do.
     together = {frozenset([i]) for i in range(8)}
     for tie in ties:
         touched = {members for members in together if members & set(tie)}

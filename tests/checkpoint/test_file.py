@@ -60,7 +60,7 @@ def _decomposition(shape=(6, 10), fmt=FORMATS[3], rank=2, scaling=1.0):
 
 @pytest.fixture
 def path(tmp_path):
-    """A valid file with matrices in two formats, plain tensors and metadata."""
+    """Write a valid file with matrices in two formats, plain tensors and metadata."""
     file = tmp_path / "model.safetensors"
     matrices = {"a.q_proj": _decomposition(), "b": _decomposition((16, 8), FORMATS[5], 1)}
     lq.save(file, matrices, {"norm": np.arange(5, dtype=np.float32)}, {"seed": 3})
@@ -68,7 +68,7 @@ def path(tmp_path):
 
 
 def _parts(file) -> tuple[dict, bytes]:
-    """Header and data of a safetensors file."""
+    """Return the header and the data of a safetensors file."""
     raw = file.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
@@ -80,7 +80,7 @@ def _write_parts(file, header: dict, data: bytes) -> None:
 
 
 def _rewrite(file, change) -> None:
-    """Change the document inside a file."""
+    """Change the JSON document inside a file."""
     header, data = _parts(file)
     document = json.loads(header["__metadata__"]["lqlora"])
     change(document)
@@ -89,7 +89,7 @@ def _rewrite(file, change) -> None:
 
 
 def _replace_tensors(file, change) -> None:
-    """Change the tensors inside a file, and leave its description as it is."""
+    """Change the tensors inside a file, and keep its JSON document."""
     text = _parts(file)[0]["__metadata__"]["lqlora"]
     arrays = load_file(file)
     change(arrays)
@@ -172,7 +172,7 @@ class TestRoundTrip:
             _assert_same_matrix(matrix, content.matrices[name])
 
     def test_the_same_content_is_the_same_file(self, tmp_path):
-        # Written several times: an order that depends on hashing is the same now and then by chance.
+        # Written several times, because an order that depends on hashing may be equal by chance.
         d = _decomposition()
         for i in range(12):
             lq.save(tmp_path / str(i), {"m": d}, {"norm": np.ones(3)}, {"seed": 1})
@@ -197,7 +197,7 @@ class TestWriting:
 
     @pytest.mark.parametrize("name", ["m.weight.extra", "m.weight.codebook"])
     def test_a_tensor_with_a_name_reserved_for_a_matrix_is_refused(self, tmp_path, name):
-        # load() would take it for an array of the matrix, and refuse the file that save() wrote.
+        # load() would take the tensor for an array of the matrix, and refuse the file that save() wrote.
         with pytest.raises(InvalidArgumentError, match=re.escape(name)):
             lq.save(tmp_path / "t", {"m": _decomposition()}, {name: np.zeros(3)})
 
@@ -312,7 +312,7 @@ class TestDamage:
             found = lq.verify(damaged)
         except CheckpointError:
             return
-        # In the header a space may turn into a tab: then the content is what it was.
+        # In the header a space may turn into a tab, which leaves the content unchanged.
         assert position < header_end
         original = lq.load(file)
         _assert_same_matrix(found.matrices["m"], original.matrices["m"])
@@ -444,7 +444,7 @@ class TestDamage:
     )
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_values_that_are_not_finite_are_named_by_verify(self, tmp_path, name, value):
-        # save() does not refuse such values: the user may want to inspect a model that diverged.
+        # save() accepts such values, because a user may want to inspect a model that diverged.
         d = _decomposition()
         arrays = {f"m.weight.{key}": array.copy() for key, array in d.quantized.to_arrays().items()}
         arrays |= {"m.lora_A": d.lora_A.copy(), "m.lora_B": d.lora_B.copy(), "norm": np.ones(3, dtype=np.float32)}

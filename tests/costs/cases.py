@@ -24,12 +24,12 @@ def matrices() -> dict[str, np.ndarray]:
 
 
 def small_table() -> lq.CostTable:
-    """Four matrices in five formats, really decomposed."""
+    """Return the table of four matrices in five formats, computed by decompositions."""
     return lq.cost_table(matrices(), FORMATS, rank=2)
 
 
 def make_table(shapes, configurations, costs) -> lq.CostTable:
-    """A table of given costs and true sizes; factors take 16 bits an entry."""
+    """Return a table of given costs with true sizes. Factors take 16 bits an entry."""
     names = tuple(f"m{i}" for i in range(len(shapes)))
     sizes = np.array([[own.format.storage_bits(shape) for own in configurations] for shape in shapes])
     factors = np.array([[16 * own.rank * sum(shape) for own in configurations] for shape in shapes])

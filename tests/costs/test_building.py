@@ -1,4 +1,4 @@
-"""Cost tables: what a cell holds, where the work runs, what is refused, and tables as documents."""
+"""Cost tables: values of cells, executors, bad input, and JSON documents."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestCostTable:
 
     def test_processes_do_not_change_a_bit(self, weights):
         few = dict(itertools.islice(weights.items(), 2))
-        # Forked children of a process that has threads may hang, so they are started afresh.
+        # Forked children of a process with threads may hang, so new processes are spawned.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             found = lq.cost_table(few, FORMATS[:2], rank=1, executor=pool)
         assert same(found, lq.cost_table(few, FORMATS[:2], rank=1))

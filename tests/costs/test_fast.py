@@ -1,4 +1,4 @@
-"""Costs that many formats share: near those of decompositions of their own, for a fraction of the work."""
+"""Fast cost tables: costs near those of separate decompositions, for a fraction of the work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS_OF_GRID = [
 
 
 def matrix(rows=192, columns=160, seed=0):
-    """Noise, outliers, and directions that a low-rank part takes."""
+    """Return a matrix of noise, outliers, and directions that a low-rank part can represent."""
     rng = np.random.default_rng(seed)
     low_rank = rng.standard_normal((rows, 8)) @ rng.standard_normal((8, columns)) / 8
     return ((rng.standard_t(6, (rows, columns)) + low_rank) * 0.02).astype(np.float32)
@@ -51,7 +51,7 @@ def test_costs_are_near_those_of_decompositions(kind, shape):
     exact = lq.cost_table({"a": matrix(*shape)}, FORMATS_OF_GRID, **options)
     fast = lq.cost_table({"a": matrix(*shape)}, FORMATS_OF_GRID, mode="fast", **options)
     error = np.abs(fast.costs / exact.costs - 1)[0, near_best(exact)]
-    # Small matrices have few second-level blocks: what a coarse format does to them is a matter of chance.
+    # Small matrices have few second-level blocks, so the error of a coarse format is a matter of chance.
     assert np.median(error) < 0.03
     assert np.quantile(error, 0.8) < 0.06
     assert fast.sizes.tolist() == exact.sizes.tolist()
@@ -72,7 +72,7 @@ def test_the_whole_grid_is_near_and_in_order_and_few_of_it_are_decomposed(monkey
     assert near.sum() > 200
     assert abs(np.median(ratio) - 1) < 0.01
     assert np.quantile(np.abs(ratio - 1), 0.98) < 0.05
-    # Scales of two bits lose so much that a low-rank part can take more of it, or less.
+    # With scales of two bits the error is so large that the share of a low-rank part varies.
     assert np.abs(ratio - 1).max() < 0.15
     order = np.argsort(exact.costs[0, near])
     assert np.corrcoef(np.arange(len(order)), np.argsort(np.argsort(fast.costs[0, near]))[order])[0, 1] > 0.998

@@ -1,4 +1,4 @@
-"""Rows computed by other processes, which may die: the table is that of one process."""
+"""Rows computed by other processes, which may die. The table equals that of one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def load(folder: Path, name: str, seconds: float = 0.0) -> np.ndarray:
-    """Read a matrix, and leave a trace of who did."""
+    """Read a matrix, and record the process that read it."""
     (folder / f"{name}.{os.getpid()}.read").touch()
     time.sleep(seconds)
     return np.load(folder / f"{name}.npy")

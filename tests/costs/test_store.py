@@ -1,4 +1,4 @@
-"""Stores of costs: what is resumed, what is refused, and a process that is killed again and again."""
+"""Stores of costs: resuming, refusal of other inputs, and a process that is killed again and again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def counted(weights):
-    """Loaders, and the names of those that were called."""
+    """Return loaders of matrices, and the list of names of the loaders that were called."""
     calls = []
 
     def loader(name):
@@ -103,7 +103,7 @@ class TestResuming:
 
 
 def test_costs_are_those_of_the_version_of_the_numerics_that_stores_name():
-    """Whoever changes these raises NUMERICS: stores would mix costs of two kinds."""
+    """Stored costs stay the same. A change of them must raise NUMERICS, or stores would mix old and new costs."""
     assert NUMERICS == 1
     exact, fast = (lq.cost_table(matrices(), FORMATS[1:4], rank=2, mode=mode).costs for mode in ("exact", "fast"))
     np.testing.assert_allclose(exact[:2], [[7.48182, 6.20262, 1.48125], [1.38886, 0.972479, 0.273722]], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""What a cost table must be, wherever it comes from."""
+"""Checks of the values of a cost table, wherever the table comes from."""
 
 from __future__ import annotations
 

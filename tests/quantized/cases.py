@@ -1,4 +1,4 @@
-"""What the tests of quantized arrays share: drawing an array with a format that fits it, and looking at the scales."""
+"""Shared helpers of the tests of quantized arrays: arrays drawn with a format, decoded scales, block errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DOUBLE = "nf4/16:u8/4:float32"
 AXES = (None, 0, 1, -1, -2)
 
-#: Formats of every kind: each normalization, each codebook and each offset of scales, recursion, axes, fitted levels.
+#: Formats with each normalization, each codebook and offset of scales, several depths of scales, axes, fitted levels.
 KINDS = (
     "nf4/16:float32", "nf2/7:u8/5:float32", "nf8/16@-1:float32", "int5/5@0:u4+none/7:u3/3:float32", "uint1/53:float32",
     "nf3/6:d8/9:float32", "nf3/6:d8+none/9:float32", "nf4/4@-1:l8/8:float32", "af4/9@1:l4+min/8:float32",
@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
 
 
 def shape_for(fmt: BlockFormat, max_side: int = 8) -> st.SearchStrategy[tuple[int, ...]]:
-    """Shapes that have the axis of a format, empty ones included."""
+    """Draw shapes that have the axis of a format, empty ones included."""
     least = 0 if fmt.axis is None else fmt.axis + 1 if fmt.axis >= 0 else -fmt.axis
     least_side = int(isinstance(fmt.levels, int))  # no lines: tests/quantized/test_levels.py
     return hnp.array_shapes(min_dims=least, max_dims=3, min_side=least_side, max_side=max_side)
@@ -50,12 +50,12 @@ def draw_case(data: Any, xp: Any, dtype: Any = np.float32, **options: Any) -> tu
     """Draw an array and a format for it; ``options`` are those of :func:`tests.strategies.formats`."""
     fmt = data.draw(formats(scale_dtypes(xp), **({"axes": AXES} | options)))
     w = normal_numbers(xp, data.draw(weights(dtype, largest_for(fmt), shape_for(fmt))))
-    # Scales of both signs keep the sign of a zero: tests/quantized/test_signed.py and test_affine.py look at that.
+    # Signed scales keep the sign of a zero: tests/quantized/test_signed.py and test_affine.py check that.
     return (w if fmt.codebook.normalization == "absmax" else w + dtype(0)), fmt
 
 
 def levels_of(q: QuantizedArray) -> Iterator[QuantizedArray]:
-    """All levels of scales, outermost first."""
+    """Yield a quantized array and its scales of every depth, outermost first."""
     while isinstance(q.scales, QuantizedArray):
         yield q
         q = q.scales
@@ -63,12 +63,12 @@ def levels_of(q: QuantizedArray) -> Iterator[QuantizedArray]:
 
 
 def scales_of(q: QuantizedArray) -> np.ndarray:
-    """Scales as they decode, in float32."""
+    """Return the decoded scales in float32."""
     return host(dequantize(q.scales) if isinstance(q.scales, QuantizedArray) else q.scales).astype(np.float32)
 
 
 def quantized(xp: Any, w: np.ndarray, fmt: BlockFormat, **options: Any) -> QuantizedArray:
-    """Quantize a NumPy array in another library, its weights taken there too."""
+    """Quantize a NumPy array in another library, with its importance converted as well."""
     if options.get("weights") is not None:
         options["weights"] = on(xp, options["weights"])
     return quantize(on(xp, w), fmt, **options)
@@ -79,7 +79,7 @@ def restored(q: QuantizedArray) -> np.ndarray:
 
 
 def lines(array: np.ndarray, axis: int | None) -> np.ndarray:
-    """Lines that blocks follow, as rows."""
+    """Return the lines that are cut into blocks, as rows."""
     if axis is None:
         return array.reshape(1, -1)
     moved = np.moveaxis(array, axis, -1)
@@ -87,7 +87,7 @@ def lines(array: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def block_errors(w: np.ndarray, q: QuantizedArray, importance: np.ndarray | None = None) -> list[float]:
-    """Squared error of each block in float64, computed from the dense arrays alone."""
+    """Return the squared error of each block in float64, computed from the dense arrays alone."""
     squares = (w.astype(np.float64) - restored(q)) ** 2
     if importance is not None:
         squares = squares * np.broadcast_to(importance, w.shape).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Blocks with a zero point."""
+"""Affine formats: blocks with a zero point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored arrays: read back as they were, moved to other libraries, and refused if anything about them is wrong."""
+"""Stored arrays: round trips, moves to other libraries, and errors for every way to corrupt them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.strategies import host, on, stored
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 
 NESTED = ("codes", "scales.codes", "scales.scales", "scales.offset")
-#: Of each kind of stored array one is there in one of these.
+#: Formats that together have every kind of stored array.
 RICH = ("nf3/4:u8/3:float16", "affine3/4@0:d8/3:l8/2:float32", "bof2s-64+fit2/3@-1:i8/2:float32", "int3+fit/4:bfloat16")
 
 
@@ -199,7 +199,7 @@ def test_infinite_scales_that_are_stored_as_such_are_let_through(xp, value):
 
 @pytest.mark.parametrize("text", ["nf4/4:d8/4:float32", "nf4/4:i8+mean/4:float32"])
 def test_blocks_of_zeros_may_have_scales_that_decode_to_less_than_zero(xp, text):
-    # The mean is subtracted, and what is left of a scale of zero is rounded below minus the mean.
+    # A scale of zero becomes minus the mean, which is rounded to a level below it.
     w = normal(40, 4) * (np.arange(40) % 3 > 0)[:, None].astype(np.float32)
     q = quantized(xp, w, BlockFormat.parse(text))
     assert (scales_of(q) < 0).any()

@@ -1,4 +1,4 @@
-"""The same bytes as the oracle, on every library."""
+"""Quantization gives the same bytes as the oracle, on every library."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_float64_input_equals_the_oracle(xp, data):
 @given(data=st.data())
 @settings(max_examples=25)
 def test_narrow_input_is_widened_first(xp, data):
-    # Where a library has no narrow floats, float32 is narrowest.
+    # In a library without narrow floats, float32 is the narrowest dtype.
     narrowest = oracle.STORAGE[data.draw(st.sampled_from(scale_dtypes(xp)))]
     fmt = data.draw(formats(scale_dtypes(xp)))
     w = (data.draw(weights(largest=3e4)) + np.float32(0)).astype(narrowest)
@@ -104,7 +104,7 @@ def test_double_quantization_is_that_of_lq_lora(w, block_size, bits, second, dty
     q = quantize(w, fmt)
     assert q.scales.scales.astype(np.float32).tolist() == second_scales.tolist()
     assert q.scales.offset.tolist() == [statistics.min()]
-    # What it rounds down to zero is rounded up here: the weights of such a block would all be lost.
+    # Scales whose nearest code decodes to zero get the next code, or all weights of their blocks would be lost.
     kept = (decoded > 0) | (statistics == 0)
     assert q.scales.codes[kept].tolist() == np.array(codes)[kept].tolist()
     found = dequantize(q.scales)

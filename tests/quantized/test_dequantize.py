@@ -1,4 +1,4 @@
-"""Back to dense arrays: new ones of any dtype, and ones that are given."""
+"""Decoding to new arrays of any dtype and to given arrays, and the distance from the weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_any_array_of_the_shape_is_written_to(xp, layout, data):
     q = quantized(xp, w, fmt)
     if layout == "reversed" and "torch" in xp.__name__:
         layout = "every second"  # torch has no negative strides
-    # What is written must not depend on what was there, and beside it nothing may change.
+    # The result must not depend on the old content, and memory beside the array must not change.
     native = np.float64 if dtype == "float64" else oracle.STORAGE[dtype]
     out = lay_out(on(xp, np.full(w.shape, 9.0).astype(native)), layout)
     assert dequantize(q, out=out) is out
@@ -102,7 +102,7 @@ def test_an_output_that_is_no_array_is_refused(value):
         dequantize(q, out=value)
 
 
-# --- how far from the weights
+# --- distance from the weights
 
 
 @quiet

@@ -12,7 +12,7 @@ from tests.strategies import host, on, stored
 
 @pytest.fixture
 def away(strict):
-    """From an array on the host to one that is not."""
+    """Convert an array on the host to one on a device."""
     return lambda array: strict.asarray(on(strict, array), device=strict.Device("device1"))
 
 

@@ -1,4 +1,4 @@
-"""Bad input is answered by one sentence."""
+"""Bad input raises an error that names the array and says the value."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_float64_weights_beyond_float32_are_refused(xp, text, w):
 
 
 def test_a_scale_that_overflows_when_it_is_decoded_is_refused():
-    # bfloat16 rounds 3.37e38 up; with the offset added back the sum is beyond float32, and its block would be NaN.
+    # bfloat16 rounds 3.37e38 up. With the offset added the scale is beyond float32, and its block would be NaN.
     w = np.array([1.5e36, 3.4028235e38], dtype=np.float32)
     fmt = BlockFormat(NF4, 1, ScaleFormat(8, 4, "bfloat16"))
     with pytest.raises(NonFiniteError, match="v_proj"):

@@ -1,4 +1,4 @@
-"""Figures that can be looked up or worked out: errors on normal weights."""
+"""Errors on normal weights against published values and values that can be derived."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scales chosen by the error they leave: never worse, weights respected, the same bytes whatever the unit."""
+"""Scales of least squared error: never worse than absolute maxima, weighted by importance, independent of units."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = [book for book in ALL_CODEBOOKS if book.bits <= 4]
 
 
 def draw_importance(data, w):
-    """Weights of squared errors: none, or of all sizes with zeros among them; none so small that it is subnormal."""
+    """Draw importance: none, or values of all sizes with zeros among them, without subnormal ones."""
     seed = data.draw(st.none() | st.integers(0, 99))
     if seed is None:
         return None
@@ -35,7 +35,7 @@ def draw_importance(data, w):
 
 
 def uniform_if_zero(importance, w, fmt):
-    """Weights as the fit takes them: a block that nothing weighs counts its entries the same."""
+    """Return importance as the fit uses it: entries count equally in a block whose importance is all zero."""
     if importance is None:
         return None
     parts = [
@@ -47,7 +47,7 @@ def uniform_if_zero(importance, w, fmt):
 def assert_no_block_is_worse(w, fitted, plain, importance=None):
     importance = uniform_if_zero(importance, w, fitted.format)
     for own, other in zip(block_errors(w, fitted, importance), block_errors(w, plain, importance), strict=True):
-        # Weights are divided by their maximum in float32, which rounds them.
+        # Importance is divided by its maximum in float32, which rounds it.
         assert own <= other * (1 + (1e-12 if importance is None else 1e-6))
 
 
@@ -73,7 +73,7 @@ def test_most_blocks_of_normal_weights_gain(fast_xp, text, weighted):
     fitted, plain = quantized(fast_xp, w, fmt, fit="scale", weights=importance), quantized(fast_xp, w, fmt)
     assert_no_block_is_worse(w, fitted, plain, importance)
     own, other = (np.array(block_errors(w, q, importance)) for q in (fitted, plain))
-    # Where codes of scales are few, the neighbors of the first choice seldom are any better.
+    # With few codes of scales, the neighbors of the first choice are seldom better.
     assert (own < other).mean() > (0.4 if isinstance(fmt.scales, str) else 0.1)
     assert own.sum() < (0.99 if isinstance(fmt.scales, str) else 0.999) * other.sum()
 
@@ -124,7 +124,7 @@ def test_fitted_levels_gain_on_normal_weights(text, weighted):
         assert errors["levels+scale"] < errors["scale"]
 
 
-# --- the best there is, on blocks small enough to search
+# --- the optimum, on blocks that are small enough to search
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -143,7 +143,7 @@ def test_the_scale_is_close_to_the_best_of_a_fine_grid(bits):
 
 
 def test_a_block_of_multiples_of_levels_is_found_exactly(xp):
-    # The largest weight is not the largest level: the absolute maximum is no scale under which they are all levels.
+    # The largest weight is not the largest level, so under the absolute maximum the weights are not all levels.
     levels = NF4.levels[[0, 3, 7, 9, 12, 14]] * np.float32(0.5)
     w = np.array([*levels, 0.4], dtype=np.float32)
     importance = np.array([1, 1, 1, 1, 1, 1, 0], dtype=np.float32)
@@ -152,7 +152,7 @@ def test_a_block_of_multiples_of_levels_is_found_exactly(xp):
     np.testing.assert_allclose(scales_of(q), [0.5], rtol=1e-6)
 
 
-# --- weights
+# --- importance of entries
 
 
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
@@ -164,7 +164,7 @@ def test_weights_lower_the_error_that_they_weigh(fast_xp, text, fit):
     if fit == "levels+scale" and fmt.codebook.normalization == "affine":
         return
     w = normal(64, 48)
-    # Large weights do not matter and small ones do: what a fit without weights gets wrong.
+    # Only small weights are important here, which a fit without importance gets wrong.
     importance = np.exp(-4 * w.astype(np.float64) ** 2).astype(np.float32)
     with_weights, without = (quantized(fast_xp, w, fmt, fit=fit, weights=own) for own in (importance, None))
     found = math.fsum(block_errors(w, with_weights, importance))
@@ -295,7 +295,7 @@ def test_denormal_weights_are_fitted(fit, tiny):
     assert restored(quantize(w, BlockFormat(NF4, 2), fit=fit)).tolist() == w.tolist()
 
 
-# --- what is refused
+# --- bad input
 
 
 @pytest.mark.parametrize("fit", ["mse", "Scale", None, 1, "levels"])

@@ -1,4 +1,4 @@
-"""Error feedback: the codes of the paper, never worse than nearest rounding, in every format on every library."""
+"""Error feedback: the codes of the paper, and never worse than nearest rounding, in every format and library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FMT = BlockFormat.parse("nf2/8:float32")
 
 
 def moment(columns: int, rank: int | None = None, seed: int = 0) -> np.ndarray:
-    """Second moment of inputs that have much to do with each other, and sizes of their own."""
+    """Return the second moment of inputs that are correlated and differ in size."""
     rng = np.random.default_rng(seed)
     rank = 2 * columns if rank is None else rank
     inputs = rng.standard_normal((rank, columns)) @ (rng.standard_normal((columns, columns)) + 3 * np.eye(columns))
@@ -43,7 +43,7 @@ def output_error(w, q, gram):
 
 
 def nearest_of(w, fmt, gram, fit="scale", damping=0.01):
-    """Nearest rounding as the search starts from it."""
+    """Return the result of nearest rounding, from which the search starts."""
     if fit == "absmax" or not gram.any():
         return quantize(w, fmt, fit=fit)
     damped = np.diag(gram) + damping * np.mean(np.diag(gram))
@@ -174,7 +174,7 @@ def test_a_sweep_moves_no_code_that_is_best_given_the_others():
             assert np.sum((errors @ gram) * errors) >= least * (1 - 1e-6)
 
 
-# --- what the result does not depend on
+# --- invariance of the result
 
 
 @pytest.mark.parametrize(("text", "fit"), CASES)
@@ -211,7 +211,7 @@ def test_the_extremes_of_float64_are_units_too():
     gram = gram / np.abs(gram).max()
     expected = stored(gptq(w, FMT, gram))
     assert stored(gptq(w, FMT, gram * 2.0**1023)) == expected
-    # Here the grams have less than their 53 bits.
+    # Entries of this gram are subnormal, so they have fewer than 53 bits.
     assert output_error(w, gptq(w, FMT, gram * 2.0**-1040), gram) < output_error(w, nearest_of(w, FMT, gram), gram)
 
 
@@ -263,7 +263,7 @@ def test_arguments_stay_as_they_are(fast_xp):
     assert np.array_equal(host(gram), before[1])
 
 
-# --- grams that say little
+# --- grams of few or no inputs
 
 
 def test_a_gram_of_zeros_gives_nearest_rounding_and_a_warning(xp):
@@ -296,7 +296,7 @@ def test_few_inputs_need_damping(xp, rank):
         gptq(w, FMT, gram, damping=0.0)
 
 
-# --- what is out of range
+# --- values out of range
 
 
 def test_targets_beyond_the_range_of_scales_end_the_rounds():
@@ -423,7 +423,7 @@ def test_a_check_that_is_not_wanted_is_not_made():
     assert dequantize(gptq(w, FMT, moment(8), check_finite=False)).shape == (4, 8)
 
 
-# --- from an earlier result
+# --- starting from an earlier result
 
 
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])

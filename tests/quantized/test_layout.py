@@ -1,4 +1,4 @@
-"""Where the blocks are: tails, axes, strides, stacks, and arrays of hardly any entries."""
+"""Layout of blocks: short blocks, axes, strides, stacks, and arrays of few entries."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_tail_is_a_block_of_its_own(xp, data):
 )
 @pytest.mark.parametrize("fit", ["absmax", "scale"])
 def test_a_block_far_longer_than_the_array(xp, text, fit):
-    # As one scale for a whole tensor is spelled when its size is not known; padding would take four petabytes.
+    # A huge block size gives one scale for a tensor of any size. Padding to it would take four petabytes.
     w = on(xp, ramp(5, 5))
     fmt = BlockFormat.parse(text.replace("/64", f"/{10**15}").replace("/16", f"/{10**15}"))
     expected = BlockFormat(fmt.codebook, 25, fmt.scales, fmt.axis)
@@ -53,7 +53,7 @@ def test_pieces_cover_every_weight_once_and_every_block_once(lines, length, size
         assert np.concatenate([numbers[weights] for weights, _ in pieces] or [numbers[:0]]).tolist() == numbers.tolist()
         known = [np.arange(blocks.start, blocks.stop) for _, blocks in pieces if blocks is not None]
         if len(known) == len(pieces):
-            # Of one block, each piece that is shorter names it again.
+            # If an array has one block, each of its pieces names that block.
             found = [0] if layout.blocks == 1 and known else np.concatenate(known or [numbers[:0]]).tolist()
             assert found == list(range(layout.blocks if layout.count else 0))
     for piece, _ in layout.byte_pieces(limit):

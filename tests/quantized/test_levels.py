@@ -1,4 +1,4 @@
-"""Levels that are stored with the array: fitted, of the whole array or of so many lines."""
+"""Levels that are fitted and stored with the array: one set for the whole array, or one for a group of lines."""
 
 from __future__ import annotations
 

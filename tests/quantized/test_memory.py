@@ -1,4 +1,4 @@
-"""The workspace is bounded: beside input and output, 64 MiB whatever the size of the array."""
+"""The workspace is at most 64 MiB besides input and output, whatever the size of the array."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float16])
 
 
 def workspace(function, *arguments, **options):
-    """Return MiB taken at the peak beside what is returned; the arguments exist before."""
+    """Return the peak of memory in MiB, without the arguments and the result."""
     tracemalloc.start()  # knows all memory of NumPy
     try:
         result = function(*arguments, **options)
@@ -37,7 +37,7 @@ def weights(shape, dtype=np.float32, *, transposed=False):
 WHOLE = f"nf4/{10**12}:float32"
 
 
-# float16 pieces are widened, those of other layouts are copied: neither may happen to the whole array.
+# Pieces are widened from float16, and copied in other layouts. Neither may happen to the whole array.
 @DTYPES
 @pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
@@ -57,7 +57,7 @@ def test_quantizing_and_restoring_take_a_bounded_workspace(dtype, transposed, te
 @pytest.mark.parametrize("text", ["nf4/64:float32", "nf4/64@0:float32", "nf3/64:u8/256:float32", WHOLE])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_workspace_is_far_below_the_array(text, transposed):
-    # The quick version: with 64 MiB as float32, any copy of the whole is seen.
+    # The array takes 64 MiB as float32, so any copy of the whole shows.
     w = weights((2048, 8192), np.float16, transposed=transposed)
     taken, q = workspace(quantize, w, BlockFormat.parse(text))
     assert taken <= 24

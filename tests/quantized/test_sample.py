@@ -1,4 +1,4 @@
-"""Rounding a sample of the blocks to formats that differ in how scales are stored."""
+"""Rounding of a sample of blocks to formats that differ in the storage of scales."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_small_sample_is_spread_over_the_array_and_near_the_whole(entries, see
         patch.setattr(sample, "_SAMPLE", entries)
         found = RoundingSample(w, fmt)
     error = ((w.astype(np.float64) - rounded(w, fmt)) ** 2).sum()
-    # Errors of one block depend on each other: five times the spread of the mean of so many blocks, and not less.
+    # Errors within a block are correlated, so the tolerance is five standard deviations of a mean over blocks.
     np.testing.assert_allclose(found.rounded(fmt).squared_error, error, rtol=5 * (min(entries, w.size) / 8) ** -0.5)
 
 

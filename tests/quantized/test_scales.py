@@ -1,4 +1,4 @@
-"""How scales are stored: every format of scales, recursion, signs, zeros, and what gets lost."""
+"""Storage of scales: every format, any depth, signs, zeros, and lost blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.strategies import host, normal_numbers, on, scale_dtypes, stored
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 
 UNSIGNED = [book for book in ALL_CODEBOOKS if book.normalization != "signed"]
-#: Of each codebook of scales with each of its offsets one.
+#: One format for each codebook of scales and each offset that it allows.
 SCALES = (
     "u8/4:float32", "u8+none/4:float32", "u1/3:float32", "i8/4:float32", "i5+min/4:float32", "i6+mean/4:float32",
     "d8/4:float32", "d8+none/4:float32", "d8+min/4:float32", "l8/4:float32", "l3/4:float32", "l5+min/4:float32",
@@ -27,7 +27,7 @@ SCALES = (
 )  # fmt: skip
 
 
-# --- the same as the oracle, by scales of our own
+# --- equal to an independent decoder
 
 
 @quiet
@@ -44,7 +44,7 @@ def test_scales_of_any_format_and_depth_equal_the_oracle(xp, data, depth):
 
 
 def decoded_by_hand(scales):
-    """Decode scales of any depth by plain NumPy, all of them at a time."""
+    """Decode scales of any depth by plain NumPy."""
     if not isinstance(scales, QuantizedArray):
         return scales.astype(np.float32)
     blocks = np.arange(scales.shape[0]) // scales.format.block_size
@@ -145,11 +145,11 @@ def test_a_zero_scale_stays_exactly_zero_without_a_mean(xp, offset, data):
     assert not restored(q)[:3].any()
 
 
-# --- what gets lost
+# --- lost blocks
 
 
 def lost_blocks(w, q):
-    """Blocks that are not zero and decode to nothing but zeros."""
+    """Count the blocks that are not zero but decode to zeros only."""
     dense, size = restored(q).reshape(-1), q.format.block_size
     flat = w.reshape(-1)
     parts = [slice(start, start + size) for start in range(0, flat.size, size)]
@@ -157,7 +157,7 @@ def lost_blocks(w, q):
 
 
 def caught(xp, w, fmt, **options):
-    """Return the number of blocks the warning counts, and the array."""
+    """Return the number of lost blocks in the warning, and the quantized array."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         q = quantized(xp, w, fmt, **options)
@@ -211,7 +211,7 @@ def test_the_warning_points_to_the_line_that_quantizes(batch_dims):
 
 
 def test_a_lost_block_is_counted_though_its_negative_would_not_be_lost():
-    # The levels of NF4 next to zero are -0.091 and 0.080: what is 0.042 of the scale is kept, its negative is not.
+    # The levels of NF4 next to zero are -0.091 and 0.080. So 0.042 of the scale is kept, and -0.042 rounds to zero.
     w = np.array([1.0, -0.042 / 255], dtype=np.float32)
     count, q = caught(np, w, BlockFormat.parse("nf4/1:u8+none/2:float32"))
     assert lost_blocks(w, q) == 1
@@ -243,7 +243,7 @@ def test_a_block_that_a_fit_loses_is_counted():
 )
 @quiet
 def test_a_power_of_two_changes_the_scales_only(xp, codebook, block_size, scales, seed, exponent):
-    # Weights that stay far from both ends of the normal range, whatever the exponent, and so do the scales of scales.
+    # Weights, scales and their scales stay far from both ends of the normal range, whatever the exponent.
     if codebook.normalization == "signed":
         scales = "float32"
     fmt = BlockFormat(codebook, block_size, BlockFormat.parse(f"nf4/1:{scales}").scales)

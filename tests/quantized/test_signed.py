@@ -1,4 +1,4 @@
-"""Blocks divided by their entry of largest magnitude, sign included."""
+"""Signed formats: blocks divided by their entry of largest magnitude, sign included."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_turning_all_signs_turns_the_scales_only(xp):
 
 
 def test_signed_levels_leave_less_error_than_those_for_both_signs():
-    # BOF4-S has one level more to spend, as -1 needs none: arXiv 2505.06653, table 2.
+    # BOF4-S has one more level to place, because -1 needs none: arXiv 2505.06653, table 2.
     w = normal(4096, 64)
     signed, plain = (
         ((restored(quantize(w, BlockFormat(by_name(name), 64))) - w) ** 2).mean() for name in ("bof4s-64", "bof4-64")

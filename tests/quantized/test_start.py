@@ -1,4 +1,4 @@
-"""Fits that start from those of a similar array: nearly as good, in a fraction of the work."""
+"""Fits that start from the result for a similar array: nearly as good for a fraction of the work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ every_case = pytest.mark.parametrize(("fit", "text"), CASES)
 
 
 def similar(seed=0, rows=40, columns=64):
-    """An array, and what an alternation might make of it next."""
+    """Return an array and a similar one, as the next iterate of an alternation might be."""
     w = normal(rows, columns, seed=seed)
     return w, w + np.float32(0.1) * normal(rows, columns, seed=seed + 100)
 
@@ -35,7 +35,7 @@ def error(w, q, weights=1.0):
 @every_case
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_start_comes_near_to_a_fit_from_nothing(fit, text, weighted):
-    # At two and three bits within 2 %. Of more levels, or of levels for a few lines, a coarse search misses more.
+    # The error is within 2 % at two and three bits. A coarse search misses more with more levels, or few lines a set.
     fmt, ratios = BlockFormat.parse(text), []
     for seed in range(3):
         w, near = similar(seed)

@@ -22,7 +22,7 @@ def plan(table) -> lq.Plan:
 
 @pytest.fixture
 def mixture() -> lq.Plan:
-    """A plan of two layers of three experts, of ranks 0 and 4, and matrices of two shapes."""
+    """Return a plan of two layers with three experts each, with ranks 0 and 4 and matrices of two shapes."""
     shapes = [(32, 64) if "experts" in name else (64, 64) for name in EXPERTS]
     configurations = [lq.Configuration(fmt, rank) for fmt in FORMATS for rank in (0, 4)]
     rng = np.random.default_rng(3)

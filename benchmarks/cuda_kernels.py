@@ -97,8 +97,8 @@ def kernels(cupy, timer, speed):
             packed, out = ops.encode_packed(*encoding), cupy.empty_like(w)
             moved = w.nbytes + packed.nbytes + scales.nbytes
             yield row(f"encode_packed, {dtype}, {bits} bits", moved, lambda a=encoding: ops.encode_packed(*a))
-            decoding = (packed, scales, None, codebook(bits).levels, bits, BLOCK, out)
-            yield row(f"decode, {dtype}, {bits} bits", moved, lambda a=decoding: ops.decode(*a))
+            stored = ops.PackedBlocks(packed, scales, None, codebook(bits).levels, bits, BLOCK)
+            yield row(f"decode, {dtype}, {bits} bits", moved, lambda q=stored, o=out: ops.decode(q, o))
     for bits in (3, 4):
         codes = cupy.random.randint(0, 2**bits, count).astype("uint8")
         packed = ops.pack_codes(codes, bits)
@@ -116,8 +116,8 @@ def products(cupy, timer):
             for inputs in (1, 2, 4, 8, 16):
                 x = cupy.random.standard_normal((inputs, side), dtype="float32").astype(dtype)
                 out, levels = cupy.empty((inputs, side), dtype=x.dtype), codebook(bits).levels
-                rest = None, levels, bits, BLOCK, out
-                ours = timer.device(*(lambda w=w, x=x, rest=rest: ops.matmul_packed(x, *w, *rest) for w in weights))
+                stored = [ops.PackedBlocks(*weight, None, levels, bits, BLOCK) for weight in weights]
+                ours = timer.device(*(lambda q=q, x=x, o=out: ops.matmul_packed(x, q, o) for q in stored))
                 yield [dtype, bits, inputs, f"{ours:.1f}", f"{dense_us(timer, dtype, inputs, side):.1f}"]
 
 

@@ -151,7 +151,9 @@ def operations():
         )
         yield (
             f"decode, {bits} bits",
-            lambda b=book, p=packed, bits=bits, out=out: lq.ops.decode(p, scales, None, b.levels, bits, 64, out),
+            lambda b=book, p=packed, bits=bits, out=out: lq.ops.decode(
+                lq.ops.PackedBlocks(p, scales, None, b.levels, bits, 64), out
+            ),
         )
         yield f"pack_codes, {bits} bits", lambda c=codes, bits=bits: lq.ops.pack_codes(c, bits)
         yield f"unpack_codes, {bits} bits", lambda p=packed, bits=bits: lq.ops.unpack_codes(p, bits, PIECE)

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -125,7 +125,7 @@ X, Y = np.ones(8, dtype=np.float32), np.ones(2, dtype=np.uint8)
     ],
 )
 def test_a_record_tells_what_does_not_fit(arguments, reason):
-    override = Override("here.fast", "numpy", len, TAKES, inspect.signature(scaled.reference))
+    override = Override("here.fast", "numpy", len, TAKES, scaled.arguments)
     assert override.fault(arguments) == reason
 
 
@@ -164,7 +164,7 @@ def test_a_call_takes_an_override_exactly_if_it_finds_no_fault(request, library,
 def test_a_record_asks_where_tensors_are(torch):
     for memory, expected in (("host", ""), ("device", "x is not in the memory of the device")):
         takes = Takes({"x": ("float32",)}, memory=memory)
-        override = Override("here.fast", "torch", len, takes, inspect.signature(scaled.reference))
+        override = Override("here.fast", "torch", len, takes, scaled.arguments)
         assert override.fault((torch.ones(2), None, 4)) == expected
 
 
@@ -316,3 +316,60 @@ def test_available_tells_what_is_installed():
     assert list(found)[:3] == ["numpy", "torch", "cupy"]
     assert found["numpy"] == lq.backends.Availability(True, "installed")
     assert bool(found["cupy"]) is is_installed("cupy")
+
+
+class Halves(NamedTuple):
+    """Two halves of a row, and a factor."""
+
+    left: Any
+    right: Any
+    factor: int = 1
+
+
+@pytest.fixture
+def joined() -> Operation:
+    @op(record=("halves", Halves))
+    def joined(halves, out):
+        """Write both halves times the factor."""
+        out[...] = namespace(halves.left).concat([halves.left, halves.right]) * halves.factor
+        return out
+
+    return joined
+
+
+class TestRecords:
+    HALVES = Halves(np.ones(2), np.zeros(3), 4)
+
+    def test_checks_look_at_the_fields_and_functions_get_the_record(self, joined):
+        seen, out = [], np.empty(5)
+        takes = Takes({"left": ("float64",), "right": ("float64", None), "out": ("float64",)}, contiguous=("right",))
+
+        @joined.register("numpy", takes=takes)
+        def fast(halves, out):
+            seen.append(halves)
+            return out
+
+        assert joined(self.HALVES, out) is out
+        assert joined(halves=self.HALVES, out=out) is out
+        assert [found is self.HALVES for found in seen] == [True, True]
+        wrong = self.HALVES._replace(right=np.zeros(6)[::2])
+        assert joined.select(wrong, out).reason == "numpy.fast declined: right is not contiguous."
+        np.testing.assert_array_equal(joined(wrong, out), [4, 4, 0, 0, 0])
+
+    def test_a_condition_may_name_fields_and_the_record(self, joined):
+        def condition(out, halves, factor):
+            return factor == halves.factor == 4 and len(out) == 5
+
+        joined.register("numpy", takes=Takes({}, condition=condition, sentence="a factor of four"))(saying("fast"))
+        assert joined(self.HALVES, np.empty(5)) == "fast"
+        three = self.HALVES._replace(factor=3)
+        assert joined.select(three, np.empty(5)).reason == "numpy.fast declined: it is for a factor of four."
+
+    def test_a_condition_that_names_something_else_is_refused(self, joined):
+        with pytest.raises(InvalidArgumentError, match=r"fast.*rest.*left, right, factor, out, halves"):
+            joined.register("numpy", takes=Takes({}, condition=lambda rest: rest))(saying("fast"))
+
+    def test_the_first_field_decides_the_library(self, joined, strict):
+        joined.register("numpy", takes=Takes({}))(saying("fast"))
+        parts = (strict.asarray(part) for part in self.HALVES[:2])
+        assert joined.select(Halves(*parts), strict.zeros(5)).implementation == "reference"

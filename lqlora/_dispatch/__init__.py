@@ -31,7 +31,7 @@ from lqlora._dispatch.operation import (
     prefer_pieces,
     preferred_piece,
 )
-from lqlora._dispatch.overrides import Override, Takes, arguments_named
+from lqlora._dispatch.overrides import Override, Takes
 
 __all__ = [
     "Library",
@@ -39,7 +39,6 @@ __all__ = [
     "Override",
     "Selection",
     "Takes",
-    "arguments_named",
     "array_library",
     "device_of",
     "dtype_name",

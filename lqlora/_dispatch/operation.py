@@ -9,6 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
+from lqlora._dispatch.arguments import Arguments
 from lqlora._dispatch.libraries import (
     LIBRARY_OF,
     PASSED_OVER,
@@ -201,6 +202,8 @@ class Operation(Generic[P, R]):
     products : callable, optional
         Makes arguments from a :class:`~lqlora._dispatch.examples.ProductProblem`. The operation adds in no fixed order,
         so the results of overrides are compared on integers, and by a bound.
+    record : tuple of str and type, optional
+        Name and class of an argument that is a record, as :class:`~lqlora._dispatch.arguments.Arguments` describes.
     """
 
     def __init__(
@@ -208,12 +211,14 @@ class Operation(Generic[P, R]):
         reference: Callable[P, R],
         examples: Callable[[BlocksProblem], tuple[Any, ...]] | None = None,
         products: Callable[[ProductProblem], tuple[Any, ...]] | None = None,
+        record: tuple[str, type[Any]] | None = None,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.reference, self.examples, self.products = reference, examples, products
         self.__signature__ = self._signature = inspect.signature(reference)
-        self._names = tuple(self._signature.parameters)
-        self._count = len(self._names)
+        self.arguments = Arguments(self._signature, record)
+        self._count = len(self.arguments.names)
+        self._is_flat = record is None
         # Calls run through the tuples in `_ready`. `register` drops the tuple of its library, and the next call makes a
         # new one. A call in another thread meanwhile goes on with the old tuple, which never changes.
         self._overrides: dict[str, dict[str, Override]] = {}
@@ -255,7 +260,7 @@ class Operation(Generic[P, R]):
 
         def add(function: Callable[P, R]) -> Callable[P, R]:
             name = f"{backend or library}.{function.__name__}"
-            override = Override(name, library, function, takes, self._signature)
+            override = Override(name, library, function, takes, self.arguments)
             self._overrides.setdefault(library, {})[name] = override
             self._ready.pop(library, None)
             return function
@@ -282,7 +287,7 @@ class Operation(Generic[P, R]):
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Return all arguments by position, with defaults filled in: overrides find arguments by their positions."""
         # Binding a signature takes longer than a small kernel, so calls that name all the rest are put in order here.
-        rest = self._names[len(args) :]
+        rest = self.arguments.names[len(args) :]
         if len(rest) == len(kwargs) and all(name in kwargs for name in rest):
             return (*args, *(kwargs[name] for name in rest))
         bound = self._signature.bind(*args, **kwargs)
@@ -290,7 +295,7 @@ class Operation(Generic[P, R]):
         return bound.args
 
     def _choice(self, args: tuple[Any, ...]) -> Override | None:
-        """Return the first override that takes a call, or None for the reference.
+        """Return the first override that takes a call with these flat arguments, or None for the reference.
 
         This runs in every call of every operation, so the checks are written out here. All but the condition are
         functions in C. :meth:`Override.fault` runs the same checks in the same order, and words the first that fails.
@@ -340,11 +345,11 @@ class Operation(Generic[P, R]):
         Selection
             The choice and its reason.
         """
-        positional = self._positional(args, kwargs)
-        override = self._choice(positional)
+        flat = self.arguments.flatten(self._positional(args, kwargs))
+        override = self._choice(flat)
         if override is not None:
             return Selection(self.name, override.name, f"{override.name} takes these {override.library} arguments.")
-        return Selection(self.name, "reference", self._why_reference(positional))
+        return Selection(self.name, "reference", self._why_reference(flat))
 
     def _why_reference(self, args: tuple[Any, ...]) -> str:
         passed_over = _passed_over.get()
@@ -361,7 +366,7 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation that :meth:`select` names."""
         positional = args if len(args) == self._count and not kwargs else self._positional(args, kwargs)
-        override = self._choice(positional)
+        override = self._choice(positional if self._is_flat else self.arguments.flatten(positional))
         implementation: Callable[..., R] = self.reference if override is None else override.function
         return implementation(*positional)
 
@@ -375,6 +380,7 @@ def op(
     *,
     examples: Callable[[BlocksProblem], tuple[Any, ...]] | None = None,
     products: Callable[[ProductProblem], tuple[Any, ...]] | None = None,
+    record: tuple[str, type[Any]] | None = None,
 ) -> Callable[[Callable[P, R]], Operation[P, R]]: ...
 
 
@@ -383,6 +389,7 @@ def op(
     *,
     examples: Callable[[BlocksProblem], tuple[Any, ...]] | None = None,
     products: Callable[[ProductProblem], tuple[Any, ...]] | None = None,
+    record: tuple[str, type[Any]] | None = None,
 ) -> Operation[P, R] | Callable[[Callable[P, R]], Operation[P, R]]:
     """Turn an array API function into an :class:`Operation` that backends can override.
 
@@ -392,6 +399,8 @@ def op(
         The implementation that runs everywhere.
     examples, products : callable, optional
         Makes arguments for the conformance suite, as :class:`Operation` describes.
+    record : tuple of str and type, optional
+        Name and class of an argument that is a record.
 
     Returns
     -------
@@ -399,5 +408,5 @@ def op(
         Callable exactly like ``reference``; a decorator if ``reference`` is not given.
     """
     if reference is None:
-        return lambda function: Operation(function, examples, products)
-    return Operation(reference, examples, products)
+        return lambda function: Operation(function, examples, products, record)
+    return Operation(reference, examples, products, record)

@@ -6,9 +6,7 @@ in the documentation.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF, host_test, known_libraries, layouts, spelled
@@ -17,7 +15,9 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Override", "Takes", "arguments_named"]
+    from lqlora._dispatch.arguments import Arguments
+
+__all__ = ["Override", "Takes"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Override:
         The implementation, called as the operation is.
     takes : Takes
         The calls it takes.
-    signature : inspect.Signature
-        Signature of the operation.
+    arguments : Arguments
+        Arguments of the operation.
 
     Raises
     ------
@@ -107,11 +107,11 @@ class Override:
     """
 
     def __init__(
-        self, name: str, library: str, function: Callable[..., Any], takes: Takes, signature: inspect.Signature
+        self, name: str, library: str, function: Callable[..., Any], takes: Takes, arguments: Arguments
     ) -> None:
         self.name, self.library, self.function, self.takes = name, library, function, takes
         self.backend = name.partition(".")[0]
-        parameters = tuple(signature.parameters)
+        parameters = arguments.flat
         unknown = {*takes.dtypes, *takes.contiguous, *(() if takes.bits is None else ("bits",))} - set(parameters)
         if wrong := sorted(unknown or set(takes.contiguous) - set(takes.dtypes)):
             raise InvalidArgumentError(
@@ -138,7 +138,7 @@ class Override:
         self.bits = None if takes.bits is None else frozenset(takes.bits)
         self.bits_at = 0 if takes.bits is None else parameters.index("bits")
         self.condition = takes.condition
-        self.named = None if takes.condition is None else arguments_named(takes.condition, parameters, name)
+        self.named = None if takes.condition is None else arguments.picker(takes.condition, name)
 
     def fault(self, args: tuple[Any, ...]) -> str:
         """Return the reason why a call is declined, or an empty text if it is taken.
@@ -146,7 +146,7 @@ class Override:
         Parameters
         ----------
         args : tuple
-            All arguments of the call, by position.
+            All flat arguments of the call.
 
         Returns
         -------
@@ -176,45 +176,3 @@ class Override:
         if self.condition is not None and self.named is not None and not self.condition(*self.named(args)):
             return f"it is for {self.takes.sentence}"
         return ""
-
-
-def arguments_named(
-    function: Callable[..., Any], parameters: tuple[str, ...], name: str
-) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """Return a function that picks the arguments that a condition names out of all arguments of a call.
-
-    Parameters
-    ----------
-    function : callable
-        The condition.
-    parameters : tuple of str
-        Names of the operation's arguments, by position.
-    name : str
-        Name of the override, for the error.
-
-    Returns
-    -------
-    callable
-        From the arguments of a call, by position, to those that the condition is called with.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the condition has a parameter that is not an argument of the operation.
-
-    Examples
-    --------
-    >>> arguments_named(lambda out, x: True, ("x", "y", "out"), "numpy.fast")((1, 2, 3))
-    (3, 1)
-    """
-    wanted = inspect.signature(function).parameters
-    if wrong := [str(parameter) for key, parameter in wanted.items() if key not in parameters]:
-        raise InvalidArgumentError(
-            f"condition of {name} has the parameter {', '.join(wrong)}, which the operation does not have. Use names "
-            f"among {', '.join(parameters)}."
-        )
-    positions = [parameters.index(key) for key in wanted]
-    # An itemgetter of one index returns the bare item, but the condition needs a tuple to unpack: a slice returns one.
-    if len(positions) == 1:
-        return itemgetter(slice(positions[0], positions[0] + 1))
-    return itemgetter(*positions) if positions else itemgetter(slice(0, 0))

@@ -17,6 +17,7 @@ from lqlora.ops.casting import (
     widen,
 )
 from lqlora.ops.coding import (
+    PackedBlocks,
     boundaries_by_set,
     decode,
     encode,
@@ -40,6 +41,7 @@ from lqlora.ops.tables import pick, table_beside
 
 __all__ = [
     "LowRank",
+    "PackedBlocks",
     "add_low_rank",
     "best_ratios",
     "bin_sums",

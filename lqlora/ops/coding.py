@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from lqlora.ops.tables import pick, table_beside
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from lqlora._dispatch.examples import BlocksProblem
+    from lqlora._dispatch.examples import BlocksProblem, ProductProblem
     from lqlora._typing import Array
 
 __all__ = [
@@ -327,23 +327,8 @@ def encode_by_absmax(
         return scales, encode_packed(flat, scales, None, boundaries, bits, block_size)
 
 
-def _stored(problem: BlocksProblem) -> tuple[Any, ...]:
-    """Return the arguments of :func:`decode`: a stored array, and a target."""
-    codes = problem.packed, problem.scales, problem.zeros, problem.codebook.levels
-    return *codes, problem.bits, problem.block_size, problem.target()
-
-
-@op(examples=_stored)
-def decode(
-    packed: Array,
-    scales: Array,
-    zero_points: Array | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    out: Array,
-) -> Array:
-    """Write the decoded weights: the level of each code times the scale of its block.
+class PackedBlocks(NamedTuple):
+    """Weights in blocks: packed codes, decoded scales, and the levels that the codes stand for.
 
     Parameters
     ----------
@@ -359,6 +344,60 @@ def decode(
         Bits per code.
     block_size : int
         Weights per scale.
+    """
+
+    packed: Array
+    scales: Array
+    zero_points: Array | None
+    levels: npt.NDArray[np.float32]
+    bits: int
+    block_size: int
+
+    def fits(self, count: int) -> bool:
+        """Return whether the arrays hold as much as a number of weights takes: kernels read them without checks.
+
+        Parameters
+        ----------
+        count : int
+            Number of weights.
+
+        Returns
+        -------
+        bool
+            False for other numbers of bytes, scales or zero points, for more levels than codes, and for empty blocks.
+        """
+        packed, scales, zero_points, levels, bits, block_size = self
+        if block_size < 1 or len(levels) > 2**bits or packed.shape != (-(-count * bits // 8),):
+            return False
+        blocks = (-(-count // block_size),)
+        return bool(scales.shape == blocks and (zero_points is None or zero_points.shape == blocks))
+
+    @classmethod
+    def of(cls, problem: BlocksProblem | ProductProblem) -> PackedBlocks:
+        """Return the stored weights of a problem that examples are made from.
+
+        Parameters
+        ----------
+        problem : BlocksProblem or ProductProblem
+            The problem.
+
+        Returns
+        -------
+        PackedBlocks
+            Arrays of NumPy.
+        """
+        codes = problem.packed, problem.scales, problem.zeros
+        return cls(*codes, problem.codebook.levels, problem.bits, problem.block_size)
+
+
+@op(examples=lambda problem: (PackedBlocks.of(problem), problem.target()), record=("stored", PackedBlocks))
+def decode(stored: PackedBlocks, out: Array) -> Array:
+    """Write the decoded weights: the level of each code times the scale of its block.
+
+    Parameters
+    ----------
+    stored : PackedBlocks
+        Packed codes, scales and levels.
     out : array of float32, float16 or bfloat16, shape (n,)
         Array that is written.
 
@@ -372,9 +411,11 @@ def decode(
     --------
     >>> import numpy as np, lqlora as lq
     >>> scale, out = np.array([2], dtype=np.float32), np.empty(2, dtype=np.float32)
-    >>> decode(np.array([240], dtype=np.uint8), scale, None, lq.NF4.levels, 4, 64, out).tolist()
+    >>> stored = PackedBlocks(np.array([240], dtype=np.uint8), scale, None, lq.NF4.levels, 4, 64)
+    >>> decode(stored, out).tolist()
     [-2.0, 2.0]
     """
+    packed, scales, zero_points, levels, bits, block_size = stored
     xp = namespace(packed, scales, zero_points, out)
     codes = xp.astype(unpack_codes(packed, bits, out.shape[0]), xp.int64)
     blocks = to_blocks(pick(table_beside(levels.astype(np.float32, copy=False), packed), codes), block_size)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
 from lqlora.ops.casting import native_dtype, storage_cast
-from lqlora.ops.coding import decode
+from lqlora.ops.coding import PackedBlocks, decode
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from lqlora._dispatch.examples import ProductProblem
     from lqlora._typing import Array
 
 __all__ = ["add_low_rank", "factor_dtype", "matmul_dense", "matmul_packed"]
@@ -29,41 +25,16 @@ _TILE_ON_DEVICE = {"float16": 1 << 26, "bfloat16": 1 << 26, "float32": 1 << 25, 
 _WIDENED = 1 << 17
 
 
-def _product(problem: ProductProblem) -> tuple[Any, ...]:
-    """Return rows, a stored matrix, and room for the product."""
-    codes = problem.packed, problem.scales, problem.zeros, problem.codebook.levels
-    return problem.x, *codes, problem.bits, problem.block_size, problem.y
-
-
-@op(products=_product)
-def matmul_packed(
-    x: Array,
-    packed: Array,
-    scales: Array,
-    zero_points: Array | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    out: Array,
-) -> Array:
+@op(products=lambda problem: (problem.x, PackedBlocks.of(problem), problem.y), record=("stored", PackedBlocks))
+def matmul_packed(x: Array, stored: PackedBlocks, out: Array) -> Array:
     """Write the product of rows and a quantized matrix, decoding a few rows of the matrix at a time.
 
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, shape (m, k)
         Rows of inputs.
-    packed : array of uint8, shape (ceil(n * k * bits / 8),)
-        Packed codes of a matrix of shape (n, k), row by row.
-    scales : array of float32, shape (ceil(n * k / block_size),)
-        Decoded scales. A block may begin in one row of the matrix and end in the next.
-    zero_points : array of uint8, shape (ceil(n * k / block_size),), or None
-        Zero points of an affine format: the code of zero in each block.
-    levels : ndarray of float32
-        Levels of the codebook.
-    bits : int
-        Bits per code.
-    block_size : int
-        Weights per scale.
+    stored : PackedBlocks
+        A matrix of shape (n, k), row by row. A block may begin in one row of the matrix and end in the next.
     out : array of the dtype of ``x``, shape (m, n)
         Array that is written.
 
@@ -75,11 +46,13 @@ def matmul_packed(
     Examples
     --------
     >>> import numpy as np, lqlora as lq
-    >>> packed, scale = np.array([240], dtype=np.uint8), np.array([2], dtype=np.float32)
+    >>> scale = np.array([2], dtype=np.float32)
+    >>> stored = PackedBlocks(np.array([240], dtype=np.uint8), scale, None, lq.NF4.levels, 4, 64)
     >>> x, out = np.ones((1, 1), dtype=np.float32), np.empty((1, 2), dtype=np.float32)
-    >>> matmul_packed(x, packed, scale, None, lq.NF4.levels, 4, 64, out).tolist()
+    >>> matmul_packed(x, stored, out).tolist()
     [[-2.0, 2.0]]
     """
+    packed, scales, zero_points, _, bits, block_size = stored
     xp = namespace(x, packed, scales, zero_points, out)
     rows, columns = out.shape[1], x.shape[1]
     # Decoding a tile costs one pass over its codes, whatever the number of rows of x. The tile is reused, so the
@@ -91,7 +64,7 @@ def matmul_packed(
         codes, blocks = _within(first * columns, last * columns, bits, block_size)
         zeros = None if zero_points is None else zero_points[blocks]
         own = tile[: (last - first) * columns]
-        decode(packed[codes], scales[blocks], zeros, levels, bits, block_size, own)
+        decode(stored._replace(packed=packed[codes], scales=scales[blocks], zero_points=zeros), own)
         out[:, first:last] = matmul_dense(x, xp.reshape(own, (last - first, columns)))
     return out
 

@@ -65,7 +65,7 @@ def decode_flat(layout: Layout, packed: Array, inner: Array, offset: Array | Non
     if not layout.whole:
         _decode_pieces(layout, _Stored(packed, inner, None, None, offset), decoded)
         return decoded
-    ops.decode(packed, inner, None, layout.codebook.levels, layout.bits, layout.block_size, decoded)
+    ops.decode(ops.PackedBlocks(packed, inner, None, layout.codebook.levels, layout.bits, layout.block_size), decoded)
     if offset is not None:
         with np.errstate(over="ignore"):  # quantize() checks the decoded scales and refuses infinite ones
             decoded += offset
@@ -118,7 +118,7 @@ def _decode_pieces(layout: Layout, stored: _Stored, out: Array) -> None:
             _decode_by_set(layout, packed, stored.scales, stored.levels, weights, flat)
         else:
             scales, zeros, size = layout.scales_of(stored.scales, stored.zero_points, piece)
-            ops.decode(packed, scales, zeros, table, layout.bits, size, flat)
+            ops.decode(ops.PackedBlocks(packed, scales, zeros, table, layout.bits, size), flat)
         if stored.offset is not None:
             with np.errstate(over="ignore"):  # as in decode_flat
                 flat += stored.offset

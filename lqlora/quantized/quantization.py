@@ -323,5 +323,6 @@ def multiply(x: Array, q: QuantizedArray) -> Array:
             decode_scales(q.scales, q.format.scales),
         )
         zeros = zero_point_codes(q)
-        y = ops.matmul_packed(flat, q.packed, scales, zeros, levels, layout.bits, layout.block_size, out)
+        stored = ops.PackedBlocks(q.packed, scales, zeros, levels, layout.bits, layout.block_size)
+        y = ops.matmul_packed(flat, stored, out)
     return y if len(lead) == 1 else xp.reshape(y, (*lead, rows))

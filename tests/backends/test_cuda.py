@@ -156,10 +156,10 @@ def test_decoded_weights_are_those_of_the_reference(cupy, data, size, bits, dtyp
     zeros = rng.integers(0, 2**bits, blocks).astype(np.uint8) if affine else None
     out = apart(cupy, np.zeros(count, FLOATS[dtype]), start)
     arguments = (apart(cupy, packed, start), put(cupy, scales), None if zeros is None else put(cupy, zeros), levels)
-    assert ops.decode.select(*arguments, bits, block_size, out).implementation == "cuda.decode"
+    assert ops.decode.select(ops.PackedBlocks(*arguments, bits, block_size), out).implementation == "cuda.decode"
     expected = np.empty(count, FLOATS[dtype])
-    ops.decode.reference(packed, scales, zeros, levels, bits, block_size, expected)
-    assert ops.decode(*arguments, bits, block_size, out) is out
+    ops.decode.reference(ops.PackedBlocks(packed, scales, zeros, levels, bits, block_size), expected)
+    assert ops.decode(ops.PackedBlocks(*arguments, bits, block_size), out) is out
     same(out, expected)
 
 
@@ -205,9 +205,9 @@ def test_threads_go_on_beyond_the_largest_grid(cupy, bits):
     for name in NARROW:
         own = scales.get().astype(np.float32)
         out, expected = put(cupy, np.zeros(count, FLOATS[name])), np.zeros(count, FLOATS[name])
-        ops.decode(packed, put(cupy, own), None, book.levels, bits, block_size, out)
+        ops.decode(ops.PackedBlocks(packed, put(cupy, own), None, book.levels, bits, block_size), out)
         with np.errstate(over="ignore"):
-            ops.decode.reference(packed.get(), own, None, book.levels, bits, block_size, expected)
+            ops.decode.reference(ops.PackedBlocks(packed.get(), own, None, book.levels, bits, block_size), expected)
         same(out, expected)
 
 
@@ -234,16 +234,16 @@ def product_case(rng, kernel, rows, columns, block_size, affine):
         row[rng.choice(columns, 8, replace=False)] = rng.choice([-1.0, 1.0], 8)
     weights = np.empty(rows * columns, np.float32)
     packed = ops.pack_codes.reference(codes, bits)
-    ops.decode.reference(packed, scales, zeros, levels, bits, block_size, weights)
+    ops.decode.reference(ops.PackedBlocks(packed, scales, zeros, levels, bits, block_size), weights)
     expected = x @ weights.reshape(rows, columns).T.astype(np.float64)
     return x.astype(FLOATS[name]), packed, scales, zeros, levels, bits, block_size, expected.astype(FLOATS[name])
 
 
 def check_product(cupy, kernel, case):
     x, packed, scales, zeros, levels, bits, block_size, expected = case
-    arrays = [None if array is None else put(cupy, array) for array in (x, packed, scales, zeros)]
+    x, packed, scales, zeros = (None if array is None else put(cupy, array) for array in (x, packed, scales, zeros))
     out = put(cupy, np.full_like(expected, np.nan))
-    arguments = (*arrays, levels, bits, block_size, out)
+    arguments = x, ops.PackedBlocks(packed, scales, zeros, levels, bits, block_size), out
     assert ops.matmul_packed.select(*arguments).implementation == "cuda.matmul_packed"
     assert ops.matmul_packed(*arguments) is out
     if isinstance(cupy, CuPyStandIn):
@@ -280,10 +280,14 @@ def test_products_of_other_numbers_are_close(emulated, kernel):
     x, packed, scales, zeros, _, bits, block_size, expected = product_case(rng, kernel, 20, 512, 64, affine=False)
     x, levels = rng.standard_normal(x.shape).astype(x.dtype), codebook(bits).levels
     weights = np.empty(20 * 512, np.float32)
-    ops.decode.reference(packed, scales, zeros, levels, bits, block_size, weights)
+    ops.decode.reference(ops.PackedBlocks(packed, scales, zeros, levels, bits, block_size), weights)
     wide, weights = x.astype(np.float64), weights.reshape(20, 512).astype(np.float64)
     out = put(emulated, np.zeros_like(expected))
-    ops.matmul_packed(*(put(emulated, a) for a in (x, packed, scales)), None, levels, bits, block_size, out)
+    ops.matmul_packed(
+        put(emulated, x),
+        ops.PackedBlocks(put(emulated, packed), put(emulated, scales), None, levels, bits, block_size),
+        out,
+    )
     sums = abs(wide) @ abs(weights).T
     bound = float(ml_dtypes.finfo(x.dtype).eps) * abs(wide @ weights.T) + 512 * 2.0**-24 * sums
     if kernel in TENSOR_SAMPLE:  # weights are rounded too
@@ -300,10 +304,12 @@ def test_infinite_inputs_reach_their_own_rows_only(cupy, kernel, columns):
     x[0, 0], x[-1, 7] = np.inf, -np.inf
     arguments = (*stored, np.abs(levels) + 1, bits, block_size)
     with np.errstate(invalid="ignore"):
-        expected = ops.matmul_packed.reference(x, *arguments, np.zeros_like(expected))
+        expected = ops.matmul_packed.reference(x, ops.PackedBlocks(*arguments), np.zeros_like(expected))
     arrays = [None if array is None else put(cupy, array) for array in stored]
     found = ops.matmul_packed(
-        put(cupy, x), *arrays, np.abs(levels) + 1, bits, block_size, put(cupy, np.zeros_like(expected))
+        put(cupy, x),
+        ops.PackedBlocks(*arrays, np.abs(levels) + 1, bits, block_size),
+        put(cupy, np.zeros_like(expected)),
     )
     np.testing.assert_array_equal(found.get().astype(np.float64), expected.astype(np.float64))
 
@@ -339,6 +345,7 @@ def test_the_suite_for_backends_finds_nothing(cupy):
 
 
 def typical(cupy):
+    """Return flat arguments by operation."""
     rng = np.random.default_rng(0)
     w, scales = rng.standard_normal(1000).astype(np.float32), np.ones(16, np.float32)
     codes = put(cupy, rng.integers(0, 16, 1000).astype(np.uint8))
@@ -354,6 +361,11 @@ def typical(cupy):
     }
 
 
+def explained(name, *flat):
+    """Return the implementation that a call with some flat arguments would run."""
+    return lq.backends.explain(name, *getattr(ops, name).arguments.unflatten(flat)).implementation
+
+
 @pytest.mark.parametrize(
     "name", ["block_absmax", "block_extremes", "nearest_codes", "encode_packed", "decode", "pack_codes", "unpack_codes"]
 )
@@ -361,15 +373,15 @@ def test_typical_arguments_run_a_kernel_that_changes_none_of_them(cupy, name):
     arguments = typical(cupy)[name]
     read = [a for a in (arguments[:-1] if name == "decode" else arguments) if isinstance(a, cupy.ndarray)]
     before = [array.get().tobytes() for array in read]
-    assert lq.backends.explain(name, *arguments).implementation == f"cuda.{name}"
-    getattr(ops, name)(*arguments)
+    assert explained(name, *arguments) == f"cuda.{name}"
+    getattr(ops, name)(*getattr(ops, name).arguments.unflatten(arguments))
     assert [array.get().tobytes() for array in read] == before
 
 
 @pytest.mark.parametrize("name", ["block_absmax", "encode_packed", "decode", "pack_codes", "unpack_codes"])
 def test_arrays_that_lie_apart_are_left_to_the_reference(cupy, name):
     first, *rest = typical(cupy)[name]
-    assert lq.backends.explain(name, first[::-1], *rest).implementation == "reference"
+    assert explained(name, first[::-1], *rest) == "reference"
 
 
 def test_wrong_dtypes_shapes_and_sizes_are_left_to_the_reference(emulated):
@@ -391,7 +403,7 @@ def test_wrong_dtypes_shapes_and_sizes_are_left_to_the_reference(emulated):
         ("unpack_codes", (packed, 4, 997)),
     ]
     for name, arguments in declined:
-        assert lq.backends.explain(name, *arguments).implementation == "reference", (name, arguments)
+        assert explained(name, *arguments) == "reference", (name, arguments)
 
 
 @pytest.mark.parametrize(("inputs", "columns"), [(17, 64), (1, 60), (0, 64), (1, 0)])
@@ -399,7 +411,8 @@ def test_products_of_many_rows_or_of_parts_of_groups_are_left_to_the_reference(e
     x, out = emulated.empty((inputs, columns), dtype="float32"), emulated.empty((inputs, 4), dtype="float32")
     packed = emulated.empty(ops.packed_size(4 * columns, 4), dtype="uint8")
     scales = emulated.empty(-(-4 * columns // 64), dtype="float32")
-    found = lq.backends.explain("matmul_packed", x, packed, scales, None, lq.NF4.levels, 4, 64, out)
+    stored = ops.PackedBlocks(packed, scales, None, lq.NF4.levels, 4, 64)
+    found = lq.backends.explain("matmul_packed", x, stored, out)
     assert found.implementation == "reference"
 
 
@@ -408,11 +421,12 @@ def test_devices_without_units_for_matrices_decode_the_weight_first(emulated, mo
     x, packed, scales, zeros, levels, bits, block_size, expected = product_case(
         np.random.default_rng(0), kernel, 20, 64, 64, affine=False
     )
-    arguments = (*(put(emulated, array) for array in (x, packed, scales)), zeros, levels, bits, block_size)
+    x, packed, scales = (put(emulated, array) for array in (x, packed, scales))
+    stored = ops.PackedBlocks(packed, scales, zeros, levels, bits, block_size)
     for own, last in ((80, kernel), (75, "decode<4, Float16>")):
         monkeypatch.setattr(cuda, "capability", lambda _, own=own: own)
         emulated.launched.clear()
-        found = ops.matmul_packed(*arguments, put(emulated, np.zeros_like(expected)))
+        found = ops.matmul_packed(x, stored, put(emulated, np.zeros_like(expected)))
         assert emulated.launched[-1][0] == last
         assert found.get().tolist() == expected.tolist()
 
@@ -481,8 +495,8 @@ def test_kernels_run_on_the_memory_of_tensors(on_tensors, torch, dtype, bits):
         return
     out, expected = torch.zeros_like(w), torch.zeros_like(w)
     arguments = (packed, scales, None, book.levels, bits, 64)
-    assert on_tensors.decode(*arguments, out) is out
-    assert torch.equal(out, ops.decode.reference(*arguments, expected))
+    assert on_tensors.decode(ops.PackedBlocks(*arguments), out) is out
+    assert torch.equal(out, ops.decode.reference(ops.PackedBlocks(*arguments), expected))
 
 
 def test_tensors_elsewhere_are_not_taken(torch, emulated):

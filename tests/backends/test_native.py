@@ -158,11 +158,11 @@ def test_a_block_is_as_long_as_the_array_at_most(isa, size):
     same(ran(ops.encode_by_absmax, flat, cuts, 4, size)[1], packed)
     outs = [np.empty(100, dtype=np.float32) for _ in range(2)]
     same(
-        ran(ops.decode, packed, scale, None, levels, 4, size, outs[0]),
-        ops.decode.reference(packed, scale, None, levels, 4, 100, outs[1]),
+        ran(ops.decode, ops.PackedBlocks(packed, scale, None, levels, 4, size), outs[0]),
+        ops.decode.reference(ops.PackedBlocks(packed, scale, None, levels, 4, 100), outs[1]),
     )
     x, y = np.eye(4, 8, dtype=np.float32), np.empty((4, 12), dtype=np.float32)
-    ran(ops.matmul_packed, x, packed[:48], scale, None, levels, 4, size, y)
+    ran(ops.matmul_packed, x, ops.PackedBlocks(packed[:48], scale, None, levels, 4, size), y)
     np.testing.assert_array_equal(y, outs[0][:96].reshape(12, 8).T[:4])
 
 
@@ -226,8 +226,8 @@ class TestWhatIsLeftToOthers:
         packed, scales, out = np.zeros(32, dtype=np.uint8), np.ones(1, dtype=np.float32), np.zeros(64, np.float32)
         x, y = np.ones((1, 64), dtype=np.float32), np.zeros((1, 1), dtype=np.float32)
         out.flags.writeable = y.flags.writeable = False
-        rest = packed, scales, None, lq.NF4.levels, 4, 64
-        for operation, arguments in ((ops.decode, (*rest, out)), (ops.matmul_packed, (x, *rest, y))):
+        stored = ops.PackedBlocks(packed, scales, None, lq.NF4.levels, 4, 64)
+        for operation, arguments in ((ops.decode, (stored, out)), (ops.matmul_packed, (x, stored, y))):
             assert not operation.select(*arguments).implementation.startswith("native.")
             with pytest.raises(ValueError, match="read-only"):
                 operation(*arguments)
@@ -237,10 +237,10 @@ class TestWhatIsLeftToOthers:
         require_or_skip("torch", library == "numpy" or is_installed("torch"))
         xp = importlib.import_module(library)
         packed, scales = xp.zeros(32, dtype=xp.uint8), xp.ones(1, dtype=xp.float32)
-        rest = packed, scales, None, lq.NF4.levels, 4, 64
+        stored = ops.PackedBlocks(packed, scales, None, lq.NF4.levels, 4, 64)
         x, wide = xp.ones((1, 64), dtype=xp.float16), xp.zeros((1, 1), dtype=xp.float32)
-        assert ops.matmul_packed.select(x, *rest, wide).implementation == "reference"
-        same_dtype = ops.matmul_packed.select(x, *rest, xp.zeros((1, 1), dtype=xp.float16))
+        assert ops.matmul_packed.select(x, stored, wide).implementation == "reference"
+        same_dtype = ops.matmul_packed.select(x, stored, xp.zeros((1, 1), dtype=xp.float16))
         assert same_dtype.implementation.startswith("native.") == loading.status()[0]
 
     def test_forced_numpy_passes_them_over(self):

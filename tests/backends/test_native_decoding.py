@@ -34,7 +34,10 @@ def test_values(isa, dtype, count, size, codebook, seed):
     packed, zeros = ops.pack_codes.reference(codes, codebook.bits), zeros_of(codebook, blocks)
     outs = [np.empty(count, dtype=DTYPES[dtype]) for _ in range(2)]
     arguments = (packed, scales, zeros, codebook.levels, codebook.bits, size)
-    same(ran(ops.decode, *arguments, outs[0]), ops.decode.reference(*arguments, outs[1]))
+    same(
+        ran(ops.decode, ops.PackedBlocks(*arguments), outs[0]),
+        ops.decode.reference(ops.PackedBlocks(*arguments), outs[1]),
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 8])
@@ -48,8 +51,8 @@ def test_values_that_are_streamed_past_the_caches(isa, one_thread, codebook, sta
     begin = (-memory.ctypes.data % 64) // 4 + start
     found, expected = memory[begin : begin + count], np.empty(count, np.float32)
     arguments = (packed, scales, zeros, codebook.levels, codebook.bits, size)
-    ran(ops.decode, *arguments, found)
-    same(found, ops.decode.reference(*arguments, expected))
+    ran(ops.decode, ops.PackedBlocks(*arguments), found)
+    same(found, ops.decode.reference(ops.PackedBlocks(*arguments), expected))
     assert not memory[:begin].any()
     assert not memory[begin + count :].any()
 
@@ -72,7 +75,7 @@ def test_every_narrow_number_is_read_and_written(isa, dtype, size):
         out = np.empty(len(scales) * size, dtype=DTYPES[dtype])
         with np.errstate(over="ignore"):
             same(
-                ran(ops.decode, packed, scales, None, levels, 1, size, out),
+                ran(ops.decode, ops.PackedBlocks(packed, scales, None, levels, 1, size), out),
                 np.repeat(scales.astype(DTYPES[dtype]), size),
             )
 
@@ -101,9 +104,14 @@ def test_no_byte_is_read_beyond_the_codes(isa, last_page, bits, count):
         for dtype in ("float32", "float16", "bfloat16"):
             outs = [np.empty(count, dtype=DTYPES[dtype]) for _ in range(2)]
             arguments = (packed, scales, None, levels, bits, size)
-            same(ran(ops.decode, *arguments, outs[0]), ops.decode.reference(*arguments, outs[1]))
+            same(
+                ran(ops.decode, ops.PackedBlocks(*arguments), outs[0]),
+                ops.decode.reference(ops.PackedBlocks(*arguments), outs[1]),
+            )
         if count % 32 == 0:
             x, out = np.ones((3, 32), dtype=np.float32), np.empty((3, count // 32), dtype=np.float32)
-            ran(ops.matmul_packed, x, packed, scales, None, levels, bits, size, out)
-            sums = ops.decode.reference(packed, scales, None, levels, bits, size, np.empty(count, np.float32))
+            ran(ops.matmul_packed, x, ops.PackedBlocks(packed, scales, None, levels, bits, size), out)
+            sums = ops.decode.reference(
+                ops.PackedBlocks(packed, scales, None, levels, bits, size), np.empty(count, np.float32)
+            )
             np.testing.assert_allclose(out[0], sums.reshape(-1, 32).sum(1), atol=1e-5)

@@ -43,7 +43,7 @@ def test_products_of_few_rows_are_exact_for_integers(isa, bits, affine):
         for dtype in ("float32", "float16", "bfloat16"):
             x = rng.integers(-4, 5, (batch, columns)).astype(DTYPES[dtype])
             out = np.full((batch, rows), 7, dtype=x.dtype)
-            ran(ops.matmul_packed, x, *arguments, out)
+            ran(ops.matmul_packed, x, ops.PackedBlocks(*arguments), out)
             with np.errstate(over="ignore"):  # in float16
                 same(out, (x.astype(np.float32) @ dense.T + np.float32(0)).astype(x.dtype))
 
@@ -53,8 +53,8 @@ def test_products_may_overwrite_their_rows(isa):
     packed, scales = rng.integers(0, 256, 2048).astype(np.uint8), np.ones(64, dtype=np.float32)
     arguments = packed, scales, None, lq.NF4.levels, 4, 64
     x = rng.standard_normal((2, 64)).astype(np.float32)
-    expected = ran(ops.matmul_packed, x, *arguments, np.empty_like(x))
-    same(ran(ops.matmul_packed, x, *arguments, x), expected)
+    expected = ran(ops.matmul_packed, x, ops.PackedBlocks(*arguments), np.empty_like(x))
+    same(ran(ops.matmul_packed, x, ops.PackedBlocks(*arguments), x), expected)
 
 
 @pytest.mark.parametrize(("columns", "size"), [(4096, 64), (2080, 32), (1000, 40)])
@@ -69,10 +69,12 @@ def test_products_have_the_same_bytes_on_every_instruction_set_and_in_any_compan
         for batch in range(1, compiled.FEW_ROWS + 1):
             out = np.empty((batch, rows), dtype=np.float32)
             with loading.using(name):
-                ran(ops.matmul_packed, x[:batch], *weight, bits, size, out)
+                ran(ops.matmul_packed, x[:batch], ops.PackedBlocks(*weight, bits, size), out)
             found[name, batch] = out
     expected = found["baseline", compiled.FEW_ROWS]
     for (_, batch), out in found.items():
         same(out, expected[:batch])
-    dense = ops.decode(*weight, bits, size, np.empty(rows * columns, np.float32)).reshape(rows, columns)
+    dense = ops.decode(ops.PackedBlocks(*weight, bits, size), np.empty(rows * columns, np.float32)).reshape(
+        rows, columns
+    )
     np.testing.assert_allclose(expected, x.astype(np.float64) @ dense.T.astype(np.float64), atol=1e-4)

@@ -104,21 +104,22 @@ def run(cupy):
         codes = rng.integers(0, 256, ops.packed_size(count, bits)).astype(np.uint8)
         out, expected = np.zeros(count + 1, dtype), np.zeros(count, dtype)
         arrays = [cupy.asarray(array) for array in (codes, scales, zeros)]
-        found = ops.decode(*arrays, levels, bits, size, cupy.asarray(out)[1:])
-        yield found, ops.decode.reference(codes, scales, zeros, levels, bits, size, expected)
+        found = ops.decode(ops.PackedBlocks(*arrays, levels, bits, size), cupy.asarray(out)[1:])
+        yield found, ops.decode.reference(ops.PackedBlocks(codes, scales, zeros, levels, bits, size), expected)
     yield from run_fits(cupy, rng)
     for sizes in ((5, 13, 100, 9), (1, 1, 2100, 3)):
         arguments = low_rank(rng, ("float16", "float32"), sizes)
         there = (*map(cupy.asarray, arguments[:4]), arguments[4])
         yield ops.add_low_rank(*there), ops.add_low_rank.reference(*arguments)
     x, *stored, levels, bits, size, expected = product_case(rng, TENSOR_SAMPLE[0], 21, 72, 40, affine=True)
-    there, out = [cupy.asarray(array) for array in (x, *stored)], cupy.asarray(np.zeros_like(expected))
-    yield ops.matmul_packed(*there, levels, bits, size, out), expected + expected.dtype.type(0)  # no zero is negative
+    there, out = [cupy.asarray(array) for array in stored], cupy.asarray(np.zeros_like(expected))
+    found = ops.matmul_packed(cupy.asarray(x), ops.PackedBlocks(*there, levels, bits, size), out)
+    yield found, expected + expected.dtype.type(0)  # no zero is negative
     x[0, 0], (packed, scales, _), levels = np.inf, stored, abs(levels) + 1
-    arguments = (x, packed, np.ones_like(scales), None, levels, bits, size)
-    there = [cupy.asarray(array) if isinstance(array, np.ndarray) else array for array in arguments[:4]]
-    found = ops.matmul_packed(*there, levels, bits, size, cupy.asarray(np.zeros_like(expected)))
-    yield found, ops.matmul_packed.reference(*arguments, np.zeros_like(expected))
+    here = ops.PackedBlocks(packed, np.ones_like(scales), None, levels, bits, size)
+    there = here._replace(packed=cupy.asarray(packed), scales=cupy.asarray(here.scales))
+    found = ops.matmul_packed(cupy.asarray(x), there, cupy.asarray(np.zeros_like(expected)))
+    yield found, ops.matmul_packed.reference(x, here, np.zeros_like(expected))
 
 
 def run_fits(cupy, rng):

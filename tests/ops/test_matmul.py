@@ -6,7 +6,7 @@ import pytest
 
 import lqlora as lq
 from lqlora.errors import MixedArraysError
-from lqlora.ops import add_low_rank, low_rank_product, matmul_dense, matmul_packed, pack_codes
+from lqlora.ops import PackedBlocks, add_low_rank, low_rank_product, matmul_dense, matmul_packed, pack_codes
 from lqlora.ops.matmul import _TILE
 from tests.strategies import host, on, on_device, scale_dtypes
 
@@ -132,7 +132,7 @@ def test_products_of_integers_are_exact(xp, batch, rows, columns, block_size, bi
     x = small_integers(rng, (batch, columns))
     out = on(xp, np.full((batch, rows), 9, dtype=np.float32))
     moved = [on(xp, part) if isinstance(part, np.ndarray) and part.flags.writeable else part for part in packed]
-    y = matmul_packed(on(xp, x), *moved, out)
+    y = matmul_packed(on(xp, x), PackedBlocks(*moved), out)
     assert y is out
     np.testing.assert_array_equal(host(y), x @ dense.T)
 
@@ -143,7 +143,7 @@ def test_tiles_end_where_they_should(fast_xp, columns, block_size):
     packed, dense = packed_weight(rng, rows, columns, 3, block_size, zeros=False)
     x = small_integers(rng, (2, columns))
     moved = [on(fast_xp, part) if isinstance(part, np.ndarray) and part.flags.writeable else part for part in packed]
-    y = matmul_packed(on(fast_xp, x), *moved, on(fast_xp, np.empty((2, rows), dtype=np.float32)))
+    y = matmul_packed(on(fast_xp, x), PackedBlocks(*moved), on(fast_xp, np.empty((2, rows), dtype=np.float32)))
     np.testing.assert_array_equal(host(y), x @ dense.T)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, affine
 from lqlora.ops import (
+    PackedBlocks,
     boundaries_by_set,
     decode,
     encode,
@@ -173,7 +174,7 @@ def test_decoding_equals_the_oracle(xp, codebook, size, count, seed):
     packed = pack_codes(on(xp, codes), codebook.bits)
     own = None if zeros is None else on(xp, zeros)
     out = on(xp, np.full(count, 9, dtype=np.float32))
-    found = decode(packed, on(xp, scales), own, codebook.levels, codebook.bits, size, out)
+    found = decode(PackedBlocks(packed, on(xp, scales), own, codebook.levels, codebook.bits, size), out)
     assert found is out or host(found).tobytes() == host(out).tobytes()
     expected = oracle.decode(codes.tolist(), scales, BlockFormat(codebook, size), zero_points=zeros)
     assert host(found).tobytes() == expected.tobytes()
@@ -184,7 +185,7 @@ def test_a_block_of_scale_zero_decodes_to_zero(xp):
     scales = on(xp, np.array([0.0, 1.0], dtype=np.float32))
     packed = pack_codes(encode(w, scales, None, NF4.boundaries, 2), 4)
     out = on(xp, np.full(4, 9, dtype=np.float32))
-    assert host(decode(packed, scales, None, NF4.levels, 4, 2, out)).tolist() == [0.0, 0.0, 1.0, -1.0]
+    assert host(decode(PackedBlocks(packed, scales, None, NF4.levels, 4, 2), out)).tolist() == [0.0, 0.0, 1.0, -1.0]
 
 
 @given(

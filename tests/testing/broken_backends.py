@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 
@@ -30,6 +31,15 @@ TAKES = {
 }
 
 
+def on_flat_arguments(operation, function):
+    @functools.wraps(function)
+    def unpacked(*args):
+        flat = operation.arguments.flatten(args)
+        return function(*(args if flat is args else flat[:-1]))  # the last one is the record
+
+    return unpacked
+
+
 @contextlib.contextmanager
 def planted(name, function, takes=None):
     """Make a function the first override of an operation for NumPy."""
@@ -37,7 +47,7 @@ def planted(name, function, takes=None):
     operation.overrides("numpy")  # those that there are come first, if they are not loaded yet
     before = operation._overrides.get("numpy", {})
     operation._overrides["numpy"] = {}
-    operation.register("numpy", takes=takes or TAKES[name])(function)
+    operation.register("numpy", takes=takes or TAKES[name])(on_flat_arguments(operation, function))
     operation._overrides["numpy"] |= before
     try:
         yield
@@ -48,7 +58,8 @@ def planted(name, function, takes=None):
 
 def reference(name, *arguments):
     with forced("reference"), np.errstate(all="ignore"):
-        return getattr(ops, name).reference(*arguments)
+        operation = getattr(ops, name)
+        return operation.reference(*operation.arguments.unflatten(arguments))
 
 
 def by_block(per_block, block_size, count):

@@ -85,7 +85,7 @@ def test_the_counterexample_is_small_and_can_be_replayed():
     case = finding.counterexample["case"]
     assert finding.message.startswith("case = Blocks(seed=")
     assert "where the reference has" in finding.message
-    packed, *_, out = case.arguments("decode")
+    packed, *_, out, _ = case.arguments("decode")
     assert case.count == len(out) <= 3
     assert packed.nbytes == ops.packed_size(case.count, case.bits)
 

@@ -18,7 +18,7 @@ from lqlora.backends.cpu.loading import instruction_sets, kernel, loaded
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops.blocks import block_absmax, block_extremes
 from lqlora.ops.casting import storage_cast
-from lqlora.ops.coding import decode, encode, encode_by_absmax, encode_packed, nearest_codes
+from lqlora.ops.coding import PackedBlocks, decode, encode, encode_by_absmax, encode_packed, nearest_codes
 from lqlora.ops.matmul import matmul_packed
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.rounding import rounding_errors
@@ -238,11 +238,14 @@ def codes_of_values(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32
     return codes
 
 
-def _is_whole(packed: Any, scales: Any, zero_points: Any, levels: Any, bits: int, block_size: int, out: Any) -> bool:
-    if block_size < 1 or len(levels) > 2**bits or packed.size != -(-out.size * bits // 8) or not out.flags.writeable:
-        return False
-    blocks = (-(-out.size // block_size),)
-    return scales.shape == blocks and (zero_points is None or zero_points.shape == blocks)
+def _is_whole(stored: PackedBlocks, out: Any) -> bool:
+    return stored.fits(out.size) and out.flags.writeable
+
+
+def _codes(stored: PackedBlocks) -> tuple[Any, ...]:
+    """Return stored weights as arguments of a kernel, but for the block size."""
+    table = np.ascontiguousarray(stored.levels, dtype=np.float32)
+    return stored.packed, stored.scales, stored.zero_points, table, len(table), stored.bits
 
 
 _DECODE = kernel("decode", "ppppiillpi")
@@ -263,19 +266,10 @@ _DECODE = kernel("decode", "ppppiillpi")
         sentence="a scale for each block, as many bytes as the codes take, and a result that may be written",
     ),
 )
-def values_of(
-    packed: npt.NDArray[np.uint8],
-    scales: npt.NDArray[np.float32],
-    zero_points: npt.NDArray[np.uint8] | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    out: npt.NDArray[Any],
-) -> npt.NDArray[Any]:
+def values_of(stored: PackedBlocks, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Unpack, look up, multiply and round, a few thousand weights at a time."""
-    table, count = np.ascontiguousarray(levels, dtype=np.float32), out.size
-    codes = (packed, scales, zero_points, table, len(table), bits)
-    _DECODE(count, *codes, count, min(block_size, max(1, count)), out, _NUMBER[out.dtype])
+    count = out.size
+    _DECODE(count, *_codes(stored), count, min(stored.block_size, max(1, count)), out, _NUMBER[out.dtype])
     return out
 
 
@@ -284,17 +278,11 @@ def values_of(
 FEW_ROWS = 16 if "avx512" in instruction_sets() else 8
 
 
-def _are_few(
-    x: Any, packed: Any, scales: Any, zero_points: Any, levels: Any, bits: int, block_size: int, out: Any
-) -> bool:
+def _are_few(x: Any, stored: PackedBlocks, out: Any) -> bool:
     rows, columns = out.shape[1], x.shape[1]
-    count = rows * columns
-    if block_size < 1 or columns % 8 or not x.shape[0] == out.shape[0] <= FEW_ROWS or x.dtype != out.dtype:
+    if columns % 8 or not x.shape[0] == out.shape[0] <= FEW_ROWS or x.dtype != out.dtype or not out.flags.writeable:
         return False
-    if packed.size != -(-count * bits // 8) or len(levels) > 2**bits or not out.flags.writeable:
-        return False
-    blocks = (-(-count // block_size),)
-    return scales.shape == blocks and (zero_points is None or zero_points.shape == blocks)
+    return stored.fits(rows * columns)
 
 
 _MULTIPLY = kernel("multiply", "plllppppiilp")
@@ -316,25 +304,16 @@ _MULTIPLY = kernel("multiply", "plllppppiilp")
         sentence=f"up to {FEW_ROWS} rows of a multiple of eight entries, and results of their dtype that may be written",
     ),
 )
-def products_of_few(
-    x: npt.NDArray[Any],
-    packed: npt.NDArray[np.uint8],
-    scales: npt.NDArray[np.float32],
-    zero_points: npt.NDArray[np.uint8] | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    out: npt.NDArray[Any],
-) -> npt.NDArray[Any]:
+def products_of_few(x: npt.NDArray[Any], stored: PackedBlocks, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Decode and multiply in registers; if blocks do not fill these, multiply stretches of a row in the cache."""
     rows = np.asarray(x, dtype=np.float32)
     # The kernel clears an entry of the result before it reads the inputs, so the two must not overlap. Results of 16
     # bits are summed in float32 and rounded once.
     in_place = out.dtype == np.float32 and not np.may_share_memory(out, rows)
     sums = out if in_place else np.empty(out.shape, dtype=np.float32)
-    table, count = np.ascontiguousarray(levels, dtype=np.float32), rows.shape[1] * out.shape[1]
-    codes = (packed, scales, zero_points, table, len(table), bits, min(block_size, max(1, count)))
-    _MULTIPLY(count, rows, rows.shape[0], out.shape[1], rows.shape[1], *codes, sums)
+    count = rows.shape[1] * out.shape[1]
+    size = min(stored.block_size, max(1, count))
+    _MULTIPLY(count, rows, rows.shape[0], out.shape[1], rows.shape[1], *_codes(stored), size, sums)
     if sums is not out:
         out[...] = storage_cast(sums, out.dtype.name)
     return out

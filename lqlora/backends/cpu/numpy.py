@@ -14,7 +14,7 @@ import numpy as np
 import lqlora.backends.cpu.compiled  # noqa: F401
 from lqlora._dispatch import Takes, prefer_maker
 from lqlora.backends.cpu.buffer_pool import large_empty
-from lqlora.ops.coding import FEW, decode, nearest_codes
+from lqlora.ops.coding import FEW, PackedBlocks, decode, nearest_codes
 from lqlora.ops.packing import packed_size, unpack_codes
 from lqlora.ops.sums import bin_sums, exact_terms
 
@@ -113,16 +113,9 @@ def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.ui
         contiguous=("packed", "out"),
     ),
 )
-def decode_lookup(
-    packed: npt.NDArray[np.uint8],
-    scales: npt.NDArray[np.float32],
-    zero_points: npt.NDArray[np.uint8] | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    out: npt.NDArray[np.float32],
-) -> npt.NDArray[np.float32]:
+def decode_lookup(stored: PackedBlocks, out: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Look up several codes at once: an entry of the table has the levels of all codes in 8, 12 or 16 bits."""
+    packed, scales, zero_points, levels, bits, block_size = stored
     count = out.shape[0]
     if packed.shape[0] != packed_size(count, bits):
         unpack_codes(packed, bits, count)  # raises the error of the reference

@@ -56,16 +56,18 @@ def _takes(operation: Operation[Any, Any], overrides: tuple[Override, ...]) -> T
 
 def _on_views(operation: Operation[Any, Any], takes: Takes) -> Callable[..., Any]:
     """Return a function that runs NumPy's implementation of an operation on views of tensors."""
-    names = list(operation.__signature__.parameters)
+    arguments = operation.arguments
+    names = arguments.flat
     positions = [names.index(name) for name in takes.dtypes]
     returns_out = "out" in names  # the last argument, which is written to and returned
 
     def on_views(*args: Any) -> Any:
-        given = list(args)
+        flat = arguments.flatten(args)
+        given = list(flat)
         for position in positions:
-            if (tensor := args[position]) is not None:
+            if (tensor := flat[position]) is not None:
                 given[position] = _view(tensor) if tensor.dtype == torch.bfloat16 else tensor.detach().numpy()
-        result = operation(*given)
+        result = operation(*arguments.unflatten(tuple(given)))
         if returns_out:
             return args[-1]
         return tuple(map(_tensor, result)) if isinstance(result, tuple) else _tensor(result)

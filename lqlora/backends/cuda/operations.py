@@ -130,23 +130,12 @@ class Kernels:
             self._run("encode", f"encode_packed<{bits}, {_TYPES[dtype_name(flat)]}>", -(-count // GROUP), arguments)
         return packed
 
-    def decode(
-        self,
-        packed: Array,
-        scales: Array,
-        zero_points: Array | None,
-        levels: npt.NDArray[np.float32],
-        bits: int,
-        block_size: int,
-        out: Array,
-    ) -> Array:
+    def decode(self, stored: ops.PackedBlocks, out: Array) -> Array:
         """Look up, multiply and round in one pass."""
         count = out.shape[0]
         if count:
-            zeros, affine = _zero_points(zero_points, packed)
-            known = (levels, 2**bits, 0.0)
-            arguments = (packed, scales, zeros, affine, known, out, np.int64(count), *_blocks(block_size))
-            self._run("decode", f"decode<{bits}, {_TYPES[dtype_name(out)]}>", -(-count // GROUP), arguments)
+            arguments = (*_codes(stored), out, np.int64(count), *_blocks(stored.block_size))
+            self._run("decode", f"decode<{stored.bits}, {_TYPES[dtype_name(out)]}>", -(-count // GROUP), arguments)
         return out
 
     def pack_codes(self, codes: Array, bits: int) -> Array:
@@ -164,27 +153,16 @@ class Kernels:
             self._run("packing", f"unpack_codes<{bits}>", -(-count // GROUP), (packed, codes, np.int64(count)))
         return codes
 
-    def matmul_packed(
-        self,
-        x: Array,
-        packed: Array,
-        scales: Array,
-        zero_points: Array | None,
-        levels: npt.NDArray[np.float32],
-        bits: int,
-        block_size: int,
-        out: Array,
-    ) -> Array:
+    def matmul_packed(self, x: Array, stored: ops.PackedBlocks, out: Array) -> Array:
         """Decode each weight once, in registers, for all rows of inputs."""
         (inputs, columns), rows = x.shape, out.shape[1]
         if not rows:
             return out
-        own = _TYPES[dtype_name(x)]
-        zeros, affine = _zero_points(zero_points, packed)
+        own, bits, block_size = _TYPES[dtype_name(x)], stored.bits, stored.block_size
         # For block sizes that are powers of two a shift replaces the division in the innermost loop.
         shift = block_size.bit_length() - 1 if block_size & (block_size - 1) == 0 else -1
         sizes = (np.int32(inputs), np.int64(rows), np.int32(columns), *_blocks(block_size), np.int32(shift))
-        arguments = (x, packed, scales, zeros, affine, (levels, 2**bits, 0.0), out, *sizes)
+        arguments = (x, *_codes(stored), out, *sizes)
         if inputs <= _FEW or own == "float":
             most = next(most for most in _INPUTS if inputs <= most)
             work = -(-rows // (2 if most > 1 else 1)) * 32
@@ -192,7 +170,7 @@ class Kernels:
         elif capability(self._memory.device(x) or 0) >= _MULTIPLIES_MATRICES:
             self._run("tensor", f"matmul_tensor<{bits}, {own}>", -(-rows // _TILE) * _THREADS, arguments)
         else:
-            ops.matmul_packed.reference(x, packed, scales, zero_points, levels, bits, block_size, out)
+            ops.matmul_packed.reference(x, stored, out)
         return out
 
     def add_low_rank(self, y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: float) -> Array:
@@ -254,6 +232,12 @@ def lanes_for(entries: int, each: int, most: int) -> int:
 def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int32]:
     """Return an array to pass for zero points, and a flag for the kernel, because CuPy cannot pass a null pointer."""
     return (other, np.int32(0)) if zero_points is None else (zero_points, np.int32(1))
+
+
+def _codes(stored: ops.PackedBlocks) -> tuple[Any, ...]:
+    """Return stored weights as arguments of a kernel, but for the block size."""
+    zeros, affine = _zero_points(stored.zero_points, stored.packed)
+    return stored.packed, stored.scales, zeros, affine, (stored.levels, 2**stored.bits, 0.0)
 
 
 def _blocks(block_size: int) -> tuple[np.int64, np.float64]:

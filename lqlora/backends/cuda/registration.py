@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+from inspect import Parameter, Signature
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lqlora import ops
-from lqlora._dispatch import Takes, arguments_named, dtype_name
+from lqlora._dispatch import Takes, dtype_name
 from lqlora._optional import is_installed
 from lqlora.backends.cuda.fits import LONGEST_SEARCH, Fits
 from lqlora.backends.cuda.operations import GROUP, MOST_INPUTS
@@ -50,7 +51,7 @@ def register(memory: Memory) -> None:
     for operation, taken in _TAKEN.items():
         takes = Takes(
             taken.dtypes,
-            bits=tuple(range(1, 9)) if "bits" in operation.__signature__.parameters else None,
+            bits=tuple(range(1, 9)) if "bits" in operation.arguments.flat else None,
             memory="device",
             contiguous=tuple(taken.dtypes),
             condition=_Condition(memory, operation, taken),
@@ -62,16 +63,16 @@ def register(memory: Memory) -> None:
 class _Condition:
     """The condition of a kernel: arrays of fitting shapes on one device, aligned, and not followed by autograd.
 
-    Its signature names all arguments of the operation; ``taken.fits`` names those that it needs.
+    Its signature names all flat arguments of the operation; ``taken.fits`` names those that it needs.
     """
 
     def __init__(self, memory: Memory, operation: Operation[Any, Any], taken: _Taken) -> None:
-        self.__signature__ = operation.__signature__
-        names = tuple(operation.__signature__.parameters)
+        names = operation.arguments.flat
+        self.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names])
         self._memory, self._taken = memory, taken
         self._arrays = tuple(i for i, name in enumerate(names) if name in taken.dtypes)
         self._aligned = tuple(names.index(name) for name in taken.aligned)
-        self._named = arguments_named(taken.fits, names, f"cuda.{operation.name}")
+        self._named = operation.arguments.picker(taken.fits, f"cuda.{operation.name}")
 
     def __call__(self, *args: Any) -> bool:
         if not kernels_run():
@@ -137,31 +138,8 @@ def _scales_fit(count: int, scales: Array, zero_points: Array | None, block_size
     return tuple(scales.shape) == blocks and (zero_points is None or tuple(zero_points.shape) == blocks)
 
 
-def _weight_fits(
-    count: int,
-    packed: Array,
-    scales: Array,
-    zero_points: Array | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-) -> bool:
-    codes = tuple(packed.shape) == (ops.packed_size(count, bits),)
-    known = block_size >= 1 and len(levels) <= 2**bits
-    return codes and known and _scales_fit(count, scales, zero_points, block_size)
-
-
-def _decoding_fits(
-    packed: Array,
-    scales: Array,
-    zero_points: Array | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    out: Array,
-) -> bool:
-    flat = len(out.shape) == 1
-    return flat and _weight_fits(out.shape[0], packed, scales, zero_points, levels, bits, block_size)
+def _decoding_fits(stored: ops.PackedBlocks, out: Array) -> bool:
+    return len(out.shape) == 1 and stored.fits(out.shape[0])
 
 
 def _codes_fit(codes: Array) -> bool:
@@ -172,22 +150,12 @@ def _packed_fits(packed: Array, bits: int, count: int) -> bool:
     return tuple(packed.shape) == (ops.packed_size(count, bits),)
 
 
-def _product_fits(
-    x: Array,
-    packed: Array,
-    scales: Array,
-    zero_points: Array | None,
-    levels: npt.NDArray[np.float32],
-    bits: int,
-    block_size: int,
-    out: Array,
-) -> bool:
+def _product_fits(x: Array, stored: ops.PackedBlocks, out: Array) -> bool:
     if len(x.shape) != 2 or len(out.shape) != 2 or out.shape[0] != x.shape[0] or out.dtype != x.dtype:
         return False
     (inputs, columns), rows = x.shape, out.shape[1]
-    # Kernels count columns and weights of a block in 32 bits, and read rows in whole groups of codes.
-    few = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0 and columns < 2**30 and block_size < 2**31
-    return few and _weight_fits(rows * columns, packed, scales, zero_points, levels, bits, block_size)
+    vectors = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0
+    return vectors and columns < 2**30 and stored.block_size < 2**31 and stored.fits(rows * columns)
 
 
 def _factors_fit(y: Array, x: Array, lora_A: Array, lora_B: Array) -> bool:

@@ -56,8 +56,9 @@ class Blocks:
     unused_bits: bool = False
 
     def arguments(self, operation: str) -> tuple[Any, ...]:
-        """Return the arguments of an operation of :mod:`lqlora.ops`, as arrays of NumPy."""
-        arguments: tuple[Any, ...] = getattr(ops, operation).examples(self)
+        """Return the flat arguments of an operation of :mod:`lqlora.ops`, as arrays of NumPy."""
+        known = getattr(ops, operation)
+        arguments: tuple[Any, ...] = known.arguments.flatten(known.examples(self))
         return arguments
 
     def rows(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -196,8 +197,9 @@ class Product:
     exact: bool = True
 
     def arguments(self, operation: str) -> tuple[Any, ...]:
-        """Return the arguments of an operation of :mod:`lqlora.ops`, as arrays of NumPy."""
-        arguments: tuple[Any, ...] = getattr(ops, operation).products(self)
+        """Return the flat arguments of an operation of :mod:`lqlora.ops`, as arrays of NumPy."""
+        known = getattr(ops, operation)
+        arguments: tuple[Any, ...] = known.arguments.flatten(known.products(self))
         return arguments
 
     @property

@@ -165,7 +165,7 @@ def products(subject: BackendSubject, case: Product) -> None:
 def layout(subject: BackendSubject, case: Blocks, layout: str) -> None:
     """Arrays that are strided, unaligned or read-only give the bytes of contiguous ones."""
     for name in subject.of(case):
-        if layout != "read-only" or "out" not in operations()[name].__signature__.parameters:
+        if layout != "read-only" or "out" not in operations()[name].arguments.flat:
             subject.expect_right(name, case.arguments(name), lambda array: _laid_out(array, layout))
 
 
@@ -259,12 +259,12 @@ def mixed_libraries(subject: BackendSubject, case: Blocks) -> None:
 def _expect_mixed_refused(name: str, argument: str, mixed: tuple[Any, ...]) -> None:
     operation = operations()[name]
     try:
-        operation(*mixed)
+        operation(*operation.arguments.unflatten(mixed))
     except (MixedArraysError, UnsupportedArrayError):
         return
     except Exception as error:
         raise RefusedError(f"{name} with {argument} of another library raised {named(error)}") from error
-    chosen = operation.select(*mixed).implementation
+    chosen = operation.select(*operation.arguments.unflatten(mixed)).implementation
     raise ViolationError(f"{chosen} accepted {argument} of another library")
 
 

@@ -37,7 +37,7 @@ def operations() -> dict[str, Operation[Any, Any]]:
 
 
 class Call(NamedTuple):
-    """An implementation with the arguments of a call."""
+    """An implementation with the flat arguments of a call."""
 
     name: str
     operation: Operation[Any, Any]
@@ -46,14 +46,14 @@ class Call(NamedTuple):
 
     def arrays(self, *, written: bool = False) -> dict[str, int]:
         """Return the positions of the array arguments by name; those of ``out`` only if ``written``."""
-        names = list(self.operation.__signature__.parameters)
+        names = self.operation.arguments.flat
         own = {name: i for i, name in enumerate(names) if name not in _TABLES and array_library(self.arguments[i])}
         return own if written else {name: i for name, i in own.items() if name != "out"}
 
     def run(self) -> list[Any]:
         """Return the results as a list of arrays."""
         try:
-            result = self.function(*self.arguments)
+            result = self.function(*self.operation.arguments.unflatten(self.arguments))
         except Exception as error:
             raise RefusedError(f"{self.name} raised {named(error)}") from error
         return list(result) if isinstance(result, tuple) else [result]
@@ -118,13 +118,14 @@ class BackendSubject:
     def _given(
         self, operation: Operation[Any, Any], arguments: tuple[Any, ...], lay: Callable[[Array], Array] | None
     ) -> tuple[Any, ...]:
-        names = operation.__signature__.parameters
-        return tuple(
+        names = operation.arguments.flat
+        given = tuple(
             value
             if name in _TABLES or not isinstance(value, np.ndarray)
             else (lay or _as_it_is)(self.put(value))
             for name, value in zip(names, arguments, strict=True)
         )  # fmt: skip
+        return operation.arguments.flatten(operation.arguments.unflatten(given))  # with a record of the new arrays
 
     def expect_reference(self, case: Blocks | Product) -> None:
         """Raise unless every implementation returns the bytes of the reference on NumPy."""
@@ -156,7 +157,8 @@ def right(name: str, arguments: tuple[Any, ...]) -> list[npt.NDArray[Any]]:
     """Return the results of the reference on copies of NumPy arrays."""
     copies = [np.array(value) if isinstance(value, np.ndarray) else value for value in arguments]
     with forced("reference"), np.errstate(all="ignore"):
-        result = operations()[name].reference(*copies)
+        operation = operations()[name]
+        result = operation.reference(*operation.arguments.unflatten(tuple(copies)))
     return list(result) if isinstance(result, tuple) else [result]
 
 

@@ -160,7 +160,7 @@ class ScaleFormat(_Record):
 
 @dataclass(frozen=True)
 class BlockFormat(_Record):
-    """Storage of an array as codes of a codebook with one scale per block; scales have a format of their own.
+    """Storage of an array as codes of a codebook with one scale per block. Scales have a separate format.
 
     Parameters
     ----------

@@ -115,7 +115,7 @@ class Choices:
     def refuse_contradictions(self) -> None:
         """Raise if tied matrices have no configuration in common."""
         rows = np.arange(len(self.ties))
-        if (self.ties == rows).all():  # no ties: each row has a configuration of its own, as _allowed has checked
+        if (self.ties == rows).all():  # no ties: each row has a configuration, as _allowed has checked
             return
         order, first = self._groups(rows >= 0)
         empty = ~np.logical_and.reduceat(self.allowed[order], first).any(axis=1)

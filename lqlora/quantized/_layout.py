@@ -140,7 +140,7 @@ class Layout:
     def pieces(self, array: Array, *, streams: bool = True) -> Iterable[Piece]:
         """Return the pieces of an array, given in block order. Each begins at a multiple of eight weights.
 
-        A code then begins where a byte does. Pieces are whole lines where lines have levels of their own.
+        A code then begins where a byte does. Pieces are whole lines where groups of lines have separate levels.
         ``streams=False`` bounds the pieces by :func:`piece_size`, for callers that copy each piece.
         """
         if self.whole:

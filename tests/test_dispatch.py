@@ -366,7 +366,7 @@ class TestRecords:
         assert joined.select(three, np.empty(5)).reason == "numpy.fast declined: it is for a factor of four."
 
     def test_a_condition_that_names_something_else_is_refused(self, joined):
-        with pytest.raises(InvalidArgumentError, match=r"fast.*rest.*left, right, factor, out, halves"):
+        with pytest.raises(InvalidArgumentError, match=r"rest.*factor, out, halves"):
             joined.register("numpy", takes=Takes({}, condition=lambda rest: rest))(saying("fast"))
 
     def test_the_first_field_decides_the_library(self, joined, strict):

@@ -6,7 +6,7 @@ know whether its scales are quantized, so this module lies below the class.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,9 +20,28 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array
     from lqlora.codebooks import Codebook
-    from lqlora.quantized.array import QuantizedArray
+    from lqlora.formats import BlockFormat
 
 __all__ = ["decode_flat", "decode_into", "decode_scales", "host_levels", "read_only", "unpacked", "zero_point_codes"]
+
+
+class _Quantized(Protocol):
+    """The fields of a :class:`lqlora.QuantizedArray`, which is defined above this module."""
+
+    @property
+    def packed(self) -> Array: ...
+    @property
+    def scales(self) -> Any: ...
+    @property
+    def format(self) -> BlockFormat: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> Array | None: ...
+    @property
+    def zero_points(self) -> Array | None: ...
+    @property
+    def levels(self) -> Array | None: ...
 
 
 def host_levels(levels: Array | None, codebook: Codebook) -> npt.NDArray[np.float32] | None:
@@ -40,7 +59,7 @@ def read_only(table: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return table
 
 
-def decode_scales(stored: Array | QuantizedArray, scale_format: str | ScaleFormat) -> Array:
+def decode_scales(stored: Array | _Quantized, scale_format: str | ScaleFormat) -> Array:
     """Return scales as float32, one per block, from what a format stores for them."""
     if isinstance(scale_format, ScaleFormat):
         inner = decode_scales(stored.scales, scale_format.dtype)
@@ -72,14 +91,14 @@ def decode_flat(layout: Layout, packed: Array, inner: Array, offset: Array | Non
     return decoded
 
 
-def zero_point_codes(q: QuantizedArray) -> Array | None:
+def zero_point_codes(q: _Quantized) -> Array | None:
     """Return the unpacked zero points of an affine format, one per block."""
     if q.zero_points is None:
         return None
     return ops.unpack_codes(q.zero_points, q.format.bits, layout_of(q.format, q.shape).blocks)
 
 
-def decode_into(q: QuantizedArray, out: Array) -> None:
+def decode_into(q: _Quantized, out: Array) -> None:
     """Write the dense values into another array of the same shape, of any strides."""
     scales = decode_scales(q.scales, q.format.scales)
     _decode_pieces(
@@ -136,7 +155,7 @@ def _decode_by_set(layout: Layout, packed: Array, scales: Array, levels: Array, 
     out[...] = values if out.dtype == values.dtype else ops.storage_cast(values, ops.dtype_name(out))
 
 
-def unpacked(q: QuantizedArray) -> Array:
+def unpacked(q: _Quantized) -> Array:
     """Return the codes as an array of uint8 of the dense shape."""
     layout = layout_of(q.format, q.shape)
     return in_shape(ops.unpack_codes(q.packed, layout.bits, layout.count), layout.axis, q.shape)

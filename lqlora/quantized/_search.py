@@ -1,4 +1,4 @@
-r"""Search for the scale of least squared error of each block, and for levels fitted together with the scales.
+r"""Fit of levels together with scales, and the grids of the search for scales, whose arithmetic is ``lqlora.ops.search``.
 
 A row is a block divided by the scale that its absolute maximum gives it. The functions work on such *normalized* rows
 ``x`` and return ratios ``r`` to that first scale. With importance ``w`` and levels ``l``, the error of a row is

@@ -47,6 +47,7 @@ def test_our_quantizer_conforms_on_numpy(text):
     assert skipped(conforms(text)) == expected
 
 
+@pytest.mark.slow
 def test_our_quantizer_conforms_on_torch(torch):
     def adapt(w):
         if w.dtype == ml_dtypes.bfloat16:
@@ -57,10 +58,12 @@ def test_our_quantizer_conforms_on_torch(torch):
     assert skipped(conforms("nf4/64:bfloat16", adapt)) == set()
 
 
+@pytest.mark.slow
 def test_our_quantizer_conforms_on_a_strict_library(strict):
     assert skipped(conforms("nf3/7:float32", strict.asarray)) == {"float16", "bfloat16"}
 
 
+@pytest.mark.slow
 def test_a_custom_codebook_conforms():
     ternary = lq.Codebook([-3, 0, 3], name="ternary")
     fmt = lq.BlockFormat(ternary, 5)

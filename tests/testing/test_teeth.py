@@ -51,6 +51,7 @@ def check(cls, **options):
     return check_quantizer(quantizer.quantize, quantizer.dequantize, **{**OPTIONS, **options})
 
 
+@pytest.mark.slow
 def test_a_quantizer_without_a_fault_passes_everything():
     report = check(broken.Correct)
     assert [f for f in report.findings if f.result != "passed"] == [report["sign_symmetry"]]
@@ -63,9 +64,11 @@ def test_every_property_has_a_fault_of_its_own():
     assert {name for _, name, _ in FAULTS} | others == set(PROPERTIES)
 
 
-@pytest.mark.parametrize(("fault", "name", "also"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
-def test_a_fault_is_found_by_the_property_named_for_it(fault, name, also):
-    assert check(fault, only=[name, *also]).failed == tuple(p for p in PROPERTIES if p == name or p in also)
+@pytest.mark.parametrize(
+    ("fault", "name"), [fault[:2] for fault in FAULTS], ids=lambda value: getattr(value, "__name__", None)
+)
+def test_a_fault_is_found_by_the_property_named_for_it(fault, name):
+    assert check(fault, only=[name]).failed == (name,)
 
 
 #: What finds a fault only if the weights drawn happen to show it: for the second, one just below a boundary, which a
@@ -75,7 +78,7 @@ SOMETIMES = {broken.SharesAScale: ["idempotence"], broken.Shrinks: ["nearest_lev
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "name", "also"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
-def test_a_fault_is_found_by_no_other_property(fault, name, also):
+def test_a_fault_is_found_by_the_properties_listed_and_no_others(fault, name, also):
     assert {name, *also} <= set(check(fault).failed) <= {name, *also, *SOMETIMES.get(fault, ())}
 
 

@@ -58,7 +58,7 @@ _SIGNED = ("int", "dynamic")
 
 
 class _Record:
-    """Base of frozen formats that keep what they derive from their fields.
+    """Base class of frozen formats, which cache the values that they derive from their fields.
 
     Formats are keys of caches and are asked for the same things in every call, so the answers stay in ``__dict__``. A
     pickle holds the fields alone: the hash of a string differs from process to process.
@@ -160,7 +160,7 @@ class ScaleFormat(_Record):
 
 @dataclass(frozen=True)
 class BlockFormat(_Record):
-    """Storage of an array as codes of a codebook with one scale per block; scales have a format of their own.
+    """Storage of an array as codes of a codebook with one scale per block; scales have their own format.
 
     Parameters
     ----------

@@ -223,7 +223,7 @@ def pareto(
 def _budget(
     choices: Choices, bits_per_weight: float | Fraction | None, total_bytes: int | None, max_error: float | None
 ) -> tuple[AppliedLimit, ...]:
-    """Return the budget as a limit on all matrices, or nothing if an error or other limits take its place."""
+    """Return the budget as a limit on all matrices; an empty tuple if only an error or other limits are given."""
     given = 3 - [bits_per_weight, total_bytes, max_error].count(None)
     if given > 1 or (given == 0 and not choices.limits):
         raise InvalidArgumentError(

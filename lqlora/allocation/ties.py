@@ -96,7 +96,7 @@ def experts(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _several(groups: Iterable[list[str]], what: str) -> list[tuple[str, ...]]:
-    """Return the groups of two or more."""
+    """Return the groups of at least two names; raise if there are none."""
     found = [tuple(group) for group in groups if len(group) > 1]
     if not found:
         raise InvalidArgumentError(f"names must hold two or more {what} of one layer, but no two belong together.")

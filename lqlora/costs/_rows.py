@@ -22,7 +22,7 @@ __all__ = ["RowTask", "cost_row"]
 
 
 class RowTask(NamedTuple):
-    """A matrix whose costs are wanted.
+    """Task of one row: a matrix, its weighting, and the costs that are known already.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class RowTask(NamedTuple):
 def cost_row(
     task: RowTask, *, configurations: Mapping[str, Configuration], options: dict[str, Any], fast: bool, stored: str
 ) -> StoredRow:
-    """Return the costs of a matrix that are not known yet, after comparing the matrix with the one that is known.
+    """Compute the missing costs of a matrix. Raise if its known costs belong to another matrix or weighting.
 
     Parameters
     ----------

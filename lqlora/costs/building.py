@@ -158,7 +158,7 @@ def _by_shape(
 
 
 def _as_stored(formats: Sequence[BlockFormat], options: Mapping[str, Any]) -> list[BlockFormat]:
-    """Return the formats that decompositions will have: fitted levels are stored, and take further bits."""
+    """Return the formats of the results. Formats with fitted levels also store the levels, which takes bits."""
     # The same change of the format as in `quantize`. Without it, sizes would leave out the levels that are stored.
     if options.get("fit") != "levels+scale":
         return list(formats)

@@ -1,9 +1,9 @@
-"""A file of finished costs that survives a kill at any moment: appending, recovery, locking, merging.
+"""Cost store: a file of finished costs that stays readable after a crash, with locking and merging.
 
 Each row is one line that is flushed to the disk before the next one begins. A process that is killed can therefore
 leave only one incomplete line, the last one, which has no line break. Opening the store cuts that line off. JSON escapes
 line breaks inside texts, so a line break always ends a line. A kill cannot cause any other fault, such as a wrong
-checksum or a broken line before the last: such a file is refused.
+checksum or a broken line before the last: opening such a file raises.
 """
 
 from __future__ import annotations

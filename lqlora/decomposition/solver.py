@@ -215,7 +215,7 @@ def decompose(
 
 
 class _Goal(NamedTuple):
-    """Everything that stays the same during an alternation."""
+    """Inputs of an alternation, which stay fixed."""
 
     matrix: Array
     rank: int
@@ -311,7 +311,7 @@ def _alternate(
 
 
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
-    """Return the iterate of a quantized part: the low-rank step of its residual, from a previous step."""
+    """Return the iterate of a quantized part: approximate its residual by low rank, starting from a previous step."""
     residual = residual_of(goal.matrix, quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)

@@ -167,7 +167,7 @@ def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_d
 
 
 def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -> None:
-    """Refuse tensors that are not those of a format, before a kernel trusts their sizes.
+    """Raise unless tensors have the dtypes and shapes of a format, before a kernel relies on their sizes.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
 
 @functools.lru_cache(maxsize=1024)
 def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
-    """Return the format that a spelling stands for, with the codebook of a text if there is one.
+    """Parse a format, with the codebook of a second text if there is one.
 
     Parameters
     ----------

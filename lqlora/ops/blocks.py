@@ -44,7 +44,7 @@ def to_blocks(flat: Array, block_size: int) -> Array:
 
 
 def from_blocks(blocks: Array, count: int) -> Array:
-    """Return the flat array that :func:`to_blocks` made rows of.
+    """Join rows of blocks to a flat array: the inverse of :func:`to_blocks`.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def widen(array: Array, what: str = "the array") -> Array:
-    """Convert floating-point input to the dtype the arithmetic runs in.
+    """Convert floating-point input to the dtype of the arithmetic: float32, or float64 for float64.
 
     Parameters
     ----------

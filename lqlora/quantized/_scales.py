@@ -154,7 +154,7 @@ def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray
 
 
 def require_in_range(scales: Array, scale_format: str | ScaleFormat, name: str) -> None:
-    """Refuse scales that are not finite."""
+    """Raise unless all scales are finite."""
     if ops.is_finite(scales):
         return
     try:

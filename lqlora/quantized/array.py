@@ -234,7 +234,7 @@ class QuantizedArray:
 
 
 def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
-    """Return arrays of one shape as one, with the batch dimensions in front."""
+    """Stack arrays of equal shape into one array, with the batch dimensions in front."""
     if not batch_shape:
         return arrays[0]
     xp = namespace(*arrays)
@@ -244,7 +244,7 @@ def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
 def nest(
     arrays: Mapping[str, Array], fmt: BlockFormat, shape: tuple[int, ...], batch_dims: int, prefix: str = ""
 ) -> QuantizedArray:
-    """Return the quantized array of stored arrays by name, without checks.
+    """Build a quantized array from its stored arrays by name, without checks.
 
     Parameters
     ----------
@@ -278,7 +278,7 @@ def nest(
 
 
 def _check_arrays(arrays: Mapping[str, Array], expected: StoredArrays, fmt: BlockFormat) -> None:
-    """Refuse arrays that are not those of a format, before anything trusts their sizes."""
+    """Raise unless the arrays have the names, dtypes and shapes of a format, before anything relies on their sizes."""
     for name, (dtype, shape) in expected.items():
         if name not in arrays:
             raise FormatError(f"arrays of format {fmt} must include {name!r}, which is missing.")
@@ -322,7 +322,7 @@ def _check_scales(scales: Array, *, signed: bool) -> None:
 
 
 def _check_decoded_scales(q: QuantizedArray) -> None:
-    """Refuse second-level scales and offsets under which a scale overflows: :func:`quantize` never stores them."""
+    """Raise if a scale overflows when it is decoded. :func:`quantize` never stores such scales."""
     if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
         return
     with np.errstate(over="ignore", invalid="ignore"):

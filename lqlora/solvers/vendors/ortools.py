@@ -1,4 +1,4 @@
-"""Adapter of CP-SAT (OR-tools), which runs in a process of its own: OR-tools and highspy cannot share one."""
+"""Adapter of CP-SAT (OR-tools), in a separate process, because OR-tools and highspy cannot share one."""
 
 from __future__ import annotations
 

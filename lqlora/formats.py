@@ -469,7 +469,7 @@ class BlockFormat(_Record):
         head, *scales = text.strip().split(":")
         match = re.fullmatch(r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?", head)
         if match is None or len(scales) > _MAX_DEPTH:
-            raise FormatError(f"text must spell a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
+            raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
         name, fitted, lines, block_size, axis = match.groups()
         return cls(
             codebook or by_name(name),

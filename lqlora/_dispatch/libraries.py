@@ -276,15 +276,19 @@ def _require_one_home(arrays: tuple[Array | None, ...]) -> None:
         wrong = type(present[homes.index(None)]).__name__
         raise UnsupportedArrayError(f"arrays must be NumPy, torch, CuPy or array API arrays, got {wrong}.")
     if homes.count(library) != len(homes):
-        raise MixedArraysError(f"arrays are of {' and '.join(sorted(set(homes)))} in one call: convert some of them.")
+        raise MixedArraysError(
+            f"arrays must be of one library, got {' and '.join(sorted(set(homes)))}. Convert some of them."
+        )
     if library == "array-api" and len({type(array) for array in present}) > 1:
-        raise MixedArraysError("arrays are of two array API libraries in one call: convert some of them.")
+        raise MixedArraysError("arrays must be of one library, got two array API libraries. Convert some of them.")
     if library in _ONE_HOME:
         return
     devices = [device_of(array) for array in present]
     if devices.count(devices[0]) != len(devices):
         named = " and ".join(sorted(set(map(str, devices))))
-        raise MixedArraysError(f"arrays are on {named} in one call: move some of them, lqlora never copies by itself.")
+        raise MixedArraysError(
+            f"arrays must be on one device, got {named}. Move some of them: lqlora never copies by itself."
+        )
 
 
 #: The key holds the class of the dtype too: dtypes of two libraries may have one hash, and comparing them may raise.

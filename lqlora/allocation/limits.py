@@ -157,7 +157,9 @@ class LimitUse:
         numbers = {"used": self.used, "weight_count": self.weight_count}
         numbers |= {name: limit for name, limit in given.items() if limit is not None}
         if len(numbers) == 2:
-            raise InvalidArgumentError(f"upper or lower must be given for the limit on {self.matrices}.")
+            raise InvalidArgumentError(
+                f"upper or lower must be given for the limit on {self.matrices}, got None for both."
+            )
         if self.unit not in _UNITS:
             raise InvalidArgumentError(f"unit must be 'bits' or 'error', got {self.unit!r}.")
         for name, number in numbers.items():

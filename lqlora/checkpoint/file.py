@@ -352,7 +352,7 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
         same = False
     if not same:
         raise CheckpointError(
-            f"{path} was changed after it was written: its content has another SHA-256 than it states."
+            f"{path} was changed after it was written: the SHA-256 of its content differs from the stored one."
         )
     for name, array in arrays.items():
         if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):

@@ -92,9 +92,9 @@ def by_name(name: str) -> Codebook:
             try:
                 return family.make(*map(int, match.groups()))
             except InvalidArgumentError as error:
-                raise FormatError(f"Unknown codebook {name!r}: {error}") from None
+                raise FormatError(f"codebook {name!r} does not exist: {error}") from None
     known = ", ".join(family.spelling for family in _FAMILIES)
-    raise FormatError(f"Unknown codebook {name[:40]!r}: known names are {known}.")
+    raise FormatError(f"codebook must be one of {known}, got {name[:40]!r}.")
 
 
 def is_standard(codebook: Codebook) -> bool:

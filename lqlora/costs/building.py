@@ -191,7 +191,7 @@ def _check(
         raise InvalidArgumentError("formats and ranks must hold at least one format and one rank, got none.")
     if len(set(configurations)) < len(configurations):
         twice = next(own for place, own in enumerate(configurations) if own in configurations[:place])
-        raise InvalidArgumentError(f"formats and ranks must each be given once, got {twice} twice.")
+        raise InvalidArgumentError(f"formats and ranks must not contain duplicates, got {twice} twice.")
     if unknown := sorted(set(weighting) - set(weights)):
         raise InvalidArgumentError(f"weighting must name matrices of weights, got {list_names(unknown)}.")
     if mode not in ("exact", "fast"):

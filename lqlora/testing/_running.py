@@ -76,7 +76,7 @@ def _selected(registry: dict[str, Property[S]], only: Collection[str] | None, ex
         if unknown:
             close = {name: difflib.get_close_matches(name, registry) for name in unknown}
             hints = "; ".join(f"{name!r} (similar: {', '.join(near) or 'none'})" for name, near in close.items())
-            raise InvalidArgumentError(f"{argument} contains unknown names of properties: {hints}.")
+            raise InvalidArgumentError(f"{argument} must contain names of properties, got {hints}.")
     return [name for name in registry if only is None or name in only]
 
 

@@ -95,7 +95,9 @@ class RowColumn(ScaledWeighting):
 
     def __post_init__(self) -> None:
         if self.row is None and self.col is None:
-            raise InvalidArgumentError("row and col are both None. Pass at least one of them, or use Uniform().")
+            raise InvalidArgumentError(
+                "row or col must be given, got None for both. Use Uniform() for equal importance."
+            )
         given = [importance for importance in (self.row, self.col) if importance is not None]
         namespace(*given)
         row, col = _checked(self.row, "row"), _checked(self.col, "col")

@@ -267,7 +267,7 @@ class _Inputs:
             rows = sum(count * self._rows[key] for key, count in uses)
             if rows == 0:
                 raise InvalidArgumentError(
-                    f"include selects the layer {name!r}, which no batch reached. Exclude it, or pass other batches."
+                    f"include must select layers that a batch reaches, but none reached {name!r}. Exclude it, or pass other batches."
                 )
             if uses not in shared:
                 (first, count), *others = uses

@@ -131,5 +131,5 @@ def assert_backend_conforms(library: str | Namespace, **options: Any) -> Report:
     """
     report = check_backend(library, **options)
     if not report.passed:
-        raise ConformanceError(f"The backend fails {', '.join(report.failed)}.\n{report}")
+        raise ConformanceError(f"backend fails {', '.join(report.failed)}.\n{report}")
     return report

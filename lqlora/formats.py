@@ -43,7 +43,7 @@ StoredArrays: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 _STORED_BITS = {"uint8": 8, **_FLOAT_BITS}
-_MAX_DEPTH = 8  # depths of scales that a text may spell, the dtype included; it bounds the recursion of _parse_scales
+_MAX_DEPTH = 8  # depths of scales that a text may have, the dtype included; it bounds the recursion of _parse_scales
 _OFFSET_BITS = 32  # one float32 per array of scales
 
 #: For each codebook of scales: its letter in the spelling, the name of its levels, and its default offset. A spelling
@@ -143,7 +143,7 @@ class ScaleFormat(_Record):
 
     @property
     def signed(self) -> bool:
-        """Whether scales of both signs keep their sign. An offset may move the smallest scales to the other sign."""
+        """True if scales of both signs keep their sign. An offset may move the smallest scales to the other sign."""
         return self.codebook in _SIGNED and self.offset == "none"
 
     @property
@@ -357,9 +357,9 @@ class BlockFormat(_Record):
         Returns
         -------
         dict of str to tuple of str and tuple of int
-            In the order of :meth:`lqlora.QuantizedArray.to_arrays`: ``codes`` and ``scales``, where double quantization
-            replaces ``scales`` by ``scales.codes``, ``scales.scales`` and ``scales.offset``, to any depth; then
-            ``zero_points`` of an affine codebook, and fitted ``levels``.
+            Dtype and shape by name, in the order of :meth:`lqlora.QuantizedArray.to_arrays`: ``codes`` and ``scales``, then
+            ``zero_points`` of an affine codebook, and fitted ``levels``. Double quantization
+            replaces ``scales`` by ``scales.codes``, ``scales.scales`` and ``scales.offset``, to any depth.
 
         Raises
         ------
@@ -455,7 +455,7 @@ class BlockFormat(_Record):
         Raises
         ------
         FormatError
-            If the text does not spell a format.
+            If the text is not a format.
 
         Examples
         --------

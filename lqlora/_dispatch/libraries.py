@@ -40,12 +40,12 @@ Memory = Literal["host", "device", "either"]
 
 @dataclass(frozen=True)
 class Library:
-    """An array library that overrides are registered for.
+    """An array library with overrides.
 
     Parameters
     ----------
     name : str
-        Name of the package, which is also the name its overrides are registered under.
+        Name of the package. Overrides are registered under the same name.
     arrays : tuple of str
         Classes of its arrays, as ``module:Class``. They are looked up among the modules that are already imported.
     overrides : tuple of str
@@ -306,7 +306,7 @@ def dtype_name(array: Array) -> str:
     Returns
     -------
     str
-        For example ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
+        Name, such as ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
 
     Examples
     --------
@@ -328,7 +328,7 @@ def spelled(dtype: Any) -> str:
 
 
 def device_of(array: Array) -> Any:
-    """Return the device of an array, as its library spells devices.
+    """Return the device of an array, as an object of its library.
 
     Parameters
     ----------

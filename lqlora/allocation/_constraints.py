@@ -128,7 +128,7 @@ class Choices:
             )
 
     def _size_range(self, members: npt.NDArray[np.bool_]) -> tuple[int, int]:
-        """Return the smallest and the largest size in bits of some rows together if no limit holds."""
+        """Return the smallest and the largest total size of some rows, in bits, without any limit."""
         # A group of tied rows takes one column j. Its rows outside `members` take part in deciding which j are allowed,
         # but add no bits. With the groups G that have a member, and A(G) the columns that all of G may take,
         #   smallest = sum_G min_{j in A(G)} sum_{i in G and members} size_ij, and largest the same with max.

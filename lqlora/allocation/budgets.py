@@ -184,7 +184,7 @@ def pareto(
     InfeasibleBudgetError
         If one of the budgets or limits cannot be met.
     InvalidArgumentError, SolverError
-        As in :func:`allocate`.
+        See :func:`allocate`.
 
     Examples
     --------

@@ -84,7 +84,7 @@ class StoredRow:
         ):
             if mine != others:
                 raise StoreError(
-                    f"{where}: the {what} of matrix {self.name!r} differ from those whose costs are stored. Use "
+                    f"{where}: the {what} of matrix {self.name!r} have changed since its costs were stored. Use "
                     "another store."
                 )
         for key in self.costs.keys() & other.costs.keys():

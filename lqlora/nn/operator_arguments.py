@@ -109,7 +109,7 @@ def from_operands(
     Raises
     ------
     FormatError
-        If ``fmt`` does not spell a format, or the number, dtypes or shapes of the tensors are not those of the format.
+        If ``fmt`` is not a format, or the number, dtypes or shapes of the tensors are not those of the format.
     MixedArraysError
         If the tensors are on two devices.
 
@@ -142,7 +142,7 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
     Returns
     -------
     dict of str to tuple of torch.dtype and tuple of int
-        In the order of the operands.
+        Dtype and shape by name, in the order of the operands.
 
     Raises
     ------
@@ -218,6 +218,6 @@ def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
     Raises
     ------
     FormatError
-        If ``fmt`` does not spell a format, or ``codebook`` is not the text of a codebook.
+        If ``fmt`` is not a format, or ``codebook`` is not the text of a codebook.
     """
     return BlockFormat.parse(fmt, codebook_from_text(codebook_name(fmt), codebook))

@@ -14,7 +14,7 @@ __all__ = ["block_absmax", "block_extremes", "from_blocks", "to_blocks"]
 
 
 def to_blocks(flat: Array, block_size: int) -> Array:
-    """Return a flat array as rows of one block each.
+    """Split a flat array into blocks, one per row.
 
     Parameters
     ----------

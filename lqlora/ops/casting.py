@@ -196,7 +196,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     xp : module
         Target namespace, such as ``numpy`` or ``torch``.
     device : object, optional
-        Target device, as that library spells it. By default an array of that library stays on its device. An array of
+        Target device, as an object or string of that library. By default an array of that library stays on its device. An array of
         another library goes to the host for torch, and to the default device of other libraries.
 
     Returns

@@ -57,8 +57,8 @@ def rounding_errors(
     Returns
     -------
     array of float64, shape (m,)
-        Sums of ``weights * (rows - values)**2``. The values are what :func:`lqlora.ops.decode` returns in float32 for the
-        codes of :func:`lqlora.ops.encode`. Terms are added in the order of :func:`lqlora.ops.row_sums`.
+        Sums of ``weights * (rows - values)**2``. The values are the float32 result of :func:`lqlora.ops.decode`
+        for the codes of :func:`lqlora.ops.encode`. Terms are added in the order of :func:`lqlora.ops.row_sums`.
 
     References
     ----------

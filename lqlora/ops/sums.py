@@ -138,7 +138,7 @@ def level_sums(
     Returns
     -------
     tuple of array of float64, shape (count * size,)
-        For each level, sums over its entries of ``importance * ratio * weight * entry`` and of
+        Sums for each level, over its entries, of ``importance * ratio * weight * entry`` and of
         ``importance * ratio**2 * weight``, as exact as those of :func:`bin_sums`.
 
     Raises

@@ -296,7 +296,7 @@ def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice
 
 
 def _codes(choice: Choice) -> Array:
-    """Return the scales as they are stored, or their codes."""
+    """Return the stored scales: floats, or the unpacked codes of quantized scales."""
     return unpacked(choice.stored) if isinstance(choice.stored, QuantizedArray) else choice.stored
 
 

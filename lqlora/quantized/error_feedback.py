@@ -90,8 +90,8 @@ def gptq(
     Returns
     -------
     QuantizedArray
-        In the library and on the device of ``w``. Of all results tried, nearest rounding included, the one with the least
-        ``tr((w - q) @ gram @ (w - q).T)``.
+        Result in the library and on the device of ``w``. Among all results tried, nearest rounding included, it has the
+        least ``tr((w - q) @ gram @ (w - q).T)``.
 
     Raises
     ------

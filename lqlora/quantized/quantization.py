@@ -66,7 +66,7 @@ def quantize(
     Returns
     -------
     QuantizedArray
-        In the library and on the device of ``w``.
+        Quantized array in the library and on the device of ``w``.
 
     Raises
     ------

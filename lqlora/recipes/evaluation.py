@@ -43,7 +43,7 @@ def perplexity(
     Returns
     -------
     float
-        At least 1.0; lower is better.
+        Perplexity, at least 1.0; lower is better.
 
     Raises
     ------

@@ -94,7 +94,7 @@ def by_kind(plan: Plan) -> tuple[Kind, ...]:
     Returns
     -------
     tuple of Kind
-        In the order of first appearance.
+        Kinds in the order of first appearance.
     """
     members: dict[str, list[PlannedMatrix]] = {}
     for name, own in plan.matrices.items():
@@ -163,7 +163,7 @@ def by_layer(values: Mapping[str, float]) -> Grid:
     Parameters
     ----------
     values : mapping of str to float
-        By name of the matrix. Values that share kind and layer, such as those of experts, are added.
+        Values by name of the matrix. If several matrices share kind and layer, such as experts, their values are added.
 
     Returns
     -------

@@ -34,7 +34,7 @@ class Status(enum.Enum):
 
 
 class StopReason(enum.Enum):
-    """Reason why a solver stopped. See :class:`Status` for the quality of what it found."""
+    """Reason why a solver stopped. See :class:`Status` for the quality of the assignment."""
 
     GAP = "The solver reached the requested gap."
     INFEASIBLE = "The solver proved that no assignment meets the budgets."

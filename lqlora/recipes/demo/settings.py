@@ -66,7 +66,7 @@ class Settings:
         Parameters
         ----------
         rank, seed, budgets : int, int, tuple of float or None
-            As in the class.
+            Fields of the class.
 
         Returns
         -------

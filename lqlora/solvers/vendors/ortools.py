@@ -66,7 +66,7 @@ def solve(
     Returns
     -------
     RawResult
-        The solver's result, as it is.
+        The unchecked result of the solver.
 
     Raises
     ------

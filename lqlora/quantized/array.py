@@ -318,7 +318,8 @@ def _check_levels(levels: Array) -> None:
 def _check_scales(scales: Array, *, signed: bool) -> None:
     wide = ops.widen(scales)
     if not signed and bool(namespace(wide).any(wide < 0)):
-        raise FormatError("'scales' and their offset must not be negative in this format.")
+        least = float(namespace(wide).min(wide))
+        raise FormatError(f"'scales' and their offset must not be negative in this format, got {least:.4g}.")
 
 
 def _check_decoded_scales(q: QuantizedArray) -> None:

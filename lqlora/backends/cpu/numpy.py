@@ -1,6 +1,6 @@
 """Overrides in NumPy that keep their workspace in the cache.
 
-``benchmarks/quantize.py`` has the rows that justify them.
+``benchmarks/quantize.py`` measures their gain.
 """
 
 from __future__ import annotations

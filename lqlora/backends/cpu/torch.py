@@ -1,7 +1,7 @@
 """Overrides for torch tensors in host memory: NumPy's implementations on views of the same memory.
 
 Every operation with overrides for NumPy gets one override for torch, which takes the same calls.
-``benchmarks/quantize.py`` has the rows that justify them.
+``benchmarks/quantize.py`` measures their gain.
 """
 
 from __future__ import annotations

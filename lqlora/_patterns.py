@@ -97,7 +97,7 @@ def select(
     include, exclude : pattern or iterable of patterns
         Shell patterns (``"*.q_proj"``), compiled regular expressions that match the whole name, or functions of it.
     what : str, default "matrix"
-        Word for one of the names, such as ``"linear layer"``, for errors.
+        Noun for one of the names, such as ``"linear layer"``, for errors.
     where : str, optional
         Owner of the names, such as ``" of model.safetensors"``, for errors.
 

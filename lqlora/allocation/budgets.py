@@ -59,7 +59,7 @@ def allocate(
         Costs and sizes.
     bits_per_weight : float or Fraction, optional
         Budget as an average over all weights. Codes, zero points, scales and second-level scales count. Low-rank
-        factors count if ``count_factors`` says so.
+        factors count if ``count_factors`` is True.
     total_bytes : int, optional
         Budget in bytes. The same parts count. :func:`memory_budget` computes one from the memory of a device.
     max_error : float, optional
@@ -94,9 +94,10 @@ def allocate(
     Returns
     -------
     Plan
-        Within the budget and all limits in exact integers, and within ``max_error`` as :attr:`Plan.error` is computed.
-        No plan within the budget has a sum of costs below ``Plan.bound``. With ``max_error``, no plan within it takes
-        fewer bits. If the budget is above the size of the largest choice, the plan has the least cost and a note.
+        Plan within the budget and all limits in exact integers, and within ``max_error`` as :attr:`Plan.error` is
+        computed. No plan within the budget has a sum of costs below ``Plan.bound``. With ``max_error``, no plan within
+        it takes fewer bits. If the budget is above the size of the largest choice, the plan has the least cost and a
+        note.
 
     Raises
     ------

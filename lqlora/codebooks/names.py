@@ -66,7 +66,7 @@ def by_name(name: str) -> Codebook:
     Parameters
     ----------
     name : str
-        A name that a function of ``lqlora.codebooks`` gives to its result: ``nf4``, ``int8``, ``uint8``, ``affine4``,
+        Name that a function of ``lqlora.codebooks`` gives to its result: ``nf4``, ``int8``, ``uint8``, ``affine4``,
         ``e2m1``, ``fp4``, ``fp4-bnb``, ``dynamic8``, ``udynamic8``, ``log8``, ``af4``, ``af4-128``, ``bof4-64``,
         ``bof4s-64``, ``sf4``, ``sf4-3``, …
 

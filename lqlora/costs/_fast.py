@@ -130,8 +130,8 @@ def _contenders(task: Task, families: Sequence[_Family]) -> list[list[int]]:
 
 def _cover(distances: npt.NDArray[np.float64], members: Sequence[int]) -> list[int]:
     """Return a small set of formats such that every format is near one of the set (greedy set cover)."""
-    # The smallest set is NP-hard to find. Each step takes the uncovered member that is near most uncovered ones. No two
-    # representatives are near each other then. Ties go to the first member, so the result is reproducible.
+    # The smallest set is NP-hard to find. Each step takes the uncovered member that is near most uncovered ones. So no two
+    # representatives are near each other. Ties go to the first member, so the result is reproducible.
     near, uncovered, found = distances <= _NEAR, list(members), []
     while uncovered:
         best = max(uncovered, key=lambda own: int(near[own, uncovered].sum()))

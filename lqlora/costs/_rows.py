@@ -58,7 +58,7 @@ def cost_row(
     fast : bool
         Whether few formats are decomposed, and the costs of the others estimated.
     stored : str
-        Path of the store, for errors. Empty without a store: digests are not needed then.
+        Path of the store, for errors. If it is empty, there is no store, and no digests are computed.
 
     Returns
     -------

@@ -85,7 +85,7 @@ def decompose(
     Parameters
     ----------
     w : array of float16, bfloat16, float32 or float64, shape (m, n)
-        Matrix, outputs by inputs. It may be a transposed view, as of a ``Conv1D`` weight.
+        Matrix, outputs by inputs. It may be a transposed view, such as that of a ``Conv1D`` weight.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int

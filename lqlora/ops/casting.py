@@ -122,7 +122,7 @@ def storage_cast(array: Array, dtype: str) -> Array:
 
 
 def native_dtype(array: Array, dtype: str) -> Any:
-    """Return the dtype object that an array's library has for a floating-point dtype.
+    """Return the dtype object of a floating-point dtype in an array's library.
 
     Parameters
     ----------

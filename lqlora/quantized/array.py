@@ -26,7 +26,7 @@ __all__ = ["QuantizedArray", "nest"]
 
 @dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """Block-quantized array. :func:`quantize` and :meth:`from_arrays` make one; it is not changed afterwards.
+    """Block-quantized array, made by :func:`quantize` or :meth:`from_arrays` and never changed afterwards.
 
     Every stored array may have leading batch dimensions, which are the first ones of ``shape``. The object is then a stack
     of arrays that were quantized one by one, such as the experts of a layer. The shapes below are those of a single array
@@ -125,7 +125,7 @@ class QuantizedArray:
         Returns
         -------
         list of QuantizedArray
-            Views, no copies. A single array gives a list of itself.
+            Arrays that share memory with the stack. For a single array, a list of itself.
         """
         if not self.batch_shape:
             return [self]

@@ -112,12 +112,10 @@ def gptq(
     ScaleUnderflowWarning
         If nearest rounding loses blocks, as in :func:`quantize`.
 
-    Notes
-    -----
-    Scales that are chosen before the feedback suit the weights, not the targets that are rounded in the end. At two bits
-    that costs much, hence the rounds. The squared distance of column ``k`` from its target is multiplied by ``d_k``, the
-    square of a diagonal entry of the Cholesky factor. With this importance, the fit of a block minimizes the error that the
-    feedback will leave.
+    Notes ----- Scales that are chosen before the feedback suit the weights, not the targets that are rounded in the
+    end. At two bits this raises the error a lot, so further rounds fit the scales to the targets. The squared distance
+    of column ``k`` from its target is multiplied by ``d_k``, the square of a diagonal entry of the Cholesky factor.
+    With this importance, the fit of a block minimizes the error that the feedback will leave.
 
     Results of two libraries differ where a target is within a rounding error of the boundary between two levels.
 

@@ -61,7 +61,7 @@ class Settings:
 
     @classmethod
     def fast(cls, rank: int, seed: int, budgets: tuple[float | None, ...]) -> Self:
-        """Return settings that run every stage within a minute or two; their figures mean little.
+        """Return settings that run every stage within a minute or two. Do not compare their figures.
 
         Parameters
         ----------

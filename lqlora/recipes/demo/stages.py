@@ -90,7 +90,7 @@ def run_demo(
     Raises
     ------
     LQLoRAError
-        If an input is missing or invalid, or a budget is infeasible. The folder is then as it was before.
+        If an input is missing or invalid, or a budget is infeasible. In this case the folder is unchanged.
     """
     if settings.rank < 1:
         raise InvalidArgumentError(

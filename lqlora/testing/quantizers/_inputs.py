@@ -1,6 +1,6 @@
 """Inputs of the properties of quantizers.
 
-An input is hard only in the respect that its property is about, so that a fault fails that property and few others.
+Each input is difficult in one respect only, so that a fault fails the property about it and few others.
 Simple weights have one dimension, whole blocks, an even number and ordinary magnitudes.
 """
 

@@ -82,10 +82,12 @@ def collect_fisher(
     NonFiniteError
         If a loss is NaN or infinite.
 
-    Notes ----- With losses :math:`L_n` of :math:`N` examples, the result is :math:`\frac{1}{N} \sum_n (\partial L_n /
-    \partial W)^2`, entry by entry. The gradient of a whole batch is not enough: the square of a sum over examples is
-    not the sum of their squares. The gradient of each example is computed from the layer's inputs and the gradients at
-    its outputs, so one backward pass serves a batch of any size.
+    Notes
+    -----
+    With losses :math:`L_n` of :math:`N` examples, the result is
+    :math:`\frac{1}{N} \sum_n (\partial L_n / \partial W)^2`, entry by entry. The gradient of a whole batch is not enough:
+    the square of a sum over examples is not the sum of their squares. The gradient of each example is computed from the
+    layer's inputs and the gradients at its outputs, so one backward pass serves a batch of any size.
 
     A layer that is used several times in one pass has the gradients of its uses added before they are squared. The
     gradient is that of the losses of the data, not of labels drawn from the model. Weights get no ``.grad``.

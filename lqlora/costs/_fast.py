@@ -35,7 +35,7 @@ __all__ = ["Task", "fast_costs"]
 #: errors of the same size are 2 apart.
 _NEAR = 1.0
 
-#: A format is hopeless, and not decomposed, if another format of at most its size has an error this many times smaller.
+#: A format is bad, and not decomposed, if another format of at most its size has an error this many times smaller.
 _HOPELESS = 1.5
 
 
@@ -111,7 +111,7 @@ def _measure(task: Task, formats: list[BlockFormat]) -> _Family:
 
 
 def _contenders(task: Task, families: Sequence[_Family]) -> list[list[int]]:
-    """Return the formats of each family that may be decomposed: without hopeless ones, but always with the best."""
+    """Return candidates for the representatives of each family: without bad formats, but always with the best one."""
     # Over the formats of all families, sorted by size, the running minimum of the errors is the least error at each
     # size. The last format of the same size is at `searchsorted(..., side="right") - 1`.
     shape = tuple(task.matrix.shape)

@@ -159,7 +159,7 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
 
 @functools.lru_cache(maxsize=4096)
 def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_dims: int) -> tuple[BlockFormat, Stored]:
-    """Return the format and the stored tensors that operands describe. Each description is worked out once."""
+    """Return the format and the stored tensors that operands describe. Results are cached."""
     # The keys of the cache must be integers. Shapes of a tracing compiler are symbols, which stand for one graph only, so
     # fake implementations call read_format and stored_tensors themselves.
     known = read_format(fmt, codebook)

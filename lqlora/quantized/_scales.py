@@ -133,7 +133,7 @@ def with_codes(stored: QuantizedArray, codes: Array) -> QuantizedArray:
 
 
 def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray]:
-    """Return quantized scales nearest to wanted values: by the nearest codes, the codes below, and the codes above.
+    """Return three candidates for quantized scales near given values: with the nearest codes, one below, one above.
 
     They share second-level scales and offset with ``stored``. The nearest scale need not be the best one for the weights,
     which is why a fit also tries the neighbors.

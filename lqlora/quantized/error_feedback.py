@@ -112,7 +112,9 @@ def gptq(
     ScaleUnderflowWarning
         If nearest rounding loses blocks, as in :func:`quantize`.
 
-    Notes ----- Scales that are chosen before the feedback suit the weights, not the targets that are rounded in the
+    Notes
+    -----
+    Scales that are chosen before the feedback suit the weights, not the targets that are rounded in the
     end. At two bits this raises the error a lot, so further rounds fit the scales to the targets. The squared distance
     of column ``k`` from its target is multiplied by ``d_k``, the square of a diagonal entry of the Cholesky factor.
     With this importance, the fit of a block minimizes the error that the feedback will leave.

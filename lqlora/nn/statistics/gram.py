@@ -141,10 +141,8 @@ def collect_kronecker(
     NonFiniteError
         If a loss, an input or a gradient is NaN, infinite, or too large for its square to be a float32.
 
-    Notes
-    -----
-    With rows :math:`x_t` that a layer sees and gradients :math:`g_t` of the loss of their own example at the layer's
-    output,
+    Notes ----- With rows :math:`x_t` that a layer sees and gradients :math:`g_t` at the layer's output, of the loss of
+    the same example,
 
     .. math:: A = \frac{1}{\text{rows}} \sum_t x_t x_t^T, \qquad G = \frac{1}{\text{examples}} \sum_t g_t g_t^T.
 

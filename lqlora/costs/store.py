@@ -334,8 +334,8 @@ def _finite(value: object) -> float:
 
 
 def _check_head(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raise if a store was made with other settings, and list the differences.""" if found["numerics"] !=
-    wanted["numerics"]:
+    """Raise if a store was made with other settings, and list the differences."""
+    if found["numerics"] != wanted["numerics"]:
         raise StoreError(
             f"{path} has costs of version {found['numerics']!r} of the numerics, but this library computes version "
             f"{wanted['numerics']!r}. Use another store."

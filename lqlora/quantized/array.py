@@ -189,16 +189,18 @@ class QuantizedArray:
         MixedArraysError
             If the arrays belong to two libraries.
 
-        Notes ----- Quantized scales may decode to negative numbers where their codebook has a sign. This happens for
-        blocks of zeros if the mean was subtracted, and in weights of bitsandbytes.
+        Notes
+        -----
+        Quantized scales may decode to negative numbers where their codebook has a sign. This happens for blocks of
+        zeros if the mean was subtracted, and in weights of bitsandbytes.
         """
         shape = tuple(shape)
         if not all(isinstance(length, int) and length >= 0 for length in shape):
             raise FormatError(f"shape must have lengths of at least 0, got {shape}.")
         if not 0 <= batch_dims <= len(shape) or not prod(shape[:batch_dims]):
             raise FormatError(
-                f"batch_dims must be from 0 to {len(shape)} for shape {shape}, and count at least one array, got
-                {batch_dims}."
+                f"batch_dims must be from 0 to {len(shape)} for shape {shape}, and count at least one array, got "
+                f"{batch_dims}."
             )
         try:
             expected = fmt.stored_arrays(shape[batch_dims:], shape[:batch_dims])

@@ -244,7 +244,7 @@ class BlockFormat(_Record):
 
     @property
     def bits_per_weight(self) -> Fraction:
-        """Bits per weight of a large array that blocks divide: codes, zero points, scales and second-level scales.
+        """Bits per weight of a large array of whole blocks: codes, zero points, scales and second-level scales.
 
         :meth:`storage_bits` counts the bits of an array of a given shape, with its padding, offsets and fitted levels.
         """

@@ -237,7 +237,7 @@ def _budget(
 
 
 def _better(found: Solution, before: Solution, rel_gap: float) -> Solution:
-    """Return the better of the solutions of a budget and of a smaller one."""
+    """Return the better of two solutions, the one of a budget and the one of a smaller budget."""
     # The assignment of the smaller budget is feasible for the larger one, so it may replace a worse one. The bound
     # stays: it was proven for all assignments within the larger budget.
     if found.objective <= before.objective:
@@ -294,7 +294,7 @@ def _make_plan(
 
 
 def _limit_uses(limits: Sequence[AppliedLimit], bits: npt.NDArray[np.int64]) -> list[LimitUse]:
-    """Return the use of each limit, given the bits of each matrix that count."""
+    """Return the use of each limit, given the counted bits of each matrix."""
     uses = []
     for own in limits:
         upper, lower = (None, own.bits) if own.limit.at_least else (own.bits, None)

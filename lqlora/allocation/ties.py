@@ -145,7 +145,7 @@ def tie_groups(index: NameIndex, ties: Iterable[Tie]) -> npt.NDArray[np.int64]:
 
 
 def _root(leader: list[int], row: int) -> int:
-    """Return the first row of the group of a row, and shorten the path to it."""
+    """Return the root of a row's group, the first row in it (union-find with path halving)."""
     while leader[row] != row:
         leader[row] = leader[leader[row]]
         row = leader[row]

@@ -177,7 +177,7 @@ def save(
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Read the matrices back from the arrays: a file that can be loaded is not replaced by one that cannot."""
+    """Raise unless the arrays can be loaded again, so that no good file is replaced by an unreadable one."""
     # The arrays go through the reader itself, so writing accepts exactly what loading does: no second list of checks
     # can drift from the first. The reader removes what it takes, hence the copy of the dict. Weights are not decoded.
     left = dict(arrays)

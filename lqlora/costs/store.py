@@ -59,7 +59,7 @@ class StoredRow:
     costs: dict[str, float]
 
     def joined(self, other: StoredRow, where: str) -> StoredRow:
-        """Return a row with the costs of this row and of another one.
+        """Merge the costs of this row and of another row of the same matrix.
 
         Parameters
         ----------

@@ -21,7 +21,7 @@ __all__ = ["rounding_errors", "wide_errors"]
 
 
 def _rounding(problem: BlocksProblem) -> tuple[Any, ...]:
-    """Return rows to round under scales, with nonzero importance or none: zero times infinity would be NaN."""
+    """Return example arguments: rows and scales, with nonzero importance or none, since zero times infinity is NaN."""
     rows = np.nan_to_num(problem.rows(problem.wide), posinf=1, neginf=-1)
     weights = np.random.default_rng(problem.seed + 5).uniform(0.5, 1, rows.shape) if problem.seed % 2 else None
     zeros = None if problem.zeros is None else problem.zeros[: len(rows)]

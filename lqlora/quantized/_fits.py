@@ -95,9 +95,9 @@ def by_absmax(source: Source, statistic: Array, low: Array | None) -> Choice:
 
 
 def _zero_points(low: Array, decoded: Array, levels: int) -> Array:
-    """Return the zero point of each block: the code of zero if code 0 stands for the smallest weight ``low``.
+    """Return the zero point of each block: the code of zero, chosen so that code 0 decodes to the smallest weight ``low``.
 
-    A code ``c`` decodes to ``(c - z) * s``. Code 0 stands for ``low`` if ``z = -low / s``, rounded to an integer code.
+    A code ``c`` decodes to ``(c - z) * s``. Code 0 decodes to ``low`` if ``z = -low / s``, rounded to an integer code.
     """
     # Statistics of affine blocks include zero, so low <= 0 <= high and 0 <= -low / s <= n - 1 for n levels: zero is always a
     # value. Rounding z moves all values by up to s / 2. The clip acts only where the stored scale came out smaller than asked.

@@ -108,7 +108,7 @@ def _rounds_to_zero(largest: Array, nonzero: Array, scales: Array, book: Codeboo
 
 
 def _are_far_from_zero(statistic: Array, decoded: Array, layout: Layout) -> bool:
-    """Return True if certainly no block is lost: all scales are positive, all largest weights outside the zero cell."""
+    """Return True if certainly no block is lost: scales are positive, and largest weights are outside the zero cell."""
     cell = _cell_of_zero(layout)
     if cell is None:
         return False

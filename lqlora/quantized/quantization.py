@@ -141,7 +141,7 @@ def quantize(
 
 
 def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
-    """Return importance in the shape of the array; refuse values that cannot be factors of squared errors."""
+    """Return importance broadcast to the shape of the array; raise if a value is negative or not finite."""
     xp = namespace(w, weights)
     if fit == "absmax":
         raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which ignores weights.")

@@ -132,7 +132,7 @@ class RoundingSample:
 
 
 def _spread(array: Array, fmt: BlockFormat, every: int) -> Array:
-    """Return one block of every ``every`` as rows."""
+    """Return every ``every``-th block, one per row."""
     xp, source = namespace(array), Source(array, None, fmt, "the array")
     parts = [rows.entries[-blocks.start % every :: every, :] for blocks, rows in source.pieces(piece_size(array))]
     if not parts:

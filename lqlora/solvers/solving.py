@@ -26,7 +26,7 @@ _MCKP_SHARE = 0.3
 
 
 def select(problem: Problem) -> str:
-    """Return the name of the solver that ``solver="auto"`` stands for.
+    """Return the name of the solver that ``solver="auto"`` selects.
 
     Parameters
     ----------

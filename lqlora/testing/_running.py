@@ -42,7 +42,7 @@ def try_properties(
     derandomize: bool,
     shrink: bool = True,
 ) -> Report:
-    """Check the selected properties of a registry on a subject. Without ``shrink`` counterexamples stay as they are."""
+    """Check the selected properties of a registry on a subject. Without ``shrink`` counterexamples are not minimized."""
     selected = _selected(registry, only, exclude)
     if max_examples < 1:
         raise InvalidArgumentError(f"max_examples must be at least 1, got {max_examples!r}.")

@@ -141,7 +141,9 @@ def collect_kronecker(
     NonFiniteError
         If a loss, an input or a gradient is NaN, infinite, or too large for its square to be a float32.
 
-    Notes ----- With rows :math:`x_t` that a layer sees and gradients :math:`g_t` at the layer's output, of the loss of
+    Notes
+    -----
+    With rows :math:`x_t` that a layer sees and gradients :math:`g_t` at the layer's output, of the loss of
     the same example,
 
     .. math:: A = \frac{1}{\text{rows}} \sum_t x_t x_t^T, \qquad G = \frac{1}{\text{examples}} \sum_t g_t g_t^T.
@@ -312,7 +314,7 @@ def _second_moment(x: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def _zeros(size: int) -> torch.Tensor:
-    """Return a sum to start with: float64 in host memory."""
+    """Return a square matrix of zeros, float64 in host memory, to which products are added."""
     return torch.zeros(size, size, dtype=torch.float64, device="cpu")
 
 

@@ -268,7 +268,7 @@ def _clone(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> float:
-    """Return the relative Frobenius error over all matrices together, whatever norm they were decomposed in."""
+    """Return the relative Frobenius error of all matrices together, also if they were decomposed in another norm."""
     squares = np.zeros(2)
     for name, load in nn.weight_arrays(nn.select_linears(base)).items():
         weight = load()

@@ -129,7 +129,7 @@ def _exact_limit(draw: DrawFn) -> Problem:
 
 
 def _infeasible() -> SearchStrategy[Problem]:
-    """Draw problems whose size must equal a total that no assignment has, inside the range of sizes."""
+    """Draw infeasible problems: the total size must equal a value that no assignment has."""
     # Presolve finds a total outside the range infeasible, so it would not reach the solver.
     return _exact_limit().filter(lambda problem: np.isinf(optimum(problem)))
 

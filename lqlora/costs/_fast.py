@@ -1,9 +1,9 @@
 """Fast cost tables: a few formats of each matrix are decomposed, and the costs of the other formats are estimated.
 
-Formats that share codebook and blocks form a family. A sample of the blocks is rounded to each format of a family.
-This gives the error of quantization alone, and the distance between two formats. A few formats of each family, its
-representatives, are decomposed; every other format is near one of them. The cost of another format is estimated from
-its nearest representative: the cost of this one, times the ratio of their errors of quantization alone.
+Formats that share codebook and blocks form a family. A sample of the blocks is rounded to each format of a family. This
+gives the error of quantization alone, and the distance between two formats. A few formats of each family, its
+representatives, are decomposed; every other format is near one of them. The estimate for such a format is the cost of
+its nearest representative, times the ratio of their errors of quantization alone.
 """
 
 from __future__ import annotations

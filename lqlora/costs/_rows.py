@@ -1,4 +1,4 @@
-"""Rows of a cost table: the costs of one matrix in all configurations, computed wherever the task runs."""
+"""Rows of a cost table: the costs of one matrix in all configurations, as a task for a thread or a process."""
 
 from __future__ import annotations
 

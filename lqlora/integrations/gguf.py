@@ -232,8 +232,8 @@ def _torch_name(name: str) -> str:
 def _unpermute(name: str, values: npt.NDArray[np.float32], fields: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     """Return the rows of query and key weights in the order of transformers.
 
-    A rotary embedding turns pairs of rows of a head. transformers pairs row ``i`` with row ``i + d / 2`` of the ``d`` rows
-    of a head, and GGUF stores the two of a pair side by side.
+    A rotary embedding rotates pairs of rows of a head. transformers pairs row ``i`` with row ``i + d / 2`` of the ``d``
+    rows of a head, and GGUF stores the two of a pair side by side.
     """
     kind = name.split(".")[2] if name.startswith("blk.") else ""
     if kind not in ("attn_q", "attn_k"):

@@ -174,7 +174,7 @@ def _check_rows(x: Tensor, weight: Sequence[Tensor], shape: Sequence[int], *, ad
     if len(shape) != 2 or weight[0].dim() != 1 or not x.dim() or x.shape[-1] != shape[0 if adjoint else 1]:
         side = "rows" if adjoint else "columns"
         raise InvalidArgumentError(
-            f"x must have the number of {side} of the weight on its last axis, and the weight must be one matrix, "
+            f"x must have as many entries on its last axis as the weight has {side}, and the weight must be a matrix, "
             f"got shapes {tuple(x.shape)} and {tuple(shape)}."
         )
     if x.device != weight[0].device:

@@ -194,7 +194,7 @@ class Layout:
             yield slice(start, min(start + limit, self.count)), only
 
     def line_pieces(self, limit: int) -> Iterator[Piece]:
-        """Yield pieces of whole lines, eight or a multiple of eight of them."""
+        """Yield pieces of whole lines. The number of lines in a piece is a multiple of eight, except in the last."""
         step = 8 * max(1, limit // 8 // max(1, self.length)) * self.length
         for start in range(0, self.count, step or 1):
             yield slice(start, min(start + step, self.count)), None

@@ -286,7 +286,8 @@ def matmul(
     ops.require_float(x, "x")
     if len(q.shape) != 2 or q.batch_shape or not x.shape or x.shape[-1] != q.shape[1]:
         raise InvalidArgumentError(
-            f"x must have the number of columns of the weight, a matrix, got shapes {tuple(x.shape)} and {q.shape}."
+            f"x must have as many columns as the weight, which must be a matrix, got shapes {tuple(x.shape)} "
+            f"and {q.shape}."
         )
     y = multiply(x, q)
     return y if lora_A is None else ops.add_low_rank(y, x, lora_A, lora_B, scaling)

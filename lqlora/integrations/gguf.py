@@ -89,7 +89,7 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     Notes
     -----
     transformers reads GGUF files, too. It then needs accelerate, takes longer, and marks the model as quantized, so that
-    the model cannot be saved. The weights are the same bits.
+    the model cannot be saved. It reads the same weights, bit by bit.
     """
     transformers = require("transformers", "demo", "Reading Llama models")
     torch = require("torch", "demo", "Reading Llama models")

@@ -180,8 +180,8 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
     statistic, choice, levels = choose(source, fit, check_finite=check_finite)
     if lost := lost_blocks(source, statistic, choice, levels):
         warnings.warn(
-            f"{lost} of {statistic.shape[0]} blocks of {source.name} are not zero but decode to zeros: scales stored as "
-            f"{source.fmt.scales} round theirs to zero. Scale the weights up, or choose a dtype of wider range.",
+            f"{lost} of {statistic.shape[0]} blocks of {source.name} are not zero but decode to zeros: their scales "
+            f"round to zero in {source.fmt.scales}. Scale the weights up, or choose a dtype of wider range.",
             ScaleUnderflowWarning,
             stacklevel=3,
         )

@@ -35,7 +35,7 @@ class Rounded(NamedTuple):
     squared_error : float
         Estimate of the weighted squared error of the whole array.
     errors : array of float64, shape (k,)
-        Errors of some entries, times the root of their importance, to compare formats by.
+        Errors of some entries, times the square root of their importance. Distances of formats are computed from them.
     """
 
     squared_error: float

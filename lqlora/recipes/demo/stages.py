@@ -208,8 +208,8 @@ def _solve(table: lq.CostTable, settings: Settings) -> dict[str, Plan]:
         name = f"LQ-LoRA {float(bits):.4g}"
         if name in plans:
             raise InvalidArgumentError(
-                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice. NF3 takes "
-                f"{float(uniform):.4g}."
+                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice. "
+                f"None is NF3 and takes {float(uniform):.4g}. Change one of the two."
             )
         plans[name] = lq.allocate(table, bits_per_weight=bits)
     return plans

@@ -133,7 +133,7 @@ class QuantizationReport:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole model: quantized parts, low-rank factors and everything kept."""
+        """Bytes of the whole model: quantized parts, low-rank factors, and everything that was not replaced."""
         return self.storage_bits // 8 + self.factor_bytes + sum(self.kept.values())
 
 

@@ -168,7 +168,7 @@ def by_layer(values: Mapping[str, float]) -> Grid:
     Returns
     -------
     Grid
-        Kinds in the order of first appearance. If their last words differ, each kind is given by its last word only.
+        Kinds in the order of first appearance. A kind is shortened to its last word if all last words differ.
 
     Examples
     --------

@@ -1,7 +1,8 @@
 """Low-rank plus quantized weight decomposition: ``W ≈ Q + scaling * lora_B @ lora_A``.
 
-Every step is a function on arrays of NumPy, torch or any library that follows the array API standard; ``lqlora.nn`` is
-the bridge to torch modules, ``lqlora.testing`` the way to test a quantizer; both are imported at first use.
+Every step is a function on arrays of NumPy, torch or any library that follows the array API standard. ``lqlora.nn``
+applies them to torch modules, and ``lqlora.testing`` tests quantizers, solvers and backends of your own. Both are
+imported at first use.
 """
 
 from __future__ import annotations

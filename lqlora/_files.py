@@ -37,7 +37,7 @@ def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> It
     Raises
     ------
     CheckpointError
-        If the file cannot be written. The old file is unchanged then, and the temporary one is removed.
+        If the file cannot be written. In this case the old file is unchanged, and the temporary one is removed.
     """
     path = Path(path)
     # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
@@ -72,7 +72,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     Raises
     ------
     CheckpointError
-        If the file cannot be written. Nothing has changed then.
+        If the file cannot be written. In this case nothing has changed.
     """
     with replace_file(path) as beside:
         beside.write_bytes(data)

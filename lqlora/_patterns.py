@@ -48,7 +48,7 @@ def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
     Returns
     -------
     tuple of patterns
-        In the same order.
+        The patterns in the same order.
     """
     if isinstance(patterns, str | re.Pattern) or callable(patterns):
         return (patterns,)
@@ -97,14 +97,14 @@ def select(
     include, exclude : pattern or iterable of patterns
         Shell patterns (``"*.q_proj"``), compiled regular expressions that match the whole name, or functions of it.
     what : str, default "matrix"
-        Word for one of the names, such as ``"linear layer"``, for errors.
+        Noun for one of the names, such as ``"linear layer"``, for errors.
     where : str, optional
         Owner of the names, such as ``" of model.safetensors"``, for errors.
 
     Returns
     -------
     list of str
-        In the order of the names.
+        Selected names, in the order of ``names``.
 
     Raises
     ------
@@ -129,14 +129,14 @@ def select(
 
 
 class NameIndex:
-    """Rows of names, looked up by pattern. A pattern that matches no name is an error.
+    """Index of named rows, which finds the rows that a pattern matches. A pattern without a match is an error.
 
     Parameters
     ----------
     names : sequence of str
         Names in the order of the rows. They must differ.
     what : str, default "matrix"
-        Word for one of the names, for errors.
+        Noun for one row, such as ``"matrix"``, for errors.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Names for the types that cross rooms."""
+"""Type aliases that several subpackages use."""
 
 from __future__ import annotations
 

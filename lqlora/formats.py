@@ -43,7 +43,7 @@ StoredArrays: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 
 _FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 _STORED_BITS = {"uint8": 8, **_FLOAT_BITS}
-_MAX_DEPTH = 8  # depths of scales that a text may spell, the dtype included; it bounds the recursion of _parse_scales
+_MAX_DEPTH = 8  # depths of scales that a text may have, the dtype included; it bounds the recursion of _parse_scales
 _OFFSET_BITS = 32  # one float32 per array of scales
 
 #: For each codebook of scales: its letter in the spelling, the name of its levels, and its default offset. A spelling
@@ -58,7 +58,7 @@ _SIGNED = ("int", "dynamic")
 
 
 class _Record:
-    """Base of frozen formats that keep what they derive from their fields.
+    """Base class of frozen formats, which cache the values that they derive from their fields.
 
     Formats are keys of caches and are asked for the same things in every call, so the answers stay in ``__dict__``. A
     pickle holds the fields alone: the hash of a string differs from process to process.
@@ -143,7 +143,7 @@ class ScaleFormat(_Record):
 
     @property
     def signed(self) -> bool:
-        """Whether scales of both signs keep their sign. An offset may move the smallest scales to the other sign."""
+        """True if scales of both signs keep their sign. An offset may move the smallest scales to the other sign."""
         return self.codebook in _SIGNED and self.offset == "none"
 
     @property
@@ -244,7 +244,7 @@ class BlockFormat(_Record):
 
     @property
     def bits_per_weight(self) -> Fraction:
-        """Bits per weight of a large array that blocks divide: codes, zero points, scales and second-level scales.
+        """Bits per weight of a large array of whole blocks: codes, zero points, scales and second-level scales.
 
         :meth:`storage_bits` counts the bits of an array of a given shape, with its padding, offsets and fitted levels.
         """
@@ -357,9 +357,9 @@ class BlockFormat(_Record):
         Returns
         -------
         dict of str to tuple of str and tuple of int
-            In the order of :meth:`lqlora.QuantizedArray.to_arrays`: ``codes`` and ``scales``, where double quantization
-            replaces ``scales`` by ``scales.codes``, ``scales.scales`` and ``scales.offset``, to any depth; then
-            ``zero_points`` of an affine codebook, and fitted ``levels``.
+            Dtype and shape by name, in the order of :meth:`lqlora.QuantizedArray.to_arrays`: ``codes`` and ``scales``, then
+            ``zero_points`` of an affine codebook, and fitted ``levels``. Double quantization
+            replaces ``scales`` by ``scales.codes``, ``scales.scales`` and ``scales.offset``, to any depth.
 
         Raises
         ------
@@ -455,7 +455,7 @@ class BlockFormat(_Record):
         Raises
         ------
         FormatError
-            If the text does not spell a format.
+            If the text is not a format.
 
         Examples
         --------
@@ -469,7 +469,7 @@ class BlockFormat(_Record):
         head, *scales = text.strip().split(":")
         match = re.fullmatch(r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?", head)
         if match is None or len(scales) > _MAX_DEPTH:
-            raise FormatError(f"text must spell a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
+            raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
         name, fitted, lines, block_size, axis = match.groups()
         return cls(
             codebook or by_name(name),

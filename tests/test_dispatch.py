@@ -68,12 +68,12 @@ def test_the_namespace_is_that_of_the_arrays(xp):
 
 def test_arrays_of_two_libraries_do_not_mix(xp, strict):
     other = strict.ones(2) if xp.__name__ == "array_api_compat.numpy" else np.ones(2)
-    with pytest.raises(MixedArraysError, match="in one call: convert"):
+    with pytest.raises(MixedArraysError, match=r"^arrays must be of one library"):
         namespace(on(xp, np.ones(2)), other)
 
 
 def test_arrays_on_two_devices_do_not_mix(torch):
-    with pytest.raises(MixedArraysError, match="cpu and meta in one call"):
+    with pytest.raises(MixedArraysError, match=r"^arrays .* cpu and meta"):
         namespace(torch.ones(2), torch.ones(2, device="meta"))
 
 

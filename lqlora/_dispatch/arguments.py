@@ -95,7 +95,7 @@ class Arguments:
         Returns
         -------
         callable
-            From all flat arguments of a call to those that the condition is called with.
+            Function of a tuple of all flat arguments, which returns a tuple of the arguments of the condition.
 
         Raises
         ------
@@ -114,8 +114,8 @@ class Arguments:
                 f"condition of {name} has the parameter {', '.join(wrong)}, which the operation does not have. Use names "
                 f"among {', '.join(self.flat)}."
             )
-        # An itemgetter of one position returns the value and not a tuple, but one of a slice does.
         positions = [self.flat.index(key) for key in wanted]
+        # An itemgetter of one index returns the bare item, but the condition needs a tuple to unpack: a slice returns one.
         if len(positions) == 1:
             return itemgetter(slice(positions[0], positions[0] + 1))
         return itemgetter(*positions) if positions else itemgetter(slice(0, 0))

@@ -60,7 +60,7 @@ class BlocksProblem(Protocol):
 
     @property
     def normalized(self) -> npt.NDArray[Any]:
-        """The wide weights divided by their scales. Quotients may be infinite, but not NaN."""
+        """Weights in float32 or float64, divided by their scales. Quotients may be infinite, but not NaN."""
 
     @property
     def scales(self) -> npt.NDArray[np.float32]:

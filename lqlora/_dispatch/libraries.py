@@ -40,12 +40,12 @@ Memory = Literal["host", "device", "either"]
 
 @dataclass(frozen=True)
 class Library:
-    """An array library that overrides are registered for.
+    """An array library with overrides.
 
     Parameters
     ----------
     name : str
-        Name of the package, which is also the name its overrides are registered under.
+        Name of the package. Overrides are registered under the same name.
     arrays : tuple of str
         Classes of its arrays, as ``module:Class``. They are looked up among the modules that are already imported.
     overrides : tuple of str
@@ -276,15 +276,19 @@ def _require_one_home(arrays: tuple[Array | None, ...]) -> None:
         wrong = type(present[homes.index(None)]).__name__
         raise UnsupportedArrayError(f"arrays must be NumPy, torch, CuPy or array API arrays, got {wrong}.")
     if homes.count(library) != len(homes):
-        raise MixedArraysError(f"arrays are of {' and '.join(sorted(set(homes)))} in one call: convert some of them.")
+        raise MixedArraysError(
+            f"arrays must be of one library, got {' and '.join(sorted(set(homes)))}. Convert some of them."
+        )
     if library == "array-api" and len({type(array) for array in present}) > 1:
-        raise MixedArraysError("arrays are of two array API libraries in one call: convert some of them.")
+        raise MixedArraysError("arrays must be of one library, got two array API libraries. Convert some of them.")
     if library in _ONE_HOME:
         return
     devices = [device_of(array) for array in present]
     if devices.count(devices[0]) != len(devices):
         named = " and ".join(sorted(set(map(str, devices))))
-        raise MixedArraysError(f"arrays are on {named} in one call: move some of them, lqlora never copies by itself.")
+        raise MixedArraysError(
+            f"arrays must be on one device, got {named}. Move some of them: lqlora never copies by itself."
+        )
 
 
 #: The key holds the class of the dtype too: dtypes of two libraries may have one hash, and comparing them may raise.
@@ -302,7 +306,7 @@ def dtype_name(array: Array) -> str:
     Returns
     -------
     str
-        For example ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
+        Name, such as ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
 
     Examples
     --------
@@ -324,7 +328,7 @@ def spelled(dtype: Any) -> str:
 
 
 def device_of(array: Array) -> Any:
-    """Return the device of an array, as its library spells devices.
+    """Return the device of an array, as an object of its library.
 
     Parameters
     ----------

@@ -174,7 +174,7 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     dtype : dtype
         A dtype of the library of ``like``.
     like : array
-        An array of the library, on the device that is wanted.
+        An array of the library, on the device of the result.
 
     Returns
     -------

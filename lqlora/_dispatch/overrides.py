@@ -72,7 +72,7 @@ class ArrayCheck(NamedTuple):
 
 
 class ByDtype(dict[Any, bool]):
-    """Cache of whether a dtype is taken: the first question spells its name, later ones cost one look-up."""
+    """Cache of whether an override takes a dtype: only the first query compares names, later ones are one look-up."""
 
     def __init__(self, names: tuple[str | None, ...]) -> None:
         self._names = names

@@ -59,11 +59,11 @@ class AppliedLimit:
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether no choice meets the limit, even without the other limits."""
+        """True if no choice meets the limit, even without the other limits."""
         return self.largest < self.bits if self.limit.at_least else self.smallest > self.bits
 
     def budget(self) -> Budget:
-        """Return the limit as solvers take it: a constraint in integers on some rows."""
+        """Return the limit as a budget of solvers, in whole bits on some rows."""
         members = None if self.members.all() else self.members
         return Budget(lower=self.bits, members=members) if self.limit.at_least else Budget(self.bits, members=members)
 
@@ -128,7 +128,7 @@ class Choices:
             )
 
     def _size_range(self, members: npt.NDArray[np.bool_]) -> tuple[int, int]:
-        """Return the smallest and the largest size in bits of some rows together if no limit holds."""
+        """Return the smallest and the largest total size of some rows, in bits, without any limit."""
         # A group of tied rows takes one column j. Its rows outside `members` take part in deciding which j are allowed,
         # but add no bits. With the groups G that have a member, and A(G) the columns that all of G may take,
         #   smallest = sum_G min_{j in A(G)} sum_{i in G and members} size_ij, and largest the same with max.
@@ -140,7 +140,7 @@ class Choices:
         return int(least.sum()), int(np.where(allowed, size, -1).max(axis=1).sum())
 
     def _groups(self, rows: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the rows ordered by tie, and the place where each tie begins, as ``ufunc.reduceat`` takes them."""
+        """Return rows sorted by tie, and the index at which each tie begins, for ``ufunc.reduceat``."""
         # A stable sort keeps the rows of a tie in order. A tie begins where the sorted numbers change; -1 is below all
         # of them.
         chosen = np.flatnonzero(rows)
@@ -203,7 +203,7 @@ def _allowed(
 
 
 def _columns(table: CostTable, wanted: Wanted, parameter: str) -> npt.NDArray[np.bool_]:
-    """Return the mask of shape (k,) of the configurations that a caller means."""
+    """Return a mask of shape (k,): the configurations that have one of the given formats, or are given themselves."""
     several = (wanted,) if isinstance(wanted, BlockFormat | Configuration) else tuple(wanted)
     for one in several:
         if one not in table.formats and one not in table.configurations:

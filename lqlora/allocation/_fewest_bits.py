@@ -95,7 +95,7 @@ def _swapped(choices: Choices, limit: float, *, up: bool) -> Problem:
 def _integer_errors(
     choices: Choices, limit: float, *, up: bool
 ) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[np.bool_]]:
-    """Return errors above the least of each row in integer units, the limit of their sum, and the allowed choices."""
+    """Return errors minus the least one of their row, as integers, with the limit on their sum and allowed choices."""
     # Let e_ij be the error of row i in column j, l_i the least allowed one of the row, a_ij = e_ij - l_i >= 0, and
     # R = limit - sum_i l_i the room above the least errors. An assignment j(i) is valid if sum_i a_ij(i) <= R.
     # In float64 each a_ij, R, and the sum that is rounded once are off by at most 2^-53 of numbers that are not above

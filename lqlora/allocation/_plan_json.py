@@ -45,7 +45,7 @@ def schema() -> dict[str, Any]:
 
 
 def read(text: str) -> dict[str, Any]:
-    """Return the fields of the plan that a document describes; those of a matrix as a dict."""
+    """Return the fields of a plan from its document, with a dict of fields for each matrix."""
     try:
         document = json.loads(text)
         if document["lqlora_plan"] not in _KEYS:

@@ -64,7 +64,7 @@ def _solve(
 def _explain(
     choices: Choices, limits: Sequence[AppliedLimit], solver: str, options: SolveOptions
 ) -> InfeasibleBudgetError:
-    """Return the error for limits that are infeasible together: the first one that those before it rule out."""
+    """Return the error for limits that cannot hold together. It names the first one that contradicts earlier ones."""
     # A limit can only remove assignments. So there is one number i such that the first i limits are feasible together
     # and the first i + 1 are not, and bisection finds it in about log2(number of limits) runs. Limit i, counted from 0,
     # is the one that fails. The loop keeps "the first `feasible` are feasible, the first `infeasible` are not".

@@ -59,7 +59,7 @@ def allocate(
         Costs and sizes.
     bits_per_weight : float or Fraction, optional
         Budget as an average over all weights. Codes, zero points, scales and second-level scales count. Low-rank
-        factors count if ``count_factors`` says so.
+        factors count if ``count_factors`` is True.
     total_bytes : int, optional
         Budget in bytes. The same parts count. :func:`memory_budget` computes one from the memory of a device.
     max_error : float, optional
@@ -94,9 +94,10 @@ def allocate(
     Returns
     -------
     Plan
-        Within the budget and all limits in exact integers, and within ``max_error`` as :attr:`Plan.error` is computed.
-        No plan within the budget has a sum of costs below ``Plan.bound``. With ``max_error``, no plan within it takes
-        fewer bits. If the budget is above the size of the largest choice, the plan has the least cost and a note.
+        Plan within the budget and all limits in exact integers, and within ``max_error`` as :attr:`Plan.error` is
+        computed. No plan within the budget has a sum of costs below ``Plan.bound``. With ``max_error``, no plan within
+        it takes fewer bits. If the budget is above the size of the largest choice, the plan has the least cost and a
+        note.
 
     Raises
     ------
@@ -184,7 +185,7 @@ def pareto(
     InfeasibleBudgetError
         If one of the budgets or limits cannot be met.
     InvalidArgumentError, SolverError
-        As in :func:`allocate`.
+        See :func:`allocate`.
 
     Examples
     --------
@@ -223,7 +224,7 @@ def pareto(
 def _budget(
     choices: Choices, bits_per_weight: float | Fraction | None, total_bytes: int | None, max_error: float | None
 ) -> tuple[AppliedLimit, ...]:
-    """Return the budget as a limit on all matrices, or nothing if an error or other limits take its place."""
+    """Return the budget as a limit on all matrices; an empty tuple if only an error or other limits are given."""
     given = 3 - [bits_per_weight, total_bytes, max_error].count(None)
     if given > 1 or (given == 0 and not choices.limits):
         raise InvalidArgumentError(
@@ -236,7 +237,7 @@ def _budget(
 
 
 def _better(found: Solution, before: Solution, rel_gap: float) -> Solution:
-    """Return the better of the solutions of a budget and of a smaller one."""
+    """Return the better of two solutions, the one of a budget and the one of a smaller budget."""
     # The assignment of the smaller budget is feasible for the larger one, so it may replace a worse one. The bound
     # stays: it was proven for all assignments within the larger budget.
     if found.objective <= before.objective:
@@ -293,7 +294,7 @@ def _make_plan(
 
 
 def _limit_uses(limits: Sequence[AppliedLimit], bits: npt.NDArray[np.int64]) -> list[LimitUse]:
-    """Return the use of each limit, given the bits of each matrix that count."""
+    """Return the use of each limit, given the counted bits of each matrix."""
     uses = []
     for own in limits:
         upper, lower = (None, own.bits) if own.limit.at_least else (own.bits, None)

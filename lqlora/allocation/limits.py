@@ -99,7 +99,7 @@ class Limit:
         return (rate if isinstance(rate, Fraction) else Fraction(float(rate))) * weight_count  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """Return the limit as errors print it."""
+        """Return the limit as text for errors."""
         kind = "at least" if self.at_least else "at most"
         if self.total_bytes is not None:
             amount = f"{self.total_bytes} bytes"
@@ -109,7 +109,7 @@ class Limit:
 
     @property
     def matrices(self) -> str:
-        """Patterns of the matrices that count, as plans and errors print them."""
+        """Patterns of the matrices in the limit, as text for plans and errors."""
         wanted = ", ".join(map(repr, self.include))  # type: ignore[arg-type] # a tuple: see __post_init__
         unwanted = ", ".join(map(repr, self.exclude))  # type: ignore[arg-type]
         wanted = "all matrices" if wanted == "'*'" else wanted
@@ -157,7 +157,9 @@ class LimitUse:
         numbers = {"used": self.used, "weight_count": self.weight_count}
         numbers |= {name: limit for name, limit in given.items() if limit is not None}
         if len(numbers) == 2:
-            raise InvalidArgumentError(f"upper or lower must be given for the limit on {self.matrices}.")
+            raise InvalidArgumentError(
+                f"upper or lower must be given for the limit on {self.matrices}, got None for both."
+            )
         if self.unit not in _UNITS:
             raise InvalidArgumentError(f"unit must be 'bits' or 'error', got {self.unit!r}.")
         for name, number in numbers.items():

@@ -190,8 +190,8 @@ class Plan:
         Returns
         -------
         str
-            The same text for the same plan, with a line for each matrix. Formats have their one-line spelling, and
-            codebooks without a standard name their levels.
+            The same text for the same plan, with a line for each matrix. A format is written as its one-line spelling,
+            and a codebook without a standard name with its levels.
         """
         shares = self.error_by_matrix()
         head = {

@@ -96,10 +96,10 @@ def experts(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _several(groups: Iterable[list[str]], what: str) -> list[tuple[str, ...]]:
-    """Return the groups of two or more."""
+    """Return the groups of at least two names; raise if there are none."""
     found = [tuple(group) for group in groups if len(group) > 1]
     if not found:
-        raise InvalidArgumentError(f"names must hold two or more {what} of one layer, but no two belong together.")
+        raise InvalidArgumentError(f"names must contain at least two {what} of one layer, but every layer has fewer.")
     return found
 
 
@@ -145,7 +145,7 @@ def tie_groups(index: NameIndex, ties: Iterable[Tie]) -> npt.NDArray[np.int64]:
 
 
 def _root(leader: list[int], row: int) -> int:
-    """Return the first row of the group of a row, and shorten the path to it."""
+    """Return the root of a row's group, the first row in it (union-find with path halving)."""
     while leader[row] != row:
         leader[row] = leader[leader[row]]
         row = leader[row]
@@ -162,5 +162,5 @@ def _members(index: NameIndex, tie: Tie) -> list[list[int]]:
         found = tie.fullmatch(index.names[row]) if isinstance(tie, re.Pattern) else None
         groups[found.groups() if found else ()].append(row)
     if max(map(len, groups.values())) < 2:
-        raise InvalidArgumentError(f"ties must join matrices, but {tie!r} joins no two.")
+        raise InvalidArgumentError(f"ties must join at least two matrices, but {tie!r} does not join any.")
     return [*groups.values()]

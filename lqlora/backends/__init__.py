@@ -1,6 +1,6 @@
 """Backends: overrides of the operations of :mod:`lqlora.ops`, and functions that list and explain them.
 
-Each override returns the same bytes as the reference. A row in ``benchmarks/`` justifies it.
+Each override returns the same bytes as the reference. A measurement in ``benchmarks/`` shows its gain.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def save(
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Read the matrices back from the arrays: a file that can be loaded is not replaced by one that cannot."""
+    """Raise unless the arrays can be loaded again, so that no good file is replaced by an unreadable one."""
     # The arrays go through the reader itself, so writing accepts exactly what loading does: no second list of checks
     # can drift from the first. The reader removes what it takes, hence the copy of the dict. Weights are not decoded.
     left = dict(arrays)
@@ -352,7 +352,7 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
         same = False
     if not same:
         raise CheckpointError(
-            f"{path} was changed after it was written: its content has another SHA-256 than it states."
+            f"{path} was changed after it was written: the SHA-256 of its content differs from the stored one."
         )
     for name, array in arrays.items():
         if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):

@@ -28,7 +28,7 @@ def advise_options(options: Mapping[str, str]) -> Iterator[None]:
     Parameters
     ----------
     options : mapping of str to str
-        Options by the parameter of the library that takes their value.
+        Command line option for each parameter of the library.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     message : str
         Message of an error.
     options : mapping of str to str
-        Options by parameter.
+        Command line option for each parameter of the library.
 
     Returns
     -------

@@ -53,7 +53,7 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
     Raises
     ------
     LQLoRAError
-        If an input is missing or invalid. The table is not written then; rows in the store are kept.
+        If an input is missing or invalid. In this case the table is not written, and rows in the store are kept.
     """
     if (model is None) == (not packaged):
         found = "neither" if model is None else "both"

@@ -26,7 +26,7 @@ def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
     seen = set()
     for path in paths:
         if path.absolute() in seen:
-            raise CheckpointError(f"{path} is named for two outputs. Give each output a file of its own.")
+            raise CheckpointError(f"{path} is named for two outputs. Name a different file for each output.")
         seen.add(path.absolute())
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder. Name a file.")

@@ -73,7 +73,7 @@ def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
     Raises
     ------
     LQLoRAError
-        If an input is missing or invalid, or no plan meets the constraints. Nothing is written then.
+        If an input is missing or invalid, or no plan meets the constraints. In this case nothing is written.
     """
     paths = [path for path in (outputs.output, outputs.png) if path is not None]
     check_outputs(paths, force=outputs.force)

@@ -1,4 +1,4 @@
-"""Codebooks: the levels that codes stand for, and the normalization of a block before its entries are rounded.
+"""Codebooks: the levels of codes, and the normalization of a block before its entries are rounded.
 
 Each family is a function that returns a :class:`Codebook`: NormalFloat, AF4, BOF4, Student float, integers, small
 floats, dynamic and logarithmic maps. :func:`by_name` finds a codebook by the name that formats and files use.

@@ -58,7 +58,7 @@ def optimal_levels(density: Density, count: int, power: Literal[1, 2], ends: End
         if np.abs(step).max() < _CLOSE:
             return levels
     raise InvalidArgumentError(
-        f"density has no {count} optimal levels that Newton's method finds in {_STEPS} steps; it must be smooth."
+        f"density must be smooth: Newton's method did not find {count} optimal levels in {_STEPS} steps."
     )
 
 

@@ -84,7 +84,7 @@ class Codebook:
             values = np.array(levels, dtype=np.float32)  # a copy: it is made read-only below
         if re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name) is None:
             raise InvalidArgumentError(
-                f"name must be a letter followed by letters, digits, '_', '.' or '-', got {name!r}: formats spell it."
+                f"name must be a letter followed by letters, digits, '_', '.' or '-', as in formats, got {name!r}."
             )
         _check_levels(values)
         _check_normalization(values, normalization)

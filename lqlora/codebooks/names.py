@@ -1,4 +1,4 @@
-"""Codebooks by the names that formats, plans and files spell, and codebooks without such a name as JSON or text."""
+"""Standard codebooks by name, such as ``nf4``, and codebooks without a standard name as JSON or text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class _Family(NamedTuple):
-    """A family of names: its spelling for messages, its pattern, and the function called with the numbers in it."""
+    """A family of names: its text for messages, its pattern, and the function called with the numbers in the name."""
 
     spelling: str
     pattern: str
@@ -61,12 +61,12 @@ _FAMILIES = (
 
 
 def by_name(name: str) -> Codebook:
-    """Return the codebook of a name, as formats, plans and files spell it.
+    """Return the standard codebook of a name, which formats, plans and files use.
 
     Parameters
     ----------
     name : str
-        A name that a function of ``lqlora.codebooks`` gives to its result: ``nf4``, ``int8``, ``uint8``, ``affine4``,
+        Name that a function of ``lqlora.codebooks`` gives to its result: ``nf4``, ``int8``, ``uint8``, ``affine4``,
         ``e2m1``, ``fp4``, ``fp4-bnb``, ``dynamic8``, ``udynamic8``, ``log8``, ``af4``, ``af4-128``, ``bof4-64``,
         ``bof4s-64``, ``sf4``, ``sf4-3``, …
 
@@ -92,9 +92,9 @@ def by_name(name: str) -> Codebook:
             try:
                 return family.make(*map(int, match.groups()))
             except InvalidArgumentError as error:
-                raise FormatError(f"Unknown codebook {name!r}: {error}") from None
+                raise FormatError(f"codebook {name!r} does not exist: {error}") from None
     known = ", ".join(family.spelling for family in _FAMILIES)
-    raise FormatError(f"Unknown codebook {name[:40]!r}: known names are {known}.")
+    raise FormatError(f"codebook must be one of {known}, got {name[:40]!r}.")
 
 
 def is_standard(codebook: Codebook) -> bool:
@@ -123,9 +123,9 @@ def is_standard(codebook: Codebook) -> bool:
 
 
 def codebook_to_json(codebook: Codebook) -> dict[str, Any]:
-    """Return the JSON fields that restore a codebook beside its name.
+    """Return the JSON fields that restore a codebook together with its name.
 
-    The name is part of the spelling of a format, so documents that hold the spelling only add these fields.
+    A format as text contains the name of its codebook, so documents add only these fields.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def codebook_from_json(name: str, document: Mapping[str, Any]) -> Codebook | Non
     Parameters
     ----------
     name : str
-        Name of the codebook, as ``lqlora.formats.codebook_name`` finds it in the spelling of a format.
+        Name of the codebook, as ``lqlora.formats.codebook_name`` finds it in the text of a format.
     document : mapping
         Any JSON object. Fields other than ``"levels"`` and ``"normalization"`` are ignored.
 
@@ -167,7 +167,7 @@ def codebook_from_json(name: str, document: Mapping[str, Any]) -> Codebook | Non
     Raises
     ------
     InvalidArgumentError
-        If one of the two fields is missing, or the fields describe no codebook.
+        If one of the two fields is missing, or the fields do not describe a codebook.
 
     Examples
     --------
@@ -188,7 +188,7 @@ def codebook_from_json(name: str, document: Mapping[str, Any]) -> Codebook | Non
 
 
 def codebook_to_text(codebook: Codebook) -> str | None:
-    """Return the text that restores a codebook beside its name.
+    """Return the text that restores a codebook together with its name.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def codebook_from_text(name: str, text: str | None) -> Codebook | None:
     Raises
     ------
     FormatError
-        If the text describes no codebook.
+        If the text does not describe a codebook.
 
     Examples
     --------
@@ -241,4 +241,6 @@ def codebook_from_text(name: str, text: str | None) -> Codebook | None:
     try:
         return Codebook([float(level) for level in levels], name, normalization)  # type: ignore[arg-type]
     except ValueError as error:  # of float() or of the codebook
-        raise FormatError(f"codebook must be spelled like 'absmax -1.0 0.0 1.0', got {text[:80]!r}: {error}") from None
+        raise FormatError(
+            f"codebook must be a normalization and levels, such as 'absmax -1.0 0.0 1.0', got {text[:80]!r}: {error}"
+        ) from None

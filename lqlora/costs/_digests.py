@@ -35,7 +35,7 @@ def array_digest(array: Array) -> str:
 
 
 def weighting_digest(weighting: AbstractWeighting | None) -> str:
-    """Return a digest of the class of a weighting and the arguments it was made with."""
+    """Return a digest of the class of a weighting and of its arguments."""
     if weighting is None:
         return "none"
     if not dataclasses.is_dataclass(weighting):
@@ -63,7 +63,7 @@ def configuration_key(configuration: Configuration) -> str:
 
 
 def _format_key(fmt: BlockFormat) -> str:
-    """Return the spelling of a format, with a digest of the levels if the codebook has no standard name."""
+    """Return a format as text, with a digest of the levels if the codebook has no standard name."""
     # A name that is not standard may stand for other levels in the next run, so the levels are part of the key.
     own = codebook_to_json(fmt.codebook)
     if not own:

@@ -1,9 +1,9 @@
-"""Fast cost tables: few formats of a matrix are decomposed, and the costs of the others are estimated from these.
+"""Fast cost tables: a few formats of each matrix are decomposed, and the costs of the other formats are estimated.
 
-Formats that share codebook and blocks are a family. A sample of the blocks is rounded to each of them, which gives the
-error of quantization alone, and the distance between two formats. A few leaders of each family are decomposed, such
-that every format is near a leader. The cost of any other format is that of its nearest leader, times the ratio of
-their errors of quantization alone.
+Formats that share codebook and blocks form a family. A sample of the blocks is rounded to each format of a family. This
+gives the error of quantization alone, and the distance between two formats. A few formats of each family, its
+representatives, are decomposed; every other format is near one of them. The estimate for such a format is the cost of
+its nearest representative, times the ratio of their errors of quantization alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["Task", "fast_costs"]
 #: errors of the same size are 2 apart.
 _NEAR = 1.0
 
-#: A format is hopeless, and not decomposed, if its error is this many times that of a format which is not larger.
+#: A format is bad, and not decomposed, if another format of at most its size has an error this many times smaller.
 _HOPELESS = 1.5
 
 
@@ -76,7 +76,8 @@ def fast_costs(
     """Return the cost of each pair of format and rank. No rank is larger than the matrix allows."""
     # Let e_f be the error of quantization alone in format f, and c_f its cost with a low-rank part of some rank. The
     # low-rank part takes away the structured part of the error, and that share is about the same for formats whose
-    # errors are alike. With the nearest leader g therefore c_f = e_f (c_f / e_f) ~ e_f (c_g / e_g) = c_g (e_f / e_g).
+    # errors are alike. With the nearest representative g therefore
+    #     c_f = e_f (c_f / e_f) ~ e_f (c_g / e_g) = c_g (e_f / e_g).
     grouped: dict[tuple[object, ...], list[BlockFormat]] = {}
     for fmt in formats:
         grouped.setdefault((fmt.codebook, fmt.block_size, fmt.axis, fmt.levels), []).append(fmt)
@@ -110,7 +111,7 @@ def _measure(task: Task, formats: list[BlockFormat]) -> _Family:
 
 
 def _contenders(task: Task, families: Sequence[_Family]) -> list[list[int]]:
-    """Return the formats of each family that may be leaders: those that are not hopeless, and the best of the family."""
+    """Return candidates for the representatives of each family: without bad formats, but always with the best one."""
     # Over the formats of all families, sorted by size, the running minimum of the errors is the least error at each
     # size. The last format of the same size is at `searchsorted(..., side="right") - 1`.
     shape = tuple(task.matrix.shape)
@@ -128,9 +129,9 @@ def _contenders(task: Task, families: Sequence[_Family]) -> list[list[int]]:
 
 
 def _cover(distances: npt.NDArray[np.float64], members: Sequence[int]) -> list[int]:
-    """Return few of the members, such that every member is near one of them (greedy set cover)."""
-    # The smallest set is NP-hard to find. Each step takes the uncovered member that is near most uncovered ones. No two
-    # leaders are near each other then. Ties go to the first member, so the result is reproducible.
+    """Return a small set of formats such that every format is near one of the set (greedy set cover)."""
+    # The smallest set is NP-hard to find. Each step takes the uncovered member that is near most uncovered ones. So no two
+    # representatives are near each other. Ties go to the first member, so the result is reproducible.
     near, uncovered, found = distances <= _NEAR, list(members), []
     while uncovered:
         best = max(uncovered, key=lambda own: int(near[own, uncovered].sum()))
@@ -156,7 +157,7 @@ def _decomposed(task: Task, family: _Family, leader: int, ranks: Sequence[int]) 
 
 
 def _truncated(step: LowRankStep, rank: int) -> LowRankStep:
-    """Return the step with its largest components only."""
+    """Return a low-rank step truncated to its largest components."""
     # Components are sorted by size. The basis of the randomized SVD keeps its oversampling columns for the next step.
     if rank == step.left.shape[1]:
         return step

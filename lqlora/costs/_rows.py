@@ -1,4 +1,4 @@
-"""Rows of a cost table: the costs of one matrix in all configurations, computed wherever the task runs."""
+"""Rows of a cost table: the costs of one matrix in all configurations, as a task for a thread or a process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["RowTask", "cost_row"]
 
 
 class RowTask(NamedTuple):
-    """A matrix whose costs are wanted.
+    """Task of one row: a matrix, its weighting, and the costs that are known already.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class RowTask(NamedTuple):
 def cost_row(
     task: RowTask, *, configurations: Mapping[str, Configuration], options: dict[str, Any], fast: bool, stored: str
 ) -> StoredRow:
-    """Return the costs of a matrix that are not known yet, after comparing the matrix with the one that is known.
+    """Compute the missing costs of a matrix. Raise if its known costs belong to another matrix or weighting.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def cost_row(
     fast : bool
         Whether few formats are decomposed, and the costs of the others estimated.
     stored : str
-        Path of the store, for errors. Empty without a store: digests are not needed then.
+        Path of the store, for errors. If it is empty, there is no store, and no digests are computed.
 
     Returns
     -------

@@ -74,12 +74,13 @@ def cost_table(
         Dtype of stored factors that are not quantized. It decides their size only: errors are those of float32 factors.
     mode : {"exact", "fast"}
         ``"exact"``: each cost is computed by a separate decomposition. ``"fast"``: a few formats of each codebook and
-        block size are decomposed, by two iterations from the quantized matrix. The cost of any other format is that of
-        the nearest of them, times the ratio of their errors of quantization alone. This mode is meant for grids of
-        hundreds of formats: of the 432 of ``paper_grid("code")`` it decomposes about a tenth. Its costs are off by a few
-        tenths of a percent (see ``benchmarks/README.md``). On small matrices, costs of formats with scales of two bits
-        may be off by a tenth. Costs may be off by more for formats with 1.5 times the error of one that is not larger.
-        With element-wise importance all costs are a few percent too high, because factors are not refitted.
+        block size are decomposed, by two iterations from the quantized matrix. The cost of another format is estimated
+        from the nearest of these: its cost, times the ratio of their errors of quantization alone. This mode is meant
+        for grids of hundreds of formats: of the 432 of ``paper_grid("code")`` it decomposes about a tenth. Its costs
+        are off by a few tenths of a percent (see ``benchmarks/README.md``). On small matrices, costs of formats with
+        scales of two bits may be off by a tenth. Costs may be off by more for formats with at least 1.5 times the error
+        of another format of at most their size. With element-wise importance all costs are a few percent too high,
+        because factors are not refitted.
     weighting : mapping of str to AbstractWeighting, optional
         Norm of each matrix; it is uniform for matrices that are not named. Costs are compared across matrices, so the
         weightings must be on one scale, as Fisher information is. A matrix whose importance is all zero costs nothing.
@@ -158,7 +159,7 @@ def _by_shape(
 
 
 def _as_stored(formats: Sequence[BlockFormat], options: Mapping[str, Any]) -> list[BlockFormat]:
-    """Return the formats that decompositions will have: fitted levels are stored, and take further bits."""
+    """Return the formats of the results. Formats with fitted levels also store the levels, which takes bits."""
     # The same change of the format as in `quantize`. Without it, sizes would leave out the levels that are stored.
     if options.get("fit") != "levels+scale":
         return list(formats)
@@ -191,7 +192,7 @@ def _check(
         raise InvalidArgumentError("formats and ranks must hold at least one format and one rank, got none.")
     if len(set(configurations)) < len(configurations):
         twice = next(own for place, own in enumerate(configurations) if own in configurations[:place])
-        raise InvalidArgumentError(f"formats and ranks must each be given once, got {twice} twice.")
+        raise InvalidArgumentError(f"formats and ranks must not contain duplicates, got {twice} twice.")
     if unknown := sorted(set(weighting) - set(weights)):
         raise InvalidArgumentError(f"weighting must name matrices of weights, got {list_names(unknown)}.")
     if mode not in ("exact", "fast"):

@@ -1,9 +1,9 @@
-"""A file of finished costs that survives a kill at any moment: appending, recovery, locking, merging.
+"""Cost store: a file of finished costs that stays readable after a crash, with locking and merging.
 
 Each row is one line that is flushed to the disk before the next one begins. A process that is killed can therefore
 leave only one incomplete line, the last one, which has no line break. Opening the store cuts that line off. JSON escapes
 line breaks inside texts, so a line break always ends a line. A kill cannot cause any other fault, such as a wrong
-checksum or a broken line before the last: such a file is refused.
+checksum or a broken line before the last: opening such a file raises.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class StoredRow:
     costs: dict[str, float]
 
     def joined(self, other: StoredRow, where: str) -> StoredRow:
-        """Return a row with the costs of this row and of another one.
+        """Merge the costs of this row and of another row of the same matrix.
 
         Parameters
         ----------
@@ -84,7 +84,7 @@ class StoredRow:
         ):
             if mine != others:
                 raise StoreError(
-                    f"{where}: the {what} of matrix {self.name!r} differ from those whose costs are stored. Use "
+                    f"{where}: the {what} of matrix {self.name!r} have changed since its costs were stored. Use "
                     "another store."
                 )
         for key in self.costs.keys() & other.costs.keys():
@@ -334,7 +334,7 @@ def _finite(value: object) -> float:
 
 
 def _check_head(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raise if a store has other settings than wanted, and list those that differ."""
+    """Raise if a store was made with other settings, and list the differences."""
     if found["numerics"] != wanted["numerics"]:
         raise StoreError(
             f"{path} has costs of version {found['numerics']!r} of the numerics, but this library computes version "

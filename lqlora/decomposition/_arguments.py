@@ -51,7 +51,9 @@ def checked_rank(matrix: Array, rank: int, init_rank: int | None, name: str, *, 
 def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init: str) -> LowRankStep:
     """Return the low-rank part to start from, in the dtype of the matrix; raise unless its shapes match."""
     if init != "svd":
-        raise InvalidArgumentError(f"start replaces the SVD of init='svd', got init={init!r}. Drop one of the two.")
+        raise InvalidArgumentError(
+            f"start needs init='svd', whose SVD it replaces, got init={init!r}. Drop one of the two."
+        )
     if isinstance(start, LowRankStep):
         step = start
     elif isinstance(start, tuple) and len(start) == 2:

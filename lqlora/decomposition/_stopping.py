@@ -20,7 +20,7 @@ _PATIENCE = 3
 
 
 class StoppingRule(Generic[T]):
-    """Records iterates, keeps the best one, and decides when to stop.
+    """Stopping rule: it records iterates, keeps the best one, and decides when to stop.
 
     Parameters
     ----------

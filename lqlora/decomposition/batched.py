@@ -92,7 +92,7 @@ def decompose_stack(
     weighting : AbstractWeighting, or a sequence with one (or None) for each matrix, optional
         Norm of the residual, one for all matrices or one for each.
     executor, progress : Executor and callable, optional
-        As in :func:`lqlora.cost_table`.
+        Options as in :func:`lqlora.cost_table`.
     name : str, optional
         Name of the stack in error messages.
     **options

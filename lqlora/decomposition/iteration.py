@@ -18,7 +18,7 @@ __all__ = ["iterate", "remainder", "residual_of"]
 def iterate(
     matrix: Array, target: Array, fmt: BlockFormat, weighting: AbstractWeighting, previous: LowRankStep
 ) -> LowRankStep:
-    """Return the low-rank step of one iteration: quantize the target, then approximate what that leaves.
+    """Return the low-rank step of one iteration: quantize the target, then approximate the residual.
 
     Cost tables use it to continue, in one format, from the low-rank part of a similar format.
 

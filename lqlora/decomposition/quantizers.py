@@ -84,7 +84,7 @@ def make_quantizer(
 
 @dataclass(frozen=True)
 class _Nearest:
-    """Rounding to the nearest level, with scales and levels fitted from those of the previous iterate."""
+    """Rounding to the nearest level, with fits of scales and levels that start from the previous iterate."""
 
     fmt: BlockFormat
     fit: Fit

@@ -85,7 +85,7 @@ def decompose(
     Parameters
     ----------
     w : array of float16, bfloat16, float32 or float64, shape (m, n)
-        Matrix, outputs by inputs. It may be a transposed view, as of a ``Conv1D`` weight.
+        Matrix, outputs by inputs. It may be a transposed view, such as that of a ``Conv1D`` weight.
     fmt : BlockFormat
         Format of the quantized part.
     rank : int
@@ -102,7 +102,7 @@ def decompose(
     start : tuple of arrays of shapes (m, k) and (k, n), optional
         ``lora_B`` and ``lora_A`` of a similar decomposition with a scaling of 1. ``init="svd"`` then starts from their
         product instead of an approximation of ``w``. The result of ``weighting.low_rank(w, rank, seed=seed)`` is also
-        accepted: it is what would be computed, so that decompositions in many formats can share it.
+        accepted. It is the step that this function would compute, so decompositions in many formats can share it.
     quantizer : {"nearest", "gptq"} or callable
         ``"nearest"`` rounds each entry independently (:func:`lqlora.quantize`). ``"gptq"`` feeds errors back
         (:func:`lqlora.gptq`) and needs a weighting with the second moment of the inputs. A callable takes the matrix to
@@ -127,7 +127,7 @@ def decompose(
         Seconds from the call, after which no further iteration starts.
     scaling : float, default 1.0
         Scaling of the adapter that will hold the factors: ``lora_alpha / rank``, or ``lora_alpha / rank**0.5`` with
-        rsLoRA. The factors are divided by its root, so that it does not change what is approximated.
+        rsLoRA. The factors are divided by its square root, so that the approximation does not change.
     factor_format : BlockFormat, optional
         Format in which to quantize the factors at the end. ``lora_A`` and ``lora_B`` are then the decoded factors, and
         the matrix is quantized again to compensate for their errors, if that lowers the error.
@@ -215,7 +215,7 @@ def decompose(
 
 
 class _Goal(NamedTuple):
-    """Everything that stays the same during an alternation."""
+    """Inputs of an alternation, which stay fixed."""
 
     matrix: Array
     rank: int
@@ -279,7 +279,7 @@ def _alternate(
     max_iter : int
         Largest number of iterates.
     extrapolation : float
-        As in :func:`decompose`.
+        Extrapolation as in :func:`decompose`.
     """
     # With P_k = B_k A_k, an iteration computes
     #     Q_{k+1} = quantize(W - P_k - beta (P_k - P_{k-1})),    P_{k+1} = low_rank(W - Q_{k+1}).
@@ -311,7 +311,7 @@ def _alternate(
 
 
 def _approximated(goal: _Goal, quantized: QuantizedArray, previous: LowRankStep | None) -> _Iterate:
-    """Return the iterate of a quantized part: the low-rank step of its residual, from a previous step."""
+    """Return the iterate of a quantized part: approximate its residual by low rank, starting from a previous step."""
     residual = residual_of(goal.matrix, quantized)
     step = goal.weighting.low_rank(residual, goal.rank, previous=previous, seed=goal.seed)
     return _Iterate(quantized, step, step.squared_error)

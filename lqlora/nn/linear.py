@@ -105,7 +105,7 @@ class LQLinear(nn.Module):
         Returns
         -------
         Tensor, shape (..., out_features)
-            In the dtype of ``x``, or in the autocast dtype where autocast is on.
+            Outputs in the dtype of ``x``, or in the dtype of autocast if it is on.
         """
         kind = x.device.type
         if is_autocast(kind):

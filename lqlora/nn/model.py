@@ -133,7 +133,7 @@ class QuantizationReport:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the whole model: quantized parts, low-rank factors and everything kept."""
+        """Bytes of the whole model: quantized parts, low-rank factors, and everything that was not replaced."""
         return self.storage_bits // 8 + self.factor_bytes + sum(self.kept.values())
 
 
@@ -183,7 +183,7 @@ def quantize_model(
     InvalidArgumentError
         If no layer matches, a name is not a linear layer of the model, or a layer has no rank.
     NonFiniteError
-        If a weight holds NaN or infinity. The model is unchanged then.
+        If a weight holds NaN or infinity. In this case the model is unchanged.
     """
     by_name = _resolve(model, formats, include, exclude)
     ranks = formats.ranks if isinstance(formats, Plan) and rank is None else dict.fromkeys(by_name, rank)

@@ -109,7 +109,7 @@ def from_operands(
     Raises
     ------
     FormatError
-        If ``fmt`` does not spell a format, or the number, dtypes or shapes of the tensors are not those of the format.
+        If ``fmt`` is not a format, or the number, dtypes or shapes of the tensors are not those of the format.
     MixedArraysError
         If the tensors are on two devices.
 
@@ -142,7 +142,7 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
     Returns
     -------
     dict of str to tuple of torch.dtype and tuple of int
-        In the order of the operands.
+        Dtype and shape by name, in the order of the operands.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
 
 @functools.lru_cache(maxsize=4096)
 def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_dims: int) -> tuple[BlockFormat, Stored]:
-    """Return the format and the stored tensors that operands describe. Each description is worked out once."""
+    """Return the format and the stored tensors that operands describe. Results are cached."""
     # The keys of the cache must be integers. Shapes of a tracing compiler are symbols, which stand for one graph only, so
     # fake implementations call read_format and stored_tensors themselves.
     known = read_format(fmt, codebook)
@@ -167,7 +167,7 @@ def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_d
 
 
 def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -> None:
-    """Refuse tensors that are not those of a format, before a kernel trusts their sizes.
+    """Raise unless tensors have the dtypes and shapes of a format, before a kernel relies on their sizes.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
 
 @functools.lru_cache(maxsize=1024)
 def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
-    """Return the format that a spelling stands for, with the codebook of a text if there is one.
+    """Parse a format, with the codebook of a second text if there is one.
 
     Parameters
     ----------
@@ -218,6 +218,6 @@ def read_format(fmt: str, codebook: str | None = None) -> BlockFormat:
     Raises
     ------
     FormatError
-        If ``fmt`` does not spell a format, or ``codebook`` is not the text of a codebook.
+        If ``fmt`` is not a format, or ``codebook`` is not the text of a codebook.
     """
     return BlockFormat.parse(fmt, codebook_from_text(codebook_name(fmt), codebook))

@@ -75,7 +75,7 @@ def is_autocast(kind: str) -> bool:
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which no autocast changes the dtypes of what is multiplied."""
+    """Return a context without autocast, which would change the dtypes of the factors of a product."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
 
@@ -96,13 +96,15 @@ def _quantize_fake(
 
 
 def _storing(fmt: str, codebook: str | None, fit: Fit) -> BlockFormat:
-    """Return the format that a spelling stands for; raise unless it says ``+fit`` where levels are fitted.
+    """Parse a format; raise unless it says ``+fit`` where levels are fitted.
 
-    The operator returns tensors only, so the caller knows the format from the spelling alone.
+    The operator returns tensors only, so the caller knows the format from this text alone.
     """
     own = read_format(fmt, codebook)
     if fit == "levels+scale" and own.levels == "codebook":
-        raise InvalidArgumentError(f"fmt must be spelled with +fit for fit='levels+scale', got {fmt}.")
+        raise InvalidArgumentError(
+            f"fmt must contain '+fit' for fit='levels+scale', such as 'nf4+fit/64:float32', got {fmt}."
+        )
     return own
 
 
@@ -172,7 +174,7 @@ def _check_rows(x: Tensor, weight: Sequence[Tensor], shape: Sequence[int], *, ad
     if len(shape) != 2 or weight[0].dim() != 1 or not x.dim() or x.shape[-1] != shape[0 if adjoint else 1]:
         side = "rows" if adjoint else "columns"
         raise InvalidArgumentError(
-            f"x must have the number of {side} of the weight on its last axis, and the weight must be one matrix, "
+            f"x must have as many entries on its last axis as the weight has {side}, and the weight must be a matrix, "
             f"got shapes {tuple(x.shape)} and {tuple(shape)}."
         )
     if x.device != weight[0].device:
@@ -271,7 +273,7 @@ def _linear_fake(
 
 
 def _check_factors(x: Tensor, shape: Sequence[int], lora_A: Tensor, lora_B: Tensor) -> None:
-    """Refuse factors that do not fit. Every call makes these comparisons; messages are worded where one fails."""
+    """Raise unless the factors fit the weight. Every call compares shapes; a message is built only if one differs."""
     of_a, of_b = lora_A.shape, lora_B.shape
     if len(of_a) != 2 or of_a[1] != shape[1] or of_b != (shape[0], of_a[0]):
         expected, found = f"({shape[0]}, rank) and (rank, {shape[1]})", f"{tuple(of_b)} and {tuple(of_a)}"
@@ -294,7 +296,7 @@ def _linear_autograd(
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
-    """Use torch's own products where there is a gradient: they save fewer tensors than a function of ours would."""
+    """Use torch's products if a gradient is needed: they save fewer tensors than a custom autograd function."""
     given = x, lora_A, lora_B
     if (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
         unpack_dual(t).tangent is not None for t in given

@@ -107,7 +107,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
 
 
 def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
-    """Return the stored name of each tied tensor by its other name."""
+    """Return a dict from other names of tied tensors to the names under which they are stored."""
     tied = content.metadata.get(_TIED, {})
     if not isinstance(tied, dict) or not all(origin in content.tensors for origin in map(str, tied.values())):
         raise CheckpointError(f"{path} is inconsistent: it has ties to tensors that it does not hold.")

@@ -1,7 +1,7 @@
-"""Array API references of every hot operation: the definition that overrides are compared with.
+"""Reference implementations of all operations in the array API: overrides must return the same bytes.
 
-Operations take flat arrays. The rooms above decide about shapes, formats and padding. ``coding`` divides weights by their
-scale and picks the codes, ``packing`` packs the codes, ``search`` fits the scale of a block.
+Operations take flat arrays; their callers know shapes, formats and padding. ``coding`` divides weights by their scale and
+finds the codes, ``packing`` packs the codes, ``search`` fits the scale of a block.
 """
 
 from __future__ import annotations

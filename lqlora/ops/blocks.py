@@ -14,7 +14,7 @@ __all__ = ["block_absmax", "block_extremes", "from_blocks", "to_blocks"]
 
 
 def to_blocks(flat: Array, block_size: int) -> Array:
-    """Return a flat array as rows of one block each.
+    """Split a flat array into blocks, one per row.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def to_blocks(flat: Array, block_size: int) -> Array:
 
 
 def from_blocks(blocks: Array, count: int) -> Array:
-    """Return the flat array that :func:`to_blocks` made rows of.
+    """Join rows of blocks to a flat array: the inverse of :func:`to_blocks`.
 
     Parameters
     ----------

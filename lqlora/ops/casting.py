@@ -27,7 +27,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def widen(array: Array, what: str = "the array") -> Array:
-    """Convert floating-point input to the dtype the arithmetic runs in.
+    """Convert floating-point input to the dtype of the arithmetic: float32, or float64 for float64.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def storage_cast(array: Array, dtype: str) -> Array:
 
 
 def native_dtype(array: Array, dtype: str) -> Any:
-    """Return the dtype object that an array's library has for a floating-point dtype.
+    """Return the dtype object of a floating-point dtype in an array's library.
 
     Parameters
     ----------
@@ -196,7 +196,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     xp : module
         Target namespace, such as ``numpy`` or ``torch``.
     device : object, optional
-        Target device, as that library spells it. By default an array of that library stays on its device. An array of
+        Target device, as an object or string of that library. By default an array of that library stays on its device. An array of
         another library goes to the host for torch, and to the default device of other libraries.
 
     Returns
@@ -233,7 +233,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
         there = xp.asarray(line) if device is None else xp.asarray(line, device=device)
         return there if line is host else xp.reshape(there, ())
     except TypeError as error:
-        raise UnsupportedArrayError(f"array of {host.dtype} cannot go to {xp.__name__}: {error}.") from error
+        raise UnsupportedArrayError(f"array of {host.dtype} cannot be converted to {xp.__name__}: {error}.") from error
 
 
 def _plain_name(xp: Namespace) -> str:

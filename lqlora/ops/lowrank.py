@@ -89,7 +89,7 @@ def subspace_svd(
         Basis to start from instead of the sketch, such as ``basis`` of an earlier result.
     power_iterations : int, optional
         Additional pairs of passes over the matrix, which help where singular values decay slowly. 2 by default, and 0
-        with a start: two passes over a matrix that changed little do what six passes do from scratch.
+        with a start: if the matrix has changed little, two passes are as good as six passes from scratch.
 
     Returns
     -------

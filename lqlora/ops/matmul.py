@@ -133,7 +133,7 @@ def _rows_per_tile(rows: int, columns: int, block_size: int, limit: int) -> int:
 
     A weight begins a block if its index is a multiple of ``block_size``, and a byte if its bit index is a multiple of 8,
     which holds for multiples of 8 whatever the bits. So tiles of ``r`` rows need ``lcm(8, block_size)`` to divide
-    ``r * columns``. The least such ``r`` is ``lcm / gcd(lcm, columns)``, and every multiple of it will do.
+    ``r * columns``. The least such ``r`` is ``lcm / gcd(lcm, columns)``, and every multiple of it works.
     """
     common = math.lcm(8, block_size)
     unit = common // math.gcd(common, columns) if columns else 1

@@ -21,7 +21,7 @@ __all__ = ["rounding_errors", "wide_errors"]
 
 
 def _rounding(problem: BlocksProblem) -> tuple[Any, ...]:
-    """Return rows to round under scales, with importance or without: none of it is zero, since 0 times inf is NaN."""
+    """Return example arguments: rows and scales, with nonzero importance or none, since zero times infinity is NaN."""
     rows = np.nan_to_num(problem.rows(problem.wide), posinf=1, neginf=-1)
     weights = np.random.default_rng(problem.seed + 5).uniform(0.5, 1, rows.shape) if problem.seed % 2 else None
     zeros = None if problem.zeros is None else problem.zeros[: len(rows)]
@@ -57,8 +57,8 @@ def rounding_errors(
     Returns
     -------
     array of float64, shape (m,)
-        Sums of ``weights * (rows - values)**2``. The values are what :func:`lqlora.ops.decode` returns in float32 for the
-        codes of :func:`lqlora.ops.encode`. Terms are added in the order of :func:`lqlora.ops.row_sums`.
+        Sums of ``weights * (rows - values)**2``. The values are the float32 result of :func:`lqlora.ops.decode`
+        for the codes of :func:`lqlora.ops.encode`. Terms are added in the order of :func:`lqlora.ops.row_sums`.
 
     References
     ----------

@@ -30,7 +30,7 @@ __all__ = ["best_ratios", "least_squares", "search_ratios", "squared_errors"]
 
 
 def _searching(problem: BlocksProblem) -> tuple[Any, ...]:
-    """Return rows to search ratios for, with importance or without."""
+    """Return example arguments: rows to search ratios for, with importance or without."""
     rows = problem.rows(np.clip(problem.normalized, -4, 4).astype(np.float32))
     weights = np.random.default_rng(problem.seed).random(rows.shape, dtype=np.float32) if problem.seed % 2 else None
     zeros = None if problem.zeros is None else problem.zeros[: len(rows), None].astype(np.float32)

@@ -128,7 +128,7 @@ def _copy(target: Array, source: Array) -> None:
 
 
 def _across(problem: BlocksProblem) -> tuple[Any, ...]:
-    """Return the transpose of a matrix, and room for its rows."""
+    """Return example arguments: a transposed matrix, and an array of its shape to copy it into."""
     source = problem.rows(problem.weights).T
     return source, np.full_like(source, 7, order="C")
 

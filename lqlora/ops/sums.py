@@ -94,7 +94,7 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
 
 
 def _fitting(problem: BlocksProblem) -> tuple[Any, ...]:
-    """Return rows with ratios, codes and two sets of levels to fit to them."""
+    """Return example arguments: rows with ratios and codes, to fit two sets of levels to them."""
     rows = np.nan_to_num(problem.rows(problem.wide.astype(np.float32)), posinf=1, neginf=-1)
     rng, size = np.random.default_rng(problem.seed + 4), len(problem.codebook)
     ratios, importance = rng.uniform(0.5, 1.5, (2, rows.shape[0]))
@@ -138,7 +138,7 @@ def level_sums(
     Returns
     -------
     tuple of array of float64, shape (count * size,)
-        For each level, sums over its entries of ``importance * ratio * weight * entry`` and of
+        Sums for each level, over its entries, of ``importance * ratio * weight * entry`` and of
         ``importance * ratio**2 * weight``, as exact as those of :func:`bin_sums`.
 
     Raises

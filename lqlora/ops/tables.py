@@ -34,7 +34,7 @@ def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
     Returns
     -------
     array of the dtype of ``table``, same shape
-        The table, which must not be written to. Tables of tensors are cached, since a copy to a device waits for it.
+        The table, which must not be written to. Tables of tensors are cached, because a copy to a device makes the host wait.
 
     Examples
     --------

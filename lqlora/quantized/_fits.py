@@ -89,15 +89,15 @@ def _say_where(source: Source) -> None:
 
 
 def by_absmax(source: Source, statistic: Array, low: Array | None) -> Choice:
-    """Return the scales under which the largest weight of each block becomes the largest level."""
+    """Return absmax scales, under which the largest weight of each block becomes the largest level."""
     stored, decoded = store_scales(statistic, source.fmt.scales, source.name)
     return Choice(stored, decoded, None if low is None else _zero_points(low, decoded, len(source.fmt.codebook)))
 
 
 def _zero_points(low: Array, decoded: Array, levels: int) -> Array:
-    """Return the code of zero in each block, for the lowest code to stand for the smallest weight ``low``.
+    """Return the zero point of each block: the code of zero, chosen so that code 0 decodes to the smallest weight ``low``.
 
-    A code ``c`` decodes to ``(c - z) * s``. Code 0 stands for ``low`` if ``z = -low / s``, rounded to an integer code.
+    A code ``c`` decodes to ``(c - z) * s``. Code 0 decodes to ``low`` if ``z = -low / s``, rounded to an integer code.
     """
     # Statistics of affine blocks include zero, so low <= 0 <= high and 0 <= -low / s <= n - 1 for n levels: zero is always a
     # value. Rounding z moves all values by up to s / 2. The clip acts only where the stored scale came out smaller than asked.
@@ -128,7 +128,7 @@ def _codebook_levels(source: Source) -> Array:
 
 
 def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
-    """Return for each block the better of the scale of its absolute maximum and those that a search finds."""
+    """Choose for each block the best of its absmax scale and the scales that a search finds."""
     wanted = _search(source, statistic, first, None)
     if isinstance(first.stored, QuantizedArray):
         # With second-level scale t and offset o fixed, each scale is one of the values t l + o, whatever the other blocks
@@ -143,7 +143,7 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
 
 
 def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
-    """Return the zero points to try: those of the first choice, the next lower ones and the next higher ones."""
+    """Return the zero points to try: the zero points of the first choice, one lower, and one higher."""
     zeros = first.zero_points
     if zeros is None:
         return [None]
@@ -281,7 +281,7 @@ def _levels_of(source: Source, statistic: Array, pieces: list[tuple[slice, slice
 
 
 def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice:
-    """Return the best choice for each block; the first of equal ones."""
+    """Combine choices: each block takes the choice of least error. The first one wins a tie."""
     xp, first = namespace(choices[0].decoded), choices[0]
     # The error is a sum over blocks, and a block depends on its own scale and zero point only. Choosing block by block
     # therefore minimizes the total over all combinations of the choices.
@@ -296,12 +296,12 @@ def _best(source: Source, choices: list[Choice], levels: Array | None) -> Choice
 
 
 def _codes(choice: Choice) -> Array:
-    """Return the scales as they are stored, or their codes."""
+    """Return the stored scales: floats, or the unpacked codes of quantized scales."""
     return unpacked(choice.stored) if isinstance(choice.stored, QuantizedArray) else choice.stored
 
 
 def _winners(source: Source, choices: list[Choice], levels: Array | None) -> Array:
-    """Return for each block the index of the choice of least error; the first of equal ones."""
+    """Return for each block the index of the choice of least error. The first one wins a tie."""
     xp, found = namespace(choices[0].decoded), []
     for blocks, errors in _piece_errors(source, choices, levels):
         best, error = xp.zeros_like(errors[0], dtype=xp.uint8), errors[0]

@@ -117,17 +117,17 @@ class Layout:
 
     @cached_property
     def is_even(self) -> bool:
-        """Whether block ``i`` begins at weight ``i * block_size``: only the last line may end in a short block."""
+        """True if block ``i`` begins at weight ``i * block_size``: only the last line may end in a short block."""
         return self.lines <= 1 or self.length % self.block_size == 0
 
     @cached_property
     def stores_absmax(self) -> bool:
-        """Whether the stored scales are the absolute maxima of the blocks, bit for bit, for weights up to float32."""
+        """True if the stored scales are the absolute maxima of the blocks, bit for bit, for weights up to float32."""
         return self.is_plain and self.codebook.normalization == "absmax" and self.widest == 1.0
 
     @cached_property
     def follows_rows(self) -> bool:
-        """Whether the codes of a matrix lie row by row, and block ``i`` begins at weight ``i * block_size``."""
+        """True if the codes of a matrix lie row by row, and block ``i`` begins at weight ``i * block_size``."""
         return self.is_even and self.axis not in (0, -2)
 
     @cached_property
@@ -194,7 +194,7 @@ class Layout:
             yield slice(start, min(start + limit, self.count)), only
 
     def line_pieces(self, limit: int) -> Iterator[Piece]:
-        """Yield pieces of whole lines, eight or a multiple of eight of them."""
+        """Yield pieces of whole lines. The number of lines in a piece is a multiple of eight, except in the last."""
         step = 8 * max(1, limit // 8 // max(1, self.length)) * self.length
         for start in range(0, self.count, step or 1):
             yield slice(start, min(start + step, self.count)), None

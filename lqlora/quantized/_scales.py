@@ -133,7 +133,7 @@ def with_codes(stored: QuantizedArray, codes: Array) -> QuantizedArray:
 
 
 def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray]:
-    """Return quantized scales nearest to wanted values: by the nearest codes, the codes below, and the codes above.
+    """Return three candidates for quantized scales near given values: with the nearest codes, one below, one above.
 
     They share second-level scales and offset with ``stored``. The nearest scale need not be the best one for the weights,
     which is why a fit also tries the neighbors.
@@ -154,7 +154,7 @@ def code_neighbors(stored: QuantizedArray, wanted: Array) -> list[QuantizedArray
 
 
 def require_in_range(scales: Array, scale_format: str | ScaleFormat, name: str) -> None:
-    """Refuse scales that are not finite."""
+    """Raise unless all scales are finite."""
     if ops.is_finite(scales):
         return
     try:

@@ -111,7 +111,7 @@ class Rounding:
 
 
 def ratio_grid(bits: int, *, signed: bool, coarse: bool = False) -> list[float]:
-    """Return the ratios that a search tries first; a coarse grid serves a search that starts near its result."""
+    """Return the grid of ratios that a search tries first, which is coarser if the search has a start."""
     # E(r) = sum_i w_i min_l (x_i - r l)^2 is continuous, but not convex. A ratio r moves the boundary b between two cells
     # to r b, so entry i changes its code where r = x_i / b. Between two such ratios E is one parabola. An exact search would
     # visit every x_i / b, up to k (2^b - 1) of them in a block of k entries. One grid serves all blocks at once, since rows

@@ -114,7 +114,7 @@ class Rows(NamedTuple):
         return relative, largest[:, 0]
 
     def _largest(self, importance: Array) -> tuple[Array, Array, Array]:
-        """Return whether a row has positive importance, its largest value, and the values to use where it has none."""
+        """Return whether each row has positive importance, its largest value, and the importance to use if it has none."""
         xp = namespace(importance)
         largest = xp.max(importance, axis=1, keepdims=True)
         equal = xp.ones_like(largest) if self.mask is None else xp.astype(self.mask, importance.dtype)

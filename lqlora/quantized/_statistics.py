@@ -1,4 +1,4 @@
-"""Statistics of blocks that scales are made of: absolute maxima, extremes and ranges."""
+"""Statistics of blocks from which scales are computed: absolute maxima, extremes and ranges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["block_statistics"]
 
 
 def block_statistics(source: Source) -> tuple[Array, Array | None]:
-    """Return the scale that the extremes of each block give it, and the minimum of each block of an affine format.
+    """Return the exact scale of each block, and for an affine format also the minimum of each block.
 
     With the largest level ``L`` of the codebook, the scale is ``max |w| / L``, or for a signed codebook the entry of
     largest magnitude over ``L``, or for an affine one ``(max w - min w) / L``.
@@ -52,7 +52,7 @@ def block_statistics(source: Source) -> tuple[Array, Array | None]:
 
 
 def _extremes(source: Source, entries: slice, limit: int) -> tuple[Array, Array]:
-    """Return minimum and maximum of each block in a range of weights; the absolute maximum twice if that is enough."""
+    """Return minimum and maximum of each block in a range of weights, or the absmax twice for an absmax codebook."""
     layout, dense = source.layout, source.dense
     if layout.is_even and layout.block_size > limit:  # the range is one block or a part of it: read it piece by piece
         xp = namespace(dense)

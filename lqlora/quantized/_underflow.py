@@ -1,4 +1,4 @@
-"""Blocks that are lost: they are not zero, but all of their weights decode to zero.
+"""Detection of lost blocks: nonzero blocks whose weights all decode to zero.
 
 A block is lost where its stored scale is zero, or so much larger than its weights that even the largest one is rounded to
 the level zero. Let ``a`` be the largest magnitude of the block, ``s`` its decoded scale, and ``c`` the largest magnitude that
@@ -33,14 +33,14 @@ __all__ = ["lost_blocks"]
 
 
 def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array | None) -> int:
-    """Count the blocks that are not zero but decode to zeros only.
+    """Return the number of nonzero blocks whose weights all decode to zero.
 
     Parameters
     ----------
     source : Source
         The array.
     statistic : array, shape (blocks,)
-        Scale that the extremes of each block give it.
+        Exact scale of each block, before it was stored.
     choice : Choice
         The scales chosen.
     levels : array, optional
@@ -64,7 +64,7 @@ def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array 
 
 
 def _may_lose(layout: Layout, statistic: Array, choice: Choice, levels: Array | None) -> bool:
-    """Return whether a block may be lost: False is certain, True asks for the weights."""
+    """Return whether a block may be lost. False is certain; after True, the weights decide."""
     book, is_plain = layout.codebook, levels is None and layout.widest == 1.0
     if is_plain and statistic is choice.decoded:
         return _loses_ones(layout)
@@ -95,7 +95,7 @@ def _loses_ones(layout: Layout) -> bool:
 
 
 def _rounds_to_zero(largest: Array, nonzero: Array, scales: Array, book: Codebook) -> bool:
-    """Return whether the largest weight of any block that is not zero, or its negative, rounds to zero."""
+    """Return whether the largest weight of any nonzero block, or its negative, rounds to zero."""
     xp = namespace(largest)
     # The statistic has lost the sign of the largest weight, so both signs are tried, by the encoder itself: its rounding
     # of the quotient decides, and not that of a second formula.
@@ -108,7 +108,7 @@ def _rounds_to_zero(largest: Array, nonzero: Array, scales: Array, book: Codeboo
 
 
 def _are_far_from_zero(statistic: Array, decoded: Array, layout: Layout) -> bool:
-    """Return whether no scale is zero and no largest weight comes near the cell of zero. False decides nothing."""
+    """Return True if certainly no block is lost: scales are positive, and largest weights are outside the zero cell."""
     cell = _cell_of_zero(layout)
     if cell is None:
         return False
@@ -120,7 +120,7 @@ def _are_far_from_zero(statistic: Array, decoded: Array, layout: Layout) -> bool
 
 @functools.lru_cache(maxsize=256)
 def _cell_of_zero(layout: Layout) -> float | None:
-    """Return ``c`` of the module's docstring over the largest level, for codebooks with one level zero inside."""
+    """Return ``c`` of the module's docstring divided by the largest level; None unless one inner level is zero."""
     book = layout.codebook
     zeros = np.flatnonzero(book.levels == 0)
     if len(zeros) != 1 or not 0 < zeros[0] < len(book) - 1 or book.normalization != "absmax":

@@ -26,7 +26,7 @@ __all__ = ["QuantizedArray", "nest"]
 
 @dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """Block-quantized array. :func:`quantize` and :meth:`from_arrays` make one; it is not changed afterwards.
+    """Block-quantized array, made by :func:`quantize` or :meth:`from_arrays` and never changed afterwards.
 
     Every stored array may have leading batch dimensions, which are the first ones of ``shape``. The object is then a stack
     of arrays that were quantized one by one, such as the experts of a layer. The shapes below are those of a single array
@@ -125,7 +125,7 @@ class QuantizedArray:
         Returns
         -------
         list of QuantizedArray
-            Views, no copies. A single array gives a list of itself.
+            Arrays that share memory with the stack. For a single array, a list of itself.
         """
         if not self.batch_shape:
             return [self]
@@ -191,15 +191,16 @@ class QuantizedArray:
 
         Notes
         -----
-        Quantized scales may decode to negative numbers where their codebook has a sign. Scales of blocks of zeros do if
-        the mean was subtracted, and so do those of bitsandbytes.
+        Quantized scales may decode to negative numbers where their codebook has a sign. This happens for blocks of
+        zeros if the mean was subtracted, and in weights of bitsandbytes.
         """
         shape = tuple(shape)
         if not all(isinstance(length, int) and length >= 0 for length in shape):
             raise FormatError(f"shape must have lengths of at least 0, got {shape}.")
         if not 0 <= batch_dims <= len(shape) or not prod(shape[:batch_dims]):
             raise FormatError(
-                f"batch_dims of shape {shape} must count a stack of at least one array, got {batch_dims}."
+                f"batch_dims must be from 0 to {len(shape)} for shape {shape}, and count at least one array, got "
+                f"{batch_dims}."
             )
         try:
             expected = fmt.stored_arrays(shape[batch_dims:], shape[:batch_dims])
@@ -234,7 +235,7 @@ class QuantizedArray:
 
 
 def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
-    """Return arrays of one shape as one, with the batch dimensions in front."""
+    """Stack arrays of equal shape into one array, with the batch dimensions in front."""
     if not batch_shape:
         return arrays[0]
     xp = namespace(*arrays)
@@ -244,7 +245,7 @@ def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
 def nest(
     arrays: Mapping[str, Array], fmt: BlockFormat, shape: tuple[int, ...], batch_dims: int, prefix: str = ""
 ) -> QuantizedArray:
-    """Return the quantized array of stored arrays by name, without checks.
+    """Build a quantized array from its stored arrays by name, without checks.
 
     Parameters
     ----------
@@ -278,7 +279,7 @@ def nest(
 
 
 def _check_arrays(arrays: Mapping[str, Array], expected: StoredArrays, fmt: BlockFormat) -> None:
-    """Refuse arrays that are not those of a format, before anything trusts their sizes."""
+    """Raise unless the arrays have the names, dtypes and shapes of a format, before anything relies on their sizes."""
     for name, (dtype, shape) in expected.items():
         if name not in arrays:
             raise FormatError(f"arrays of format {fmt} must include {name!r}, which is missing.")
@@ -318,11 +319,12 @@ def _check_levels(levels: Array) -> None:
 def _check_scales(scales: Array, *, signed: bool) -> None:
     wide = ops.widen(scales)
     if not signed and bool(namespace(wide).any(wide < 0)):
-        raise FormatError("'scales' and their offset must not be negative in this format.")
+        least = float(namespace(wide).min(wide))
+        raise FormatError(f"'scales' and their offset must not be negative in this format, got {least:.4g}.")
 
 
 def _check_decoded_scales(q: QuantizedArray) -> None:
-    """Refuse second-level scales and offsets under which a scale overflows: :func:`quantize` never stores them."""
+    """Raise if a scale overflows when it is decoded. :func:`quantize` never stores such scales."""
     if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
         return
     with np.errstate(over="ignore", invalid="ignore"):

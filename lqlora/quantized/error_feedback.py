@@ -90,8 +90,8 @@ def gptq(
     Returns
     -------
     QuantizedArray
-        In the library and on the device of ``w``. Of all results tried, nearest rounding included, the one with the least
-        ``tr((w - q) @ gram @ (w - q).T)``.
+        Result in the library and on the device of ``w``. Among all results tried, nearest rounding included, it has the
+        least ``tr((w - q) @ gram @ (w - q).T)``.
 
     Raises
     ------
@@ -114,10 +114,10 @@ def gptq(
 
     Notes
     -----
-    Scales that are chosen before the feedback suit the weights, not the targets that are rounded in the end. At two bits
-    that costs much, hence the rounds. The squared distance of column ``k`` from its target is multiplied by ``d_k``, the
-    square of a diagonal entry of the Cholesky factor. With this importance, the fit of a block minimizes the error that the
-    feedback will leave.
+    Scales that are chosen before the feedback suit the weights, not the targets that are rounded in the
+    end. At two bits this raises the error a lot, so further rounds fit the scales to the targets. The squared distance
+    of column ``k`` from its target is multiplied by ``d_k``, the square of a diagonal entry of the Cholesky factor.
+    With this importance, the fit of a block minimizes the error that the feedback will leave.
 
     Results of two libraries differ where a target is within a rounding error of the boundary between two levels.
 

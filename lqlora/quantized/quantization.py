@@ -66,7 +66,7 @@ def quantize(
     Returns
     -------
     QuantizedArray
-        In the library and on the device of ``w``.
+        Quantized array in the library and on the device of ``w``.
 
     Raises
     ------
@@ -141,10 +141,10 @@ def quantize(
 
 
 def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
-    """Return importance in the shape of the array; refuse values that cannot be factors of squared errors."""
+    """Return importance broadcast to the shape of the array; raise if a value is negative or not finite."""
     xp = namespace(w, weights)
     if fit == "absmax":
-        raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which uses no weights.")
+        raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which ignores weights.")
     ops.require_float(weights, "weights")
     ops.require_finite(ops.widen(weights), "weights")
     if prod(weights.shape) and bool(xp.min(ops.widen(weights)) < 0):
@@ -180,8 +180,8 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
     statistic, choice, levels = choose(source, fit, check_finite=check_finite)
     if lost := lost_blocks(source, statistic, choice, levels):
         warnings.warn(
-            f"{lost} of {statistic.shape[0]} blocks of {source.name} are not zero but decode to zeros: scales stored as "
-            f"{source.fmt.scales} round theirs to zero. Scale the weights up, or choose a dtype of wider range.",
+            f"{lost} of {statistic.shape[0]} blocks of {source.name} are not zero but decode to zeros: their scales "
+            f"round to zero in {source.fmt.scales}. Scale the weights up, or choose a dtype of wider range.",
             ScaleUnderflowWarning,
             stacklevel=3,
         )
@@ -286,7 +286,8 @@ def matmul(
     ops.require_float(x, "x")
     if len(q.shape) != 2 or q.batch_shape or not x.shape or x.shape[-1] != q.shape[1]:
         raise InvalidArgumentError(
-            f"x must have the number of columns of the weight, a matrix, got shapes {tuple(x.shape)} and {q.shape}."
+            f"x must have as many columns as the weight, which must be a matrix, got shapes {tuple(x.shape)} "
+            f"and {q.shape}."
         )
     y = multiply(x, q)
     return y if lora_A is None else ops.add_low_rank(y, x, lora_A, lora_B, scaling)

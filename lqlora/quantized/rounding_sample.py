@@ -35,7 +35,7 @@ class Rounded(NamedTuple):
     squared_error : float
         Estimate of the weighted squared error of the whole array.
     errors : array of float64, shape (k,)
-        Errors of some entries, times the root of their importance, to compare formats by.
+        Errors of some entries, times the square root of their importance. Distances of formats are computed from them.
     """
 
     squared_error: float
@@ -132,7 +132,7 @@ class RoundingSample:
 
 
 def _spread(array: Array, fmt: BlockFormat, every: int) -> Array:
-    """Return one block of every ``every`` as rows."""
+    """Return every ``every``-th block, one per row."""
     xp, source = namespace(array), Source(array, None, fmt, "the array")
     parts = [rows.entries[-blocks.start % every :: every, :] for blocks, rows in source.pieces(piece_size(array))]
     if not parts:

@@ -26,7 +26,7 @@ def perplexity(
     r"""Return the perplexity of a causal language model on token sequences.
 
     Perplexity is the exponential of the mean negative log-likelihood per predicted token. The first token of each
-    sequence is never predicted, and no sequence sees another one.
+    sequence is never predicted, and sequences are independent.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def perplexity(
     Returns
     -------
     float
-        At least 1.0; lower is better.
+        Perplexity, at least 1.0; lower is better.
 
     Raises
     ------

@@ -17,16 +17,16 @@ __all__ = ["Split", "check_sequences", "packaged_text", "read_text", "split_sequ
 
 
 class Split(NamedTuple):
-    """Token sequences for three jobs; no sequence is in two of them.
+    """Token sequences in three disjoint parts.
 
     Parameters
     ----------
     calibration : Tensor of int64, shape (sequences, tokens)
-        For statistics of the model, such as Fisher information.
+        Sequences for statistics of the model, such as Fisher information.
     training : Tensor of int64, shape (sequences, tokens)
-        For fine-tuning.
+        Sequences for fine-tuning.
     evaluation : Tensor of int64, shape (sequences, tokens)
-        For perplexity.
+        Sequences for perplexity.
     """
 
     calibration: torch.Tensor

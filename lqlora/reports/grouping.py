@@ -94,7 +94,7 @@ def by_kind(plan: Plan) -> tuple[Kind, ...]:
     Returns
     -------
     tuple of Kind
-        In the order of first appearance.
+        Kinds in the order of first appearance.
     """
     members: dict[str, list[PlannedMatrix]] = {}
     for name, own in plan.matrices.items():
@@ -163,12 +163,12 @@ def by_layer(values: Mapping[str, float]) -> Grid:
     Parameters
     ----------
     values : mapping of str to float
-        By name of the matrix. Values that share kind and layer, such as those of experts, are added.
+        Values by name of the matrix. If several matrices share kind and layer, such as experts, their values are added.
 
     Returns
     -------
     Grid
-        Kinds in the order of first appearance. If their last words differ, each kind is given by its last word only.
+        Kinds in the order of first appearance. A kind is shortened to its last word if all last words differ.
 
     Examples
     --------

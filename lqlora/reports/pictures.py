@@ -145,7 +145,7 @@ def figure(**options: Any) -> Any:
     Returns
     -------
     matplotlib.figure.Figure
-        With constrained layout.
+        Figure with constrained layout.
 
     Raises
     ------

@@ -66,7 +66,7 @@ class Adapter(Protocol):
         Returns
         -------
         str
-            Such as ``"1.11.0"``.
+            Version, such as ``"1.11.0"``.
         """
 
     def solve(self, reduced: Reduced, options: SolveOptions) -> RawResult:
@@ -82,7 +82,7 @@ class Adapter(Protocol):
         Returns
         -------
         RawResult
-            The solver's result, as it is.
+            The unchecked result of the solver.
 
         Raises
         ------

@@ -16,9 +16,9 @@ def undominated(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return the choices that no other choice of their group dominates.
 
-    A choice is dominated by one that costs no more and is no larger under any budget. Under a budget with a lower limit
-    the other must be exactly as large, because a large choice can be needed to reach the limit. Of equal choices the
-    first stays.
+    A choice is dominated if another one costs no more and is no larger under any budget. Under a budget with a lower
+    limit the other one must be exactly as large, because a large choice can be needed to reach the limit. Among equal
+    choices, the first one stays.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ _MOVES = 100
 # The cost of these choices rises with p and their load falls, so bisection finds the least price that is feasible. One
 # price need not meet several budgets at once, so there may be no answer although the problem is feasible.
 def lagrangian_start(reduced: Reduced) -> npt.NDArray[np.int64] | None:
-    """Return the cheapest feasible choice that one price on the use of all budgets gives.
+    """Return a feasible choice by Lagrangian relaxation, with a single price on the use of all budgets.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def lagrangian_start(reduced: Reduced) -> npt.NDArray[np.int64] | None:
     Returns
     -------
     ndarray of int64, shape (groups,), or None
-        A variable of each group that meets all limits; None if no price that was tried gives one.
+        A variable of each group; together they meet all limits. None if no price leads to such a choice.
     """
     share = np.where(np.isfinite(reduced.upper), 1 / np.maximum(reduced.upper, 1), 0.0)
     lower_only = np.isfinite(reduced.lower) & ~np.isfinite(reduced.upper)
@@ -92,7 +92,7 @@ def repair(reduced: Reduced, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.in
 
 
 def _violation(reduced: Reduced, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return by how much a choice exceeds or falls short of each budget."""
+    """Return the violation of each budget: the amount above its upper or below its lower limit."""
     use = reduced.use @ reduced.vector(chosen)
     missed: npt.NDArray[np.float64] = np.maximum(use - reduced.upper, 0) + np.maximum(reduced.lower - use, 0)
     return missed

@@ -66,7 +66,7 @@ class Reduced:
 
     @property
     def offset(self) -> float:
-        """Constant of the scaled objective, ``constant / unit``: bounds are bounds on ``cost @ x + offset``."""
+        """Constant of the scaled objective, ``constant / unit``. Solvers bound ``cost @ x + offset`` from below."""
         return self.constant / self.unit
 
     @cached_property
@@ -95,7 +95,7 @@ class Reduced:
         return matrix, np.concatenate([ones, self.lower]), np.concatenate([ones, self.upper])
 
     def assignment(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Return the column of each row that a solver's vector stands for.
+        """Return the column that a solver's vector chooses in each row.
 
         Parameters
         ----------
@@ -110,7 +110,7 @@ class Reduced:
         return self.column[self.chosen(x)][self.group_of_row]
 
     def chosen(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """Return the variable of each group that a solver's vector stands for.
+        """Return the variable that a solver's vector chooses in each group.
 
         Parameters
         ----------

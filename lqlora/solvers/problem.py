@@ -34,7 +34,7 @@ class Status(enum.Enum):
 
 
 class StopReason(enum.Enum):
-    """Reason why a solver stopped. See :class:`Status` for the quality of what it found."""
+    """Reason why a solver stopped. See :class:`Status` for the quality of the assignment."""
 
     GAP = "The solver reached the requested gap."
     INFEASIBLE = "The solver proved that no assignment meets the budgets."
@@ -71,7 +71,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.upper is None and self.lower is None:
-            raise InvalidArgumentError("upper and lower are both None: a Budget needs at least one limit.")
+            raise InvalidArgumentError("upper or lower must be given for a Budget, got None for both.")
         for name in ("upper", "lower"):
             limit = getattr(self, name)
             if limit is not None and (not isinstance(limit, int | np.integer) or limit < 0):
@@ -145,7 +145,7 @@ def _check(
         raise InvalidArgumentError(f"ties must have one entry for each of {len(cost)} rows, got shape {ties.shape}.")
     if not allowed.any(axis=1).all():
         row = int((~allowed.any(axis=1)).argmax())
-        raise InvalidArgumentError(f"allowed is False for every choice of row {row}. Allow at least one.")
+        raise InvalidArgumentError(f"allowed must be True for at least one choice of each row, got none for row {row}.")
     for name, table, wrong, rule in (
         ("cost", cost, ~np.isfinite(cost), "finite"),
         ("size", size, size < 0, "at least 0 bits"),  # type: ignore[operator]

@@ -47,7 +47,7 @@ def register(name: str, adapter: Adapter) -> None:
     missing = [part for part in ("REQUIRES", "version", "solve") if not hasattr(adapter, part)]
     if missing:
         raise InvalidArgumentError(
-            f"adapter of solver {name!r} must have REQUIRES, version and solve, lacks {missing}."
+            f"adapter of solver {name!r} must have REQUIRES, version and solve, but lacks {missing}."
         )
     ADAPTERS[name] = adapter
 

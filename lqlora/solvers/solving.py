@@ -26,7 +26,7 @@ _MCKP_SHARE = 0.3
 
 
 def select(problem: Problem) -> str:
-    """Return the name of the solver that ``solver="auto"`` stands for.
+    """Return the name of the solver that ``solver="auto"`` selects.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
 def _search(
     problem: Problem, reduced: Reduced, name: str, options: SolveOptions, begin: float
 ) -> tuple[RawResult, _Held, list[str]]:
-    """Run the solver and, if it is ``mckp`` and leaves a gap, a second one on what is left."""
+    """Run the solver. If it is ``mckp`` and leaves a gap, run a second solver for the rest of the time."""
     reduced, held = _first(problem, reduced, options)
     if name != "mckp":
         return *_run(problem, reduced, held, name, _rest(options, begin)), [name]

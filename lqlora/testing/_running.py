@@ -42,7 +42,7 @@ def try_properties(
     derandomize: bool,
     shrink: bool = True,
 ) -> Report:
-    """Check the selected properties of a registry on a subject. Without ``shrink`` counterexamples stay as they are."""
+    """Check the selected properties of a registry on a subject. Without ``shrink`` counterexamples are not minimized."""
     selected = _selected(registry, only, exclude)
     if max_examples < 1:
         raise InvalidArgumentError(f"max_examples must be at least 1, got {max_examples!r}.")
@@ -76,7 +76,7 @@ def _selected(registry: dict[str, Property[S]], only: Collection[str] | None, ex
         if unknown:
             close = {name: difflib.get_close_matches(name, registry) for name in unknown}
             hints = "; ".join(f"{name!r} (similar: {', '.join(near) or 'none'})" for name, near in close.items())
-            raise InvalidArgumentError(f"{argument} contains unknown names of properties: {hints}.")
+            raise InvalidArgumentError(f"{argument} must contain names of properties, got {hints}.")
     return [name for name in registry if only is None or name in only]
 
 

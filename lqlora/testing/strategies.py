@@ -1,4 +1,4 @@
-"""Hypothesis strategies: hard weights, memory layouts, codebooks and formats."""
+"""Hypothesis strategies: weights with edge cases, memory layouts, codebooks and formats."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def shapes(max_dims: int = 3, max_side: int = 6) -> SearchStrategy[tuple[int, ..
 
 
 def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> SearchStrategy[float]:
-    """Return a strategy of float32 values that often draws hard ones.
+    """Return a strategy of float32 values that often draws edge cases.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def hard_floats(largest: float = 3.4e38, codebook: Codebook | None = None) -> Se
 def weights(
     draw: DrawFn, dtype: Any = np.float32, largest: float = 3.4e38, shape: SearchStrategy[tuple[int, ...]] | None = None
 ) -> npt.NDArray[Any]:
-    """Draw arrays of normal noise of any magnitude, with hard values and a run of zeros inserted.
+    """Draw arrays of normal noise of any magnitude, with edge cases and a run of zeros inserted.
 
     Parameters
     ----------

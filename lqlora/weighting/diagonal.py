@@ -95,7 +95,9 @@ class RowColumn(ScaledWeighting):
 
     def __post_init__(self) -> None:
         if self.row is None and self.col is None:
-            raise InvalidArgumentError("row and col are both None. Pass at least one of them, or use Uniform().")
+            raise InvalidArgumentError(
+                "row or col must be given, got None for both. Use Uniform() for equal importance."
+            )
         given = [importance for importance in (self.row, self.col) if importance is not None]
         namespace(*given)
         row, col = _checked(self.row, "row"), _checked(self.col, "col")
@@ -183,7 +185,7 @@ class RowColumn(ScaledWeighting):
         return svd.left if row is None else svd.left / row, svd.right if col is None else svd.right / col
 
     def _roots_like(self, residual: Array) -> tuple[Array | None, Array | None]:
-        """Return the roots of the importance in the dtype of a residual, as a column and as a row."""
+        """Return the square roots of the importance in the dtype of a residual, as a column and as a row."""
         row, col = self._roots
         xp = namespace(residual, row, col)
         return (
@@ -193,7 +195,7 @@ class RowColumn(ScaledWeighting):
 
 
 def _checked(importance: Array | None, name: str) -> Array | None:
-    """Return importance of float32 or float64 with its floor, or equal importance for zeros."""
+    """Return checked importance in float32 or float64, raised to a floor; ones if all of it is zero."""
     if importance is None:
         return None
     xp = namespace(importance)
@@ -209,7 +211,7 @@ def _checked(importance: Array | None, name: str) -> Array | None:
 
 
 def _normalized_root(importance: Array | None) -> tuple[Array | None, float]:
-    """Return the roots of ``importance / unit``, and the unit: a power of four near the largest value."""
+    """Return the square roots of ``importance / unit``, and the unit: a power of four near the largest value."""
     if importance is None or not importance.shape[0]:
         return importance, 1.0
     xp = namespace(importance)

@@ -140,7 +140,7 @@ class Elementwise(AbstractWeighting):
 
 
 def _solved(target: Array, importance: Array, factor: Array, other: Array) -> Array:
-    """Return a factor that lowers ``sum(importance * (target - factor @ other)**2)``, ``other`` held fixed."""
+    """Improve a factor: lower ``sum(importance * (target - factor @ other)**2)`` with ``other`` held fixed."""
     # Row f of the factor solves the normal equations  f N = t diag(F) A^T  with N = A diag(F) A^T, A = other, and t and
     # F the rows of target and importance. N is never formed: f N is ((F * (f A)) A^T), two products for all rows
     # together. Each row runs its own preconditioned conjugate gradients (step, progress and ratio are columns, one

@@ -18,7 +18,7 @@ __all__ = ["InputGram", "Kronecker"]
 
 
 class _Root(NamedTuple):
-    """Cholesky root of a damped Gram matrix ``unit * lower @ lower.T``, and the diagonal of that matrix."""
+    """Cholesky factor of a damped Gram matrix ``unit * lower @ lower.T``, and the diagonal of that matrix."""
 
     lower: Array
     diagonal: Array
@@ -200,7 +200,7 @@ def _check_side(gram: Array, shape: tuple[int, ...], side: int, name: str) -> No
 
 
 def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
-    """Return a Gram matrix, symmetric to the last bit, and the root of the damped matrix."""
+    """Return a Gram matrix, symmetric to the last bit, and the Cholesky factor of the damped matrix."""
     if not 0 < damping < float("inf"):
         raise InvalidArgumentError(f"damping must be positive and finite, got {damping!r}.")
     wide, dtype = ops.symmetric_moment(gram, name), ops.widen(gram, name).dtype
@@ -215,7 +215,7 @@ def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
 
 
 def _root_of(gram: Array, damping: float, name: str, dtype: object) -> _Root:
-    """Return the Cholesky root of a damped Gram matrix of float64, in a unit that brings its entries to about one."""
+    """Return the Cholesky factor of a damped Gram matrix in float64, divided by a unit so that entries are near one."""
     # R + damping * mean(diag R) * I = unit * C C^T, with a power of four as unit: its root is exact, and C keeps
     # entries of about one in float32 however large the inputs were. A semidefinite R becomes definite by the damping;
     # an eigenvalue below -damping * mean(diag R) makes the factorization fail.
@@ -230,7 +230,7 @@ def _root_of(gram: Array, damping: float, name: str, dtype: object) -> _Root:
         lower = xp.full_like(gram, float("nan"))
     if mean <= 0 or not bool(xp.all(xp.isfinite(lower))):
         raise InvalidArgumentError(
-            f"{name} must be positive semidefinite; with damping={damping!r} it has no Cholesky root. Pass a mean of "
+            f"{name} must be positive semidefinite; with damping={damping!r} it has no Cholesky factor. Pass a mean of "
             "x @ x.T over real inputs, or more damping."
         )
     return _Root(xp.astype(lower, dtype), xp.astype(diagonal + damping * mean, dtype), unit)

@@ -77,17 +77,17 @@ def test_another_normalization_is_not_standard():
      "bof4-" + "9" * 5000, "bof9-64", "sf4-0", "sf4-"],
 )  # fmt: skip
 def test_unknown_names_are_refused(name):
-    with pytest.raises(FormatError, match="Unknown codebook"):
+    with pytest.raises(FormatError, match=r"^codebook "):
         by_name(name)
 
 
 def test_the_message_for_an_unknown_name_lists_the_families():
-    with pytest.raises(FormatError, match=r"^Unknown codebook 'what'.*nf2…nf8, .*bof\{bits\}s-"):
+    with pytest.raises(FormatError, match=r"^codebook .*nf2…nf8, .*bof\{bits\}s-.* got 'what'"):
         by_name("what")
 
 
 def test_the_message_for_a_number_out_of_range_has_the_range():
-    with pytest.raises(InvalidArgumentError, match=r"^Unknown codebook 'nf9': bits .*got 9\.$"):
+    with pytest.raises(InvalidArgumentError, match=r"^codebook 'nf9' .*: bits .*got 9\.$"):
         by_name("nf9")
 
 

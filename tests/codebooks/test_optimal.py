@@ -134,7 +134,7 @@ def test_a_flat_density_gives_equal_steps(count, power):
 
 def test_a_density_that_is_never_the_same_twice_has_no_optimal_levels():
     noise = np.random.default_rng(0)
-    with pytest.raises(InvalidArgumentError, match=r"^density has no 3"):
+    with pytest.raises(InvalidArgumentError, match=r"^density .* 3 optimal"):
         optimal_levels(lambda x: noise.uniform(1, 2, x.shape), 3, 2, Ends())
 
 

@@ -103,9 +103,9 @@ class TestWhatIsRefused:
         "text", ["", "absmax", "absmax 1 zero", "sideways -1 0 1", "absmax 1 0 -1", "affine 1 2 3 4"]
     )
     def test_what_spells_no_codebook(self, text):
-        with pytest.raises(FormatError, match="codebook must be spelled like"):
+        with pytest.raises(FormatError, match=r"codebook must be .*absmax"):
             from_operands([torch.zeros(1)], "own/8:float32", (2,), text)
 
     def test_what_spells_no_format(self):
-        with pytest.raises(FormatError, match="Unknown codebook 'own'"):
+        with pytest.raises(FormatError, match=r"^codebook must be .*'own'"):
             from_operands([torch.zeros(1)], "own/8:float32", (2,))

@@ -196,7 +196,7 @@ def test_scales_that_round_to_zero_are_counted(fast_xp, text):
 
 def test_the_warning_says_what_and_what_to_do():
     message = (
-        r"^1 of 2 blocks of q_proj are not zero but decode to zeros: scales stored as float16 round theirs to zero\. "
+        r"^1 of 2 blocks of q_proj are not zero but decode to zeros: their scales round to zero in float16\. "
         r"Scale the weights up, or choose a dtype of wider range\.$"
     )
     with pytest.warns(ScaleUnderflowWarning, match=message):

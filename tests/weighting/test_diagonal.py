@@ -76,7 +76,7 @@ def test_some_positive_importance_does_not_warn(xp):
 
 
 def test_row_and_col_may_not_both_be_none():
-    with pytest.raises(InvalidArgumentError, match=r"^row and col .*Uniform\(\)"):
+    with pytest.raises(InvalidArgumentError, match=r"^row or col .*Uniform\(\)"):
         RowColumn(None, None)
 
 

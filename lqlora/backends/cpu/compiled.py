@@ -3,7 +3,7 @@
 The C functions check nothing. The ``Takes`` record of an override is the only check of dtypes, memory layout, lengths
 and codes, so a condition that is too wide lets a kernel read or write beyond an array.
 
-``benchmarks/quantize.py`` has the rows that justify them.
+``benchmarks/quantize.py`` measures their gain.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Overrides in NumPy that keep their workspace in the cache.
 
-``benchmarks/quantize.py`` has the rows that justify them.
+``benchmarks/quantize.py`` measures their gain.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _buckets(boundaries: bytes, dtype: np.dtype[Any]) -> _Buckets:
 
 
 def _bucket(values: npt.NDArray[Any], low: Any, factor: Any) -> npt.NDArray[np.intp]:
-    """Return the bucket of each value, which does not fall when the value rises."""
+    """Return the bucket of each value, which is a non-decreasing function of the value."""
     place = values - low
     place *= factor
     with np.errstate(invalid="ignore"):  # NaN gets any bucket, and compares above no boundary
@@ -149,7 +149,7 @@ def _index_bits(bits: int, count: int) -> int:
 
 
 def _indices(packed: npt.NDArray[np.uint8], index_bits: int) -> npt.NDArray[Any]:
-    """Split a stream of bytes into numbers of ``index_bits`` bits, least significant bit first; a rest is left out."""
+    """Split a stream of bytes into numbers of ``index_bits`` bits, least significant bit first. Drop a remainder."""
     if index_bits == 8:
         return packed
     if index_bits == 16:

@@ -1,7 +1,7 @@
 """Overrides for torch tensors in host memory: NumPy's implementations on views of the same memory.
 
-Every operation that NumPy has overrides for gets one override for torch, which takes what NumPy's overrides take.
-``benchmarks/quantize.py`` has the rows that justify them.
+Every operation with overrides for NumPy gets one override for torch, which takes the same calls.
+``benchmarks/quantize.py`` measures their gain.
 """
 
 from __future__ import annotations

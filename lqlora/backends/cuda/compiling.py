@@ -1,8 +1,8 @@
 """Compilation of CUDA kernels by NVIDIA's run-time compiler (NVRTC), with a cache on disk.
 
-CuPy's ``RawModule`` adds ``-ftz=true`` to all options, which flushes numbers below 2**-126 to zero. Kernels would not
-return the bytes of the reference then. So this module calls the compiler through CuPy's bindings, and loads the code as
-CuPy loads its own kernels.
+CuPy's ``RawModule`` adds ``-ftz=true`` to all options, which flushes numbers below 2**-126 to zero. With it kernels
+would not return the bytes of the reference. So this module calls the compiler through CuPy's bindings, and loads the
+code as CuPy loads its own kernels.
 """
 
 from __future__ import annotations

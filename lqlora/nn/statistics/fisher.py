@@ -85,7 +85,7 @@ def collect_fisher(
     Notes
     -----
     With losses :math:`L_n` of :math:`N` examples, the result is
-    :math:`\frac{1}{N} \sum_n (\partial L_n / \partial W)^2`, entry by entry. Gradients of whole batches do not have it:
+    :math:`\frac{1}{N} \sum_n (\partial L_n / \partial W)^2`, entry by entry. The gradient of a whole batch is not enough:
     the square of a sum over examples is not the sum of their squares. The gradient of each example is computed from the
     layer's inputs and the gradients at its outputs, so one backward pass serves a batch of any size.
 
@@ -121,8 +121,8 @@ class _Recorder:
 
     The layer computes y_t = W x_t for the rows x_t of its input, so with g_t = dL/dy_t the gradient of example n is
     dL_n/dW = sum of g_t x_t^T over the rows t of the example, and over all uses of the layer. Cross terms between rows
-    belong to its square; those between examples do not. Hence one matrix product per example, and no shortcut by
-    squared inputs and gradients.
+    belong to its square; those between examples do not. So each example needs one matrix product; squared inputs and
+    squared gradients are not enough.
 
     If the layer is used once in a pass, its gradient is added as soon as it is known, which frees the input. If it is
     used several times, the sum waits for the end of the backward pass, because an unused result gets no gradient.

@@ -143,8 +143,8 @@ def collect_kronecker(
 
     Notes
     -----
-    With rows :math:`x_t` that a layer sees and gradients :math:`g_t` of the loss of their own example at the layer's
-    output,
+    With rows :math:`x_t` that a layer sees and gradients :math:`g_t` at the layer's output, of the loss of
+    the same example,
 
     .. math:: A = \frac{1}{\text{rows}} \sum_t x_t x_t^T, \qquad G = \frac{1}{\text{examples}} \sum_t g_t g_t^T.
 
@@ -267,7 +267,7 @@ class _Inputs:
             rows = sum(count * self._rows[key] for key, count in uses)
             if rows == 0:
                 raise InvalidArgumentError(
-                    f"include selects the layer {name!r}, which no batch reached. Exclude it, or pass other batches."
+                    f"include must select layers that a batch reaches, but none reached {name!r}. Exclude it, or pass other batches."
                 )
             if uses not in shared:
                 (first, count), *others = uses
@@ -314,7 +314,7 @@ def _second_moment(x: torch.Tensor, what: str) -> torch.Tensor:
 
 
 def _zeros(size: int) -> torch.Tensor:
-    """Return a sum to start with: float64 in host memory."""
+    """Return a square matrix of zeros, float64 in host memory, to which products are added."""
     return torch.zeros(size, size, dtype=torch.float64, device="cpu")
 
 

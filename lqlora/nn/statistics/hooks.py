@@ -39,7 +39,7 @@ def run_batches(
     batches : iterable
         Arguments of ``step``.
     step : callable
-        ``step(batch, done)`` runs the model and returns what to add to the count, such as the number of examples;
+        ``step(batch, done)`` runs the model and returns an increment of the count, such as the number of examples;
         ``done`` is the count so far.
     linears : mapping of str to torch.nn.Linear
         Layers by name.

@@ -61,12 +61,12 @@ class Settings:
 
     @classmethod
     def fast(cls, rank: int, seed: int, budgets: tuple[float | None, ...]) -> Self:
-        """Return settings that run every stage within a minute or two; their figures mean little.
+        """Return settings that run every stage within a minute or two. Do not compare their figures.
 
         Parameters
         ----------
         rank, seed, budgets : int, int, tuple of float or None
-            As in the class.
+            Fields of the class.
 
         Returns
         -------

@@ -90,7 +90,7 @@ def run_demo(
     Raises
     ------
     LQLoRAError
-        If an input is missing or invalid, or a budget is infeasible. The folder is then as it was before.
+        If an input is missing or invalid, or a budget is infeasible. In this case the folder is unchanged.
     """
     if settings.rank < 1:
         raise InvalidArgumentError(
@@ -208,8 +208,8 @@ def _solve(table: lq.CostTable, settings: Settings) -> dict[str, Plan]:
         name = f"LQ-LoRA {float(bits):.4g}"
         if name in plans:
             raise InvalidArgumentError(
-                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice. NF3 takes "
-                f"{float(uniform):.4g}."
+                f"budgets must differ in their first four digits, got {float(bits):.4g} bits per weight twice. "
+                f"None is NF3 and takes {float(uniform):.4g}. Change one of the two."
             )
         plans[name] = lq.allocate(table, bits_per_weight=bits)
     return plans
@@ -268,7 +268,7 @@ def _clone(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> float:
-    """Return the relative Frobenius error over all matrices together, whatever norm they were decomposed in."""
+    """Return the relative Frobenius error of all matrices together, also if they were decomposed in another norm."""
     squares = np.zeros(2)
     for name, load in nn.weight_arrays(nn.select_linears(base)).items():
         weight = load()

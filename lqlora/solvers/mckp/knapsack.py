@@ -29,7 +29,7 @@ class Knapsack:
     first : ndarray of int64, shape (groups,)
         Index of the first item of each group.
     capacity : int
-        At least the sum of the smallest sizes.
+        Capacity, at least the sum of the smallest sizes of all groups.
     """
 
     cost: npt.NDArray[np.float64]

@@ -1,6 +1,6 @@
-"""Choices that the linear relaxation leaves open, with lower bounds on what completing a partial choice costs.
+"""Core of a knapsack problem: the items that an optimal choice may contain, and lower bounds for partial choices.
 
-The textbooks call this the core of a knapsack problem.
+Items with large reduced costs are left out.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["OpenChoices", "find_open_choices"]
 
 
 class _Steps(NamedTuple):
-    """Steps along the hulls of all open groups in one direction, sorted by excess per unit of size, least first."""
+    """Steps from item to item along the hulls of all open groups, in one direction, by increasing excess per size."""
 
     size: npt.NDArray[np.float64]
     excess: npt.NDArray[np.float64]
     turn: npt.NDArray[np.int64]
 
     def after(self, turn: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Return cumulative size and least cumulative excess of the steps of groups at or after a turn."""
+        """Return cumulative sizes and cumulative excesses of the steps, for groups at or after a turn only."""
         left = self.turn >= turn
         size, excess = np.zeros(left.sum() + 1), np.zeros(left.sum() + 1)
         np.cumsum(self.size[left], out=size[1:])
@@ -37,26 +37,27 @@ class _Steps(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class OpenChoices:
-    """A knapsack relative to the choice of its relaxation: changes of size, and their excess over a lower bound.
+    """Core of a knapsack: its open items, their changes of size against the relaxation, and bounds.
 
     Parameters
     ----------
     lp : Relaxation
         The relaxation.
     bound : float
-        Lower bound on the cost of choices of the items below. It is above ``lp.bound`` if all changes of size have a
+        Lower bound on the cost of every choice of open items. It is above ``lp.bound`` if all changes of size have a
         common divisor, because some capacity then cannot be used.
     beyond : float
-        Choices that contain another item cost at least this much above the bound; infinite if no other item matters.
+        Lower bound on the excess over ``bound`` of choices with an item that was left out although it is within the gap;
+        infinite if there is none.
     slack : int
         Usable capacity that the choice of the relaxation leaves.
     change : ndarray of int64, shape (k,)
         Size of each item minus the size of its group's item in the choice of the relaxation.
     items : list of ndarray of int64
-        The open items of each open group, that of the relaxation first. Groups are sorted by their smallest change,
-        largest first.
+        Open items of each open group; the first one is the item that the relaxation chooses. Groups are sorted by
+        their smallest change of size, in decreasing order.
     up, down : _Steps
-        Steps that use more capacity, and steps that use less.
+        Steps that use more capacity than the relaxation, and steps that use less.
     """
 
     lp: Relaxation
@@ -116,7 +117,7 @@ def find_open_choices(knapsack: Knapsack, lp: Relaxation, gap: float, most: int)
     Returns
     -------
     OpenChoices
-        The items that are left open, and bounds.
+        The open items, and bounds.
     """
     base = lp.chosen[knapsack.group]
     change = knapsack.size - knapsack.size[base]

@@ -76,7 +76,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     Returns
     -------
     RawResult
-        The solver's result, as it is.
+        The unchecked result of the solver.
 
     Raises
     ------

@@ -62,7 +62,7 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     Returns
     -------
     RawResult
-        The solver's result, as it is.
+        The unchecked result of the solver.
 
     Raises
     ------
@@ -78,9 +78,9 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
         settings["time_limit"] = float(options.time_limit)
     for name, value in settings.items():
         if solver.setOptionValue(name, value) != highspy.HighsStatus.kOk:
-            raise SolverError(f"solver 'highs' refused the option {name}={value!r}.")
+            raise SolverError(f"solver 'highs' did not accept the option {name}={value!r}.")
     if solver.passModel(_model(highspy, reduced)) == highspy.HighsStatus.kError:
-        raise SolverError("solver 'highs' refused the model.")
+        raise SolverError("solver 'highs' did not accept the model. Use another solver.")
     if reduced.start is not None:
         _set_start(highspy, solver, reduced.start)
     ran = solver.run()
@@ -101,7 +101,7 @@ def _set_start(highspy: Any, solver: Any, start: npt.NDArray[np.float64]) -> Non
     solution = highspy.HighsSolution()
     solution.col_value = start.tolist()
     if solver.setSolution(solution) != highspy.HighsStatus.kOk:
-        raise SolverError("solver 'highs' refused the start.")
+        raise SolverError("solver 'highs' did not accept the start. Pass another start, or none.")
 
 
 def _set_threads(highspy: object, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Adapter of CP-SAT (OR-tools), which runs in a process of its own: OR-tools and highspy cannot share one."""
+"""Adapter of CP-SAT (OR-tools), in a separate process, because OR-tools and highspy cannot share one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def solve(
     Returns
     -------
     RawResult
-        The solver's result, as it is.
+        The unchecked result of the solver.
 
     Raises
     ------

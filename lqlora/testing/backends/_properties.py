@@ -58,7 +58,7 @@ def bits(subject: BackendSubject, case: Blocks) -> None:
 
 @_promise(inputs.block_sizes)
 def block_sizes(subject: BackendSubject, case: Blocks) -> None:
-    """Blocks of any size match the reference, from one weight to more than there are."""
+    """Blocks of any size match the reference, from one weight to more weights than the array has."""
     subject.expect_reference(case)
 
 

@@ -91,10 +91,10 @@ class BackendSubject:
         return self.asked(*(name for name, operation in known if (operation.examples is not None) is of_blocks))
 
     def asked(self, *names: str) -> list[str]:
-        """Return those of some operations that are to be checked."""
+        """Return the given operations that are to be checked; the property does not apply if there are none."""
         found = [name for name in names if name in self.names]
         if not found:
-            raise NotApplicableError(f"is about {', '.join(names)}")
+            raise NotApplicableError(f"checks only {', '.join(names)}")
         return found
 
     def calls(self, case: Blocks | Product) -> Iterator[Call]:

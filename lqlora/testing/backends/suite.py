@@ -44,7 +44,7 @@ def check_backend(
     library : str or module
         Name of the library, such as ``"numpy"``, ``"torch"`` or one that was registered, or its array API namespace.
     device : object, optional
-        Device that arrays are put on, as the library spells it.
+        Device of the arrays, as an object or string of the library.
     operations : collection of str, optional
         Names of operations of :mod:`lqlora.ops` to check; all by default.
     only : collection of str, optional
@@ -131,5 +131,5 @@ def assert_backend_conforms(library: str | Namespace, **options: Any) -> Report:
     """
     report = check_backend(library, **options)
     if not report.passed:
-        raise ConformanceError(f"The backend fails {', '.join(report.failed)}.\n{report}")
+        raise ConformanceError(f"backend fails {', '.join(report.failed)}.\n{report}")
     return report

@@ -1,7 +1,7 @@
 """Inputs of the properties of quantizers.
 
-An input is hard only in the respect that its property is about, so that a fault fails that property and few others.
-Easy weights have one dimension, whole blocks, an even number and ordinary magnitudes.
+Each input is difficult in one respect only, so that a fault fails the property about it and few others.
+Simple weights have one dimension, whole blocks, an even number and ordinary magnitudes.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def _units(subject: Subject, least: int = 1) -> SearchStrategy[int]:
 
 
 def ordinary(subject: Subject) -> Inputs:
-    """Draw easy weights."""
+    """Draw simple weights: whole blocks of ordinary magnitudes."""
     return st.fixed_dictionaries({"w": _sized(subject, _units(subject))})
 
 
 def shaped(subject: Subject) -> Inputs:
-    """Draw easy weights in up to three dimensions."""
+    """Draw simple weights in up to three dimensions."""
     sides = st.sampled_from([(-1,), (-1, subject.unit), (subject.unit, -1), (1, -1, subject.unit)])
     return st.fixed_dictionaries({"w": st.tuples(_sized(subject, _units(subject)), sides).map(_reshaped)})
 
@@ -63,7 +63,7 @@ def _reshaped(drawn: tuple[Weights, tuple[int, ...]]) -> Weights:
 
 
 def strided(subject: Subject) -> Inputs:
-    """Draw matrices and memory layouts, those that ``adapt`` accepts: torch refuses negative strides."""
+    """Draw matrices in the memory layouts that ``adapt`` accepts; torch does not accept negative strides."""
     known = []
     for layout in LAYOUTS[1:]:
         try:
@@ -83,7 +83,7 @@ def zeros(subject: Subject) -> Inputs:
 
 
 def with_zero_block(subject: Subject) -> Inputs:
-    """Draw easy weights with a block of zeros inserted, or two if a block has odd size."""
+    """Draw simple weights with a block of zeros inserted, or two blocks if their size is odd."""
 
     def _insert(drawn: tuple[Weights, int]) -> Weights:
         # The size is a multiple of the unit, so the index is one too, from 0 to the size: the zeros fill whole blocks,
@@ -96,14 +96,14 @@ def with_zero_block(subject: Subject) -> Inputs:
 
 
 def with_replacement(subject: Subject) -> Inputs:
-    """Draw easy weights, and a block that replaces one of theirs."""
+    """Draw simple weights, and a block to replace one of their blocks."""
     replacement = _sized(subject, st.just(subject.block_size or 1))
     arrays = _sized(subject, _units(subject, least=2))
     return st.fixed_dictionaries({"w": arrays, "block": st.integers(0, _BLOCKS - 1), "replacement": replacement})
 
 
 def with_power(subject: Subject) -> Inputs:
-    """Draw easy weights and a power of two."""
+    """Draw simple weights and a power of two."""
     return st.fixed_dictionaries({"w": _sized(subject, _units(subject)), "power": st.integers(-120, 120)})
 
 
@@ -171,14 +171,14 @@ def _blocks_of(subject: Subject, fractions: SearchStrategy[float]) -> SearchStra
 
 
 def with_non_finite(subject: Subject) -> Inputs:
-    """Draw easy weights, a non-finite value, and its index."""
+    """Draw simple weights, a NaN or infinity to insert, and its index."""
     values = st.sampled_from([np.nan, np.inf, -np.inf])
     arrays = _sized(subject, _units(subject, least=2))
     return st.fixed_dictionaries({"w": arrays, "index": st.integers(0, 999), "value": values})
 
 
 def between(low: float, high: float) -> Callable[[Subject], Inputs]:
-    """Return inputs that are zero or have magnitudes in a range at one end of float32; the first is not zero."""
+    """Return a strategy of weights that are zero or have magnitudes in a range at one end of float32."""
 
     def _of(subject: Subject) -> Inputs:
         sizes = st.floats(low, high, width=32)
@@ -191,7 +191,7 @@ def between(low: float, high: float) -> Callable[[Subject], Inputs]:
 
 
 def in_dtype(dtype: Any, low: float, high: float) -> Callable[[Subject], Inputs]:
-    """Return easy inputs of another dtype, within its normal range."""
+    """Return a strategy of simple weights of another dtype, within its normal range."""
 
     def _of(subject: Subject) -> Inputs:
         smallest, largest = _range(subject)

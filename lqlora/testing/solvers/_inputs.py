@@ -1,6 +1,6 @@
 """Problems for the properties of solvers: small enough for enumeration, and hard in one respect each.
 
-An easy problem allows every choice, has one upper limit that can be met, costs between 0.5 and 100, and sizes that are
+A simple problem allows every choice, has one upper limit that can be met, costs between 0.5 and 100, and sizes that are
 small multiples of 16.
 """
 
@@ -129,7 +129,8 @@ def _exact_limit(draw: DrawFn) -> Problem:
 
 
 def _infeasible() -> SearchStrategy[Problem]:
-    """Draw problems with a total that no assignment has. A total outside their range would not reach the solver."""
+    """Draw infeasible problems: the total size must equal a value that no assignment has."""
+    # Presolve finds a total outside the range infeasible, so it would not reach the solver.
     return _exact_limit().filter(lambda problem: np.isinf(optimum(problem)))
 
 
@@ -138,7 +139,7 @@ def _costs_of_many_sizes() -> SearchStrategy[Problem]:
 
 
 def larger_problem(seed: int, rows: int = 200, columns: int = 30) -> Problem:
-    """Return costs that fall with size, as those of formats do, and a budget between the extremes."""
+    """Return a problem whose costs fall with size, as for formats, with a budget between the extremes."""
     # One more bit halves the step of a quantizer, and so divides its squared error by four: 4**-bits. The noise
     # of each cost is wider than the step from one format to the next, so that some choices are dominated.
     rng = np.random.default_rng(seed)
@@ -150,7 +151,7 @@ def larger_problem(seed: int, rows: int = 200, columns: int = 30) -> Problem:
 
 
 def nothing(_: SolverSubject) -> Inputs:
-    """Draw no input."""
+    """Return a strategy for checks that need no input."""
     return st.just({})
 
 

@@ -76,11 +76,11 @@ def test_real_tensors_in_the_presence_of_a_tracing_compiler_are_not_led_astray(t
 
 def test_the_oldest_tables_are_given_up(torch, monkeypatch):
     monkeypatch.setattr(tables_module, "_tables", {})
-    monkeypatch.setattr(tables_module, "_MOST_TABLES", 3)
-    first, *others = (table_beside(np.array([float(value)]), torch.zeros(1)) for value in range(4))
-    assert table_beside(np.array([3.0]), torch.zeros(1)) is others[2]
-    assert table_beside(np.array([0.0]), torch.zeros(1)) is not first
-    assert len(tables_module._tables) == 3
+    most, beside = tables_module._MOST_TABLES, torch.zeros(1)
+    first, *others = (table_beside(np.array([float(value)]), beside) for value in range(most + 1))
+    assert table_beside(np.array([float(most)]), beside) is others[-1]
+    assert table_beside(np.array([0.0]), beside) is not first
+    assert len(tables_module._tables) == most
 
 
 def test_threads_may_ask_at_once(torch):

@@ -34,6 +34,7 @@ def check_backend(
     exclude: Collection[str] = (),
     max_examples: int = 50,
     derandomize: bool = True,
+    shrink: bool = True,
 ) -> Report:
     """Check every property on a library: on each of its overrides, and on the reference where there is none.
 
@@ -55,6 +56,8 @@ def check_backend(
         Number of calls for each property and operation.
     derandomize : bool, default True
         True makes the same calls in every run; False draws new ones each time.
+    shrink : bool, default True
+        True searches for a small counterexample after a failure, False reports the first one, which is faster.
 
     Returns
     -------
@@ -85,7 +88,7 @@ def check_backend(
     if name is None:
         raise InvalidArgumentError(f"library must be a name or a namespace of arrays, got {library!r}.")
     subject = _backend_subject.BackendSubject(xp, name, device, names)
-    return try_properties(REGISTRY, subject, only, exclude, max_examples, derandomize=derandomize)
+    return try_properties(REGISTRY, subject, only, exclude, max_examples, derandomize=derandomize, shrink=shrink)
 
 
 def _selected(names: Collection[str] | None) -> tuple[str, ...]:

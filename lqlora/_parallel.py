@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import pickle
 import threading
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
@@ -121,6 +122,16 @@ def _work_on(function: Callable[[T], R], item: T) -> R:
 _lock = threading.Lock()
 _users = 0
 _limits: threadpool_limits | None = None
+
+
+def _forget_users() -> None:
+    """Give a forked process a free lock: the thread that held it, and the users it counts, exist in the parent only."""
+    global _lock, _users, _limits
+    _lock, _users, _limits = threading.Lock(), 0, None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_users)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -10,6 +12,7 @@ import pytest
 import threadpoolctl
 
 import lqlora as lq
+from lqlora import _parallel
 from lqlora._parallel import map_matrices
 from lqlora.ops.packing import pack_codes
 
@@ -68,3 +71,19 @@ def test_a_forced_implementation_reaches_the_threads():
     with lq.forced("reference"):
         assert all("forced" in text for text in map_matrices(reason, range(3)))
     assert not any("forced" in text for text in map_matrices(reason, range(3)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_process_that_is_forked_meanwhile_works_too():
+    with _parallel._lock:  # as a thread holds it for a moment at the begin and the end of each item
+        child = os.fork()
+        if not child:
+            os._exit(0 if map_matrices(lambda x: x, range(3)) == [0, 1, 2] else 1)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)

@@ -14,6 +14,7 @@ import math
 import os
 import secrets
 import sys
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["CostStore", "StoredRow"]
 
 _SPEC = 1
+
+#: First bytes of every line.
+_BEGINNING = b'{"sum": "'
 
 #: Version of the numerics. Raise it with any change of the costs of decompositions, so that stores do not mix old and
 #: new.
@@ -113,7 +117,8 @@ class CostStore:
     Raises
     ------
     StoreError
-        If another process has the store open, it was made with other settings, or a line is corrupt.
+        If another process has the store open, it was made with other settings, a line is corrupt, or the file is not a
+        store. Such a file is left as it is.
 
     Examples
     --------
@@ -136,14 +141,14 @@ class CostStore:
             raise StoreError(f"{self.path} cannot be opened: {error}.") from error
         try:
             _lock(self._file, self.path)
-            self._file.seek(0)
-            data = self._file.read()
+            data = _read_store(self._file, _line(head), self.path)
             # Everything up to the last line break was flushed. The rest is a line that its process did not finish. It
             # must go before anything is appended, or the next line would continue it. The lock excludes other writers.
+            # The whole lines are parsed first: a file that is not a store loses nothing.
             whole = data.rfind(b"\n") + 1
+            found, self.rows = _parsed(data[:whole], self.path)
             if whole < len(data):
                 self._file.truncate(whole)
-            found, self.rows = _parsed(data[:whole], self.path)
             if found is None:
                 self._write(head)
             else:
@@ -151,6 +156,7 @@ class CostStore:
         except BaseException:
             self._file.close()
             raise
+        _OPEN.add(self)
 
     def append(self, row: StoredRow) -> None:
         """Append a row, and return when it is on the disk.
@@ -193,13 +199,22 @@ class CostStore:
         self.close()
 
     def _write(self, document: dict[str, Any]) -> None:
+        if self._file.closed:
+            raise StoreError(f"{self.path} is closed in this process. Open the store again.")
+        line, end = memoryview(_line(document)), os.fstat(self._file.fileno()).st_size
         try:
-            line = memoryview(_line(document))
             while line:  # a raw write may take only the first bytes
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise StoreError(f"{self.path} cannot be written: {error}.") from error
+        except BaseException as error:  # such as a full disk, or Ctrl-C
+            # The next line would continue this one. If the file cannot be cut either, no further line may be written.
+            try:
+                self._file.truncate(end)
+            except OSError:
+                self._file.close()
+            if isinstance(error, OSError):
+                raise StoreError(f"{self.path} cannot be written: {error}.") from error
+            raise
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> dict[str, StoredRow]:
@@ -263,6 +278,33 @@ class CostStore:
                 beside.unlink()
 
 
+#: Stores that are open in this process.
+_OPEN: weakref.WeakSet[CostStore] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    """Close the stores that a forked process inherited: a lock ends when the last copy of its file is closed."""
+    for store in list(_OPEN):
+        store.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _read_store(file: IO[bytes], head: bytes, path: Path) -> bytes:
+    """Return the contents of a store, or raise if the file does not begin like one; a model is not read as a whole."""
+    file.seek(0)
+    first = file.read(len(_BEGINNING))
+    is_begun = head.startswith(first)  # a process was killed while it wrote the first line
+    if first != _BEGINNING and not is_begun:
+        raise StoreError(f"{path}, line 1, is not that of a store of costs. Choose another path.")
+    data = first + file.read()
+    if b"\n" not in data and not head.startswith(data):
+        raise StoreError(f"{path}, line 1, is not that of a store of costs with these settings. Choose another path.")
+    return data
+
+
 def _lock(file: IO[bytes], path: Path) -> None:
     """Lock an open file until it is closed, or raise if another process has locked it."""
     # The system releases these locks when their process ends, however it ends. A lock file would outlive a crash.
@@ -291,7 +333,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, StoredRow]]:
 def _line(document: dict[str, Any]) -> bytes:
     """Return a document as a line with its checksum."""
     text = json.dumps(document, allow_nan=False)
-    return f'{{"sum": "{_checksum(text)}", "line": {text}}}\n'.encode()
+    return _BEGINNING + f'{_checksum(text)}", "line": {text}}}\n'.encode()
 
 
 def _checksum(text: str) -> str:

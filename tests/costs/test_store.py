@@ -93,9 +93,10 @@ class TestResuming:
         assert len(CostStore.read(path)) == 4
         assert path.read_bytes().count(b"\n") == 5
 
-    @pytest.mark.parametrize("text", [b"", b'{"sum": "12'])
-    def test_a_store_that_was_begun_and_no_more_is_empty(self, path, text):
-        path.write_bytes(text)
+    @pytest.mark.parametrize("length", [0, 1, 9, 12, -1])
+    def test_a_store_that_was_begun_and_no_more_is_empty(self, path, length):
+        CostStore(path, HEAD).close()
+        path.write_bytes(path.read_bytes()[:length])
         with CostStore(path, HEAD) as store:
             assert store.rows == {}
             store.append(ROW)
@@ -208,6 +209,20 @@ class TestRefusing:
             store.append(StoredRow("a", (2, 3), "c0ffee", "none", {"x": cost}))
             CostStore.read(path)
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            b"a note", b"a note\nand more of it", b'{"costs": 1}', b"[]\n{", b'{"sum": "12', b'{"sum": "12"}\n{"sum"',
+            (1 << 40).to_bytes(8, "little") + b'{"w": 1}\n\0\0',
+        ],
+        ids=repr,
+    )  # fmt: skip
+    def test_a_file_that_is_not_a_store_is_left_as_it_is(self, path, text):
+        path.write_bytes(text)
+        with pytest.raises(StoreError, match=r"costs\.jsonl, line 1"):
+            CostStore(path, HEAD)
+        assert path.read_bytes() == text
+
     def test_two_at_once_are_refused(self, path):
         with CostStore(path, HEAD) as store:
             with pytest.raises(StoreError, match=r"costs\.jsonl is in use"):
@@ -221,6 +236,73 @@ class TestRefusing:
             CostStore(path.parent / "nowhere" / "costs", HEAD)
         with pytest.raises(StoreError, match=r"costs\.jsonl"):
             CostStore.read(path)
+
+
+FULL_DISK = """
+import resource, sys
+from lqlora.costs import CostStore, StoredRow
+from lqlora.errors import StoreError
+
+row = {name: StoredRow(name, (2, 3), "c0ffee", "none", {"nf4/64:float16 rank 8": 0.1}) for name in "abc"}
+with CostStore(sys.argv[1], {"seed": 0}) as store:
+    store.append(row["a"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 20, resource.RLIM_INFINITY))
+    try:
+        store.append(row["b"])
+    except StoreError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    store.append(row["c"])
+"""
+
+
+class TestWriting:
+    @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are those of other systems")
+    def test_on_a_full_disk_the_line_is_taken_back_and_later_ones_are_whole(self, path):
+        done = subprocess.run(
+            [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert "costs.jsonl cannot be written" in done.stdout
+        assert list(CostStore.read(path)) == ["a", "c"]
+        with CostStore(path, HEAD) as store:
+            assert list(store.rows) == ["a", "c"]
+
+    def test_an_interrupt_takes_the_line_back(self, path, monkeypatch):
+        def interrupt(_):
+            raise KeyboardInterrupt
+
+        with CostStore(path, HEAD) as store:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    store.append(ROW)
+            assert store.rows == {}
+            store.append(ROW)
+        assert CostStore.read(path) == {"a": ROW}
+
+    def test_a_closed_store_refuses_rows(self, path):
+        store = CostStore(path, HEAD)
+        store.close()
+        with pytest.raises(StoreError, match=r"costs\.jsonl is closed"):
+            store.append(ROW)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+    @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+    def test_a_forked_process_does_not_keep_the_lock(self, path):
+        store = CostStore(path, HEAD)
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            time.sleep(0.2)  # until the child has closed its copy
+            store.append(ROW)
+            store.close()
+            with CostStore(path, HEAD) as again:
+                assert again.rows == {"a": ROW}
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 class TestMerging:

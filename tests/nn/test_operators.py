@@ -222,14 +222,14 @@ def _trainable(model):
 
 
 WRONG = {
-    "columns": (lambda x, o: (x[:, 1:], *o), InvalidArgumentError, "x must have the number"),
-    "no row": (lambda x, o: (x[0, 0], *o), InvalidArgumentError, "x must have the number"),
+    "columns": (lambda x, o: (x[:, 1:], *o), InvalidArgumentError, "x must have as many"),
+    "no row": (lambda x, o: (x[0, 0], *o), InvalidArgumentError, "x must have as many"),
     "integers": (lambda x, o: (x.int(), *o), UnsupportedArrayError, "x must be .* torch.int32"),
     "device": (lambda x, o: (x.to("meta"), *o), MixedArraysError, "x and weight .* meta and cpu"),
     "tensors": (lambda x, o: (x, o.tensors[1:], *o[1:]), FormatError, "weight must be 4 tensors"),
     "format": (lambda x, o: (x, o.tensors, "nf5/16", *o[2:]), FormatError, "weight must be 2 tensors"),
     "spelling": (lambda x, o: (x, o.tensors, "nf4", *o[2:]), FormatError, "block format.* 'nf4'"),
-    "codebook": (lambda x, o: (x, o.tensors, o.fmt, o.shape, "-1 0 1"), FormatError, "codebook must be spelled"),
+    "codebook": (lambda x, o: (x, o.tensors, o.fmt, o.shape, "-1 0 1"), FormatError, "codebook must be"),
 }
 
 
@@ -251,7 +251,7 @@ class TestErrors:
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_a_stack_is_no_matrix(self, device):
         tensors, *rest = operands(_quantized("nf4/8:float32", (2, 20), batch_dims=1))
-        with pytest.raises(InvalidArgumentError, match="x must have the number"):
+        with pytest.raises(InvalidArgumentError, match="x must have as many"):
             torch.ops.lqlora.matmul(_random(3, 20).to(device), [tensor.to(device) for tensor in tensors], *rest)
 
     @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -260,7 +260,7 @@ class TestErrors:
         with pytest.raises(UnsupportedArrayError, match="dtype must be float16"):
             torch.ops.lqlora.dequantize([tensor.to(device) for tensor in tensors], *rest, dtype=torch.int8)
         w = _random(OUT, IN).to(device)
-        with pytest.raises(InvalidArgumentError, match=r"fmt must be spelled with \+fit"):
+        with pytest.raises(InvalidArgumentError, match=r"fmt must .*\+fit"):
             torch.ops.lqlora.quantize(w, "nf4/8:float32", fit="levels+scale")
         with pytest.raises(InvalidArgumentError, match=r"batch_dims must be .* 2"):
             torch.ops.lqlora.quantize(w, "nf4/8:float32", batch_dims=3)

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
-from contextlib import contextmanager, suppress
+import shutil
+import stat
+import sys
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["replace_file", "write_whole"]
+__all__ = ["lock", "replace_file", "write_whole"]
+
+#: Number of temporary folders to try: one is lost only if another writer comes within microseconds.
+_ATTEMPTS = 8
+
+#: Name of the file in a temporary folder that is locked while its process lives.
+_LOCK = "lock"
 
 
 @contextmanager
 def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to the final name when the body has written it.
 
-    Use it for content that a library writes to a path. :func:`write_whole` is for content in memory.
+    Use it for content that a library writes to a path. :func:`write_whole` is for content in memory. A link is followed:
+    the file that it names is replaced. A file keeps its permissions, and a new one gets those that the umask leaves.
+    What killed processes left behind at earlier writes of the same file is removed.
 
     Parameters
     ----------
@@ -39,24 +51,27 @@ def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> It
     CheckpointError
         If the file cannot be written. In this case the old file is unchanged, and the temporary one is removed.
     """
-    path = Path(path)
-    # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
-    # front hides what a killed process leaves behind, since `finally` does not run then.
     expected: tuple[type[Exception], ...] = (OSError, *failures)
-    beside = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     try:
-        yield beside
-        # A file system may commit a rename before the data it names. Without the flush, a loss of power after the
-        # rename could leave the final name with an empty file. fsync flushes the file, whichever descriptor wrote it.
-        # The mode is "rb+" and not "rb", because Windows flushes only descriptors that may write.
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)  # atomic in POSIX, because both names are in one folder and so on one file system
+        # A rename onto a link would replace the link, so the file that it names is written instead.
+        target = Path(os.path.realpath(path))
+        _check_target(target)
+    except (OSError, ValueError) as error:  # ValueError: the path has a zero byte
+        raise CheckpointError(f"{str(path)!r} cannot be written: {error}. Nothing was changed.") from error
+    try:
+        with _temporary_folder(target) as folder:
+            beside = folder / "data"
+            mode = _mode(target, beside)
+            yield beside
+            # A file system may commit a rename before the data it names. Without the flush, a loss of power after the
+            # rename could leave the final name with an empty file. fsync flushes the file, whichever descriptor wrote
+            # it. The mode is "rb+" and not "rb", because Windows flushes only descriptors that may write.
+            with beside.open("rb+") as file:
+                os.fsync(file.fileno())
+            beside.chmod(mode)
+            beside.replace(target)  # atomic in POSIX, because both names are on one file system
     except expected as error:
         raise CheckpointError(f"{path} cannot be written: {error}. Nothing was changed.") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -76,3 +91,98 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """
     with replace_file(path) as beside:
         beside.write_bytes(data)
+
+
+def _check_target(target: Path) -> None:
+    """Raise if a rename would replace something that is not a file, such as a folder, or ``/dev/null``."""
+    if target.exists() and not target.is_file():
+        raise OSError("it exists and is not a regular file")
+
+
+def _mode(target: Path, unused: Path) -> int:
+    """Return the permissions of a file, or those that this process gives to a new one."""
+    with suppress(FileNotFoundError):
+        return stat.S_IMODE(target.stat().st_mode)
+    # The umask can be read only by setting it, which other threads would notice. A new file shows it.
+    unused.touch(exist_ok=False)
+    mode = stat.S_IMODE(unused.stat().st_mode)
+    unused.unlink()
+    return mode
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """Yield a new folder beside a file, and remove it at the end, with those that dead processes left.
+
+    Libraries put temporary files of their own beside what they write. In a folder these are found, whatever their names.
+    The process holds a lock on a file in the folder, which ends with it: a folder that is not locked is left over.
+    """
+    # Names of files have at most 255 bytes. The hash of the whole name stands for the part that is cut.
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    stem = os.fsencode(target.name)[:200].decode(errors="ignore")
+    prefix = f".{stem}.{digest}."
+    _remove_left_over(target.parent, prefix)
+    # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
+    # front hides what a killed process leaves behind, since `finally` does not run then.
+    for _ in range(_ATTEMPTS):
+        folder = target.parent / f"{prefix}{secrets.token_hex(8)}.partial"
+        folder.mkdir(mode=0o700)
+        try:
+            held = _locked(folder / _LOCK)
+            if held is not None:
+                with held:
+                    yield folder
+                return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise OSError(f"a temporary folder in {target.parent} could not be locked")
+
+
+def _locked(path: Path) -> IO[bytes] | None:
+    """Return a new file that is locked, or None if another writer took its folder for left over before that."""
+    # That writer either holds the lock at this moment, or has removed the file that is locked here: then the name is
+    # gone. Once the lock and the name belong together, nobody else removes the folder.
+    with ExitStack() as stack, suppress(FileNotFoundError, BlockingIOError):
+        file = stack.enter_context(path.open("xb"))
+        lock(file)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            stack.pop_all()
+            return file
+    return None
+
+
+def _remove_left_over(parent: Path, prefix: str) -> None:
+    """Remove the temporary folders of one target whose processes ended before they could."""
+    found: list[Path] = []
+    with suppress(OSError):  # a folder that cannot be listed may be written all the same
+        found = [folder for folder in parent.iterdir() if folder.name.startswith(prefix)]
+    for folder in found:
+        if folder.name.endswith(".partial"):
+            with suppress(OSError), (folder / _LOCK).open("rb+") as held:  # a living process has locked it
+                lock(held)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def lock(file: IO[bytes]) -> None:
+    """Lock an open file until it is closed.
+
+    Parameters
+    ----------
+    file : binary file
+        A file that may be written.
+
+    Raises
+    ------
+    OSError
+        If another process, or another open file of this one, has locked it.
+    """
+    # The system releases these locks when their process ends, however it ends. A lock file would outlive a crash.
+    if sys.platform == "win32":
+        import msvcrt  # noqa: PLC0415 - exists on this system only
+
+        file.seek(1 << 40)  # a byte far beyond the end: other processes cannot read bytes that are locked
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl  # noqa: PLC0415 - exists on other systems only
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,6 +1,17 @@
 """Atomic writing of files: complete content, or the old file and nothing beside it."""
 
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from lqlora import _files
 from lqlora._files import replace_file, write_whole
@@ -24,10 +35,10 @@ def test_the_content_replaces_that_of_an_old_file(old):
     assert list(old.parent.iterdir()) == [old]
 
 
-def test_the_temporary_file_is_in_the_same_folder(old):
+def test_the_temporary_file_is_below_the_same_folder(old):
     with replace_file(old) as beside:
         beside.write_bytes(b"new")
-        assert beside.parent == old.parent
+        assert beside.parent.parent == old.parent
         assert old.read_bytes() == b"old"
     assert old.read_bytes() == b"new"
 
@@ -75,3 +86,119 @@ def test_a_body_that_writes_nothing_is_a_failure(old):
     with pytest.raises(CheckpointError, match="file"), replace_file(old):
         pass
     _assert_untouched(old)
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="permissions, links and signals are those of other systems")
+
+
+@posix
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_new_file_gets_what_the_umask_leaves(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "file", b"new")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o664])
+def test_an_old_file_keeps_its_permissions(old, mode):
+    old.chmod(mode)
+    with replace_file(old) as beside:
+        save_file({"x": np.ones(2)}, beside)  # which makes files that only their owner may read
+    assert stat.S_IMODE(old.stat().st_mode) == mode
+
+
+@posix
+def test_a_link_is_followed(old, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "link").symlink_to("../file")
+    (folder / "dangling").symlink_to("new")
+    write_whole(folder / "link", b"new")
+    write_whole(folder / "dangling", b"first")
+    assert (folder / "link").is_symlink()
+    assert (old.read_bytes(), (folder / "new").read_bytes()) == (b"new", b"first")
+
+
+@posix
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "loop"])
+def test_what_is_not_a_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "other"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    else:
+        path.symlink_to("/dev/null")
+    before = path.lstat()
+    with pytest.raises(CheckpointError, match=r"other.*cannot be written"):
+        write_whole(path, b"new")
+    assert path.lstat() == before
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 256, "nowhere/file"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    with pytest.raises(CheckpointError, match=f"{name[-1]}.* cannot be written"):
+        write_whole(tmp_path / name, b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127])
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path, name):
+    write_whole(tmp_path / name, b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"new")]
+
+
+KILLED = """
+import os, signal, sys
+from lqlora._files import replace_file
+
+with replace_file(sys.argv[1]) as beside:
+    beside.write_bytes(b"half")
+    (beside.parent / ".tmpQ").write_bytes(b"of a library")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@posix
+def test_what_a_killed_process_left_is_removed_at_the_next_write_of_the_same_file(old):
+    for name in (old, old.with_name("another")):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(name)], timeout=60, check=False)
+        assert done.returncode == -signal.SIGKILL
+    assert old.read_bytes() == b"old"
+    assert len(list(old.parent.iterdir())) == 3
+    write_whole(old, b"new")
+    (other,) = (path for path in old.parent.iterdir() if path != old)
+    assert other.name.startswith(".another.")
+    assert old.read_bytes() == b"new"
+
+
+def test_many_writers_of_one_file_leave_one_whole_file(old):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_whole(old, bytes([i]) * 10_000), range(200)))
+    assert len(set(old.read_bytes())) == 1
+    assert len(old.read_bytes()) == 10_000
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_writer_whose_folder_is_taken_away_before_it_is_locked_takes_another(old, monkeypatch):
+    real, attempts = _files.lock, []
+
+    def slow(file):
+        attempts.append(file.name)
+        if len(attempts) == 1:
+            shutil.rmtree(Path(file.name).parent)
+        real(file)
+
+    monkeypatch.setattr(_files, "lock", slow)
+    write_whole(old, b"new")
+    assert len(attempts) == 2
+    assert old.read_bytes() == b"new"
+    assert list(old.parent.iterdir()) == [old]

@@ -13,13 +13,13 @@ import json
 import math
 import os
 import secrets
-import sys
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from lqlora._files import lock
 from lqlora.errors import StoreError
 
 if TYPE_CHECKING:
@@ -307,17 +307,8 @@ def _read_store(file: IO[bytes], head: bytes, path: Path) -> bytes:
 
 def _lock(file: IO[bytes], path: Path) -> None:
     """Lock an open file until it is closed, or raise if another process has locked it."""
-    # The system releases these locks when their process ends, however it ends. A lock file would outlive a crash.
     try:
-        if sys.platform == "win32":
-            import msvcrt  # noqa: PLC0415 - exists on this system only
-
-            file.seek(1 << 40)  # a byte far beyond the end: other processes cannot read bytes that are locked
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl  # noqa: PLC0415 - exists on other systems only
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except OSError as error:
         raise StoreError(f"{path} is in use by another process. Wait for it, or use another store.") from error
 

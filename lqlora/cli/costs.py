@@ -58,11 +58,12 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
     if (model is None) == (not packaged):
         found = "neither" if model is None else "both"
         raise InvalidArgumentError(f"model must be a file or folder, or --packaged instead of it, got {found}.")
-    check_outputs([output], force=force)
+    source = model or packaged_smollm2()
+    check_outputs([output], force=force, others=[source, *filter(None, [options.store])])
     formats, ranks = parse_formats(options.formats), parse_integers(options.ranks, "--ranks")
     patterns = {"include": options.include, "exclude": options.exclude}
     chosen = {name: [parse_pattern(text) for text in texts] for name, texts in patterns.items() if texts}
-    weights = open_weights(model or packaged_smollm2(), **chosen)
+    weights = open_weights(source, **chosen)
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(

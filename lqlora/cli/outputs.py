@@ -15,25 +15,48 @@ if TYPE_CHECKING:
 __all__ = ["check_outputs", "write_outputs"]
 
 
-def check_outputs(paths: Iterable[Path], *, force: bool) -> None:
-    """Check that each output file can be written at the end.
+def check_outputs(paths: Iterable[Path], *, force: bool, others: Iterable[Path] = ()) -> None:
+    """Check that each output file can be written at the end, and is none of the other files of the command.
+
+    Parameters
+    ----------
+    paths : iterable of path
+        Output files.
+    force : bool
+        Whether output files may exist, and are replaced.
+    others : iterable of path
+        Files and folders that are read, and files that are continued, such as a store.
 
     Raises
     ------
     CheckpointError
-        If a file exists and ``force`` is false, its folder does not exist, it is a folder, or two outputs are one file.
+        If a file exists and ``force`` is false, its folder does not exist, it is a folder, two outputs are one file, or
+        an output is another file of the command or replaces one in a folder that is read.
     """
+    used = {_identity(path): path for path in others}
     seen = set()
     for path in paths:
-        if path.absolute() in seen:
+        own = _identity(path)
+        if own in seen:
             raise CheckpointError(f"{path} is named for two outputs. Name a different file for each output.")
-        seen.add(path.absolute())
+        seen.add(own)
+        if own in used or (path.exists() and any(_identity(folder) in used for folder in path.resolve().parents)):
+            raise CheckpointError(f"{path} is read or continued by this command. Name another file for the output.")
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder. Name a file.")
         if path.exists() and not force:
             raise CheckpointError(f"{path} exists. Name another file, or replace it with --force.")
         if not path.parent.is_dir():
             raise CheckpointError(f"{path.parent} is not a folder. Make it first, or name another file.")
+
+
+def _identity(path: Path) -> object:
+    """Return a value that is equal for two names of one file: links and other spellings of a path count as one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.resolve()
+    return found.st_dev, found.st_ino
 
 
 def write_outputs(files: Mapping[Path, bytes], *, dry_run: bool) -> None:

@@ -76,7 +76,7 @@ def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
         If an input is missing or invalid, or no plan meets the constraints. In this case nothing is written.
     """
     paths = [path for path in (outputs.output, outputs.png) if path is not None]
-    check_outputs(paths, force=outputs.force)
+    check_outputs(paths, force=outputs.force, others=[table_file])
     table = _read_table(table_file)
     plan = lq.allocate(table, **_budget(options), **_constraints(options, table))
     files: dict[Path, bytes] = {}

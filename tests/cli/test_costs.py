@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -170,3 +173,35 @@ def test_the_packaged_model_has_its_210_matrices(tmp_path):
     assert run("costs", "--formats", "nf3/64:float16", "--ranks", "4", *options) == 0
     table = _read(tmp_path / "t.json")
     assert table.shapes == ((192, 576),) * 10
+
+
+class TestFilesOfTheUser:
+    @pytest.mark.parametrize("force", [[], ["--force"]])
+    @pytest.mark.parametrize("spelled", ["table", "link", "other path"])
+    def test_the_table_is_not_written_over_the_store(self, shards, tmp_path, capsys, spelled, force):
+        store = tmp_path / "costs"
+        (tmp_path / "folder").mkdir()
+        output = {"table": store, "link": tmp_path / "link", "other path": tmp_path / "folder" / ".." / "costs"}[
+            spelled
+        ]
+        if spelled == "link":
+            output.symlink_to(store)
+        assert _costs(shards[0], "--output", output, "--store", store, *force) == 2
+        assert "is read or continued" in sentence(capsys.readouterr().err)
+        assert not store.exists()
+
+    @pytest.mark.parametrize("part", ["", "a.safetensors"])
+    def test_the_table_does_not_replace_a_file_of_the_model(self, shards, tmp_path, capsys, part):
+        folder = tmp_path / "model"
+        shutil.copytree(shards[0], folder)
+        before = (folder / "a.safetensors").read_bytes()
+        assert _costs(folder / part, "--output", folder / "a.safetensors", "--force") == 2
+        assert "is read or continued" in sentence(capsys.readouterr().err)
+        assert (folder / "a.safetensors").read_bytes() == before
+
+    def test_a_model_given_as_the_store_is_left_as_it_is(self, shards, tmp_path, capsys):
+        model = Path(shutil.copy(shards[0] / "b.safetensors", tmp_path))
+        before = model.read_bytes()
+        assert _costs(shards[0], "--output", tmp_path / "t.json", "--store", model) == 2
+        assert "is not that of a store" in sentence(capsys.readouterr().err)
+        assert model.read_bytes() == before

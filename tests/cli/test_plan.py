@@ -84,6 +84,12 @@ class TestPlans:
         for path in names[1::2]:
             assert f"Would write {path} ({path.stat().st_size:,} bytes)" in dry
 
+    def test_force_does_not_replace_the_table(self, file, capsys):
+        before = file.read_bytes()
+        assert run("plan", file, "--bits", "3.5", "--output", file, "--force") == 2
+        assert "is read or continued" in sentence(capsys.readouterr().err)
+        assert file.read_bytes() == before
+
     def test_force_replaces_a_plan(self, file, tmp_path):
         (tmp_path / "p.json").write_text("old")
         assert run("plan", file, "--bits", "3.5", "--output", tmp_path / "p.json", "--force") == 0

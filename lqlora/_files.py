@@ -1,4 +1,4 @@
-"""Atomic writing of files: a reader finds the old content or the new content, never a part of either."""
+"""Atomic writing of files and folders: a reader finds the old content or the new content, never a part of either."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from lqlora.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["lock", "replace_file", "write_whole"]
+__all__ = ["lock", "remove_left_over", "replace_file", "replace_folder", "write_whole"]
 
 #: Number of temporary folders to try: one is lost only if another writer comes within microseconds.
 _ATTEMPTS = 8
 
 #: Name of the file in a temporary folder that is locked while its process lives.
 _LOCK = "lock"
+
+#: Name in a temporary folder of the folder that is replaced.
+_OLD = "old"
 
 
 @contextmanager
@@ -93,6 +96,61 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         beside.write_bytes(data)
 
 
+@contextmanager
+def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new folder beside a path, and rename it to the path when the body has filled it.
+
+    A folder can only be renamed to a name that is free, so an old one steps aside first. If the process is killed between
+    the two renames, the next call for the same path brings the old folder back. The caller decides whether an old folder
+    may be replaced.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder to make; an existing one is replaced at the end. Folders above it are made, and removed after an error.
+
+    Yields
+    ------
+    Path
+        The new folder.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder cannot be written. In this case the old one is unchanged.
+    """
+    target = Path(os.path.realpath(path))
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(target) as folder:
+            beside = folder / "data"
+            beside.mkdir()
+            yield beside
+            if target.exists():
+                target.rename(folder / _OLD)
+            beside.rename(target)
+    except CheckpointError:  # a subclass of OSError whose message is complete
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error
+    finally:
+        for parent in made:  # innermost first; parents that hold the output are not empty and stay
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def remove_left_over(path: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left beside a path, and bring back a folder that had stepped aside.
+
+    Parameters
+    ----------
+    path : path-like
+        A file or folder that :func:`replace_file` or :func:`replace_folder` writes.
+    """
+    _remove_left_over(Path(os.path.realpath(path)))
+
+
 def _check_target(target: Path) -> None:
     """Raise if a rename would replace something that is not a file, such as a folder, or ``/dev/null``."""
     if target.exists() and not target.is_file():
@@ -117,15 +175,11 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     Libraries put temporary files of their own beside what they write. In a folder these are found, whatever their names.
     The process holds a lock on a file in the folder, which ends with it: a folder that is not locked is left over.
     """
-    # Names of files have at most 255 bytes. The hash of the whole name stands for the part that is cut.
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
-    stem = os.fsencode(target.name)[:200].decode(errors="ignore")
-    prefix = f".{stem}.{digest}."
-    _remove_left_over(target.parent, prefix)
+    _remove_left_over(target)
     # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
     # front hides what a killed process leaves behind, since `finally` does not run then.
     for _ in range(_ATTEMPTS):
-        folder = target.parent / f"{prefix}{secrets.token_hex(8)}.partial"
+        folder = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.partial"
         folder.mkdir(mode=0o700)
         try:
             held = _locked(folder / _LOCK)
@@ -151,15 +205,24 @@ def _locked(path: Path) -> IO[bytes] | None:
     return None
 
 
-def _remove_left_over(parent: Path, prefix: str) -> None:
-    """Remove the temporary folders of one target whose processes ended before they could."""
-    found: list[Path] = []
+def _prefix(target: Path) -> str:
+    """Return the begin of the names of temporary folders of one target."""
+    # Names of files have at most 255 bytes. The hash of the whole name stands for the part that is cut.
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    return f".{os.fsencode(target.name)[:200].decode(errors='ignore')}.{digest}."
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove the temporary folders of one target whose processes ended before they could; bring an old folder back."""
+    parent, prefix, found = target.parent, _prefix(target), list[Path]()
     with suppress(OSError):  # a folder that cannot be listed may be written all the same
         found = [folder for folder in parent.iterdir() if folder.name.startswith(prefix)]
     for folder in found:
         if folder.name.endswith(".partial"):
             with suppress(OSError), (folder / _LOCK).open("rb+") as held:  # a living process has locked it
                 lock(held)
+                if (folder / _OLD).exists() and not target.exists():
+                    (folder / _OLD).rename(target)
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lqlora import _files
-from lqlora._files import replace_file, write_whole
+from lqlora._files import remove_left_over, replace_file, replace_folder, write_whole
 from lqlora.errors import CheckpointError
 
 
@@ -202,3 +202,58 @@ def test_a_writer_whose_folder_is_taken_away_before_it_is_locked_takes_another(o
     assert len(attempts) == 2
     assert old.read_bytes() == b"new"
     assert list(old.parent.iterdir()) == [old]
+
+
+KILLED_BETWEEN_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from lqlora._files import replace_folder
+
+rename = Path.rename
+
+def dies(self, target):
+    if self.name == "data":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+
+Path.rename = dies
+with replace_folder(sys.argv[1]) as beside:
+    (beside / "file").write_bytes(b"new")
+"""
+
+
+class TestFolders:
+    def test_the_new_folder_replaces_the_old_one(self, tmp_path):
+        for content in (b"old", b"new"):
+            with replace_folder(tmp_path / "new" / "folder") as beside:
+                (beside / "file").write_bytes(content)
+        assert (tmp_path / "new" / "folder" / "file").read_bytes() == b"new"
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["folder"]
+
+    @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+    def test_an_error_leaves_the_old_folder_and_none_that_was_made(self, tmp_path, error):
+        def fail(path):
+            with replace_folder(path):
+                raise error
+
+        (tmp_path / "old").mkdir()
+        for path in (tmp_path / "old", tmp_path / "new" / "deep" / "folder"):
+            with pytest.raises(error):
+                fail(path)
+        assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+    def test_a_failure_of_the_file_system_is_named(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(CheckpointError, match=r"file.*cannot be written"), replace_folder(tmp_path / "file" / "x"):
+            pass
+
+    @posix
+    def test_a_folder_that_stepped_aside_comes_back(self, tmp_path):
+        with replace_folder(tmp_path / "folder") as beside:
+            (beside / "file").write_bytes(b"old")
+        command = [sys.executable, "-c", KILLED_BETWEEN_RENAMES, str(tmp_path / "folder")]
+        assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
+        assert not (tmp_path / "folder").exists()
+        remove_left_over(tmp_path / "folder")
+        assert (tmp_path / "folder" / "file").read_bytes() == b"old"
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]

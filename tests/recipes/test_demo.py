@@ -92,7 +92,7 @@ def _plan(folder, name) -> lq.Plan:
 class TestResults:
     def test_plans_checkpoints_table_and_picture_are_left(self, folders):
         expected = [f"{name}.{end}" for name in PLANS for end in ("plan.json", "safetensors")]
-        assert sorted(p.name for p in folders[0].iterdir()) == sorted([*expected, "picture.png", "table.md"])
+        assert sorted(p.name for p in folders[0].iterdir()) == sorted([*expected, ".lqlora-demo.json", "picture.png", "table.md"])
         assert [p.name for p in folders[0].parent.iterdir()] == ["out"]
 
     def test_the_plans_are_within_their_budgets(self, folders):
@@ -138,6 +138,7 @@ class TestResults:
     def test_the_table_is_returned_and_force_replaces_a_folder(self, inputs, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "old.plan.json").write_text("old")
+        (tmp_path / "out" / ".lqlora-demo.json").write_text('["old.plan.json"]')
         table = run_demo(SMALLEST, tmp_path / "out", force=True, **inputs)
         assert table == (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
         assert not (tmp_path / "out" / "old.plan.json").exists()
@@ -183,11 +184,15 @@ class TestFailures:
         failure(force=True, rank=17)
         assert (tmp_path / "out" / "table.md").read_text() == "old"
 
-    def test_force_does_not_replace_a_folder_with_other_files(self, failure, tmp_path):
+    @pytest.mark.parametrize("names", [None, "[]", '["table.md"]', '{"llama-7b.safetensors": 1}', "[[[", "7"])
+    @pytest.mark.parametrize("file", ["thesis.tex", "llama-7b.safetensors"])
+    def test_force_does_not_replace_a_folder_with_other_files(self, failure, tmp_path, file, names):
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "thesis.tex").write_text("old")
+        (tmp_path / "out" / file).write_text("old")
+        if names is not None:
+            (tmp_path / "out" / ".lqlora-demo.json").write_text(names)
         assert str(tmp_path / "out") in failure(force=True)
-        assert (tmp_path / "out" / "thesis.tex").read_text() == "old"
+        assert (tmp_path / "out" / file).read_text() == "old"
 
     @pytest.mark.parametrize("rank", [-1, 0, 17])
     def test_a_rank_out_of_range(self, failure, rank):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
+import json
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 
 import lqlora as lq
 from lqlora import nn
+from lqlora._files import remove_left_over, replace_folder
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
 from lqlora.recipes.demo.report import Row, draw, markdown
@@ -29,10 +28,14 @@ from lqlora.weighting import Elementwise
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from lqlora.allocation import Plan
 
 __all__ = ["Stage", "run_demo"]
+
+#: File in an output folder with the names of the others. Only a folder that holds nothing else is replaced.
+_NAMES = ".lqlora-demo.json"
 
 #: A function of the title of a stage. It returns a context manager around the stage, which yields a callback for
 #: progress: it takes the number of steps done and the number of all.
@@ -126,43 +129,29 @@ def _split(tokenizer: Any, text: str, settings: Settings) -> Split:
 def _folder(output: Path, *, force: bool) -> Iterator[Path]:
     """Yield a folder beside the output, which replaces the output at the end and is removed after an error."""
     output = output.absolute()
+    remove_left_over(output)
     if output.exists() and not force:
         raise CheckpointError(f"{output} exists. Pass another folder, or force=True to replace it.")
     if output.exists() and not _is_ours(output):
         raise CheckpointError(
             f"{output} holds files that no demo wrote, and is not replaced. Pass another folder, or empty this one."
         )
-    made = [parent for parent in output.parents if not parent.exists()]
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    except OSError as error:
-        raise CheckpointError(f"{output.parent} cannot be written to: {error}.") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        # rename() replaces no folder that holds files, so the old one steps aside. A crash between the two renames leaves
-        # both folders, complete, beside the output.
-        aside = Path(f"{staging}.old")
-        if output.exists():
-            output.rename(aside)
-        staging.rename(output)
-        shutil.rmtree(aside, ignore_errors=True)
-    except CheckpointError:  # a subclass of OSError whose message is complete
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{output} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:  # innermost first; parents that hold the output are not empty and stay
-            with suppress(OSError):
-                parent.rmdir()
+    with replace_folder(output) as folder:
+        yield folder
+        names = sorted(entry.name for entry in folder.iterdir())
+        (folder / _NAMES).write_text(json.dumps(names), encoding="utf-8")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Return whether a folder holds nothing but files of the kinds that a demo writes."""
-    names = ("table.md", "picture.png", ".plan.json", ".safetensors")
-    return folder.is_dir() and all(entry.is_file() and entry.name.endswith(names) for entry in folder.iterdir())
+    """Return whether a folder is empty, or holds nothing but files that a demo has listed in it."""
+    if not folder.is_dir():
+        return False
+    found = {entry.name for entry in folder.iterdir()}
+    try:
+        listed = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return not found
+    return isinstance(listed, list) and all(name == _NAMES or name in listed for name in found)
 
 
 def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:

@@ -83,7 +83,7 @@ class Arguments:
         return (*flat[: self._at], own, *flat[self._end : len(self.flat) - 1])
 
     def picker(self, function: Callable[..., Any], name: str) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-        """Return a function that picks the arguments that a condition names out of flat ones.
+        """Return a function that picks the arguments of a condition out of the flat arguments of a call.
 
         Parameters
         ----------

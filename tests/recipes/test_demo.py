@@ -92,7 +92,9 @@ def _plan(folder, name) -> lq.Plan:
 class TestResults:
     def test_plans_checkpoints_table_and_picture_are_left(self, folders):
         expected = [f"{name}.{end}" for name in PLANS for end in ("plan.json", "safetensors")]
-        assert sorted(p.name for p in folders[0].iterdir()) == sorted([*expected, ".lqlora-demo.json", "picture.png", "table.md"])
+        assert sorted(p.name for p in folders[0].iterdir()) == sorted(
+            [*expected, ".lqlora-demo.json", "picture.png", "table.md"]
+        )
         assert [p.name for p in folders[0].parent.iterdir()] == ["out"]
 
     def test_the_plans_are_within_their_budgets(self, folders):

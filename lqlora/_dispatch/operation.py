@@ -203,7 +203,7 @@ class Operation(Generic[P, R]):
         Makes arguments from a :class:`~lqlora._dispatch.examples.ProductProblem`. The operation adds in no fixed order,
         so the results of overrides are compared on integers, and by a bound.
     record : tuple of str and type, optional
-        Name and class of an argument that is a record, as :class:`~lqlora._dispatch.arguments.Arguments` describes.
+        Name and class of an argument that is a record, a named tuple whose fields conditions may name like arguments.
     """
 
     def __init__(

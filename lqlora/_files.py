@@ -71,7 +71,8 @@ def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> It
             # it. The mode is "rb+" and not "rb", because Windows flushes only descriptors that may write.
             with beside.open("rb+") as file:
                 os.fsync(file.fileno())
-            beside.chmod(mode)
+            with suppress(OSError):  # some file systems have no permissions
+                beside.chmod(mode)
             beside.replace(target)  # atomic in POSIX, because both names are on one file system
     except expected as error:
         raise CheckpointError(f"{path} cannot be written: {error}. Nothing was changed.") from error
@@ -188,7 +189,7 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
                     yield folder
                 return
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder, target)
     raise OSError(f"a temporary folder in {target.parent} could not be locked")
 
 
@@ -198,11 +199,28 @@ def _locked(path: Path) -> IO[bytes] | None:
     # gone. Once the lock and the name belong together, nobody else removes the folder.
     with ExitStack() as stack, suppress(FileNotFoundError, BlockingIOError):
         file = stack.enter_context(path.open("xb"))
-        lock(file)
+        try:
+            lock(file)
+        except BlockingIOError:
+            raise
+        except (
+            OSError
+        ):  # some network file systems have no locks: then no other writer can lock the folder to remove it
+            pass
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             stack.pop_all()
             return file
     return None
+
+
+def _discard(folder: Path, target: Path) -> None:
+    """Remove a temporary folder; first bring back what stepped aside in it, if nothing took its place."""
+    # This also runs after an error or Ctrl-C between the two renames of `replace_folder`. If the old folder cannot be
+    # brought back, the temporary one stays with it.
+    with suppress(OSError):
+        if (folder / _OLD).exists() and not target.exists():
+            (folder / _OLD).rename(target)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prefix(target: Path) -> str:
@@ -221,9 +239,7 @@ def _remove_left_over(target: Path) -> None:
         if folder.name.endswith(".partial"):
             with suppress(OSError), (folder / _LOCK).open("rb+") as held:  # a living process has locked it
                 lock(held)
-                if (folder / _OLD).exists() and not target.exists():
-                    (folder / _OLD).rename(target)
-                shutil.rmtree(folder, ignore_errors=True)
+                _discard(folder, target)
 
 
 def lock(file: IO[bytes]) -> None:

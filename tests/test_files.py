@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +258,31 @@ class TestFolders:
         remove_left_over(tmp_path / "folder")
         assert (tmp_path / "folder" / "file").read_bytes() == b"old"
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+    def test_an_error_between_the_renames_brings_the_old_folder_back(self, tmp_path, monkeypatch, error):
+        real = Path.rename
+
+        def fails(self, target):
+            if self.name == "data":
+                raise error
+            return real(self, target)
+
+        for content in (b"old", b"new"):
+            with suppress(CheckpointError, KeyboardInterrupt), replace_folder(tmp_path / "folder") as beside:
+                (beside / "file").write_bytes(content)
+            monkeypatch.setattr(Path, "rename", fails)
+        assert (tmp_path / "folder" / "file").read_bytes() == b"old"
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_system_without_locks_is_written_to_and_nothing_is_taken_for_left_over(old, monkeypatch):
+    def unsupported(_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(_files, "lock", unsupported)
+    with replace_file(old) as beside:
+        beside.write_bytes(b"first")
+        write_whole(old, b"second")
+    assert old.read_bytes() == b"first"
+    assert list(old.parent.iterdir()) == [old]

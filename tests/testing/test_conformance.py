@@ -39,7 +39,13 @@ def skipped(report):
     return {finding.name for finding in report.findings if finding.result == "skipped"} - {"sign_symmetry", "huge"}
 
 
-@pytest.mark.parametrize("text", FORMATS)
+#: Formats that are checked in the fast suite: a plain one, a ragged one, and double quantization.
+QUICK = ("nf4/64:float32", "nf3/7:float32", "nf4/64:u8/256:float32")
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=() if text in QUICK else pytest.mark.slow) for text in FORMATS]
+)
 def test_our_quantizer_conforms_on_numpy(text):
     coupled = {"locality", "idempotence"}
     allowed = {"nf2/1:float32": {"ragged_tail", "tie_direction"}, "uint4/16:float32": {"idempotence"}}

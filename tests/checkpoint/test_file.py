@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import struct
+import time
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -489,3 +490,25 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, matrices):
 def test_numbers_as_keys_of_metadata_become_text(tmp_path):
     lq.save(tmp_path / "t", {"m": _decomposition()}, metadata={9: 1, 10: 2})
     assert lq.verify(tmp_path / "t").metadata == {"9": 1, "10": 2}
+
+
+class TestNumberOfMatrices:
+    @pytest.mark.parametrize("name", ["m.weight.x", "a.weight.m.weight.x", "m.weight.weight.codes"])
+    def test_a_tensor_that_would_be_a_part_of_a_matrix_is_refused(self, tmp_path, name):
+        matrices = {"m": _decomposition(), "a.weight.m": _decomposition()}
+        with pytest.raises(InvalidArgumentError, match="reserved"):
+            lq.save(tmp_path / "t", matrices, {name: np.ones(1)})
+        lq.save(tmp_path / "t", matrices, {"m.weigh": np.ones(1), "x.m.weight": np.ones(1), "weight.x": np.ones(1)})
+        assert sorted(lq.load(tmp_path / "t").tensors) == ["m.weigh", "weight.x", "x.m.weight"]
+
+    @pytest.mark.slow
+    def test_time_grows_with_the_number_of_matrices_and_not_with_its_square(self, tmp_path):
+        one, times = _decomposition(), {}
+        for count in (1000, 4000):
+            matrices = {f"layers.{i}.up": one for i in range(count)}
+            tensors = {f"layers.{i}.norm.weight": np.ones(1) for i in range(count)}
+            begin = time.process_time()
+            lq.save(tmp_path / "t", matrices, tensors)
+            assert len(lq.verify(tmp_path / "t").matrices) == count
+            times[count] = time.process_time() - begin
+        assert times[4000] < 8 * times[1000], times  # four times as many: 16 times as long if it were the square

@@ -248,3 +248,26 @@ def test_of_two_zeros_in_a_row_of_levels_the_upper_one_is_taken(xp):
     codes = host(nearest_codes_by_row(on(xp, entries), boundaries_by_set(on(xp, levels)), on(xp, np.array([0]))))
     assert codes.tolist() == [[0, 1, 1, 2, 2, 2, 2, 3]]
     assert codes[0].tolist() == nearest_codes(entries[0], Codebook(levels[0]).boundaries).tolist()
+
+
+FITTING = PackedBlocks(np.zeros(13, np.uint8), np.ones(4, np.float32), np.zeros(4, np.uint8), NF4.levels, 4, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        ({}, True),
+        ({"zero_points": None}, True),
+        ({"packed": np.zeros(12, np.uint8)}, False),
+        ({"packed": np.zeros((1, 13), np.uint8)}, False),
+        ({"scales": np.ones(3, np.float32)}, False),
+        ({"zero_points": np.zeros(5, np.uint8)}, False),
+        ({"bits": 3}, False),
+        ({"block_size": 0}, False),
+        ({"block_size": 8}, True),
+        ({"block_size": 9}, False),
+    ],
+    ids=str,
+)
+def test_kernels_are_given_arrays_of_the_lengths_that_the_weights_take(changes, fits):
+    assert FITTING._replace(**changes).fits(25) is fits

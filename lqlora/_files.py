@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["lock", "remove_left_over", "replace_file", "replace_folder", "write_whole"]
 
@@ -98,7 +98,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 @contextmanager
-def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a new folder beside a path, and rename it to the path when the body has filled it.
 
     A folder can only be renamed to a name that is free, so an old one steps aside first. If the process is killed between
@@ -109,6 +109,8 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     ----------
     path : path-like
         Folder to make; an existing one is replaced at the end. Folders above it are made, and removed after an error.
+    check : callable, optional
+        Called without arguments before the old folder steps aside. What it raises leaves the old folder.
 
     Yields
     ------
@@ -120,7 +122,10 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     CheckpointError
         If the folder cannot be written. In this case the old one is unchanged.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+    except ValueError as error:  # the path has a zero byte
+        raise CheckpointError(f"{str(path)!r} cannot be written: {error}.") from error
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,9 +133,12 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             beside = folder / "data"
             beside.mkdir()
             yield beside
+            check()
             if target.exists():
                 target.rename(folder / _OLD)
             beside.rename(target)
+            with suppress(OSError):  # from here on it is not to come back
+                (folder / _OLD).rename(folder / "replaced")
     except CheckpointError:  # a subclass of OSError whose message is complete
         raise
     except OSError as error:
@@ -180,7 +188,7 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
     # front hides what a killed process leaves behind, since `finally` does not run then.
     for _ in range(_ATTEMPTS):
-        folder = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.partial"
+        folder, process = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.partial", os.getpid()
         folder.mkdir(mode=0o700)
         try:
             held = _locked(folder / _LOCK)
@@ -189,7 +197,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
                     yield folder
                 return
         finally:
-            _discard(folder, target)
+            if os.getpid() == process:  # not in a child that was forked inside the block
+                _discard(folder, target)
     raise OSError(f"a temporary folder in {target.parent} could not be locked")
 
 
@@ -220,7 +229,14 @@ def _discard(folder: Path, target: Path) -> None:
     with suppress(OSError):
         if (folder / _OLD).exists() and not target.exists():
             (folder / _OLD).rename(target)
-        shutil.rmtree(folder, ignore_errors=True)
+        # The lock goes last: without it, a folder that is not empty could not be told from one of a living process.
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _prefix(target: Path) -> str:
@@ -236,7 +252,9 @@ def _remove_left_over(target: Path) -> None:
     with suppress(OSError):  # a folder that cannot be listed may be written all the same
         found = [folder for folder in parent.iterdir() if folder.name.startswith(prefix)]
     for folder in found:
-        if folder.name.endswith(".partial"):
+        if folder.name.endswith(".partial") and not folder.is_symlink():
+            with suppress(OSError):
+                folder.rmdir()  # its process was killed before it could lock anything; one that has just begun tries again
             with suppress(OSError), (folder / _LOCK).open("rb+") as held:  # a living process has locked it
                 lock(held)
                 _discard(folder, target)

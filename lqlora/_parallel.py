@@ -146,7 +146,7 @@ def _blas_on_one_thread() -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _users -= 1
+            _users = max(0, _users - 1)  # a process that is forked inside the block begins again at zero
             if _users == 0 and _limits is not None:
                 _limits.restore_original_limits()
 

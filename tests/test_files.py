@@ -223,7 +223,32 @@ with replace_folder(sys.argv[1]) as beside:
 """
 
 
+@posix
+def test_a_folder_whose_process_was_killed_before_it_locked_it_is_removed(old):
+    with replace_file(old) as beside:
+        beside.write_bytes(b"new")
+        name = beside.parent.name
+    old.with_name(name).mkdir()
+    write_whole(old, b"newer")
+    assert list(old.parent.iterdir()) == [old]
+
+
 class TestFolders:
+    def test_what_the_check_refuses_at_the_end_is_left(self, tmp_path):
+        def check():
+            if (tmp_path / "folder").exists():
+                raise CheckpointError("it appeared")
+
+        def write():
+            with replace_folder(tmp_path / "folder", check):
+                (tmp_path / "folder").mkdir()
+                (tmp_path / "folder" / "thesis").touch()
+
+        with pytest.raises(CheckpointError, match="it appeared"):
+            write()
+        assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thesis"]
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
     def test_the_new_folder_replaces_the_old_one(self, tmp_path):
         for content in (b"old", b"new"):
             with replace_folder(tmp_path / "new" / "folder") as beside:

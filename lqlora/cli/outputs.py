@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lqlora._files import write_whole
@@ -10,7 +12,6 @@ from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
 __all__ = ["check_outputs", "write_outputs"]
 
@@ -33,14 +34,17 @@ def check_outputs(paths: Iterable[Path], *, force: bool, others: Iterable[Path] 
         If a file exists and ``force`` is false, its folder does not exist, it is a folder, two outputs are one file, or
         an output is another file of the command or replaces one in a folder that is read.
     """
-    used = {_identity(path): path for path in others}
+    used = {_identity(path) for path in others}
+    used |= {_identity(file) for folder in others if folder.is_dir() for file in folder.iterdir()}
     seen = set()
     for path in paths:
         own = _identity(path)
         if own in seen:
             raise CheckpointError(f"{path} is named for two outputs. Name a different file for each output.")
         seen.add(own)
-        if own in used or (path.exists() and any(_identity(folder) in used for folder in path.resolve().parents)):
+        # A file in a folder that is read may be a link out of it, and another link may lead into it.
+        folders = {*path.absolute().parents, *Path(os.path.realpath(path)).parents}
+        if own in used or (path.exists() and not used.isdisjoint(map(_identity, folders))):
             raise CheckpointError(f"{path} is read or continued by this command. Name another file for the output.")
         if path.is_dir():
             raise CheckpointError(f"{path} is a folder. Name a file.")
@@ -54,8 +58,8 @@ def _identity(path: Path) -> object:
     """Return a value that is equal for two names of one file: links and other spellings of a path count as one."""
     try:
         found = path.stat()
-    except OSError:
-        return path.resolve()
+    except (OSError, ValueError):
+        return os.path.realpath(path)
     return found.st_dev, found.st_ino
 
 

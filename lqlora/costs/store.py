@@ -139,6 +139,7 @@ class CostStore:
             self._file = open(self.path, "a+b", buffering=0)  # noqa: PTH123, SIM115 - closed by close()
         except OSError as error:
             raise StoreError(f"{self.path} cannot be opened: {error}.") from error
+        _OPEN.add(self)  # before it is locked, so that a process forked meanwhile closes its copy
         try:
             _lock(self._file, self.path)
             data = _read_store(self._file, _line(head), self.path)
@@ -147,16 +148,15 @@ class CostStore:
             # The whole lines are parsed first: a file that is not a store loses nothing.
             whole = data.rfind(b"\n") + 1
             found, self.rows = _parsed(data[:whole], self.path)
+            if found is not None:
+                _check_head(found, head, self.path)
             if whole < len(data):
                 self._file.truncate(whole)
             if found is None:
                 self._write(head)
-            else:
-                _check_head(found, head, self.path)
         except BaseException:
             self._file.close()
             raise
-        _OPEN.add(self)
 
     def append(self, row: StoredRow) -> None:
         """Append a row, and return when it is on the disk.
@@ -175,6 +175,9 @@ class CostStore:
         # the file never holds two costs of one cell, and `rows` holds nothing that a crash could take back.
         known = self.rows.get(row.name)
         joined = row if known is None else known.joined(row, str(self.path))
+        for key, cost in row.costs.items():  # a reader refuses the whole store for one cost that it cannot read
+            if not isinstance(key, str) or type(cost) is not float or not math.isfinite(cost):
+                raise StoreError(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}.")
         self._write(
             {
                 "name": row.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -155,3 +156,37 @@ def test_overrides_are_tried_in_one_order_whatever_is_imported_first(module):
     expected = order_after("lqlora")
     assert "native." in expected or not lq.backends.available()["native"]
     assert order_after(f"lqlora.backends.cpu.{module}") == expected
+
+
+class TestStoredWeights:
+    """Arrays that do not fit are refused by every implementation as the reference refuses them."""
+
+    STORED = ops.PackedBlocks(np.arange(4, dtype=np.uint8), np.array([5, 1], np.float32), None, NF4.levels, 4, 4)
+
+    def put(self, xp, **changes):
+        return ops.PackedBlocks(*(_put(xp, field) for field in self.STORED._replace(**changes)))
+
+    @pytest.mark.parametrize("implementation", [None, "numpy"])
+    @pytest.mark.parametrize("scales", [3, 8])
+    def test_too_many_scales_are_refused(self, fast_xp, scales, implementation):
+        stored = self.put(fast_xp, scales=np.ones(scales, np.float32))
+        with lq.forced(implementation) if implementation else nullcontext(), pytest.raises((ValueError, RuntimeError)):
+            ops.decode(stored, on(fast_xp, np.zeros(8, np.float32)))
+
+    @pytest.mark.parametrize("dtype", ["float64", "float16", "int64", ">f4"])
+    def test_levels_of_any_dtype_are_read_as_numbers(self, dtype):
+        levels = np.arange(16).astype(dtype)
+        with lq.forced("numpy"):
+            found = ops.decode(self.STORED._replace(levels=levels), np.zeros(8, np.float32))
+        assert (
+            found.tolist()
+            == ops.decode.reference(
+                self.STORED._replace(levels=levels.astype(np.float32)), np.zeros(8, np.float32)
+            ).tolist()
+        )
+
+    @pytest.mark.parametrize("shapes", [((8, 64, 0), (8, 4, 0)), ((1, 64, 0), (1, 4)), ((2, 64, 3), (2, 4))])
+    def test_rows_of_other_dimensions_are_left_to_the_reference(self, fast_xp, shapes):
+        x, out = (on(fast_xp, np.zeros(shape, np.float32)) for shape in shapes)
+        stored = self.put(fast_xp, packed=np.zeros(128, np.uint8), scales=np.ones(4, np.float32), block_size=64)
+        assert ops.matmul_packed.select(x, stored, out).implementation == "reference"

@@ -199,6 +199,17 @@ class TestFilesOfTheUser:
         assert "is read or continued" in sentence(capsys.readouterr().err)
         assert (folder / "a.safetensors").read_bytes() == before
 
+    @pytest.mark.parametrize("output", ["snapshot/model.safetensors", "blobs/abc"])
+    def test_the_table_does_not_replace_a_file_that_the_model_links_to(self, shards, tmp_path, capsys, output):
+        for folder in ("blobs", "snapshot"):
+            (tmp_path / folder).mkdir()
+        shutil.copy(shards[0] / "b.safetensors", tmp_path / "blobs" / "abc")
+        (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/abc")
+        before = (tmp_path / "blobs" / "abc").read_bytes()
+        assert _costs(tmp_path / "snapshot", "--output", tmp_path / output, "--force") == 2
+        assert "is read or continued" in sentence(capsys.readouterr().err)
+        assert (tmp_path / "blobs" / "abc").read_bytes() == before
+
     def test_a_model_given_as_the_store_is_left_as_it_is(self, shards, tmp_path, capsys):
         model = Path(shutil.copy(shards[0] / "b.safetensors", tmp_path))
         before = model.read_bytes()

@@ -280,6 +280,23 @@ class TestWriting:
             store.append(ROW)
         assert CostStore.read(path) == {"a": ROW}
 
+    @pytest.mark.parametrize("costs", [{"x": 2}, {"x": True}, {"x": float("inf")}, {1: 1.0}])
+    def test_a_cost_that_could_not_be_read_is_not_written(self, path, costs):
+        with CostStore(path, HEAD) as store:
+            store.append(ROW)
+            with pytest.raises(StoreError, match=r"costs of 'b' must"):
+                store.append(StoredRow("b", (2, 3), "c0ffee", "none", costs))
+        assert CostStore.read(path) == {"a": ROW}
+
+    def test_a_store_of_other_settings_keeps_its_torn_line(self, path):
+        with CostStore(path, HEAD) as store:
+            store.append(ROW)
+        path.write_bytes(path.read_bytes()[:-1])
+        before = path.read_bytes()
+        with pytest.raises(StoreError, match="seed"):
+            CostStore(path, {"seed": 1})
+        assert path.read_bytes() == before
+
     def test_a_closed_store_refuses_rows(self, path):
         store = CostStore(path, HEAD)
         store.close()

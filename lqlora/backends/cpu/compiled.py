@@ -239,7 +239,7 @@ def codes_of_values(values: npt.NDArray[Any], boundaries: npt.NDArray[np.float32
 
 
 def _is_whole(stored: PackedBlocks, out: Any) -> bool:
-    return stored.fits(out.size) and out.flags.writeable
+    return out.ndim == 1 and stored.fits(out.size) and out.flags.writeable
 
 
 def _codes(stored: PackedBlocks) -> tuple[Any, ...]:
@@ -279,6 +279,8 @@ FEW_ROWS = 16 if "avx512" in instruction_sets() else 8
 
 
 def _are_few(x: Any, stored: PackedBlocks, out: Any) -> bool:
+    if x.ndim != 2 or out.ndim != 2:
+        return False
     rows, columns = out.shape[1], x.shape[1]
     if columns % 8 or not x.shape[0] == out.shape[0] <= FEW_ROWS or x.dtype != out.dtype or not out.flags.writeable:
         return False

@@ -111,12 +111,14 @@ def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.ui
         {"packed": ("uint8",), "scales": ("float32",), "zero_points": ("uint8", None), "out": ("float32",)},
         bits=(1, 2, 3, 4, 6, 8),
         contiguous=("packed", "out"),
+        condition=lambda stored, out: out.ndim == 1 and stored.fits(out.size),
+        sentence="a flat result, a scale for each block, and as many bytes as the codes take",
     ),
 )
 def decode_lookup(stored: PackedBlocks, out: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Look up several codes at once: an entry of the table has the levels of all codes in 8, 12 or 16 bits."""
     packed, scales, zero_points, levels, bits, block_size = stored
-    count = out.shape[0]
+    levels, count = levels.astype(np.float32, copy=False), out.shape[0]
     if packed.shape[0] != packed_size(count, bits):
         unpack_codes(packed, bits, count)  # raises the error of the reference
     index_bits = _index_bits(bits, count)

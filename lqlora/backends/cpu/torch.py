@@ -32,7 +32,9 @@ _STRICTER = {
     ops.matmul_packed: Takes(
         {},
         contiguous=("x", "out"),
-        condition=lambda x, out: x.shape[0] <= compiled.FEW_ROWS and x.shape[1] % 8 == 0 and x.dtype == out.dtype,
+        condition=lambda x, out: (
+            x.ndim == out.ndim == 2 and x.shape[0] <= compiled.FEW_ROWS and x.shape[1] % 8 == 0 and x.dtype == out.dtype
+        ),
         sentence=f"up to {compiled.FEW_ROWS} rows of a multiple of eight entries, and results of their dtype",
     )
 }

@@ -130,13 +130,17 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
     """Yield a folder beside the output, which replaces the output at the end and is removed after an error."""
     output = output.absolute()
     remove_left_over(output)
-    if output.exists() and not force:
-        raise CheckpointError(f"{output} exists. Pass another folder, or force=True to replace it.")
-    if output.exists() and not _is_ours(output):
-        raise CheckpointError(
-            f"{output} holds files that no demo wrote, and is not replaced. Pass another folder, or empty this one."
-        )
-    with replace_folder(output) as folder:
+
+    def check() -> None:
+        if output.exists() and not force:
+            raise CheckpointError(f"{output} exists. Pass another folder, or force=True to replace it.")
+        if output.exists() and not _is_ours(output):
+            raise CheckpointError(
+                f"{output} holds files that no demo wrote, and is not replaced. Pass another folder, or empty this one."
+            )
+
+    check()
+    with replace_folder(output, check) as folder:  # checked again at the end: a demo takes minutes
         yield folder
         names = sorted(entry.name for entry in folder.iterdir())
         (folder / _NAMES).write_text(json.dumps(names), encoding="utf-8")
@@ -146,12 +150,12 @@ def _is_ours(folder: Path) -> bool:
     """Return whether a folder is empty, or holds nothing but files that a demo has listed in it."""
     if not folder.is_dir():
         return False
-    found = {entry.name for entry in folder.iterdir()}
+    found = {entry.name: entry.is_file() and not entry.is_symlink() for entry in folder.iterdir()}
     try:
         listed = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return not found
-    return isinstance(listed, list) and all(name == _NAMES or name in listed for name in found)
+    return isinstance(listed, list) and all(own and (name == _NAMES or name in listed) for name, own in found.items())
 
 
 def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:

@@ -254,7 +254,9 @@ def _linear(
 
 
 def _added(y: Tensor, x: Tensor, inner: Tensor, outer: Tensor, scaling: float) -> Tensor:
-    return torch.add(y, functional.linear(functional.linear(x, inner), outer), alpha=scaling)
+    # Not torch.add with alpha=scaling: the compiler Inductor of torch 2.13 fused that into a product with wrong numbers.
+    low_rank = functional.linear(functional.linear(x, inner), outer)
+    return y + (low_rank if scaling == 1 else low_rank * scaling)
 
 
 def _linear_fake(

@@ -15,7 +15,7 @@ import lqlora.backends.cpu.compiled  # noqa: F401
 from lqlora._dispatch import Takes, prefer_maker
 from lqlora.backends.cpu.buffer_pool import large_empty
 from lqlora.ops.coding import FEW, PackedBlocks, decode, nearest_codes
-from lqlora.ops.packing import packed_size, unpack_codes
+from lqlora.ops.packing import unpack_codes
 from lqlora.ops.sums import bin_sums, exact_terms
 
 if TYPE_CHECKING:
@@ -119,8 +119,6 @@ def decode_lookup(stored: PackedBlocks, out: npt.NDArray[np.float32]) -> npt.NDA
     """Look up several codes at once: an entry of the table has the levels of all codes in 8, 12 or 16 bits."""
     packed, scales, zero_points, levels, bits, block_size = stored
     levels, count = levels.astype(np.float32, copy=False), out.shape[0]
-    if packed.shape[0] != packed_size(count, bits):
-        unpack_codes(packed, bits, count)  # raises the error of the reference
     index_bits = _index_bits(bits, count)
     table = _lookup_table(levels.tobytes(), bits, index_bits)
     at_once = index_bits // bits

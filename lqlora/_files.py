@@ -157,7 +157,17 @@ def remove_left_over(path: str | os.PathLike[str]) -> None:
     path : path-like
         A file or folder that :func:`replace_file` or :func:`replace_folder` writes.
     """
-    _remove_left_over(Path(os.path.realpath(path)))
+    target, found = Path(os.path.realpath(path)), list[Path]()
+    prefix = _prefix(target)
+    with suppress(OSError):  # a folder that cannot be listed may be written all the same
+        found = [folder for folder in target.parent.iterdir() if folder.name.startswith(prefix)]
+    for folder in found:
+        if folder.name.endswith(".partial") and not folder.is_symlink():
+            with suppress(OSError):
+                folder.rmdir()  # its process was killed before it could lock anything; one that has just begun tries again
+            with suppress(OSError), (folder / _LOCK).open("rb+") as held:  # a living process has locked it
+                lock(held)
+                _discard(folder, target)
 
 
 def _check_target(target: Path) -> None:
@@ -184,7 +194,7 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     Libraries put temporary files of their own beside what they write. In a folder these are found, whatever their names.
     The process holds a lock on a file in the folder, which ends with it: a folder that is not locked is left over.
     """
-    _remove_left_over(target)
+    remove_left_over(target)
     # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
     # front hides what a killed process leaves behind, since `finally` does not run then.
     for _ in range(_ATTEMPTS):
@@ -244,20 +254,6 @@ def _prefix(target: Path) -> str:
     # Names of files have at most 255 bytes. The hash of the whole name stands for the part that is cut.
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
     return f".{os.fsencode(target.name)[:200].decode(errors='ignore')}.{digest}."
-
-
-def _remove_left_over(target: Path) -> None:
-    """Remove the temporary folders of one target whose processes ended before they could; bring an old folder back."""
-    parent, prefix, found = target.parent, _prefix(target), list[Path]()
-    with suppress(OSError):  # a folder that cannot be listed may be written all the same
-        found = [folder for folder in parent.iterdir() if folder.name.startswith(prefix)]
-    for folder in found:
-        if folder.name.endswith(".partial") and not folder.is_symlink():
-            with suppress(OSError):
-                folder.rmdir()  # its process was killed before it could lock anything; one that has just begun tries again
-            with suppress(OSError), (folder / _LOCK).open("rb+") as held:  # a living process has locked it
-                lock(held)
-                _discard(folder, target)
 
 
 def lock(file: IO[bytes]) -> None:

@@ -306,13 +306,14 @@ class TestWriting:
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
     @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
     def test_a_forked_process_does_not_keep_the_lock(self, path):
-        store = CostStore(path, HEAD)
+        store, (reading, writing) = CostStore(path, HEAD), os.pipe()
         child = os.fork()
         if not child:
+            os.write(writing, b".")  # by now it has closed its copy
             time.sleep(60)
             os._exit(0)
         try:
-            time.sleep(0.2)  # until the child has closed its copy
+            os.read(reading, 1)
             store.append(ROW)
             store.close()
             with CostStore(path, HEAD) as again:
@@ -320,6 +321,8 @@ class TestWriting:
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            os.close(reading)
+            os.close(writing)
 
 
 class TestMerging:

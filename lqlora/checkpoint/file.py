@@ -317,7 +317,7 @@ def _take_matrix(arrays: dict[str, Any], names: list[str], name: str, row: Mappi
     # QuantizedArray.from_arrays has compared every dtype and length with BlockFormat.stored_arrays.
     prefix = _weight_key(name)
     # Names with one prefix are neighbors in the order of names. A search through all arrays for each matrix would take
-    # time that grows with the square of their number: 45 s for 16,000 matrices.
+    # time that grows with the square of their number.
     neighbors = map(names.__getitem__, range(bisect_left(names, prefix), len(names)))
     found = itertools.takewhile(lambda key: key.startswith(prefix), neighbors)
     own = {key.removeprefix(prefix): arrays.pop(key) for key in found if key in arrays}

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "StoredMatrix", "load", "save", "verify"]
 
 #: Version of the JSON document. A reader refuses every other one.
-_SPEC = 2
+_SPEC = 3
 
 #: Key of the JSON document in the metadata of a safetensors file.
 _KEY = "lqlora"
@@ -231,14 +231,14 @@ def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 def _digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     """Return the fingerprint of all tensors and of the JSON document, without the fingerprint that it may hold."""
-    # SHA-256 of the document with sorted keys, then for each tensor, in the order of names, a line
-    # "name dtype shape" and its bytes in row-major order. The line separates the tensors: without it, bytes could move
-    # from the end of one tensor to the start of the next and leave the hash the same.
+    # SHA-256 of one JSON text, then of the bytes of all tensors in row-major order. The text has sorted keys and no end
+    # but its last bracket, and dtypes and shapes in it give the length of every tensor. So the hashed bytes can be split
+    # in one way only: no byte can move between a name and a tensor, or between two tensors, and leave the hash the same.
     described = {key: value for key, value in document.items() if key != "sha256"}
-    total = hashlib.sha256(json.dumps(described, sort_keys=True, allow_nan=False).encode())
-    for name in sorted(arrays):
+    tensors = [(name, str(arrays[name].dtype), arrays[name].shape) for name in sorted(arrays)]
+    total = hashlib.sha256(json.dumps([described, tensors], sort_keys=True, allow_nan=False).encode())
+    for name, _, _ in tensors:
         array = arrays[name]
-        total.update(f"{name} {array.dtype} {array.shape}\n".encode())
         total.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
     return total.hexdigest()
 

@@ -327,6 +327,18 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="SHA-256"):
             lq.verify(path)
 
+    def test_bytes_that_move_from_a_tensor_into_a_name_change_the_fingerprint(self, tmp_path):
+        def fingerprint(tensors):
+            lq.save(
+                tmp_path / "t.safetensors", {}, {name: np.frombuffer(own, np.uint8) for name, own in tensors.items()}
+            )
+            header, _ = _parts(tmp_path / "t.safetensors")
+            return json.loads(header["__metadata__"]["lqlora"])["sha256"]
+
+        names = ["x uint8 (5,)\nABCDEy", 'x", "uint8", [5]], ["y']
+        found = [fingerprint({"x": b"ABCDE", "y": b"Z"}), *(fingerprint({name: b"Z"}) for name in names)]
+        assert len(set(found)) == len(found)
+
     def test_a_changed_scaling_is_found_by_verify(self, path):
         _rewrite(path, lambda document: document["matrices"]["b"].update(scaling=3.0))
         with pytest.raises(CheckpointError):

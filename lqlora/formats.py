@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -464,20 +464,7 @@ class BlockFormat(_Record):
         >>> BlockFormat.parse("nf2+fit/64@-1:float16").levels
         'matrix'
         """
-        # The pattern bounds the digits: 18 of them stay below 2^63, and no text costs a long conversion. The class
-        # checks the numbers, so that a text and arguments raise the same errors.
-        head, *scales = text.strip().split(":")
-        match = re.fullmatch(r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?", head)
-        if match is None or len(scales) > _MAX_DEPTH:
-            raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
-        name, fitted, lines, block_size, axis = match.groups()
-        return cls(
-            codebook or by_name(name),
-            int(block_size),
-            _parse_scales(scales or ["float32"]),
-            None if axis is None else int(axis),
-            "codebook" if fitted is None else int(lines) if lines else "matrix",
-        )
+        return _parse_standard(text.strip()) if codebook is None else _parse_format(text.strip(), codebook)
 
 
 def float_bits(dtype: FloatName) -> int:
@@ -537,6 +524,29 @@ def _or(names: Iterable[str]) -> str:
     """Join names for a message: ``a, b or c``."""
     *others, last = names
     return f"{', '.join(others)} or {last}"
+
+
+def _parse_format(text: str, codebook: Codebook | None) -> BlockFormat:
+    # The pattern bounds the digits: 18 of them stay below 2^63, and no text costs a long conversion. The class checks
+    # the numbers, so that a text and arguments raise the same errors.
+    head, *scales = text.split(":")
+    match = re.fullmatch(r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?", head)
+    if match is None or len(scales) > _MAX_DEPTH:
+        raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
+    name, fitted, lines, block_size, axis = match.groups()
+    return BlockFormat(
+        codebook or by_name(name),
+        int(block_size),
+        _parse_scales(scales or ["float32"]),
+        None if axis is None else int(axis),
+        "codebook" if fitted is None else int(lines) if lines else "matrix",
+    )
+
+
+@lru_cache(maxsize=1024)
+def _parse_standard(text: str) -> BlockFormat:
+    """Read a format with a standard codebook; a file with thousands of matrices has the same few texts."""
+    return _parse_format(text, None)
 
 
 def _parse_scales(depths: list[str]) -> FloatName | ScaleFormat:

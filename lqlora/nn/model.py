@@ -206,8 +206,10 @@ def quantize_model(
     decompositions = dict(zip(linears, found, strict=True))
     # Frozen before the layers are replaced: factors are created afterwards, as parameters that require gradients.
     model.requires_grad_(requires_grad=False)
-    for name, decomposition in decompositions.items():
-        replace_module(model, linears[name], LQLinear.from_decomposition(decomposition, linears[name].bias))
+    replace_modules(
+        model,
+        {module: LQLinear.from_decomposition(decompositions[name], module.bias) for name, module in linears.items()},
+    )
     return QuantizationReport(decompositions, _kept(model))
 
 
@@ -235,25 +237,25 @@ def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> Decompo
     return decompose(load(), fmt, rank, weighting=weighting, name=f"weight of {name!r}", **options)
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a submodule by another one, under each of its names.
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace submodules by others, each under all of its names.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Root of the modules.
-    old : torch.nn.Module
-        The module to replace. It cannot be the root.
-    new : torch.nn.Module
-        The replacement. Its training flag is set to that of the old module.
+        Root of the modules. It cannot be replaced.
+    replacements : mapping of torch.nn.Module to torch.nn.Module
+        The new module by the old one. Its training flag is set to that of the old module.
     """
-    new.train(old.training)
-    # A module with several names is an attribute of several parents, and named_modules() lists it once by default. The
-    # names are collected first, because the loop changes the tree that named_modules() walks.
-    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is old]
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    for old, new in replacements.items():
+        new.train(old.training)
+    # A module with several names is an attribute of several parents. Modules are hashed and compared by identity, and
+    # listing all parents first visits each module once: a walk for each replacement would take quadratic time. Children
+    # are read from _modules, because named_children() lists a child with two names in one parent once.
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # noqa: SLF001 - no public function lists both names
+            if child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 def _kept(model: nn.Module) -> dict[str, int]:

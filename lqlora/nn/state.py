@@ -10,7 +10,7 @@ from lqlora import ops
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.linear import LQLinear
-from lqlora.nn.model import first_names, linear_layers, quantized_keys, replace_module
+from lqlora.nn.model import first_names, linear_layers, quantized_keys, replace_modules
 
 if TYPE_CHECKING:
     import os
@@ -100,9 +100,11 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     with torch.no_grad():
         for name in [*content.tensors, *tied]:
             state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, matrix in content.matrices.items():
-        layer = LQLinear.from_decomposition(matrix, linears[name].bias)
-        replace_module(model, linears[name], layer.to(linears[name].weight.device))
+        linear = linears[name]
+        replacements[linear] = LQLinear.from_decomposition(matrix, linear.bias).to(linear.weight.device)
+    replace_modules(model, replacements)
     return content
 
 

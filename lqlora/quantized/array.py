@@ -234,6 +234,10 @@ class QuantizedArray:
         return nest(moved, self.format, self.shape, len(self.batch_shape))
 
 
+#: Half of the largest number of float32.
+_HALF_OF_THE_RANGE = float(np.finfo(np.float32).max) / 2
+
+
 def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
     """Stack arrays of equal shape into one array, with the batch dimensions in front."""
     if not batch_shape:
@@ -325,12 +329,28 @@ def _check_scales(scales: Array, *, signed: bool) -> None:
 
 def _check_decoded_scales(q: QuantizedArray) -> None:
     """Raise if a scale overflows when it is decoded. :func:`quantize` never stores such scales."""
-    if not isinstance(q.scales, QuantizedArray) or not all(map(_is_finite, q.scales.to_arrays().values())):
+    if not isinstance(q.scales, QuantizedArray) or _cannot_overflow(q.scales):
+        return
+    if not all(map(_is_finite, q.scales.to_arrays().values())):
         return
     with np.errstate(over="ignore", invalid="ignore"):
         decoded = [decode_scales(part.scales, q.format.scales) for part in q.unstack()]
     if not all(map(_is_finite, decoded)):
         raise FormatError("'scales' must decode to finite numbers, got finite arrays that overflow when decoded.")
+
+
+def _cannot_overflow(scales: QuantizedArray) -> bool:
+    """Return whether a bound shows that quantized scales decode to finite numbers, without decoding them."""
+    # Scales decode to t l + o with |l| <= 1, so |t| + |o| bounds them. Half of the range leaves room for two roundings.
+    # NaN and infinity make the comparison false. Files of many small matrices are read in half the time with this test.
+    if isinstance(scales.scales, QuantizedArray) or scales.levels is not None:
+        return False
+    bound = sum(
+        float(namespace(own).max(namespace(own).abs(own)))
+        for own in map(ops.widen, (own for own in (scales.scales, scales.offset) if own is not None))
+        if 0 not in own.shape
+    )
+    return bound < _HALF_OF_THE_RANGE
 
 
 def _is_finite(array: Array) -> bool:

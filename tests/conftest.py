@@ -56,8 +56,14 @@ def _is_usable(backend: str) -> bool:
         return False
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs a device where there is none and none is required: a skip for each would take a minute."""
+    """Mark what is slow on one library, and leave out what needs a device where there is none and none is required."""
+    for item in items:
+        on_strict = getattr(getattr(item, "callspec", None), "params", {}).get("xp") == "array-api-strict"
+        if on_strict and item.get_closest_marker("slow_on_strict"):
+            item.add_marker(pytest.mark.slow)
+    # A skip for each test that needs a device would take a minute.
     if any(_is_usable(name) or name in required() for name in ON_DEVICE):
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]

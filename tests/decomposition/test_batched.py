@@ -17,6 +17,7 @@ def experts(shape=(2, 3), rows=24, columns=32, seed=0):
     return np.random.default_rng(seed).standard_normal((*shape, rows, columns)).astype(np.float32)
 
 
+@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("fit", ["absmax", "levels+scale"])
 def test_a_stack_is_decomposed_as_its_matrices_are(xp, fit):
     w = experts((1, 2))

@@ -62,6 +62,7 @@ def test_threads_give_the_same_bytes(kind):
     assert len({arrays[1] for arrays in found[0]}) == 4
 
 
+@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("fit", ["absmax", "scale"])
 def test_a_transposed_view_gives_the_same_bytes_as_a_copy(xp, fit):
     w = matrix(0, *SMALL, np.float64)

@@ -295,7 +295,7 @@ def compiler():
     "backend",
     [
         "eager",
-        "aot_eager",
+        pytest.param("aot_eager", marks=pytest.mark.slow),
         pytest.param(
             "inductor",
             marks=[

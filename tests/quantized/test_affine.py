@@ -43,6 +43,7 @@ def test_scale_and_zero_point_span_the_block_and_zero(bits, seed, size):
     assert zero_points(q) == [min(max(round(float(-low / q.scales[0])), 0), last)]
 
 
+@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data(), fit=st.sampled_from(["absmax", "scale"]))
 @settings(max_examples=30)

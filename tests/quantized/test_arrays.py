@@ -19,6 +19,7 @@ NESTED = ("codes", "scales.codes", "scales.scales", "scales.offset")
 RICH = ("nf3/4:u8/3:float16", "affine3/4@0:d8/3:l8/2:float32", "bof2s-64+fit2/3@-1:i8/2:float32", "int3+fit/4:bfloat16")
 
 
+@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data())
 def test_stored_arrays_are_read_back(xp, data):

@@ -133,6 +133,7 @@ def test_quantizing_for_a_second_time_changes_nothing_on_any_path(fast_xp, text,
     assert restored(fast).tobytes() == dense.tobytes()
 
 
+@pytest.mark.slow_on_strict
 @given(data=st.data(), fit=st.sampled_from(["absmax", "scale", "levels+scale"]))
 @settings(max_examples=15)
 def test_bytes_of_a_fit_are_those_of_numpy_and_of_the_reference(xp, data, fit):

@@ -18,6 +18,7 @@ from tests.strategies import host, on, scale_dtypes
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 
 
+@pytest.mark.slow_on_strict
 @quiet
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(data=st.data())

@@ -28,7 +28,14 @@ def test_the_device_is_not_the_host(away):
 
 
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
-@pytest.mark.parametrize("fmt", [BlockFormat.parse(text) for text in KINDS], ids=str)
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        pytest.param(fmt, marks=() if fmt.levels == "codebook" else pytest.mark.slow)
+        for fmt in map(BlockFormat.parse, KINDS)
+    ],
+    ids=str,
+)
 def test_stored_and_decoded_bytes_are_those_of_the_host(away, home, fmt):
     fit = "absmax" if fmt.levels == "codebook" else "levels+scale"
     w = normal(6, 24)
@@ -55,7 +62,13 @@ def test_products_are_those_of_the_host(away, home, text, rows):
 
 
 @pytest.mark.parametrize(
-    "text", ["nf4/8:float32", "uint5/8:u8/4:float32", "affine4/8:float32", "nf2+fit1/8@-1:float32"]
+    "text",
+    [
+        "nf4/8:float32",
+        "uint5/8:u8/4:float32",
+        "affine4/8:float32",
+        pytest.param("nf2+fit1/8@-1:float32", marks=pytest.mark.slow),
+    ],
 )
 def test_error_feedback_is_that_of_the_host(away, home, text):
     fmt, w, x = BlockFormat.parse(text), normal(6, 24), normal(60, 24, seed=1)

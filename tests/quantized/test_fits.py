@@ -54,6 +54,7 @@ def assert_no_block_is_worse(w, fitted, plain, importance=None):
 # --- never worse
 
 
+@pytest.mark.slow_on_strict
 @given(data=st.data())
 @settings(max_examples=40)
 def test_no_block_is_worse_than_by_its_absolute_maximum(xp, data):

@@ -123,6 +123,7 @@ def test_columns_of_large_inputs_come_first(fast_xp):
 # --- never worse
 
 
+@pytest.mark.slow_on_strict
 @given(data=st.data())
 @settings(max_examples=12)
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
@@ -426,6 +427,7 @@ def test_a_check_that_is_not_wanted_is_not_made():
 # --- starting from an earlier result
 
 
+@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
 def test_from_a_start_the_error_is_about_as_small(xp, fit):
     w, gram = normal(24, 48, seed=3), moment(48)

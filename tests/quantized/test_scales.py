@@ -30,6 +30,7 @@ SCALES = (
 # --- equal to an independent decoder
 
 
+@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data(), depth=st.integers(1, 3))
 def test_scales_of_any_format_and_depth_equal_the_oracle(xp, data, depth):
@@ -73,6 +74,7 @@ def test_the_mean_is_summed_in_an_order_of_its_own(xp, count):
 # --- signs
 
 
+@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data(), fit=st.sampled_from(["absmax", "scale"]))
 def test_scales_are_never_negative_where_they_have_no_sign(xp, data, fit):
@@ -234,6 +236,7 @@ def test_a_block_that_a_fit_loses_is_counted():
 # --- powers of two
 
 
+@pytest.mark.slow_on_strict
 @given(
     codebook=st.sampled_from(ALL_CODEBOOKS),
     block_size=st.integers(1, 20),

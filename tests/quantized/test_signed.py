@@ -20,6 +20,7 @@ BOOKS = [book for book in ALL_CODEBOOKS if book.normalization == "signed"]
 BOF4S = by_name("bof4s-64")
 
 
+@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data())
 def test_bytes_and_values_equal_the_oracle(xp, data):

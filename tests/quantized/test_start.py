@@ -56,6 +56,7 @@ def test_no_start_is_worse_than_absolute_maxima(fit, text):
     assert error(near, warm) < error(near, quantize(near, fmt))
 
 
+@pytest.mark.slow_on_strict
 @every_case
 def test_a_start_gives_the_same_bytes_on_every_library_and_is_not_changed(xp, fit, text):
     fmt, (w, near) = BlockFormat.parse(text), similar(0, 14, 32)

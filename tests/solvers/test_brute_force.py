@@ -10,8 +10,6 @@ from lqlora.solvers import Budget, Problem, solve
 from tests.requirements import require_or_skip
 from tests.solvers.oracle import check_against_brute_force
 
-COUNT = 500
-
 
 def _problem(seed: int) -> Problem:
     rng = np.random.default_rng(seed)
@@ -45,8 +43,9 @@ def _budgets(rng: np.random.Generator, size: np.ndarray, kind: int) -> list[Budg
 
 
 @pytest.mark.parametrize("name", ["mckp", "highs"])
-def test_five_hundred_small_problems_equal_brute_force(name):
+@pytest.mark.parametrize("group", [0, *(pytest.param(group, marks=pytest.mark.slow) for group in range(1, 5))])
+def test_a_hundred_small_problems_equal_brute_force(name, group):
     require_or_skip(name, solvers.available()[name])
-    for seed in range(COUNT):
+    for seed in range(100 * group, 100 * group + 100):
         problem = _problem(seed)
         check_against_brute_force(problem, solve(problem, name))

@@ -38,7 +38,7 @@ FAULTS = [
 
 
 def test_a_solver_without_a_fault_passes_everything():
-    report = assert_solver_conforms(broken.Correct(), max_examples=10)
+    report = assert_solver_conforms(broken.Correct(), max_examples=4)
     assert {finding.result for finding in report.findings} == {"passed"}
 
 

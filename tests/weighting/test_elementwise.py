@@ -31,6 +31,7 @@ def left_over(weights, error, step):
     return float((weights.astype(np.float64) * rest**2).sum())
 
 
+@pytest.mark.slow_on_strict
 @given(seed=seeds, dtype=st.sampled_from([np.float32, np.float64]))
 @some
 def test_each_sweep_lowers_the_norm(xp, seed, dtype):

@@ -254,7 +254,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     # are read from _modules, because named_children() lists a child with two names in one parent once.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # noqa: SLF001 - no public function lists both names
-            if child in replacements:
+            if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
 
 

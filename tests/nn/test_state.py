@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 
@@ -206,3 +207,18 @@ def test_a_layer_by_itself_is_refused(tmp_path):
     d = lq.decompose(torch.eye(8).numpy(), FORMAT, 1)
     with pytest.raises(InvalidArgumentError, match=r"model.*Sequential"):
         save_model(tmp_path / "t", LQLinear.from_decomposition(d))
+
+
+@pytest.mark.slow
+def test_time_grows_with_the_number_of_layers_and_not_with_its_square(tmp_path):
+    def layers(count):
+        return nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(50)) for _ in range(count // 50))
+
+    times = {}
+    for count in (500, 2000):
+        model, begin = layers(count), time.process_time()
+        quantize_model(model, lq.BlockFormat(lq.NF4, 8), rank=1, max_iter=1)
+        save_model(tmp_path / "model.safetensors", model)
+        load_model(tmp_path / "model.safetensors", layers(count))
+        times[count] = time.process_time() - begin
+    assert times[2000] < 8 * times[500], times  # four times as many: 16 times as long if it were the square

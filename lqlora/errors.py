@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lqlora._printable import printable
+
 if TYPE_CHECKING:
     from fractions import Fraction
 
@@ -30,7 +32,13 @@ __all__ = [
 
 
 class LQLoRAError(Exception):
-    """Base class of all exceptions of lqlora."""
+    """Base class of all exceptions of lqlora.
+
+    Names from files may be part of a message. As text it holds escapes for the characters of them that cannot be printed.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 class InvalidArgumentError(LQLoRAError, ValueError):

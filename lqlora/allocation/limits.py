@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from lqlora._patterns import as_patterns
+from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class LimitUse:
         unit = "an error of " if self.unit == "error" else ""
         end = " bits per weight" if self.unit == "bits" else ""
         left = f", {self.upper - self.used:,} bits left" if self.unit == "bits" and self.upper is not None else ""
-        return f"{self.matrices}: {unit}{' and '.join(limits)}{end}, used {self._quantity(self.used)}{left}"
+        return f"{printable(self.matrices)}: {unit}{' and '.join(limits)}{end}, used {self._quantity(self.used)}{left}"
 
     def _quantity(self, number: float) -> str:
         return f"{number:.4g}" if self.unit == "error" else f"{number / max(1, self.weight_count):.4f}"

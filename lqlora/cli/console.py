@@ -1,35 +1,90 @@
-"""Console output of the commands: results, tables, and progress bars on a terminal or plain lines elsewhere."""
+"""Door to the terminal: results, tables, progress, warnings, logs and errors of the commands leave through this module.
+
+Names of matrices, files and options come from others. They are shown as data: nothing in them is read as markup, and
+characters that cannot be printed, or that the encoding of a stream lacks, are shown as escapes.
+"""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import sys
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import traceback
+import warnings
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lqlora._printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import TextIO
 
-__all__ = ["say", "show_table", "stage"]
+    from rich.console import Console
 
-_out = Console(soft_wrap=True)
-_err = Console(stderr=True, soft_wrap=True)
+    from lqlora.reports.tables import Table
+
+__all__ = ["complain", "complain_of", "flush", "in_charge", "say", "show_table", "stage"]
+
+#: Least width of the first column of a table on a terminal.
+_NAME_WIDTH = 12
 
 
 def say(line: str) -> None:
-    """Print a line of a result to standard output."""
-    _out.print(line, markup=False, highlight=False)
+    """Print a line of a result to standard output.
+
+    Commands write their files before they say anything, because standard output may fail: a pipe may be closed, a disk
+    full.
+
+    Raises
+    ------
+    SystemExit
+        If standard output cannot be written. Its code is 1.
+    """
+    _print(f"{_shown(line, sys.stdout)}\n")
 
 
-def show_table(markdown: str) -> None:
-    """Print a Markdown table: rendered on a terminal, as Markdown elsewhere."""
-    if _out.is_terminal:
-        _out.print(Markdown(markdown))
-    else:
-        say(markdown)
+def show_table(table: Table) -> None:
+    """Print a table to standard output: drawn on a terminal that is wide enough, as Markdown elsewhere.
+
+    Raises
+    ------
+    SystemExit
+        If standard output cannot be written. Its code is 1.
+    """
+    if sys.stdout is not None and (console := _console(sys.stdout)).is_terminal and _fits(table, console.width):
+        _print(_drawn(table, console))
+        return
+    for line in table.markdown().split("\n"):
+        say(line)
+
+
+def complain(message: str) -> None:
+    """Print a line to standard error; if that fails, the command goes on."""
+    if sys.stderr is not None:
+        stream = _Forgiving(sys.stderr)
+        stream.write(f"{_shown(message, sys.stderr)}\n")
+        stream.flush()
+
+
+def complain_of(error: BaseException) -> None:
+    """Print the traceback of an error that the command does not expect."""
+    for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
+        complain(line)
+
+
+def flush() -> None:
+    """Finish standard output.
+
+    Raises
+    ------
+    SystemExit
+        If standard output cannot be written. Its code is 1.
+    """
+    if sys.stdout is not None:
+        _print("")
 
 
 @contextmanager
@@ -42,8 +97,121 @@ def stage(title: str) -> Iterator[Callable[[int, int], None]]:
         Call it with the number of steps done and the number of all.
     """
     start = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-    _err.print(f"{title}: {time.perf_counter() - start:.0f} s", markup=False, highlight=False)
+    with _progress(title) as show:
+        yield show
+    complain(f"{title}: {time.perf_counter() - start:.0f} s")
+
+
+@contextmanager
+def in_charge() -> Iterator[None]:
+    """Print warnings and log records of all libraries by :func:`complain` inside the block.
+
+    What other libraries print by themselves, such as the help of the commands, fails in no encoding.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.lastResort  # prints the records that no other handler takes
+    logging.lastResort = _Log(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}")
+            yield
+    finally:
+        logging.lastResort = handler
+
+
+class _Log(logging.Handler):
+    """Handler that prints log records to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+class _Forgiving:
+    """Text stream whose failures are ignored: what standard error shows is not worth the loss of a result."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: the stream is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _shown(text: str, stream: TextIO | None) -> str:
+    """Return a text with escapes for what cannot be printed and for what the encoding of a stream lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _print(text: str) -> None:
+    """Write a text to standard output, or end the process with code 1."""
+    try:
+        if sys.stdout is None:
+            raise OSError("it is closed")
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:  # ValueError: the stream is closed
+        # Python flushes standard output once more at its end. That must not fail again, so the rest goes to nowhere.
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `lqlora plan ... | head` closes the pipe on purpose
+            complain(f"lqlora: standard output cannot be written: {error}. Files that the command writes are complete.")
+        raise SystemExit(1) from error
+
+
+def _console(stream: TextIO | _Forgiving) -> Console:
+    from rich.console import Console  # noqa: PLC0415 - of the demo extra, whose absence this module must be able to report
+
+    return Console(file=stream, highlight=False, markup=False, emoji=False)  # type: ignore[arg-type]
+
+
+def _fits(table: Table, width: int) -> bool:
+    """Return whether a terminal has room for the names and for whole numbers beside them."""
+    from rich.cells import cell_len  # noqa: PLC0415 - see _console
+
+    columns = zip(*(row[1:] for row in table.rows), strict=True)
+    words = [[*title.split(), *cells] for title, cells in zip(table.head[1:], columns, strict=False)]
+    return width >= _NAME_WIDTH + sum(2 + max(map(cell_len, own)) for own in words)
+
+
+def _drawn(table: Table, console: Console) -> str:
+    """Return a table as a terminal shows it."""
+    from rich import box  # noqa: PLC0415 - see _console
+    from rich.table import Table as Drawing  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    # A cell is a Text, never a str: rich would look for markup, emoji and links in a str.
+    drawing = Drawing(box=box.SIMPLE, pad_edge=False)
+    for title in table.head:
+        drawing.add_column(Text(title), overflow="fold")
+    for row in table.rows:
+        drawing.add_row(*(Text(_shown(cell, sys.stdout)) for cell in row))
+    with console.capture() as captured:
+        console.print(drawing)
+    return captured.get()
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    stream = None if sys.stderr is None else _Forgiving(sys.stderr)
+    if stream is None or not (console := _console(stream)).is_terminal:
+        yield lambda *_: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    name = TextColumn("{task.description}", markup=False)
+    with Progress(
+        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task(_shown(title, sys.stderr), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import lqlora as lq
 from lqlora.cli import console
-from lqlora.cli.outputs import check_outputs, write_outputs
+from lqlora.cli.outputs import check_outputs, list_outputs, write_outputs
 from lqlora.cli.parsing import parse_formats, parse_integers, parse_pattern
 from lqlora.errors import InvalidArgumentError
 from lqlora.integrations.gguf import packaged_smollm2
@@ -76,4 +76,6 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
             store=options.store,
             progress=lambda done, total, _: show(done, total),  # the third is an estimate of the time left
         )
-    write_outputs({output: f"{table.to_json()}\n".encode()}, dry_run=False)
+    files = {output: f"{table.to_json()}\n".encode()}
+    write_outputs(files)
+    list_outputs(files)

@@ -1,4 +1,4 @@
-"""Output files of a command: checked before any work is done, written when all of it has succeeded."""
+"""Output files of a command: checked before any work is done, written when all of it has succeeded, and then listed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lqlora.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["check_outputs", "write_outputs"]
+__all__ = ["check_outputs", "list_outputs", "write_outputs"]
 
 
 def check_outputs(paths: Iterable[Path], *, force: bool, others: Iterable[Path] = ()) -> None:
@@ -63,9 +63,13 @@ def _identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def write_outputs(files: Mapping[Path, bytes], *, dry_run: bool) -> None:
-    """Write files and print their sizes; with ``dry_run`` only print what would be written."""
+def write_outputs(files: Mapping[Path, bytes]) -> None:
+    """Write files. Nothing is printed before all of them are complete, because standard output may fail."""
     for path, data in files.items():
-        if not dry_run:
-            write_whole(path, data)
+        write_whole(path, data)
+
+
+def list_outputs(files: Mapping[Path, bytes], *, dry_run: bool = False) -> None:
+    """Print the names and sizes of files that were written, or with ``dry_run`` of those that would be."""
+    for path, data in files.items():
         console.say(f"{'Would write' if dry_run else 'Wrote'} {path} ({len(data):,} bytes).")

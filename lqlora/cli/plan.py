@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import lqlora as lq
 from lqlora.cli import console
-from lqlora.cli.outputs import check_outputs, write_outputs
+from lqlora.cli.outputs import check_outputs, list_outputs, write_outputs
 from lqlora.cli.parsing import parse_bytes, parse_number, parse_pairs, parse_ties
 from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.reports.tables import plan_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +69,7 @@ class PlanOutputs:
 
 
 def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
-    """Make a plan, print its table by kind of matrix, and write the files that were asked for.
+    """Make a plan, write the files that were asked for, and print its table by kind of matrix.
 
     Raises
     ------
@@ -84,8 +85,10 @@ def run(table_file: Path, options: PlanOptions, outputs: PlanOutputs) -> None:
         files[outputs.output] = f"{plan.to_json()}\n".encode()
     if outputs.png is not None:
         files[outputs.png] = _picture(plan)
+    if not outputs.dry_run:
+        write_outputs(files)
     _show(plan)
-    write_outputs(files, dry_run=outputs.dry_run)
+    list_outputs(files, dry_run=outputs.dry_run)
 
 
 def _read_table(path: Path) -> CostTable:
@@ -128,7 +131,7 @@ def _picture(plan: Plan) -> bytes:
 
 
 def _show(plan: Plan) -> None:
-    console.show_table(lq.reports.table(plan, by="kind"))
+    console.show_table(plan_table(plan, by="kind"))
     for limit in plan.limits:
         console.say(f"{limit.describe()}.")
     factors = "" if plan.counts_factors else "not "

@@ -20,6 +20,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
+from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.quantized._decoding import decode_scales, zero_point_codes
 from lqlora.quantized._encoding import encode_codes
@@ -144,7 +145,9 @@ def gptq(
     moment = _checked_moment(gram, w, name)
     if not bool(xp.any(moment != 0)):
         if moment.shape[0]:
-            warnings.warn(f"gram of {name} is zero: its weights are rounded to nearest.", UserWarning, stacklevel=2)
+            warnings.warn(
+                f"gram of {printable(name)} is zero: its weights are rounded to nearest.", UserWarning, stacklevel=2
+            )
         return quantize(w, fmt, fit=fit, start=start, check_finite=check_finite, name=name)
     system, diagonal = _system(moment, damping, order, w)
     importance = None if fit == "absmax" else _row(diagonal)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import device_of, empty, namespace
+from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
 from lqlora.quantized._decoding import decode_into, decode_scales, host_levels, zero_point_codes
@@ -180,7 +181,7 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
     statistic, choice, levels = choose(source, fit, check_finite=check_finite)
     if lost := lost_blocks(source, statistic, choice, levels):
         warnings.warn(
-            f"{lost} of {statistic.shape[0]} blocks of {source.name} are not zero but decode to zeros: their scales "
+            f"{lost} of {statistic.shape[0]} blocks of {printable(source.name)} are not zero but decode to zeros: their scales "
             f"round to zero in {source.fmt.scales}. Scale the weights up, or choose a dtype of wider range.",
             ScaleUnderflowWarning,
             stacklevel=3,

@@ -45,7 +45,7 @@ class TestMain:
     def _forget(monkeypatch, package) -> None:
         """Make importing a package fail, and import the command line and the demo anew."""
         prefixes = ("lqlora.cli.", "lqlora.recipes.demo.", "lqlora.recipes.evaluation", "lqlora.recipes.fine_tuning")
-        for name in [n for n in sys.modules if n.startswith(prefixes)]:
+        for name in [n for n in sys.modules if n.startswith(prefixes) and n != "lqlora.cli.console"]:
             monkeypatch.delitem(sys.modules, name)
             if name.startswith("lqlora.cli."):
                 monkeypatch.delattr(cli, name.rpartition(".")[2])

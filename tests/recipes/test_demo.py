@@ -142,7 +142,7 @@ class TestResults:
         (tmp_path / "out" / "old.plan.json").write_text("old")
         (tmp_path / "out" / ".lqlora-demo.json").write_text('["old.plan.json"]')
         table = run_demo(SMALLEST, tmp_path / "out", force=True, **inputs)
-        assert table == (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+        assert f"{table.markdown()}\n" == (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
         assert not (tmp_path / "out" / "old.plan.json").exists()
         assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 

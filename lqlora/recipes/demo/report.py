@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lqlora.reports import bits_by_layer, pictures
+from lqlora.reports.tables import Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from lqlora.allocation import Plan
 
-__all__ = ["Row", "draw", "markdown"]
+__all__ = ["Row", "draw", "tabulate"]
 
 
 @dataclass
@@ -44,16 +45,16 @@ class Row:
     after: float | None = None
     seconds: float = 0.0
 
-    def cells(self) -> list[str]:
+    def cells(self) -> tuple[str, ...]:
         """Return the measurements as text, in the order of the table's columns.
 
         Returns
         -------
-        list of str
+        tuple of str
             One cell a column; an empty one if the model was not fine-tuned.
         """
         after = "" if self.after is None else f"{self.after:.2f}"
-        return [
+        return (
             self.name,
             f"{self.bits:.3f}",
             f"{self.megabytes:.1f}",
@@ -61,14 +62,14 @@ class Row:
             f"{self.before:.2f}",
             after,
             f"{self.seconds:.0f}",
-        ]
+        )
 
 
 _HEAD = ("model", "bits per weight", "MB in all", "relative error", "perplexity before", "after fine-tuning", "seconds")
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return a Markdown table with a row for each model.
+def tabulate(rows: Sequence[Row]) -> Table:
+    """Return a table with a row for each model.
 
     Parameters
     ----------
@@ -77,11 +78,10 @@ def markdown(rows: Sequence[Row]) -> str:
 
     Returns
     -------
-    str
-        The table, with a line break at its end.
+    Table
+        Titles and cells.
     """
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-    return "\n".join(lines + ["| " + " | ".join(row.cells()) + " |" for row in rows]) + "\n"
+    return Table(_HEAD, [row.cells() for row in rows])
 
 
 def draw(path: Path, plans: Mapping[str, Plan], curves: Mapping[str, Sequence[float]]) -> None:

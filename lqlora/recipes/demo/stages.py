@@ -18,7 +18,7 @@ from lqlora import nn
 from lqlora._files import remove_left_over, replace_folder
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
-from lqlora.recipes.demo.report import Row, draw, markdown
+from lqlora.recipes.demo.report import Row, draw, tabulate
 from lqlora.recipes.demo.settings import NF3, NF4, Settings
 from lqlora.recipes.evaluation import perplexity
 from lqlora.recipes.fine_tuning import fine_tune
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lqlora.allocation import Plan
+    from lqlora.reports.tables import Table
 
 __all__ = ["Stage", "run_demo"]
 
@@ -68,7 +69,7 @@ def run_demo(
     text_file: Path | None = None,
     force: bool = False,
     stage: Stage = _silent,
-) -> str:
+) -> Table:
     """Compress, fine-tune, save, reload and measure a model; leave plans, checkpoints, table and picture in a folder.
 
     Parameters
@@ -87,8 +88,8 @@ def run_demo(
 
     Returns
     -------
-    str
-        The table of results, in Markdown.
+    Table
+        The table of results.
 
     Raises
     ------
@@ -110,8 +111,8 @@ def run_demo(
         fisher = _fisher(work)
         plans = _plans(work, fisher)
         _compare(work, plans, fisher)
-        table = markdown(work.rows)
-        (folder / "table.md").write_text(table, encoding="utf-8")
+        table = tabulate(work.rows)
+        (folder / "table.md").write_text(f"{table.markdown()}\n", encoding="utf-8")
         draw(folder / "picture.png", plans, work.curves)
     return table
 

@@ -54,8 +54,11 @@ def show_table(table: Table) -> None:
     SystemExit
         If standard output cannot be written. Its code is 1.
     """
-    if sys.stdout is not None and (console := _console(sys.stdout)).is_terminal and _fits(table, console.width):
-        _print(_drawn(table, console))
+    drawing = None
+    if sys.stdout is not None and (console := _console(sys.stdout)).is_terminal:
+        drawing = _drawn(table, console)
+    if drawing is not None:
+        _print(drawing)
         return
     for line in table.markdown().split("\n"):
         say(line)
@@ -175,27 +178,29 @@ def _console(stream: TextIO | _Forgiving) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)  # type: ignore[arg-type]
 
 
-def _fits(table: Table, width: int) -> bool:
-    """Return whether a terminal has room for the names and for whole numbers beside them."""
-    from rich.cells import cell_len  # noqa: PLC0415 - see _console
-
-    columns = zip(*(row[1:] for row in table.rows), strict=True)
-    words = [[*title.split(), *cells] for title, cells in zip(table.head[1:], columns, strict=False)]
-    return width >= _NAME_WIDTH + sum(2 + max(map(cell_len, own)) for own in words)
-
-
-def _drawn(table: Table, console: Console) -> str:
-    """Return a table as a terminal shows it."""
+def _drawn(table: Table, console: Console) -> str | None:
+    """Return a table as a terminal shows it, or None if there is no room for whole numbers beside the names."""
     from rich import box  # noqa: PLC0415 - see _console
+    from rich.cells import cell_len  # noqa: PLC0415
     from rich.table import Table as Drawing  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
+    rows = [[_shown(cell, sys.stdout) for cell in row] for row in table.rows]
+    columns = [[row[i] for row in rows] for i in range(len(table.head))]
+    # Titles are cut into words before a number is cut, and names before both. One space is left and one right of the
+    # table, and three are between two columns.
+    whole = [max(map(cell_len, (title, *cells))) for title, cells in zip(table.head, columns, strict=True)]
+    least = [max(map(cell_len, (*title.split(), *cells))) for title, cells in zip(table.head, columns, strict=True)]
+    room = console.width - 3 * len(columns) + 1
+    if room < _NAME_WIDTH + sum(least[1:]):
+        return None
+    widths = whole if sum(whole) <= room else [room - sum(least[1:]), *least[1:]]
     # A cell is a Text, never a str: rich would look for markup, emoji and links in a str.
     drawing = Drawing(box=box.SIMPLE, pad_edge=False)
-    for title in table.head:
-        drawing.add_column(Text(title), overflow="fold")
-    for row in table.rows:
-        drawing.add_row(*(Text(_shown(cell, sys.stdout)) for cell in row))
+    for title, width in zip(table.head, widths, strict=True):
+        drawing.add_column(Text(title), width=width, overflow="fold")
+    for row in rows:
+        drawing.add_row(*map(Text, row))
     with console.capture() as captured:
         console.print(drawing)
     return captured.get()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lqlora._optional import require
+from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.reports.frontier import pareto_points
 from lqlora.reports.grouping import bits_by_layer, error_by_layer, ranks_by_layer
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from lqlora.reports.grouping import Grid
 
 __all__ = ["draw_errors", "draw_grid", "figure", "plot", "plot_pareto"]
+
+#: Most characters of a name in a picture. Longer names are cut in the middle, because they would leave no room.
+_LONGEST = 48
 
 
 def plot(plan: Plan) -> Any:
@@ -105,11 +109,11 @@ def draw_grid(axes: Any, grid: Grid, title: str, label: str, *, form: str = "{x:
     """
     # Names come from files of others. A "$" in one must not start a formula, hence parse_math=False.
     image = axes.imshow(grid.values, aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.set_yticks(range(len(grid.kinds)), grid.kinds, parse_math=False)
+    axes.set_yticks(range(len(grid.kinds)), [_label(kind) for kind in grid.kinds], parse_math=False)
     step = max(1, -(-len(grid.layers) // 15))  # at most 15 labels
     axes.set_xticks(range(0, len(grid.layers), step), grid.layers[::step])
     axes.set_xlabel("layer")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(_label(title), parse_math=False)
     axes.figure.colorbar(image, ax=axes, label=label, format=form)
     return image
 
@@ -126,12 +130,20 @@ def draw_errors(axes: Any, curves: Mapping[str, Sequence[float]], title: str) ->
     title : str
         Text above the curves.
     """
-    for name, errors in curves.items():
-        axes.plot(range(len(errors)), errors, marker=".", label=name)
+    lines = [axes.plot(range(len(errors)), errors, marker=".")[0] for errors in curves.values()]
     axes.set_xlabel("iteration (0: quantization alone)")
     axes.set_ylabel("relative error")
-    axes.set_title(title)
-    axes.legend()
+    axes.set_title(_label(title), parse_math=False)
+    # Labels are given here and not to the curves: matplotlib leaves out a curve whose label begins with an underscore.
+    for text in axes.legend(lines, [_label(name) for name in curves]).get_texts():
+        text.set_parse_math(False)
+
+
+def _label(name: str) -> str:
+    """Return a name as a picture shows it: on one line, without characters that cannot be printed, and not too long."""
+    name = printable(name)
+    half = _LONGEST // 2
+    return name if len(name) <= _LONGEST else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def figure(**options: Any) -> Any:

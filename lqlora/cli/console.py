@@ -55,7 +55,7 @@ def show_table(table: Table) -> None:
         If standard output cannot be written. Its code is 1.
     """
     drawing = None
-    if sys.stdout is not None and (console := _console(sys.stdout)).is_terminal:
+    if sys.stdout is not None and (console := _console(_Forgiving(sys.stdout))).is_terminal:
         drawing = _drawn(table, console)
     if drawing is not None:
         _print(drawing)
@@ -172,7 +172,7 @@ def _print(text: str) -> None:
         raise SystemExit(1) from error
 
 
-def _console(stream: TextIO | _Forgiving) -> Console:
+def _console(stream: _Forgiving) -> Console:
     from rich.console import Console  # noqa: PLC0415 - of the demo extra, whose absence this module must be able to report
 
     return Console(file=stream, highlight=False, markup=False, emoji=False)  # type: ignore[arg-type]
@@ -191,10 +191,14 @@ def _drawn(table: Table, console: Console) -> str | None:
     # table, and three are between two columns.
     whole = [max(map(cell_len, (title, *cells))) for title, cells in zip(table.head, columns, strict=True)]
     least = [max(map(cell_len, (*title.split(), *cells))) for title, cells in zip(table.head, columns, strict=True)]
-    room = console.width - 3 * len(columns) + 1
-    if room < _NAME_WIDTH + sum(least[1:]):
+    room = console.width - 3 * len(columns) + 1 - sum(least[1:])
+    if room < _NAME_WIDTH:
         return None
-    widths = whole if sum(whole) <= room else [room - sum(least[1:]), *least[1:]]
+    widths = [min(whole[0], room)]
+    room -= widths[0]
+    for wide, narrow in zip(whole[1:], least[1:], strict=True):
+        widths.append(min(wide, narrow + room))
+        room -= widths[-1] - narrow
     # A cell is a Text, never a str: rich would look for markup, emoji and links in a str.
     drawing = Drawing(box=box.SIMPLE, pad_edge=False)
     for title, width in zip(table.head, widths, strict=True):

@@ -10,6 +10,7 @@ import lqlora as lq
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
 from lqlora.reports import pareto_points, plot, plot_pareto
+from lqlora.reports.pictures import draw_errors
 from tests.requirements import require_or_skip
 
 
@@ -39,8 +40,29 @@ def test_ranks_are_drawn_if_they_differ(mixture):
     assert "Ranks" in titles
 
 
-def test_a_name_with_dollars_is_no_formula(plan, tmp_path):
-    strange = dataclasses.replace(plan, matrices={r"$\broken{$": plan.matrices["layers.0.q"]})
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        (r"$\broken{$", r"$\broken{$"),
+        ("\x1b[m\n\u202eq\ud800", r"\x1b[m\n\u202eq\ud800"),
+        ("_q_", "_q_"),
+        ("a" * 30 + "b" * 270, "a" * 23 + "…" + "b" * 24),
+    ],
+)
+def test_names_are_labels_as_they_are(plan, name, label):
+    strange = dataclasses.replace(plan, matrices={name: plan.matrices["layers.0.q"]})
+    picture = plot(strange)
+    curves = picture.add_subplot()
+    draw_errors(curves, {name: [1.0, 0.5]}, title=name)
+    labels = picture.axes[0].get_yticklabels()[:1], curves.get_legend().get_texts(), [curves.title]
+    for (text,) in labels:
+        assert text.get_text() == label
+        assert not text.get_parse_math()
+
+
+def test_a_picture_of_strange_names_is_drawn(plan, tmp_path):
+    names = [r"$\broken{$", "\x1b[m\n\u202eq\ud800", "_q_", "a" * 300]
+    strange = dataclasses.replace(plan, matrices=dict.fromkeys(names, plan.matrices["layers.0.q"]))
     plot(strange).savefig(tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG\r\n")
 

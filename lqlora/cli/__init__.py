@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; print an error on one line and exit with code 2."""
-    with console.in_charge():
+    with console.routed_messages():
         code = _run()
         console.flush()
     sys.exit(code)

@@ -1,7 +1,7 @@
-"""Door to the terminal: results, tables, progress, warnings, logs and errors of the commands leave through this module.
+"""Output of the commands: results, tables, progress, warnings, logs and errors. No other module of lqlora prints.
 
-Names of matrices, files and options come from others. They are shown as data: nothing in them is read as markup, and
-characters that cannot be printed, or that the encoding of a stream lacks, are shown as escapes.
+Names of matrices and files, and values of options, are printed as data. Nothing in them is read as markup. Characters that
+cannot be printed, or that the encoding of a stream lacks, are printed as escapes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
 
     from lqlora.reports.tables import Table
 
-__all__ = ["complain", "complain_of", "flush", "in_charge", "say", "show_table", "stage"]
+__all__ = ["complain", "complain_of", "flush", "routed_messages", "say", "show_table", "stage"]
 
 #: Least width of the first column of a table on a terminal.
 _NAME_WIDTH = 12
+
+#: Most rows of a table that is drawn. Rich takes about a millisecond for a row.
+_MOST_ROWS = 500
 
 
 def say(line: str) -> None:
@@ -47,21 +50,21 @@ def say(line: str) -> None:
 
 
 def show_table(table: Table) -> None:
-    """Print a table to standard output: drawn on a terminal that is wide enough, as Markdown elsewhere.
+    """Print a table to standard output: drawn on a terminal, as Markdown elsewhere.
+
+    A table with many rows, or one that is too wide for the terminal, is Markdown there too.
 
     Raises
     ------
     SystemExit
         If standard output cannot be written. Its code is 1.
     """
-    drawing = None
-    if sys.stdout is not None and (console := _console(_Forgiving(sys.stdout))).is_terminal:
-        drawing = _drawn(table, console)
+    drawing = None if sys.stdout is None else _drawn(table, _console(_Forgiving(sys.stdout)))
     if drawing is not None:
         _print(drawing)
-        return
-    for line in table.markdown().split("\n"):
-        say(line)
+    else:
+        for line in table.markdown().split("\n"):
+            say(line)
 
 
 def complain(message: str) -> None:
@@ -106,10 +109,10 @@ def stage(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def in_charge() -> Iterator[None]:
+def routed_messages() -> Iterator[None]:
     """Print warnings and log records of all libraries by :func:`complain` inside the block.
 
-    What other libraries print by themselves, such as the help of the commands, fails in no encoding.
+    Texts that other libraries print themselves, such as the help of the commands, have escapes for what the encoding lacks.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -132,7 +135,7 @@ class _Log(logging.Handler):
 
 
 class _Forgiving:
-    """Text stream whose failures are ignored: what standard error shows is not worth the loss of a result."""
+    """Text stream whose failures are ignored: no message is worth the loss of a result."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -179,7 +182,9 @@ def _console(stream: _Forgiving) -> Console:
 
 
 def _drawn(table: Table, console: Console) -> str | None:
-    """Return a table as a terminal shows it, or None if there is no room for whole numbers beside the names."""
+    """Return a table as a terminal shows it, or None if it is shown as Markdown."""
+    if not console.is_terminal or len(table.rows) > _MOST_ROWS:
+        return None
     from rich import box  # noqa: PLC0415 - see _console
     from rich.cells import cell_len  # noqa: PLC0415
     from rich.table import Table as Drawing  # noqa: PLC0415
@@ -187,8 +192,8 @@ def _drawn(table: Table, console: Console) -> str | None:
 
     rows = [[_shown(cell, sys.stdout) for cell in row] for row in table.rows]
     columns = [[row[i] for row in rows] for i in range(len(table.head))]
-    # Titles are cut into words before a number is cut, and names before both. One space is left and one right of the
-    # table, and three are between two columns.
+    # Whole titles take what the names leave, and at least their longest word. Numbers are never cut. There is one space
+    # left and one right of the table, and there are three between two columns.
     whole = [max(map(cell_len, (title, *cells))) for title, cells in zip(table.head, columns, strict=True)]
     least = [max(map(cell_len, (*title.split(), *cells))) for title, cells in zip(table.head, columns, strict=True)]
     room = console.width - 3 * len(columns) + 1 - sum(least[1:])

@@ -313,6 +313,14 @@ class TestOutputsThatFail:
         assert (tmp_path / "t.json").exists()
 
 
+def test_a_table_of_many_rows_is_not_drawn(monkeypatch):
+    stream = Stream("utf-8", terminal=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    table = Table(("kind",), [(f"a_{i}",) for i in range(501)])
+    console.show_table(table)
+    assert stream.text() == f"{table.markdown()}\n"
+
+
 def test_only_the_console_prints():
     prints = {"print", "echo", "secho", "Console", "StreamHandler", "basicConfig", "stdout", "stderr", "__stderr__"}
     word = re.compile(rf"\b({'|'.join(prints)})\b")

@@ -6,7 +6,11 @@ import ast
 import dataclasses
 import errno
 import logging
+import os
 import re
+import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -311,6 +315,62 @@ class TestOutputsThatFail:
         monkeypatch.setattr("sys.stderr", stderr)
         assert run("costs", files / "model.safetensors", *options) == 0
         assert (tmp_path / "t.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+class TestProcesses:
+    @pytest.fixture
+    def plan(self, files, tmp_path):
+        """Run the command in a shell with a redirection; return its result, and check that the plan is complete."""
+
+        def plan(redirection: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+            program = f"{shlex.quote(sys.executable)} -m lqlora.cli plan {shlex.quote(str(files / 'table.json'))}"
+            line = f"{program} --bits 3.5 --output {shlex.quote(str(tmp_path / 'p.json'))} {redirection}"
+            settings = {"PYTHONPATH": str(Path(lq.__file__).parents[1]), **environment}
+            done = subprocess.run(
+                ["bash", "-c", line], capture_output=True, env=os.environ | settings, check=False, timeout=100
+            )
+            assert lq.Plan.from_json((tmp_path / "p.json").read_text()).matrices.keys() == set(NAMES)
+            return done
+
+        return plan
+
+    @pytest.mark.parametrize(
+        ("redirection", "said"),
+        [
+            (">/dev/full", b"No space left"),
+            (">&-", b"it is closed"),
+            (">&- 2>&-", b""),
+            (">/dev/full 2>/dev/full", b""),
+        ],
+    )
+    def test_outputs_that_fail(self, plan, redirection, said):
+        done = plan(redirection)
+        assert (done.returncode, done.stdout) == (1, b"")
+        assert said in done.stderr
+        assert done.stderr.count(b"\n") == bool(said)
+
+    def test_a_pipe_that_is_closed(self, plan):
+        done = plan("| true; exit ${PIPESTATUS[0]}")
+        assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+    @pytest.mark.parametrize(
+        "environment",
+        [
+            {"PYTHONIOENCODING": "ascii"},
+            {"PYTHONIOENCODING": "cp1252:ignore"},
+            {"PYTHONIOENCODING": "utf-16"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+            {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "20"},
+        ],
+        ids=str,
+    )
+    def test_environments(self, plan, environment):
+        done = plan("", **environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        name = "model.layers.*.experts.*.*up*".encode(environment.get("PYTHONIOENCODING", "ascii").partition(":")[0])
+        assert name.removeprefix(b"\xff\xfe") in done.stdout
 
 
 def test_a_table_of_many_rows_is_not_drawn(monkeypatch):

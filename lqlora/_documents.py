@@ -1,0 +1,350 @@
+"""Reader of JSON documents: every value is compared with a schema before it is used.
+
+A schema is a class of msgspec, whose fields have the types and the ranges that are allowed. Whatever a file holds, reading
+it returns an object of that class, or raises one error that names the file, the place in it and the value.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from lqlora._messages import fit, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lqlora.errors import LQLoRAError
+
+__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "step"]
+
+_T = TypeVar("_T")
+
+#: Largest finite float64. JSON has no infinity, but ``1e999`` is valid JSON, and Python reads it as infinity.
+_LARGEST = sys.float_info.max
+
+#: Levels of nesting that a part of free form may have, far below what Python's own functions can handle.
+_MAX_DEPTH = 200
+
+#: Digits that an integer may have. Python's own limit is 4300 by default, and can be removed.
+_MAX_DIGITS = 4300
+
+#: A finite number.
+Number = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
+
+#: A finite number of at least 0, such as a squared error.
+Size = Annotated[float, Meta(ge=0, le=_LARGEST)]
+
+#: A whole number of at least 0 that int64 holds, such as a number of bits.
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+#: Length of a dimension. The product of two such lengths is below 2**62.
+Length = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+#: A name or another text.
+Text = Annotated[str, Meta(max_length=2**16)]
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Mark of a part of a document that the schema need not see: a repeated key, NaN, or too many digits."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reader of one document.
+
+    Parameters
+    ----------
+    source : str
+        What the document is, as messages begin: a file, a line of it, or an argument.
+    error : class
+        Class of the errors.
+
+    Examples
+    --------
+    >>> from lqlora.errors import InvalidArgumentError
+    >>> Reader("text", InvalidArgumentError).read('{"a.b": [1, -2]}', dict[str, list[Count]])
+    Traceback (most recent call last):
+    lqlora.errors.InvalidArgumentError: text: ['a.b'][1] must be a whole number from 0 to 9223372036854775807, got -2.
+    """
+
+    source: str
+    error: type[LQLoRAError]
+
+    def read(self, text: str | bytes, schema: type[_T]) -> _T:
+        """Return the document of a text as an object of a schema.
+
+        Parameters
+        ----------
+        text : str or bytes
+            JSON; bytes are UTF-8.
+        schema : class
+            Struct of msgspec, or another type that it knows.
+
+        Returns
+        -------
+        object
+            An object of the class. Every field has its type and is in its range.
+        """
+        return self.convert(self.parse(text), schema)
+
+    def parse(self, text: str | bytes) -> Any:
+        """Return the values of a JSON text, which no schema has seen yet.
+
+        Parameters
+        ----------
+        text : str or bytes
+            JSON; bytes are UTF-8.
+
+        Returns
+        -------
+        object
+            Dicts, lists, texts, numbers, booleans and None. Keys differ, and numbers are not NaN.
+        """
+        if not isinstance(text, str | bytes | bytearray):
+            raise self.fault("", f"must be text, got {shown(text)}.")
+        try:
+            plain, refused = _loads(text if isinstance(text, str) else text.decode())
+        except RecursionError:
+            raise self.fault("", "must be valid JSON, but it is nested too deep.") from None
+        except UnicodeDecodeError as error:
+            raise self.fault("", f"must be valid JSON in UTF-8, got the byte {error.object[error.start]:#x}.") from None
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise self.fault("", f"must be valid JSON, got an error in {place}: {error.msg}.") from None
+        if refused:
+            found = next((own for own in _parts(plain) if isinstance(own[1], _Refused)), ("", refused[0]))
+            raise self.fault(found[0], f"{found[1].why}.")
+        return plain
+
+    def convert(self, plain: Any, schema: type[_T], place: str = "") -> _T:
+        """Return values of JSON as an object of a schema.
+
+        Parameters
+        ----------
+        plain : object
+            Values of JSON.
+        schema : class
+            Struct of msgspec, or another type that it knows.
+        place : str, optional
+            Where the values are in the document.
+
+        Returns
+        -------
+        object
+            An object of the class.
+        """
+        try:
+            return msgspec.convert(plain, schema)
+        except msgspec.ValidationError:
+            # Its message does not say the keys of dicts and the value.
+            where, why = _locate(plain, schema, place)
+            raise self.fault(where, f"{why}.") from None
+
+    def check_depth(self, plain: Any, place: str) -> None:
+        """Raise if values of free form are nested so deep that functions that walk them could fail.
+
+        Parameters
+        ----------
+        plain : object
+            Values of JSON.
+        place : str
+            Where the values are in the document.
+        """
+        level, depth = [plain], 0
+        while level:
+            if depth > _MAX_DEPTH:
+                raise self.fault(place, f"must be nested at most {_MAX_DEPTH} levels deep, got more.")
+            children = (own.values() if isinstance(own, dict) else own for own in level)
+            level = [child for own in children for child in own if isinstance(child, dict | list)]
+            depth += 1
+
+    def fault(self, place: str, why: str) -> LQLoRAError:
+        """Return the error for a part of the document.
+
+        Parameters
+        ----------
+        place : str
+            The part, such as ``"matrices['a.b'].shape[1]"``; an empty text is the whole document.
+        why : str
+            What is wrong with it, as the rest of a sentence.
+
+        Returns
+        -------
+        LQLoRAError
+            The error to raise, with a printable message of bounded length.
+        """
+        between = "" if why.startswith(":") else " "
+        return self.error(fit(f"{self.source}: {place.removeprefix('.') or 'the document'}{between}{why}"))
+
+
+def step(key: str | int) -> str:
+    """Return the step from a part of a document to one that it holds, as in ``matrices['a.b'].shape[1]``.
+
+    Parameters
+    ----------
+    key : str or int
+        Key of an object, or index of a list.
+
+    Returns
+    -------
+    str
+        A dot and the key, if that is a word, else brackets.
+
+    Examples
+    --------
+    >>> step("shape") + step(1), step("a.b")
+    ('.shape[1]', "['a.b']")
+    """
+    if isinstance(key, str) and key.isidentifier() and key.isascii() and len(key) <= 40:
+        return f".{key}"
+    return f"[{shown(key)}]"
+
+
+class _Loader:
+    """Functions that json.loads calls for what it would accept and this reader refuses.
+
+    They put marks into the document, whose places are known when all of it has been read.
+    """
+
+    def __init__(self) -> None:
+        self.refused: list[_Refused] = []
+
+    def load(self, text: str, parse_int: Callable[[str], Any] | None = None) -> Any:
+        return json.loads(text, object_pairs_hook=self._pairs, parse_constant=self._constant, parse_int=parse_int)
+
+    def integer(self, digits: str) -> int | _Refused:
+        count = len(digits.lstrip("-"))
+        return int(digits) if count <= _MAX_DIGITS else self._mark(f"must be a shorter number, got {count} digits")
+
+    def _pairs(self, found: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(found)
+        if len(made) < len(found):
+            counts = Counter(key for key, _ in found)
+            made |= {key: self._mark("must occur once, but the key is repeated") for key in made if counts[key] > 1}
+        return made
+
+    def _constant(self, word: str) -> _Refused:
+        return self._mark(f"must be a number of JSON, got {word}")
+
+    def _mark(self, why: str) -> _Refused:
+        self.refused.append(_Refused(why))
+        return self.refused[-1]
+
+
+def _loads(text: str) -> tuple[Any, list[_Refused]]:
+    """Return the values of a JSON text, and the marks of the parts that are refused; they are among the values."""
+    loader = _Loader()
+    try:
+        return loader.load(text), loader.refused
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # int() refuses so many digits. A function is called for every integer, so only here.
+        loader = _Loader()
+        return loader.load(text, loader.integer), loader.refused
+
+
+def _parts(plain: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the places and the values of all parts of a document, without recursion."""
+    waiting = [("", plain)]
+    while waiting:
+        place, own = waiting.pop()
+        yield place, own
+        if isinstance(own, dict | list):
+            entries = own.items() if isinstance(own, dict) else enumerate(own)
+            waiting += reversed([(place + step(key), child) for key, child in entries])
+
+
+def _fits(value: Any, schema: Any) -> bool:
+    try:
+        msgspec.convert(value, schema)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _locate(value: Any, schema: Any, place: str) -> tuple[str, str]:
+    """Return the place of the first part of a value that a schema refuses, and what is wrong with it."""
+    # Only the part that is refused is followed, so a document is converted once more for each of its few levels.
+    kind = _only_kind(schema)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict):
+        return _locate_field(value, kind, place)
+    if origin is dict and isinstance(value, dict):
+        for key, own in value.items():
+            if not _fits(key, arguments[0]):
+                return place + step(key), f"must have a key that is {_described(arguments[0])}"
+            if not _fits(own, arguments[1]):
+                return _locate(own, arguments[1], place + step(key))
+    if origin in (list, tuple) and isinstance(value, list):
+        kinds = arguments if origin is tuple and ... not in arguments else [arguments[0]] * len(value)
+        if len(kinds) == len(value):
+            for index, (own, expected) in enumerate(zip(value, kinds, strict=True)):
+                if not _fits(own, expected):
+                    return _locate(own, expected, place + step(index))
+    return place, f"must be {_described(schema)}, got {shown(value)}"
+
+
+def _locate_field(value: dict[str, Any], kind: type[msgspec.Struct], place: str) -> tuple[str, str]:
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    for key, own in value.items():
+        if key in fields and not _fits(own, fields[key].type):
+            return _locate(own, fields[key].type, place + step(key))
+    known = f"known are {', '.join(fields)}"
+    if kind.__struct_config__.forbid_unknown_fields and (
+        unknown := next((key for key in value if key not in fields), None)
+    ):
+        return place + step(unknown), f"is unknown; {known}"
+    missing = next((key for key, field in fields.items() if field.required and key not in value), None)
+    return (
+        (place, f"must have the fields {', '.join(fields)}")
+        if missing is None
+        else (place + step(missing), "is missing")
+    )
+
+
+def _only_kind(schema: Any) -> Any:
+    """Return a type without its limits, and without the alternative that it is null or left out."""
+    bare = get_args(schema)[0] if get_origin(schema) is Annotated else schema
+    if get_origin(bare) in (Union, UnionType):
+        kinds = [own for own in get_args(bare) if own not in (NoneType, msgspec.UnsetType)]
+        return _only_kind(kinds[0]) if len(kinds) == 1 else bare
+    return bare
+
+
+def _described(schema: Any) -> str:
+    """Return what values of a type are, for a message."""
+    limits = next((own for own in get_args(schema)[1:] if isinstance(own, Meta)), Meta())
+    bare = get_args(schema)[0] if get_origin(schema) is Annotated else schema
+    arguments = get_args(bare)
+    if get_origin(bare) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_described(own) for own in arguments if own is not msgspec.UnsetType))
+    if get_origin(bare) is Literal:
+        return " or ".join(map(shown, arguments))
+    if get_origin(bare) is tuple and ... not in arguments:
+        return f"a list of {len(arguments)} entries"
+    words = {
+        bool: "true or false", int: "a whole number", float: "a finite number", str: "text", list: "a list",
+        tuple: "a list", NoneType: "null",
+    }  # fmt: skip
+    return words.get(get_origin(bare) or bare, "an object") + _range(limits)
+
+
+def _range(limits: Meta) -> str:
+    if limits.min_length is not None:
+        return f" of {limits.min_length} to {limits.max_length} entries"
+    if limits.max_length is not None:
+        return f" of at most {limits.max_length} characters"
+    if limits.ge in (None, -_LARGEST):
+        return ""
+    return f" of at least {limits.ge}" if limits.le in (None, _LARGEST) else f" from {limits.ge} to {limits.le}"

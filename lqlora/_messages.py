@@ -1,0 +1,116 @@
+"""Text for messages about values of users and files: short, printable, and on one line."""
+
+from __future__ import annotations
+
+import itertools
+import reprlib
+
+__all__ = ["MESSAGE_LENGTH", "fit", "printable", "shown"]
+
+#: Largest number of characters of a message about a file.
+MESSAGE_LENGTH = 400
+
+#: Words of JSON, which readers of a file see, by the values that Python makes of them.
+_WORDS = {None: "null", True: "true", False: "false"}
+
+
+class _Short(reprlib.Repr):
+    """Texts of values that bound the entries, the levels, and the digits of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist, self.maxdict, self.maxlevel = 4, 3, 3
+
+    def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002 - called by reprlib
+        # Python refuses to write integers of more than 4300 digits. A bit is log10(2) digits.
+        return (
+            repr(value) if value.bit_length() < 200 else f"an integer of {int(value.bit_length() * 0.30103) + 1} digits"
+        )
+
+    def repr_dict(self, value: dict[object, object], level: int) -> str:
+        # The first keys in their order, where reprlib would sort all.
+        if level <= 0:
+            return "{...}"
+        first = itertools.islice(value.items(), self.maxdict)
+        parts = [f"{self.repr1(key, level - 1)}: {self.repr1(own, level - 1)}" for key, own in first]
+        return "{" + ", ".join([*parts, "..."] if len(value) > self.maxdict else parts) + "}"
+
+
+_SHORT = _Short()
+
+
+def shown(value: object, length: int = 80) -> str:
+    r"""Return a value as printable text of bounded length.
+
+    Parameters
+    ----------
+    value : object
+        A value of JSON, or any other.
+    length : int, default 80
+        Largest number of characters.
+
+    Returns
+    -------
+    str
+        Python's text of the value, or the word of JSON for None, True and False. What is left out is marked by ``…``.
+
+    Examples
+    --------
+    >>> print(shown("a\x1b[2J"), shown(None), shown([1, 2, 3, 4, 5]), shown(10**5000))
+    'a\x1b[2J' null [1, 2, 3, 4, ...] an integer of 5001 digits
+    """
+    if value is None or isinstance(value, bool):
+        return _WORDS[value]
+    if isinstance(value, str):
+        return _cut(printable(repr(value[: length + 1])), length)
+    return _cut(printable(_SHORT.repr(value)), length)
+
+
+def printable(text: str) -> str:
+    r"""Return a text in which characters that cannot be printed are replaced by their escapes.
+
+    Parameters
+    ----------
+    text : str
+        Any text, such as the name of a file.
+
+    Returns
+    -------
+    str
+        Printable text without line breaks.
+
+    Examples
+    --------
+    >>> print(printable("up\n\x1b[2J"))
+    up\n\x1b[2J
+    """
+    return text if text.isprintable() else "".join(own if own.isprintable() else repr(own)[1:-1] for own in text)
+
+
+def fit(message: str) -> str:
+    """Return a message that is printable and not too long: the middle of a long one is left out.
+
+    Parameters
+    ----------
+    message : str
+        A message that may contain texts of files.
+
+    Returns
+    -------
+    str
+        At most ``MESSAGE_LENGTH`` characters. The begin names the file, and the end says the value.
+
+    Examples
+    --------
+    >>> len(fit("a" * 1000)), fit("short")
+    (400, 'short')
+    """
+    message = printable(message)
+    if len(message) <= MESSAGE_LENGTH:
+        return message
+    end = MESSAGE_LENGTH // 2
+    return f"{message[: MESSAGE_LENGTH - end - 1]}…{message[-end:]}"
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -36,7 +36,7 @@ def block_normal_density(block_size: int, power: int) -> Density:
     #
     # Limits of integration: P(m)**B = _TAIL below; above, Pr(M > m) <= 2 B (1 - Phi(m)) = _TAIL (union bound).
     # expm1 and log1p keep the digits of 1 - P(m) when B is large and of P(m) when B is small.
-    nodes, quadrature = np.polynomial.legendre.leggauss(_NODES)
+    nodes, quadrature = _rule()
     smallest = -NormalDist().inv_cdf(-math.expm1(math.log(_TAIL) / block_size) / 2)
     largest = -NormalDist().inv_cdf(_TAIL / 2 / block_size)
     maxima = smallest + (largest - smallest) * (nodes + 1) / 2
@@ -47,5 +47,17 @@ def block_normal_density(block_size: int, power: int) -> Density:
 
 def _mixed(maxima: Reals, mixture: Reals, x: Reals) -> Reals:
     """Return ``sum_m mixture[m] * exp(-(m * x)**2 / 2)``: the integral over the block maximum as a finite sum."""
-    values: Reals = np.exp(-((x[..., None] * maxima) ** 2) / 2) @ mixture
+    # In place: this is most of the time that a codebook takes, and larger arrays would not stay in the cache.
+    terms = x[..., None] * maxima
+    np.square(terms, out=terms)
+    np.negative(terms, out=terms)
+    np.divide(terms, 2, out=terms)
+    np.exp(terms, out=terms)
+    values: Reals = terms @ mixture
     return values
+
+
+@functools.cache
+def _rule() -> tuple[Reals, Reals]:
+    """Return the nodes and weights of the Gauss-Legendre rule, whose computation takes longer than using it."""
+    return np.polynomial.legendre.leggauss(_NODES)

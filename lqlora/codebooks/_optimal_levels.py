@@ -85,11 +85,9 @@ def _conditions(density: Density, levels: Reals, power: int, ends: Ends) -> tupl
     if ends.free:
         middles[-1] = 1.0
     low, high = middles[:-1], middles[1:]
-    pull = _half_cell(density, levels, low, power - 1) - _half_cell(density, levels, high, power - 1)
-    if power == 1:
-        own = 2 * density(levels)
-    else:
-        own = _half_cell(density, levels, low, 0) + _half_cell(density, levels, high, 0)
+    below, above = _HalfCell(density, levels, low), _HalfCell(density, levels, high)
+    pull = below.moment(power - 1) - above.moment(power - 1)
+    own = 2 * density(levels) if power == 1 else below.moment(0) + above.moment(0)
     by_low = (levels - low) ** (power - 1) * density(low) / 2
     by_high = (high - levels) ** (power - 1) * density(high) / 2
     # A border at 0 or 1 that is the end of a cell, not the middle between two levels, does not move.
@@ -98,8 +96,14 @@ def _conditions(density: Density, levels: Reals, power: int, ends: Ends) -> tupl
     return pull, own, np.diag(own - moving) - np.diag(by_low[1:], -1) - np.diag(by_high[:-1], 1)
 
 
-def _half_cell(density: Density, levels: Reals, ends: Reals, power: int) -> Reals:
-    """Return the integral of ``|x - level|**power * density(x)`` from each level to one end of its cell."""
-    x = levels[:, None] + (ends - levels)[:, None] * _NODES
-    values: Reals = (density(x) * np.abs(x - levels[:, None]) ** power) @ _QUADRATURE * np.abs(ends - levels)
-    return values
+class _HalfCell:
+    """Values of the density between each level and one end of its cell, which several integrals share."""
+
+    def __init__(self, density: Density, levels: Reals, ends: Reals) -> None:
+        x = levels[:, None] + (ends - levels)[:, None] * _NODES
+        self._density, self._distance, self._width = density(x), np.abs(x - levels[:, None]), np.abs(ends - levels)
+
+    def moment(self, power: int) -> Reals:
+        """Return the integral of ``|x - level|**power * density(x)`` from each level to the end."""
+        values: Reals = (self._density * self._distance**power) @ _QUADRATURE * self._width
+        return values

@@ -189,25 +189,23 @@ class Reader:
 
 
 def step(key: str | int) -> str:
-    """Return the step from a part of a document to one that it holds, as in ``matrices['a.b'].shape[1]``.
+    """Return the step from a part of a document to one of its entries, as in ``matrices['a.b'].shape[1]``.
 
     Parameters
     ----------
     key : str or int
-        Key of an object, or index of a list.
+        Name of an entry, or index in a list.
 
     Returns
     -------
     str
-        A dot and the key, if that is a word, else brackets.
+        The key in brackets. Fields of a schema are written with a dot instead.
 
     Examples
     --------
-    >>> step("shape") + step(1), step("a.b")
-    ('.shape[1]', "['a.b']")
+    >>> step("a.b") + ".shape" + step(1)
+    "['a.b'].shape[1]"
     """
-    if isinstance(key, str) and key.isidentifier() and key.isascii() and len(key) <= 40:
-        return f".{key}"
     return f"[{shown(key)}]"
 
 
@@ -262,7 +260,13 @@ def _parts(plain: Any) -> Iterator[tuple[str, Any]]:
         yield place, own
         if isinstance(own, dict | list):
             entries = own.items() if isinstance(own, dict) else enumerate(own)
-            waiting += reversed([(place + step(key), child) for key, child in entries])
+            waiting += reversed([(place + _guessed_step(key), child) for key, child in entries])
+
+
+def _guessed_step(key: str | int) -> str:
+    """Return the step to a part of a document whose schema is not known: a short word may be the name of a field."""
+    is_word = isinstance(key, str) and key.isidentifier() and key.isascii() and len(key) <= 40
+    return f".{key}" if is_word else step(key)
 
 
 def _fits(value: Any, schema: Any) -> bool:
@@ -299,7 +303,7 @@ def _locate_field(value: dict[str, Any], kind: type[msgspec.Struct], place: str)
     fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
     for key, own in value.items():
         if key in fields and not _fits(own, fields[key].type):
-            return _locate(own, fields[key].type, place + step(key))
+            return _locate(own, fields[key].type, f"{place}.{key}")
     known = f"known are {', '.join(fields)}"
     if kind.__struct_config__.forbid_unknown_fields and (
         unknown := next((key for key in value if key not in fields), None)
@@ -309,7 +313,7 @@ def _locate_field(value: dict[str, Any], kind: type[msgspec.Struct], place: str)
     return (
         (place, f"must have the fields {', '.join(fields)}")
         if missing is None
-        else (place + step(missing), "is missing")
+        else (f"{place}.{missing}", "is missing")
     )
 
 

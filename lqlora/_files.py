@@ -12,12 +12,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from lqlora._messages import fit, shown
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["lock", "remove_left_over", "replace_file", "replace_folder", "write_whole"]
+    from lqlora.errors import LQLoRAError
+
+__all__ = ["input_file", "lock", "remove_left_over", "replace_file", "replace_folder", "write_whole"]
 
 #: Number of temporary folders to try: one is lost only if another writer comes within microseconds.
 _ATTEMPTS = 8
@@ -76,6 +79,43 @@ def replace_file(path: str | os.PathLike[str], *failures: type[Exception]) -> It
             beside.replace(target)  # atomic in POSIX, because both names are on one file system
     except expected as error:
         raise CheckpointError(f"{path} cannot be written: {error}. Nothing was changed.") from error
+
+
+def input_file(path: str | os.PathLike[str], error: type[LQLoRAError], *, is_optional: bool = False) -> Path:
+    """Return the path of a file that can be opened for reading without waiting.
+
+    Parameters
+    ----------
+    path : path-like
+        File to read.
+    error : class
+        Class of the errors.
+    is_optional : bool, default False
+        Accept a path at which there is nothing yet.
+
+    Returns
+    -------
+    Path
+        The path, which names a regular file or, if that is accepted, nothing.
+
+    Raises
+    ------
+    LQLoRAError
+        If the path is not one, or names nothing, a folder, a pipe or a device. Opening a pipe would wait for a writer.
+    """
+    try:
+        own = Path(path)
+        mode = own.stat().st_mode
+    except FileNotFoundError:
+        if is_optional:
+            return own
+        raise error(fit(f"{path} does not exist.")) from None
+    except (OSError, TypeError, ValueError) as fault:  # ValueError: the path has a zero byte
+        raise error(fit(f"{shown(path, 200)} cannot be opened: {fault}.")) from fault
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
+        raise error(fit(f"{path} must be a regular file, got {kind}."))
+    return own
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

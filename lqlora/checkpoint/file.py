@@ -18,10 +18,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads and writes
@@ -30,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lqlora import ops
-from lqlora._files import replace_file
-from lqlora.codebooks import Codebook, is_standard
+from lqlora._files import input_file, replace_file
+from lqlora._messages import fit, shown
+from lqlora.codebooks import Codebook, check_work, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
 from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized import QuantizedArray
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
+    from lqlora._documents import Reader
     from lqlora._typing import Array
+    from lqlora.checkpoint._schema import Content, Matrix
 
 __all__ = ["Checkpoint", "StoredMatrix", "load", "save", "verify"]
 
@@ -164,29 +165,38 @@ def save(
     _add_all(arrays, {name: ops.convert(tensor, np) for name, tensor in (tensors or {}).items()})
     arrays = {name: _plain(array) for name, array in arrays.items()}
     _check_readable(arrays, rows)
-    document: dict[str, Any] = {"spec": _SPEC, "matrices": rows}
-    try:
-        # The fingerprint is computed from what a reader will see: JSON turns keys that are numbers into text.
-        document["metadata"] = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
-        document["sha256"] = _digest(arrays, document)
-        header = json.dumps(document, allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"metadata must hold JSON values only: {error}.") from None
+    # The fingerprint is computed from what a reader will see: JSON turns keys that are numbers into text.
+    document: dict[str, Any] = {"spec": _SPEC, "matrices": rows, "metadata": _as_json(metadata or {})}
+    document["sha256"] = _digest(arrays, document)
+    header = json.dumps(document, allow_nan=False)
     with replace_file(path, SafetensorError) as beside:
         # One key only: safetensors writes several in an order that differs from run to run.
         save_file(arrays, beside, metadata={_KEY: header})
+
+
+def _as_json(metadata: Mapping[str, Any]) -> Any:
+    """Return metadata as a reader will see it, or raise if it would refuse it."""
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise InvalidArgumentError(fit(f"metadata must hold JSON values only: {error}.")) from None
+    reader = Reader("metadata must hold JSON values only", InvalidArgumentError)
+    plain = reader.parse(text)
+    reader.check_depth(plain, "")
+    return plain
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise unless the arrays can be loaded again, so that no good file is replaced by an unreadable one."""
     # The arrays go through the reader itself, so writing accepts exactly what loading does: no second list of checks
     # can drift from the first. The reader removes what it takes, hence the copy of the dict. Weights are not decoded.
-    left, names = dict(arrays), sorted(arrays)
-    try:
-        for name, row in rows.items():
-            _take_matrix(left, names, name, row)
-    except (KeyError, LQLoRAError) as error:
-        raise InvalidArgumentError(f"matrices: {name!r} cannot be stored: {error}") from error
+    from lqlora._documents import Reader, Text  # noqa: PLC0415 - imports msgspec
+    from lqlora.checkpoint._schema import Matrix  # noqa: PLC0415
+
+    reader = Reader("matrices that could not be loaded again are not saved", InvalidArgumentError)
+    _take_matrices(dict(arrays), reader.convert(dict(rows), dict[Text, Matrix], "matrices"), reader, "matrices")
     if "__metadata__" in arrays:
         raise InvalidArgumentError("tensors: the name '__metadata__' is reserved by safetensors. Rename the tensor.")
 
@@ -263,55 +273,82 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         If the file is missing, truncated, not a checkpoint of this library, or contradicts itself.
     """
-    return _assemble(path, *_read(Path(path)))
+    arrays, content, _ = _read(path)
+    return _assemble(path, arrays, content)
 
 
-def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], document: dict[str, Any]) -> Checkpoint:
+def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], content: Content) -> Checkpoint:
     """Sort the tensors of a file into matrices and plain tensors."""
     # Each matrix removes its tensors from `arrays`. What is left belongs to no matrix and is plain.
-    names = sorted(arrays)
-    try:
-        matrices = {name: _take_matrix(arrays, names, name, row) for name, row in document["matrices"].items()}
-    except KeyError as error:
-        raise CheckpointError(f"{path} is inconsistent: {error} is missing.") from error
-    except (AttributeError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
-        raise CheckpointError(f"{path} is inconsistent: {error}") from error
-    return Checkpoint(matrices, arrays, document["metadata"])
+    matrices = _take_matrices(arrays, content.matrices, _reader(path), "matrices")
+    return Checkpoint(matrices, arrays, content.metadata)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tensors and the JSON document of a file."""
+def _reader(path: str | os.PathLike[str]) -> Reader:
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+
+    return Reader(f"{path} is damaged or inconsistent", CheckpointError)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Content, dict[str, Any]]:
+    """Return the tensors of a file, its JSON document, and the same as plain values, from which the hash is computed."""
+    from lqlora.checkpoint._schema import Content, Version  # noqa: PLC0415 - imports msgspec
+
+    own = input_file(path, CheckpointError)
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(own, framework="numpy") as file:
             text = (file.metadata() or {}).get(_KEY)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
     # AttributeError and TypeError are what safetensors raises for a dtype that NumPy does not have.
     except (AttributeError, OSError, SafetensorError, TypeError) as error:
         hint = "Is it truncated, or a git-lfs pointer?"
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). {hint}") from error
+        raise CheckpointError(fit(f"{path} is not a readable safetensors file ({error}). {hint}")) from error
     if text is None:
         raise CheckpointError(
-            f"{path} is a safetensors file that lqlora.save did not write: it has no {_KEY!r} metadata."
+            fit(f"{path} is a safetensors file that lqlora.save did not write: it has no {_KEY!r} metadata.")
         )
+    reader = _reader(path)
+    plain = reader.parse(text)
+    if (spec := reader.convert(plain, Version).spec) != _SPEC:
+        raise reader.fault("spec", f"must be {_SPEC}, which this lqlora reads, got {shown(spec)}.")
+    content = reader.convert(plain, Content)
+    reader.check_depth(content.metadata, "metadata")
+    return arrays, content, plain
+
+
+def _take_matrices(
+    arrays: dict[str, Any], rows: Mapping[str, Matrix], reader: Reader, place: str
+) -> dict[str, StoredMatrix]:
+    """Remove the tensors of all matrices from the arrays, check them, and return the matrices."""
+    from lqlora._documents import step  # noqa: PLC0415 - imports msgspec
+
+    names, formats = sorted(arrays), dict[str, BlockFormat]()
+    named = (codebook_name(row.format) for name, row in rows.items() if _weight_key(name, "codebook") not in arrays)
     try:
-        document = json.loads(text)
-        spec = document["spec"]
-        complete = all(isinstance(document[key], dict) for key in ("matrices", "metadata"))
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a damaged JSON document: {type(error).__name__}.") from error
-    if spec != _SPEC:
-        raise CheckpointError(f"{path} has a JSON document of version {spec!r}; this lqlora reads version {_SPEC}.")
-    if not complete:
-        raise CheckpointError(f"{path} has a damaged JSON document: 'matrices' and 'metadata' must be objects.")
-    return arrays, document
+        check_work(named)
+    except FormatError as error:
+        raise reader.fault(place, f": {error}") from error
+    matrices = {}
+    for name, row in rows.items():
+        try:
+            matrices[name] = _take_matrix(arrays, names, name, row, formats)
+        except KeyError as error:
+            raise reader.fault(
+                f"{place}{step(name)}", f"is described, but {shown(error.args[0])} is missing."
+            ) from error
+        # What the tensors hold is not in the document: AttributeError and so on come from unusual dtypes and shapes.
+        except (AttributeError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
+            raise reader.fault(f"{place}{step(name)}", f": {error}") from error
+    return matrices
 
 
-def _take_matrix(arrays: dict[str, Any], names: list[str], name: str, row: Mapping[str, Any]) -> StoredMatrix:
+def _take_matrix(
+    arrays: dict[str, Any], names: list[str], name: str, row: Matrix, formats: dict[str, BlockFormat]
+) -> StoredMatrix:
     """Remove the tensors of a matrix from the arrays, check them, and return the matrix.
 
-    ``names`` are the sorted names of all arrays of the file, also of those that other matrices have removed.
+    ``names`` are the sorted names of all arrays of the file, also of those that other matrices have removed. ``formats``
+    are those of standard codebooks that were read before, by their text.
     """
     # The levels and the format come from a file that may be damaged or forged. Nothing is decoded before
     # QuantizedArray.from_arrays has compared every dtype and length with BlockFormat.stored_arrays.
@@ -321,14 +358,8 @@ def _take_matrix(arrays: dict[str, Any], names: list[str], name: str, row: Mappi
     neighbors = map(names.__getitem__, range(bisect_left(names, prefix), len(names)))
     found = itertools.takewhile(lambda key: key.startswith(prefix), neighbors)
     own = {key.removeprefix(prefix): arrays.pop(key) for key in found if key in arrays}
-    levels = own.pop("codebook", None)
-    text = str(row["format"])
-    codebook = None if levels is None else Codebook(levels, codebook_name(text), row["normalization"])
-    shape = tuple(row["shape"])
-    # Lengths below 2**31 keep the number of entries within 64 bits, whatever a damaged file says.
-    if len(shape) != 2 or not all(isinstance(length, int) and 0 <= length < 2**31 for length in shape):
-        raise FormatError(f"shape of {name!r} must be two integers from 0 to {2**31 - 1}, got {shape}.")
-    quantized = QuantizedArray.from_arrays(own, BlockFormat.parse(text, codebook), shape)
+    quantized = QuantizedArray.from_arrays(own, _stored_format(row, own.pop("codebook", None), formats), row.shape)
+    shape = row.shape
     lora_A, lora_B = arrays.pop(f"{name}.lora_A"), arrays.pop(f"{name}.lora_B")
     if lora_A.ndim != 2 or lora_B.shape != (shape[0], len(lora_A)) or lora_A.shape[1] != shape[1]:
         raise FormatError(
@@ -337,10 +368,18 @@ def _take_matrix(arrays: dict[str, Any], names: list[str], name: str, row: Mappi
         )
     ops.widen(lora_A, f"lora_A of {name!r}")  # refuses what is not floating-point
     ops.widen(lora_B, f"lora_B of {name!r}")
-    scaling = float(row["scaling"])
-    if not math.isfinite(scaling):
-        raise FormatError(f"scaling of {name!r} must be finite, got {scaling}.")
-    return StoredMatrix(quantized, lora_A, lora_B, scaling)
+    return StoredMatrix(quantized, lora_A, lora_B, row.scaling)
+
+
+def _stored_format(row: Matrix, levels: Any, formats: dict[str, BlockFormat]) -> BlockFormat:
+    """Return the format of a matrix, with the levels that are stored if its codebook has no standard name."""
+    if levels is not None:
+        if not isinstance(row.normalization, str):
+            raise FormatError("normalization must be given for a codebook whose levels are stored, but is missing.")
+        return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))
+    if row.format not in formats:
+        formats[row.format] = BlockFormat.parse(row.format)
+    return formats[row.format]
 
 
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
@@ -363,19 +402,19 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     """
     # The fingerprint comes first, so that a changed byte is reported as one and not as the inconsistency that it may
     # cause. _assemble comes last, because it removes tensors from `arrays`.
-    arrays, document = _read(Path(path))
+    arrays, content, plain = _read(path)
     try:
-        same = _digest(arrays, document) == document.get("sha256")
-    except ValueError:  # the document holds NaN or infinity, which JSON does not have and save() refuses
+        same = _digest(arrays, plain) == content.sha256
+    except ValueError:  # the document holds infinity, which JSON does not have and save() refuses
         same = False
     if not same:
         raise CheckpointError(
-            f"{path} was changed after it was written: the SHA-256 of its content differs from the stored one."
+            fit(f"{path} was changed after it was written: the SHA-256 of its content differs from the stored one.")
         )
     for name, array in arrays.items():
         if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):
             try:
                 ops.require_finite(ops.widen(array), f"Tensor {name!r}")
             except NonFiniteError as error:
-                raise CheckpointError(f"{path}: {error}") from None
-    return _assemble(path, arrays, document)
+                raise CheckpointError(fit(f"{path}: {error}")) from None
+    return _assemble(path, arrays, content)

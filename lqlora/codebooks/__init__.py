@@ -13,6 +13,7 @@ from lqlora.codebooks.geometric import logarithmic
 from lqlora.codebooks.integers import affine, uniform
 from lqlora.codebooks.names import (
     by_name,
+    check_work,
     codebook_from_json,
     codebook_from_text,
     codebook_to_json,
@@ -34,6 +35,7 @@ __all__ = [
     "affine",
     "block_optimal",
     "by_name",
+    "check_work",
     "codebook_from_json",
     "codebook_from_text",
     "codebook_to_json",

@@ -14,7 +14,7 @@ from lqlora.codebooks.codebook import Codebook
 __all__ = ["AF4", "abnormal_float"]
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@functools.lru_cache(maxsize=256, typed=True)
 def abnormal_float(bits: int, block_size: int) -> Codebook:
     """Return AF4 or its counterpart for another number of bits and block size.
 

@@ -18,10 +18,11 @@ from lqlora.codebooks.student import student_float
 from lqlora.errors import FormatError, InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = [
     "by_name",
+    "check_work",
     "codebook_from_json",
     "codebook_from_text",
     "codebook_to_json",
@@ -31,12 +32,19 @@ __all__ = [
 
 
 class _Family(NamedTuple):
-    """A family of names: its text for messages, its pattern, and the function called with the numbers in the name."""
+    """A family of names: its text for messages, its pattern, and the function called with the numbers in the name.
+
+    ``is_slow`` is true if the levels are solved for: that takes up to 0.1 s, and there are 2**32 such codebooks.
+    """
 
     spelling: str
     pattern: str
     make: Callable[..., Codebook]
+    is_slow: bool = False
 
+
+#: Levels that may be solved for to read a document, and levels that take as long as the density of a block size.
+_MAX_WORK, _WORK = 4096, 16
 
 _DIGIT, _NUMBER = "([0-9])", "([1-9][0-9]{0,9})"
 
@@ -52,9 +60,14 @@ _FAMILIES = (
     _Family("udynamic8", "udynamic8", functools.partial(dynamic8, signed=False)),
     _Family("log3…log8", f"log{_DIGIT}", logarithmic),
     _Family("af4", "af4", lambda: AF4),
-    _Family("af{bits}-{block size}", f"af{_DIGIT}-{_NUMBER}", abnormal_float),
-    _Family("bof{bits}-{block size}", f"bof{_DIGIT}-{_NUMBER}", block_optimal),
-    _Family("bof{bits}s-{block size}", f"bof{_DIGIT}s-{_NUMBER}", functools.partial(block_optimal, signed=True)),
+    _Family("af{bits}-{block size}", f"af{_DIGIT}-{_NUMBER}", abnormal_float, is_slow=True),
+    _Family("bof{bits}-{block size}", f"bof{_DIGIT}-{_NUMBER}", block_optimal, is_slow=True),
+    _Family(
+        "bof{bits}s-{block size}",
+        f"bof{_DIGIT}s-{_NUMBER}",
+        functools.partial(block_optimal, signed=True),
+        is_slow=True,
+    ),
     _Family("sf2…sf8", f"sf{_DIGIT}", student_float),
     _Family("sf{bits}-{degrees of freedom}", f"sf{_DIGIT}-{_NUMBER}", student_float),
 )
@@ -73,7 +86,7 @@ def by_name(name: str) -> Codebook:
     Returns
     -------
     Codebook
-        The codebook; functions cache their results, so equal names give the same object.
+        The codebook. Functions cache their last results, so equal names usually give the same object.
 
     Raises
     ------
@@ -95,6 +108,37 @@ def by_name(name: str) -> Codebook:
                 raise FormatError(f"codebook {name!r} does not exist: {error}") from None
     known = ", ".join(family.spelling for family in _FAMILIES)
     raise FormatError(f"codebook must be one of {known}, got {name[:40]!r}.")
+
+
+def check_work(names: Iterable[str]) -> None:
+    """Raise if the levels of the codebooks that a document names would take long to compute.
+
+    The levels of ``af{bits}-{block size}`` and ``bof{bits}-{block size}`` are solved for, which takes milliseconds for
+    each codebook, and up to 0.1 s for 8 bits. A short document could name any number of them.
+
+    Parameters
+    ----------
+    names : iterable of str
+        Names of codebooks. Those of other families are ignored.
+
+    Raises
+    ------
+    FormatError
+        If the different codebooks of these two families have too many levels.
+
+    Examples
+    --------
+    >>> check_work(["nf4", "bof4-64", "bof4-64", "bof4-128"])
+    """
+    slow = [family.pattern for family in _FAMILIES if family.is_slow]
+    matches = [re.fullmatch("|".join(slow), name) for name in dict.fromkeys(names)]
+    # Time is proportional to the number of levels, after the density has been computed.
+    work = [_WORK + 2 ** int(next(filter(None, match.groups()))) for match in matches if match is not None]
+    if sum(work) > _MAX_WORK:
+        raise FormatError(
+            f"codebooks of one document that are computed for a block size may have {_MAX_WORK} levels together, where "
+            f"each codebook counts {_WORK} more, got {len(work)} codebooks with {sum(work)}."
+        )
 
 
 def is_standard(codebook: Codebook) -> bool:

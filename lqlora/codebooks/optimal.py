@@ -14,7 +14,7 @@ from lqlora.codebooks.codebook import Codebook
 __all__ = ["block_optimal"]
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@functools.lru_cache(maxsize=256, typed=True)
 def block_optimal(bits: int, block_size: int, *, signed: bool = False) -> Codebook:
     """Return BOF4 or BOF4-S, or their counterpart for another number of bits and block size.
 

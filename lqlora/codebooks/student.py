@@ -15,7 +15,7 @@ __all__ = ["student_float"]
 _USUAL_DF = 5
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@functools.lru_cache(maxsize=256, typed=True)
 def student_float(bits: int, df: int = _USUAL_DF) -> Codebook:
     """Return Student float: the construction of NormalFloat with quantiles of the Student t distribution.
 

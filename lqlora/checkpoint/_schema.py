@@ -1,0 +1,36 @@
+"""Schema of the JSON document of a checkpoint file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import UNSET, Struct, UnsetType
+
+from lqlora._documents import Length, Number, Text
+from lqlora.codebooks import Normalization
+
+__all__ = ["Content", "Matrix", "Version"]
+
+
+class Version(Struct):
+    """The one field of a document that is the same in all versions."""
+
+    spec: int
+
+
+class Matrix(Struct, frozen=True):
+    """Description of a quantized matrix."""
+
+    format: Text
+    shape: tuple[Length, Length]
+    scaling: Number
+    normalization: Normalization | UnsetType = UNSET
+
+
+class Content(Struct, frozen=True):
+    """The document. Other keys are not refused: the fingerprint covers them."""
+
+    spec: int
+    matrices: dict[Text, Matrix]
+    metadata: dict[str, Any]
+    sha256: Text | UnsetType = UNSET

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lqlora.errors import LQLoRAError
 
-__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "step"]
+__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "given", "step"]
 
 _T = TypeVar("_T")
 
@@ -209,6 +209,24 @@ def step(key: str | int) -> str:
     return f"[{shown(key)}]"
 
 
+def given(row: msgspec.Struct, *names: str) -> dict[str, Any]:
+    """Return the optional fields that a document has.
+
+    Parameters
+    ----------
+    row : Struct
+        An object of a schema.
+    *names : str
+        Names of the fields.
+
+    Returns
+    -------
+    dict of str to object
+        Values of the fields that are not left out, by name.
+    """
+    return {name: value for name in names if (value := getattr(row, name)) is not msgspec.UNSET}
+
+
 class _Loader:
     """Functions that json.loads calls for what it would accept and this reader refuses.
 
@@ -304,17 +322,11 @@ def _locate_field(value: dict[str, Any], kind: type[msgspec.Struct], place: str)
     for key, own in value.items():
         if key in fields and not _fits(own, fields[key].type):
             return _locate(own, fields[key].type, f"{place}.{key}")
-    known = f"known are {', '.join(fields)}"
-    if kind.__struct_config__.forbid_unknown_fields and (
-        unknown := next((key for key in value if key not in fields), None)
-    ):
-        return place + step(unknown), f"is unknown; {known}"
-    missing = next((key for key, field in fields.items() if field.required and key not in value), None)
-    return (
-        (place, f"must have the fields {', '.join(fields)}")
-        if missing is None
-        else (f"{place}.{missing}", "is missing")
-    )
+    if kind.__struct_config__.forbid_unknown_fields and not value.keys() <= fields.keys():
+        unknown = next(key for key in value if key not in fields)
+        return place + step(unknown), f"is unknown. Known are {', '.join(fields)}"
+    missing = next(key for key, field in fields.items() if field.required and key not in value)
+    return f"{place}.{missing}", "is missing"
 
 
 def _only_kind(schema: Any) -> Any:

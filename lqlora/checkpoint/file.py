@@ -30,9 +30,9 @@ from safetensors.numpy import save_file
 from lqlora import ops
 from lqlora._files import input_file, replace_file
 from lqlora._messages import fit, shown
-from lqlora.codebooks import Codebook, check_work, is_standard
+from lqlora.codebooks import Codebook, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
-from lqlora.formats import BlockFormat, codebook_name
+from lqlora.formats import BlockFormat, StoredFormats, codebook_name
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
@@ -322,10 +322,9 @@ def _take_matrices(
     """Remove the tensors of all matrices from the arrays, check them, and return the matrices."""
     from lqlora._documents import step  # noqa: PLC0415 - imports msgspec
 
-    names, formats = sorted(arrays), dict[str, BlockFormat]()
-    named = (codebook_name(row.format) for name, row in rows.items() if _weight_key(name, "codebook") not in arrays)
+    names = sorted(arrays)
     try:
-        check_work(named)
+        formats = StoredFormats(row.format for name, row in rows.items() if _weight_key(name, "codebook") not in arrays)
     except FormatError as error:
         raise reader.fault(place, f": {error}") from error
     matrices = {}
@@ -343,12 +342,11 @@ def _take_matrices(
 
 
 def _take_matrix(
-    arrays: dict[str, Any], names: list[str], name: str, row: Matrix, formats: dict[str, BlockFormat]
+    arrays: dict[str, Any], names: list[str], name: str, row: Matrix, formats: StoredFormats
 ) -> StoredMatrix:
     """Remove the tensors of a matrix from the arrays, check them, and return the matrix.
 
-    ``names`` are the sorted names of all arrays of the file, also of those that other matrices have removed. ``formats``
-    are those of standard codebooks that were read before, by their text.
+    ``names`` are the sorted names of all arrays of the file, also of those that other matrices have removed.
     """
     # The levels and the format come from a file that may be damaged or forged. Nothing is decoded before
     # QuantizedArray.from_arrays has compared every dtype and length with BlockFormat.stored_arrays.
@@ -371,15 +369,13 @@ def _take_matrix(
     return StoredMatrix(quantized, lora_A, lora_B, row.scaling)
 
 
-def _stored_format(row: Matrix, levels: Any, formats: dict[str, BlockFormat]) -> BlockFormat:
+def _stored_format(row: Matrix, levels: Any, formats: StoredFormats) -> BlockFormat:
     """Return the format of a matrix, with the levels that are stored if its codebook has no standard name."""
-    if levels is not None:
-        if not isinstance(row.normalization, str):
-            raise FormatError("normalization must be given for a codebook whose levels are stored, but is missing.")
-        return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))
-    if row.format not in formats:
-        formats[row.format] = BlockFormat.parse(row.format)
-    return formats[row.format]
+    if levels is None:
+        return formats.parse(row.format)
+    if not isinstance(row.normalization, str):
+        raise FormatError("normalization must be given for a codebook whose levels are stored, but is missing.")
+    return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))
 
 
 def verify(path: str | os.PathLike[str]) -> Checkpoint:

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora.codebooks import codebook_from_json, codebook_to_json
+from lqlora.codebooks import codebook_to_json
 from lqlora.errors import InvalidArgumentError
-from lqlora.formats import BlockFormat, codebook_name
+from lqlora.formats import StoredFormats
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from lqlora._documents import Reader
+    from lqlora.costs._schema import Column
+    from lqlora.formats import BlockFormat
 
 __all__ = ["Configuration", "CostTable"]
 
@@ -157,30 +161,39 @@ class CostTable:
         InvalidArgumentError
             If the text is not such a document.
         """
+        from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+        from lqlora.costs._schema import Table, TableVersion  # noqa: PLC0415
+
+        reader = Reader("text must be a cost table in JSON", InvalidArgumentError)
+        plain = reader.parse(text)
+        if (version := reader.convert(plain, TableVersion).lqlora_cost_table) != _SPEC:
+            raise reader.fault(
+                "lqlora_cost_table", f"must be version {_SPEC}, which this library reads, got {version}."
+            )
+        document = reader.convert(plain, Table)
+        configurations, rows = _configurations(document.configurations, reader), document.matrices
+        for index, row in enumerate(rows):
+            for key in ("costs", "sizes", "factor_sizes"):
+                if len(getattr(row, key)) != len(configurations):
+                    place, count = f"matrices[{index}].{key}", len(configurations)
+                    raise reader.fault(
+                        place, f"must have {count} numbers, as many as configurations, got {len(getattr(row, key))}."
+                    )
+        wanted = (len(rows), len(configurations))
+        # JSON has no infinity: null is a forbidden configuration. Python writes the shortest text that restores a
+        # float, so the other costs survive to the last bit.
+        costs = [[math.inf if cost is None else cost for cost in row.costs] for row in rows]
         try:
-            document = json.loads(text)
-            if document["lqlora_cost_table"] != _SPEC:
-                raise ValueError(f"its version is {document['lqlora_cost_table']!r}, and this library reads {_SPEC}")
-            rows = document["matrices"]
-            configurations = tuple(_read(column) for column in document["configurations"])
-            # JSON has no infinity: null is a forbidden configuration. Python writes the shortest text that restores a
-            # float, so the other costs survive to the last bit.
-            costs = [[math.inf if cost is None else cost for cost in row["costs"]] for row in rows]
-            wanted = (len(rows), len(configurations))
             return cls(
-                tuple(str(row["name"]) for row in rows),
-                tuple(tuple(operator.index(length) for length in row["shape"]) for row in rows),
+                tuple(row.name for row in rows),
+                tuple(row.shape for row in rows),
                 configurations,
                 np.array(costs, dtype=np.float64).reshape(wanted),
-                _counts(rows, "sizes").reshape(wanted),
-                _counts(rows, "factor_sizes").reshape(wanted),
+                np.array([row.sizes for row in rows], dtype=np.int64).reshape(wanted),
+                np.array([row.factor_sizes for row in rows], dtype=np.int64).reshape(wanted),
             )
-        except KeyError as error:
-            raise InvalidArgumentError(f"text must be a cost table in JSON, but the key {error} is missing.") from error
-        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            raise InvalidArgumentError(
-                f"text must be a cost table in JSON: {type(error).__name__}, {error}."
-            ) from error
+        except InvalidArgumentError as error:
+            raise reader.fault("", f": {error}") from error
 
 
 def _check_values(table: CostTable) -> None:
@@ -206,11 +219,17 @@ def _written(configuration: Configuration) -> dict[str, Any]:
     return {"format": str(own), "rank": configuration.rank, **codebook_to_json(own.codebook)}
 
 
-def _read(column: dict[str, Any]) -> Configuration:
-    """Read a configuration from JSON."""
-    codebook = codebook_from_json(codebook_name(column["format"]), column)
-    return Configuration(BlockFormat.parse(column["format"], codebook), operator.index(column["rank"]))
+def _configurations(columns: list[Column], reader: Reader) -> tuple[Configuration, ...]:
+    """Return the configurations of a document."""
+    from lqlora._documents import given  # noqa: PLC0415 - imports msgspec
 
-
-def _counts(rows: list[dict[str, Any]], key: str) -> npt.NDArray[np.int64]:
-    return np.array([[operator.index(count) for count in row[key]] for row in rows], dtype=np.int64)
+    found, place = [], "configurations"
+    try:
+        formats = StoredFormats(column.format for column in columns if not given(column, "levels"))
+        for index, column in enumerate(columns):
+            place = f"configurations[{index}].format"
+            own = formats.parse(column.format, given(column, "levels", "normalization"))
+            found.append(Configuration(own, column.rank))
+    except InvalidArgumentError as error:
+        raise reader.fault(place, f": {error}") from error
+    return tuple(found)

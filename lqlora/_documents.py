@@ -19,11 +19,11 @@ from msgspec import Meta
 from lqlora._messages import fit, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from lqlora.errors import LQLoRAError
 
-__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "given", "step"]
+__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "given", "json_values", "step"]
 
 _T = TypeVar("_T")
 
@@ -209,6 +209,39 @@ def step(key: str | int) -> str:
     return f"[{shown(key)}]"
 
 
+def json_values(values: Mapping[str, Any], name: str, error: type[LQLoRAError]) -> dict[str, Any]:
+    """Return a mapping as a reader of JSON will see it: tuples become lists, and keys that are numbers become text.
+
+    Parameters
+    ----------
+    values : mapping
+        What a document will hold.
+    name : str
+        Name of the argument.
+    error : class
+        Class of the error if the mapping cannot be written, or a reader would refuse it.
+
+    Returns
+    -------
+    dict
+        Values that JSON writes and reads unchanged.
+
+    Examples
+    --------
+    >>> from lqlora.errors import InvalidArgumentError
+    >>> json_values({"ranks": (8, 16), 3: None}, "settings", InvalidArgumentError)
+    {'ranks': [8, 16], '3': None}
+    """
+    reader = Reader(f"{name} must hold JSON values only", error)
+    try:
+        text = json.dumps(dict(values), allow_nan=False)
+    except (RecursionError, TypeError, ValueError) as fault:
+        raise error(fit(f"{reader.source}: {fault}.")) from None
+    plain: dict[str, Any] = reader.parse(text)
+    reader.check_depth(plain, "")
+    return plain
+
+
 def given(row: msgspec.Struct, *names: str) -> dict[str, Any]:
     """Return the optional fields that a document has.
 
@@ -325,8 +358,12 @@ def _locate_field(value: dict[str, Any], kind: type[msgspec.Struct], place: str)
     if kind.__struct_config__.forbid_unknown_fields and not value.keys() <= fields.keys():
         unknown = next(key for key in value if key not in fields)
         return place + step(unknown), f"is unknown. Known are {', '.join(fields)}"
-    missing = next(key for key, field in fields.items() if field.required and key not in value)
+    missing = next(field.encode_name for field in _required(kind) if field.encode_name not in value)
     return f"{place}.{missing}", "is missing"
+
+
+def _required(kind: type[msgspec.Struct]) -> list[msgspec.structs.FieldInfo]:
+    return [field for field in msgspec.structs.fields(kind) if field.required]
 
 
 def _only_kind(schema: Any) -> Any:
@@ -353,6 +390,8 @@ def _described(schema: Any) -> str:
         bool: "true or false", int: "a whole number", float: "a finite number", str: "text", list: "a list",
         tuple: "a list", NoneType: "null",
     }  # fmt: skip
+    if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
+        return f"an object with the fields {', '.join(field.encode_name for field in _required(bare))}"
     return words.get(get_origin(bare) or bare, "an object") + _range(limits)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import re
 from typing import TYPE_CHECKING
 
 from lqlora.errors import InvalidArgumentError
@@ -52,10 +53,10 @@ def num_threads() -> int:
 
 def _from_environment() -> int | None:
     # OMP_NUM_THREADS may be a list such as "8,2" for nested parallel regions. Its first number is for the outermost
-    # ones.
+    # ones. What is not a number of threads is ignored, and so are numbers that a kernel's 32 bits cannot hold.
     for name in _VARIABLES:
         text = os.environ.get(name, "").partition(",")[0].strip()
-        if text.isdecimal() and int(text) > 0:
+        if re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 0:
             return int(text)
     return None
 

@@ -143,6 +143,8 @@ def save(
     >>> bool((back.matrices["eye"].quantized.packed == d.quantized.packed).all())
     True
     """
+    from lqlora._documents import json_values  # noqa: PLC0415 - imports msgspec
+
     # Everything is checked before the file is opened: names, formats, and that the metadata is JSON. So bad arguments
     # change nothing on disk. "normalization" is read back for codebooks without a standard name. Levels alone do not
     # determine such a codebook: "affine" adds zero points, and "signed" allows scales below zero.
@@ -166,26 +168,16 @@ def save(
     arrays = {name: _plain(array) for name, array in arrays.items()}
     _check_readable(arrays, rows)
     # The fingerprint is computed from what a reader will see: JSON turns keys that are numbers into text.
-    document: dict[str, Any] = {"spec": _SPEC, "matrices": rows, "metadata": _as_json(metadata or {})}
+    document: dict[str, Any] = {
+        "spec": _SPEC,
+        "matrices": rows,
+        "metadata": json_values(metadata or {}, "metadata", InvalidArgumentError),
+    }
     document["sha256"] = _digest(arrays, document)
     header = json.dumps(document, allow_nan=False)
     with replace_file(path, SafetensorError) as beside:
         # One key only: safetensors writes several in an order that differs from run to run.
         save_file(arrays, beside, metadata={_KEY: header})
-
-
-def _as_json(metadata: Mapping[str, Any]) -> Any:
-    """Return metadata as a reader will see it, or raise if it would refuse it."""
-    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
-
-    try:
-        text = json.dumps(dict(metadata), allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise InvalidArgumentError(fit(f"metadata must hold JSON values only: {error}.")) from None
-    reader = Reader("metadata must hold JSON values only", InvalidArgumentError)
-    plain = reader.parse(text)
-    reader.check_depth(plain, "")
-    return plain
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:

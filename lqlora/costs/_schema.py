@@ -66,7 +66,7 @@ class Head(Struct, frozen=True):
 
 
 class StoredCosts(Struct, frozen=True):
-    """Document of a later line of a store. Costs are written with a point or an exponent."""
+    """Document of a later line of a store."""
 
     name: Text
     shape: tuple[Count, ...]

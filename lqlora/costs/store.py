@@ -16,15 +16,19 @@ import secrets
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from lqlora._files import lock
-from lqlora.errors import StoreError
+from lqlora._files import input_file, lock
+from lqlora._messages import fit, shown
+from lqlora.errors import InvalidArgumentError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
     from types import TracebackType
+
+    from lqlora._documents import Reader
+    from lqlora.costs._schema import Head
 
 __all__ = ["CostStore", "StoredRow"]
 
@@ -88,14 +92,18 @@ class StoredRow:
         ):
             if mine != others:
                 raise StoreError(
-                    f"{where}: the {what} of matrix {self.name!r} have changed since its costs were stored. Use "
-                    "another store."
+                    fit(
+                        f"{where}: the {what} of matrix {self.name!r} have changed since its costs were stored. Use "
+                        "another store."
+                    )
                 )
         for key in self.costs.keys() & other.costs.keys():
             if self.costs[key] != other.costs[key]:
                 raise StoreError(
-                    f"{where}: the cost of {self.name!r} in {key} is {other.costs[key]!r}, but {self.costs[key]!r} is "
-                    "stored. Use another store, or leave one of the two out of a merge."
+                    fit(
+                        f"{where}: the cost of {self.name!r} in {key} is {other.costs[key]!r}, but {self.costs[key]!r} is "
+                        "stored. Use another store, or leave one of the two out of a merge."
+                    )
                 )
         return StoredRow(self.name, self.shape, self.content, self.weighting, self.costs | other.costs)
 
@@ -119,6 +127,8 @@ class CostStore:
     StoreError
         If another process has the store open, it was made with other settings, a line is corrupt, or the file is not a
         store. Such a file is left as it is.
+    InvalidArgumentError
+        If the settings are not JSON values. In this case no file is created.
 
     Examples
     --------
@@ -131,14 +141,19 @@ class CostStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-        self.path = Path(path)
-        head = {"lqlora_costs": _SPEC, "numerics": NUMERICS, "settings": dict(settings)}
+        from lqlora._documents import json_values  # noqa: PLC0415 - imports msgspec
+
+        # Settings are compared with those of the file in the form that JSON gives them. What cannot be written, or read
+        # back, is refused before there is a file.
+        own = json_values(settings, "settings", InvalidArgumentError)
+        head = {"lqlora_costs": _SPEC, "numerics": NUMERICS, "settings": own}
+        self.path = input_file(path, StoreError, is_optional=True)
         try:
             # Append mode writes at the end wherever the position is, so neither reading nor the cut below needs a seek
             # back. Without a buffer no half of a line waits in this process, to be written after an error.
             self._file = open(self.path, "a+b", buffering=0)  # noqa: PTH123, SIM115 - closed by close()
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be opened: {error}.") from error
+            raise StoreError(fit(f"{self.path} cannot be opened: {error}.")) from error
         _OPEN.add(self)  # before it is locked, so that a process forked meanwhile closes its copy
         try:
             _lock(self._file, self.path)
@@ -149,7 +164,7 @@ class CostStore:
             whole = data.rfind(b"\n") + 1
             found, self.rows = _parsed(data[:whole], self.path)
             if found is not None:
-                _check_head(found, head, self.path)
+                _check_head(found, own, self.path)
             if whole < len(data):
                 self._file.truncate(whole)
             if found is None:
@@ -171,22 +186,19 @@ class CostStore:
         StoreError
             If the costs contradict those in the store, or cannot be written.
         """
+        from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+        from lqlora.costs._schema import StoredCosts  # noqa: PLC0415
+
         # A contradiction is found before anything is written, and `rows` changes only after the line is on the disk. So
         # the file never holds two costs of one cell, and `rows` holds nothing that a crash could take back.
         known = self.rows.get(row.name)
         joined = row if known is None else known.joined(row, str(self.path))
         for key, cost in row.costs.items():  # a reader refuses the whole store for one cost that it cannot read
             if not isinstance(key, str) or type(cost) is not float or not math.isfinite(cost):
-                raise StoreError(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}.")
-        self._write(
-            {
-                "name": row.name,
-                "shape": list(row.shape),
-                "content": row.content,
-                "weighting": row.weighting,
-                "costs": row.costs,
-            }
-        )
+                raise StoreError(fit(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}."))
+        document = {**vars(row), "shape": list(row.shape)}
+        Reader("row must be one that can be read again", StoreError).convert(document, StoredCosts)
+        self._write(document)
         self.rows[row.name] = joined
 
     def close(self) -> None:
@@ -216,7 +228,7 @@ class CostStore:
             except OSError:
                 self._file.close()
             if isinstance(error, OSError):
-                raise StoreError(f"{self.path} cannot be written: {error}.") from error
+                raise StoreError(fit(f"{self.path} cannot be written: {error}.")) from error
             raise
 
     @staticmethod
@@ -238,7 +250,7 @@ class CostStore:
         StoreError
             If there is no such file, or a line is corrupt.
         """
-        return _read(Path(path))[1]
+        return _read(path)[1]
 
     @staticmethod
     def merge(paths: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str]) -> None:
@@ -256,11 +268,11 @@ class CostStore:
         StoreError
             If settings differ, two stores disagree about a matrix, a line is corrupt, or there is a file already.
         """
-        target, head, rows = Path(path), None, dict[str, StoredRow]()
-        for source in map(Path, paths):
+        target, head, rows = input_file(path, StoreError, is_optional=True), None, dict[str, StoredRow]()
+        for source in paths:
             own, found = _read(source)
             if head is not None and own is not None:
-                _check_head(own, head, source)
+                _check_head(own, head.settings, source)
             head = own or head
             for name, row in found.items():
                 rows[name] = rows[name].joined(row, str(source)) if name in rows else row
@@ -268,13 +280,13 @@ class CostStore:
             raise StoreError("paths must hold at least one store with settings, got none to merge.")
         beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with CostStore(beside, head["settings"]) as store:
+            with CostStore(beside, head.settings) as store:
                 for row in rows.values():
                     store.append(row)
             os.link(beside, target)  # a rename would replace a file; a link fails if there is one
         except OSError as error:
             raise (
-                error if isinstance(error, StoreError) else StoreError(f"{target} cannot be written: {error}.")
+                error if isinstance(error, StoreError) else StoreError(fit(f"{target} cannot be written: {error}."))
             ) from error
         finally:
             with suppress(OSError):
@@ -301,10 +313,12 @@ def _read_store(file: IO[bytes], head: bytes, path: Path) -> bytes:
     first = file.read(len(_BEGINNING))
     is_begun = head.startswith(first)  # a process was killed while it wrote the first line
     if first != _BEGINNING and not is_begun:
-        raise StoreError(f"{path}, line 1, is not that of a store of costs. Choose another path.")
+        raise StoreError(fit(f"{path}, line 1, is not that of a store of costs. Choose another path."))
     data = first + file.read()
     if b"\n" not in data and not head.startswith(data):
-        raise StoreError(f"{path}, line 1, is not that of a store of costs with these settings. Choose another path.")
+        raise StoreError(
+            fit(f"{path}, line 1, is not that of a store of costs with these settings. Choose another path.")
+        )
     return data
 
 
@@ -313,15 +327,16 @@ def _lock(file: IO[bytes], path: Path) -> None:
     try:
         lock(file)
     except OSError as error:
-        raise StoreError(f"{path} is in use by another process. Wait for it, or use another store.") from error
+        raise StoreError(fit(f"{path} is in use by another process. Wait for it, or use another store.")) from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any] | None, dict[str, StoredRow]]:
+def _read(path: str | os.PathLike[str]) -> tuple[Head | None, dict[str, StoredRow]]:
+    own = input_file(path, StoreError)
     try:
-        data = path.read_bytes()
+        data = own.read_bytes()
     except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error}.") from error
-    return _parsed(data[: data.rfind(b"\n") + 1], path)
+        raise StoreError(fit(f"{path} cannot be read: {error}.")) from error
+    return _parsed(data[: data.rfind(b"\n") + 1], own)
 
 
 def _line(document: dict[str, Any]) -> bytes:
@@ -336,48 +351,52 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _parsed(data: bytes, path: Path) -> tuple[dict[str, Any] | None, dict[str, StoredRow]]:
+def _parsed(data: bytes, path: Path) -> tuple[Head | None, dict[str, StoredRow]]:
     """Return the first line of a store, if it has one, and its rows."""
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+    from lqlora.costs._schema import Head, StoredCosts, StoreVersion  # noqa: PLC0415
+
     head, rows = None, dict[str, StoredRow]()
     for number, line in enumerate(data.splitlines(), start=1):
-        try:
-            outer = json.loads(line)
-            document = outer["line"]
-            if outer["sum"] != _checksum(json.dumps(document, allow_nan=False)):
-                raise ValueError("its checksum does not match")
-            if number == 1:
-                if document["lqlora_costs"] != _SPEC:
-                    raise ValueError(f"its version is {document['lqlora_costs']!r}, and this library reads {_SPEC}")
-                head = document
-                continue
-            row = StoredRow(
-                document["name"],
-                tuple(document["shape"]),
-                document["content"],
-                document["weighting"],
-                {key: _finite(cost) for key, cost in document["costs"].items()},
-            )
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise StoreError(f"{path}, line {number}, is corrupt: {type(error).__name__}, {error}.") from error
+        reader = Reader(f"{path}, line {number}, is corrupt", StoreError)
+        document = _checked(line, reader)
+        if number == 1:
+            if (version := reader.convert(document, StoreVersion, "line").lqlora_costs) != _SPEC:
+                raise reader.fault("line.lqlora_costs", f"must be {_SPEC}, which this library reads, got {version}.")
+            head = reader.convert(document, Head, "line")
+            continue
+        own = reader.convert(document, StoredCosts, "line")
+        row = StoredRow(own.name, own.shape, own.content, own.weighting, own.costs)
         rows[row.name] = rows[row.name].joined(row, f"{path}, line {number}") if row.name in rows else row
     return head, rows
 
 
-def _finite(value: object) -> float:
-    if not isinstance(value, float) or not math.isfinite(value):
-        raise ValueError(f"a cost must be a finite number, got {value!r}")
-    return value
+def _checked(line: bytes, reader: Reader) -> dict[str, Any]:
+    """Return the document of a line, or raise if it does not have the checksum of the line."""
+    from lqlora.costs._schema import Line  # noqa: PLC0415 - imports msgspec
+
+    outer = reader.read(line, Line)
+    reader.check_depth(outer.line, "line")
+    try:
+        found = _checksum(json.dumps(outer.line, allow_nan=False))
+    except ValueError as error:  # such as 1e999, which is infinite in float64
+        raise reader.fault("line", f"must hold finite numbers only: {error}.") from None
+    if outer.sum != found:
+        raise reader.fault("sum", f"must be the checksum of the line, {found}, got {shown(outer.sum)}.")
+    return outer.line
 
 
-def _check_head(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+def _check_head(found: Head, mine: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Raise if a store was made with other settings, and list the differences."""
-    if found["numerics"] != wanted["numerics"]:
+    if found.numerics != NUMERICS:
         raise StoreError(
-            f"{path} has costs of version {found['numerics']!r} of the numerics, but this library computes version "
-            f"{wanted['numerics']!r}. Use another store."
+            fit(
+                f"{path} has costs of version {shown(found.numerics)} of the numerics, but this library computes version "
+                f"{NUMERICS}. Use another store."
+            )
         )
-    mine, others = wanted["settings"], found["settings"]
+    others = found.settings
     different = sorted(key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key))
     if different:
-        listed = ", ".join(f"{key} is {others.get(key)!r}, not {mine.get(key)!r}" for key in different)
-        raise StoreError(f"{path} has costs of other settings: {listed[:300]}. Use another store.")
+        listed = ", ".join(f"{key} is {others.get(key)!r:.80}, not {mine.get(key)!r:.80}" for key in different)
+        raise StoreError(fit(f"{path} has costs of other settings: {listed[:300]}. Use another store."))

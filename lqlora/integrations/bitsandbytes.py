@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._typing import Array
+    from lqlora.integrations._schema import State
 
 __all__ = ["BitsandbytesWeight", "find_bitsandbytes", "from_bitsandbytes", "to_bitsandbytes"]
 
@@ -150,17 +151,17 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
     """
     parts = _parts_of(tensors, name)
     kind, state = _take_state(parts, name)
-    shape, nested = tuple(state["shape"]), "nested_offset" in state
+    shape, offset = tuple(state.shape), getattr(state, "nested_offset", None)
     codebook, order = _KINDS[kind]
-    fmt = BlockFormat.parse(f"{codebook}/{state['blocksize']}:{_NESTED if nested else 'float32'}")
+    fmt = BlockFormat.parse(f"{codebook}/{state.blocksize}:{_NESTED if offset is not None else 'float32'}")
     count = prod(shape)
     blocks = -(-count // fmt.block_size)
     packed = _take(parts, name, "", "uint8", (-(-count // 2), 1))
-    absmax = _take(parts, name, ".absmax", "uint8" if nested else "float32", (blocks,))
+    absmax = _take(parts, name, ".absmax", "uint8" if offset is not None else "float32", (blocks,))
     _check_table(_take(parts, name, ".quant_map", "float32", (16,)), _quant_map(fmt, order), f"{name}.quant_map")
     arrays = {"codes": _codes_from(packed, kind, count, name)}
-    if nested:
-        arrays |= {"scales.codes": absmax} | _take_nested(parts, name, fmt, state["nested_offset"], blocks)
+    if offset is not None:
+        arrays |= {"scales.codes": absmax} | _take_nested(parts, name, fmt, offset, blocks)
     else:
         arrays["scales"] = absmax
         ops.require_finite(absmax, f"{name}.absmax")
@@ -168,7 +169,7 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
         raise FormatError(
             f"tensors must not include {name + min(parts)!r}, which is not part of the 4-bit layout of bitsandbytes."
         )
-    return BitsandbytesWeight(QuantizedArray.from_arrays(arrays, fmt, shape), state["dtype"])
+    return BitsandbytesWeight(QuantizedArray.from_arrays(arrays, fmt, shape), state.dtype)
 
 
 def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float32") -> dict[str, Array]:
@@ -263,8 +264,11 @@ def _take(parts: dict[str, Array], name: str, key: str, dtype: str, shape: tuple
     return array
 
 
-def _take_state(parts: dict[str, Array], name: str) -> tuple[str, dict[str, Any]]:
+def _take_state(parts: dict[str, Array], name: str) -> tuple[str, State]:
     """Remove the JSON description of a weight from its tensors; return it with every field checked."""
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+    from lqlora.integrations._schema import NestedState, State  # noqa: PLC0415
+
     keys = [key for key in parts if key.startswith(_STATE)]
     kind = keys[0].removeprefix(_STATE) if len(keys) == 1 else None
     if kind not in _KINDS:
@@ -275,48 +279,12 @@ def _take_state(parts: dict[str, Array], name: str) -> tuple[str, dict[str, Any]
     where = f"Tensor {name + keys[0]!r}"
     if ops.dtype_name(array) != "uint8" or len(array.shape) != 1:
         raise FormatError(f"{where} must be uint8 of one dimension, got {ops.dtype_name(array)} of {array.shape}.")
-    try:
-        state = json.loads(ops.convert(array, np).tobytes())
-    except (RecursionError, ValueError) as error:
-        raise FormatError(f"{where} is not valid JSON: {type(error).__name__}.") from None
-    wanted = {"quant_type", "blocksize", "dtype", "shape"}
-    if ".nested_absmax" in parts:
-        wanted |= {"nested_blocksize", "nested_dtype", "nested_offset"}
-    if not isinstance(state, dict) or set(state) != wanted:
-        found = ", ".join(state)[:200] if isinstance(state, dict) else type(state).__name__
-        raise FormatError(f"{where} must have exactly the fields {', '.join(sorted(wanted))}, got {found}.")
-    _check_fields(state, kind, where)
+    reader = Reader(where, FormatError)
+    text = ops.convert(array, np).tobytes()
+    state = reader.read(text, NestedState if ".nested_absmax" in parts else State)
+    if state.quant_type != kind:
+        raise reader.fault("quant_type", f"must be {kind!r}, as in the name of the tensor, got {state.quant_type!r}.")
     return kind, state
-
-
-def _check_fields(state: dict[str, Any], kind: str, where: str) -> None:
-    accepted: dict[str, tuple[Any, ...]] = {
-        "quant_type": (kind,),
-        "blocksize": _BLOCK_SIZES,
-        "dtype": _DTYPES,
-        "nested_blocksize": (256,),
-        "nested_dtype": ("float32",),
-    }
-    for key, values in accepted.items():
-        if key in state and (state[key] not in values or type(state[key]) is not type(values[0])):
-            raise FormatError(f"{where}: {key} must be {' or '.join(map(str, values))}, got {_shortly(state[key])}.")
-    shape = state["shape"]
-    lengths = isinstance(shape, list) and all(type(length) is int and 0 <= length < 2**31 for length in shape)
-    if not lengths or not 1 <= len(shape) <= 32:
-        raise FormatError(f"{where}: shape must be a list of 1 to 32 lengths, got {_shortly(shape)}.")
-    offset = state.get("nested_offset", 0.0)
-    if type(offset) is not float and type(offset) is not int:
-        raise FormatError(f"{where}: nested_offset must be a number, got {_shortly(offset)}.")
-    if not abs(offset) <= float(np.finfo(np.float32).max):  # false for NaN
-        raise FormatError(f"{where}: nested_offset must be finite in float32, got {_shortly(offset)}.")
-
-
-def _shortly(value: Any) -> str:
-    """Return a value of a file as text for a message: the type instead of an integer, list or mapping.
-
-    Those may be long, and Python refuses to convert integers of more than 4300 digits to text.
-    """
-    return type(value).__name__ if isinstance(value, int | list | dict) and value else repr(value)[:40]
 
 
 def _take_nested(parts: dict[str, Array], name: str, fmt: BlockFormat, offset: float, blocks: int) -> dict[str, Array]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lqlora import ops
+from lqlora._documents import Reader, Text, step
+from lqlora._messages import fit, shown
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.linear import LQLinear
@@ -89,7 +91,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """
     content = load(path)
     if not content.matrices:
-        raise CheckpointError(f"{path} holds no quantized matrix, so save_model did not write it.")
+        raise CheckpointError(fit(f"{path} holds no quantized matrix, so save_model did not write it."))
     linears = {name: module for name, module in linear_layers(model).items() if name in content.matrices}
     tied = _ties(path, content)
     _check_fit(path, model, linears, content, tied)
@@ -110,9 +112,12 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
 
 def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
     """Return a dict from other names of tied tensors to the names under which they are stored."""
-    tied = content.metadata.get(_TIED, {})
-    if not isinstance(tied, dict) or not all(origin in content.tensors for origin in map(str, tied.values())):
-        raise CheckpointError(f"{path} is inconsistent: it has ties to tensors that it does not hold.")
+    reader = Reader(f"{path} is damaged or inconsistent", CheckpointError)
+    place = f"metadata.{_TIED}"
+    tied = reader.convert(content.metadata.get(_TIED, {}), dict[Text, Text], place)
+    for name, origin in tied.items():
+        if origin not in content.tensors:
+            raise reader.fault(place + step(name), f"must name a tensor of the file, got {shown(origin)}.")
     return tied
 
 
@@ -149,4 +154,4 @@ def _check_fit(
         if other != name
     ]
     if faults:
-        raise CheckpointError(f"{path} does not fit the model: {faults[0]} ({len(faults)} differences in all).")
+        raise CheckpointError(fit(f"{path} does not fit the model: {faults[0]} ({len(faults)} differences in all)."))

@@ -176,7 +176,7 @@ class TestBrokenTensors:
     def test_a_missing_tensor_is_refused(self, case):
         for key in written(case):
             tensors = {other: array for other, array in written(case).items() if other != key}
-            with pytest.raises(FormatError, match=r"missing|one tensor|fields"):
+            with pytest.raises(FormatError, match=r"missing|one tensor|unknown"):
                 from_bitsandbytes(tensors)
 
     @pytest.mark.parametrize("case", ["nf4 plain", "fp4 nested"])
@@ -246,21 +246,23 @@ class TestBrokenDescriptions:
         ids=["empty", "cut", "no text", "a word", "a huge number", "deep", "two documents"],
     )
     def test_invalid_json_is_refused(self, text):
-        with pytest.raises(FormatError, match="JSON"):
+        with pytest.raises(FormatError, match="JSON|5000 digits"):
             from_bitsandbytes(with_text(written("nf4 plain"), text))
 
     @pytest.mark.parametrize("text", [b"null", b"[]", b"{}", b'"nf4"', b"7", b"NaN"])
     def test_json_without_the_fields_is_refused(self, text):
-        with pytest.raises(FormatError, match="blocksize, dtype, quant_type"):
+        with pytest.raises(
+            FormatError, match=r"bitsandbytes__nf4'.*(quant_type, blocksize, dtype|quant_type is missing|NaN)"
+        ):
             from_bitsandbytes(with_text(written("nf4 plain"), text))
 
     @pytest.mark.parametrize("field", ["quant_type", "blocksize", "dtype", "shape", "nested_offset", "nested_dtype"])
     def test_a_missing_field_is_refused(self, field):
-        with pytest.raises(FormatError, match="fields"):
+        with pytest.raises(FormatError, match=f"bitsandbytes__fp4': {field} "):
             from_bitsandbytes(described(written("fp4 nested"), **{field: ...}))
 
     def test_an_unknown_field_is_refused(self):
-        with pytest.raises(FormatError, match="fields"):
+        with pytest.raises(FormatError, match="'nested_offset'"):
             from_bitsandbytes(described(written("nf4 plain"), nested_offset=0.5))
 
     @pytest.mark.parametrize(
@@ -295,7 +297,7 @@ class TestBrokenDescriptions:
     def test_a_field_of_another_value_is_refused(self, field, value):
         with pytest.raises(FormatError) as caught:
             from_bitsandbytes(described(written("nf4 plain"), **{field: value}))
-        assert len(str(caught.value)) < 200
+        assert len(str(caught.value)) < 400
 
     @pytest.mark.parametrize(
         ("field", "value"),
@@ -317,7 +319,7 @@ class TestBrokenDescriptions:
         with pytest.raises(FormatError) as caught:
             from_bitsandbytes(described(written("fp4 nested"), **{field: value}))
         assert field in str(caught.value)
-        assert len(str(caught.value)) < 200
+        assert len(str(caught.value)) < 400
 
 
 class TestUnsupportedFormats:

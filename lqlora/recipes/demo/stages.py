@@ -15,6 +15,7 @@ import torch
 
 import lqlora as lq
 from lqlora import nn
+from lqlora._documents import Reader, Text
 from lqlora._files import remove_left_over, replace_folder
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
@@ -153,10 +154,10 @@ def _is_ours(folder: Path) -> bool:
         return False
     found = {entry.name: entry.is_file() and not entry.is_symlink() for entry in folder.iterdir()}
     try:
-        listed = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        listed = Reader(_NAMES, CheckpointError).read((folder / _NAMES).read_bytes(), list[Text])
+    except OSError:  # CheckpointError is one
         return not found
-    return isinstance(listed, list) and all(own and (name == _NAMES or name in listed) for name, own in found.items())
+    return all(own and (name == _NAMES or name in listed) for name, own in found.items())
 
 
 def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:

@@ -1,0 +1,30 @@
+"""Schemas of the JSON description that bitsandbytes stores with a 4-bit weight."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from lqlora._documents import Length
+
+__all__ = ["NestedState", "State"]
+
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+class State(Struct, frozen=True, forbid_unknown_fields=True):
+    """Description of a weight."""
+
+    quant_type: Literal["nf4", "fp4"]
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    shape: Annotated[list[Length], Meta(min_length=1, max_length=32)]
+
+
+class NestedState(State, frozen=True, forbid_unknown_fields=True):
+    """Description of a weight with double quantization."""
+
+    nested_blocksize: Literal[256]
+    nested_dtype: Literal["float32"]
+    nested_offset: Annotated[float, Meta(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]

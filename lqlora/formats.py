@@ -15,12 +15,12 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lqlora.codebooks import Codebook, by_name, check_work, codebook_from_json
+from lqlora.codebooks import Codebook, by_name
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.ops import packed_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from lqlora._typing import FloatName
 
@@ -31,7 +31,6 @@ __all__ = [
     "ScaleCodebook",
     "ScaleFormat",
     "StoredArrays",
-    "StoredFormats",
     "codebook_name",
     "float_bits",
 ]
@@ -466,57 +465,6 @@ class BlockFormat(_Record):
         'matrix'
         """
         return _parse_standard(text.strip()) if codebook is None else _parse_format(text.strip(), codebook)
-
-
-class StoredFormats:
-    """Reader of the formats of one document, which reads each spelling once.
-
-    Parameters
-    ----------
-    spellings : iterable of str
-        Spellings of the formats whose codebooks are known by name.
-
-    Raises
-    ------
-    FormatError
-        If the levels of their codebooks would take long to compute, see :func:`lqlora.codebooks.check_work`.
-
-    Examples
-    --------
-    >>> formats = StoredFormats(["nf4/64"])
-    >>> str(formats.parse("nf4/64")), formats.parse("b/64", {"levels": [-1, 1], "normalization": "absmax"}).bits
-    ('nf4/64:float32', 1)
-    """
-
-    def __init__(self, spellings: Iterable[str]) -> None:
-        check_work(map(codebook_name, dict.fromkeys(spellings)))
-        self._known: dict[str, BlockFormat] = {}
-
-    def parse(self, text: str, fields: Mapping[str, Any] | None = None) -> BlockFormat:
-        """Return the format of a spelling.
-
-        Parameters
-        ----------
-        text : str
-            Spelling that :meth:`BlockFormat.parse` reads.
-        fields : mapping, optional
-            ``levels`` and ``normalization`` of a codebook that is not known by name.
-
-        Returns
-        -------
-        BlockFormat
-            The same object for the same spelling, unless levels are given.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If the text is not a format, or the fields do not describe a codebook.
-        """
-        if fields:
-            return BlockFormat.parse(text, codebook_from_json(codebook_name(text), fields))
-        if text not in self._known:
-            self._known[text] = BlockFormat.parse(text)
-        return self._known[text]
 
 
 def float_bits(dtype: FloatName) -> int:

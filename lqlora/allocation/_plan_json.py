@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lqlora._messages import shown
 from lqlora.allocation.limits import LimitUse
+from lqlora.codebooks import check_work, codebook_from_json
 from lqlora.errors import InvalidArgumentError
-from lqlora.formats import StoredFormats
+from lqlora.formats import BlockFormat, codebook_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,11 +64,12 @@ def _matrices(rows: Mapping[str, Matrix], reader: Reader) -> dict[str, dict[str,
 
     found, place = {}, "matrices"
     try:
-        formats = StoredFormats(row.format for row in rows.values() if not given(row, "levels"))
+        check_work(codebook_name(row.format) for row in rows.values() if not given(row, "levels"))
         for name, row in rows.items():
             place = f"matrices{step(name)}.format"
+            codebook = codebook_from_json(codebook_name(row.format), given(row, "levels", "normalization"))
             found[name] = {
-                "format": formats.parse(row.format, given(row, "levels", "normalization")),
+                "format": BlockFormat.parse(row.format, codebook),
                 "rank": row.rank,
                 "shape": row.shape,
                 "cost": row.cost,

@@ -30,9 +30,9 @@ from safetensors.numpy import save_file
 from lqlora import ops
 from lqlora._files import input_file, replace_file
 from lqlora._messages import fit, shown
-from lqlora.codebooks import Codebook, is_standard
+from lqlora.codebooks import Codebook, check_work, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
-from lqlora.formats import BlockFormat, StoredFormats, codebook_name
+from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
@@ -316,13 +316,14 @@ def _take_matrices(
 
     names = sorted(arrays)
     try:
-        formats = StoredFormats(row.format for name, row in rows.items() if _weight_key(name, "codebook") not in arrays)
+        standard = (row.format for name, row in rows.items() if _weight_key(name, "codebook") not in arrays)
+        check_work(map(codebook_name, standard))
     except FormatError as error:
         raise reader.fault(place, f": {error}") from error
     matrices = {}
     for name, row in rows.items():
         try:
-            matrices[name] = _take_matrix(arrays, names, name, row, formats)
+            matrices[name] = _take_matrix(arrays, names, name, row)
         except KeyError as error:
             raise reader.fault(
                 f"{place}{step(name)}", f"is described, but {shown(error.args[0])} is missing."
@@ -333,9 +334,7 @@ def _take_matrices(
     return matrices
 
 
-def _take_matrix(
-    arrays: dict[str, Any], names: list[str], name: str, row: Matrix, formats: StoredFormats
-) -> StoredMatrix:
+def _take_matrix(arrays: dict[str, Any], names: list[str], name: str, row: Matrix) -> StoredMatrix:
     """Remove the tensors of a matrix from the arrays, check them, and return the matrix.
 
     ``names`` are the sorted names of all arrays of the file, also of those that other matrices have removed.
@@ -348,8 +347,8 @@ def _take_matrix(
     neighbors = map(names.__getitem__, range(bisect_left(names, prefix), len(names)))
     found = itertools.takewhile(lambda key: key.startswith(prefix), neighbors)
     own = {key.removeprefix(prefix): arrays.pop(key) for key in found if key in arrays}
-    quantized = QuantizedArray.from_arrays(own, _stored_format(row, own.pop("codebook", None), formats), row.shape)
-    shape = row.shape
+    fmt, shape = _stored_format(row, own.pop("codebook", None)), row.shape
+    quantized = QuantizedArray.from_arrays(own, fmt, shape)
     lora_A, lora_B = arrays.pop(f"{name}.lora_A"), arrays.pop(f"{name}.lora_B")
     if lora_A.ndim != 2 or lora_B.shape != (shape[0], len(lora_A)) or lora_A.shape[1] != shape[1]:
         raise FormatError(
@@ -361,10 +360,10 @@ def _take_matrix(
     return StoredMatrix(quantized, lora_A, lora_B, row.scaling)
 
 
-def _stored_format(row: Matrix, levels: Any, formats: StoredFormats) -> BlockFormat:
+def _stored_format(row: Matrix, levels: Any) -> BlockFormat:
     """Return the format of a matrix, with the levels that are stored if its codebook has no standard name."""
     if levels is None:
-        return formats.parse(row.format)
+        return BlockFormat.parse(row.format)
     if not isinstance(row.normalization, str):
         raise FormatError("normalization must be given for a codebook whose levels are stored, but is missing.")
     return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))

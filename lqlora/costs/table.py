@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora.codebooks import codebook_to_json
+from lqlora.codebooks import check_work, codebook_from_json, codebook_to_json
 from lqlora.errors import InvalidArgumentError
-from lqlora.formats import StoredFormats
+from lqlora.formats import BlockFormat, codebook_name
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._documents import Reader
     from lqlora.costs._schema import Column
-    from lqlora.formats import BlockFormat
 
 __all__ = ["Configuration", "CostTable"]
 
@@ -225,11 +224,11 @@ def _configurations(columns: list[Column], reader: Reader) -> tuple[Configuratio
 
     found, place = [], "configurations"
     try:
-        formats = StoredFormats(column.format for column in columns if not given(column, "levels"))
+        check_work(codebook_name(column.format) for column in columns if not given(column, "levels"))
         for index, column in enumerate(columns):
             place = f"configurations[{index}].format"
-            own = formats.parse(column.format, given(column, "levels", "normalization"))
-            found.append(Configuration(own, column.rank))
+            codebook = codebook_from_json(codebook_name(column.format), given(column, "levels", "normalization"))
+            found.append(Configuration(BlockFormat.parse(column.format, codebook), column.rank))
     except InvalidArgumentError as error:
         raise reader.fault(place, f": {error}") from error
     return tuple(found)

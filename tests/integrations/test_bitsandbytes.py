@@ -246,7 +246,7 @@ class TestBrokenDescriptions:
         ids=["empty", "cut", "no text", "a word", "a huge number", "deep", "two documents"],
     )
     def test_invalid_json_is_refused(self, text):
-        with pytest.raises(FormatError, match="JSON|5000 digits"):
+        with pytest.raises(FormatError, match=r"JSON|5000 digits"):
             from_bitsandbytes(with_text(written("nf4 plain"), text))
 
     @pytest.mark.parametrize("text", [b"null", b"[]", b"{}", b'"nf4"', b"7", b"NaN"])

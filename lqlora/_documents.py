@@ -163,7 +163,7 @@ class Reader:
         """
         level, depth = [plain], 0
         while level:
-            if depth > _MAX_DEPTH:
+            if depth >= _MAX_DEPTH:
                 raise self.fault(place, f"must be nested at most {_MAX_DEPTH} levels deep, got more.")
             children = (own.values() if isinstance(own, dict) else own for own in level)
             level = [child for own in children for child in own if isinstance(child, dict | list)]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from lqlora._documents import Reader
-    from lqlora.costs._schema import Head
+    from lqlora.costs._schema import Head, Line
 
 __all__ = ["CostStore", "StoredRow"]
 
@@ -189,15 +189,15 @@ class CostStore:
         from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
         from lqlora.costs._schema import StoredCosts  # noqa: PLC0415
 
-        # A contradiction is found before anything is written, and `rows` changes only after the line is on the disk. So
-        # the file never holds two costs of one cell, and `rows` holds nothing that a crash could take back.
-        known = self.rows.get(row.name)
-        joined = row if known is None else known.joined(row, str(self.path))
         for key, cost in row.costs.items():  # a reader refuses the whole store for one cost that it cannot read
             if not isinstance(key, str) or type(cost) is not float or not math.isfinite(cost):
                 raise StoreError(fit(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}."))
         document = {**vars(row), "shape": list(row.shape)}
         Reader("row must be one that can be read again", StoreError).convert(document, StoredCosts)
+        # A contradiction is found before anything is written, and `rows` changes only after the line is on the disk. So
+        # the file never holds two costs of one cell, and `rows` holds nothing that a crash could take back.
+        known = self.rows.get(row.name)
+        joined = row if known is None else known.joined(row, str(self.path))
         self._write(document)
         self.rows[row.name] = joined
 
@@ -354,36 +354,36 @@ def _checksum(text: str) -> str:
 def _parsed(data: bytes, path: Path) -> tuple[Head | None, dict[str, StoredRow]]:
     """Return the first line of a store, if it has one, and its rows."""
     from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
-    from lqlora.costs._schema import Head, StoredCosts, StoreVersion  # noqa: PLC0415
+    from lqlora.costs._schema import Head, Line, StoredCosts, StoreVersion  # noqa: PLC0415
 
     head, rows = None, dict[str, StoredRow]()
-    for number, line in enumerate(data.splitlines(), start=1):
+    for number, text in enumerate(data.splitlines(), start=1):
         reader = Reader(f"{path}, line {number}, is corrupt", StoreError)
-        document = _checked(line, reader)
+        line = reader.read(text, Line)
         if number == 1:
-            if (version := reader.convert(document, StoreVersion, "line").lqlora_costs) != _SPEC:
-                raise reader.fault("line.lqlora_costs", f"must be {_SPEC}, which this library reads, got {version}.")
-            head = reader.convert(document, Head, "line")
+            if (version := reader.convert(line.line, StoreVersion, "line").lqlora_costs) != _SPEC:
+                raise reader.fault(
+                    "line.lqlora_costs", f"must be {_SPEC}, which this library reads, got {shown(version)}."
+                )
+            head = reader.convert(line.line, Head, "line")
+            reader.check_depth(head.settings, "line.settings")
+            _check_sum(line, reader)
             continue
-        own = reader.convert(document, StoredCosts, "line")
+        own = reader.convert(line.line, StoredCosts, "line")
+        _check_sum(line, reader)
         row = StoredRow(own.name, own.shape, own.content, own.weighting, own.costs)
         rows[row.name] = rows[row.name].joined(row, f"{path}, line {number}") if row.name in rows else row
     return head, rows
 
 
-def _checked(line: bytes, reader: Reader) -> dict[str, Any]:
-    """Return the document of a line, or raise if it does not have the checksum of the line."""
-    from lqlora.costs._schema import Line  # noqa: PLC0415 - imports msgspec
-
-    outer = reader.read(line, Line)
-    reader.check_depth(outer.line, "line")
+def _check_sum(line: Line, reader: Reader) -> None:
+    """Raise unless a line has the checksum of its document."""
     try:
-        found = _checksum(json.dumps(outer.line, allow_nan=False))
-    except ValueError as error:  # such as 1e999, which is infinite in float64
-        raise reader.fault("line", f"must hold finite numbers only: {error}.") from None
-    if outer.sum != found:
-        raise reader.fault("sum", f"must be the checksum of the line, {found}, got {shown(outer.sum)}.")
-    return outer.line
+        found = _checksum(json.dumps(line.line, allow_nan=False))
+    except (RecursionError, ValueError) as error:  # of an unknown key, such as 1e999, which is infinite in float64
+        raise reader.fault("line", f"must be a document that can be written again: {error}.") from None
+    if line.sum != found:
+        raise reader.fault("sum", f"must be the checksum of the line, {found}, got {shown(line.sum)}.")
 
 
 def _check_head(found: Head, mine: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

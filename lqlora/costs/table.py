@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lqlora._messages import shown
 from lqlora.codebooks import check_work, codebook_from_json, codebook_to_json
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, codebook_name
@@ -167,7 +168,7 @@ class CostTable:
         plain = reader.parse(text)
         if (version := reader.convert(plain, TableVersion).lqlora_cost_table) != _SPEC:
             raise reader.fault(
-                "lqlora_cost_table", f"must be version {_SPEC}, which this library reads, got {version}."
+                "lqlora_cost_table", f"must be version {_SPEC}, which this library reads, got {shown(version)}."
             )
         document = reader.convert(plain, Table)
         configurations, rows = _configurations(document.configurations, reader), document.matrices

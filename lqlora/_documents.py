@@ -298,7 +298,7 @@ def _loads(text: str) -> tuple[Any, list[_Refused]]:
         return loader.load(text), loader.refused
     except json.JSONDecodeError:
         raise
-    except ValueError:  # int() refuses so many digits. A function is called for every integer, so only here.
+    except ValueError:  # int() has a limit. A function is called for every integer, so it is used only here.
         loader = _Loader()
         return loader.load(text, loader.integer), loader.refused
 
@@ -328,25 +328,36 @@ def _fits(value: Any, schema: Any) -> bool:
     return True
 
 
+def _first_refused(values: list[Any], schema: Any) -> int | None:
+    """Return the index of the first value that a type refuses, or None; by bisection, since lists may be long."""
+    low, high = 0, len(values)
+    if _fits(values, list[schema]):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _fits(values[low:middle], list[schema]) else (low, middle)
+    return low
+
+
 def _locate(value: Any, schema: Any, place: str) -> tuple[str, str]:
     """Return the place of the first part of a value that a schema refuses, and what is wrong with it."""
-    # Only the part that is refused is followed, so a document is converted once more for each of its few levels.
+    # Only the part that is refused is followed: the document is converted a few times more for each of its levels.
     kind = _only_kind(schema)
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict):
         return _locate_field(value, kind, place)
     if origin is dict and isinstance(value, dict):
-        for key, own in value.items():
-            if not _fits(key, arguments[0]):
-                return place + step(key), f"must have a key that is {_described(arguments[0])}"
-            if not _fits(own, arguments[1]):
-                return _locate(own, arguments[1], place + step(key))
-    if origin in (list, tuple) and isinstance(value, list):
-        kinds = arguments if origin is tuple and ... not in arguments else [arguments[0]] * len(value)
-        if len(kinds) == len(value):
-            for index, (own, expected) in enumerate(zip(value, kinds, strict=True)):
-                if not _fits(own, expected):
-                    return _locate(own, expected, place + step(index))
+        keys = list(value)
+        if (index := _first_refused(keys, arguments[0])) is not None:
+            return place + step(keys[index]), f"must have a key that is {_described(arguments[0])}"
+        if (index := _first_refused(list(value.values()), arguments[1])) is not None:
+            return _locate(value[keys[index]], arguments[1], place + step(keys[index]))
+    elif isinstance(value, list) and (origin is list or (origin is tuple and ... in arguments)):
+        if (index := _first_refused(value, arguments[0])) is not None:
+            return _locate(value[index], arguments[0], place + step(index))
+    elif isinstance(value, list) and origin is tuple and len(value) == len(arguments):
+        index = next(index for index, own in enumerate(arguments) if not _fits(value[index], own))
+        return _locate(value[index], arguments[index], place + step(index))
     return place, f"must be {_described(schema)}, got {shown(value)}"
 
 

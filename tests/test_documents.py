@@ -94,6 +94,13 @@ class TestReader:
         assert message.startswith("t.json: ")
         assert said in message
 
+    @pytest.mark.parametrize("index", [0, 1, 5, 6, 499, 999])
+    def test_the_first_of_several_faults_is_told(self, index):
+        pairs = [[1, 1.0]] * index + [[1, "x"]] + [[1, 1.0], [], None] * (index % 2)
+        rows = {f"m{own}": {"count": 1} for own in range(index)} | {"bad": {}, "after": None}
+        assert f": pairs[{index}][1] " in refused(lambda: self.READER.convert({"rows": {}, "pairs": pairs}, _Outer))
+        assert ": rows['bad'].count is missing" in refused(lambda: self.READER.convert({"rows": rows}, _Outer))
+
     def test_what_fits_is_read(self):
         text = '{"rows": {"a": {"count": 2147483647}}, "pairs": [[0, 1]], "few": [1], "free": {"x": [1]}, "other": 1}'
         found = self.READER.read(text.encode(), _Outer)
@@ -393,6 +400,16 @@ class TestWorkOfNames:
         row = document.example["matrices"]["m.a"]
         changed = document.example | {"matrices": {name: row | {"format": f"{name}/8"} for name in self.NAMES}}
         assert "100 codebooks" in refused(lambda: document.read(json.dumps(changed)), CheckpointError)
+
+
+def test_a_plan_that_could_not_be_used_is_refused(tmp_path):
+    document = _plan(tmp_path).example
+    for name in "ab":
+        document["matrices"][name] = document["matrices"]["a.b"] | {"cost": 1.7e308}
+    assert "matrices must have costs" in refused(lambda: lq.Plan.from_json(json.dumps(document)))
+    document = _plan(tmp_path).example
+    document["matrices"]["c"]["format"] = "ternary/8@2:float32"
+    assert "matrices['c'].format: axis 2" in refused(lambda: lq.Plan.from_json(json.dumps(document)))
 
 
 @pytest.mark.parametrize("read", [lq.load, lq.verify, CostStore.read, lambda path: CostStore(path, {})])

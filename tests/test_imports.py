@@ -18,7 +18,7 @@ from tests.requirements import require_or_skip
 
 OPTIONAL = (
     "torch", "cupy", "transformers", "gguf", "matplotlib", "rich", "typer", "hypothesis",
-    "highspy", "cylp", "pyscipopt", "gurobipy", "ortools",
+    "highspy", "msgspec", "cylp", "pyscipopt", "gurobipy", "ortools",
 )  # fmt: skip
 
 

@@ -75,8 +75,11 @@ def _matrices(rows: Mapping[str, Matrix], reader: Reader) -> dict[str, dict[str,
                 "cost": row.cost,
                 "factor_bits": row.factor_bits,
             }
+            found[name]["format"].lines(row.shape)  # refuses an axis that the matrix does not have
     except InvalidArgumentError as error:
         raise reader.fault(place, f": {error}") from error
+    if not math.isfinite(sum(row.cost for row in rows.values())):
+        raise reader.fault("matrices", "must have costs whose sum is finite, got more.")
     return found
 
 

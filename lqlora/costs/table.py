@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,7 @@ def _check_values(table: CostTable) -> None:
     """Raise if a name or a configuration occurs twice, or a number cannot be an error or a size."""
     for what, labels in (("names", table.names), ("configurations", table.configurations)):
         if len(set(labels)) < len(labels):
-            twice = next(label for place, label in enumerate(labels) if label in labels[:place])
+            twice = next(label for label, count in Counter(labels).items() if count > 1)
             raise InvalidArgumentError(f"{what} of a cost table must differ, but {str(twice)!r} occurs twice.")
     for what in ("costs", "sizes", "factor_sizes"):
         values = getattr(table, what)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lqlora._optional import require
+from lqlora._messages import fit
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    except (OSError, ValueError) as error:  # not UTF-8, or a path with a zero byte
+        raise InvalidArgumentError(fit(f"{path} cannot be read as UTF-8 text: {error}.")) from error
 
 
 def token_sequences(tokenizer: Any, text: str, length: int) -> torch.Tensor:

@@ -254,7 +254,7 @@ class TestThreads:
         assert num_threads() == 3
         monkeypatch.setenv("LQLORA_NUM_THREADS", "2")
         assert num_threads() == 2
-        for text in ("", "0", "-1", "many"):
+        for text in ("", "0", "-1", "many", "9" * 5000, "4294967296", "٣"):
             monkeypatch.setenv("LQLORA_NUM_THREADS", text)
             assert num_threads() == 3
         monkeypatch.setenv("OMP_NUM_THREADS", "4,2")

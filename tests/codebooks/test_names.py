@@ -12,6 +12,7 @@ from lqlora.codebooks import (
     abnormal_float,
     block_optimal,
     by_name,
+    check_work,
     codebook_from_json,
     codebook_from_text,
     codebook_to_json,
@@ -138,3 +139,20 @@ class TestOwnCodebooks:
     def test_text_that_describes_no_codebook_is_refused(self, text):
         with pytest.raises(FormatError, match="codebook"):
             codebook_from_text("ternary", text)
+
+
+class TestWork:
+    """Names of codebooks whose levels are computed, of which there are billions."""
+
+    def test_a_few_for_each_block_size_are_accepted(self):
+        check_work([f"{kind}{bits}-{2**size}" for kind in ("af", "bof") for bits in (2, 3, 4) for size in range(4, 13)])
+        check_work(["nf4", "sf4-77", "no codebook", "bof9-0", *["bof8-64"] * 1000])
+
+    @pytest.mark.parametrize("name", ["af8-{}", "bof8-{}", "bof8s-{}"])
+    def test_many_are_refused(self, name):
+        with pytest.raises(FormatError, match=r"^codebooks .*16 codebooks"):
+            check_work(name.format(size) for size in range(2, 18))
+
+    @pytest.mark.parametrize("family", [abnormal_float, block_optimal, student_float])
+    def test_the_memory_for_results_is_bounded(self, family):
+        assert 0 < family.cache_info().maxsize <= 256

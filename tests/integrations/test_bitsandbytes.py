@@ -251,9 +251,7 @@ class TestBrokenDescriptions:
 
     @pytest.mark.parametrize("text", [b"null", b"[]", b"{}", b'"nf4"', b"7", b"NaN"])
     def test_json_without_the_fields_is_refused(self, text):
-        with pytest.raises(
-            FormatError, match=r"bitsandbytes__nf4'.*(quant_type, blocksize, dtype|quant_type is missing|NaN)"
-        ):
+        with pytest.raises(FormatError, match=r"bitsandbytes__nf4"):
             from_bitsandbytes(with_text(written("nf4 plain"), text))
 
     @pytest.mark.parametrize("field", ["quant_type", "blocksize", "dtype", "shape", "nested_offset", "nested_dtype"])

@@ -408,7 +408,7 @@ def test_a_plan_that_could_not_be_used_is_refused(tmp_path):
         document["matrices"][name] = document["matrices"]["a.b"] | {"cost": 1.7e308}
     assert "matrices must have costs" in refused(lambda: lq.Plan.from_json(json.dumps(document)))
     document = _plan(tmp_path).example
-    document["matrices"]["c"]["format"] = "ternary/8@2:float32"
+    document["matrices"]["c"]["format"] = "nf4/8@2:float16"
     assert "matrices['c'].format: axis 2" in refused(lambda: lq.Plan.from_json(json.dumps(document)))
 
 

@@ -68,14 +68,15 @@ def _matrices(rows: Mapping[str, Matrix], reader: Reader) -> dict[str, dict[str,
         for name, row in rows.items():
             place = f"matrices{step(name)}.format"
             codebook = codebook_from_json(codebook_name(row.format), given(row, "levels", "normalization"))
+            own = BlockFormat.parse(row.format, codebook)
+            own.lines(row.shape)  # refuses an axis that the matrix does not have
             found[name] = {
-                "format": BlockFormat.parse(row.format, codebook),
+                "format": own,
                 "rank": row.rank,
                 "shape": row.shape,
                 "cost": row.cost,
                 "factor_bits": row.factor_bits,
             }
-            found[name]["format"].lines(row.shape)  # refuses an axis that the matrix does not have
     except InvalidArgumentError as error:
         raise reader.fault(place, f": {error}") from error
     if not math.isfinite(sum(row.cost for row in rows.values())):

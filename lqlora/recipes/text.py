@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lqlora._optional import require
 from lqlora._messages import fit
+from lqlora._optional import require
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import reprlib
 
-__all__ = ["MESSAGE_LENGTH", "fit", "printable", "shown"]
+from lqlora._printable import printable
+
+__all__ = ["MESSAGE_LENGTH", "fit", "shown"]
 
 #: Largest number of characters of a message about a file.
 MESSAGE_LENGTH = 400
@@ -64,27 +66,6 @@ def shown(value: object, length: int = 80) -> str:
     if isinstance(value, str):
         return _cut(printable(repr(value[: length + 1])), length)
     return _cut(printable(_SHORT.repr(value)), length)
-
-
-def printable(text: str) -> str:
-    r"""Return a text in which characters that cannot be printed are replaced by their escapes.
-
-    Parameters
-    ----------
-    text : str
-        Any text, such as the name of a file.
-
-    Returns
-    -------
-    str
-        Printable text without line breaks.
-
-    Examples
-    --------
-    >>> print(printable("up\n\x1b[2J"))
-    up\n\x1b[2J
-    """
-    return text if text.isprintable() else "".join(own if own.isprintable() else repr(own)[1:-1] for own in text)
 
 
 def fit(message: str) -> str:

@@ -7,6 +7,7 @@ it returns an object of that class, or raises one error that names the file, the
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ _MAX_DEPTH = 200
 
 #: Digits that an integer may have. Python's own limit is 4300 by default, and can be removed.
 _MAX_DIGITS = 4300
+
+#: Halves of characters in Python's texts, and their escapes in JSON: a pair of them is one character.
+_LONE = re.compile("[\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u[dD][89a-fA-F]..")
 
 #: A finite number.
 Number = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
@@ -114,7 +119,8 @@ class Reader:
         if not isinstance(text, str | bytes | bytearray):
             raise self.fault("", f"must be text, got {shown(text)}.")
         try:
-            plain, refused = _loads(text if isinstance(text, str) else text.decode())
+            text = text if isinstance(text, str) else text.decode()
+            plain, refused = _loads(text)
         except RecursionError:
             raise self.fault("", "must be valid JSON, but it is nested too deep.") from None
         except UnicodeDecodeError as error:
@@ -122,6 +128,8 @@ class Reader:
         except json.JSONDecodeError as error:
             place = f"line {error.lineno}, column {error.colno}"
             raise self.fault("", f"must be valid JSON, got an error in {place}: {error.msg}.") from None
+        if _may_hold_surrogates(text):
+            self._check_unicode(plain)
         if refused:
             found = next((own for own in _parts(plain) if isinstance(own[1], _Refused)), ("", refused[0]))
             raise self.fault(found[0], f"{found[1].why}.")
@@ -168,6 +176,12 @@ class Reader:
             children = (own.values() if isinstance(own, dict) else own for own in level)
             level = [child for own in children for child in own if isinstance(child, dict | list)]
             depth += 1
+
+    def _check_unicode(self, plain: Any) -> None:
+        for place, own in _parts(plain):
+            for text in [own] if isinstance(own, str) else own if isinstance(own, dict) else ():
+                if _LONE.search(text):
+                    raise self.fault(place, f"must hold texts of Unicode characters, got {shown(text)}.")
 
     def fault(self, place: str, why: str) -> LQLoRAError:
         """Return the error for a part of the document.
@@ -301,6 +315,17 @@ def _loads(text: str) -> tuple[Any, list[_Refused]]:
     except ValueError:  # int() has a limit. A function is called for every integer, so it is used only here.
         loader = _Loader()
         return loader.load(text, loader.integer), loader.refused
+
+
+def _may_hold_surrogates(text: str) -> bool:
+    """Return whether the values of a JSON text must be searched for surrogates that are not part of a pair."""
+    # UTF-8 cannot hold them, so msgspec fails. The searches are fast for texts that have no such escapes.
+    if not text.isascii() and _LONE.search(text):
+        return True
+    if "\\ud" not in text and "\\uD" not in text:
+        return False
+    # A backslash may be escaped itself: then the expression could take the text behind it for a half.
+    return "\\\\u" in text or any(len(found[0]) == 6 for found in _ESCAPED.finditer(text))
 
 
 def _parts(plain: Any) -> Iterator[tuple[str, Any]]:

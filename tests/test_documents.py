@@ -85,6 +85,10 @@ class TestReader:
             (b'{"a": "\xff"}', "UTF-8, got the byte 0xff"),
             (b"\xff\xfe{\0}\0", "UTF-8"),
             ("", "must be valid JSON"),
+            ('{"rows": {"\\ud800": {"count": 1}}}', "rows must hold texts of Unicode characters, got '\\ud800'"),
+            ('{"rows": {}, "free": ["\\uDC00\\ud800"]}', "free[0] must hold texts"),
+            ('{"rows": {}, "free": "\ud800"}', "free must hold texts"),
+            (r'{"rows": {}, "free": "\\ud83d\ude00"}', "free must hold texts"),
             (None, "must be text, got null"),
         ],
         ids=lambda own: shown(own, 40),
@@ -105,6 +109,11 @@ class TestReader:
         text = '{"rows": {"a": {"count": 2147483647}}, "pairs": [[0, 1]], "few": [1], "free": {"x": [1]}, "other": 1}'
         found = self.READER.read(text.encode(), _Outer)
         assert found == _Outer({"a": _Inner(2**31 - 1)}, [(0, 1.0)], None, [1], {"x": [1]})
+
+    @pytest.mark.parametrize("text", ["\U0001f600é\x7f", "\\ud800", "\\\\\ufffe"], ids=ascii)
+    def test_texts_are_those_of_json(self, text):
+        for document in (json.dumps([text]), json.dumps([text], ensure_ascii=False), json.dumps([text]).encode()):
+            assert self.READER.read(document, list[Text]) == [text]
 
     def test_numbers_are_those_of_json(self):
         text = "[0.1, 1e-320, 5e-324, 123456789012345678, 1.7976931348623157e308, -0.0]"
@@ -286,7 +295,7 @@ VALUES = [
 ]
 
 #: JSON that is refused at any place.
-TEXTS = ["NaN", "-Infinity", "9" * 5000, '{"twice": 1, "twice": 1}']
+TEXTS = ["NaN", "-Infinity", "9" * 5000, '{"twice": 1, "twice": 1}', '"\\udc00"']
 
 
 def places(document: Any, kind: Any, place: str) -> Iterator[tuple[str, tuple[Any, ...]]]:

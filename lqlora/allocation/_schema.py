@@ -32,7 +32,7 @@ class Matrix(Struct, frozen=True, forbid_unknown_fields=True):
     levels: Annotated[list[Number], Meta(min_length=2, max_length=256)] | UnsetType = UNSET
     normalization: Normalization | UnsetType = UNSET
     bits_per_weight: Number | UnsetType = UNSET
-    storage_bits: Count | UnsetType = UNSET
+    storage_bits: int | UnsetType = UNSET
     error_share: Number | UnsetType = UNSET
 
 
@@ -69,8 +69,8 @@ class PlanV4(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     limits: list[Limit]
     matrices: dict[Text, Matrix]
     bits_per_weight: Number | UnsetType = UNSET
-    storage_bits: Count | UnsetType = UNSET
-    factor_bits: Count | UnsetType = UNSET
+    storage_bits: int | UnsetType = UNSET
+    factor_bits: int | UnsetType = UNSET
 
 
 class PlanV3(PlanV4, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -44,7 +44,7 @@ class Table(Struct, frozen=True):
     matrices: list[Row]
 
 
-class Line(Struct, frozen=True):
+class Line(Struct, frozen=True, forbid_unknown_fields=True):
     """A line of a store, with the checksum of its document."""
 
     sum: Text
@@ -57,7 +57,7 @@ class StoreVersion(Struct):
     lqlora_costs: int
 
 
-class Head(Struct, frozen=True):
+class Head(Struct, frozen=True, forbid_unknown_fields=True):
     """Document of the first line of a store."""
 
     lqlora_costs: int
@@ -65,7 +65,7 @@ class Head(Struct, frozen=True):
     settings: dict[str, Any]
 
 
-class StoredCosts(Struct, frozen=True):
+class StoredCosts(Struct, frozen=True, forbid_unknown_fields=True):
     """Document of a later line of a store."""
 
     name: Text

@@ -87,7 +87,7 @@ class StoredRow:
             If the two are of different contents or weightings, or disagree on a cost.
         """
         for what, mine, others in (
-            ("entries", self.content, other.content),
+            ("shape and entries", (self.shape, self.content), (other.shape, other.content)),
             ("weighting arguments", self.weighting, other.weighting),
         ):
             if mine != others:

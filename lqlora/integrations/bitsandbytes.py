@@ -27,6 +27,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace
+from lqlora._messages import fit, shown
 from lqlora.codebooks import is_standard
 from lqlora.errors import FormatError
 from lqlora.formats import BlockFormat, ScaleFormat
@@ -167,9 +168,15 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
         ops.require_finite(absmax, f"{name}.absmax")
     if parts:
         raise FormatError(
-            f"tensors must not include {name + min(parts)!r}, which is not part of the 4-bit layout of bitsandbytes."
+            f"tensors must not include {shown(name + min(parts), 200)}, which is not part of the 4-bit layout of bitsandbytes."
         )
-    return BitsandbytesWeight(QuantizedArray.from_arrays(arrays, fmt, shape), state.dtype)
+    try:
+        quantized = QuantizedArray.from_arrays(arrays, fmt, shape)
+    except FormatError as error:
+        raise FormatError(
+            fit(f"Weight {shown(name, 150)} has values that its format does not have: {error}")
+        ) from error
+    return BitsandbytesWeight(quantized, state.dtype)
 
 
 def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float32") -> dict[str, Array]:
@@ -256,11 +263,13 @@ def _parts_of(tensors: Mapping[str, Array], name: str) -> dict[str, Array]:
 
 def _take(parts: dict[str, Array], name: str, key: str, dtype: str, shape: tuple[int, ...]) -> Array:
     if key not in parts:
-        raise FormatError(f"tensors must include {name + key!r}, which is missing.")
+        raise FormatError(f"tensors must include {shown(name + key, 200)}, which is missing.")
     array = parts.pop(key)
     found = ops.dtype_name(array), tuple(array.shape)
     if found != (dtype, shape):
-        raise FormatError(f"Tensor {name + key!r} must be {dtype} of shape {shape}, got {found[0]} of {found[1]}.")
+        raise FormatError(
+            f"Tensor {shown(name + key, 200)} must be {dtype} of shape {shape}, got {found[0]} of {found[1]}."
+        )
     return array
 
 
@@ -273,10 +282,10 @@ def _take_state(parts: dict[str, Array], name: str) -> tuple[str, State]:
     kind = keys[0].removeprefix(_STATE) if len(keys) == 1 else None
     if kind not in _KINDS:
         raise FormatError(
-            f"Weight {name!r} must have one tensor {name}{_STATE}nf4 or …fp4, got {len(keys)}: {keys[:2]}."
+            f"Weight {shown(name, 150)} must have one tensor …{_STATE}nf4 or …fp4, got {len(keys)}: {shown(keys[:2])}."
         )
     array = parts.pop(keys[0])
-    where = f"Tensor {name + keys[0]!r}"
+    where = f"Tensor {shown(name + keys[0], 200)}"
     if ops.dtype_name(array) != "uint8" or len(array.shape) != 1:
         raise FormatError(f"{where} must be uint8 of one dimension, got {ops.dtype_name(array)} of {array.shape}.")
     reader = Reader(where, FormatError)

@@ -291,8 +291,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Content, dict[s
         with safe_open(own, framework="numpy") as file:
             text = (file.metadata() or {}).get(_KEY)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    # AttributeError and TypeError are what safetensors raises for a dtype that NumPy does not have.
-    except (AttributeError, OSError, SafetensorError, TypeError) as error:
+    # safetensors raises AttributeError and TypeError for a dtype that NumPy does not have, and NumPy ValueError for more
+    # than 64 dimensions.
+    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
         hint = "Is it truncated, or a git-lfs pointer?"
         raise CheckpointError(fit(f"{path} is not a readable safetensors file ({error}). {hint}")) from error
     if text is None:

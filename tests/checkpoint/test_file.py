@@ -482,6 +482,12 @@ class TestDamage:
         _write_parts(path, header, data)
         _assert_refused(path)
 
+    def test_more_dimensions_than_numpy_has_are_refused(self, path):
+        header, data = _parts(path)
+        header["norm"]["shape"] = [*header["norm"]["shape"], *[1] * 100]
+        _write_parts(path, header, data)
+        _assert_refused(path)
+
 
 @pytest.mark.parametrize(
     "matrices",

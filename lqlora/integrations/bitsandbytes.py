@@ -34,14 +34,14 @@ from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized import QuantizedArray
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import numpy.typing as npt
 
     from lqlora._typing import Array
     from lqlora.integrations._schema import State
 
-__all__ = ["BitsandbytesWeight", "find_bitsandbytes", "from_bitsandbytes", "to_bitsandbytes"]
+__all__ = ["BitsandbytesWeight", "find_bitsandbytes", "from_bitsandbytes", "list_parts", "to_bitsandbytes"]
 
 _BLOCK_SIZES = tuple(2**power for power in range(5, 13))
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -49,6 +49,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 #: codes of its signed dynamic map in blocks of 256. The mean is the offset of ``d8``.
 _NESTED = "d8/256:float32"
 _STATE = ".quant_state.bitsandbytes__"
+_MOST_DIMENSIONS, _LONGEST = 32, 2**31 - 1
 
 #: Codebook, and bitsandbytes' codes in ascending order of their levels, by bitsandbytes' name. FP4 has two zeros: code 8
 #: (negative) comes before code 0.
@@ -96,8 +97,32 @@ def find_bitsandbytes(tensors: Mapping[str, Array]) -> list[str]:
     >>> find_bitsandbytes({"up.weight": None, "up.weight.quant_state.bitsandbytes__nf4": None, "norm.weight": None})
     ['up.weight']
     """
-    matches = (re.fullmatch(rf"(.+){re.escape(_STATE)}(?:{'|'.join(_KINDS)})", key, re.DOTALL) for key in tensors)
-    return list(dict.fromkeys(match[1] for match in matches if match))
+    described = re.compile(rf"(.+){re.escape(_STATE)}(?:{'|'.join(_KINDS)})", re.DOTALL)
+    return list(dict.fromkeys(match[1] for match in map(described.fullmatch, tensors) if match))
+
+
+def list_parts(tensors: Collection[str], name: str) -> list[str]:
+    """Return the names of the tensors that store one 4-bit weight. The time does not depend on the number of tensors.
+
+    Parameters
+    ----------
+    tensors : set or mapping of str
+        Names of the tensors of a state dict.
+    name : str
+        Name of the weight.
+
+    Returns
+    -------
+    list of str
+        Those names of the layout that are among ``tensors``.
+
+    Examples
+    --------
+    >>> list_parts({"up.weight", "up.weight.absmax", "down.weight.absmax"}, "up.weight")
+    ['up.weight', 'up.weight.absmax']
+    """
+    ends = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *(f"{_STATE}{kind}" for kind in _KINDS))
+    return [name + end for end in ends if name + end in tensors]
 
 
 def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> BitsandbytesWeight:
@@ -200,7 +225,10 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     Raises
     ------
     FormatError
-        If the layout does not have the codebook, block size, scales or dtype, or the array has no dimensions.
+        If the layout does not have the codebook, block size, scales or dtype, or cannot hold the array: one without
+        dimensions, a stack, fitted levels, or blocks along an axis that are not those of the row-major order.
+    NonFiniteError
+        If a scale is NaN or infinite.
 
     Examples
     --------
@@ -213,9 +241,12 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     up.weight.quant_map (16,)
     up.weight.quant_state.bitsandbytes__nf4 (73,)
     """
-    kind = _require_exportable(q.format, q.shape, dtype)
+    kind = _require_exportable(q, dtype)
     order = _KINDS[kind][1]
     stored = q.to_arrays()
+    for key in ("scales", "scales.scales", "scales.offset"):
+        if key in stored:
+            ops.require_finite(stored[key], key)
     state = {"quant_type": kind, "blocksize": q.format.block_size, "dtype": dtype, "shape": list(q.shape)}
     arrays = {name: _codes_to(q.packed, kind, prod(q.shape))}
     tables = {"quant_map": _quant_map(q.format, order)}
@@ -233,8 +264,9 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     return arrays
 
 
-def _require_exportable(fmt: BlockFormat, shape: tuple[int, ...], dtype: str) -> str:
-    """Return bitsandbytes' name of the codebook, or raise if its layout does not have the format."""
+def _require_exportable(q: QuantizedArray, dtype: str) -> str:
+    """Return bitsandbytes' name of the codebook, or raise if its layout cannot hold the array."""
+    fmt, shape = q.format, q.shape
     kinds = {codebook: kind for kind, (codebook, _) in _KINDS.items()}
     kind = kinds.get(fmt.codebook.name)
     if kind is None or not is_standard(fmt.codebook):
@@ -243,13 +275,36 @@ def _require_exportable(fmt: BlockFormat, shape: tuple[int, ...], dtype: str) ->
         raise FormatError(f"block_size must be 32, 64, 128, … or 4096 for bitsandbytes, got {fmt.block_size}.")
     if str(fmt.scales) not in ("float32", _NESTED):
         raise FormatError(f"scales must be float32 or {_NESTED} for bitsandbytes, got {fmt.scales}.")
-    if not shape:
+    if fmt.levels != "codebook":
         raise FormatError(
-            "q must have at least one dimension for bitsandbytes, got shape (). Reshape it to (1,) first."
+            f"levels must be those of the codebook for bitsandbytes, which cannot hold fitted ones, got {fmt}."
+        )
+    if q.batch_shape:
+        raise FormatError(
+            f"q must be a single array for bitsandbytes, got a stack of shape {q.batch_shape}. Unstack it."
+        )
+    if not 1 <= len(shape) <= _MOST_DIMENSIONS or max(shape) > _LONGEST:
+        raise FormatError(
+            f"q must have 1 to {_MOST_DIMENSIONS} dimensions for bitsandbytes, of at most {_LONGEST} each, got shape "
+            f"{shape}. Reshape it first."
+        )
+    if not _follows_rows(fmt, shape):
+        raise FormatError(
+            f"axis of blocks must be None for bitsandbytes, or the blocks those of the row-major order, got {fmt} for "
+            f"shape {shape}."
         )
     if dtype not in _DTYPES:
         raise FormatError(f"dtype must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]} for bitsandbytes, got {dtype!r}.")
     return kind
+
+
+def _follows_rows(fmt: BlockFormat, shape: tuple[int, ...]) -> bool:
+    """Return whether blocks are those of the row-major order: no axis is moved, and no block ends early in a line."""
+    if fmt.axis is None:
+        return True
+    lines, length = fmt.lines(shape)
+    moved = prod(shape[fmt.axis % len(shape) + 1 :]) != 1
+    return not moved and (lines == 1 or length % fmt.block_size == 0)
 
 
 def _parts_of(tensors: Mapping[str, Array], name: str) -> dict[str, Array]:

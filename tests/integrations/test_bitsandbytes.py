@@ -320,7 +320,90 @@ class TestBrokenDescriptions:
         assert len(str(caught.value)) < 400
 
 
+#: Formats by codebook, block size, axis, levels and scales; most cannot be exported.
+FORMATS = [
+    f"{codebook}/{block_size}{axis}:{scales}"
+    for codebook in ("nf4", "fp4-bnb")
+    for block_size in (32, 64)
+    for axis in ("", "@0", "@1", "@-1")
+    for scales in ("float32", NESTED)
+]
+OTHERS = ["nf3/32:float32", "int4/32:float32", "affine4/32:float32", "bof4s-64/32:float32", "nf4/32:float16"]
+OTHERS += ["nf4/32:u8/256:float32", "nf4/32:d8+none/256:float32", "nf4/32:d8/256:d8/256:float32", "nf4+fit/32:float32"]
+#: Shape, and the number of leading dimensions that count the arrays of a stack.
+SHAPES = [((64,), 0), ((3, 70), 0), ((4, 64), 0), ((64, 1), 0), ((1, 40), 0), ((2, 32, 64), 0), ((0, 64), 0)]
+SHAPES += [((2, 3, 70), 1), ((1, 4, 64), 1)]
+
+
+def exports(text):
+    """Yield the arrays of a format in all shapes that it has, and their tensors, or None where these are refused."""
+    fmt = lq.BlockFormat.parse(text)
+    rng = np.random.default_rng(0)
+    for shape, batch_dims in SHAPES:
+        if fmt.axis is not None and not -len(shape) + batch_dims <= fmt.axis < len(shape) - batch_dims:
+            continue
+        w = rng.standard_normal(shape).astype(np.float32)
+        q = lq.quantize(w, fmt, fit="levels+scale" if fmt.levels != "codebook" else "absmax", batch_dims=batch_dims)
+        try:
+            yield q, to_bitsandbytes(q)
+        except FormatError:
+            yield q, None
+
+
+@pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
+@pytest.mark.parametrize("text", FORMATS + OTHERS)
+def test_an_export_is_refused_or_decodes_to_the_same_bits(text):
+    for q, tensors in exports(text):
+        if q.format.axis is None:
+            assert (tensors is None) == (text in OTHERS or bool(q.batch_shape)), q.shape
+        if tensors is not None:
+            assert bits(lq.dequantize(from_bitsandbytes(tensors).quantized)) == bits(lq.dequantize(q)), q.shape
+            assert bits(oracle.decode(tensors)) == bits(lq.dequantize(q)), q.shape
+
+
+def test_blocks_along_an_axis_are_exported_where_they_follow_the_rows():
+    exported = {
+        (q.format.axis, q.shape) for text in ("nf4/32@0", "nf4/32@-1") for q, t in exports(text) if t is not None
+    }
+    assert exported == {
+        (0, (64,)),
+        (0, (64, 1)),
+        (-1, (64,)),
+        (-1, (4, 64)),
+        (-1, (0, 64)),
+        (-1, (1, 40)),
+        (-1, (2, 32, 64)),
+    }
+
+
 class TestUnsupportedFormats:
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @pytest.mark.parametrize(("text", "key"), [("nf4/64:float32", "scales"), (f"nf4/64:{NESTED}", "scales.offset")])
+    def test_a_scale_that_is_not_finite_is_refused(self, text, key, value):
+        q = lq.quantize(np.ones((4, 64), dtype=np.float32), lq.BlockFormat.parse(text))
+        arrays = q.to_arrays() | {key: np.full_like(q.to_arrays()[key], value)}
+        with pytest.raises(NonFiniteError, match=key):
+            to_bitsandbytes(lq.QuantizedArray.from_arrays(arrays, q.format, q.shape))
+
+    @pytest.mark.parametrize(
+        ("text", "shape", "reason"),
+        [
+            ("nf4/64@0", (70, 3), r"axis.*@0.*\(70, 3\)"),
+            ("nf4/64@-1", (3, 70), "axis.*@-1"),
+            ("nf4+fit/64", (3, 70), r"levels.*\+fit"),
+        ],
+    )
+    def test_an_array_that_the_layout_cannot_hold_is_refused(self, text, shape, reason):
+        fmt = lq.BlockFormat.parse(text)
+        q = lq.quantize(np.ones(shape, dtype=np.float32), fmt, fit="absmax" if "fit" not in text else "levels+scale")
+        with pytest.raises(FormatError, match=reason):
+            to_bitsandbytes(q)
+
+    def test_a_stack_is_refused(self):
+        q = lq.quantize(np.ones((2, 3, 64), dtype=np.float32), lq.BlockFormat(lq.NF4, 64), batch_dims=1)
+        with pytest.raises(FormatError, match=r"q .*stack.*\(2,\)"):
+            to_bitsandbytes(q)
+
     @pytest.mark.parametrize(
         ("text", "reason"),
         [
@@ -415,6 +498,16 @@ class TestAgainstThePackage:
         q = lq.quantize(torch.from_numpy(w), fmt)
         there = dequantized_there(functional, torch, to_bitsandbytes(q, dtype=dtype))
         assert bits(host(there)) == bits(host(lq.dequantize(q, dtype=dtype)))
+
+    @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
+    @pytest.mark.parametrize("text", FORMATS)
+    def test_it_decodes_every_export_to_the_same_bits(self, functional, torch, text):
+        for q, tensors in exports(text):
+            if tensors is not None and prod(q.shape):
+                there = dequantized_there(
+                    functional, torch, {k: torch.from_numpy(v.copy()) for k, v in tensors.items()}
+                )
+                assert bits(host(there)) == bits(lq.dequantize(q)), q.shape
 
     @given(peer_weights(), KIND, BLOCK_SIZE)
     def test_codes_and_scales_are_its_own_but_for_ties(self, functional, torch, w, kind, block_size):

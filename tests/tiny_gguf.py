@@ -43,6 +43,8 @@ def write_tiny_llama(
     tied: bool = True,
     change: Callable[[dict[str, npt.NDArray[np.float32]]], object] | None = None,
     without: tuple[str, ...] = (),
+    settings: Mapping[str, object] | None = None,
+    tensors_per_part: int = 0,
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Write a file, and return the weights that a reader must find, by their names in transformers.
 
@@ -60,13 +62,21 @@ def write_tiny_llama(
         Called with the weights before they are written, to change them.
     without : tuple of str
         Metadata keys to leave out.
+    settings : mapping, optional
+        Metadata to write instead of, or beside, that of the model: integers, floats, strings or lists by whole key.
+    tensors_per_part : int
+        If not 0, the model is written in parts of as many tensors: ``NAME-00001-of-0000N.gguf`` beside ``path``.
     """
     weights = _weights(seed, tied=tied)
     if change is not None:
         change(weights)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_per_part)
     _add_settings(writer, without)
     _add_tokenizer(writer)
+    for key, value in (settings or {}).items():
+        writer.kv_data[0].pop(key, None)
+        add = {int: writer.add_int64, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](key, value)
     for name, values in weights.items():
         _add_tensor(writer, name, values)
     writer.write_header_to_file()

@@ -11,7 +11,7 @@ from lqlora.cli.outputs import check_outputs, list_outputs, write_outputs
 from lqlora.cli.parsing import parse_formats, parse_integers, parse_pattern
 from lqlora.errors import InvalidArgumentError
 from lqlora.integrations.gguf import packaged_smollm2
-from lqlora.integrations.sources import open_weights
+from lqlora.integrations.sources import open_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,11 +59,14 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
         found = "neither" if model is None else "both"
         raise InvalidArgumentError(f"model must be a file or folder, or --packaged instead of it, got {found}.")
     source = model or packaged_smollm2()
-    check_outputs([output], force=force, others=[source, *filter(None, [options.store])])
+    contents = open_model(source)
+    check_outputs([output], force=force, others=[source, *contents.files, *filter(None, [options.store])])
     formats, ranks = parse_formats(options.formats), parse_integers(options.ranks, "--ranks")
     patterns = {"include": options.include, "exclude": options.exclude}
     chosen = {name: [parse_pattern(text) for text in texts] for name, texts in patterns.items() if texts}
-    weights = open_weights(source, **chosen)
+    weights = contents.select(**chosen)
+    if line := contents.describe_left_out():
+        console.say(line)
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(

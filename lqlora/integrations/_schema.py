@@ -1,4 +1,4 @@
-"""Schemas of the JSON description that bitsandbytes stores with a 4-bit weight."""
+"""Schemas of JSON of other programs: descriptions of 4-bit weights of bitsandbytes, and the index of a model in parts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from lqlora._documents import Length
+from lqlora._documents import Length, Text
 
-__all__ = ["NestedState", "State"]
+__all__ = ["Index", "NestedState", "State"]
 
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -28,3 +28,9 @@ class NestedState(State, frozen=True, forbid_unknown_fields=True):
     nested_blocksize: Literal[256]
     nested_dtype: Literal["float32"]
     nested_offset: Annotated[float, Meta(ge=-_FLOAT32_MAX, le=_FLOAT32_MAX)]
+
+
+class Index(Struct, frozen=True):
+    """Index of a model in parts: the file of each tensor. Other fields are ignored."""
+
+    weight_map: Annotated[dict[Text, Text], Meta(min_length=1)]

@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, for safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS, select
-from lqlora.errors import CheckpointError
-from lqlora.integrations.gguf import linear_weights
+from lqlora._messages import shown
+from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS
+from lqlora.errors import CheckpointError, LQLoRAError
+from lqlora.integrations._faults import fault
+from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, list_parts
+from lqlora.integrations.contents import LeftOut, ModelContents
+from lqlora.integrations.gguf import open_llama
+from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     import numpy.typing as npt
 
     from lqlora._patterns import Patterns
 
-__all__ = ["open_weights"]
+__all__ = ["open_model", "open_weights"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_INDEX = "model.safetensors.index.json"
+_MOST_INDEX_BYTES = 2**27
+
+#: Names of the parts of a model, such as ``model-00001-of-00002.safetensors``.
+_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors", re.DOTALL)
+
+#: Last parts of the names of codes and scales: float8, compressed-tensors, GPTQ and AWQ, EXL2, HQQ, bitsandbytes int8,
+#: Quanto.
+_CODED = re.compile(
+    r"(?:.*\.)?(?:weight_scale(?:_inv|_2|s)?|weight_packed|weight_zero_point|qweight|qzeros|g_idx|q_weight|q_scale|W_q|SCB"
+    r"|_data)",
+    re.DOTALL,
+)
+
+#: Low-rank factors of an adapter, as PEFT and Diffusers call them.
+_FACTOR = re.compile(
+    r"(?:.*[._])?lora(?:_linear_layer)?[._](?:A|B|embedding_A|embedding_B|up|down)(?:\..*)?", re.DOTALL
+)
 
 
 def open_weights(
@@ -33,11 +57,12 @@ def open_weights(
     """Return a loader for each matrix of a model file, the input of :func:`lqlora.cost_table`.
 
     Only the headers of the files are read at once. The memory needed is that of the matrices that the caller keeps.
+    Tensors that are not matrices, such as stacks of experts, are left out; :func:`open_model` lists them.
 
     Parameters
     ----------
     path : path-like
-        GGUF file of architecture ``llama``, safetensors file, or folder of safetensors files.
+        See :func:`open_model`.
     include, exclude : str, compiled regular expression, callable, or several of them
         Shell patterns (``"*.q_proj"``), expressions that match the whole name, or functions of the name. A matrix is
         selected if one of ``include`` matches its name and none of ``exclude`` does. The default leaves out embeddings
@@ -46,49 +71,228 @@ def open_weights(
     Returns
     -------
     dict of str to callable
-        Loaders by name, in the order of the files. A matrix is a two-dimensional tensor of floating-point numbers, and
-        its name is that of the tensor without ``.weight``. Each loader reads one matrix as float32, and can be pickled.
+        Loaders by name, in the order of the files. Each loader reads one matrix as float32, and can be pickled.
 
     Raises
     ------
     CheckpointError
-        If a file is missing or cannot be read, or a folder has two matrices of one name.
+        If :func:`open_model` raises it.
     InvalidArgumentError
         If no matrix is selected.
     MissingDependencyError
         If a GGUF file is given and gguf is not installed.
     """
+    return open_model(path).select(include, exclude)
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelContents:
+    """Return the weight matrices of a model file, and a list of what is left out.
+
+    Parameters
+    ----------
+    path : path-like
+        GGUF file of architecture ``llama``, safetensors file, or folder of safetensors files. Of a model in parts, such
+        as ``model-00001-of-00002.safetensors``, any part stands for all. In a folder the files are those that
+        ``model.safetensors.index.json`` lists. Without an index they are ``model.safetensors``, or all files but
+        adapters, and ``consolidated`` files beside others.
+
+    Returns
+    -------
+    ModelContents
+        A weight is a two-dimensional tensor of floating-point numbers, or a 4-bit weight of bitsandbytes, which is
+        decoded. Low-rank factors of adapters are left out. Its name is that of the tensor without ``.weight``.
+
+    Raises
+    ------
+    CheckpointError
+        If a file or a part is missing or cannot be read, two matrices have one name, there is no matrix, or the weights
+        are quantized in another way: float8, GPTQ, AWQ, or by :func:`lqlora.save`.
+    MissingDependencyError
+        If a GGUF file is given and gguf is not installed.
+    """
     path = Path(path)
-    found = linear_weights(path) if path.suffix == ".gguf" else _find_safetensors(path)
-    return {name: found[name] for name in select(found, include, exclude, where=f" of {path}")}
+    try:
+        contents = open_llama(path) if path.suffix == ".gguf" else _open_safetensors(path)
+    except (OSError, ValueError) as error:  # a path that the system refuses, such as one with a name that is too long
+        if isinstance(error, LQLoRAError):
+            raise
+        raise fault(path, f"cannot be read: {error}.") from error
+    if not contents.weights:
+        raise fault(path, f"has no weight matrix. {contents.describe_left_out()}".strip())
+    return contents
 
 
-def _find_safetensors(path: Path) -> dict[str, Any]:
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise CheckpointError(f"{path} has no .safetensors file.")
-    found: dict[str, Any] = {}
-    for file, tensor in _matrices(files):
-        name = tensor.removesuffix(".weight")
-        if name in found:
-            raise CheckpointError(f"{path} has two matrices called {name!r}. Keep the files of one model in it.")
-        found[name] = functools.partial(_read, file, tensor)
-    return found
+class _Part(NamedTuple):
+    """A tensor of a safetensors file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
 
 
-def _matrices(files: Iterable[Path]) -> Iterable[tuple[Path, str]]:
-    """Yield the file and the name of each two-dimensional tensor of floats; only headers are read."""
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    part = file.get_slice(name)
-                    if len(part.get_shape()) == 2 and part.get_dtype() in _FLOATS:
-                        yield path, name
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} does not exist.") from None
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}.") from error
+def _open_safetensors(path: Path) -> ModelContents:
+    files, listed = _files_of(path)
+    parts, left_out = _tensors_of(path, files, listed)
+    coded = find_bitsandbytes(parts)
+    own = {name: {part: parts[part].file for part in list_parts(parts, name)} for name in coded}
+    used = {part for names in own.values() for part in names}
+    loaders: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
+    for name, part in parts.items():
+        if name in used and part.dtype not in ("U8", "F32"):  # NumPy does not have all other dtypes
+            raise fault(
+                part.file, f"must have uint8 or float32 in the 4-bit layout, got {part.dtype} for {shown(name)}."
+            )
+        if name in own:
+            loaders[name] = functools.partial(_read_bitsandbytes, own[name], name)
+        elif name not in used:
+            _refuse_codes(name, part)
+            if reason := _reason_to_leave_out(name, part):
+                left_out[name] = LeftOut(reason, part.nbytes)
+            else:
+                loaders[name] = functools.partial(_read, part.file, name)
+    weights: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
+    for name, load in loaders.items():
+        matrix = name.removesuffix(".weight")
+        if matrix in weights:
+            raise fault(path, f"has two matrices called {shown(matrix)}. Keep the files of one model in it.")
+        weights[matrix] = load
+    unread = set(_files_in(path)) - set(files) if path.is_dir() else set()
+    return ModelContents(path, weights, left_out, tuple(files), tuple(sorted(unread)))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
+
+
+def _files_of(path: Path) -> tuple[list[Path], Mapping[str, Path] | None]:
+    """Return the files of a model, and the file of each tensor where an index says it."""
+    if not path.is_dir():
+        return _with_all_parts([path]), None
+    indexes = sorted(path.glob("*.safetensors.index.json"))
+    if index := next((file for file in indexes if file.name == _INDEX), indexes[0] if len(indexes) == 1 else None):
+        listed = _read_index(index)
+        return list(dict.fromkeys(listed.values())), listed
+    if indexes:
+        raise fault(path, f"has {len(indexes)} indexes, but no {_INDEX}. Keep the files of one model in it.")
+    found = _files_in(path)
+    if not found:
+        raise fault(path, "has no .safetensors file.")
+    models = [file for file in found if not file.name.startswith("adapter_model")] or found
+    if whole := [file for file in models if file.name == "model.safetensors"]:
+        return whole, None
+    # Some models are published twice, in the names of transformers and, as `consolidated`, in those of their authors.
+    others = [file for file in models if not file.name.startswith("consolidated")]
+    return _with_all_parts(others or models), None
+
+
+def _with_all_parts(files: list[Path]) -> list[Path]:
+    """Return the files and the parts that belong to them, in order; raise if a part is missing."""
+    found: dict[Path, None] = {}
+    for file in files:
+        match = _PART.fullmatch(file.name)
+        count = int(match[3]) if match else 1
+        if match is None or not 1 <= int(match[2]) <= count:
+            found[file] = None
+            continue
+        for number in range(1, count + 1):
+            part = file.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.safetensors")
+            if part not in found and not part.exists():
+                raise fault(file, f"is one of {count} parts, but part {number} is missing: {shown(part.name)}.")
+            found[part] = None
+    return list(found)
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """Return the file of each tensor; the files exist."""
+    from lqlora._documents import Reader, step  # noqa: PLC0415 - imports msgspec
+    from lqlora.integrations._schema import Index  # noqa: PLC0415
+
+    if not path.is_file() or path.stat().st_size > _MOST_INDEX_BYTES:
+        raise fault(path, f"must be a file of at most {_MOST_INDEX_BYTES} bytes to be an index.")
+    reader = Reader(str(path), CheckpointError)
+    files = reader.read(path.read_bytes(), Index).weight_map
+    for tensor, name in files.items():
+        # A path would let an index read files elsewhere.
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise reader.fault(
+                f"weight_map{step(tensor)}", f"must be a .safetensors file of the folder, got {shown(name)}."
+            )
+    for name in dict.fromkeys(files.values()):
+        if not path.with_name(name).exists():
+            raise fault(path, f"lists the file {shown(name)}, which is missing.")
+    return {tensor: path.with_name(name) for tensor, name in files.items()}
+
+
+def _tensors_of(
+    path: Path, files: Iterable[Path], listed: Mapping[str, Path] | None
+) -> tuple[dict[str, _Part], dict[str, LeftOut]]:
+    """Return the tensors of all files by name, and those that the index does not list; only headers are read."""
+    found: dict[str, _Part] = {}
+    left_out: dict[str, LeftOut] = {}
+    for file in files:
+        for name, part in _read_header(file):
+            if listed is not None and listed.get(name) != file:
+                left_out.setdefault(name, LeftOut("not listed in the index", part.nbytes))
+            elif name in found:
+                raise fault(path, f"has two tensors called {shown(name)}. Keep the files of one model in it.")
+            else:
+                found[name] = part
+    if missing := next((name for name in listed or () if name not in found), None):
+        assert listed is not None
+        raise fault(listed[missing], f"lacks the tensor {shown(missing)}, which the index lists.")
+    return found, {name: reason for name, reason in left_out.items() if name not in found}
+
+
+def _read_header(path: Path) -> list[tuple[str, _Part]]:
+    """Return name and description of each tensor of a file."""
+    if not path.is_file():
+        raise fault(path, "is not a file." if path.exists() else "does not exist.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if "lqlora" in (file.metadata() or {}):
+                raise fault(
+                    path,
+                    "is a checkpoint that lqlora.save wrote: its matrices are quantized. Read it with lqlora.load.",
+                )
+            return [(name, _describe(path, file.get_slice(name))) for name in file.keys()]  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise fault(path, f"is not a readable safetensors file: {error}.") from error
+
+
+def _describe(path: Path, tensor: Any) -> _Part:
+    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+    digits = re.search("[0-9]+", dtype)  # the first number in the name counts the bits, as in BF16 and F8_E4M3
+    bits = int(digits[0]) if digits else 8
+    size = bits
+    for length in shape:
+        size *= length
+    return _Part(path, dtype, shape, -(-size // 8))
+
+
+def _refuse_codes(name: str, part: _Part) -> None:
+    """Raise if a tensor shows that weights are stored as codes and scales."""
+    # Their scales are matrices of floating-point numbers, and would be taken for weights.
+    is_weight = (name == "weight" or name.endswith((".weight", "_blocks"))) and len(part.shape) > 1
+    is_coded = is_weight and part.dtype not in _FLOATS
+    if _CODED.fullmatch(name) or is_coded or part.dtype.startswith(("F8_", "F6_", "F4")):
+        raise fault(
+            part.file,
+            f"holds quantized weights in a layout that is not read ({shown(name)} of dtype {part.dtype}). Decode the model "
+            "to bfloat16 first.",
+        )
+
+
+def _reason_to_leave_out(name: str, part: _Part) -> str:
+    """Return why a tensor is not a weight matrix, or nothing if it is one."""
+    if part.dtype not in _FLOATS:
+        return f"of dtype {part.dtype}"
+    if _FACTOR.fullmatch(name):
+        return "of an adapter"
+    dimensions = len(part.shape)
+    return "" if dimensions == 2 else f"of {dimensions} dimension{'' if dimensions == 1 else 's'}"
 
 
 def _read(path: Path, name: str) -> npt.NDArray[np.float32]:
@@ -96,4 +300,21 @@ def _read(path: Path, name: str) -> npt.NDArray[np.float32]:
         with safe_open(path, framework="numpy") as file:
             return np.asarray(file.get_tensor(name)).astype(np.float32)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Tensor {name!r} of {path} cannot be read: {error}.") from error
+        raise fault(path, f"has the tensor {shown(name)}, which cannot be read: {error}.") from error
+
+
+def _read_bitsandbytes(files: Mapping[str, Path], name: str) -> npt.NDArray[np.float32]:
+    """Read and decode a 4-bit weight, whose parts may lie in several files."""
+    tensors = {}
+    try:
+        for part, path in files.items():
+            with safe_open(path, framework="numpy") as file:
+                tensors[part] = file.get_tensor(part)
+        quantized = from_bitsandbytes(tensors, name).quantized
+    except (OSError, SafetensorError, LQLoRAError) as error:
+        raise fault(files[name], f"has the 4-bit weight {shown(name)}, which cannot be read: {error}") from error
+    if len(quantized.shape) != 2:
+        raise fault(
+            files[name], f"has the 4-bit weight {shown(name)} of shape {quantized.shape}, which is not a matrix."
+        )
+    return np.asarray(dequantize(quantized))

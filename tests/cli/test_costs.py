@@ -67,6 +67,14 @@ class TestTables:
         assert found.sizes.tolist() == expected.sizes.tolist()
         assert f"Wrote {tmp_path / 't.json'}" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("part", [1, 2])
+    def test_the_table_of_a_part_is_that_of_the_model(self, tmp_path, capsys, part):
+        write_tiny_llama(tmp_path / "m.gguf", tensors_per_part=12)
+        assert _costs(tmp_path / f"m-0000{part}-of-00002.gguf", "--output", tmp_path / "t.json") == 0
+        assert sorted(_read(tmp_path / "t.json").names) == sorted(LAYERS)
+        left_out = "Left out: 5 tensors of 1 dimension (640 bytes; output_norm.weight, …)."
+        assert left_out in capsys.readouterr().out.splitlines()
+
     def test_the_table_of_a_folder_has_the_matrices_of_all_files(self, shards, tmp_path):
         folder, weights = shards
         assert _costs(folder, "--output", tmp_path / "t.json") == 0
@@ -198,6 +206,14 @@ class TestFilesOfTheUser:
         assert _costs(folder / part, "--output", folder / "a.safetensors", "--force") == 2
         assert "is read or continued" in sentence(capsys.readouterr().err)
         assert (folder / "a.safetensors").read_bytes() == before
+
+    def test_the_table_does_not_replace_another_part_of_the_model(self, tmp_path, capsys):
+        write_tiny_llama(tmp_path / "m.gguf", tensors_per_part=12)
+        parts = [tmp_path / f"m-0000{part}-of-00002.gguf" for part in (1, 2)]
+        before = parts[1].read_bytes()
+        assert _costs(parts[0], "--output", parts[1], "--force") == 2
+        assert "is read or continued" in sentence(capsys.readouterr().err)
+        assert parts[1].read_bytes() == before
 
     @pytest.mark.parametrize("output", ["snapshot/model.safetensors", "blobs/abc"])
     def test_the_table_does_not_replace_a_file_that_the_model_links_to(self, shards, tmp_path, capsys, output):

@@ -28,7 +28,7 @@ from lqlora.ops.coding import (
     normalize,
     values_by_row,
 )
-from lqlora.ops.finite import is_finite, require_finite, sum_of_squares
+from lqlora.ops.finite import is_finite, power_of_four, require_finite, sum_of_squares
 from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
 from lqlora.ops.matmul import add_low_rank, factor_dtype, matmul_dense, matmul_packed
 from lqlora.ops.moments import symmetric_moment
@@ -73,6 +73,7 @@ __all__ = [
     "pack_codes",
     "packed_size",
     "pick",
+    "power_of_four",
     "put_flat",
     "require_finite",
     "require_float",

@@ -1,4 +1,4 @@
-"""Checks for NaN and infinity, and sums of squares that do not overflow."""
+"""Checks for NaN and infinity, sums of squares that do not overflow, and units that bring numbers near one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from lqlora.errors import NonFiniteError
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["is_finite", "require_finite", "sum_of_squares"]
+__all__ = ["is_finite", "power_of_four", "require_finite", "sum_of_squares"]
+
+#: Largest exponent k of a unit 4**k for arrays of a dtype. The unit and its reciprocal are normal numbers of the dtype,
+#: so the division is exact also where a library multiplies by the reciprocal.
+_POWERS = {"float32": 63, "float64": 511}
 
 
 def is_finite(array: Array) -> bool:
@@ -114,3 +118,32 @@ def sum_of_squares(array: Array, weights: Array | None = None) -> float:
         partial.append(float(xp.sum(squares)))
     # fsum rounds the sum of the partial sums once, so the number of chunks adds no error.
     return math.fsum(partial)
+
+
+def power_of_four(size: float, tolerance: float, dtype: str) -> float:
+    """Return the power of four near a size, or 1 if the size is zero, not finite, or near 1 already.
+
+    Parameters
+    ----------
+    size : float
+        Size of the entries of an array, not negative.
+    tolerance : float
+        A size between ``1 / tolerance`` and ``tolerance`` is near 1.
+    dtype : {"float32", "float64"}
+        Dtype of the array that will be divided by the result.
+
+    Returns
+    -------
+    float
+        Power of four that changes no digit in a division, since it and its reciprocal are normal numbers of the dtype.
+
+    Examples
+    --------
+    >>> power_of_four(30.0, 2.0, "float32"), power_of_four(30.0, 100.0, "float32")
+    (16.0, 1.0)
+    """
+    if not 0.0 < size < math.inf or 1 / tolerance < size < tolerance:
+        return 1.0
+    # The limits leave every size of the dtype, subnormal ones included, between 2**-52 and 4.
+    limit = _POWERS[dtype]
+    return 4.0 ** min(max(round(math.log(size, 4)), -limit), limit)

@@ -51,12 +51,17 @@ def symmetric_moment(gram: Array, what: str) -> Array:
         raise InvalidArgumentError(f"{what} must be square, got shape {tuple(gram.shape)}.")
     require_finite(gram, what)
     xp = namespace(gram)
-    half = xp.astype(gram, xp.float64) / 2  # so that no sum of two entries overflows
-    turned = xp.matrix_transpose(half)
+    wide = xp.astype(gram, xp.float64)
+    largest = float(xp.max(xp.abs(wide))) if 0 not in gram.shape else 0.0
+    # Large entries are halved before they are added, so that no sum overflows, and small ones after it, so that
+    # subnormal numbers lose no bit.
+    before, after = (2.0, 1.0) if largest > 1 else (1.0, 2.0)
+    part = wide / before
+    turned = xp.matrix_transpose(part)
     # Products of float16 inputs come with rounding errors that differ across the diagonal. Larger differences show
     # another matrix than a second moment, for example weights passed by mistake.
-    if 0 not in gram.shape and float(xp.max(xp.abs(half - turned))) > _ASYMMETRY * float(xp.max(xp.abs(half))):
+    if largest and float(xp.max(xp.abs(part - turned))) / (largest / before) > _ASYMMETRY:
         raise InvalidArgumentError(
             f"{what} must be symmetric, got mirrored entries that differ by more than {_ASYMMETRY} of the largest."
         )
-    return half + turned
+    return (part + turned) / after

@@ -4,7 +4,7 @@ Pass one to :func:`lqlora.decompose` as ``weighting``. It provides the norm of a
 approximation in that norm, and the importance of single entries for the quantizer.
 """
 
-from lqlora.weighting.base import AbstractWeighting, LowRankStep, ScaledWeighting
+from lqlora.weighting.base import AbstractWeighting, LowRankStep, MeasuredNorm, ScaledWeighting
 from lqlora.weighting.diagonal import RowColumn, Uniform
 from lqlora.weighting.elementwise import Elementwise
 from lqlora.weighting.gram import InputGram, Kronecker
@@ -15,6 +15,7 @@ __all__ = [
     "InputGram",
     "Kronecker",
     "LowRankStep",
+    "MeasuredNorm",
     "RowColumn",
     "ScaledWeighting",
     "Uniform",

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import dtype_name, namespace
+from lqlora.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["AbstractWeighting", "LowRankStep", "ScaledWeighting", "balanced", "unit_of"]
+__all__ = [
+    "AbstractWeighting",
+    "LowRankStep",
+    "MeasuredNorm",
+    "ScaledWeighting",
+    "balanced",
+    "exponent_of",
+    "in_float64",
+    "normalized_at",
+    "unit_of",
+]
 
 #: A truncated SVD leaves ``||M||**2 - sum(s**2)``. In float32 this difference is exact to 2e-7 of ``||M||**2``, which
 #: leaves a small rest without a correct digit. Below this share of the whole the residual is formed and measured instead. In a matrix
@@ -41,6 +53,24 @@ class LowRankStep(NamedTuple):
     squared_error: float
 
 
+class MeasuredNorm(NamedTuple):
+    """Norm in a unit in which the squared norm of one matrix is about one, and that squared norm.
+
+    Parameters
+    ----------
+    weighting : AbstractWeighting
+        The norm in the new unit.
+    squared_norm : float
+        Squared norm of the matrix in the new unit.
+    exponent : int
+        A squared norm in the old unit is ``2**exponent`` times the one in the new unit.
+    """
+
+    weighting: AbstractWeighting
+    squared_norm: float
+    exponent: int
+
+
 class AbstractWeighting(abc.ABC):
     """Norm in which :func:`lqlora.decompose` measures errors.
 
@@ -49,6 +79,10 @@ class AbstractWeighting(abc.ABC):
 
     #: True if all importance was zero. Entries then have equal importance, but an allocation counts no error for them.
     all_zero: bool = False
+
+    #: Binary exponent of the unit of the squared norm, for the norms of this package: see :meth:`measured`. An exponent,
+    #: because the unit may be beyond float64: that of a row and a column importance of 1e300 each is 1e600.
+    _exponent: int = 0
 
     @property
     def feedback_gram(self) -> Array | None:
@@ -84,6 +118,21 @@ class AbstractWeighting(abc.ABC):
         float
             Weighted sum of squares, accumulated in float64.
         """
+
+    def measured(self, matrix: Array) -> MeasuredNorm:
+        """Return the norm in a unit that suits a matrix, so that neither squared norms nor their ratios leave float64.
+
+        Parameters
+        ----------
+        matrix : array of float32 or float64, shape (m, n)
+            Matrix of finite entries.
+
+        Returns
+        -------
+        MeasuredNorm
+            The norms of this package are divided by a power of two. This method of the base class keeps the unit.
+        """
+        return MeasuredNorm(self, self.squared_norm(matrix), 0)
 
     @abc.abstractmethod
     def element_weights(self) -> Array | None:
@@ -124,17 +173,14 @@ class ScaledWeighting(AbstractWeighting):
     r"""Norm of the form :math:`\lVert A E C \rVert_F` with invertible matrices A and C.
 
     The best low-rank approximation has a closed form: the truncated SVD of the mapped residual, mapped back (Eckart and
-    Young 1936). A subclass defines the map, scaled so that its entries are about one. The attribute ``_factor``
-    restores the scale of the squared norm.
+    Young 1936). A subclass defines the map, scaled so that its entries are about one. The squared norm is
+    ``2**_exponent`` times the squared Frobenius norm of the mapped residual.
     """
 
     # With Y = A X C,  || A (E - X) C ||_F = || A E C - Y ||_F,  and X has the rank of Y because A and C are invertible.
     # By Eckart and Young the best Y is SVD_r(A E C), so the best X is A**-1 SVD_r(A E C) C**-1. It leaves
     # || A E C ||**2 - sum_{i <= r} s_i**2. With Y = U U^T (A E C), U the leading left singular vectors, C cancels:
     # X = A**-1 U U^T A E. Only A has to be inverted, and not even that where A is the identity (InputGram).
-
-    #: The squared norm is this factor times the squared Frobenius norm of the mapped residual.
-    _factor: float = 1.0
 
     @abc.abstractmethod
     def _map(self, residual: Array) -> Array:
@@ -146,8 +192,17 @@ class ScaledWeighting(AbstractWeighting):
 
     def squared_norm(self, residual: Array) -> float:
         """Return the weighted sum of squares."""
+        return in_float64(*self._parts(residual))
+
+    def measured(self, matrix: Array) -> MeasuredNorm:
+        """Return the norm in a unit in which the squared norm of the matrix is about one."""
+        return normalized_at(self, *self._parts(matrix))
+
+    def _parts(self, residual: Array) -> tuple[float, int]:
+        """Return a squared norm as a number and the exponent of the power of two that it is multiplied by."""
         unit = unit_of(residual)
-        return ops.sum_of_squares(self._map(residual if unit == 1.0 else residual / unit)) * self._factor * unit * unit
+        mapped = self._map(residual if unit == 1.0 else residual / unit)
+        return ops.sum_of_squares(mapped), self._exponent + 2 * exponent_of(unit)
 
     def low_rank(
         self, residual: Array, rank: int, *, previous: LowRankStep | None = None, seed: int = 0
@@ -170,7 +225,63 @@ class ScaledWeighting(AbstractWeighting):
         share = unit**0.5
         if unit != 1.0:
             left, right = left * share, right * share
-        return LowRankStep(left, right, svd.basis, rest * self._factor * unit * unit)
+        return LowRankStep(left, right, svd.basis, in_float64(rest, self._exponent + 2 * exponent_of(unit)))
+
+
+def normalized_at(weighting: AbstractWeighting, value: float, exponent: int) -> MeasuredNorm:
+    """Return a norm in a unit in which a squared norm is about one.
+
+    Parameters
+    ----------
+    weighting : AbstractWeighting
+        Norm with the attribute ``_exponent``.
+    value, exponent : float and int
+        Its squared norm of a matrix is ``value * 2**exponent``.
+
+    Returns
+    -------
+    MeasuredNorm
+        A copy that shares the arrays of the weighting.
+    """
+    own = copy.copy(weighting)
+    unit = weighting._exponent  # noqa: SLF001 - shared by the weightings of this package
+    shift = exponent + math.frexp(value)[1] if value else unit  # a zero has no size
+    object.__setattr__(own, "_exponent", unit - shift)  # weightings are frozen
+    return MeasuredNorm(own, in_float64(value, exponent - shift), shift)
+
+
+def in_float64(value: float, exponent: int) -> float:
+    """Return a squared norm ``value * 2**exponent``.
+
+    Parameters
+    ----------
+    value : float
+        Squared norm in some unit.
+    exponent : int
+        Binary exponent of the unit.
+
+    Returns
+    -------
+    float
+        The product, rounded once: to zero if it is below the smallest number of float64.
+
+    Raises
+    ------
+    NonFiniteError
+        If it is above the largest number of float64, or the value is not finite.
+    """
+    if not value < math.inf:  # NaN included
+        raise NonFiniteError(
+            f"squared norm must be finite, got {value!r}: the residual overflows its dtype. Scale it down."
+        )
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        size = math.log10(value) + exponent * math.log10(2)
+        raise NonFiniteError(
+            f"squared norm must be at most 1.8e+308, the largest number of float64, got about 1e+{size:.0f}. Multiply "
+            "the importance or the residual by a small number."
+        ) from None
 
 
 def unit_of(residual: Array) -> float:
@@ -178,7 +289,7 @@ def unit_of(residual: Array) -> float:
 
     Parameters
     ----------
-    residual : array
+    residual : array of float32 or float64
         Array of finite values.
 
     Returns
@@ -191,28 +302,23 @@ def unit_of(residual: Array) -> float:
     if not min(residual.shape):
         return 1.0
     xp = namespace(residual)
-    return power_of_four(max(float(xp.max(residual)), -float(xp.min(residual))), 2.0**40)
+    return ops.power_of_four(max(float(xp.max(residual)), -float(xp.min(residual))), 2.0**40, dtype_name(residual))
 
 
-def power_of_four(size: float, tolerance: float) -> float:
-    """Return the power of four near a size, or 1 if the size is zero or near 1 already.
+def exponent_of(unit: float) -> int:
+    """Return the exponent of a power of two.
 
     Parameters
     ----------
-    size : float
-        Size, not negative.
-    tolerance : float
-        A size between ``1 / tolerance`` and ``tolerance`` is near 1.
+    unit : float
+        Power of two.
 
     Returns
     -------
-    float
-        Power of four between ``2**-126`` and ``2**126``.
+    int
+        ``log2(unit)``.
     """
-    if size == 0.0 or 1 / tolerance < size < tolerance:
-        return 1.0
-    # float32 holds 4**-63, 4**63 and their reciprocals as normal numbers.
-    return 4.0 ** min(max(round(math.log(size, 4)), -63), 63)
+    return math.frexp(unit)[1] - 1
 
 
 def balanced(left: Array, right: Array) -> tuple[Array, Array]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lqlora import ops
-from lqlora._dispatch import device_of, namespace
+from lqlora._dispatch import device_of, dtype_name, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
-from lqlora.weighting.base import ScaledWeighting, power_of_four
+from lqlora.weighting.base import ScaledWeighting, exponent_of
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -90,8 +90,8 @@ class RowColumn(ScaledWeighting):
 
     row: Array | None
     col: Array | None
+    _shares: tuple[Array | None, Array | None] = field(init=False, repr=False)
     _roots: tuple[Array | None, Array | None] = field(init=False, repr=False)
-    _units: tuple[float, float] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.row is None and self.col is None:
@@ -100,15 +100,16 @@ class RowColumn(ScaledWeighting):
             )
         given = [importance for importance in (self.row, self.col) if importance is not None]
         namespace(*given)
-        row, col = _checked(self.row, "row"), _checked(self.col, "col")
+        (row, row_unit), (col, col_unit) = _checked(self.row, "row"), _checked(self.col, "col")
         zero = [is_zero(importance) for importance in given]
-        (left, left_unit), (right, right_unit) = _normalized_root(row), _normalized_root(col)
         object.__setattr__(self, "all_zero", any(zero))
-        object.__setattr__(self, "row", row)
-        object.__setattr__(self, "col", col)
-        object.__setattr__(self, "_roots", (left, right))
-        object.__setattr__(self, "_units", (left_unit, right_unit))
-        object.__setattr__(self, "_factor", left_unit * right_unit)
+        object.__setattr__(self, "row", None if row is None else row * row_unit)
+        object.__setattr__(self, "col", None if col is None else col * col_unit)
+        object.__setattr__(self, "_shares", (row, col))
+        object.__setattr__(
+            self, "_roots", tuple(None if own is None else namespace(own).sqrt(own) for own in (row, col))
+        )
+        object.__setattr__(self, "_exponent", exponent_of(row_unit) + exponent_of(col_unit))
 
     @classmethod
     def from_fisher(cls, fisher: Array) -> RowColumn:
@@ -149,11 +150,19 @@ class RowColumn(ScaledWeighting):
         if 0 in fisher.shape:
             device = device_of(fisher)
             return cls(*(xp.ones((size,), dtype=fisher.dtype, device=device) for size in fisher.shape))
-        # Of all rank-one matrices r c^T this one has the same row sums and column sums as the Fisher information.
-        row, col = (xp.sum(fisher, axis=axis, dtype=xp.float64) / fisher.shape[axis] for axis in (1, 0))
+        # Of all rank-one matrices r c^T this one has the same row sums and column sums as the Fisher information. Sums
+        # are formed in a unit in which they neither overflow nor underflow.
+        unit = ops.power_of_four(float(xp.max(fisher)), 2.0**40, dtype_name(fisher))
+        near_one = fisher if unit == 1.0 else fisher / unit
+        row, col = (xp.sum(near_one, axis=axis, dtype=xp.float64) / fisher.shape[axis] for axis in (1, 0))
         total = xp.mean(row)
         col = col / xp.where(total > 0, total, xp.ones_like(total))
-        return cls(xp.astype(row, fisher.dtype), xp.astype(col, fisher.dtype))
+        own = cls(xp.astype(row, fisher.dtype), xp.astype(col, fisher.dtype))
+        if unit != 1.0:
+            assert own.row is not None  # given above
+            object.__setattr__(own, "row", own.row * unit)
+            object.__setattr__(own, "_exponent", own._exponent + exponent_of(unit))
+        return own
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise unless there is a value for every row and every column."""
@@ -166,8 +175,8 @@ class RowColumn(ScaledWeighting):
 
     def element_weights(self) -> Array | None:
         """Return the products of the importance of rows and columns, each divided by its unit."""
-        row = None if self.row is None else self.row[:, None] / self._units[0]
-        col = None if self.col is None else self.col[None, :] / self._units[1]
+        row, col = self._shares
+        row, col = None if row is None else row[:, None], None if col is None else col[None, :]
         if row is None or col is None:
             return col if row is None else row
         return row * col
@@ -194,10 +203,13 @@ class RowColumn(ScaledWeighting):
         )
 
 
-def _checked(importance: Array | None, name: str) -> Array | None:
-    """Return checked importance in float32 or float64, raised to a floor; ones if all of it is zero."""
+def _checked(importance: Array | None, name: str) -> tuple[Array | None, float]:
+    """Return checked importance in float32 or float64 divided by a unit, and the unit: a power of four near the largest.
+
+    The importance is raised to a floor; it is ones if all of it is zero.
+    """
     if importance is None:
-        return None
+        return None, 1.0
     xp = namespace(importance)
     importance = ops.widen(importance, name)
     if len(importance.shape) != 1:
@@ -206,14 +218,8 @@ def _checked(importance: Array | None, name: str) -> Array | None:
     largest = float(xp.max(importance)) if importance.shape[0] else 1.0
     if largest == 0.0:
         warn_of_zeros(name, stacklevel=4)
-        return xp.ones_like(importance)
-    return xp.where(importance > FLOOR * largest, importance, xp.full_like(importance, FLOOR * largest))
-
-
-def _normalized_root(importance: Array | None) -> tuple[Array | None, float]:
-    """Return the square roots of ``importance / unit``, and the unit: a power of four near the largest value."""
-    if importance is None or not importance.shape[0]:
-        return importance, 1.0
-    xp = namespace(importance)
-    unit = power_of_four(float(xp.max(importance)), 2.0)
-    return xp.sqrt(importance / unit), unit
+        return xp.ones_like(importance), 1.0
+    unit = ops.power_of_four(largest, 2.0, dtype_name(importance))
+    # Divided first: the floor of a subnormal importance would be zero.
+    importance, floor = importance / unit, FLOOR * (largest / unit)
+    return xp.where(importance > floor, importance, xp.full_like(importance, floor)), unit

@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import dtype_name, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
-from lqlora.weighting.base import AbstractWeighting, LowRankStep, balanced, power_of_four, unit_of
+from lqlora.weighting.base import (
+    AbstractWeighting,
+    LowRankStep,
+    MeasuredNorm,
+    balanced,
+    exponent_of,
+    in_float64,
+    normalized_at,
+    unit_of,
+)
 from lqlora.weighting.diagonal import RowColumn
 
 if TYPE_CHECKING:
@@ -24,6 +35,12 @@ _STEPS = 5
 #: A component whose diagonal of the normal equations is below this, relative to the largest importance, is not changed:
 #: its reciprocal would leave the range of float32.
 _NEGLIGIBLE = 2.0**-100
+
+#: A low-rank part that exceeds the residual by more than this factor is not used.
+_FREE = 2.0**20
+
+#: Between these sums of weighted squares no term overflowed, and terms that underflowed are too small to count.
+_SMALLEST, _LARGEST = 2.0**-600, 2.0**1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +89,7 @@ class Elementwise(AbstractWeighting):
     weights: Array
     sweeps: int = 1
     surrogate: RowColumn = field(init=False, repr=False)
-    _unit: float = field(init=False, repr=False)
+    _largest: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         importance = ops.widen(self.weights, "weights")
@@ -89,7 +106,7 @@ class Elementwise(AbstractWeighting):
         largest = float(xp.max(importance)) if min(importance.shape) else 0.0
         object.__setattr__(self, "weights", importance)
         object.__setattr__(self, "surrogate", RowColumn.from_fisher(importance))
-        object.__setattr__(self, "_unit", power_of_four(largest, 2.0))
+        object.__setattr__(self, "_largest", largest)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise unless there is a value for every entry."""
@@ -100,11 +117,33 @@ class Elementwise(AbstractWeighting):
 
     def squared_norm(self, residual: Array) -> float:
         """Return the weighted sum of squares."""
-        return ops.sum_of_squares(residual, self.weights)
+        return in_float64(*self._parts(residual))
+
+    def measured(self, matrix: Array) -> MeasuredNorm:
+        """Return the norm in a unit in which the squared norm of the matrix is about one."""
+        return normalized_at(self, *self._parts(matrix))
+
+    def _parts(self, residual: Array) -> tuple[float, int]:
+        """Return a squared norm as a number and the exponent of the power of two that it is multiplied by."""
+        importance, own = self._near_one(2.0**40)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is computed again below
+            total = ops.sum_of_squares(residual, importance)
+        if _SMALLEST < total < _LARGEST or 0 in residual.shape:
+            return total, self._exponent + exponent_of(own)
+        # sqrt(F) |E| is between the roots of the smallest and the largest number of float64 where E is near one.
+        xp, unit = namespace(residual, self.weights), unit_of(residual)
+        terms = xp.sqrt(xp.astype(self.weights, xp.float64)) * xp.astype(residual / unit, xp.float64)
+        size = unit_of(terms)
+        return ops.sum_of_squares(terms / size), self._exponent + 2 * (exponent_of(unit) + exponent_of(size))
 
     def element_weights(self) -> Array | None:
-        """Return the importance of each entry."""
-        return self.weights
+        """Return the importance of each entry, divided by a unit if the largest is far from one."""
+        return self._near_one(2.0**40)[0]
+
+    def _near_one(self, tolerance: float) -> tuple[Array, float]:
+        """Return the importance divided by a unit, and the unit: the power of four near the largest, unless that is near 1."""
+        unit = ops.power_of_four(self._largest, tolerance, dtype_name(self.weights))
+        return (self.weights if unit == 1.0 else self.weights / unit), unit
 
     def low_rank(
         self, residual: Array, rank: int, *, previous: LowRankStep | None = None, seed: int = 0
@@ -113,10 +152,14 @@ class Elementwise(AbstractWeighting):
         start = previous if previous is not None and self.sweeps else None
         if start is None:
             start = self.surrogate.low_rank(residual, rank, previous=previous, seed=seed)
-        left, right = start.left, start.right
         if rank and self.sweeps:
-            left, right = self._swept(residual, left, right)
-        return LowRankStep(left, right, start.basis, self.squared_norm(residual - left @ right))
+            left, right = self._swept(residual, start.left, start.right)
+            rest = residual - left @ right
+            # Entries without importance are free. If they grow beyond the digits of float32, the others lose theirs.
+            if _size(rest) <= _FREE * _size(residual):
+                return LowRankStep(left, right, start.basis, self.squared_norm(rest))
+            start = self.surrogate.low_rank(residual, rank, previous=previous, seed=seed)
+        return start._replace(squared_error=self.squared_norm(residual - start.left @ start.right))
 
     def _swept(self, residual: Array, left: Array, right: Array) -> tuple[Array, Array]:
         """Return the factors after the sweeps, balanced, in the units of the residual."""
@@ -125,7 +168,7 @@ class Elementwise(AbstractWeighting):
         # the largest importance of the row: their condition does not depend on the singular values of the factors.
         xp = namespace(residual, self.weights)
         unit = unit_of(residual)
-        importance = xp.astype(self.weights / self._unit, residual.dtype)
+        importance = xp.astype(self._near_one(2.0)[0], residual.dtype)
         flipped, flipped_importance = xp.matrix_transpose(residual) / unit, xp.matrix_transpose(importance)
         residual, left = residual / unit, left / unit
         for _ in range(self.sweeps):
@@ -137,6 +180,14 @@ class Elementwise(AbstractWeighting):
             left = columns
         left, right = balanced(left, right)
         return left * unit**0.5, right * unit**0.5
+
+
+def _size(array: Array) -> float:
+    """Return the largest magnitude, which is NaN if an entry is."""
+    if 0 in array.shape:
+        return 0.0
+    xp = namespace(array)
+    return max(float(xp.max(array)), -float(xp.min(array)))
 
 
 def _solved(target: Array, importance: Array, factor: Array, other: Array) -> Array:

@@ -9,20 +9,24 @@ from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, warn_of_zeros
-from lqlora.weighting.base import ScaledWeighting, power_of_four
+from lqlora.weighting.base import ScaledWeighting, exponent_of
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
 __all__ = ["InputGram", "Kronecker"]
 
+#: Directions without inputs have the importance of the damping alone. Its root, in float32, times a residual must not
+#: underflow: an error in such a direction would count as none.
+_LEAST_DAMPING = 1e-30
+
 
 class _Root(NamedTuple):
-    """Cholesky factor of a damped Gram matrix ``unit * lower @ lower.T``, and the diagonal of that matrix."""
+    """Cholesky factor and diagonal of a damped Gram matrix divided by ``2**exponent``, so that both are about one."""
 
     lower: Array
     diagonal: Array
-    unit: float
+    exponent: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +47,7 @@ class InputGram(ScaledWeighting):
     Raises
     ------
     InvalidArgumentError
-        If the array is not square, not symmetric or not positive semidefinite, or the damping is not positive.
+        If the array is not square, not symmetric or not positive semidefinite, or the damping is below 1e-30 or not finite.
     NonFiniteError
         If an entry is NaN or infinite.
 
@@ -75,7 +79,7 @@ class InputGram(ScaledWeighting):
         object.__setattr__(self, "all_zero", is_zero(self.gram))
         object.__setattr__(self, "gram", gram)
         object.__setattr__(self, "_root", root)
-        object.__setattr__(self, "_factor", root.unit)
+        object.__setattr__(self, "_exponent", root.exponent)
 
     @property
     def feedback_gram(self) -> Array | None:
@@ -87,7 +91,7 @@ class InputGram(ScaledWeighting):
         _check_side(self.gram, shape, 1, "gram")
 
     def element_weights(self) -> Array | None:
-        """Return the mean square of each input, as one row."""
+        """Return the mean square of each input, as one row, divided by a unit."""
         return self._root.diagonal[None, :]
 
     # tr(E R E^T) = || E C ||_F**2 with R = C C^T. The best X has X C = U U^T E C, so X = U (U^T E).
@@ -120,7 +124,7 @@ class Kronecker(ScaledWeighting):
     Raises
     ------
     InvalidArgumentError
-        If an array is not square, not symmetric or not positive semidefinite, or the damping is not positive.
+        If an array is not square, not symmetric or not positive semidefinite, or the damping is below 1e-30 or not finite.
     NonFiniteError
         If an entry is NaN or infinite.
 
@@ -158,7 +162,7 @@ class Kronecker(ScaledWeighting):
         # factor L again.
         inverse = xp.linalg.inv(xp.astype(left.lower, xp.float64))
         object.__setattr__(self, "_inverse", xp.astype(xp.matrix_transpose(inverse), left.lower.dtype))
-        object.__setattr__(self, "_factor", left.unit * right.unit)
+        object.__setattr__(self, "_exponent", left.exponent + right.exponent)
 
     @property
     def feedback_gram(self) -> Array | None:
@@ -172,7 +176,7 @@ class Kronecker(ScaledWeighting):
 
     def element_weights(self) -> Array | None:
         """Return the products of the two diagonals, each divided by its unit."""
-        left, right = (root.diagonal / root.unit for root in self._roots)
+        left, right = (root.diagonal for root in self._roots)
         return left[:, None] * right[None, :]
 
     # With G = L L^T and R = C C^T, tr(G E R E^T) = || L^T E C ||_F**2. With U the leading left singular vectors of
@@ -201,8 +205,8 @@ def _check_side(gram: Array, shape: tuple[int, ...], side: int, name: str) -> No
 
 def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
     """Return a Gram matrix, symmetric to the last bit, and the Cholesky factor of the damped matrix."""
-    if not 0 < damping < float("inf"):
-        raise InvalidArgumentError(f"damping must be positive and finite, got {damping!r}.")
+    if not _LEAST_DAMPING <= damping < float("inf"):
+        raise InvalidArgumentError(f"damping must be at least {_LEAST_DAMPING} and finite, got {damping!r}.")
     wide, dtype = ops.symmetric_moment(gram, name), ops.widen(gram, name).dtype
     xp = namespace(wide)
     if is_zero(wide):
@@ -210,22 +214,27 @@ def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
         wide = xp.eye(wide.shape[0], dtype=xp.float64, device=device_of(wide))
     if not wide.shape[0]:
         empty = xp.astype(wide, dtype)
-        return empty, _Root(empty, xp.sum(empty, axis=0), 1.0)
+        return empty, _Root(empty, xp.sum(empty, axis=0), 0)
     return xp.astype(wide, dtype), _root_of(wide, damping, name, dtype)
 
 
 def _root_of(gram: Array, damping: float, name: str, dtype: object) -> _Root:
     """Return the Cholesky factor of a damped Gram matrix in float64, divided by a unit so that entries are near one."""
     # R + damping * mean(diag R) * I = unit * C C^T, with a power of four as unit: its root is exact, and C keeps
-    # entries of about one in float32 however large the inputs were. A semidefinite R becomes definite by the damping;
-    # an eigenvalue below -damping * mean(diag R) makes the factorization fail.
+    # entries of about one in float32 however large the inputs or the damping were. A semidefinite R becomes definite by
+    # the damping; an eigenvalue below -damping * mean(diag R) makes the factorization fail.
     xp = namespace(gram)
+    # A first unit, one for ordinary sizes, keeps the sum of the diagonal in float64.
+    first = ops.power_of_four(float(xp.max(xp.abs(xp.linalg.diagonal(gram)))), 2.0**40, "float64")
+    gram = gram / first
     diagonal = xp.linalg.diagonal(gram)
     mean = float(xp.mean(diagonal))
-    unit = power_of_four(mean, 2.0) if mean > 0 else 1.0
-    added = xp.eye(gram.shape[0], dtype=gram.dtype, device=device_of(gram)) * (damping * mean / unit)
+    unit = ops.power_of_four(mean * min(max(damping, 1.0), 1e300), 2.0, "float64") if mean > 0 else 1.0
+    added = damping / unit * mean
     try:
-        lower = xp.linalg.cholesky(gram / unit + added)
+        lower = xp.linalg.cholesky(
+            gram / unit + xp.eye(gram.shape[0], dtype=gram.dtype, device=device_of(gram)) * added
+        )
     except (ValueError, RuntimeError):  # LinAlgError of NumPy, of torch; other libraries return NaN or infinity
         lower = xp.full_like(gram, float("nan"))
     if mean <= 0 or not bool(xp.all(xp.isfinite(lower))):
@@ -233,4 +242,5 @@ def _root_of(gram: Array, damping: float, name: str, dtype: object) -> _Root:
             f"{name} must be positive semidefinite; with damping={damping!r} it has no Cholesky factor. Pass a mean of "
             "x @ x.T over real inputs, or more damping."
         )
-    return _Root(xp.astype(lower, dtype), xp.astype(diagonal + damping * mean, dtype), unit)
+    exponent = exponent_of(first) + exponent_of(unit)
+    return _Root(xp.astype(lower, dtype), xp.astype(diagonal / unit + added, dtype), exponent)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lqlora.errors import NonFiniteError
-from lqlora.ops import is_finite, require_finite, sum_of_squares
+from lqlora.ops import is_finite, power_of_four, require_finite, sum_of_squares
 from lqlora.testing.strategies import shapes, weights
 from tests.strategies import host, normal_numbers, on
 
@@ -83,3 +83,21 @@ def test_what_is_not_finite_is_seen_wherever_it_is(xp, w, bad, data):
         w.reshape(-1)[data.draw(st.integers(0, w.size - 1))] = bad
     for dtype in (np.float32, np.float64):
         assert is_finite(on(xp, w.astype(dtype))) == bool(np.isfinite(w).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@given(data=st.data())
+def test_a_unit_brings_every_size_near_one_without_rounding(dtype, data):
+    kind, width = np.dtype(dtype).type, 32 if dtype == "float32" else 64
+    size = data.draw(st.floats(0, float(np.finfo(kind).max), width=width, exclude_min=True))
+    unit = power_of_four(size, 2.0, dtype)
+    near, back = kind(size) / kind(unit), kind(size) * (kind(1) / kind(unit))
+    assert 2.0**-52 <= near <= 4
+    assert near == back
+    assert float(near) * unit == size
+    assert power_of_four(size, 2.0 * max(size, 1 / size), dtype) == 1.0
+
+
+@pytest.mark.parametrize("size", [0.0, np.inf, np.nan, 1.0, 1.9])
+def test_a_size_that_has_no_power_or_is_near_one_keeps_its_unit(size):
+    assert power_of_four(size, 2.0, "float64") == 1.0

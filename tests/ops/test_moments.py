@@ -53,3 +53,8 @@ def test_what_is_not_finite_or_no_float_is_refused(xp):
         symmetric_moment(on(xp, np.array([[np.nan]])), "the gram")
     with pytest.raises(UnsupportedArrayError, match="the gram must be"):
         symmetric_moment(on(xp, np.ones((2, 2), dtype=np.int64)), "the gram")
+
+
+def test_the_smallest_numbers_keep_their_bits(xp):
+    gram = np.array([[3.0, 1.0], [1.0, 2.0]]) * 5e-324
+    assert (host(symmetric_moment(on(xp, gram), "the gram")) == gram).all()

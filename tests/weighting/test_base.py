@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lqlora.errors import InvalidArgumentError, MixedArraysError
-from lqlora.weighting import AbstractWeighting
+from lqlora.errors import InvalidArgumentError, MixedArraysError, NonFiniteError
+from lqlora.weighting import AbstractWeighting, RowColumn, Uniform
 from tests.oracles import weighting as oracle
 from tests.strategies import FLUSHES, flushes, host, on
 from tests.weighting.cases import CLOSED, KINDS, case, residual
@@ -323,3 +324,66 @@ def test_residuals_of_another_library_do_not_mix(torch, kind):
 def test_a_custom_weighting_must_define_all_methods():
     with pytest.raises(TypeError, match="abstract"):
         AbstractWeighting()
+
+
+# --- the whole range of float64
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "uniform"])
+@given(seed=seeds, half=st.integers(-500, 500), residual_half=st.integers(-400, 400))
+@some
+def test_powers_of_four_change_no_digit(fast_xp, kind, seed, half, residual_half):
+    own, error, factor = case(kind, seed), residual(seed), 4.0**residual_half
+    count = sum(weights is not None for weights in own.weights)
+    exponent = 2 * half * count + 4 * residual_half
+    plain, scaled = own.on(fast_xp), own.scaled(4.0**half).on(fast_xp)
+    expected = plain.squared_norm(on(fast_xp, error))
+    if math.log2(expected) + exponent > 1021:
+        with pytest.raises(NonFiniteError, match=r"^squared norm .* 1\.8e\+308"):
+            scaled.squared_norm(on(fast_xp, error * factor * 4))
+        return
+    found = scaled.squared_norm(on(fast_xp, error * factor))
+    assert found == pytest.approx(math.ldexp(expected, exponent), rel=1e-12, abs=1e-320)
+    one, two = plain.low_rank(on(fast_xp, error), 2), scaled.low_rank(on(fast_xp, error * factor), 2)
+    assert (host(one.left) * 2.0**residual_half).tobytes() == host(two.left).tobytes()
+    assert (host(one.right) * 2.0**residual_half).tobytes() == host(two.right).tobytes()
+    assert two.squared_error == pytest.approx(math.ldexp(one.squared_error, exponent), rel=1e-12, abs=1e-320)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_measured_norm_is_the_same_in_another_unit(xp, kind):
+    own, error = case(kind).on(xp), on(xp, residual())
+    found = own.measured(error)
+    assert 0.5 <= found.squared_norm < 1
+    assert math.ldexp(found.squared_norm, found.exponent) == own.squared_norm(error)
+    assert found.weighting.squared_norm(error) == found.squared_norm
+    zeros = own.measured(on(xp, np.zeros(SHAPE)))
+    assert zeros.squared_norm == 0.0
+    assert math.ldexp(zeros.weighting.squared_norm(error), zeros.exponent) == own.squared_norm(error)
+
+
+def test_a_norm_of_a_user_keeps_its_unit(xp):
+    class Plain(Uniform):
+        measured = AbstractWeighting.measured
+
+    weighting = Plain()
+    assert weighting.measured(on(xp, np.full((1, 2), 8.0))) == (weighting, 128.0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residuals_that_are_not_finite_are_refused(xp, kind):
+    error = residual()
+    error[0, 0] = np.nan
+    with pytest.raises(NonFiniteError, match=r"^squared norm .*got nan"):
+        case(kind).on(xp).squared_norm(on(xp, error))
+
+
+@pytest.mark.parametrize("size", [5e-324, 1e-310, 1e-300, 1e300])
+def test_means_of_fisher_information_may_be_anywhere_in_float64(xp, size):
+    fisher = np.array([[3.0, 1.0, 0.0], [0.0, 2.0, 6.0]])
+    plain, scaled = (RowColumn.from_fisher(on(xp, own)) for own in (fisher, fisher * size))
+    error = residual(0, 2, 3)
+    assert not scaled.all_zero
+    one, two = (own.measured(on(xp, error)) for own in (plain, scaled))
+    ratio = math.log2(two.squared_norm / one.squared_norm) + two.exponent - one.exponent
+    assert ratio == pytest.approx(math.log2(size), abs=1e-9)

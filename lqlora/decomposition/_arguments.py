@@ -8,26 +8,85 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import namespace
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.formats import BlockFormat
 from lqlora.weighting import LowRankStep
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
+    from lqlora.weighting import AbstractWeighting, MeasuredNorm
 
-__all__ = ["check_options", "checked_matrix", "checked_rank", "checked_start"]
+__all__ = ["check_options", "check_scaling", "checked_matrix", "checked_norm", "checked_rank", "checked_start"]
+
+#: Range of the largest magnitude of a matrix. Values decode to float32. Below 2**-136 a subnormal number has fewer than 13
+#: bits, and rounding to it is seen in the error; above 2**127 a low-rank part that exceeds the matrix by a factor of two would overflow.
+_SMALLEST, _LARGEST = 2.0**-136, 2.0**127
+
+#: Range of the binary exponent of the squared norm of a matrix, so that squared errors are normal numbers of float64: those
+#: 2**64 times smaller than the norm, which float32 factors do not reach, and those 2**20 times larger.
+_LEAST_EXPONENT, _MOST_EXPONENT = -1022 + 64, 1024 - 20
 
 
 def checked_matrix(w: Array, name: str) -> Array:
-    """Return a matrix in float32 or float64; raise unless it has two dimensions and finite entries."""
+    """Return a matrix in float32 or float64; raise unless it has two dimensions and finite entries that float32 holds."""
     matrix = ops.widen(w, name)
     if len(matrix.shape) != 2:
         raise InvalidArgumentError(
             f"{name} must have two dimensions, got shape {tuple(matrix.shape)}. "
             "Use decompose_stack for stacks of matrices."
         )
-    ops.require_finite(matrix, name)
+    largest = largest_magnitude(matrix)
+    if not largest < math.inf:  # NaN included
+        ops.require_finite(matrix, name)
+    if largest and not _SMALLEST <= largest <= _LARGEST:
+        raise InvalidArgumentError(
+            f"{name} must have a largest magnitude between {_SMALLEST:.2g} and {_LARGEST:.2g}, since it is stored by scales "
+            f"and factors of float32, got {largest:.3g}. Multiply it by a power of two, and the results by its inverse."
+        )
     return matrix
+
+
+def checked_norm(weighting: AbstractWeighting, matrix: Array, name: str) -> MeasuredNorm:
+    """Return the norm in a unit that suits the matrix; raise unless float64 holds its squared errors in the old unit."""
+    found = weighting.measured(matrix)
+    norm = found.squared_norm
+    if not 0 <= norm < math.inf:
+        raise NonFiniteError(f"weighting must give {name} a finite squared norm of at least 0, got {norm!r}.")
+    exponent = math.frexp(norm)[1] + found.exponent
+    if norm and not _LEAST_EXPONENT <= exponent <= _MOST_EXPONENT:
+        least, most = (_power_of_ten(limit) for limit in (_LEAST_EXPONENT, _MOST_EXPONENT))
+        raise InvalidArgumentError(
+            f"weighting must give {name} a squared norm between {least} and {most}, so that float64 holds its squared "
+            f"errors, got about {_power_of_ten(exponent)}. Multiply the importance by a power of two: this changes no "
+            "relative error."
+        )
+    return found
+
+
+def check_scaling(scaling: float, matrix: Array, name: str) -> None:
+    """Raise unless float32 holds the scaling, and the low-rank part divided by it."""
+    # lora_B @ lora_A is the low-rank part divided by the scaling, and entries of the low-rank part are at most about as large
+    # as those of the matrix: their quotients must be normal numbers of float32. A scaling of 1 changes nothing.
+    largest = largest_magnitude(matrix) or 1.0
+    least, most = max(2.0**-126, largest * 2.0**-127), min(2.0**127, max(1.0, largest * 2.0**126))
+    if not least <= scaling <= most:
+        raise InvalidArgumentError(
+            f"scaling must be between {least:.2g} and {most:.2g} for {name} with a largest magnitude of {largest:.3g}, "
+            f"so that float32 holds the product of lora_B and lora_A, got {scaling!r}."
+        )
+
+
+def largest_magnitude(matrix: Array) -> float:
+    """Return the largest magnitude of the entries, or zero if there are none."""
+    if 0 in matrix.shape:
+        return 0.0
+    xp = namespace(matrix)
+    return max(float(xp.max(matrix)), -float(xp.min(matrix)))
+
+
+def _power_of_ten(exponent: int) -> str:
+    """Return a power of two as the nearest power of ten, as text: it may be beyond float64."""
+    return f"1e{exponent * math.log10(2):+.0f}"
 
 
 def checked_rank(matrix: Array, rank: int, init_rank: int | None, name: str, *, clip_rank: bool) -> tuple[int, int]:

@@ -186,8 +186,10 @@ def _checked_moment(gram: Array, w: Array, name: str) -> Array:
         )
     moment = ops.symmetric_moment(gram, f"the gram of {name}")
     largest = float(xp.max(xp.abs(moment))) if columns else 0.0
-    # Scaled by a power of two, so that a gram in another unit gives the same bytes.
-    return moment * math.ldexp(1.0, min(-math.frexp(largest)[1], 1000))
+    # Scaled by a power of two, so that a gram in another unit gives the same bytes. In two steps, since the power of a
+    # subnormal gram is beyond float64.
+    exponent = -math.frexp(largest)[1]
+    return moment * math.ldexp(1.0, exponent // 2) * math.ldexp(1.0, exponent - exponent // 2)
 
 
 def _system(moment: Array, damping: float, order: Order, w: Array) -> tuple[System, Array]:

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lqlora import ops
-from lqlora._dispatch import device_of, empty, namespace
+from lqlora._dispatch import device_of, dtype_name, empty, namespace
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning
 from lqlora.formats import BlockFormat
@@ -142,16 +142,21 @@ def quantize(
 
 
 def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
-    """Return importance broadcast to the shape of the array; raise if a value is negative or not finite."""
+    """Return importance broadcast to the shape of the array; raise if a value is negative or not finite.
+
+    It is divided by a power of four if its largest value is far from one, so that weighted squares stay in float64.
+    """
     xp = namespace(w, weights)
     if fit == "absmax":
         raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which ignores weights.")
     ops.require_float(weights, "weights")
-    ops.require_finite(ops.widen(weights), "weights")
-    if prod(weights.shape) and bool(xp.min(ops.widen(weights)) < 0):
-        raise InvalidArgumentError(
-            f"weights must not be negative, got a minimum of {float(xp.min(ops.widen(weights))):.4g}."
-        )
+    wide = ops.widen(weights)
+    ops.require_finite(wide, "weights")
+    if prod(weights.shape):
+        if (least := float(xp.min(wide))) < 0:
+            raise InvalidArgumentError(f"weights must not be negative, got a minimum of {least:.4g}.")
+        unit = ops.power_of_four(float(xp.max(wide)), 2.0**40, dtype_name(wide))
+        weights = weights if unit == 1.0 else wide / unit
     try:
         return xp.broadcast_to(weights, w.shape)
     except (ValueError, RuntimeError):

@@ -185,6 +185,17 @@ def test_the_unit_of_weights_changes_nothing(fast_xp, fit, exponent):
 
 
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
+@pytest.mark.parametrize("exponent", [-1000, -500, 500, 1000])
+def test_the_unit_of_weights_may_be_anywhere_in_float64(fast_xp, fit, exponent):
+    w, importance = normal(20, 30), np.random.default_rng(1).exponential(size=(20, 30))
+    once, scaled = (
+        quantized(fast_xp, w, BlockFormat(NF4, 8), fit=fit, weights=own)
+        for own in (importance, importance * 2.0**exponent)
+    )
+    assert stored(scaled) == stored(once)
+
+
+@pytest.mark.parametrize("fit", ["scale", "levels+scale"])
 def test_equal_weights_are_no_weights(fast_xp, fit):
     w = normal(20, 30)
     once, equal = (

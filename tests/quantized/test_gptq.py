@@ -212,6 +212,8 @@ def test_the_extremes_of_float64_are_units_too():
     gram = gram / np.abs(gram).max()
     expected = stored(gptq(w, FMT, gram))
     assert stored(gptq(w, FMT, gram * 2.0**1023)) == expected
+    whole = np.round(gram * 2.0**20)  # 21 bits, of which none is lost in subnormal numbers
+    assert stored(gptq(w, FMT, whole * 2.0**-1074)) == stored(gptq(w, FMT, whole))
     # Entries of this gram are subnormal, so they have fewer than 53 bits.
     assert output_error(w, gptq(w, FMT, gram * 2.0**-1040), gram) < output_error(w, nearest_of(w, FMT, gram), gram)
 

@@ -8,8 +8,9 @@ from lqlora.costs._digests import array_digest, weighting_digest
 from lqlora.costs._fast import Task, fast_costs
 from lqlora.costs.store import StoredRow
 from lqlora.decomposition import decompose
-from lqlora.decomposition._arguments import checked_matrix, checked_rank
+from lqlora.decomposition._arguments import checked_matrix, checked_norm, checked_rank
 from lqlora.weighting import Uniform
+from lqlora.weighting.base import in_float64
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,14 +94,18 @@ def _costs(
     used = {rank: checked_rank(wide, rank, None, task.name, clip_rank=clip)[0] for rank in ranks}
     if norm.all_zero:
         return [0.0] * len(missing)
+    measured = checked_norm(norm, wide, task.name)
     if fast:
         formats = list(dict.fromkeys(own.format for own in missing))
-        costs = fast_costs(Task(wide, norm, options["seed"], task.name), formats, sorted(set(used.values())))
-        return [costs[own.format, used[own.rank]] for own in missing]
+        work = Task(wide, measured.weighting, options["seed"], task.name)
+        costs = fast_costs(work, formats, sorted(set(used.values())))
+        return [in_float64(costs[own.format, used[own.rank]], measured.exponent) for own in missing]
     starts: dict[int, LowRankStep] = {}
     if options["init"] == "svd" and options.get("init_rank") is None:
         # The SVD of the matrix does not depend on the format, so all formats of a rank start from one.
-        starts = {rank: norm.low_rank(wide, low, seed=options["seed"]) for rank, low in used.items() if low}
+        starts = {
+            rank: measured.weighting.low_rank(wide, low, seed=options["seed"]) for rank, low in used.items() if low
+        }
     options = {"weighting": norm, "name": task.name, **options}
     return [
         decompose(wide, own.format, own.rank, start=starts.get(own.rank), **options).squared_error for own in missing

@@ -14,6 +14,7 @@ import lqlora as lq
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import Elementwise
 from tests.costs.cases import FORMATS, NF2, NF4, SHAPES, matrices, same
+from tests.decomposition.cases import SMALL, matrix, small_case
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +211,19 @@ def test_fitted_levels_count():
     found = lq.decompose(w, fmt, 2, **options).quantized
     assert table.configurations[0].format == found.format != fmt
     assert table.sizes.tolist() == [[8 * found.nbytes]]
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("kind", ["row-column", "elementwise", "gram"])
+def test_costs_are_in_the_unit_of_the_importance_or_refused(mode, kind):
+    w, formats = {"a": matrix(0, *SMALL)}, FORMATS[:3]
+    own = small_case(kind)
+    for exponent in (-900, -440, 0, 440, 900):
+        weighting = own.scaled(2.0**exponent).on(np)
+        if kind == "row-column" and abs(exponent) == 900:  # 2**1800
+            with pytest.raises(InvalidArgumentError, match=r"^weighting .* 1e-288 .* got about 1e"):
+                lq.cost_table(w, formats, ranks=[0, 2], mode=mode, weighting={"a": weighting})
+            continue
+        found = lq.cost_table(w, formats, ranks=[0, 2], mode=mode, weighting={"a": weighting}).costs
+        plain = lq.cost_table(w, formats, ranks=[0, 2], mode=mode, weighting={"a": own.on(np)}).costs
+        assert found.tolist() == np.ldexp(plain, exponent * len(own.weights)).tolist()

@@ -10,7 +10,16 @@ from torch.nn import functional
 from lqlora._patterns import OUTPUT_HEADS
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.model import select_linears
-from lqlora.nn.statistics.hooks import example_losses, input_of, run_batches, sum_outer_products, watch_gradient
+from lqlora.nn.statistics.hooks import (
+    SMALLEST,
+    example_losses,
+    input_of,
+    require_no_overflow,
+    run_batches,
+    sum_outer_products,
+    warn_of_underflow,
+    watch_gradient,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -80,7 +89,12 @@ def collect_fisher(
     InvalidArgumentError
         If there are no batches, no layer matches, or a loss is not one number per example.
     NonFiniteError
-        If a loss is NaN or infinite.
+        If a loss is NaN or infinite, or a squared gradient overflows float32.
+
+    Warns
+    -----
+    UserWarning
+        If all squared gradients of a layer are below the normal numbers of float32.
 
     Notes
     -----
@@ -113,6 +127,7 @@ def collect_fisher(
         return losses.shape[0]
 
     examples = run_batches(model, batches, step, linears, recorders, gradients=True, progress=progress)
+    warn_of_underflow([name for name, recorder in recorders.items() if recorder.is_lost()], "gradients of weights")
     return {name: values.div_(examples) for name, values in fisher.items()}
 
 
@@ -130,6 +145,7 @@ class _Recorder:
 
     def __init__(self, name: str, total: torch.Tensor) -> None:
         self._name, self._total = name, total
+        self._largest, self._bound = 0.0, 0.0
         self.examples = 0
         self._uses = 0
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -161,7 +177,13 @@ class _Recorder:
         """Add the gradients that are left, and reset the count of uses for the next batch."""
         if self._seen:
             self._add()
+        if self._uses:
+            self._largest = require_no_overflow(self._total, f"gradient of the weight of {self._name!r}")
         self._uses = 0
+
+    def is_lost(self) -> bool:
+        """Return whether gradients are not zero, but so small that their squares lose digits in float32."""
+        return self._largest < SMALLEST and 0 < self._bound < 2.0**-50
 
     def _add(self) -> None:
         """Add the squares of all gradients seen so far, example by example."""
@@ -172,6 +194,9 @@ class _Recorder:
                 f"model must keep the {self.examples} examples apart on the first axis of the input of {self._name!r}, "
                 f"got length {max(lengths)}. Exclude the layer, or do not merge the axes of examples and tokens."
             )
+        if self._largest < SMALLEST:  # no square counts yet: entries of the gradient are at most this
+            bound = sum(grad.double().abs().sum() * inputs.abs().max() for inputs, grad in seen if inputs.numel())
+            self._bound = max(self._bound, float(bound))
         for example in range(self.examples):
             parts = [sum_outer_products(grad[example], inputs[example]) for inputs, grad in seen]
             gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]

@@ -9,10 +9,19 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 from lqlora._patterns import OUTPUT_HEADS
-from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.errors import InvalidArgumentError
 from lqlora.nn.model import select_linears
 from lqlora.nn.statistics.fisher import causal_lm_loss
-from lqlora.nn.statistics.hooks import example_losses, input_of, run_batches, sum_outer_products, watch_gradient
+from lqlora.nn.statistics.hooks import (
+    SMALLEST,
+    example_losses,
+    input_of,
+    require_no_overflow,
+    run_batches,
+    sum_outer_products,
+    warn_of_underflow,
+    watch_gradient,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -65,6 +74,11 @@ def collect_gram(
     NonFiniteError
         If a layer sees NaN, infinity, or numbers whose squares overflow float32.
 
+    Warns
+    -----
+    UserWarning
+        If all squares that a layer sees are below the normal numbers of float32.
+
     Notes
     -----
     The squared error of a layer's outputs, averaged over those rows, is :math:`\operatorname{tr}(E G E^T)`, where
@@ -97,7 +111,9 @@ def collect_gram(
         return 1
 
     run_batches(model, batches, step, linears, hooks, gradients=False, progress=progress)
-    return inputs.means(linears)
+    means, lost = inputs.means(linears)
+    warn_of_underflow(lost, "inputs")
+    return means
 
 
 @torch.inference_mode(mode=False)
@@ -140,6 +156,11 @@ def collect_kronecker(
         example.
     NonFiniteError
         If a loss, an input or a gradient is NaN, infinite, or too large for its square to be a float32.
+
+    Warns
+    -----
+    UserWarning
+        If all squares of inputs or gradients at a layer are below the normal numbers of float32.
 
     Notes
     -----
@@ -191,8 +212,11 @@ def collect_kronecker(
     #     E[sum_t g_t g_t^T] (x) A,
     # so gradients are divided by the number of examples, and inputs by the number of rows.
     examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
-    means = inputs.means(linears)
-    return {name: (_mean(total, examples), means[name]) for name, total in outputs.items()}
+    means, lost = inputs.means(linears)
+    warn_of_underflow(lost, "inputs")
+    moments = {name: _mean(total, examples) for name, total in outputs.items()}
+    warn_of_underflow([name for name, own in moments.items() if _is_lost(outputs[name], own)], "output gradients")
+    return {name: (own, means[name]) for name, own in moments.items()}
 
 
 class _Hook:
@@ -255,13 +279,16 @@ class _Inputs:
             self._rows[key] += seen.rows
         self._seen = current
 
-    def means(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return the mean of each layer. Layers with the same uses of the same sums get the same tensor."""
+    def means(self, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """Return the mean of each layer, and the layers whose means are below the normal numbers of float32.
+
+        Layers with the same uses of the same sums get the same tensor. Only the first of them is in the list.
+        """
         # A layer with c_k uses of the tensors of sum k, whose total is T_k over r_k rows, has the mean
         #     (sum_k c_k T_k) / (sum_k c_k r_k).
         # Layers with equal counts have equal means, and share one tensor.
         shared: dict[tuple[tuple[tuple[str, ...], int], ...], torch.Tensor] = {}
-        found = {}
+        found, lost = {}, []
         for name in names:
             uses = tuple((key, key.count(name)) for key in self._totals if name in key)
             rows = sum(count * self._rows[key] for key, count in uses)
@@ -275,8 +302,10 @@ class _Inputs:
                 for key, count in others:
                     total.add_(self._totals[key], alpha=count)
                 shared[uses] = _mean(total, rows)
+                if _is_lost(total, shared[uses]):
+                    lost.append(name)
             found[name] = shared[uses]
-        return found
+        return found, lost
 
 
 class _Seen:
@@ -304,13 +333,15 @@ def _version(x: torch.Tensor) -> int | None:
 
 
 def _second_moment(x: torch.Tensor, what: str) -> torch.Tensor:
-    """Return the sum of the outer products of rows with themselves, in float32."""
-    product = sum_outer_products(x.detach(), x.detach())
+    """Return the sum of the outer products of rows with themselves, in float32; in float64 if that would underflow."""
+    x = x.detach()
+    product = sum_outer_products(x, x)
     # The diagonal has the sums of squares of the columns. They are not finite if any entry of x is not, or if a square
     # overflows; entries off the diagonal are smaller, by the inequality of Cauchy and Schwarz.
-    if not bool(torch.isfinite(product.diagonal()).all()):
-        raise NonFiniteError(f"{what} holds NaN, infinity, or numbers whose squares overflow float32.")
-    return product
+    if require_no_overflow(product.diagonal(), what) >= SMALLEST * 2**24 or not x.any():
+        return product
+    rows = x.cpu().double().reshape(-1, x.shape[-1])
+    return rows.T @ rows
 
 
 def _zeros(size: int) -> torch.Tensor:
@@ -322,3 +353,8 @@ def _mean(total: torch.Tensor, count: int) -> torch.Tensor:
     """Return a sum divided by a count, made exactly symmetric, in float32."""
     # Products of matrices need not be symmetric to the last bit: the two halves are summed in different orders.
     return ((total + total.T) / (2 * count)).float()
+
+
+def _is_lost(total: torch.Tensor, mean: torch.Tensor) -> bool:
+    """Return whether a sum is not zero, but its mean is below the normal numbers of float32."""
+    return bool((mean.diagonal() < SMALLEST).all()) and bool((total.diagonal() > 0).any())

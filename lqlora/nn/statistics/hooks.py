@@ -1,12 +1,15 @@
-"""Shared parts of the collectors: runs over batches with hooks on linear layers, checks of losses, outer products."""
+"""Shared parts of the collectors: runs over batches with hooks on linear layers, checks of numbers, outer products."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lqlora._patterns import list_names
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -14,7 +17,19 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["example_losses", "input_of", "run_batches", "sum_outer_products", "watch_gradient"]
+__all__ = [
+    "SMALLEST",
+    "example_losses",
+    "input_of",
+    "require_no_overflow",
+    "run_batches",
+    "sum_outer_products",
+    "warn_of_underflow",
+    "watch_gradient",
+]
+
+#: Smallest normal number of float32. Smaller ones lose digits, and then become zero.
+SMALLEST = 2.0**-126
 
 
 def run_batches(
@@ -194,3 +209,48 @@ def sum_outer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     with torch.autocast(left.device.type, enabled=False):
         rows = left.reshape(-1, left.shape[-1]).float()
         return rows.T @ right.reshape(-1, right.shape[-1]).float()
+
+
+def require_no_overflow(squares: torch.Tensor, what: str) -> float:
+    """Raise if sums of squares overflow float32.
+
+    Parameters
+    ----------
+    squares : Tensor
+        Sums of squares, not negative.
+    what : str
+        Name of the numbers that were squared, which the error begins with.
+
+    Returns
+    -------
+    float
+        The largest sum, zero if there is none.
+
+    Raises
+    ------
+    NonFiniteError
+        If a sum is NaN or infinite.
+    """
+    largest = float(squares.max()) if squares.numel() else 0.0
+    if not largest < math.inf:  # NaN included
+        raise NonFiniteError(f"{what} holds NaN, infinity, or numbers whose squares overflow float32.")
+    return largest
+
+
+def warn_of_underflow(names: list[str], what: str) -> None:
+    """Warn that squares of some layers are below the smallest normal number of float32.
+
+    Parameters
+    ----------
+    names : list of str
+        The layers; without any there is no warning.
+    what : str
+        Name of the numbers that were squared, which the message begins with.
+    """
+    if names:
+        warnings.warn(
+            f"{what} of {list_names(names)} are so small that their squares are below {SMALLEST:.2g}, where float32 loses "
+            "digits. Multiply the loss, or the inputs, by a large number.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from lqlora.errors import InvalidArgumentError, NonFiniteError
@@ -225,3 +227,28 @@ def test_autocast_does_not_lower_the_precision_of_products():
         found = collect_fisher(layer, [x], loss=loss)
     expected = x.double().sum(dim=(0, 1)).square().expand(3, 64)
     torch.testing.assert_close(found["0"].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def _sum(model, x):
+    return model(x).sum(dim=1)
+
+
+def test_squares_that_overflow_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 2))
+    with pytest.raises(NonFiniteError, match=r"^gradient of the weight of '0'.*overflow float32"):
+        collect_fisher(model, [torch.ones(1, 4), torch.full((1, 4), 1e25)], loss=_sum)
+
+
+@pytest.mark.parametrize("size", [1e-21, 1e-30, 1e-40])
+def test_squares_that_underflow_are_named_in_a_warning(size):
+    model = nn.Sequential(nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"^gradients of weights of 0") as caught:
+        collect_fisher(model, [torch.full((3, 4), size)], loss=_sum)
+    assert len(caught) == 1
+
+
+def test_gradients_of_zero_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = collect_fisher(nn.Sequential(nn.Linear(4, 2)), [torch.zeros(3, 4), torch.zeros(1, 4)], loss=_sum)
+    assert not found["0"].any()

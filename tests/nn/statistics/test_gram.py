@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from lqlora.errors import InvalidArgumentError, NonFiniteError
@@ -363,3 +365,39 @@ def test_include_and_exclude_select_layers(collect):
     assert list(collect(model, [torch.ones(1, 4)], exclude="2")) == ["0"]
     with pytest.raises(InvalidArgumentError, match=r"include.*nothing"):
         collect(model, [torch.ones(1, 4)], include="nothing")
+
+
+def _means(model, data):
+    return collect_gram(model, [data])["0"]
+
+
+def _moments(model, data):
+    return collect_kronecker(model, [data], loss=lambda model, x: model(x).sum(dim=1))["0"][1]
+
+
+@pytest.mark.parametrize("collect", [_means, _moments])
+class TestSmallInputs:
+    @pytest.mark.parametrize("size", [1e-18, 3e-19])
+    def test_near_the_smallest_normal_squares_they_lose_no_digits(self, collect, size):
+        torch.manual_seed(0)
+        data = torch.randn(50, 4).abs() + 1
+        found = collect(nn.Sequential(nn.Linear(4, 2)), data * size)
+        wide = (data * size).double()
+        torch.testing.assert_close(found.double(), wide.T @ wide / 50, rtol=1e-6, atol=0.0)
+
+    @pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-42])
+    def test_below_it_they_are_named_in_a_warning(self, collect, size):
+        with pytest.warns(UserWarning, match=r"^inputs of 0 are so small"):
+            collect(nn.Sequential(nn.Linear(4, 2)), torch.full((3, 4), size))
+
+    def test_zeros_do_not_warn(self, collect):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert not collect(nn.Sequential(nn.Linear(4, 2)), torch.zeros(3, 4)).any()
+
+
+def test_small_gradients_are_named_in_a_warning():
+    with pytest.warns(UserWarning, match=r"^output gradients of 0"):
+        collect_kronecker(
+            nn.Sequential(nn.Linear(4, 2)), [torch.ones(3, 4)], loss=lambda model, x: 1e-25 * model(x).sum(dim=1)
+        )

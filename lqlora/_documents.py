@@ -34,6 +34,9 @@ _LARGEST = sys.float_info.max
 #: Levels of nesting that a part of free form may have, far below what Python's own functions can handle.
 _MAX_DEPTH = 200
 
+#: Entries of a list that are converted together in the search for one that is refused.
+_CHUNK = 1024
+
 #: Digits that an integer may have. Python's own limit is 4300 by default, and can be removed.
 _MAX_DIGITS = 4300
 
@@ -131,8 +134,8 @@ class Reader:
         if _may_hold_surrogates(text):
             self._check_unicode(plain)
         if refused:
-            found = next((own for own in _parts(plain) if isinstance(own[1], _Refused)), ("", refused[0]))
-            raise self.fault(found[0], f"{found[1].why}.")
+            place, mark = _find(plain, lambda own: isinstance(own, _Refused)) or ("", refused[0])
+            raise self.fault(place, f"{mark.why}.")
         return plain
 
     def convert(self, plain: Any, schema: type[_T], place: str = "") -> _T:
@@ -178,10 +181,12 @@ class Reader:
             depth += 1
 
     def _check_unicode(self, plain: Any) -> None:
-        for place, own in _parts(plain):
-            for text in [own] if isinstance(own, str) else own if isinstance(own, dict) else ():
-                if _LONE.search(text):
-                    raise self.fault(place, f"must hold texts of Unicode characters, got {shown(text)}.")
+        def lone(own: Any) -> str | None:
+            texts = [own] if isinstance(own, str) else own if isinstance(own, dict) else ()
+            return next(filter(_LONE.search, texts), None)
+
+        if (found := _find(plain, lambda own: lone(own) is not None)) is not None:
+            raise self.fault(found[0], f"must hold texts of Unicode characters, got {shown(lone(found[1]))}.")
 
     def fault(self, place: str, why: str) -> LQLoRAError:
         """Return the error for a part of the document.
@@ -328,15 +333,22 @@ def _may_hold_surrogates(text: str) -> bool:
     return "\\\\u" in text or any(len(found[0]) == 6 for found in _ESCAPED.finditer(text))
 
 
-def _parts(plain: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the places and the values of all parts of a document, without recursion."""
-    waiting = [("", plain)]
+def _find(plain: Any, is_wanted: Callable[[Any], bool]) -> tuple[str, Any] | None:
+    """Return the place and the value of the first part of a document with a property, or None; without recursion."""
+    keys: list[str | int] = []
+    waiting: list[Iterator[tuple[Any, Any]]] = [iter([("", plain)])]
     while waiting:
-        place, own = waiting.pop()
-        yield place, own
-        if isinstance(own, dict | list):
-            entries = own.items() if isinstance(own, dict) else enumerate(own)
-            waiting += reversed([(place + _guessed_step(key), child) for key, child in entries])
+        for key, own in waiting[-1]:
+            if is_wanted(own):
+                return "".join(map(_guessed_step, [*keys, key][1:])), own
+            if isinstance(own, dict | list):
+                keys.append(key)
+                waiting.append(iter(own.items()) if isinstance(own, dict) else enumerate(own))
+                break
+        else:
+            waiting.pop()
+            del keys[-1:]
+    return None
 
 
 def _guessed_step(key: str | int) -> str:
@@ -354,14 +366,16 @@ def _fits(value: Any, schema: Any) -> bool:
 
 
 def _first_refused(values: list[Any], schema: Any) -> int | None:
-    """Return the index of the first value that a type refuses, or None; by bisection, since lists may be long."""
-    low, high = 0, len(values)
-    if _fits(values, list[schema]):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _fits(values[low:middle], list[schema]) else (low, middle)
-    return low
+    """Return the index of the first value that a type refuses, or None."""
+    # Lists may be long, and a call for each entry takes longer than its conversion.
+    for start in range(0, len(values), _CHUNK):
+        low, high = start, min(start + _CHUNK, len(values))
+        if not _fits(values[low:high], list[schema]):
+            while high - low > 1:  # an entry below `high` is refused, and none below `low`
+                middle = (low + high) // 2
+                low, high = (middle, high) if _fits(values[low:middle], list[schema]) else (low, middle)
+            return low
+    return None
 
 
 def _locate(value: Any, schema: Any, place: str) -> tuple[str, str]:

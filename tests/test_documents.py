@@ -80,6 +80,7 @@ class TestReader:
             ('{"rows": {}, "free": [0, {"x": NaN}]}', "free[1].x must be a number of JSON, got NaN"),
             ('{"rows": {}, "free": -Infinity}', "free must be a number of JSON, got -Infinity"),
             ('{"rows": {}, "free": {"x y": ' + "9" * 5000 + "}}", "free['x y'] must be a shorter number, got 5000 digits"),
+            ('[{"a": [], "b": {}}, [], [[0], NaN]]', "[2][1] must be a number of JSON, got NaN"),
             ("[" * 100_000, "nested too deep"),
             ('{"a": 1,}', "must be valid JSON, got an error in line 1, column 9"),
             (b'{"a": "\xff"}', "UTF-8, got the byte 0xff"),
@@ -98,7 +99,7 @@ class TestReader:
         assert message.startswith("t.json: ")
         assert said in message
 
-    @pytest.mark.parametrize("index", [0, 1, 5, 6, 499, 999])
+    @pytest.mark.parametrize("index", [0, 1, 5, 6, 1023, 1024, 1025, 2500])
     def test_the_first_of_several_faults_is_told(self, index):
         pairs = [[1, 1.0]] * index + [[1, "x"]] + [[1, 1.0], [], None] * (index % 2)
         rows = {f"m{own}": {"count": 1} for own in range(index)} | {"bad": {}, "after": None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lqlora._dispatch import namespace
+from lqlora._dispatch import FLOATS, plain_array
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.weighting import Elementwise, InputGram, RowColumn
 
@@ -65,7 +65,7 @@ def lqlora(
     4
     """
     # sweeps=0: the rank-one surrogate in the low-rank step, the true Fisher information in the error, as in the paper.
-    weighting = None if fisher is None else Elementwise(fisher, sweeps=0)
+    weighting = None if fisher is None else Elementwise(plain_array(fisher, "fisher", FLOATS), sweeps=0)
     return decompose(w, fmt, rank, weighting=weighting, init="svd", extrapolation=0.0, max_iter=max_iter, seed=seed)
 
 
@@ -243,7 +243,7 @@ def qera(w: Array, fmt: BlockFormat, rank: int, *, gram: Array, seed: int = 0) -
     >>> bool(after < before)
     True
     """
-    namespace(gram)
+    gram = plain_array(gram, "gram", FLOATS)
     weighting = RowColumn(None, gram) if len(gram.shape) == 1 else InputGram(gram, damping=_SLIGHT_DAMPING)
     return decompose(w, fmt, rank, weighting=weighting, init="quantize", max_iter=1, seed=seed)
 

@@ -5,11 +5,15 @@ an override, with a record of the calls that it takes. A call looks at the overr
 It runs the first one whose record fits the arguments, or else the reference. An override returns the same bytes as the
 reference.
 
+``libraries`` is the one door for arrays: :func:`namespace` refuses what is not computed with, and :func:`plain_array` converts
+what can be. ``kinds`` words the refusals, and ``misfits`` the errors about arguments that do not fit together.
+
 ``operation`` makes the choice, and has :func:`forced`, which switches overrides off. ``overrides`` has the conditions.
 """
 
 from __future__ import annotations
 
+from lqlora._dispatch.kinds import FLOATS, MOVED, MOVED_FLOATS, NUMBERS, Dtypes
 from lqlora._dispatch.libraries import (
     Library,
     array_library,
@@ -19,8 +23,11 @@ from lqlora._dispatch.libraries import (
     is_on_host,
     known_libraries,
     namespace,
+    plain_array,
     register_library,
+    require_writable,
 )
+from lqlora._dispatch.misfits import fitting
 from lqlora._dispatch.operation import (
     Operation,
     Selection,
@@ -34,6 +41,11 @@ from lqlora._dispatch.operation import (
 from lqlora._dispatch.overrides import Override, Takes
 
 __all__ = [
+    "FLOATS",
+    "MOVED",
+    "MOVED_FLOATS",
+    "NUMBERS",
+    "Dtypes",
     "Library",
     "Operation",
     "Override",
@@ -43,14 +55,17 @@ __all__ = [
     "device_of",
     "dtype_name",
     "empty",
+    "fitting",
     "forced",
     "is_contiguous",
     "is_on_host",
     "known_libraries",
     "namespace",
     "op",
+    "plain_array",
     "prefer_maker",
     "prefer_pieces",
     "preferred_piece",
     "register_library",
+    "require_writable",
 ]

@@ -60,9 +60,20 @@ class Arguments:
         -------
         tuple
             Values of the names in ``flat``. The record itself comes last, for conditions that name it.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the argument of the record is not one, for example a plain tuple.
         """
         at = self._at
-        return args if self._class is None else (*args[:at], *args[at], *args[at + 1 :], args[at])
+        if self._class is None:
+            return args
+        if type(args[at]) is not self._class:
+            raise InvalidArgumentError(
+                f"{self.names[at]} must be a {self._class.__name__}, got {type(args[at]).__name__[:80]}."
+            )
+        return (*args[:at], *args[at], *args[at + 1 :], args[at])
 
     def unflatten(self, flat: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of a call from flat ones: the inverse of :meth:`flatten`.

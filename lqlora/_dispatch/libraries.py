@@ -1,4 +1,4 @@
-"""Array libraries: the library of an array, its namespace, device, dtype name and memory layout.
+"""Array libraries: the library of an array, its namespace, device, dtype name and memory layout; arguments as plain arrays.
 
 Every public function needs these, so the answers are cached by class and by dtype. The record of a library names the
 modules that register overrides for it. Dispatch imports these modules, and depends on nothing in them.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import array_api_compat
 
+from lqlora._dispatch.kinds import MOVED, NUMBERS, Dtypes, class_fault, facts_of, fault_of, is_native, spelled
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ __all__ = [
     "known_libraries",
     "load_overrides",
     "namespace",
+    "plain_array",
     "register_library",
+    "require_writable",
 ]
 
 Memory = Literal["host", "device", "either"]
@@ -158,7 +161,7 @@ def register_library(library: Library) -> None:
 
 def forget() -> None:
     """Clear the cached answers after the registered libraries have changed."""
-    for answers in (LIBRARY_OF, PLAIN_LIBRARY_OF, _NAMESPACE_OF, _HOST_TESTS):
+    for answers in (LIBRARY_OF, PLAIN_LIBRARY_OF, _ENTRY_OF, _HOST_TESTS):
         answers.clear()
 
 
@@ -176,6 +179,8 @@ class _ByClass(dict[type, Any]):
 
 
 def _class_library(cls: type) -> str | None:
+    if class_fault(cls):
+        return None
     for library in reversed(_LIBRARIES.values()):  # a library that builds on another one comes later
         if issubclass(cls, library.classes()):
             return library.name
@@ -192,7 +197,16 @@ def _plain_class_library(cls: type) -> str | None:
 LIBRARY_OF = _ByClass(_class_library)
 PLAIN_LIBRARY_OF = _ByClass(_plain_class_library)
 
-_NAMESPACE_OF: dict[type, Namespace] = {}
+
+class _Entry(NamedTuple):
+    """Namespace of a class of arrays, the index of its library in ``Dtypes.taken``, and the facts that are asked there."""
+
+    xp: Namespace
+    at: int
+    facts: Callable[[Array], Any]
+
+
+_ENTRY_OF: dict[type, _Entry] = {}
 
 
 def array_library(value: object) -> str | None:
@@ -219,13 +233,17 @@ def array_library(value: object) -> str | None:
     return library
 
 
-def namespace(*arrays: Array) -> Namespace:
+def namespace(*arrays: Array, dtypes: Dtypes = NUMBERS, what: str | None = None) -> Namespace:
     """Return the array API namespace that all the arrays share.
 
     Parameters
     ----------
     *arrays : array
         At least one array; None entries are passed over.
+    dtypes : Dtypes
+        The dtypes that the caller computes with.
+    what : str, optional
+        Name of the arrays, which errors begin with. By default that of the variable in the calling function.
 
     Returns
     -------
@@ -235,30 +253,140 @@ def namespace(*arrays: Array) -> Namespace:
     Raises
     ------
     UnsupportedArrayError
-        If a value is not an array.
+        If a value is not an array, or is of a kind or dtype that the caller does not compute with.
     MixedArraysError
         If the arrays belong to two libraries, or to two devices.
     """
-    # One array cannot be on two devices or of two libraries. This is the common case, and takes one look-up.
-    if len(arrays) == 1 and (known := _NAMESPACE_OF.get(type(arrays[0]))) is not None:
-        return known
+    taken = dtypes.taken
+    # One array cannot be on two devices or of two libraries. This is the common case, and takes three look-ups.
+    if len(arrays) == 1 and (entry := _ENTRY_OF.get(type(arrays[0]))) is not None:
+        xp, at, facts = entry
+        if taken[at][facts(arrays[0])]:
+            return xp
     first = home = None
     for array in arrays:
         if array is None:
             continue
-        if first is None:
-            first, home = array, LIBRARY_OF[type(array)]
-        elif LIBRARY_OF[type(array)] != home or not (
-            home in _ONE_HOME or (home == "torch" and array.device == first.device)
-        ):
+        library = LIBRARY_OF[type(array)]
+        if library is None:
+            raise _refusal(array, None, dtypes, what)
+        entry = _ENTRY_OF.get(type(array)) or _new_entry(array, library)
+        if not taken[entry.at][entry.facts(array)]:
             _require_one_home(arrays)
-            break
-    if first is None or home is None:
-        _require_one_home(arrays)
-    found = _NAMESPACE_OF.get(type(first))
-    if found is None:
-        found = _NAMESPACE_OF[type(first)] = array_api_compat.array_namespace(first)
-    return found
+            raise _refusal(array, library, dtypes, what)
+        if first is None:
+            first, home, xp = array, library, entry.xp
+        elif library != home or not (home in _ONE_HOME or (home == "torch" and array.device == first.device)):
+            _require_one_home(arrays)
+    if first is None:
+        raise UnsupportedArrayError("arrays must be NumPy, torch, CuPy or array API arrays, got none.")
+    return xp
+
+
+def _new_entry(array: Array, library: str) -> _Entry:
+    entry = _ENTRY_OF[type(array)] = _Entry(array_api_compat.array_namespace(array), *facts_of(library))
+    return entry
+
+
+def _refusal(value: object, library: str | None, dtypes: Dtypes, what: str | None) -> UnsupportedArrayError:
+    """Return the error for an argument of :func:`namespace`, by default named as in the function that called it."""
+    # The name is looked up in the frame of the caller, because this costs nothing until there is an error.
+    caller = sys._getframe(2).f_locals  # noqa: SLF001 - this is how inspect does it
+    name = what or next((key for key, own in caller.items() if own is value), "array")
+    return UnsupportedArrayError(f"{name} {fault_of(value, library, dtypes)}")
+
+
+def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
+    """Return an argument as an array of exactly the class of its library: every public function begins with this.
+
+    A harmless subclass becomes its base class, a parameter of torch its data, a matrix or another byte order an ordinary
+    array, and a lazily negated tensor is resolved. Anything else that lqlora does not compute with is refused.
+
+    Parameters
+    ----------
+    value : object
+        The argument.
+    name : str
+        Name of the argument, which errors begin with.
+    dtypes : Dtypes
+        The dtypes that the caller computes with.
+
+    Returns
+    -------
+    array
+        The argument itself, if it is plain. A converted one has the same entries, and shares memory where it can.
+
+    Raises
+    ------
+    UnsupportedArrayError
+        If the argument is not an array, or of a kind or dtype that lqlora does not compute with.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plain_array(np.ones(2, dtype=">f4"), "w").dtype.isnative
+    True
+    """
+    entry = _ENTRY_OF.get(type(value))
+    if entry is None or entry.at or not dtypes.taken[0][entry.facts(value)] or PLAIN_LIBRARY_OF[type(value)] is None:
+        return _converted(value, name, dtypes)
+    return value
+
+
+def _converted(value: Any, name: str, dtypes: Dtypes) -> Array:
+    """Return an argument as a plain array, or raise."""
+    numpy, torch = sys.modules["numpy"], sys.modules.get("torch")
+    if isinstance(value, numpy.matrix) or (LIBRARY_OF[type(value)] == "numpy" and type(value) is not numpy.ndarray):
+        value = numpy.asarray(value)
+    library = LIBRARY_OF[type(value)]
+    if library == "numpy" and not is_native(value.dtype) and value.dtype.kind in "iufc":
+        value = value.astype(value.dtype.newbyteorder("="))
+    if library == "torch" and torch is not None and type(value) is not torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the subclass may redefine every method
+            value = value.detach().as_subclass(torch.Tensor)
+    if fault := fault_of(value, library, dtypes):
+        raise UnsupportedArrayError(f"{name} {fault}")
+    if library == "torch" and torch is not None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # noqa: SLF001 - torch has no public test
+            raise UnsupportedArrayError(
+                f"{name} must be a tensor with entries, got one inside a transform of torch.func. Call the function outside."
+            )
+        value = value.resolve_neg()
+    return value
+
+
+def require_writable(array: Array, name: str) -> None:
+    """Raise unless an array can be written to, each entry by itself.
+
+    Parameters
+    ----------
+    array : array
+        An array that :func:`namespace` accepts.
+    name : str
+        Name of the argument, which the error begins with.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the array is read-only, has entries that share memory, or is a leaf of a graph of torch.
+    """
+    library, reason = LIBRARY_OF[type(array)], ""
+    if library == "numpy" and not array.flags.writeable:
+        reason = "is read-only"
+    elif library == "torch" and array.requires_grad and not _is_recording_off():
+        reason = "requires a gradient"
+    elif library in ("numpy", "torch") and 0 not in array.shape:
+        strides = array.strides if library == "numpy" else array.stride()
+        if any(length > 1 and not stride for length, stride in zip(array.shape, strides, strict=True)):
+            reason = "repeats entries of its memory"
+    if reason:
+        raise InvalidArgumentError(
+            f"{name} must be an array that can be written to, got one that {reason}. Pass a copy."
+        )
+
+
+def _is_recording_off() -> bool:
+    return not sys.modules["torch"].is_grad_enabled()
 
 
 #: Libraries whose arrays are all on one device.
@@ -266,15 +394,10 @@ _ONE_HOME = ("numpy",)
 
 
 def _require_one_home(arrays: tuple[Array | None, ...]) -> None:
-    """Raise unless all values are arrays of one library on one device."""
-    present = [array for array in arrays if array is not None]
-    if not present:
-        raise UnsupportedArrayError("arrays must be NumPy, torch, CuPy or array API arrays, got none.")
+    """Raise unless the arrays are of one library and on one device."""
+    present = [array for array in arrays if LIBRARY_OF[type(array)] is not None]
     homes = [LIBRARY_OF[type(array)] for array in present]
     library = homes[0]
-    if None in homes:
-        wrong = type(present[homes.index(None)]).__name__
-        raise UnsupportedArrayError(f"arrays must be NumPy, torch, CuPy or array API arrays, got {wrong}.")
     if homes.count(library) != len(homes):
         raise MixedArraysError(
             f"arrays must be of one library, got {' and '.join(sorted(set(homes)))}. Convert some of them."
@@ -308,23 +431,28 @@ def dtype_name(array: Array) -> str:
     str
         Name, such as ``"float32"``, ``"bfloat16"`` or ``"uint8"``.
 
+    Raises
+    ------
+    UnsupportedArrayError
+        If the value is not an array, or has another byte order than this machine.
+
     Examples
     --------
     >>> import numpy as np
     >>> dtype_name(np.zeros(1, dtype=np.float16))
     'float16'
     """
-    dtype = array.dtype
+    try:
+        dtype = array.dtype
+    except AttributeError:
+        raise _refusal(array, None, NUMBERS, None) from None
     key = type(dtype), dtype
     name = _dtype_names.get(key)
     if name is None:
+        if not is_native(dtype):
+            raise _refusal(array, "numpy", NUMBERS, None)
         name = _dtype_names[key] = spelled(dtype)
     return name
-
-
-def spelled(dtype: Any) -> str:
-    """Return the name of a dtype without the name of its library."""
-    return str(dtype).rpartition(".")[2]
 
 
 def device_of(array: Array) -> Any:
@@ -377,11 +505,17 @@ def is_on_host(array: Array) -> bool:
 def host_test(library: str | None) -> Callable[[Array], Any]:
     """Return a fast test of whether an array of one library is on the host, which runs for every argument."""
     known = _LIBRARIES.get(library or "")
+    if library is None:
+        return _refused
     if library == "torch":
         return attrgetter("is_cpu")
     if known is not None and known.memory != "either":
         return _always if known.memory == "host" else _never
     return _names_the_host
+
+
+def _refused(value: object) -> Any:
+    raise UnsupportedArrayError(f"array {fault_of(value, None, NUMBERS)}")
 
 
 def _always(_: Array) -> bool:
@@ -420,6 +554,7 @@ def _says_so(array: Array) -> bool:
 
 _BY_FLAG = Layouts(_says_so, frozenset({True}))
 _LAYOUTS: dict[str | None, Layouts] = {
+    None: Layouts(_refused, frozenset()),
     "numpy": Layouts(
         attrgetter("flags.num"), frozenset(_DENSE | other for other in range(0x4000) if other & ~_OTHERS == 0)
     ),
@@ -447,7 +582,10 @@ def is_contiguous(array: Array) -> bool:
     (True, False)
     """
     known = _LAYOUTS.get(LIBRARY_OF[type(array)], _BY_FLAG)
-    return known.layout_of(array) in known.dense
+    try:
+        return known.layout_of(array) in known.dense
+    except RuntimeError as error:  # a sparse tensor has no strides to ask about
+        raise _refusal(array, LIBRARY_OF[type(array)], MOVED, None) from error
 
 
 class _ByLibrary(dict["str | None", Any]):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
 from lqlora._dispatch.arguments import Arguments
+from lqlora._dispatch.kinds import NUMBERS, fault_of
 from lqlora._dispatch.libraries import (
     LIBRARY_OF,
     PASSED_OVER,
@@ -18,8 +19,9 @@ from lqlora._dispatch.libraries import (
     load_overrides,
     namespace,
 )
+from lqlora._dispatch.misfits import FOREIGN, misfit
 from lqlora._dispatch.overrides import Override
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import InvalidArgumentError, UnsupportedArrayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -190,6 +192,21 @@ def empty(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
     return namespace(like).empty(shape, dtype=dtype, device=device_of(like))
 
 
+#: Arguments that are NumPy arrays for every library, and in the memory of the host.
+_TABLES = ("levels", "boundaries")
+
+
+def _require_table(table: Array, name: str) -> None:
+    """Raise unless an argument is a NumPy array of numbers, of any byte order."""
+    library = LIBRARY_OF[type(table)]
+    if library == "numpy" and NUMBERS.taken[0][table.dtype.newbyteorder("=")]:
+        return
+    fault = (
+        fault_of(table, library, NUMBERS) or f"must be a NumPy array, got one of {library}. Pass that of a codebook."
+    )
+    raise UnsupportedArrayError(f"{name} {fault}")
+
+
 class Operation(Generic[P, R]):
     """A reference implementation together with its registered overrides.
 
@@ -219,6 +236,7 @@ class Operation(Generic[P, R]):
         self.arguments = Arguments(self._signature, record)
         self._count = len(self.arguments.names)
         self._is_flat = record is None
+        self._tables = [(self.arguments.flat.index(name), name) for name in _TABLES if name in self.arguments.flat]
         # Calls run through the tuples in `_ready`. `register` drops the tuple of its library, and the next call makes a
         # new one. A call in another thread meanwhile goes on with the old tuple, which never changes.
         self._overrides: dict[str, dict[str, Override]] = {}
@@ -366,9 +384,19 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation that :meth:`select` names."""
         positional = args if len(args) == self._count and not kwargs else self._positional(args, kwargs)
-        override = self._choice(positional if self._is_flat else self.arguments.flatten(positional))
-        implementation: Callable[..., R] = self.reference if override is None else override.function
-        return implementation(*positional)
+        try:
+            flat = positional if self._is_flat else self.arguments.flatten(positional)
+            for at, name in self._tables:
+                table: Any = flat[at]
+                if PLAIN_LIBRARY_OF[type(table)] != "numpy" or not NUMBERS.taken[0][table.dtype]:
+                    _require_table(table, name)
+            override = self._choice(flat)
+            implementation: Callable[..., R] = self.reference if override is None else override.function
+            return implementation(*positional)
+        except FOREIGN as error:
+            if (own := misfit(self.reference, positional, {}, error)) is None:
+                raise
+            raise own from error
 
 
 @overload

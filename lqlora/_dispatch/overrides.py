@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF, host_test, known_libraries, layouts, spelled
+from lqlora._dispatch.kinds import spelled
+from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF, host_test, known_libraries, layouts
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:

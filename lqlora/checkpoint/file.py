@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lqlora import ops
+from lqlora._dispatch import MOVED, plain_array
 from lqlora._files import input_file, replace_file
 from lqlora._messages import fit, shown
 from lqlora.codebooks import Codebook, check_work, is_standard
@@ -164,7 +165,7 @@ def save(
         raise InvalidArgumentError(
             f"tensors: the name {taken[0]!r} is reserved for a part of a quantized matrix. Rename the tensor."
         )
-    _add_all(arrays, {name: ops.convert(tensor, np) for name, tensor in (tensors or {}).items()})
+    _add_all(arrays, {name: _on_host(tensor, repr(name)) for name, tensor in (tensors or {}).items()})
     arrays = {name: _plain(array) for name, array in arrays.items()}
     _check_readable(arrays, rows)
     # The fingerprint is computed from what a reader will see: JSON turns keys that are numbers into text.
@@ -206,6 +207,11 @@ def _weight_key(matrix: str, array: str = "") -> str:
     return f"{matrix}.weight.{array}"
 
 
+def _on_host(array: Array, name: str) -> Any:
+    """Return an array of any library as a NumPy array."""
+    return ops.convert(plain_array(array, name, MOVED), np)
+
+
 def _owners(tensor: str) -> Iterator[str]:
     """Yield the names of all matrices that a tensor of this name would be a part of."""
     separator = _weight_key("")
@@ -221,7 +227,7 @@ def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
     codebook = matrix.quantized.format.codebook
     if not is_standard(codebook):
         arrays[_weight_key(name, "codebook")] = codebook.levels
-    return arrays | {f"{name}.lora_{x}": ops.convert(getattr(matrix, f"lora_{x}"), np) for x in "AB"}
+    return arrays | {key: _on_host(getattr(matrix, key[-6:]), key) for key in (f"{name}.lora_A", f"{name}.lora_B")}
 
 
 def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from lqlora._dispatch import array_library, plain_array
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from lqlora._typing import Array
 
 __all__ = ["Codebook", "Normalization", "cell_boundaries"]
 
@@ -81,7 +85,7 @@ class Codebook:
         normalization: Normalization = "absmax",
     ) -> None:
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which _check_levels refuses
-            values = np.array(levels, dtype=np.float32)  # a copy: it is made read-only below
+            values = np.array(_numbers(levels), dtype=np.float32)  # a copy: it is made read-only below
         if re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name) is None:
             raise InvalidArgumentError(
                 f"name must be a letter followed by letters, digits, '_', '.' or '-', as in formats, got {name!r}."
@@ -125,6 +129,19 @@ def _twin_zeros(values: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     zero, negative = values == 0, np.signbit(values)
     twins: npt.NDArray[np.bool_] = zero[:-1] & zero[1:] & negative[:-1] & ~negative[1:]
     return twins
+
+
+def _numbers(levels: Sequence[float] | Array) -> Any:
+    """Return levels as a NumPy array, or as a list of what Python takes for numbers."""
+    if hasattr(levels, "dtype") or isinstance(levels, str | bytes) or not isinstance(levels, Iterable):
+        array = plain_array(levels, "levels")
+        return array if array_library(array) == "numpy" else array.tolist()
+    numbers = [*levels]
+    if wrong := [
+        level for level in numbers if not isinstance(level, int | float | np.number) or isinstance(level, bool)
+    ]:
+        raise InvalidArgumentError(f"levels must be numbers, got {type(wrong[0]).__name__}.")
+    return numbers
 
 
 def _check_levels(values: npt.NDArray[np.float32]) -> None:

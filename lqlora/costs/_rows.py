@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lqlora._dispatch import FLOATS, plain_array
 from lqlora.costs._digests import array_digest, weighting_digest
 from lqlora.costs._fast import Task, fast_costs
 from lqlora.costs.store import StoredRow
@@ -66,7 +67,7 @@ def cost_row(
     StoredRow
         The row to append to the store; without costs if all are known.
     """
-    matrix = task.source() if callable(task.source) else task.source
+    matrix = plain_array(task.source() if callable(task.source) else task.source, task.name, FLOATS)
     # Without a store nothing is compared, and a digest reads every entry once more.
     digests = (array_digest(matrix), weighting_digest(task.weighting)) if stored else ("", "")
     row = StoredRow(task.name, tuple(matrix.shape), *digests, {})

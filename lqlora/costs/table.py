@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lqlora._dispatch import array_library, plain_array
 from lqlora._messages import shown
 from lqlora.codebooks import check_work, codebook_from_json, codebook_to_json
 from lqlora.errors import InvalidArgumentError
@@ -93,6 +94,10 @@ class CostTable:
                 f"shapes must hold one shape for each of the {len(self.names)} names, got {len(self.shapes)}."
             )
         for what in ("costs", "sizes", "factor_sizes"):
+            array = plain_array(getattr(self, what), what)
+            if array_library(array) != "numpy":
+                raise InvalidArgumentError(f"{what} must be a NumPy array, got one of {array_library(array)}.")
+            object.__setattr__(self, what, array)
             if getattr(self, what).shape != wanted:
                 raise InvalidArgumentError(
                     f"{what} must have the shape {wanted}, for {wanted[0]} matrices and {wanted[1]} configurations, got "

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import FLOATS, namespace, plain_array
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.formats import BlockFormat
 from lqlora.weighting import LowRankStep
@@ -29,7 +29,7 @@ _LEAST_EXPONENT, _MOST_EXPONENT = -1022 + 64, 1024 - 20
 
 def checked_matrix(w: Array, name: str) -> Array:
     """Return a matrix in float32 or float64; raise unless it has two dimensions and finite entries that float32 holds."""
-    matrix = ops.widen(w, name)
+    matrix = ops.widen(plain_array(w, name, FLOATS), name)
     if len(matrix.shape) != 2:
         raise InvalidArgumentError(
             f"{name} must have two dimensions, got shape {tuple(matrix.shape)}. "
@@ -120,6 +120,9 @@ def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init:
     else:
         found = f"a tuple of {len(start)}" if isinstance(start, tuple) else type(start).__name__
         raise InvalidArgumentError(f"start must be a pair (lora_B, lora_A) or a LowRankStep, got {found}.")
+    step = step._replace(
+        left=plain_array(step.left, "lora_B of start", FLOATS), right=plain_array(step.right, "lora_A of start", FLOATS)
+    )
     xp = namespace(matrix, step.left, step.right)
     shapes = tuple(step.left.shape), tuple(step.right.shape)
     if [len(shape) for shape in shapes] != [2, 2] or (shapes[0][0], shapes[1][1], shapes[0][1]) != (

@@ -7,7 +7,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from lqlora._dispatch import namespace
+from lqlora._dispatch import FLOATS, namespace, plain_array
 from lqlora._parallel import map_matrices
 from lqlora.decomposition.solver import decompose
 from lqlora.errors import InvalidArgumentError
@@ -116,6 +116,7 @@ def decompose_stack(
     >>> found.quantized.shape, found.lora_A.shape, found.lora_B.shape
     ((4, 32, 48), (4, 2, 48), (4, 32, 2))
     """
+    w = plain_array(w, name, FLOATS)
     xp = namespace(w)
     if len(w.shape) < 2 or not prod(w.shape[:-2]):
         raise InvalidArgumentError(

@@ -26,12 +26,13 @@ import array_api_compat
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
+from lqlora._dispatch import namespace, plain_array
 from lqlora._messages import fit, shown
 from lqlora.codebooks import is_standard
 from lqlora.errors import FormatError
 from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized import QuantizedArray
+from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -241,6 +242,7 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     up.weight.quant_map (16,)
     up.weight.quant_state.bitsandbytes__nf4 (73,)
     """
+    require_quantized(q)
     kind = _require_exportable(q, dtype)
     order = _KINDS[kind][1]
     stored = q.to_arrays()
@@ -311,7 +313,11 @@ def _parts_of(tensors: Mapping[str, Array], name: str) -> dict[str, Array]:
     """Return the tensors of one weight, with its name removed from their keys."""
     if name not in tensors:
         raise FormatError(f"tensors must include {name!r}, which is missing.")
-    parts = {key.removeprefix(name): tensors[key] for key in tensors if key == name or key.startswith(f"{name}.")}
+    parts = {
+        key.removeprefix(name): plain_array(tensors[key], repr(key))
+        for key in tensors
+        if key == name or key.startswith(f"{name}.")
+    }
     namespace(*parts.values())
     return parts
 

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from lqlora import ops
+from lqlora._dispatch import MOVED_FLOATS, plain_array
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operators import is_autocast  # its module registers torch.ops.lqlora
 from lqlora.nn.weight import QuantizedWeight
+from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
     from lqlora.checkpoint import StoredMatrix
@@ -53,6 +55,11 @@ class LQLinear(nn.Module):
         bias: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        require_quantized(quantized, "quantized")
+        if len(quantized.shape) != 2 or quantized.batch_shape:
+            raise InvalidArgumentError(f"quantized must be a matrix, got shape {quantized.shape}.")
+        lora_A, lora_B = plain_array(lora_A, "lora_A", MOVED_FLOATS), plain_array(lora_B, "lora_B", MOVED_FLOATS)
+        bias = None if bias is None else plain_array(bias, "bias", MOVED_FLOATS)
         rows, columns = quantized.shape
         if tuple(lora_A.shape[1:]) != (columns,) or tuple(lora_B.shape) != (rows, lora_A.shape[0]):
             shapes = tuple(lora_B.shape), tuple(lora_A.shape)
@@ -67,7 +74,7 @@ class LQLinear(nn.Module):
         # The bias is frozen, so it may share the memory of the given one.
         self.lora_A = nn.Parameter(ops.convert(lora_A, torch).to(torch.float32, copy=True))
         self.lora_B = nn.Parameter(ops.convert(lora_B, torch).to(torch.float32, copy=True))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(ops.convert(bias, torch), requires_grad=False)
 
     @classmethod
     def from_decomposition(

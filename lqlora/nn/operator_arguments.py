@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 
 from lqlora.codebooks import codebook_from_text, codebook_to_text
-from lqlora.errors import FormatError, InvalidArgumentError, MixedArraysError
+from lqlora.errors import FormatError, InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.formats import BlockFormat, codebook_name
-from lqlora.quantized.array import nest
+from lqlora.quantized.array import nest, require_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,6 +77,7 @@ def operands(quantized: QuantizedArray) -> Operands:
     >>> torch.ops.lqlora.matmul(torch.ones(1, 4), *operands(q))
     tensor([[1., 1., 1., 1.]])
     """
+    require_quantized(quantized, "quantized")
     arrays = list(quantized.to_arrays().values())
     if not all(isinstance(array, torch.Tensor) for array in arrays):
         raise MixedArraysError("quantized must hold torch tensors. Pass quantized.to(torch).")
@@ -121,7 +122,7 @@ def from_operands(
     True
     """
     shape = tuple(shape)
-    batch_dims = tensors[0].dim() - 1 if tensors else 0
+    batch_dims = len(getattr(tensors[0], "shape", ".")) - 1 if tensors else 0
     known, stored = _description(fmt, codebook, shape, batch_dims)
     check_tensors(tensors, stored, fmt)
     return nest(dict(zip(stored, tensors, strict=True)), known, shape, batch_dims)
@@ -182,6 +183,8 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
     ------
     FormatError
         If the number of tensors, a dtype or a shape differs from that of the format.
+    UnsupportedArrayError
+        If one is not a tensor.
     MixedArraysError
         If the tensors are on two devices.
     """
@@ -190,8 +193,10 @@ def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -
         raise FormatError(f"weight must be {wanted}, got {len(tensors)}.")
     # Kernels take sizes from the format and the shape, never from the tensors: a tensor that is too short would be read
     # beyond its end.
-    device = tensors[0].device
+    device = getattr(tensors[0], "device", None)
     for (name, (dtype, shape)), tensor in zip(expected.items(), tensors, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise UnsupportedArrayError(f"{name!r} of format {fmt} must be a tensor, got {type(tensor).__name__}.")
         if tensor.dtype != dtype or tensor.shape != shape:
             found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise FormatError(f"{name!r} of format {fmt} must be {dtype} of shape {shape}, got {found}.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from lqlora._dispatch import array_library, dtype_name, namespace
+from lqlora._dispatch import FLOATS, MOVED, array_library, dtype_name, fitting, namespace
 from lqlora.errors import UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -75,17 +75,14 @@ def require_float(array: Array, what: str) -> None:
     Raises
     ------
     UnsupportedArrayError
-        If the dtype is not float16, bfloat16, float32 or float64.
+        If the dtype is not float16, bfloat16, float32 or float64, or the value is not an array that is computed with.
 
     Examples
     --------
     >>> import numpy as np
     >>> require_float(np.ones(2), "the array")
     """
-    namespace(array)
-    name = dtype_name(array)
-    if name not in _FLOATS:
-        raise UnsupportedArrayError(f"{what} must be float16, bfloat16, float32 or float64, got {name}.")
+    namespace(array, dtypes=FLOATS, what=what)
 
 
 def storage_cast(array: Array, dtype: str) -> Array:
@@ -161,6 +158,7 @@ def native_dtype(array: Array, dtype: str) -> Any:
     return getattr(xp, dtype)
 
 
+@fitting
 def stored_bytes(array: Array) -> int:
     """Return the bytes that the entries of an array take.
 
@@ -180,10 +178,12 @@ def stored_bytes(array: Array) -> int:
     >>> stored_bytes(np.zeros((2, 3), dtype=np.float16))
     12
     """
+    namespace(array, dtypes=MOVED)
     itemsize = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype_name(array)]
     return int(prod(array.shape)) * itemsize
 
 
+@fitting
 def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     """Copy an array to another library or device, bit for bit.
 
@@ -215,7 +215,8 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     >>> convert(np.arange(3), np).tolist()
     [0, 1, 2]
     """
-    if array_library(array) != "numpy" and _plain_name(namespace(array)) == _plain_name(xp):
+    own = namespace(array, dtypes=MOVED)
+    if array_library(array) != "numpy" and _plain_name(own) == _plain_name(xp):
         return _moved(array, device)
     # torch and NumPy share no bfloat16 dtype: NumPy's is an extension of ml_dtypes. Its bits cross as uint16 and are
     # reinterpreted there. A detour over float32 would keep the values, but perhaps not the bits of a NaN.

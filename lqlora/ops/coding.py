@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
+from lqlora._dispatch import FLOATS, device_of, dtype_name, fitting, is_on_host, namespace, op, require_writable
+from lqlora.errors import InvalidArgumentError
 from lqlora.ops.blocks import block_absmax, from_blocks, to_blocks
 from lqlora.ops.casting import storage_cast, widen
 from lqlora.ops.packing import pack_codes, unpack_codes
@@ -60,7 +61,7 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     >>> nearest_codes(np.array([-2.0, 0.5, 0.6]), np.array([-0.5, 0.5], dtype=np.float32)).tolist()
     [0, 1, 2]
     """
-    xp = namespace(values)
+    xp = namespace(values, dtypes=FLOATS)
     # Let b_i be the midpoint of the sorted levels l_i and l_(i + 1). Then l_i is nearest to x if b_(i - 1) < x <= b_i,
     # and i is the number of boundaries below x. Counting comparisons and bisection (side="left" is that number) compute
     # nothing but comparisons, so both give the same codes. They may differ only at NaN, for which codes are
@@ -76,6 +77,7 @@ def nearest_codes(values: Array, boundaries: npt.NDArray[np.float32]) -> Array:
     return codes
 
 
+@fitting
 def boundaries_by_set(levels: Array) -> Array:
     """Return the boundaries between the levels of several sets.
 
@@ -95,7 +97,7 @@ def boundaries_by_set(levels: Array) -> Array:
     >>> boundaries_by_set(np.array([[-1, 1], [0, 8]], dtype=np.float32)).tolist()
     [[0.0], [4.0]]
     """
-    xp = namespace(levels)
+    xp = namespace(levels, dtypes=FLOATS)
     wide = xp.astype(levels, xp.float64)
     # In float64 the sum of two float32 levels cannot overflow, and the midpoint is rounded to float32 once.
     midpoints = xp.astype((wide[:, 1:] + wide[:, :-1]) / 2, xp.float32)
@@ -103,6 +105,7 @@ def boundaries_by_set(levels: Array) -> Array:
     return xp.where(zeros, xp.full_like(midpoints, -_TINY), midpoints)
 
 
+@fitting
 def nearest_codes_by_row(values: Array, boundaries: Array, sets: Array) -> Array:
     """Return the codes of the nearest levels, where each row has a set of levels of its own.
 
@@ -138,6 +141,7 @@ def nearest_codes_by_row(values: Array, boundaries: Array, sets: Array) -> Array
     return codes
 
 
+@fitting
 def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
     """Return the levels of codes, where each row has a set of levels of its own.
 
@@ -155,6 +159,11 @@ def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
     array of float32, shape (m, k)
         ``levels[sets[i], codes[i, j]]``.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If a code or a set is out of range. On a device they are not checked.
+
     Examples
     --------
     >>> import numpy as np
@@ -163,11 +172,16 @@ def values_by_row(codes: Array, levels: Array, sets: Array) -> Array:
     [[0.0, 8.0]]
     """
     xp = namespace(codes, levels, sets)
+    if is_on_host(codes) and 0 not in codes.shape and int(xp.max(codes)) >= levels.shape[1]:
+        raise InvalidArgumentError(
+            f"codes must be below {levels.shape[1]}, the levels of a set, got {int(xp.max(codes))}."
+        )
     # Sets lie one after another in the flat table: level c of set s is entry s * n + c. One gather reads all.
     indices = xp.astype(codes, xp.int64) + sets[:, None] * levels.shape[1]
     return xp.reshape(pick(xp.reshape(levels, (-1,)), xp.reshape(indices, (-1,))), codes.shape)
 
 
+@fitting
 def normalize(blocks: Array, scales: Array, zero_points: Array | None = None) -> Array:
     """Divide each block by its scale.
 
@@ -244,6 +258,7 @@ def encode(
     """
     # Decoding multiplies by the decoded scale, so encoding divides by it too. Under the exact scale some codes would
     # not be nearest to what decoding returns.
+    namespace(flat, scales, dtypes=FLOATS)
     normalized = normalize(to_blocks(flat, block_size), scales, zero_points)
     return from_blocks(nearest_codes(normalized, boundaries), flat.shape[0])
 
@@ -285,7 +300,7 @@ def encode_packed(
     >>> encode_packed(np.array([-2.0, 2.0]), np.array([2.0]), None, lq.NF4.boundaries, 4, 64).tolist()
     [240]
     """
-    return pack_codes(encode(widen(flat), scales, zero_points, boundaries, block_size), bits)
+    return pack_codes(encode(widen(flat, "flat"), scales, zero_points, boundaries, block_size), bits)
 
 
 @op(examples=lambda problem: (problem.weights, problem.codebook.boundaries, problem.bits, problem.block_size))
@@ -339,7 +354,7 @@ class PackedBlocks(NamedTuple):
     zero_points : array of uint8, shape (ceil(n / block_size),), or None
         Zero points of an affine format: the code of zero in each block.
     levels : ndarray of float32
-        Levels of the codebook. Every code must be below their number.
+        Levels of the codebook. A code that is not below their number decodes to NaN.
     bits : int
         Bits per code.
     block_size : int
@@ -371,6 +386,39 @@ class PackedBlocks(NamedTuple):
             return False
         blocks = (-(-count // block_size),)
         return bool(scales.shape == blocks and (zero_points is None or zero_points.shape == blocks))
+
+    def require_fit(self, count: int) -> None:
+        """Raise unless the arrays hold as much as a number of weights takes.
+
+        Parameters
+        ----------
+        count : int
+            Number of weights.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If :meth:`fits` is false.
+        """
+        if not self.fits(count):
+            packed, scales, zeros, levels, bits, block_size = self
+            shapes = [None if array is None else tuple(array.shape) for array in (packed, scales, zeros, levels)]
+            raise InvalidArgumentError(
+                f"stored must hold {count} codes of {bits} bits, which are {-(-count * bits // 8)} bytes, a scale for each block "
+                f"of {block_size}, and at most {2**bits} levels, got packed, scales, zero_points and levels of shapes {shapes}."
+            )
+
+    def table(self) -> npt.NDArray[np.float32]:
+        """Return the level of each number that a code can be.
+
+        Returns
+        -------
+        ndarray of float32, shape (2**bits,)
+            The levels, then NaN for codes without a level, so that every implementation decodes these alike.
+        """
+        levels = np.ascontiguousarray(self.levels, dtype=np.float32)
+        missing = 2**self.bits - len(levels)
+        return levels if not missing else np.concatenate([levels, np.full(missing, np.nan, dtype=np.float32)])
 
     @classmethod
     def of(cls, problem: BlocksProblem | ProductProblem) -> PackedBlocks:
@@ -407,6 +455,11 @@ def decode(stored: PackedBlocks, out: Array) -> Array:
         ``out``, which holds ``(levels[code] - zero_point) * scale``. The difference is exact, since both are small
         integers. The product is rounded to float32, and then to the dtype of ``out``.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the arrays do not hold ``n`` weights, or ``out`` cannot be written to.
+
     Examples
     --------
     >>> import numpy as np, lqlora as lq
@@ -415,10 +468,12 @@ def decode(stored: PackedBlocks, out: Array) -> Array:
     >>> decode(stored, out).tolist()
     [-2.0, 2.0]
     """
-    packed, scales, zero_points, levels, bits, block_size = stored
+    packed, scales, zero_points, _, bits, block_size = stored
     xp = namespace(packed, scales, zero_points, out)
+    stored.require_fit(math.prod(out.shape))
+    require_writable(out, "out")
     codes = xp.astype(unpack_codes(packed, bits, out.shape[0]), xp.int64)
-    blocks = to_blocks(pick(table_beside(levels.astype(np.float32, copy=False), packed), codes), block_size)
+    blocks = to_blocks(pick(table_beside(stored.table(), packed), codes), block_size)
     if zero_points is not None:
         blocks = blocks - xp.astype(zero_points, xp.float32)[:, None]
     # The product is formed in float32 and rounded to the storage dtype afterwards. Rounding the levels or scales first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lqlora._dispatch import is_on_host, namespace
+from lqlora._dispatch import FLOATS, fitting, is_on_host, namespace
 from lqlora.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def is_finite(array: Array) -> bool:
     >>> is_finite(np.array([1.0, np.nan]))
     False
     """
-    xp = namespace(array)
+    xp = namespace(array, dtypes=FLOATS)
     if 0 in array.shape:
         return True
     return (
@@ -45,6 +45,7 @@ def is_finite(array: Array) -> bool:
     )  # with a NaN both extremes are NaN, and comparisons false
 
 
+@fitting
 def require_finite(array: Array, what: str) -> None:
     """Raise if an array holds NaN or infinity.
 
@@ -70,7 +71,7 @@ def require_finite(array: Array, what: str) -> None:
     """
     if is_finite(array):
         return
-    xp = namespace(array)
+    xp = namespace(array, dtypes=FLOATS)
     finite = xp.isfinite(array)
     bad = xp.nonzero(~finite) if array.shape else ()
     first = tuple(int(axis[0]) for axis in bad)
@@ -84,6 +85,7 @@ _CHUNK = 1 << 15
 _CHUNK_ON_DEVICE = 1 << 22
 
 
+@fitting
 def sum_of_squares(array: Array, weights: Array | None = None) -> float:
     """Return the sum of squares, accumulated in float64.
 
@@ -105,7 +107,7 @@ def sum_of_squares(array: Array, weights: Array | None = None) -> float:
     >>> sum_of_squares(np.array([3e38, 0.0], dtype=np.float32)) > 8e76
     True
     """
-    xp = namespace(array, weights)
+    xp = namespace(array, weights, dtypes=FLOATS)
     flat = xp.reshape(array, (-1,))
     factors = None if weights is None else xp.reshape(weights, (-1,))
     partial, chunk = [], _CHUNK if is_on_host(array) else _CHUNK_ON_DEVICE

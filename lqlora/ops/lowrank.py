@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lqlora._dispatch import device_of, namespace
+from lqlora._dispatch import FLOATS, device_of, fitting, namespace
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class LowRank(NamedTuple):
     basis: Array
 
 
+@fitting
 def exact_svd(matrix: Array, rank: int) -> LowRank:
     """Return the truncated singular value decomposition, computed in full.
 
@@ -66,12 +67,13 @@ def exact_svd(matrix: Array, rank: int) -> LowRank:
     [3.0, 2.0]
     """
     _check_rank(matrix, rank)
-    xp = namespace(matrix)
+    xp = namespace(matrix, dtypes=FLOATS)
     left, values, right = xp.linalg.svd(matrix, full_matrices=False)
     left, values, right = left[:, :rank], values[:rank], right[:rank, :]
     return LowRank(left, values[:, None] * right, values, xp.matrix_transpose(right))
 
 
+@fitting
 def subspace_svd(
     matrix: Array, rank: int, *, seed: int = 0, start: Array | None = None, power_iterations: int | None = None
 ) -> LowRank:
@@ -118,7 +120,7 @@ def subspace_svd(
     1.0
     """
     _check_rank(matrix, rank)
-    xp = namespace(matrix, start)
+    xp = namespace(matrix, start, dtypes=FLOATS)
     rows, columns = matrix.shape
     width = rank + OVERSAMPLING
     # A sketch as wide as the smaller side saves no work over the full decomposition, which is exact.
@@ -152,7 +154,7 @@ def _within(matrix: Array, left: Array, rank: int, start: Array) -> LowRank:
     If ``small @ small.T = R @ diag(squares) @ R.T``, then ``small = R @ (R.T @ small)``, and the rows of ``R.T @ small``
     are orthogonal with norms ``sqrt(squares)``. So ``(left @ R) @ (R.T @ small)`` is a singular value decomposition.
     """
-    xp = namespace(matrix)
+    xp = namespace(matrix, dtypes=FLOATS)
     small = xp.matrix_transpose(left) @ matrix
     wide = xp.astype(small, xp.float64)
     # eigh sorts upwards, hence the flips, and rounding may give eigenvalues slightly below zero, hence the clip.
@@ -168,6 +170,7 @@ def _within(matrix: Array, left: Array, rank: int, start: Array) -> LowRank:
     return LowRank(left @ rotation[:, :rank], right[:rank, :], values[:rank], xp.matrix_transpose(basis))
 
 
+@fitting
 def low_rank_product(lora_B: Array, lora_A: Array, scaling: float = 1.0) -> Array:
     """Return the product of two low-rank factors.
 
@@ -191,11 +194,13 @@ def low_rank_product(lora_B: Array, lora_A: Array, scaling: float = 1.0) -> Arra
     >>> low_rank_product(np.ones((2, 1)), np.ones((1, 2)), 3.0).tolist()
     [[3.0, 3.0], [3.0, 3.0]]
     """
+    namespace(lora_B, lora_A, dtypes=FLOATS)
     product = lora_B @ lora_A
     return product if scaling == 1.0 else product * scaling
 
 
 def _check_rank(matrix: Array, rank: int) -> None:
+    namespace(matrix, dtypes=FLOATS)
     if not 0 <= rank <= min(matrix.shape):
         raise InvalidArgumentError(
             f"rank must be between 0 and {min(matrix.shape)}, the smaller side of the matrix, got {rank}."

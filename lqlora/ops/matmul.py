@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lqlora._dispatch import device_of, dtype_name, is_on_host, namespace, op
+from lqlora._dispatch import FLOATS, device_of, dtype_name, fitting, is_on_host, namespace, op, require_writable
 from lqlora.ops.casting import native_dtype, storage_cast
 from lqlora.ops.coding import PackedBlocks, decode
 
@@ -43,6 +43,11 @@ def matmul_packed(x: Array, stored: PackedBlocks, out: Array) -> Array:
     array, shape (m, n)
         ``out``, which holds ``x @ w.T``, as :func:`matmul_dense` multiplies. The library decides the order of additions.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the arrays do not hold a matrix of that shape, or ``out`` cannot be written to.
+
     Examples
     --------
     >>> import numpy as np, lqlora as lq
@@ -55,6 +60,8 @@ def matmul_packed(x: Array, stored: PackedBlocks, out: Array) -> Array:
     packed, scales, zero_points, _, bits, block_size = stored
     xp = namespace(x, packed, scales, zero_points, out)
     rows, columns = out.shape[1], x.shape[1]
+    stored.require_fit(rows * columns)
+    require_writable(out, "out")
     # Decoding a tile costs one pass over its codes, whatever the number of rows of x. The tile is reused, so the
     # workspace is bounded by its size, and a large matrix never exists decoded as a whole.
     step = _rows_per_tile(rows, columns, block_size, _tile_size(x))
@@ -69,6 +76,7 @@ def matmul_packed(x: Array, stored: PackedBlocks, out: Array) -> Array:
     return out
 
 
+@fitting
 def matmul_dense(x: Array, weight: Array) -> Array:
     """Return the product of rows and a dense matrix.
 
@@ -92,7 +100,7 @@ def matmul_dense(x: Array, weight: Array) -> Array:
     >>> matmul_dense(np.ones((1, 2), dtype=np.float16), np.eye(2, dtype=np.float32)).tolist()
     [[1.0, 1.0]]
     """
-    xp = namespace(x, weight)
+    xp = namespace(x, weight, dtypes=FLOATS)
     own = x.dtype if dtype_name(x) == "float64" else native_dtype(x, factor_dtype(x))
     product = xp.astype(x, own, copy=False) @ xp.matrix_transpose(xp.astype(weight, own, copy=False))
     return product if product.dtype == x.dtype else storage_cast(product, dtype_name(x))
@@ -173,7 +181,7 @@ def add_low_rank(y: Array, x: Array, lora_A: Array, lora_B: Array, scaling: floa
     >>> add_low_rank(np.zeros(2), np.ones(3), np.ones((1, 3)), np.array([[1.0], [2.0]]), 0.5).tolist()
     [1.5, 3.0]
     """
-    xp = namespace(y, x, lora_A, lora_B)
+    xp = namespace(y, x, lora_A, lora_B, dtypes=FLOATS)
     own = y.dtype if dtype_name(y) == "float64" else native_dtype(y, factor_dtype(x))
     # (x A^T) B^T takes rank * (n + m) multiplications per row; x (B A)^T would take n * m and form the product of the
     # factors.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lqlora._dispatch import namespace
+from lqlora._dispatch import fitting, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops.casting import widen
 from lqlora.ops.finite import require_finite
@@ -18,6 +18,7 @@ __all__ = ["symmetric_moment"]
 _ASYMMETRY = 1e-3
 
 
+@fitting
 def symmetric_moment(gram: Array, what: str) -> Array:
     """Return a Gram matrix in float64, symmetric to the last bit.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import namespace, op
+from lqlora._dispatch import FLOATS, fitting, namespace, op
 from lqlora.ops.coding import normalize
 from lqlora.ops.search import nearest_values
 from lqlora.ops.sums import row_sums
@@ -79,6 +79,7 @@ def rounding_errors(
     return wide_errors(rows, weights, nearest_values(normalized, levels, boundaries, zeros) * scales[:, None])
 
 
+@fitting
 def wide_errors(rows: Array, weights: Array | None, values: Array) -> Array:
     """Return the weighted squared difference between rows and the values they were rounded to.
 
@@ -102,7 +103,7 @@ def wide_errors(rows: Array, weights: Array | None, values: Array) -> Array:
     >>> wide_errors(np.ones((1, 2)), np.array([[1.0, 3.0]]), np.array([[1.0, 0.5]], dtype=np.float32)).tolist()
     [0.75]
     """
-    xp = namespace(rows, weights, values)
+    xp = namespace(rows, weights, values, dtypes=FLOATS)
     # Two scales that differ by one step of their quantizer may give errors that agree to seven digits. Float32 would
     # call them equal, or rank them by rounding errors. In float64 the difference of two float32 numbers of similar size
     # is exact.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import device_of, namespace, op
+from lqlora._dispatch import FLOATS, device_of, fitting, namespace, op
 from lqlora.ops.coding import nearest_codes
 from lqlora.ops.sums import row_sums
 from lqlora.ops.tables import pick, table_beside
@@ -108,13 +108,14 @@ def nearest_values(
     >>> nearest_values(np.array([[0.4]], dtype=np.float32), lq.uniform(2).levels, lq.uniform(2).boundaries, None).tolist()
     [[0.0]]
     """
-    xp = namespace(rows, zeros)
+    xp = namespace(rows, zeros, dtypes=FLOATS)
     codes = nearest_codes(rows if zeros is None else rows + zeros, boundaries)
     table = table_beside(levels, rows)
     values = xp.reshape(pick(table, xp.astype(xp.reshape(codes, (-1,)), xp.int64)), rows.shape)
     return values if zeros is None else values - zeros
 
 
+@fitting
 def search_ratios(
     rows: Array, weights: Array | None, nearest: Callable[[Array], Array], grid: Sequence[float], refinements: int
 ) -> Array:
@@ -144,7 +145,7 @@ def search_ratios(
     >>> search_ratios(np.array([[0.5, 0.5]], dtype=np.float32), None, np.round, (1.0, 0.5), 0).tolist()
     [0.5]
     """
-    xp = namespace(rows, weights)
+    xp = namespace(rows, weights, dtypes=FLOATS)
     # The grid comes first, because least squares only descends into the nearest of many local minima. The comparison is
     # strict, so among equal errors the earlier ratio stays, on every library alike. A NaN error compares as false, so a
     # later candidate with one is never taken.
@@ -177,11 +178,12 @@ def _over(rows: Array, ratios: Array) -> Array:
 
 def _constants(grid: Sequence[float], rows: Array) -> Iterator[Array]:
     """Yield each ratio as an array of one number, since libraries may replace x / number by x * (1 / number)."""
-    xp = namespace(rows)
+    xp = namespace(rows, dtypes=FLOATS)
     for ratio in grid:
         yield xp.full((1,), ratio, dtype=xp.float32, device=device_of(rows))
 
 
+@fitting
 def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Array) -> Array:
     """Return the weighted squared error of each row under its ratio.
 
@@ -209,11 +211,13 @@ def squared_errors(rows: Array, weights: Array | None, ratios: Array, values: Ar
     """
     # The expansion sum h x**2 - 2 r sum h x v + r**2 sum h v**2 would share sums between ratios. It cancels where the
     # fit is good: float32 would lose the digits that separate the candidates. So the differences are formed first.
+    namespace(rows, weights, ratios, values, dtypes=FLOATS)
     difference = rows - ratios[:, None] * values
     squares = difference * difference
     return row_sums(squares if weights is None else weights * squares)
 
 
+@fitting
 def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Array) -> Array:
     """Return the least-squares ratio of each row; rows without a solution of the same sign keep their ratio.
 
@@ -239,7 +243,7 @@ def least_squares(rows: Array, weights: Array | None, values: Array, ratios: Arr
     >>> least_squares(np.array([[1.0, 0.5]]), None, np.array([[1.0, 1.0]]), np.array([1.0])).tolist()
     [0.75]
     """
-    xp = namespace(rows)
+    xp = namespace(rows, weights, values, ratios, dtypes=FLOATS)
     weighted = values if weights is None else weights * values
     above, below = row_sums(weighted * rows), row_sums(weighted * values)
     # The denominator is zero if every entry that counts has the value 0: the error is then the same for every r. A

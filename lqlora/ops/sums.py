@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import device_of, namespace, op
+from lqlora._dispatch import FLOATS, device_of, is_on_host, namespace, op
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def row_sums(rows: Array) -> Array:
     >>> row_sums(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist()
     [6.0, 15.0]
     """
-    xp = namespace(rows)
+    xp = namespace(rows, dtypes=FLOATS)
     if rows.shape[1] == 0:
         return xp.zeros((rows.shape[0],), dtype=rows.dtype, device=device_of(rows))
     # Each term takes part in at most ceil(log2(n)) additions, so the error is at most about log2(n) * eps * sum |x|,
@@ -78,6 +78,11 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     array of float64, shape (count,)
         Sums, with an error of at most ``n**2 * 2**-51`` times the largest term.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If a bin is out of range. On a device they are not checked.
+
     Examples
     --------
     >>> import numpy as np
@@ -85,6 +90,10 @@ def bin_sums(terms: Array, bins: Array, count: int) -> Array:
     [2.0, 1.5, 0.0]
     """
     xp = namespace(terms, bins)
+    if is_on_host(bins) and bins.shape[0] and not 0 <= int(xp.min(bins)) <= int(xp.max(bins)) < count:
+        raise InvalidArgumentError(
+            f"bins must be from 0 to {count - 1}, got {int(xp.min(bins))} to {int(xp.max(bins))}."
+        )
     rounded, unit = exact_terms(terms)
     # A masked sum adds zeros for the terms of other bins, which leaves sums of integers unchanged. Scatter-add would
     # take one pass instead of `count`, but it is missing in the array API standard and unordered on devices.

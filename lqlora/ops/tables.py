@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from lqlora._dispatch import array_library, device_of, namespace
+from lqlora._dispatch import MOVED, array_library, device_of, fitting, is_on_host, namespace
 from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF
+from lqlora.errors import InvalidArgumentError, UnsupportedArrayError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -21,6 +22,7 @@ _tables: dict[tuple[Any, ...], Array] = {}
 _MOST_TABLES = 4096
 
 
+@fitting
 def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
     """Return a table in the library and on the device of an array.
 
@@ -42,6 +44,9 @@ def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
     >>> table_beside(np.array([0.5]), np.zeros(3)).tolist()
     [0.5]
     """
+    if PLAIN_LIBRARY_OF[type(table)] != "numpy":
+        namespace(table, dtypes=MOVED)
+        raise UnsupportedArrayError(f"table must be a NumPy array, got one of {array_library(table)}.")
     library = PLAIN_LIBRARY_OF[type(array)]
     if library == "numpy":
         return table
@@ -67,6 +72,7 @@ def _beside_tensor(table: npt.NDArray[Any], tensor: Array) -> Array:
     return kept
 
 
+@fitting
 def pick(array: Array, index: Array, axis: int = 0) -> Array:
     """Return entries, or rows, of an array by position.
 
@@ -84,11 +90,20 @@ def pick(array: Array, index: Array, axis: int = 0) -> Array:
     array
         Result of ``take`` as the standard defines it.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If a position is negative or beyond the end. On a device they are not checked.
+
     Examples
     --------
     >>> import numpy as np
     >>> pick(np.array([0.5, 2.0]), np.array([1, 1, 0])).tolist()
     [2.0, 2.0, 0.5]
     """
-    xp = namespace(array, index)
-    return xp.index_select(array, axis, index) if array_library(array) == "torch" else xp.take(array, index, axis=axis)
+    xp = namespace(array, index, dtypes=MOVED)
+    is_torch = array_library(array) == "torch"
+    # torch refuses negative positions itself, other libraries count them from the end.
+    if not is_torch and is_on_host(index) and index.shape[0] and int(xp.min(index)) < 0:
+        raise InvalidArgumentError(f"index must hold positions of at least 0, got {int(xp.min(index))}.")
+    return xp.index_select(array, axis, index) if is_torch else xp.take(array, index, axis=axis)

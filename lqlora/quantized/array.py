@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -9,19 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import namespace
-from lqlora.errors import FormatError, InvalidArgumentError, LQLoRAError, UnsupportedArrayError
+from lqlora._dispatch import namespace, plain_array
+from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized._decoding import decode_scales, unpacked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from lqlora._typing import Array, Namespace
     from lqlora.codebooks import Codebook
     from lqlora.formats import StoredArrays
 
-__all__ = ["QuantizedArray", "nest"]
+__all__ = ["QuantizedArray", "nest", "require_quantized"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +107,8 @@ class QuantizedArray:
         InvalidArgumentError
             If the number of parts is not the product, they differ in format or shape, or one is a stack itself.
         """
+        for part in parts:
+            require_quantized(part, "parts")
         kinds = {(part.format, part.shape, part.batch_shape) for part in parts}
         if len(parts) != prod(batch_shape) or len(kinds) != 1 or parts[0].batch_shape:
             raise InvalidArgumentError(
@@ -194,10 +195,14 @@ class QuantizedArray:
         Quantized scales may decode to negative numbers where their codebook has a sign. This happens for blocks of
         zeros if the mean was subtracted, and in weights of bitsandbytes.
         """
+        if not isinstance(fmt, BlockFormat):
+            raise FormatError(f"fmt must be a BlockFormat, got {type(fmt).__name__}. Use BlockFormat.parse for text.")
+        if not isinstance(arrays, Mapping):
+            raise FormatError(f"arrays must be a mapping of names to arrays, got {type(arrays).__name__}.")
+        if not isinstance(shape, Sequence) or not all(type(length) is int and length >= 0 for length in shape):
+            raise FormatError(f"shape must be a tuple of lengths of at least 0, got {repr(shape)[:80]}.")
         shape = tuple(shape)
-        if not all(isinstance(length, int) and length >= 0 for length in shape):
-            raise FormatError(f"shape must have lengths of at least 0, got {shape}.")
-        if not 0 <= batch_dims <= len(shape) or not prod(shape[:batch_dims]):
+        if type(batch_dims) is not int or not 0 <= batch_dims <= len(shape) or not prod(shape[:batch_dims]):
             raise FormatError(
                 f"batch_dims must be from 0 to {len(shape)} for shape {shape}, and count at least one array, got "
                 f"{batch_dims}."
@@ -206,6 +211,7 @@ class QuantizedArray:
             expected = fmt.stored_arrays(shape[batch_dims:], shape[:batch_dims])
         except InvalidArgumentError as error:
             raise FormatError(str(error)) from None
+        arrays = {name: plain_array(array, repr(name)) for name, array in arrays.items()}
         # Shapes and dtypes come first: kernels read as many bytes as the shape of the array implies, without looking.
         # Values come second, and need the decoder only at the end.
         _check_arrays(arrays, expected, fmt)
@@ -244,6 +250,27 @@ def stacked(arrays: list[Array], batch_shape: tuple[int, ...]) -> Array:
         return arrays[0]
     xp = namespace(*arrays)
     return xp.reshape(xp.stack(arrays), (*batch_shape, *arrays[0].shape))
+
+
+def require_quantized(q: QuantizedArray, name: str = "q") -> None:
+    """Raise unless an argument is a quantized array.
+
+    Parameters
+    ----------
+    q : QuantizedArray
+        The argument.
+    name : str, default "q"
+        Its name, which the error begins with.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is something else.
+    """
+    if not isinstance(q, QuantizedArray):
+        raise InvalidArgumentError(
+            f"{name} must be a QuantizedArray, got {type(q).__name__}. Pass the result of quantize."
+        )
 
 
 def nest(
@@ -287,13 +314,10 @@ def _check_arrays(arrays: Mapping[str, Array], expected: StoredArrays, fmt: Bloc
     for name, (dtype, shape) in expected.items():
         if name not in arrays:
             raise FormatError(f"arrays of format {fmt} must include {name!r}, which is missing.")
-        try:
-            found = ops.dtype_name(arrays[name]), tuple(arrays[name].shape)
-        except (AttributeError, LQLoRAError):
-            raise UnsupportedArrayError(f"{name!r} must be an array, got {type(arrays[name]).__name__}.") from None
+        found = ops.dtype_name(arrays[name]), tuple(arrays[name].shape)
         if found != (dtype, shape):
             raise FormatError(f"{name!r} must be {dtype} of shape {shape}, got {found[0]} of shape {found[1]}.")
-    if unknown := sorted(set(arrays) - set(expected)):
+    if unknown := sorted(map(str, set(arrays) - set(expected))):
         raise FormatError(f"arrays of format {fmt} must be {', '.join(expected)}, got also {', '.join(unknown)}.")
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import device_of, namespace
+from lqlora._dispatch import FLOATS, device_of, namespace, plain_array
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.quantized._decoding import decode_scales, zero_point_codes
@@ -139,6 +139,7 @@ def gptq(
     >>> bool(ours < 0.5 * nearest)
     True
     """
+    w, gram = plain_array(w, name, FLOATS), plain_array(gram, "gram", FLOATS)
     xp = namespace(w, gram)
     w = ops.widen(w, name)
     _check_options(damping, order, rounds, sweeps)

@@ -9,16 +9,16 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lqlora import ops
-from lqlora._dispatch import device_of, dtype_name, empty, namespace
+from lqlora._dispatch import FLOATS, device_of, dtype_name, empty, namespace, plain_array, require_writable
 from lqlora._printable import printable
-from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning
+from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning, UnsupportedArrayError
 from lqlora.formats import BlockFormat
 from lqlora.quantized._decoding import decode_into, decode_scales, host_levels, zero_point_codes
 from lqlora.quantized._fits import Fit, assemble, choose
 from lqlora.quantized._layout import layout_of
 from lqlora.quantized._source import Source
 from lqlora.quantized._underflow import lost_blocks
-from lqlora.quantized.array import QuantizedArray
+from lqlora.quantized.array import QuantizedArray, require_quantized
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -107,7 +107,7 @@ def quantize(
     >>> q.shape, q.nbytes, round(float(abs(lq.dequantize(q) - w).max()), 3)
     ((16, 16), 140, 0.149)
     """
-    ops.require_float(w, name)
+    w = plain_array(w, name, FLOATS)
     if not isinstance(fmt, BlockFormat):
         raise InvalidArgumentError(
             f"fmt must be a BlockFormat, such as BlockFormat.parse('nf4/64:float32'), got {fmt!r}."
@@ -146,10 +146,10 @@ def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
 
     It is divided by a power of four if its largest value is far from one, so that weighted squares stay in float64.
     """
+    weights = plain_array(weights, "weights", FLOATS)
     xp = namespace(w, weights)
     if fit == "absmax":
         raise InvalidArgumentError("weights need fit='scale' or 'levels+scale', got 'absmax', which ignores weights.")
-    ops.require_float(weights, "weights")
     wide = ops.widen(weights)
     ops.require_finite(wide, "weights")
     if prod(weights.shape):
@@ -167,8 +167,7 @@ def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
 def _check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...], fit: str, batch_dims: int) -> None:
     if fit == "absmax":
         raise InvalidArgumentError("start needs fit='scale' or 'levels+scale', got 'absmax', which does not search.")
-    if not isinstance(start, QuantizedArray):
-        raise InvalidArgumentError(f"start must be a QuantizedArray, got {type(start).__name__}.")
+    require_quantized(start, "start")
     found = start.format, start.shape, len(start.batch_shape)
     if found != (fmt, shape, batch_dims):
         raise InvalidArgumentError(
@@ -231,12 +230,15 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     >>> lq.dequantize(q).tolist()
     [0.0, 2.0, -2.0]
     """
+    if type(q) is not QuantizedArray:
+        require_quantized(q)
     if out is None:
         out = empty(q.shape, ops.native_dtype(q.packed, dtype), q.packed)
     else:
         namespace(q.packed, out)  # refuses arrays of two libraries or devices
         if tuple(out.shape) != q.shape:
             raise InvalidArgumentError(f"out must have shape {q.shape}, got {tuple(out.shape)}.")
+        require_writable(out, "out")
     if not q.batch_shape:
         decode_into(q, out)
         return out
@@ -288,15 +290,35 @@ def matmul(
     if (lora_A is None) != (lora_B is None):
         given = "lora_B" if lora_A is None else "lora_A"
         raise InvalidArgumentError(f"lora_A and lora_B must be given together, got {given} alone.")
+    if type(q) is not QuantizedArray:
+        require_quantized(q)
+    x = plain_array(x, "x", FLOATS)
+    if lora_A is not None:
+        lora_A, lora_B = plain_array(lora_A, "lora_A", FLOATS), plain_array(lora_B, "lora_B", FLOATS)
     namespace(x, q.packed, lora_A, lora_B)  # refuses arrays of two libraries or devices
-    ops.require_float(x, "x")
     if len(q.shape) != 2 or q.batch_shape or not x.shape or x.shape[-1] != q.shape[1]:
         raise InvalidArgumentError(
             f"x must have as many columns as the weight, which must be a matrix, got shapes {tuple(x.shape)} "
             f"and {q.shape}."
         )
+    if lora_A is not None:
+        _check_factors(lora_A, lora_B, x, q.shape)
     y = multiply(x, q)
     return y if lora_A is None else ops.add_low_rank(y, x, lora_A, lora_B, scaling)
+
+
+def _check_factors(lora_A: Array, lora_B: Array, x: Array, shape: tuple[int, ...]) -> None:
+    """Raise unless the factors of a product have the rank, the sides and the dtype that it takes."""
+    found, (rows, columns) = (tuple(lora_B.shape), tuple(lora_A.shape)), shape
+    if [len(own) for own in found] != [2, 2] or (found[0][0], found[1][1], found[0][1]) != (rows, columns, found[1][0]):
+        raise InvalidArgumentError(
+            f"lora_B and lora_A must have shapes ({rows}, rank) and (rank, {columns}), got {found[0]} and {found[1]}."
+        )
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if dtype_name(factor) not in ("float32", dtype_name(x)):
+            raise UnsupportedArrayError(
+                f"{name} must be float32 or of the dtype of x, which is {dtype_name(x)}, got {dtype_name(factor)}."
+            )
 
 
 def multiply(x: Array, q: QuantizedArray) -> Array:

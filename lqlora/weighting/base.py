@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lqlora import ops
 from lqlora._dispatch import dtype_name, namespace
 from lqlora.errors import NonFiniteError
+from lqlora.weighting._checks import checked_residual
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -192,11 +193,11 @@ class ScaledWeighting(AbstractWeighting):
 
     def squared_norm(self, residual: Array) -> float:
         """Return the weighted sum of squares."""
-        return in_float64(*self._parts(residual))
+        return in_float64(*self._parts(checked_residual(self, residual)))
 
     def measured(self, matrix: Array) -> MeasuredNorm:
         """Return the norm in a unit in which the squared norm of the matrix is about one."""
-        return normalized_at(self, *self._parts(matrix))
+        return normalized_at(self, *self._parts(checked_residual(self, matrix)))
 
     def _parts(self, residual: Array) -> tuple[float, int]:
         """Return a squared norm as a number and the exponent of the power of two that it is multiplied by."""
@@ -211,6 +212,7 @@ class ScaledWeighting(AbstractWeighting):
 
         From a previous step two passes over the residual suffice, instead of six.
         """
+        residual = checked_residual(self, residual)
         unit = unit_of(residual)
         residual = residual if unit == 1.0 else residual / unit
         mapped = self._map(residual)

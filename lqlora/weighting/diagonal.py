@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lqlora import ops
-from lqlora._dispatch import device_of, dtype_name, namespace
+from lqlora._dispatch import FLOATS, device_of, dtype_name, namespace, plain_array
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, exponent_of
@@ -98,9 +98,13 @@ class RowColumn(ScaledWeighting):
             raise InvalidArgumentError(
                 "row or col must be given, got None for both. Use Uniform() for equal importance."
             )
-        given = [importance for importance in (self.row, self.col) if importance is not None]
+        row, col = (
+            None if own is None else plain_array(own, name, FLOATS)
+            for name, own in (("row", self.row), ("col", self.col))
+        )
+        given = [importance for importance in (row, col) if importance is not None]
         namespace(*given)
-        (row, row_unit), (col, col_unit) = _checked(self.row, "row"), _checked(self.col, "col")
+        (row, row_unit), (col, col_unit) = _checked(row, "row"), _checked(col, "col")
         zero = [is_zero(importance) for importance in given]
         object.__setattr__(self, "all_zero", any(zero))
         object.__setattr__(self, "row", None if row is None else row * row_unit)
@@ -143,7 +147,7 @@ class RowColumn(ScaledWeighting):
         >>> w.row.tolist(), w.col.tolist()
         ([2.0, 4.0], [0.5, 1.5])
         """
-        fisher = ops.widen(fisher, "fisher")
+        fisher = ops.widen(plain_array(fisher, "fisher", FLOATS), "fisher")
         require_matrix(fisher, "fisher")
         require_importance(fisher, "fisher")
         xp = namespace(fisher)

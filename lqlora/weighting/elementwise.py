@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lqlora import ops
-from lqlora._dispatch import dtype_name, namespace
+from lqlora._dispatch import FLOATS, dtype_name, namespace, plain_array
 from lqlora.errors import InvalidArgumentError
-from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
+from lqlora.weighting._checks import checked_residual, is_zero, require_importance, require_matrix, warn_of_zeros
 from lqlora.weighting.base import (
     AbstractWeighting,
     LowRankStep,
@@ -92,7 +92,7 @@ class Elementwise(AbstractWeighting):
     _largest: float = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        importance = ops.widen(self.weights, "weights")
+        importance = ops.widen(plain_array(self.weights, "weights", FLOATS), "weights")
         xp = namespace(importance)
         require_importance(importance, "weights")
         if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 0:
@@ -117,11 +117,11 @@ class Elementwise(AbstractWeighting):
 
     def squared_norm(self, residual: Array) -> float:
         """Return the weighted sum of squares."""
-        return in_float64(*self._parts(residual))
+        return in_float64(*self._parts(checked_residual(self, residual)))
 
     def measured(self, matrix: Array) -> MeasuredNorm:
         """Return the norm in a unit in which the squared norm of the matrix is about one."""
-        return normalized_at(self, *self._parts(matrix))
+        return normalized_at(self, *self._parts(checked_residual(self, matrix)))
 
     def _parts(self, residual: Array) -> tuple[float, int]:
         """Return a squared norm as a number and the exponent of the power of two that it is multiplied by."""
@@ -149,6 +149,7 @@ class Elementwise(AbstractWeighting):
         self, residual: Array, rank: int, *, previous: LowRankStep | None = None, seed: int = 0
     ) -> LowRankStep:
         """Return the factors of the previous step, or of the surrogate, improved in the true norm."""
+        residual = checked_residual(self, residual)
         start = previous if previous is not None and self.sweeps else None
         if start is None:
             start = self.surrogate.low_rank(residual, rank, previous=previous, seed=seed)

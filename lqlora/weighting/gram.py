@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lqlora import ops
-from lqlora._dispatch import device_of, namespace
+from lqlora._dispatch import FLOATS, device_of, namespace, plain_array
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, exponent_of
@@ -75,8 +75,9 @@ class InputGram(ScaledWeighting):
     _root: _Root = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        gram, root = _checked(self.gram, self.damping, "gram")
-        object.__setattr__(self, "all_zero", is_zero(self.gram))
+        given = plain_array(self.gram, "gram", FLOATS)
+        gram, root = _checked(given, self.damping, "gram")
+        object.__setattr__(self, "all_zero", is_zero(given))
         object.__setattr__(self, "gram", gram)
         object.__setattr__(self, "_root", root)
         object.__setattr__(self, "_exponent", root.exponent)
@@ -151,10 +152,11 @@ class Kronecker(ScaledWeighting):
     _inverse: Array = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        xp = namespace(self.output_gram, self.input_gram)
-        outputs, left = _checked(self.output_gram, self.damping, "output_gram")
-        inputs, right = _checked(self.input_gram, self.damping, "input_gram")
-        object.__setattr__(self, "all_zero", is_zero(self.output_gram) or is_zero(self.input_gram))
+        given = plain_array(self.output_gram, "output_gram", FLOATS), plain_array(self.input_gram, "input_gram", FLOATS)
+        xp = namespace(*given)
+        outputs, left = _checked(given[0], self.damping, "output_gram")
+        inputs, right = _checked(given[1], self.damping, "input_gram")
+        object.__setattr__(self, "all_zero", any(map(is_zero, given)))
         object.__setattr__(self, "output_gram", outputs)
         object.__setattr__(self, "input_gram", inputs)
         object.__setattr__(self, "_roots", (left, right))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lqlora.ops.tables as tables_module
+from lqlora.errors import InvalidArgumentError, UnsupportedArrayError
 from lqlora.ops import pick, table_beside
 from tests.strategies import host, on, on_device
 
@@ -42,7 +43,6 @@ def test_tables_of_tensors_are_kept_by_device(torch):
     table = np.array([0.25, 0.5], dtype=np.float32)
     here = torch.zeros(1)
     assert table_beside(table, here) is table_beside(table.copy(), here)
-    assert table_beside(table, torch.zeros(1, device="meta")).device.type == "meta"
     assert table_beside(table, here).device.type == "cpu"
 
 
@@ -58,9 +58,8 @@ def test_tensors_that_compilers_trace_with_are_not_kept(torch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     table = np.array([0.125, 0.75])
-    with FakeTensorMode() as mode:
-        traced = table_beside(table, torch.zeros(1))
-        assert traced.fake_mode is mode
+    with FakeTensorMode(), pytest.raises(UnsupportedArrayError, match=r"^array .*FakeTensor"):
+        table_beside(table, torch.zeros(1))
     assert table_beside(table, torch.zeros(1)).tolist() == [0.125, 0.75]
 
 
@@ -110,5 +109,6 @@ def test_entries_are_those_of_numpy(xp, shape, axis, data):
 def test_positions_beyond_the_end_are_refused(xp):
     if on_device(on(xp, np.zeros(1))):
         pytest.skip("A device wraps them around, or gives up for good.")
-    with pytest.raises((IndexError, RuntimeError)):
-        pick(on(xp, np.zeros(3)), on(xp, np.array([3])))
+    for position in (3, -1):
+        with pytest.raises(InvalidArgumentError, match="index"):
+            pick(on(xp, np.zeros(3)), on(xp, np.array([position])))

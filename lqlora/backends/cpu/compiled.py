@@ -244,7 +244,7 @@ def _is_whole(stored: PackedBlocks, out: Any) -> bool:
 
 def _codes(stored: PackedBlocks) -> tuple[Any, ...]:
     """Return stored weights as arguments of a kernel, but for the block size."""
-    table = np.ascontiguousarray(stored.levels, dtype=np.float32)
+    table = stored.table()
     return stored.packed, stored.scales, stored.zero_points, table, len(table), stored.bits
 
 

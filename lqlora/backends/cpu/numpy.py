@@ -111,14 +111,14 @@ def _look_up(table: _Buckets, values: npt.NDArray[Any], codes: npt.NDArray[np.ui
         {"packed": ("uint8",), "scales": ("float32",), "zero_points": ("uint8", None), "out": ("float32",)},
         bits=(1, 2, 3, 4, 6, 8),
         contiguous=("packed", "out"),
-        condition=lambda stored, out: out.ndim == 1 and stored.fits(out.size),
-        sentence="a flat result, a scale for each block, and as many bytes as the codes take",
+        condition=lambda stored, out: out.ndim == 1 and stored.fits(out.size) and out.flags.writeable,
+        sentence="a flat result that may be written, a scale for each block, and as many bytes as the codes take",
     ),
 )
 def decode_lookup(stored: PackedBlocks, out: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Look up several codes at once: an entry of the table has the levels of all codes in 8, 12 or 16 bits."""
-    packed, scales, zero_points, levels, bits, block_size = stored
-    levels, count = levels.astype(np.float32, copy=False), out.shape[0]
+    packed, scales, zero_points, _, bits, block_size = stored
+    levels, count = stored.table(), out.shape[0]
     index_bits = _index_bits(bits, count)
     table = _lookup_table(levels.tobytes(), bits, index_bits)
     at_once = index_bits // bits
@@ -129,7 +129,7 @@ def decode_lookup(stored: PackedBlocks, out: npt.NDArray[np.float32]) -> npt.NDA
     if whole * at_once < count:
         rest = slice(whole * index_bits // 8, None)
         codes = unpack_codes(packed[rest], bits, count - whole * at_once)
-        np.take(levels, codes, out=out[whole * at_once :], mode="clip")
+        np.take(levels, codes, out=out[whole * at_once :], mode="clip")  # any other mode would buffer the result
     if zero_points is not None:
         np.subtract(out, _by_weight(zero_points, block_size, count), out=out)
     np.multiply(out, _by_weight(scales, block_size, count), out=out)
@@ -172,8 +172,7 @@ def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]
     indices = np.arange(2**index_bits)[:, None]
     codes = indices >> np.arange(0, index_bits, bits) & (2**bits - 1)
     known = np.frombuffer(levels, dtype=np.float32)
-    # If the number of levels is not a power of two, codes beyond it never occur; their rows only have to exist.
-    rows = known[np.minimum(codes, len(known) - 1)]
+    rows = known[codes]
     table: npt.NDArray[Any] = rows.view(_AS_ONE.get(rows.shape[1], np.dtype((np.void, 4 * rows.shape[1]))))[:, 0]
     table.flags.writeable = False
     return table
@@ -183,8 +182,12 @@ def _lookup_table(levels: bytes, bits: int, index_bits: int) -> npt.NDArray[Any]
     "numpy",
     takes=Takes(
         {"terms": ("float64",), "bins": ("int64",)},
-        condition=lambda terms, bins: terms.shape == bins.shape,  # NumPy broadcasts neither
-        sentence="a bin for each term",
+        condition=lambda terms, bins, count: (
+            terms.ndim == 1
+            and terms.shape == bins.shape  # NumPy broadcasts neither
+            and (not bins.size or 0 <= bins.min() <= bins.max() < count)
+        ),
+        sentence="a bin that exists for each term",
     ),
 )
 def bin_sums_counted(

@@ -66,9 +66,13 @@ def _on_views(operation: Operation[Any, Any], takes: Takes) -> Callable[..., Any
     def on_views(*args: Any) -> Any:
         flat = arguments.flatten(args)
         given = list(flat)
-        for position in positions:
-            if (tensor := flat[position]) is not None:
-                given[position] = _view(tensor) if tensor.dtype == torch.bfloat16 else tensor.detach().numpy()
+        try:
+            for position in positions:
+                if (tensor := flat[position]) is not None:
+                    given[position] = _view(tensor) if tensor.dtype == torch.bfloat16 else tensor.detach().numpy()
+        except (RuntimeError, TypeError):
+            # NumPy cannot see a tensor that torch negates lazily or has in a layout of its own.
+            return operation.reference(*args)
         result = operation(*arguments.unflatten(tuple(given)))
         if returns_out:
             return args[-1]

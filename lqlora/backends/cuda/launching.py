@@ -119,7 +119,7 @@ def table(device: int, values: npt.NDArray[np.float32], length: int, beyond: flo
 
 def _copied(cupy: Any, device: int, values: npt.NDArray[np.float32], length: int, beyond: float) -> Any:
     # Kernels read all entries of a table, whose length follows from the number of bits. Infinite boundaries are above
-    # every value, and levels beyond a short codebook are never looked up.
+    # every value, and levels beyond a short codebook are NaN.
     padded = np.full(length, beyond, dtype=np.float32)
     padded[: len(values)] = values
     with cupy.cuda.Device(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +238,7 @@ def _zero_points(zero_points: Array | None, other: Array) -> tuple[Array, np.int
 def _codes(stored: ops.PackedBlocks) -> tuple[Any, ...]:
     """Return stored weights as arguments of a kernel, but for the block size."""
     zeros, affine = _zero_points(stored.zero_points, stored.packed)
-    return stored.packed, stored.scales, zeros, affine, (stored.levels, 2**stored.bits, 0.0)
+    return stored.packed, stored.scales, zeros, affine, (stored.levels, 2**stored.bits, math.nan)
 
 
 def _blocks(block_size: int) -> tuple[np.int64, np.float64]:

@@ -20,8 +20,8 @@ class TorchMemory:
     library = "torch"
 
     def device(self, array: torch.Tensor) -> int | None:
-        """Return the number of the CUDA device, or None for other devices."""
-        return array.get_device() if array.is_cuda else None
+        """Return the number of the CUDA device, or None for other devices and for tensors that torch negates lazily."""
+        return array.get_device() if array.is_cuda and not array.is_neg() else None
 
     def stream(self, device: int) -> Any:
         """Return torch's current stream, as a stream of CuPy."""

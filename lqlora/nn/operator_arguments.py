@@ -122,7 +122,7 @@ def from_operands(
     True
     """
     shape = tuple(shape)
-    batch_dims = len(getattr(tensors[0], "shape", ".")) - 1 if tensors else 0
+    batch_dims = tensors[0].dim() - 1 if tensors and isinstance(tensors[0], torch.Tensor) else 0
     known, stored = _description(fmt, codebook, shape, batch_dims)
     check_tensors(tensors, stored, fmt)
     return nest(dict(zip(stored, tensors, strict=True)), known, shape, batch_dims)

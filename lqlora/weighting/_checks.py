@@ -6,22 +6,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 from lqlora import ops
-from lqlora._dispatch import FLOATS, namespace, plain_array
+from lqlora._dispatch import namespace
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
-    from lqlora.weighting.base import AbstractWeighting
 
-__all__ = ["checked_residual", "is_zero", "require_importance", "require_matrix", "warn_of_zeros"]
-
-
-def checked_residual(weighting: AbstractWeighting, residual: Array) -> Array:
-    """Return a residual as a plain array; raise unless it is a matrix of the sizes of the weighting."""
-    plain = ops.widen(plain_array(residual, "residual", FLOATS), "residual")
-    require_matrix(plain, "residual")
-    weighting.check(tuple(plain.shape))
-    return plain
+__all__ = ["is_zero", "require_importance", "require_matrix", "warn_of_zeros"]
 
 
 def is_zero(importance: Array) -> bool:

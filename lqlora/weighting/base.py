@@ -8,9 +8,9 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from lqlora import ops
-from lqlora._dispatch import dtype_name, namespace
+from lqlora._dispatch import FLOATS, dtype_name, namespace, plain_array
 from lqlora.errors import NonFiniteError
-from lqlora.weighting._checks import checked_residual
+from lqlora.weighting._checks import require_matrix
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -21,6 +21,7 @@ __all__ = [
     "MeasuredNorm",
     "ScaledWeighting",
     "balanced",
+    "checked_residual",
     "exponent_of",
     "in_float64",
     "normalized_at",
@@ -305,6 +306,34 @@ def unit_of(residual: Array) -> float:
         return 1.0
     xp = namespace(residual)
     return ops.power_of_four(max(float(xp.max(residual)), -float(xp.min(residual))), 2.0**40, dtype_name(residual))
+
+
+def checked_residual(weighting: AbstractWeighting, residual: Array) -> Array:
+    """Return a residual as a plain array of float32 or float64, after checking it.
+
+    Parameters
+    ----------
+    weighting : AbstractWeighting
+        Weighting that the residual is measured in.
+    residual : array, shape (m, n)
+        Matrix minus its approximation.
+
+    Returns
+    -------
+    array of float32 or float64, shape (m, n)
+        The same entries.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is no matrix of the sizes of the weighting.
+    UnsupportedArrayError
+        If it is not an array of floating-point numbers.
+    """
+    plain = ops.widen(plain_array(residual, "residual", FLOATS), "residual")
+    require_matrix(plain, "residual")
+    weighting.check(tuple(plain.shape))
+    return plain
 
 
 def exponent_of(unit: float) -> int:

@@ -10,12 +10,13 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import FLOATS, dtype_name, namespace, plain_array
 from lqlora.errors import InvalidArgumentError
-from lqlora.weighting._checks import checked_residual, is_zero, require_importance, require_matrix, warn_of_zeros
+from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
 from lqlora.weighting.base import (
     AbstractWeighting,
     LowRankStep,
     MeasuredNorm,
     balanced,
+    checked_residual,
     exponent_of,
     in_float64,
     normalized_at,

@@ -119,19 +119,26 @@ def _work_on(function: Callable[[T], R], item: T) -> R:
 # overlap in time would restore each other's: A finds 8 and sets 1, B finds 1 and sets 1, A restores 8 while B works,
 # and B then restores 1 for good. So users are counted: the first one sets the limit, and the last one restores the
 # number. The caller of `map_matrices` is a user too, which keeps the limit from coming and going between two items.
-_lock = threading.Lock()
+_lock = threading.RLock()
 _users = 0
 _limits: threadpool_limits | None = None
 
 
 def _forget_users() -> None:
-    """Give a forked process a free lock: the thread that held it, and the users it counts, exist in the parent only."""
-    global _lock, _users, _limits
-    _lock, _users, _limits = threading.Lock(), 0, None
+    """Let a forked process count its own users: those of the parent are threads that exist in the parent only."""
+    # The limit that the parent has set is kept. The first users in the child take it over and restore the old number
+    # when they end. Restoring it here could wait for a lock of BLAS whose holder does not exist in the child.
+    # The lock is a new one, because the thread that forked may have held the old one before.
+    global _lock, _users
+    _lock, _users = threading.RLock(), 0
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_users)
+if hasattr(os, "register_at_fork"):  # while the thread that forks holds the lock, users and limit agree
+    os.register_at_fork(
+        before=lambda: _lock.acquire(),  # noqa: PLW0108 - the lock may be a new one
+        after_in_parent=lambda: _lock.release(),  # noqa: PLW0108
+        after_in_child=_forget_users,
+    )
 
 
 @contextmanager
@@ -139,7 +146,7 @@ def _blas_on_one_thread() -> Iterator[None]:
     """Limit BLAS to one thread in this process: the first user sets the limit, the last one restores the old number."""
     global _users, _limits  # noqa: PLW0603 - so is the setting
     with _lock:
-        if _users == 0:
+        if _limits is None:
             _limits = threadpool_limits(limits=1, user_api="blas")
         _users += 1
     try:
@@ -149,6 +156,7 @@ def _blas_on_one_thread() -> Iterator[None]:
             _users = max(0, _users - 1)  # a process that is forked inside the block begins again at zero
             if _users == 0 and _limits is not None:
                 _limits.restore_original_limits()
+                _limits = None
 
 
 @contextmanager

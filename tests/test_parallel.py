@@ -73,17 +73,49 @@ def test_a_forced_implementation_reaches_the_threads():
     assert not any("forced" in text for text in map_matrices(reason, range(3)))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def _ended(child: int) -> int:
+    """Return how a forked process ends; None if it hangs, and is then ended."""
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return None
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+
+
+@forks
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_process_that_is_forked_meanwhile_works_too():
     with _parallel._lock:  # as a thread holds it for a moment at the begin and the end of each item
         child = os.fork()
         if not child:
             os._exit(0 if map_matrices(lambda x: x, range(3)) == [0, 1, 2] else 1)
-    deadline = time.monotonic() + 30
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if ended == (0, 0):
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert ended == (child, 0)
+    assert _ended(child) == 0
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_process_that_is_forked_during_a_map_restores_the_threads_after_its_own():
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before, children = blas_threads(), []
+
+        def fork(_: int) -> None:
+            child = os.fork()
+            if child:
+                children.append(child)
+                return
+            status = 1
+            try:
+                inside = map_matrices(lambda _: blas_threads(), range(2))
+                status = 0 if inside == [{1}, {1}] and blas_threads() == before else 2
+            finally:
+                os._exit(status)
+
+        map_matrices(lambda x: x, range(1), collect=fork)
+        assert [_ended(child) for child in children] == [0]
+        assert blas_threads() == before

@@ -15,7 +15,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from lqlora import _files
-from lqlora._files import remove_left_over, replace_file, replace_folder, write_whole
+from lqlora._files import (
+    check_writable,
+    lock,
+    open_unshared,
+    remove_left_over,
+    replace_file,
+    replace_folder,
+    write_whole,
+)
 from lqlora.errors import CheckpointError
 
 
@@ -157,6 +165,71 @@ def test_names_may_be_as_long_as_the_file_system_allows(tmp_path, name):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"new")]
 
 
+@posix
+@pytest.mark.parametrize("name", ["x" * 256, "nowhere/file", "file/x", "a\0b", "loop", "folder"])
+def test_what_could_not_be_written_is_found_before(old, name):
+    (old.parent / "loop").symlink_to("loop")
+    (old.parent / "folder").mkdir()
+    before = sorted(old.parent.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"cannot be written"):
+        check_writable(old.parent / name)
+    assert sorted(old.parent.rglob("*")) == before
+
+
+def test_a_check_changes_nothing(old):
+    check_writable(old)
+    check_writable(old.with_name("new"))
+    _assert_untouched(old)
+
+
+def test_a_check_finds_a_folder_without_permission(old, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(CheckpointError, match=r"file.*Permission denied"):
+        check_writable(old)
+
+
+def test_a_file_that_may_not_exist_is_not_replaced(old):
+    with pytest.raises(CheckpointError, match=r"file.*exists"), replace_file(old, may_exist=False) as beside:
+        beside.write_bytes(b"new")
+    _assert_untouched(old)
+    with replace_file(old.with_name("other"), may_exist=False) as beside:
+        beside.write_bytes(b"new")
+    assert old.with_name("other").read_bytes() == b"new"
+
+
+@posix
+def test_permissions_may_be_given(old):
+    old.chmod(0o666)
+    write_whole(old, b"new", mode=0o600)
+    assert stat.S_IMODE(old.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_lock_ends_with_its_process_though_another_was_forked(old):
+    held, (reading, writing) = open_unshared(old, "rb+"), os.pipe()
+    lock(held)
+    child = os.fork()
+    if not child:
+        os.write(writing, b".")  # by now it has closed its copy
+        signal.pause()
+    try:
+        os.read(reading, 1)
+        with open_unshared(old, "rb+") as other:
+            with pytest.raises(BlockingIOError):
+                lock(other)
+            held.close()
+            lock(other)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
+
+
 KILLED = """
 import os, signal, sys
 from lqlora._files import replace_file
@@ -283,6 +356,92 @@ class TestFolders:
         remove_left_over(tmp_path / "folder")
         assert (tmp_path / "folder" / "file").read_bytes() == b"old"
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def _step_aside(self, target, content):
+        """Make what a process leaves that was killed after the renames, and before it removed the folder it replaced."""
+        folder = target.parent / f"{_files._prefix(target)}{content}.partial"
+        (folder / "old").mkdir(parents=True)
+        (folder / "lock").touch()
+        (folder / "old" / "file").write_text(content)
+        return folder
+
+    def test_a_folder_that_was_deleted_in_part_does_not_come_back(self, tmp_path, monkeypatch):
+        target = tmp_path / "folder"
+        target.mkdir()
+        self._step_aside(target, "old")
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda _: (_ for _ in ()).throw(OSError(5, "killed here")))
+            remove_left_over(target)
+        target.rmdir()
+        remove_left_over(target)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_after_two_kills_the_last_folder_comes_back(self, tmp_path, monkeypatch):
+        target, real = tmp_path / "folder", Path.rename
+
+        def dies(self, other):
+            if self.name == "data":
+                raise SystemExit
+            return real(self, other)
+
+        def write():
+            with replace_folder(target):
+                self._step_aside(target, "older")  # another process is killed meanwhile
+                monkeypatch.setattr(Path, "rename", dies)
+                monkeypatch.setattr(_files, "_discard", lambda *_: None)
+
+        target.mkdir()
+        (target / "file").write_text("old")
+        with pytest.raises(SystemExit):
+            write()
+        monkeypatch.undo()
+        assert not target.exists()
+        remove_left_over(target)
+        assert (target / "file").read_text() == "old"
+        assert list(tmp_path.iterdir()) == [target]
+
+    def test_many_writers_of_one_folder_leave_one_whole_folder(self, tmp_path):
+        def write(number):
+            with replace_folder(tmp_path / "folder") as beside:
+                for name in "ab":
+                    (beside / name).write_text(str(number))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(write, range(100)))
+        assert len({path.read_text() for path in (tmp_path / "folder").iterdir()}) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    @pytest.mark.parametrize("reason", ["held", "refused"])
+    def test_without_the_lock_of_renames_the_work_is_kept(self, tmp_path, monkeypatch, reason):
+        target = tmp_path / "folder"
+        monkeypatch.setattr(_files, "_PATIENCE", 0.0)
+        if reason == "refused":
+            _files._lock_of_renames(target).mkdir()  # it cannot be opened
+            with replace_folder(target):
+                pass
+        else:
+            with open_unshared(_files._lock_of_renames(target), "ab") as held:
+                lock(held)
+                with replace_folder(target):
+                    pass
+        assert target.is_dir()
+
+    def test_an_error_of_the_body_names_the_folder_that_was_asked_for(self, tmp_path):
+        def write(error):
+            with replace_folder(tmp_path / "folder") as beside:
+                raise error(28, "No space left on device", str(beside / "file"))
+
+        for error in (OSError, lambda *own: CheckpointError(f"{own[2]} is too large.")):
+            with pytest.raises(CheckpointError, match=r"folder.*(No space|too large)") as caught:
+                write(error)
+            assert ".partial" not in str(caught.value)
+
+    @pytest.mark.parametrize("name", ["x" * 256, "file", "loop"])
+    def test_what_cannot_be_a_folder_is_refused_before_the_body(self, tmp_path, name):
+        (tmp_path / "file").touch()
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(CheckpointError, match=r"cannot be written"), replace_folder(tmp_path / name):
+            raise AssertionError
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
     def test_an_error_between_the_renames_brings_the_old_folder_back(self, tmp_path, monkeypatch, error):

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lqlora._files import write_whole
+from lqlora._files import check_writable, write_whole
 from lqlora.cli import console
 from lqlora.errors import CheckpointError
 
@@ -32,26 +32,45 @@ def check_outputs(paths: Iterable[Path], *, force: bool, others: Iterable[Path] 
     ------
     CheckpointError
         If a file exists and ``force`` is false, its folder does not exist, it is a folder, two outputs are one file, or
-        an output is another file of the command or replaces one in a folder that is read.
+        an output is another file of the command or replaces one in a folder that is read, or the system refuses to
+        write it.
     """
     used = {_identity(path) for path in others}
-    used |= {_identity(file) for folder in others if folder.is_dir() for file in folder.iterdir()}
-    seen = set()
+    used |= {_identity(file) for folder in others for file in _files_in(folder)}
+    seen = set[object]()
     for path in paths:
         own = _identity(path)
         if own in seen:
             raise CheckpointError(f"{path} is named for two outputs. Name a different file for each output.")
         seen.add(own)
-        # A file in a folder that is read may be a link out of it, and another link may lead into it.
-        folders = {*path.absolute().parents, *Path(os.path.realpath(path)).parents}
-        if own in used or (path.exists() and not used.isdisjoint(map(_identity, folders))):
-            raise CheckpointError(f"{path} is read or continued by this command. Name another file for the output.")
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder. Name a file.")
-        if path.exists() and not force:
-            raise CheckpointError(f"{path} exists. Name another file, or replace it with --force.")
-        if not path.parent.is_dir():
-            raise CheckpointError(f"{path.parent} is not a folder. Make it first, or name another file.")
+        try:
+            _check_output(path, used, force=force)
+        except CheckpointError:  # a subclass of OSError whose message is complete
+            raise
+        except OSError as error:  # such as a name that is too long, or a folder without permission
+            raise CheckpointError(f"{path} cannot be written: {error}. Name another file.") from error
+
+
+def _check_output(path: Path, used: set[object], *, force: bool) -> None:
+    # A file in a folder that is read may be a link out of it, and another link may lead into it.
+    folders = {*path.absolute().parents, *Path(os.path.realpath(path)).parents}
+    if _identity(path) in used or (path.exists() and not used.isdisjoint(map(_identity, folders))):
+        raise CheckpointError(f"{path} is read or continued by this command. Name another file for the output.")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder. Name a file.")
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists. Name another file, or replace it with --force.")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent} is not a folder. Make it first, or name another file.")
+    check_writable(path)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files in a folder; none if it is not a folder, or cannot be read, which its reader will say."""
+    try:
+        return list(folder.iterdir())
+    except (OSError, ValueError):
+        return []
 
 
 def _identity(path: Path) -> object:

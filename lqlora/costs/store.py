@@ -1,7 +1,7 @@
 """Cost store: a file of finished costs that stays readable after a crash, with locking and merging.
 
 Each row is one line that is flushed to the disk before the next one begins. A process that is killed can therefore
-leave only one incomplete line, the last one, which has no line break. Opening the store cuts that line off. JSON escapes
+leave only one incomplete line, the last one, without a line break. Opening the store cuts that line off. JSON escapes
 line breaks inside texts, so a line break always ends a line. A kill cannot cause any other fault, such as a wrong
 checksum or a broken line before the last: opening such a file raises.
 """
@@ -12,17 +12,15 @@ import hashlib
 import json
 import math
 import os
-import secrets
-import weakref
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from lqlora._files import input_file, lock
+from lqlora._files import input_file, lock, open_unshared, replace_file
 from lqlora._messages import fit, shown
-from lqlora.errors import InvalidArgumentError, StoreError
+from lqlora.errors import CheckpointError, InvalidArgumentError, StoreError
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
@@ -151,24 +149,22 @@ class CostStore:
         try:
             # Append mode writes at the end wherever the position is, so neither reading nor the cut below needs a seek
             # back. Without a buffer no half of a line waits in this process, to be written after an error.
-            self._file = open(self.path, "a+b", buffering=0)  # noqa: PTH123, SIM115 - closed by close()
+            self._file = open_unshared(self.path, "a+b")
         except OSError as error:
             raise StoreError(fit(f"{self.path} cannot be opened: {error}.")) from error
-        _OPEN.add(self)  # before it is locked, so that a process forked meanwhile closes its copy
         try:
             _lock(self._file, self.path)
             data = _read_store(self._file, _line(head), self.path)
             # Everything up to the last line break was flushed. The rest is a line that its process did not finish. It
             # must go before anything is appended, or the next line would continue it. The lock excludes other writers.
             # The whole lines are parsed first: a file that is not a store loses nothing.
-            whole = data.rfind(b"\n") + 1
-            found, self.rows = _parsed(data[:whole], self.path)
+            whole = _whole_lines(data)
+            found, self.rows = _parsed(whole, self.path)
             if found is not None:
                 _check_head(found, own, self.path)
-            if whole < len(data):
-                self._file.truncate(whole)
-            if found is None:
-                self._write(head)
+            if len(whole) < len(data):
+                self._cut(len(whole))
+            self._write(_line(head) if found is None else whole[len(data) :])
         except BaseException:
             self._file.close()
             raise
@@ -192,13 +188,13 @@ class CostStore:
         for key, cost in row.costs.items():  # a reader refuses the whole store for one cost that it cannot read
             if not isinstance(key, str) or type(cost) is not float or not math.isfinite(cost):
                 raise StoreError(fit(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}."))
-        document = {**vars(row), "shape": list(row.shape)}
+        document = _document(row)
         Reader("row must be one that can be read again", StoreError).convert(document, StoredCosts)
         # A contradiction is found before anything is written, and `rows` changes only after the line is on the disk. So
         # the file never holds two costs of one cell, and `rows` holds nothing that a crash could take back.
         known = self.rows.get(row.name)
         joined = row if known is None else known.joined(row, str(self.path))
-        self._write(document)
+        self._write(_line(document))
         self.rows[row.name] = joined
 
     def close(self) -> None:
@@ -213,14 +209,21 @@ class CostStore:
     ) -> None:
         self.close()
 
-    def _write(self, document: dict[str, Any]) -> None:
+    def _cut(self, length: int) -> None:
+        try:
+            self._file.truncate(length)
+        except OSError as error:
+            raise StoreError(fit(f"{self.path} cannot be written: {error}.")) from error
+
+    def _write(self, line: bytes) -> None:
         if self._file.closed:
             raise StoreError(f"{self.path} is closed in this process. Open the store again.")
-        line, end = memoryview(_line(document)), os.fstat(self._file.fileno()).st_size
+        rest, end = memoryview(line), os.fstat(self._file.fileno()).st_size
         try:
-            while line:  # a raw write may take only the first bytes
-                line = line[self._file.write(line) :]
-            os.fsync(self._file.fileno())
+            while rest:  # a raw write may take only the first bytes
+                rest = rest[self._file.write(rest) :]
+            if line:
+                os.fsync(self._file.fileno())
         except BaseException as error:  # such as a full disk, or Ctrl-C
             # The next line would continue this one. If the file cannot be cut either, no further line may be written.
             try:
@@ -278,36 +281,15 @@ class CostStore:
                 rows[name] = rows[name].joined(row, str(source)) if name in rows else row
         if head is None:
             raise StoreError("paths must hold at least one store with settings, got none to merge.")
-        beside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
         try:
-            with CostStore(beside, head.settings) as store:
-                for row in rows.values():
-                    store.append(row)
-            os.link(beside, target)  # a rename would replace a file; a link fails if there is one
-        except OSError as error:
-            raise (
-                error if isinstance(error, StoreError) else StoreError(fit(f"{target} cannot be written: {error}."))
-            ) from error
-        finally:
-            with suppress(OSError):
-                beside.unlink()
+            with replace_file(target, may_exist=False) as beside:
+                first = {"lqlora_costs": _SPEC, "numerics": head.numerics, "settings": head.settings}
+                beside.write_bytes(b"".join(map(_line, [first, *map(_document, rows.values())])))
+        except CheckpointError as error:
+            raise StoreError(fit(str(error))) from error
 
 
-#: Stores that are open in this process.
-_OPEN: weakref.WeakSet[CostStore] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    """Close the stores that a forked process inherited: a lock ends when the last copy of its file is closed."""
-    for store in list(_OPEN):
-        store.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
-
-
-def _read_store(file: IO[bytes], head: bytes, path: Path) -> bytes:
+def _read_store(file: io.FileIO, head: bytes, path: Path) -> bytes:
     """Return the contents of a store, or raise if the file does not begin like one; a model is not read as a whole."""
     file.seek(0)
     first = file.read(len(_BEGINNING))
@@ -322,7 +304,7 @@ def _read_store(file: IO[bytes], head: bytes, path: Path) -> bytes:
     return data
 
 
-def _lock(file: IO[bytes], path: Path) -> None:
+def _lock(file: io.FileIO, path: Path) -> None:
     """Lock an open file until it is closed, or raise if another process has locked it."""
     try:
         lock(file)
@@ -336,7 +318,23 @@ def _read(path: str | os.PathLike[str]) -> tuple[Head | None, dict[str, StoredRo
         data = own.read_bytes()
     except OSError as error:
         raise StoreError(fit(f"{path} cannot be read: {error}.")) from error
-    return _parsed(data[: data.rfind(b"\n") + 1], own)
+    return _parsed(_whole_lines(data), own)
+
+
+def _whole_lines(data: bytes) -> bytes:
+    """Return the whole lines of a store; the last one needs no line break if its checksum is right."""
+    # An editor may have removed the break, or the process was killed between the two. The row is finished all the same.
+    whole = data.rfind(b"\n") + 1
+    try:
+        outer = json.loads(data[whole:])
+        is_right = outer["sum"] == _checksum(json.dumps(outer["line"], allow_nan=False))
+    except (KeyError, RecursionError, TypeError, ValueError):
+        is_right = False
+    return data + b"\n" if is_right else data[:whole]
+
+
+def _document(row: StoredRow) -> dict[str, Any]:
+    return {**vars(row), "shape": list(row.shape)}
 
 
 def _line(document: dict[str, Any]) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +127,21 @@ class TestFailures:
 
     def test_a_name_that_is_a_folder(self, failure, tmp_path):
         assert "is a folder" in failure("--bits", "3", "--output", tmp_path, "--force")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="links are those of other systems")
+    @pytest.mark.parametrize("name", ["x" * 256, "loop", "file/p.json"])
+    def test_a_name_that_no_file_can_have(self, failure, tmp_path_factory, name):
+        folder = tmp_path_factory.mktemp("names")
+        (folder / "loop").symlink_to("loop")
+        (folder / "file").touch()
+        assert name[:4] in failure("--bits", "3", "--output", folder / name)
+
+    def test_a_folder_without_permission(self, failure, tmp_path, monkeypatch):
+        def refuse(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        assert "Permission denied" in failure("--bits", "3", "--output", tmp_path / "p.json")
 
     @pytest.mark.parametrize("words", [[], ["--bits", "3", "--bytes", "3000"], ["--bits", "3", "--max-error", "1"]])
     def test_no_budget_and_two_budgets(self, failure, words):

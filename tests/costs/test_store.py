@@ -1,16 +1,16 @@
-"""Stores of costs: resuming, refusal of other inputs, and a process that is killed again and again."""
+"""Stores of costs: resuming, refusal of other inputs, and faults while a line is written."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,6 +21,9 @@ from lqlora.costs.store import NUMERICS
 from lqlora.errors import InvalidArgumentError, StoreError
 from lqlora.weighting import Elementwise, InputGram, RowColumn
 from tests.costs.cases import FORMATS, NF2, NF4, matrices, same
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HEAD = {"seed": 0}
 ROW = StoredRow("a", (2, 3), "c0ffee", "none", {"nf4/64:float16 rank 8": 0.1})
@@ -88,7 +91,7 @@ class TestResuming:
         plain = lq.cost_table(weights, FORMATS[:2], rank=2, store=path)
         whole = path.read_bytes()
         path.write_bytes(whole[:-cut])
-        assert len(CostStore.read(path)) == 3
+        assert len(CostStore.read(path)) == (4 if cut == 1 else 3)  # a line without its break is whole
         assert same(lq.cost_table(weights, FORMATS[:2], rank=2, store=path), plain)
         assert len(CostStore.read(path)) == 4
         assert path.read_bytes().count(b"\n") == 5
@@ -297,6 +300,29 @@ class TestWriting:
             CostStore(path, {"seed": 1})
         assert path.read_bytes() == before
 
+    def test_a_last_line_without_its_break_is_kept(self, path):
+        with CostStore(path, HEAD) as store:
+            store.append(ROW)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        assert CostStore.read(path) == {"a": ROW}
+        with CostStore(path, HEAD) as store:
+            assert store.rows == {"a": ROW}
+        assert path.read_bytes() == whole
+
+    def test_a_torn_line_that_cannot_be_cut_is_said(self, path, monkeypatch):
+        with CostStore(path, HEAD) as store:
+            store.append(ROW)
+        path.write_bytes(path.read_bytes()[:-9])
+
+        class Uncut(io.FileIO):
+            def truncate(self, *_: object) -> int:
+                raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr("lqlora.costs.store.open_unshared", Uncut)
+        with pytest.raises(StoreError, match=r"costs\.jsonl cannot be written"):
+            CostStore(path, HEAD)
+
     def test_a_closed_store_refuses_rows(self, path):
         store = CostStore(path, HEAD)
         store.close()
@@ -370,45 +396,3 @@ class TestMerging:
         assert path.read_text() == "precious"
         with pytest.raises(StoreError, match=r"^paths "):
             CostStore.merge([], tmp_path / "other")
-
-
-SCRIPT = """
-import sys
-import lqlora as lq
-from tests.costs.cases import FORMATS, matrices
-weights = {f"{name} {copy}": (copy + 1) * w for copy in range(5) for name, w in matrices().items()}
-print("begun", flush=True)
-table = lq.cost_table(weights, FORMATS, ranks=[1, 2, 3], max_iter=20, store=sys.argv[1])
-print(table.costs.tobytes().hex(), table.sizes.tobytes().hex())
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="kills by a signal")
-def test_a_process_that_is_killed_twenty_times_finishes_what_one_does_that_is_not(path, tmp_path):
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-    def start(where):
-        command = [sys.executable, "-c", SCRIPT, str(where)]
-        return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
-
-    whole = tmp_path / "whole"
-    with start(whole) as process:
-        process.stdout.readline()
-        begun = time.monotonic()
-        expected = process.stdout.read()
-        seconds = time.monotonic() - begun
-    assert process.returncode == 0
-    chance, killed = random.Random(0), 0
-    for _ in range(20):
-        with start(path) as process:
-            process.stdout.readline()
-            time.sleep(chance.uniform(0, seconds / 12))
-            process.send_signal(signal.SIGKILL)
-        killed += process.returncode == -signal.SIGKILL
-    assert killed >= 15  # a quick machine may finish before the last of them
-    with start(path) as process:
-        process.stdout.readline()
-        assert process.stdout.read() == expected
-    assert CostStore.read(path) == CostStore.read(whole)

@@ -177,6 +177,17 @@ class TestFailures:
         (tmp_path / "out").mkdir()
         assert "force=True" in failure()
 
+    @pytest.mark.parametrize("name", ["text_file", "model_file"])
+    def test_an_input_in_the_output(self, failure, tmp_path, name):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "table.md").write_text(TEXT)
+        (tmp_path / "out" / ".lqlora-demo.json").write_text('["table.md"]')
+        (tmp_path / "link").symlink_to("out")
+        assert name in failure(force=True, **{name: tmp_path / "link" / "table.md"})
+
+    def test_a_name_that_no_folder_can_have(self, failure, tmp_path):
+        assert "xxx" in failure(output=tmp_path / ("x" * 256))
+
     def test_a_folder_made_for_the_output_is_removed_again(self, failure, tmp_path):
         assert "nowhere" in failure(output=tmp_path / "new" / "deep" / "out", model_file=tmp_path / "nowhere.gguf")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -29,7 +31,6 @@ from lqlora.weighting import Elementwise
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from lqlora.allocation import Plan
     from lqlora.reports.tables import Table
@@ -101,6 +102,7 @@ def run_demo(
         raise InvalidArgumentError(
             f"rank must be at least 1, because the demo fine-tunes low-rank factors, got {settings.rank}."
         )
+    _check_inputs(output, model_file=model_file, text_file=text_file)
     text = packaged_text() if text_file is None else read_text(text_file)
     model_file = model_file or packaged_smollm2()
     with _folder(output, force=force) as folder:
@@ -127,11 +129,19 @@ def _split(tokenizer: Any, text: str, settings: Settings) -> Split:
     )
 
 
+def _check_inputs(output: Path, **files: Path | None) -> None:
+    """Raise if an input would be replaced together with the output folder."""
+    folder = os.path.realpath(output)
+    for name, file in files.items():
+        if file is not None and Path(os.path.realpath(file)).is_relative_to(folder):
+            raise CheckpointError(
+                f"{name} {file} is inside the output folder {output}, which the demo replaces. Pass another folder."
+            )
+
+
 @contextmanager
 def _folder(output: Path, *, force: bool) -> Iterator[Path]:
     """Yield a folder beside the output, which replaces the output at the end and is removed after an error."""
-    output = output.absolute()
-    remove_left_over(output)
 
     def check() -> None:
         if output.exists() and not force:
@@ -141,9 +151,10 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
                 f"{output} holds files that no demo wrote, and is not replaced. Pass another folder, or empty this one."
             )
 
-    check()
-    with replace_folder(output, check) as folder:  # checked again at the end: a demo takes minutes
+    with replace_folder(output, check) as folder:  # checked at the end too: a demo takes minutes
         yield folder
+        for entry in tuple(folder.iterdir()):  # what is left over of a write must not be listed as a file of the demo
+            remove_left_over(entry)
         names = sorted(entry.name for entry in folder.iterdir())
         (folder / _NAMES).write_text(json.dumps(names), encoding="utf-8")
 

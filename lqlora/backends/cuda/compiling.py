@@ -3,6 +3,8 @@
 CuPy's ``RawModule`` adds ``-ftz=true`` to all options, which flushes numbers below 2**-126 to zero. With it kernels
 would not return the bytes of the reference. So this module calls the compiler through CuPy's bindings, and loads the
 code as CuPy loads its own kernels.
+
+The code runs on the device of the user, so files are read and written only where nobody else can write.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lqlora._files import write_whole
 from lqlora.backends.cuda.kernel_text import OPTIONS, source
-from lqlora.errors import CheckpointError, KernelError
+from lqlora.backends.cuda.private_files import read_private, write_private
+from lqlora.errors import KernelError
 
 __all__ = ["Binary"]
 
@@ -61,14 +63,14 @@ class Binary(NamedTuple):
         options = (*OPTIONS, f"--gpu-architecture={_architecture(cupy)}")
         text = source(module)
         key = hashlib.sha256("\0".join((text, kernel, *options, repr(nvrtc.getVersion()))).encode()).hexdigest()[:32]
-        kept = _folder() / f"lqlora-{key}.bin"
-        with suppress(OSError):
-            if (binary := cls.from_bytes(kept.read_bytes())) is not None:
-                return binary
+        kept = _folder() / f"{key}.bin"
+        # The hash in a file finds damage and no forgery. Who could write the file is what makes it safe to run.
+        stored = read_private(kept)
+        if stored is not None and (binary := cls.from_bytes(stored)) is not None:
+            return binary
         binary = _compile(nvrtc, text, kernel, options)
-        with suppress(OSError, CheckpointError):  # without a writable cache, kernels are compiled again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(kept, binary.to_bytes())
+        with suppress(OSError):  # without a folder that only this user can write, kernels are compiled again
+            write_private(kept, binary.to_bytes())
         return binary
 
     def to_bytes(self) -> bytes:
@@ -108,8 +110,9 @@ def _architecture(cupy: Any) -> str:
 
 
 def _folder() -> Path:
-    """Return the folder of CuPy's own cache of kernels."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))  # noqa: PTH111 - never raises
+    """Return a folder in CuPy's own cache of kernels. That one may be writable by others, who could not write here."""
+    cache = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")  # noqa: PTH111 - never raises
+    return Path(cache) / "lqlora"
 
 
 def _compile(nvrtc: Any, text: str, kernel: str, options: tuple[str, ...]) -> Binary:

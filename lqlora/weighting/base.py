@@ -326,7 +326,7 @@ def checked_residual(weighting: AbstractWeighting, residual: Array) -> Array:
     Raises
     ------
     InvalidArgumentError
-        If it is no matrix of the sizes of the weighting.
+        If it is not a matrix of the sizes of the weighting.
     UnsupportedArrayError
         If it is not an array of floating-point numbers.
     """

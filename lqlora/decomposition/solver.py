@@ -364,13 +364,14 @@ def _finished(
         lora_A, lora_B = _fresh_factors(goal, rank)
     else:
         share = scaling**-0.5  # in both factors: scaling * (share B) (share A) = B A, and they stay balanced
-        lora_A, lora_B = _padded(best.step.right * share, rank, 0), _padded(best.step.left * share, rank, 1)
+        lora_A, lora_B = _in_float32(best.step.right * share), _in_float32(best.step.left * share)
         if scaling != 1.0 or goal.matrix.dtype != lora_B.dtype:
             best = _measured_again(goal, best, lora_B, lora_A, scaling)
         if factor_format is None and best.squared_error > stopping.first_iterate.squared_error:
             # Float32 does not hold the factors well enough: quantization alone is better.
             stopping.return_first(best.squared_error)
             return _finished(goal, stopping.best_iterate, stopping, scaling, rank, None)
+        lora_A, lora_B = _padded(lora_A, rank, 0), _padded(lora_B, rank, 1)
     factors = None
     if factor_format is not None:
         best, factors = _with_quantized_factors(goal, best, lora_A, lora_B, scaling, factor_format)
@@ -435,10 +436,14 @@ def _fresh_factors(goal: _Goal, rank: int) -> tuple[Array, Array]:
     )
 
 
-def _padded(factor: Array, rank: int, axis: int) -> Array:
-    """Return a factor as float32, padded with zeros to a rank above that of the matrix."""
+def _in_float32(factor: Array) -> Array:
     xp = namespace(factor)
-    factor = xp.astype(factor, xp.float32)
+    return xp.astype(factor, xp.float32)
+
+
+def _padded(factor: Array, rank: int, axis: int) -> Array:
+    """Return a factor padded with zeros to a rank above that of the matrix."""
+    xp = namespace(factor)
     missing = rank - factor.shape[axis]
     if not missing:
         return factor

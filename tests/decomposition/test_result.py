@@ -95,7 +95,7 @@ def test_the_factors_are_those_of_an_adapter_of_any_alpha(alpha, rank, root):
     assert d.scaling == scaling
     assert np.linalg.norm(residual_of(w, d)) / np.linalg.norm(w) == pytest.approx(d.relative_error, rel=1e-4, abs=1e-6)
     plain = decompose(w, FMT, rank, max_iter=3)
-    assert d.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
+    assert d.relative_error == pytest.approx(plain.relative_error, rel=1e-6, abs=1e-7)  # full rank leaves rounding
     np.testing.assert_allclose(scaling**0.5 * d.lora_A, plain.lora_A, atol=1e-5)
     np.testing.assert_allclose(scaling**0.5 * d.lora_B, plain.lora_B, atol=1e-5)
 

@@ -279,7 +279,7 @@ def test_the_error_is_that_of_the_reconstruction(problem, sweeps, fmt):
 
 @pytest.mark.slow
 @given(problem=wild(), sweeps=st.integers(0, 2), fmt=st.sampled_from(FORMATS))
-@settings(max_examples=1500)
+@settings(max_examples=800)
 def test_the_error_is_that_of_the_reconstruction_thoroughly(problem, sweeps, fmt):
     check_the_error(problem, sweeps, fmt)
 

@@ -371,6 +371,8 @@ def _stored_format(row: Matrix, levels: Any) -> BlockFormat:
     """Return the format of a matrix, with the levels that are stored if its codebook has no standard name."""
     if levels is None:
         return BlockFormat.parse(row.format)
+    if levels.dtype != np.float32:
+        raise FormatError(f"levels of a codebook must be stored as float32, got {levels.dtype}.")
     if not isinstance(row.normalization, str):
         raise FormatError("normalization must be given for a codebook whose levels are stored, but is missing.")
     return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))

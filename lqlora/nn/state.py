@@ -144,6 +144,11 @@ def _check_fit(
         for name, shape in stored.items()
         if name in expected and expected[name] != shape
     ]
+    faults += [
+        f"{name!r} is complex in the file and not in the model"
+        for name, tensor in content.tensors.items()
+        if tensor.dtype.kind == "c" and name in state and not state[name].is_complex()
+    ]
     faults += [f"{name!r} is on the meta device and holds no data" for name, t in state.items() if t.is_meta]
     # A tie of the file that the model does not have is harmless: both tensors get the same values. The opposite is not:
     # of two stored tensors that are one in the model, the second would overwrite the first.

@@ -23,7 +23,7 @@ from tests.arguments import (
     public_functions,
     torch_kinds,
 )
-from tests.strategies import on
+from tests.strategies import host, on
 
 #: Odd arrays make libraries warn, of sparse layouts for example.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -199,9 +199,9 @@ def test_a_plain_tuple_is_no_record():
 
 @pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("bins", [[0, 3], [-1, 0]])
-def test_bins_that_do_not_exist_are_refused(bins, implementation, xp):
+def test_terms_of_bins_that_do_not_exist_are_left_out(bins, implementation, xp):
     with lq.forced(implementation):
-        refused(lambda: ops.bin_sums(on(xp, np.ones(2)), on(xp, np.array(bins)), 3), "bins", str(bins[0]))
+        assert host(ops.bin_sums(on(xp, np.ones(2)), on(xp, np.array(bins)), 3)).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_codes_and_sets_that_do_not_exist_are_refused(xp):

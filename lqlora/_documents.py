@@ -447,7 +447,8 @@ def _described(schema: Any) -> str:
 
 def _range(limits: Meta) -> str:
     if limits.min_length is not None:
-        return f" of {limits.min_length} to {limits.max_length} entries"
+        most = "" if limits.max_length is None else f" to {limits.max_length}"
+        return f" of {limits.min_length}{most} entries" if most else f" of at least {limits.min_length} entries"
     if limits.max_length is not None:
         return f" of at most {limits.max_length} characters"
     if limits.ge in (None, -_LARGEST):

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lqlora._messages import fit, shown
+from lqlora._messages import fit
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -103,9 +103,20 @@ def replace_file(
             if may_exist:
                 beside.replace(target)  # atomic in POSIX, because both names are on one file system
             else:
-                os.link(beside, target)  # fails if there is a file
+                _rename_to_free(beside, target)
     except expected as error:
         raise CheckpointError(fit(f"{path} cannot be written: {_reason(error)}. Nothing was changed.")) from error
+
+
+def _rename_to_free(beside: Path, target: Path) -> None:
+    """Give a file a name that no file has; a rename would replace one."""
+    try:
+        os.link(beside, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: an empty file takes the name first
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        beside.replace(target)
 
 
 def input_file(path: str | os.PathLike[str], error: type[LQLoRAError], *, is_optional: bool = False) -> Path:
@@ -138,7 +149,7 @@ def input_file(path: str | os.PathLike[str], error: type[LQLoRAError], *, is_opt
             return own
         raise error(fit(f"{path} does not exist.")) from None
     except (OSError, TypeError, ValueError) as fault:  # ValueError: the path has a zero byte
-        raise error(fit(f"{shown(path, 200)} cannot be opened: {fault}.")) from fault
+        raise error(fit(f"{repr(path)[:200]} cannot be opened: {fault}.")) from fault
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
         raise error(fit(f"{path} must be a regular file, got {kind}."))
@@ -222,9 +233,10 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
         target = Path(os.path.realpath(path))
     except ValueError as error:  # the path has a zero byte
         raise CheckpointError(fit(f"{str(path)!r} cannot be written: {error}.")) from error
-    made = [parent for parent in target.parents if not parent.exists()]
+    made: list[Path] = []
     beside = target
     try:
+        made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_target(target, Path.is_dir, "a folder")
         with _temporary_folder(target) as folder:

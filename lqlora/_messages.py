@@ -13,7 +13,7 @@ __all__ = ["MESSAGE_LENGTH", "fit", "shown"]
 MESSAGE_LENGTH = 400
 
 #: Words of JSON, which readers of a file see, by the values that Python makes of them.
-_WORDS = {None: "null", True: "true", False: "false"}
+_WORDS: dict[object, str] = {None: "null", True: "true", False: "false"}
 
 
 class _Short(reprlib.Repr):
@@ -22,6 +22,11 @@ class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlist, self.maxdict, self.maxlevel = 4, 3, 3
+
+    def repr_bool(self, value: object, level: int) -> str:  # noqa: ARG002 - called by reprlib
+        return _WORDS[value]
+
+    repr_NoneType = repr_bool
 
     def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002 - called by reprlib
         # Python refuses to write integers of more than 4300 digits. A bit is log10(2) digits.
@@ -61,8 +66,6 @@ def shown(value: object, length: int = 80) -> str:
     >>> print(shown("a\x1b[2J"), shown(None), shown([1, 2, 3, 4, 5]), shown(10**5000))
     'a\x1b[2J' null [1, 2, 3, 4, ...] an integer of 5001 digits
     """
-    if value is None or isinstance(value, bool):
-        return _WORDS[value]
     if isinstance(value, str):
         return _cut(printable(repr(value[: length + 1])), length)
     return _cut(printable(_SHORT.repr(value)), length)

@@ -96,7 +96,7 @@ class Dtypes:
 
     def _takes_dtype(self, dtype: Any) -> bool:
         if self.names is None:
-            return dtype.kind in "biufc" and is_native(dtype) if dtype.isbuiltin != 2 else True
+            return dtype.isbuiltin == 2 or (dtype.kind in "biufc" and is_native(dtype))  # 2: dtypes of ml_dtypes
         return dtype.name in self.names and is_native(dtype)
 
     def _takes_tensor(self, facts: tuple[Any, Any, bool, bool]) -> bool:

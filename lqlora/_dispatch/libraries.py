@@ -299,8 +299,8 @@ def _refusal(value: object, library: str | None, dtypes: Dtypes, what: str | Non
 def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
     """Return an argument as an array of exactly the class of its library: every public function begins with this.
 
-    A harmless subclass becomes its base class, a parameter of torch its data, a matrix or another byte order an ordinary
-    array, and a lazily negated tensor is resolved. Anything else that lqlora does not compute with is refused.
+    A harmless subclass becomes its base class, a parameter of torch the tensor behind it with its graph, a matrix or another
+    byte order an ordinary array, and a lazily negated or conjugated tensor is resolved. Anything else that lqlora does not compute with is refused.
 
     Parameters
     ----------
@@ -343,7 +343,7 @@ def _converted(value: Any, name: str, dtypes: Dtypes) -> Array:
         value = value.astype(value.dtype.newbyteorder("="))
     if library == "torch" and torch is not None and type(value) is not torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the subclass may redefine every method
-            value = value.detach().as_subclass(torch.Tensor)
+            value = value.as_subclass(torch.Tensor)
     if fault := fault_of(value, library, dtypes):
         raise UnsupportedArrayError(f"{name} {fault}")
     if library == "torch" and torch is not None:
@@ -351,7 +351,7 @@ def _converted(value: Any, name: str, dtypes: Dtypes) -> Array:
             raise UnsupportedArrayError(
                 f"{name} must be a tensor with entries, got one inside a transform of torch.func. Call the function outside."
             )
-        value = value.resolve_neg()
+        value = value.resolve_conj().resolve_neg()
     return value
 
 
@@ -373,7 +373,7 @@ def require_writable(array: Array, name: str) -> None:
     library, reason = LIBRARY_OF[type(array)], ""
     if library == "numpy" and not array.flags.writeable:
         reason = "is read-only"
-    elif library == "torch" and array.requires_grad and not _is_recording_off():
+    elif library == "torch" and array.requires_grad and sys.modules["torch"].is_grad_enabled():
         reason = "requires a gradient"
     elif library in ("numpy", "torch") and 0 not in array.shape:
         strides = array.strides if library == "numpy" else array.stride()
@@ -383,10 +383,6 @@ def require_writable(array: Array, name: str) -> None:
         raise InvalidArgumentError(
             f"{name} must be an array that can be written to, got one that {reason}. Pass a copy."
         )
-
-
-def _is_recording_off() -> bool:
-    return not sys.modules["torch"].is_grad_enabled()
 
 
 #: Libraries whose arrays are all on one device.

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from lqlora._dispatch.kinds import MOVED, fault_of, spelled
 from lqlora._dispatch.libraries import LIBRARY_OF
+from lqlora._messages import shown
+from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, LQLoRAError, UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ R = TypeVar("R")
 
 #: What the libraries raise about dtypes, shapes and indices. Errors of memory and warnings are none of these.
 FOREIGN = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
+
+
+#: Words of errors about memory and devices, which torch and CuPy raise as RuntimeError, too.
+_MACHINE = re.compile("allocate memory|CUDA|cuda[A-Z]")
 
 
 def fitting(function: Callable[P, R]) -> Callable[P, R]:
@@ -67,7 +74,7 @@ def misfit(
     LQLoRAError or None
         None if the error is one of lqlora, a lack of memory, or about the number of arguments.
     """
-    if isinstance(error, LQLoRAError) or "OutOfMemory" in type(error).__name__:
+    if isinstance(error, LQLoRAError) or "OutOfMemory" in type(error).__name__ or _MACHINE.search(str(error)):
         return None
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
@@ -79,9 +86,14 @@ def misfit(
             return UnsupportedArrayError(f"{name} {fault}")
     listed = ", ".join(f"{name} {_described(value)}" for name, value in given.items())
     return InvalidArgumentError(
-        f"{next(iter(given), 'arguments')} and the other arguments must suit {function.__name__}, whose docstring says which "
-        f"dtypes and shapes fit together, got {listed[:220]}."
+        f"{' and '.join(given) or 'arguments'} must fit {function.__name__}: {_reason(error)}. Got {listed[:200]}."
     )
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of the message of another library, without its last period."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return printable(line[:120]).removesuffix(".")
 
 
 def _described(value: Any) -> str:
@@ -90,5 +102,5 @@ def _described(value: Any) -> str:
         return f"({', '.join(map(_described, value[:6]))})"
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if not isinstance(shape, tuple) or dtype is None:
-        return repr(value)[:40] if isinstance(value, int | float | str | None) else type(value).__name__
+        return shown(value, 40) if isinstance(value, int | float | str | None) else type(value).__name__
     return f"{spelled(dtype)[:20]} of shape {tuple(shape)}"

@@ -65,8 +65,6 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
     patterns = {"include": options.include, "exclude": options.exclude}
     chosen = {name: [parse_pattern(text) for text in texts] for name, texts in patterns.items() if texts}
     weights = contents.select(**chosen)
-    if line := contents.describe_left_out():
-        console.say(line)
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(
@@ -82,3 +80,5 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
     files = {output: f"{table.to_json()}\n".encode()}
     write_outputs(files)
     list_outputs(files)
+    if line := contents.describe_left_out():
+        console.say(line)

@@ -101,7 +101,10 @@ class ModelContents:
             groups.setdefault(reason, []).append(name)
         parts = [self._describe(reason, names) for reason, names in groups.items()]
         if self.unread:
-            parts.append(f"{len(self.unread)} files ({self.unread[0].name}{', …' if len(self.unread) > 1 else ''})")
+            several = len(self.unread) > 1
+            parts.append(
+                f"{len(self.unread)} {'files' if several else 'file'} not read ({self.unread[0].name}{', …' if several else ''})"
+            )
         return f"Left out: {', '.join(parts)}." if parts else ""
 
     def _describe(self, reason: str, names: list[str]) -> str:

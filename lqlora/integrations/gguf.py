@@ -121,7 +121,9 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
     except Exception as error:  # transformers does not say what it raises for an invalid vocabulary
         raise fault(path, f"has no tokenizer that transformers reads: {type(error).__name__}: {error}.") from error
     return model.eval(), tokenizer

@@ -91,10 +91,10 @@ def open_model(path: str | os.PathLike[str]) -> ModelContents:
     Parameters
     ----------
     path : path-like
-        GGUF file of architecture ``llama``, safetensors file, or folder of safetensors files. Of a model in parts, such
-        as ``model-00001-of-00002.safetensors``, any part stands for all. In a folder the files are those that
-        ``model.safetensors.index.json`` lists. Without an index they are ``model.safetensors``, or all files but
-        adapters, and ``consolidated`` files beside others.
+        GGUF file of architecture ``llama``, safetensors file, or folder of safetensors files. It may be any part of a
+        model in parts, such as ``model-00001-of-00002.safetensors``: all parts are read. In a folder the files are those
+        that ``model.safetensors.index.json`` lists, else ``model.safetensors``, else every ``.safetensors`` file but
+        adapters, and ``consolidated`` copies beside other files.
 
     Returns
     -------

@@ -139,7 +139,7 @@ def gptq(
     >>> bool(ours < 0.5 * nearest)
     True
     """
-    w, gram = plain_array(w, name, FLOATS), plain_array(gram, "gram", FLOATS)
+    w, gram = plain_array(w, name, FLOATS), plain_array(gram, f"gram of {name}", FLOATS)
     xp = namespace(w, gram)
     w = ops.widen(w, name)
     _check_options(damping, order, rounds, sweeps)

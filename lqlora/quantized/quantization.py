@@ -230,8 +230,7 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
     >>> lq.dequantize(q).tolist()
     [0.0, 2.0, -2.0]
     """
-    if type(q) is not QuantizedArray:
-        require_quantized(q)
+    require_quantized(q)
     if out is None:
         out = empty(q.shape, ops.native_dtype(q.packed, dtype), q.packed)
     else:
@@ -290,8 +289,7 @@ def matmul(
     if (lora_A is None) != (lora_B is None):
         given = "lora_B" if lora_A is None else "lora_A"
         raise InvalidArgumentError(f"lora_A and lora_B must be given together, got {given} alone.")
-    if type(q) is not QuantizedArray:
-        require_quantized(q)
+    require_quantized(q)
     x = plain_array(x, "x", FLOATS)
     if lora_A is not None:
         lora_A, lora_B = plain_array(lora_A, "lora_A", FLOATS), plain_array(lora_B, "lora_B", FLOATS)

@@ -142,9 +142,10 @@ def _column(cells: list[str]) -> list[str]:
 def _code_span(text: str) -> str:
     """Return a code span for the cell of a table; an empty text has none."""
     # Within a code span only backticks are special, and a table cell ends at a pipe without a backslash. The fence is
-    # one longer than the longest run of backticks in the text. Markdown takes one space from both ends if both have one.
+    # one longer than the longest run of backticks in the text. Markdown takes one space from both
+    # ends if both have one and the text has more than spaces.
     if not text:
         return ""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if text[0] in " `" or text[-1] in " `" else ""
+    space = " " if text.strip(" ") and (text[0] in " `" or text[-1] in " `") else ""
     return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|")

@@ -50,7 +50,6 @@ NAMES = [
     "tab\tand\rreturn",
     "paragraph\u2029",
     "\u202egnp.q",
-    "\ud800.surrogate",
     "\U0001f600.emoji",
     "Größe.q",
     "`code`",

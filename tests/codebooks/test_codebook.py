@@ -49,7 +49,7 @@ def test_equality_compares_the_normalization_too():
 
 @pytest.mark.parametrize("levels", [[], [1.0], [[0.0, 1.0]], list(range(257))])
 def test_a_wrong_number_of_levels_is_refused(levels):
-    with pytest.raises(InvalidArgumentError, match=r"^levels must .*2 to 256.*shape"):
+    with pytest.raises(InvalidArgumentError, match=r"^levels must .*(2 to 256|list)"):
         Codebook(levels)
 
 

@@ -166,15 +166,17 @@ class TestTheResultDoesNotDependOnAScale:
 
 
 class TestDamping:
-    @pytest.mark.parametrize("damping", [1e30, 1e200, 1.7e308])
+    @pytest.mark.parametrize("damping", [1e30, 1e200])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_much_damping_is_equal_importance(self, fast_xp, damping, dtype):
         gram, w = small_case("gram").weights[0].astype(dtype), on(fast_xp, matrix(0, *SMALL, dtype))
-        d = decompose(w, FMT, 2, weighting=InputGram(on(fast_xp, gram * 1e-3), damping=1e30), max_iter=2)
+        d = decompose(w, FMT, 2, weighting=InputGram(on(fast_xp, gram * 1e-3), damping=damping), max_iter=2)
         assert d.relative_error == pytest.approx(decompose(w, FMT, 2, max_iter=2).relative_error, rel=1e-4)
-        if damping > 1e290:
-            with pytest.raises(InvalidArgumentError, match=r"^weighting .*the matrix .*got about 1e"):
-                decompose(w, FMT, 2, weighting=InputGram(on(fast_xp, gram), damping=damping), max_iter=2)
+
+    def test_damping_beyond_the_range_of_squared_errors_is_refused(self, fast_xp):
+        gram, w = small_case("gram").weights[0], on(fast_xp, matrix(0, *SMALL, np.float32))
+        with pytest.raises(InvalidArgumentError, match=r"^weighting .*the matrix .*got about 1e"):
+            decompose(w, FMT, 2, weighting=InputGram(on(fast_xp, gram), damping=1.7e308), max_iter=2)
 
     @pytest.mark.parametrize("damping", [0.0, 1e-31, -1.0, math.inf, math.nan])
     def test_too_little_is_refused(self, damping):

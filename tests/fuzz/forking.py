@@ -20,7 +20,7 @@ import numpy as np
 import lqlora as lq
 
 #: Seconds after which a child hangs. It works for a hundredth of a second if the machine is idle.
-PATIENCE = 15
+PATIENCE = 60
 
 FORMATS = [lq.BlockFormat.parse(text) for text in ("nf4/16:float32", "nf3/16:u8/4:float32")]
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqlora import NF4, BlockFormat, Codebook, affine
+from lqlora.errors import InvalidArgumentError
 from lqlora.ops import (
     PackedBlocks,
     boundaries_by_set,
@@ -271,3 +272,12 @@ FITTING = PackedBlocks(np.zeros(13, np.uint8), np.ones(4, np.float32), np.zeros(
 )
 def test_kernels_are_given_arrays_of_the_lengths_that_the_weights_take(changes, fits):
     assert FITTING._replace(**changes).fits(25) is fits
+
+
+def test_codes_and_sizes_that_do_not_exist_are_refused(xp):
+    sets, levels = on(xp, np.array([0])), on(xp, np.array([[-1, 1]], dtype=np.float32))
+    with pytest.raises(InvalidArgumentError, match=r"^codes must be below 2.* got 2"):
+        values_by_row(on(xp, np.array([[2]], dtype=np.uint8)), levels, sets)
+    packed, scales = on(xp, np.zeros(4, np.uint8)), on(xp, np.ones(1, np.float32))
+    with pytest.raises(InvalidArgumentError, match=r"^stored must hold 8 codes of 4 bits"):
+        decode(PackedBlocks(packed, scales, None, NF4.levels, 4, 2), on(xp, np.zeros(8, dtype=np.float32)))

@@ -112,3 +112,8 @@ def test_positions_beyond_the_end_are_refused(xp):
     for position in (3, -1):
         with pytest.raises(InvalidArgumentError, match="index"):
             pick(on(xp, np.zeros(3)), on(xp, np.array([position])))
+
+
+def test_a_table_that_is_not_of_numpy_is_refused(strict):
+    with pytest.raises(UnsupportedArrayError, match=r"^table must be a NumPy array"):
+        table_beside(strict.asarray([0.5]), np.zeros(2))

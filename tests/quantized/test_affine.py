@@ -13,6 +13,8 @@ from tests.oracles import quantize as oracle
 from tests.quantized.cases import draw_case, normal, quantized, restored, scales_of
 from tests.strategies import host, on, stored
 
+pytestmark = pytest.mark.slow_on_strict
+
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 BOOKS = [book for book in ALL_CODEBOOKS if book.normalization == "affine"]
 
@@ -43,7 +45,6 @@ def test_scale_and_zero_point_span_the_block_and_zero(bits, seed, size):
     assert zero_points(q) == [min(max(round(float(-low / q.scales[0])), 0), last)]
 
 
-@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data(), fit=st.sampled_from(["absmax", "scale"]))
 @settings(max_examples=30)

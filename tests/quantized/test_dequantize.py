@@ -15,10 +15,11 @@ from tests.oracles import quantize as oracle
 from tests.quantized.cases import KINDS, draw_case, normal, quantized, ramp, restored
 from tests.strategies import host, on, scale_dtypes
 
+pytestmark = pytest.mark.slow_on_strict
+
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 
 
-@pytest.mark.slow_on_strict
 @quiet
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(data=st.data())

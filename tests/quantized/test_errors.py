@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lqlora import NF4, BlockFormat, ScaleFormat, affine, quantize
-from lqlora.errors import InvalidArgumentError, NonFiniteError, UnsupportedArrayError
+from lqlora import NF4, BlockFormat, QuantizedArray, ScaleFormat, affine, dequantize, matmul, quantize
+from lqlora.errors import FormatError, InvalidArgumentError, NonFiniteError, UnsupportedArrayError
 from tests.quantized.cases import ramp
 from tests.strategies import on, stored
 
@@ -118,3 +118,27 @@ def test_without_the_check_a_scale_that_is_not_finite_is_refused_all_the_same(xp
     w = np.array([1.0, 2.0, bad, 0.0], dtype=np.float32)
     with pytest.raises(NonFiniteError, match="scales of q_proj"):
         quantize(on(xp, w), BlockFormat.parse(text), check_finite=False, name="q_proj")
+
+
+def test_what_is_not_quantized_is_refused(xp):
+    w = on(xp, np.ones((2, 4), dtype=np.float32))
+    for call in (lambda: dequantize(w), lambda: matmul(w, w)):
+        with pytest.raises(InvalidArgumentError, match=r"^q must be a QuantizedArray, got "):
+            call()
+
+
+@pytest.mark.parametrize(("sides", "dtype"), [((3, 2), "float32"), ((2, 2), "float64")])
+def test_factors_that_do_not_fit_a_product_are_refused(xp, sides, dtype):
+    x, q = on(xp, np.ones((1, 4), dtype=np.float32)), quantize(on(xp, np.ones((2, 4), np.float32)), BlockFormat(NF4, 4))
+    lora_A, lora_B = on(xp, np.ones((2, 4), dtype)), on(xp, np.ones(sides, dtype))
+    with pytest.raises((InvalidArgumentError, UnsupportedArrayError), match=r"^lora_[AB] "):
+        matmul(x, q, lora_A=lora_A, lora_B=lora_B)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [({"fmt": "nf4/4"}, "fmt"), ({"arrays": []}, "arrays"), ({"shape": 8}, "shape")]
+)
+def test_arguments_of_another_kind_are_named(change, name):
+    q = quantize(np.ones((2, 4), dtype=np.float32), BlockFormat(NF4, 4))
+    with pytest.raises(FormatError, match=f"^{name} must be "):
+        QuantizedArray.from_arrays(**{"arrays": q.to_arrays(), "fmt": q.format, "shape": q.shape} | change)

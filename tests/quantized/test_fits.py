@@ -18,7 +18,10 @@ from tests.quantized.cases import KINDS, block_errors, draw_case, normal, quanti
 from tests.quantized.test_scales import SCALES
 from tests.strategies import host, on, stored
 
-pytestmark = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
+pytestmark = [
+    pytest.mark.slow_on_strict,
+    pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning"),
+]
 
 FITTED = [text for text in KINDS if not text.startswith("affine")]
 SMALL = [book for book in ALL_CODEBOOKS if book.bits <= 4]
@@ -54,7 +57,6 @@ def assert_no_block_is_worse(w, fitted, plain, importance=None):
 # --- never worse
 
 
-@pytest.mark.slow_on_strict
 @given(data=st.data())
 @settings(max_examples=40)
 def test_no_block_is_worse_than_by_its_absolute_maximum(xp, data):

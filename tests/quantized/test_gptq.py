@@ -22,6 +22,8 @@ from tests.oracles.quantize import dense_of, places, set_of, unpack
 from tests.quantized.cases import KINDS, draw_case, normal, ramp, restored, scales_of
 from tests.strategies import host, on, stored
 
+pytestmark = pytest.mark.slow_on_strict
+
 FITS = ("absmax", "scale", "levels+scale")
 CASES = [(text, fit) for text in KINDS for fit in FITS if not (text.startswith("affine") and fit == FITS[2])]
 SMALL = [book for book in ALL_CODEBOOKS if book.bits <= 4]
@@ -123,7 +125,6 @@ def test_columns_of_large_inputs_come_first(fast_xp):
 # --- never worse
 
 
-@pytest.mark.slow_on_strict
 @given(data=st.data())
 @settings(max_examples=12)
 @pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
@@ -429,7 +430,6 @@ def test_a_check_that_is_not_wanted_is_not_made():
 # --- starting from an earlier result
 
 
-@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
 def test_from_a_start_the_error_is_about_as_small(xp, fit):
     w, gram = normal(24, 48, seed=3), moment(48)

@@ -14,7 +14,10 @@ from lqlora.testing.strategies import ALL_CODEBOOKS, LAYOUTS, lay_out, shapes, w
 from tests.quantized.cases import DOUBLE, KINDS, draw_case, normal, quantized, ramp, restored
 from tests.strategies import host, on, stored
 
-pytestmark = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
+pytestmark = [
+    pytest.mark.slow_on_strict,
+    pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning"),
+]
 
 FITS = ("absmax", "scale", "levels+scale")
 

@@ -17,7 +17,10 @@ from tests.oracles import quantize as oracle
 from tests.quantized.cases import block_errors, draw_case, normal, quantized, restored, scales_of
 from tests.strategies import host, on, stored
 
-pytestmark = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
+pytestmark = [
+    pytest.mark.slow_on_strict,
+    pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning"),
+]
 
 BOOKS = [book for book in ALL_CODEBOOKS if book.normalization != "affine" and book.bits <= 4]
 

@@ -16,6 +16,8 @@ from tests.oracles import quantize as oracle
 from tests.quantized.cases import draw_case, levels_of, normal, quantized, restored, scales_of
 from tests.strategies import host, normal_numbers, on, scale_dtypes, stored
 
+pytestmark = pytest.mark.slow_on_strict
+
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 
 UNSIGNED = [book for book in ALL_CODEBOOKS if book.normalization != "signed"]
@@ -30,7 +32,6 @@ SCALES = (
 # --- equal to an independent decoder
 
 
-@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data(), depth=st.integers(1, 3))
 def test_scales_of_any_format_and_depth_equal_the_oracle(xp, data, depth):
@@ -74,7 +75,6 @@ def test_the_mean_is_summed_in_an_order_of_its_own(xp, count):
 # --- signs
 
 
-@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data(), fit=st.sampled_from(["absmax", "scale"]))
 def test_scales_are_never_negative_where_they_have_no_sign(xp, data, fit):
@@ -236,7 +236,6 @@ def test_a_block_that_a_fit_loses_is_counted():
 # --- powers of two
 
 
-@pytest.mark.slow_on_strict
 @given(
     codebook=st.sampled_from(ALL_CODEBOOKS),
     block_size=st.integers(1, 20),

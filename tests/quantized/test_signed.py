@@ -15,12 +15,13 @@ from tests.oracles import quantize as oracle
 from tests.quantized.cases import draw_case, normal, quantized, restored, scales_of
 from tests.strategies import host, on, stored
 
+pytestmark = pytest.mark.slow_on_strict
+
 quiet = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning")
 BOOKS = [book for book in ALL_CODEBOOKS if book.normalization == "signed"]
 BOF4S = by_name("bof4s-64")
 
 
-@pytest.mark.slow_on_strict
 @quiet
 @given(data=st.data())
 def test_bytes_and_values_equal_the_oracle(xp, data):

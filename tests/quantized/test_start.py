@@ -12,6 +12,8 @@ from lqlora.errors import InvalidArgumentError, MixedArraysError
 from tests.quantized.cases import normal
 from tests.strategies import host, on, scale_dtypes, stored
 
+pytestmark = pytest.mark.slow_on_strict
+
 FORMATS = (
     "nf2/16:float32", "nf3/64:float32", "nf4/16@-1:u8/16:float32", "bof3s-64/16:float32", "int4/16:float32",
     "nf3/16:float16",
@@ -56,7 +58,6 @@ def test_no_start_is_worse_than_absolute_maxima(fit, text):
     assert error(near, warm) < error(near, quantize(near, fmt))
 
 
-@pytest.mark.slow_on_strict
 @every_case
 def test_a_start_gives_the_same_bytes_on_every_library_and_is_not_changed(xp, fit, text):
     fmt, (w, near) = BlockFormat.parse(text), similar(0, 14, 32)

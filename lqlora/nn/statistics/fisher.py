@@ -195,8 +195,9 @@ class _Recorder:
                 f"got length {max(lengths)}. Exclude the layer, or do not merge the axes of examples and tokens."
             )
         if self._largest < SMALLEST:  # no square counts yet: entries of the gradient are at most this
-            bound = sum(grad.double().abs().sum() * inputs.abs().max() for inputs, grad in seen if inputs.numel())
-            self._bound = max(self._bound, float(bound))
+            # Sums in float32 lose less than the margin of the bound. Not every device has float64.
+            sizes = [(grad.float().abs().sum(), inputs.float().abs().max()) for inputs, grad in seen if inputs.numel()]
+            self._bound = max(self._bound, sum(float(grad) * float(inputs) for grad, inputs in sizes))
         for example in range(self.examples):
             parts = [sum_outer_products(grad[example], inputs[example]) for inputs, grad in seen]
             gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]

@@ -1,5 +1,6 @@
 """Runs the Python blocks of README.md as tests. Without torch, what needs it to be imported is not collected."""
 
+import gc
 import re
 import sys
 from collections.abc import Generator
@@ -33,6 +34,12 @@ _COUNTED = re.compile(r"(tests|lqlora)/(codebooks/|ops/|quantized/|(test_)?forma
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the blocks of README.md come first: each builds on those before, and processes take from the end of others' tests."""
     items.sort(key=lambda item: item.path.name != "README.md")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the thousands of collected tests out of garbage collections, which would walk through all of them each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

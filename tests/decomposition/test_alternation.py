@@ -14,6 +14,8 @@ from tests.oracles import weighting as oracle_weighting
 from tests.strategies import on
 from tests.weighting.cases import CLOSED, KINDS, case
 
+pytestmark = pytest.mark.slow_on_strict
+
 
 def test_the_alternation_improves_on_its_start():
     d = decompose(matrix(), FMT, 8)

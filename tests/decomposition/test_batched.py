@@ -10,6 +10,8 @@ from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import InputGram
 from tests.strategies import host, on, stored
 
+pytestmark = pytest.mark.slow_on_strict
+
 FMT = BlockFormat.parse("nf3/16:u8/8:float32")
 
 
@@ -17,7 +19,6 @@ def experts(shape=(2, 3), rows=24, columns=32, seed=0):
     return np.random.default_rng(seed).standard_normal((*shape, rows, columns)).astype(np.float32)
 
 
-@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("fit", ["absmax", "levels+scale"])
 def test_a_stack_is_decomposed_as_its_matrices_are(xp, fit):
     w = experts((1, 2))

@@ -13,6 +13,8 @@ from tests.decomposition.cases import COLUMNS, FMT, ROWS, SMALL, contents, matri
 from tests.strategies import FLUSHES, flushes, host, on, stored
 from tests.weighting.cases import KINDS, case
 
+pytestmark = pytest.mark.slow_on_strict
+
 
 @pytest.mark.parametrize("init", ["svd", "quantize", "zero"])
 def test_the_same_seed_gives_the_same_bytes(xp, init):
@@ -62,7 +64,6 @@ def test_threads_give_the_same_bytes(kind):
     assert len({arrays[1] for arrays in found[0]}) == 4
 
 
-@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("fit", ["absmax", "scale"])
 def test_a_transposed_view_gives_the_same_bytes_as_a_copy(xp, fit):
     w = matrix(0, *SMALL, np.float64)

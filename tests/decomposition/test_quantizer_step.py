@@ -10,6 +10,8 @@ from lqlora.errors import InvalidArgumentError, MixedArraysError
 from tests.decomposition.cases import FMT, SMALL, contents, matrix, residual_of, small_case
 from tests.strategies import host, on, stored
 
+pytestmark = pytest.mark.slow_on_strict
+
 
 def test_a_callable_receives_its_result_for_the_iterate_continued_from(xp):
     calls = []
@@ -47,7 +49,6 @@ def test_a_worse_quantizer_never_replaces_a_better_result():
     assert d.relative_error == pytest.approx(one.relative_error, rel=1e-6)
 
 
-@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("fit", ["absmax", "scale", "levels+scale"])
 @pytest.mark.parametrize("text", ["nf2/16:float32", "nf3/16:u8/8:float32", "bof4s-64/8@-1:float32"])
 def test_every_fit_and_format_lowers_the_error(xp, fit, text):
@@ -76,7 +77,6 @@ def test_better_fits_end_lower(kind):
     assert errors[0] > errors[2]
 
 
-@pytest.mark.slow_on_strict
 @pytest.mark.parametrize("kind", ["gram", "kronecker"])
 def test_error_feedback_ends_lower_in_the_norm_of_its_gram(xp, kind):
     own, w = small_case(kind), matrix(0, *SMALL)

@@ -13,6 +13,8 @@ from tests.decomposition.cases import COLUMNS, FMT, ROWS, SMALL, contents, few, 
 from tests.strategies import host, on
 from tests.weighting.cases import KINDS, case
 
+pytestmark = pytest.mark.slow_on_strict
+
 
 @given(seed=st.integers(0, 99), rank=st.integers(1, 8), init=st.sampled_from(["svd", "quantize"]))
 @few

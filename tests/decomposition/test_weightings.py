@@ -13,6 +13,8 @@ from tests.oracles.weighting import truncated
 from tests.strategies import host, on
 from tests.weighting.cases import KINDS, case
 
+pytestmark = pytest.mark.slow_on_strict
+
 
 def test_the_weighted_low_rank_step_is_optimal(xp):
     # Importance of rank one has a closed form: scale by the roots, truncate the SVD, scale back.

@@ -159,7 +159,10 @@ class TestFolders:
             "other.safetensors",
         ]
         line = contents.describe_left_out()
-        assert line == "Left out: 1 tensor of 1 dimension (32 bytes; norm), 3 files (adapter_model.safetensors, …)."
+        assert (
+            line
+            == "Left out: 1 tensor of 1 dimension (32 bytes; norm), 3 files not read (adapter_model.safetensors, …)."
+        )
 
     def test_without_an_index_adapters_and_the_consolidated_copy_are_left_out(self, model):
         (model / "model.safetensors.index.json").unlink()

@@ -20,7 +20,8 @@ def error_of(row, weights, scale, zero, levels):
     for entry, weight in zip(row, weights, strict=True):
         normalized = (entry / dtype(scale) if scale else dtype(0)) + dtype(zero)
         value = (levels[nearest(float(normalized), levels)] - np.float32(zero)) * scale
-        squares.append((float(entry) - float(value)) ** 2 * float(weight))
+        difference = float(entry) - float(value)  # its power 2 may differ in the last bit from the product
+        squares.append(difference * difference * float(weight))
     return float(halved_sum(squares)) if squares else 0.0
 
 

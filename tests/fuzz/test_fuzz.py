@@ -39,7 +39,7 @@ def test_mutated_files_are_read_right_or_refused(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_many_mutated_files_are_read_right_or_refused(tmp_path, name):
-    _assert_no_faults(run(load(name), name, tmp_path, 2000, seed=1))
+    _assert_no_faults(run(load(name), name, tmp_path, 1000, seed=1))
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def fitting(function: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    def _call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
         except FOREIGN as error:
@@ -52,7 +52,7 @@ def fitting(function: Callable[P, R]) -> Callable[P, R]:
                 raise
             raise own from error
 
-    return call
+    return _call
 
 
 def misfit(

@@ -279,5 +279,5 @@ def test_codes_and_sizes_that_do_not_exist_are_refused(xp):
     with pytest.raises(InvalidArgumentError, match=r"^codes must be below 2.* got 2"):
         values_by_row(on(xp, np.array([[2]], dtype=np.uint8)), levels, sets)
     packed, scales = on(xp, np.zeros(4, np.uint8)), on(xp, np.ones(1, np.float32))
-    with pytest.raises(InvalidArgumentError, match=r"^stored must hold 8 codes of 4 bits"):
+    with pytest.raises(InvalidArgumentError, match=r"^stored must .*8 codes"):
         decode(PackedBlocks(packed, scales, None, NF4.levels, 4, 2), on(xp, np.zeros(8, dtype=np.float32)))

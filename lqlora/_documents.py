@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import msgspec
 from msgspec import Meta
 
-from lqlora._messages import fit, shown
+from lqlora._messages import shortened, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from lqlora.errors import LQLoRAError
 
-__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "given", "json_values", "step"]
+__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "json_values", "key_step", "present_fields"]
 
 _T = TypeVar("_T")
 
@@ -62,7 +62,7 @@ Text = Annotated[str, Meta(max_length=2**16)]
 
 @dataclass(frozen=True)
 class _Refused:
-    """Mark of a part of a document that the schema need not see: a repeated key, NaN, or too many digits."""
+    """Placeholder for a value that is refused before the schema is checked: a repeated key, NaN, or too many digits."""
 
     why: str
 
@@ -204,10 +204,10 @@ class Reader:
             The error to raise, with a printable message of bounded length.
         """
         between = "" if why.startswith(":") else " "
-        return self.error(fit(f"{self.source}: {place.removeprefix('.') or 'the document'}{between}{why}"))
+        return self.error(shortened(f"{self.source}: {place.removeprefix('.') or 'the document'}{between}{why}"))
 
 
-def step(key: str | int) -> str:
+def key_step(key: str | int) -> str:
     """Return the step from a part of a document to one of its entries, as in ``matrices['a.b'].shape[1]``.
 
     Parameters
@@ -222,7 +222,7 @@ def step(key: str | int) -> str:
 
     Examples
     --------
-    >>> step("a.b") + ".shape" + step(1)
+    >>> key_step("a.b") + ".shape" + key_step(1)
     "['a.b'].shape[1]"
     """
     return f"[{shown(key)}]"
@@ -255,13 +255,13 @@ def json_values(values: Mapping[str, Any], name: str, error: type[LQLoRAError]) 
     try:
         text = json.dumps(dict(values), allow_nan=False)
     except (RecursionError, TypeError, ValueError) as fault:
-        raise error(fit(f"{reader.source}: {fault}.")) from None
+        raise error(shortened(f"{reader.source}: {fault}.")) from None
     plain: dict[str, Any] = reader.parse(text)
     reader.check_depth(plain, "")
     return plain
 
 
-def given(row: msgspec.Struct, *names: str) -> dict[str, Any]:
+def present_fields(row: msgspec.Struct, *names: str) -> dict[str, Any]:
     """Return the optional fields that a document has.
 
     Parameters
@@ -354,7 +354,7 @@ def _find(plain: Any, is_wanted: Callable[[Any], bool]) -> tuple[str, Any] | Non
 def _guessed_step(key: str | int) -> str:
     """Return the step to a part of a document whose schema is not known: a short word may be the name of a field."""
     is_word = isinstance(key, str) and key.isidentifier() and key.isascii() and len(key) <= 40
-    return f".{key}" if is_word else step(key)
+    return f".{key}" if is_word else key_step(key)
 
 
 def _fits(value: Any, schema: Any) -> bool:
@@ -388,15 +388,15 @@ def _locate(value: Any, schema: Any, place: str) -> tuple[str, str]:
     if origin is dict and isinstance(value, dict):
         keys = list(value)
         if (index := _first_refused(keys, arguments[0])) is not None:
-            return place + step(keys[index]), f"must have a key that is {_described(arguments[0])}"
+            return place + key_step(keys[index]), f"must have a key that is {_described(arguments[0])}"
         if (index := _first_refused(list(value.values()), arguments[1])) is not None:
-            return _locate(value[keys[index]], arguments[1], place + step(keys[index]))
+            return _locate(value[keys[index]], arguments[1], place + key_step(keys[index]))
     elif isinstance(value, list) and (origin is list or (origin is tuple and ... in arguments)):
         if (index := _first_refused(value, arguments[0])) is not None:
-            return _locate(value[index], arguments[0], place + step(index))
+            return _locate(value[index], arguments[0], place + key_step(index))
     elif isinstance(value, list) and origin is tuple and len(value) == len(arguments):
         index = next(index for index, own in enumerate(arguments) if not _fits(value[index], own))
-        return _locate(value[index], arguments[index], place + step(index))
+        return _locate(value[index], arguments[index], place + key_step(index))
     return place, f"must be {_described(schema)}, got {shown(value)}"
 
 
@@ -407,7 +407,7 @@ def _locate_field(value: dict[str, Any], kind: type[msgspec.Struct], place: str)
             return _locate(own, fields[key].type, f"{place}.{key}")
     if kind.__struct_config__.forbid_unknown_fields and not value.keys() <= fields.keys():
         unknown = next(key for key in value if key not in fields)
-        return place + step(unknown), f"is unknown. Known are {', '.join(fields)}"
+        return place + key_step(unknown), f"is unknown. Known are {', '.join(fields)}"
     missing = next(field.encode_name for field in _required(kind) if field.encode_name not in value)
     return f"{place}.{missing}", "is missing"
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lqlora._messages import fit
+from lqlora._messages import shortened
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def replace_file(
         _check_target(target)
     except (OSError, ValueError) as error:  # ValueError: the path has a zero byte
         raise CheckpointError(
-            fit(f"{str(path)!r} cannot be written: {_reason(error)}. Nothing was changed.")
+            shortened(f"{str(path)!r} cannot be written: {_reason(error)}. Nothing was changed.")
         ) from error
     try:
         with _temporary_folder(target) as folder:
@@ -105,7 +105,7 @@ def replace_file(
             else:
                 _rename_to_free(beside, target)
     except expected as error:
-        raise CheckpointError(fit(f"{path} cannot be written: {_reason(error)}. Nothing was changed.")) from error
+        raise CheckpointError(shortened(f"{path} cannot be written: {_reason(error)}. Nothing was changed.")) from error
 
 
 def _rename_to_free(beside: Path, target: Path) -> None:
@@ -147,12 +147,12 @@ def input_file(path: str | os.PathLike[str], error: type[LQLoRAError], *, is_opt
     except FileNotFoundError:
         if is_optional:
             return own
-        raise error(fit(f"{path} does not exist.")) from None
+        raise error(shortened(f"{path} does not exist.")) from None
     except (OSError, TypeError, ValueError) as fault:  # ValueError: the path has a zero byte
-        raise error(fit(f"{repr(path)[:200]} cannot be opened: {fault}.")) from fault
+        raise error(shortened(f"{repr(path)[:200]} cannot be opened: {fault}.")) from fault
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or a socket"
-        raise error(fit(f"{path} must be a regular file, got {kind}."))
+        raise error(shortened(f"{path} must be a regular file, got {kind}."))
     return own
 
 
@@ -178,7 +178,7 @@ def write_whole(path: str | os.PathLike[str], data: bytes, *, mode: int | None =
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Check that a file can be written, by everything that :func:`replace_file` does before and except the writing.
+    """Check that a file can be written, by the same steps as :func:`replace_file` except the write itself.
 
     Use it before long work whose result the file is to hold. A hidden folder beside the file is made and removed.
 
@@ -199,7 +199,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             _mode(target, folder / "data")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            fit(f"{str(path)!r} cannot be written: {_reason(error)}. Nothing was changed.")
+            shortened(f"{str(path)!r} cannot be written: {_reason(error)}. Nothing was changed.")
         ) from error
 
 
@@ -232,7 +232,7 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
     try:
         target = Path(os.path.realpath(path))
     except ValueError as error:  # the path has a zero byte
-        raise CheckpointError(fit(f"{str(path)!r} cannot be written: {error}.")) from error
+        raise CheckpointError(shortened(f"{str(path)!r} cannot be written: {error}.")) from error
     made: list[Path] = []
     beside = target
     try:
@@ -258,9 +258,9 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
     except OSError as error:
         said = _reason(error).replace(str(beside), str(path))  # names that a reader can find
         if not isinstance(error, CheckpointError):
-            raise CheckpointError(fit(f"{path} cannot be written: {said}.")) from error
+            raise CheckpointError(shortened(f"{path} cannot be written: {said}.")) from error
         if said != str(error):
-            raise CheckpointError(fit(said)) from error
+            raise CheckpointError(shortened(said)) from error
         raise
     finally:
         for parent in made:  # innermost first; parents that hold the output are not empty and stay

@@ -7,7 +7,7 @@ import reprlib
 
 from lqlora._printable import printable
 
-__all__ = ["MESSAGE_LENGTH", "fit", "shown"]
+__all__ = ["MESSAGE_LENGTH", "shortened", "shown"]
 
 #: Largest number of characters of a message about a file.
 MESSAGE_LENGTH = 400
@@ -71,29 +71,31 @@ def shown(value: object, length: int = 80) -> str:
     return _cut(printable(_SHORT.repr(value)), length)
 
 
-def fit(message: str) -> str:
-    """Return a message that is printable and not too long: the middle of a long one is left out.
+def shortened(message: str, length: int = MESSAGE_LENGTH) -> str:
+    """Return a text that is printable and not too long: the middle of a long one is left out.
 
     Parameters
     ----------
     message : str
-        A message that may contain texts of files.
+        A message or name that may contain texts of files.
+    length : int
+        Largest number of characters.
 
     Returns
     -------
     str
-        At most ``MESSAGE_LENGTH`` characters. The begin names the file, and the end says the value.
+        Printable text. The beginning of a message names the file, and its end says the value.
 
     Examples
     --------
-    >>> len(fit("a" * 1000)), fit("short")
+    >>> len(shortened("a" * 1000)), shortened("short")
     (400, 'short')
     """
     message = printable(message)
-    if len(message) <= MESSAGE_LENGTH:
+    if len(message) <= length:
         return message
-    end = MESSAGE_LENGTH // 2
-    return f"{message[: MESSAGE_LENGTH - end - 1]}…{message[-end:]}"
+    end = length // 2
+    return f"{message[: length - end - 1]}…{message[-end:]}"
 
 
 def _cut(text: str, length: int) -> str:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
 from lqlora._documents import Count, Length, Number, Reader, Text, json_values
-from lqlora._messages import MESSAGE_LENGTH, fit, shown
+from lqlora._messages import MESSAGE_LENGTH, shortened, shown
 from lqlora.allocation import _schema as of_plans
 from lqlora.checkpoint._schema import Content
 from lqlora.costs import CostStore, StoredRow
@@ -140,8 +140,8 @@ class TestReader:
         assert refused(lambda: json_values({"a": value}, "settings", StoreError), StoreError).startswith("settings ")
 
     def test_long_texts_are_cut_and_others_are_left(self):
-        assert fit("t: short") == "t: short"
-        assert len(fit("x" * 1000)) == MESSAGE_LENGTH
+        assert shortened("t: short") == "t: short"
+        assert len(shortened("x" * 1000)) == MESSAGE_LENGTH
         assert shown("x" * 1000, 20) == f"'{'x' * 18}…"
         assert (
             shown({"a": {"b": {"c": {"d": 1}}}, "e": 1, "f": 2, "g": 3})

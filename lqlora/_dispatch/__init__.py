@@ -13,7 +13,7 @@ what can be. ``kinds`` words the refusals, and ``misfits`` the errors about argu
 
 from __future__ import annotations
 
-from lqlora._dispatch.kinds import FLOATS, MOVED, MOVED_FLOATS, NUMBERS, Dtypes
+from lqlora._dispatch.kinds import FLOATS, NUMBERS, STORABLE, STORABLE_FLOATS, Dtypes
 from lqlora._dispatch.libraries import (
     Library,
     array_library,
@@ -42,9 +42,9 @@ from lqlora._dispatch.overrides import Override, Takes
 
 __all__ = [
     "FLOATS",
-    "MOVED",
-    "MOVED_FLOATS",
     "NUMBERS",
+    "STORABLE",
+    "STORABLE_FLOATS",
     "Dtypes",
     "Library",
     "Operation",

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOATS",
-    "MOVED",
-    "MOVED_FLOATS",
     "NUMBERS",
+    "STORABLE",
+    "STORABLE_FLOATS",
     "Dtypes",
     "class_fault",
     "facts_of",
@@ -125,8 +125,8 @@ class _Answers(dict[Any, bool]):
 #: The dtypes that lqlora computes with. Complex numbers, bool, extended precision and float8 are in none of its formulas.
 NUMBERS = Dtypes((*_FLOATS, *_INTEGERS), f"{', '.join(_FLOATS)} or an integer dtype")
 FLOATS = Dtypes(_FLOATS, "float16, bfloat16, float32 or float64")
-MOVED = Dtypes(None, "a dtype of numbers", takes_meta=True)
-MOVED_FLOATS = Dtypes(_FLOATS, FLOATS.sentence, takes_meta=True)
+STORABLE = Dtypes(None, "a dtype of numbers", takes_meta=True)
+STORABLE_FLOATS = Dtypes(_FLOATS, FLOATS.sentence, takes_meta=True)
 
 
 def facts_of(library: str | None) -> tuple[int, Callable[[Any], Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import array_api_compat
 
-from lqlora._dispatch.kinds import MOVED, NUMBERS, Dtypes, class_fault, facts_of, fault_of, is_native, spelled
+from lqlora._dispatch.kinds import NUMBERS, STORABLE, Dtypes, class_fault, facts_of, fault_of, is_native, spelled
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -581,7 +581,7 @@ def is_contiguous(array: Array) -> bool:
     try:
         return known.layout_of(array) in known.dense
     except RuntimeError as error:  # a sparse tensor has no strides to ask about
-        raise _refusal(array, LIBRARY_OF[type(array)], MOVED, None) from error
+        raise _refusal(array, LIBRARY_OF[type(array)], STORABLE, None) from error
 
 
 class _ByLibrary(dict["str | None", Any]):

@@ -7,7 +7,7 @@ import inspect
 import re
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from lqlora._dispatch.kinds import MOVED, fault_of, spelled
+from lqlora._dispatch.kinds import STORABLE, fault_of, spelled
 from lqlora._dispatch.libraries import LIBRARY_OF
 from lqlora._messages import shown
 from lqlora._printable import printable
@@ -82,7 +82,7 @@ def misfit(
         return None
     for name, value in given.items():
         library = LIBRARY_OF[type(value)]
-        if library is not None and (fault := fault_of(value, library, MOVED)):
+        if library is not None and (fault := fault_of(value, library, STORABLE)):
             return UnsupportedArrayError(f"{name} {fault}")
     listed = ", ".join(f"{name} {_described(value)}" for name, value in given.items())
     return InvalidArgumentError(

@@ -60,14 +60,14 @@ def read(text: str) -> dict[str, Any]:
 
 
 def _matrices(rows: Mapping[str, Matrix], reader: Reader) -> dict[str, dict[str, Any]]:
-    from lqlora._documents import given, step  # noqa: PLC0415 - imports msgspec
+    from lqlora._documents import key_step, present_fields  # noqa: PLC0415 - imports msgspec
 
     found, place = {}, "matrices"
     try:
-        check_work(codebook_name(row.format) for row in rows.values() if not given(row, "levels"))
+        check_work(codebook_name(row.format) for row in rows.values() if not present_fields(row, "levels"))
         for name, row in rows.items():
-            place = f"matrices{step(name)}.format"
-            codebook = codebook_from_json(codebook_name(row.format), given(row, "levels", "normalization"))
+            place = f"matrices{key_step(name)}.format"
+            codebook = codebook_from_json(codebook_name(row.format), present_fields(row, "levels", "normalization"))
             own = BlockFormat.parse(row.format, codebook)
             own.lines(row.shape)  # refuses an axis that the matrix does not have
             found[name] = {
@@ -85,8 +85,8 @@ def _matrices(rows: Mapping[str, Matrix], reader: Reader) -> dict[str, dict[str,
 
 
 def _limit(row: Limit, reader: Reader, place: str) -> LimitUse:
-    given = {key: value for key in ("upper", "lower") if (value := getattr(row, key)) is not None}
+    bounds = {key: value for key in ("upper", "lower") if (value := getattr(row, key)) is not None}
     try:
-        return LimitUse(row.matrices, row.used, **given, unit=row.unit, weight_count=row.weight_count)
+        return LimitUse(row.matrices, row.used, **bounds, unit=row.unit, weight_count=row.weight_count)
     except InvalidArgumentError as error:
         raise reader.fault(place, f": {error}") from error

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lqlora import ops
-from lqlora._dispatch import MOVED, plain_array
+from lqlora._dispatch import STORABLE, plain_array
 from lqlora._files import input_file, replace_file
-from lqlora._messages import fit, shown
+from lqlora._messages import shortened, shown
 from lqlora.codebooks import Codebook, check_work, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
 from lqlora.formats import BlockFormat, codebook_name
@@ -209,7 +209,7 @@ def _weight_key(matrix: str, array: str = "") -> str:
 
 def _on_host(array: Array, name: str) -> Any:
     """Return an array of any library as a NumPy array."""
-    return ops.convert(plain_array(array, name, MOVED), np)
+    return ops.convert(plain_array(array, name, STORABLE), np)
 
 
 def _owners(tensor: str) -> Iterator[str]:
@@ -301,10 +301,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Content, dict[s
     # than 64 dimensions.
     except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
         hint = "Is it truncated, or a git-lfs pointer?"
-        raise CheckpointError(fit(f"{path} is not a readable safetensors file ({error}). {hint}")) from error
+        raise CheckpointError(shortened(f"{path} is not a readable safetensors file ({error}). {hint}")) from error
     if text is None:
         raise CheckpointError(
-            fit(f"{path} is a safetensors file that lqlora.save did not write: it has no {_KEY!r} metadata.")
+            shortened(f"{path} is a safetensors file that lqlora.save did not write: it has no {_KEY!r} metadata.")
         )
     reader = _reader(path)
     plain = reader.parse(text)
@@ -319,7 +319,7 @@ def _take_matrices(
     arrays: dict[str, Any], rows: Mapping[str, Matrix], reader: Reader, place: str
 ) -> dict[str, StoredMatrix]:
     """Remove the tensors of all matrices from the arrays, check them, and return the matrices."""
-    from lqlora._documents import step  # noqa: PLC0415 - imports msgspec
+    from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
 
     names = sorted(arrays)
     try:
@@ -333,11 +333,11 @@ def _take_matrices(
             matrices[name] = _take_matrix(arrays, names, name, row)
         except KeyError as error:
             raise reader.fault(
-                f"{place}{step(name)}", f"is described, but {shown(error.args[0])} is missing."
+                f"{place}{key_step(name)}", f"is described, but {shown(error.args[0])} is missing."
             ) from error
         # What the tensors hold is not in the document: AttributeError and so on come from unusual dtypes and shapes.
         except (AttributeError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
-            raise reader.fault(f"{place}{step(name)}", f": {error}") from error
+            raise reader.fault(f"{place}{key_step(name)}", f": {error}") from error
     return matrices
 
 
@@ -405,12 +405,14 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
         same = False
     if not same:
         raise CheckpointError(
-            fit(f"{path} was changed after it was written: the SHA-256 of its content differs from the stored one.")
+            shortened(
+                f"{path} was changed after it was written: the SHA-256 of its content differs from the stored one."
+            )
         )
     for name, array in arrays.items():
         if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):
             try:
                 ops.require_finite(ops.widen(array), f"Tensor {name!r}")
             except NonFiniteError as error:
-                raise CheckpointError(fit(f"{path}: {error}")) from None
+                raise CheckpointError(shortened(f"{path}: {error}")) from None
     return _assemble(path, arrays, content)

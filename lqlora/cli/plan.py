@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import lqlora as lq
-from lqlora._messages import fit
+from lqlora._messages import shortened
 from lqlora.cli import console
 from lqlora.cli.outputs import check_outputs, list_outputs, write_outputs
 from lqlora.cli.parsing import parse_bytes, parse_number, parse_pairs, parse_ties
@@ -96,7 +96,7 @@ def _read_table(path: Path) -> CostTable:
     try:
         return lq.CostTable.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # invalid tables and invalid UTF-8 are ValueErrors
-        raise CheckpointError(fit(f"{path} is not a readable cost table: {error}")) from error
+        raise CheckpointError(shortened(f"{path} is not a readable cost table: {error}")) from error
 
 
 def _budget(options: PlanOptions) -> dict[str, Any]:

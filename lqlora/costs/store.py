@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from lqlora._files import input_file, lock, open_unshared, replace_file
-from lqlora._messages import fit, shown
+from lqlora._messages import shortened, shown
 from lqlora.errors import CheckpointError, InvalidArgumentError, StoreError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class StoredRow:
         ):
             if mine != others:
                 raise StoreError(
-                    fit(
+                    shortened(
                         f"{where}: the {what} of matrix {self.name!r} have changed since its costs were stored. Use "
                         "another store."
                     )
@@ -98,7 +98,7 @@ class StoredRow:
         for key in self.costs.keys() & other.costs.keys():
             if self.costs[key] != other.costs[key]:
                 raise StoreError(
-                    fit(
+                    shortened(
                         f"{where}: the cost of {self.name!r} in {key} is {other.costs[key]!r}, but {self.costs[key]!r} is "
                         "stored. Use another store, or leave one of the two out of a merge."
                     )
@@ -151,7 +151,7 @@ class CostStore:
             # back. Without a buffer no half of a line waits in this process, to be written after an error.
             self._file = open_unshared(self.path, "a+b")
         except OSError as error:
-            raise StoreError(fit(f"{self.path} cannot be opened: {error}.")) from error
+            raise StoreError(shortened(f"{self.path} cannot be opened: {error}.")) from error
         try:
             _lock(self._file, self.path)
             data = _read_store(self._file, _line(head), self.path)
@@ -187,7 +187,9 @@ class CostStore:
 
         for key, cost in row.costs.items():  # a reader refuses the whole store for one cost that it cannot read
             if not isinstance(key, str) or type(cost) is not float or not math.isfinite(cost):
-                raise StoreError(fit(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}."))
+                raise StoreError(
+                    shortened(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}.")
+                )
         document = _document(row)
         Reader("row must be one that can be read again", StoreError).convert(document, StoredCosts)
         # A contradiction is found before anything is written, and `rows` changes only after the line is on the disk. So
@@ -213,7 +215,7 @@ class CostStore:
         try:
             self._file.truncate(length)
         except OSError as error:
-            raise StoreError(fit(f"{self.path} cannot be written: {error}.")) from error
+            raise StoreError(shortened(f"{self.path} cannot be written: {error}.")) from error
 
     def _write(self, line: bytes) -> None:
         if self._file.closed:
@@ -231,7 +233,7 @@ class CostStore:
             except OSError:
                 self._file.close()
             if isinstance(error, OSError):
-                raise StoreError(fit(f"{self.path} cannot be written: {error}.")) from error
+                raise StoreError(shortened(f"{self.path} cannot be written: {error}.")) from error
             raise
 
     @staticmethod
@@ -286,7 +288,7 @@ class CostStore:
                 first = {"lqlora_costs": _SPEC, "numerics": head.numerics, "settings": head.settings}
                 beside.write_bytes(b"".join(map(_line, [first, *map(_document, rows.values())])))
         except CheckpointError as error:
-            raise StoreError(fit(str(error))) from error
+            raise StoreError(shortened(str(error))) from error
 
 
 def _read_store(file: io.FileIO, head: bytes, path: Path) -> bytes:
@@ -295,11 +297,11 @@ def _read_store(file: io.FileIO, head: bytes, path: Path) -> bytes:
     first = file.read(len(_BEGINNING))
     is_begun = head.startswith(first)  # a process was killed while it wrote the first line
     if first != _BEGINNING and not is_begun:
-        raise StoreError(fit(f"{path}, line 1, is not that of a store of costs. Choose another path."))
+        raise StoreError(shortened(f"{path}, line 1, is not that of a store of costs. Choose another path."))
     data = first + file.read()
     if b"\n" not in data and not head.startswith(data):
         raise StoreError(
-            fit(f"{path}, line 1, is not that of a store of costs with these settings. Choose another path.")
+            shortened(f"{path}, line 1, is not that of a store of costs with these settings. Choose another path.")
         )
     return data
 
@@ -309,7 +311,9 @@ def _lock(file: io.FileIO, path: Path) -> None:
     try:
         lock(file)
     except OSError as error:
-        raise StoreError(fit(f"{path} is in use by another process. Wait for it, or use another store.")) from error
+        raise StoreError(
+            shortened(f"{path} is in use by another process. Wait for it, or use another store.")
+        ) from error
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Head | None, dict[str, StoredRow]]:
@@ -317,7 +321,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[Head | None, dict[str, StoredRo
     try:
         data = own.read_bytes()
     except OSError as error:
-        raise StoreError(fit(f"{path} cannot be read: {error}.")) from error
+        raise StoreError(shortened(f"{path} cannot be read: {error}.")) from error
     return _parsed(_whole_lines(data), own)
 
 
@@ -388,7 +392,7 @@ def _check_head(found: Head, mine: Mapping[str, Any], path: str | os.PathLike[st
     """Raise if a store was made with other settings, and list the differences."""
     if found.numerics != NUMERICS:
         raise StoreError(
-            fit(
+            shortened(
                 f"{path} has costs of version {shown(found.numerics)} of the numerics, but this library computes version "
                 f"{NUMERICS}. Use another store."
             )
@@ -397,4 +401,4 @@ def _check_head(found: Head, mine: Mapping[str, Any], path: str | os.PathLike[st
     different = sorted(key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key))
     if different:
         listed = ", ".join(f"{key} is {others.get(key)!r:.80}, not {mine.get(key)!r:.80}" for key in different)
-        raise StoreError(fit(f"{path} has costs of other settings: {listed[:300]}. Use another store."))
+        raise StoreError(shortened(f"{path} has costs of other settings: {listed[:300]}. Use another store."))

@@ -227,14 +227,16 @@ def _written(configuration: Configuration) -> dict[str, Any]:
 
 def _configurations(columns: list[Column], reader: Reader) -> tuple[Configuration, ...]:
     """Return the configurations of a document."""
-    from lqlora._documents import given  # noqa: PLC0415 - imports msgspec
+    from lqlora._documents import present_fields  # noqa: PLC0415 - imports msgspec
 
     found, place = [], "configurations"
     try:
-        check_work(codebook_name(column.format) for column in columns if not given(column, "levels"))
+        check_work(codebook_name(column.format) for column in columns if not present_fields(column, "levels"))
         for index, column in enumerate(columns):
             place = f"configurations[{index}].format"
-            codebook = codebook_from_json(codebook_name(column.format), given(column, "levels", "normalization"))
+            codebook = codebook_from_json(
+                codebook_name(column.format), present_fields(column, "levels", "normalization")
+            )
             found.append(Configuration(BlockFormat.parse(column.format, codebook), column.rank))
     except InvalidArgumentError as error:
         raise reader.fault(place, f": {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lqlora._messages import fit
+from lqlora._messages import shortened
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,4 +34,4 @@ def fault(path: str | os.PathLike[str], problem: str) -> CheckpointError:
     'model.gguf is not a GGUF file.'
     """
     name = str(path)
-    return CheckpointError(fit(f"{name if len(name) <= 150 else f'…{name[-149:]}'} {problem}"))
+    return CheckpointError(shortened(f"{name if len(name) <= 150 else f'…{name[-149:]}'} {problem}"))

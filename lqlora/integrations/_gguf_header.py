@@ -111,7 +111,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
-    """Read the header of a GGUF file. The time is linear in the length of the header, and no tensor is read.
+    """Read the header of a GGUF file. It takes O(n log n) time for n tensors, and reads none of them.
 
     Parameters
     ----------

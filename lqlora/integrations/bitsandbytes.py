@@ -27,7 +27,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace, plain_array
-from lqlora._messages import fit, shown
+from lqlora._messages import shortened, shown
 from lqlora.codebooks import is_standard
 from lqlora.errors import FormatError
 from lqlora.formats import BlockFormat, ScaleFormat
@@ -200,7 +200,7 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
         quantized = QuantizedArray.from_arrays(arrays, fmt, shape)
     except FormatError as error:
         raise FormatError(
-            fit(f"Weight {shown(name, 150)} has values that its format does not have: {error}")
+            shortened(f"Weight {shown(name, 150)} has values that its format does not have: {error}")
         ) from error
     return BitsandbytesWeight(quantized, state.dtype)
 

@@ -196,7 +196,7 @@ def open_llama(path: str | os.PathLike[str]) -> ModelContents:
 
 
 class _Llama(NamedTuple):
-    """A model whose header was checked: the file with its settings, all files, settings, tensors, and names.
+    """Checked headers of a Llama model: its files, settings and tensors.
 
     ``tensors`` has the file and the place of each tensor by its name in the file, ``names`` has this name by that in
     transformers.

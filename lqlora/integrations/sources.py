@@ -205,7 +205,7 @@ def _with_all_parts(files: list[Path]) -> list[Path]:
 
 def _read_index(path: Path) -> dict[str, Path]:
     """Return the file of each tensor; the files exist."""
-    from lqlora._documents import Reader, step  # noqa: PLC0415 - imports msgspec
+    from lqlora._documents import Reader, key_step  # noqa: PLC0415 - imports msgspec
     from lqlora.integrations._schema import Index  # noqa: PLC0415
 
     if not path.is_file() or path.stat().st_size > _MOST_INDEX_BYTES:
@@ -216,7 +216,7 @@ def _read_index(path: Path) -> dict[str, Path]:
         # A path would let an index read files elsewhere.
         if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
             raise reader.fault(
-                f"weight_map{step(tensor)}", f"must be a .safetensors file of the folder, got {shown(name)}."
+                f"weight_map{key_step(tensor)}", f"must be a .safetensors file of the folder, got {shown(name)}."
             )
     for name in dict.fromkeys(files.values()):
         if not path.with_name(name).exists():

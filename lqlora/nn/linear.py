@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lqlora import ops
-from lqlora._dispatch import MOVED_FLOATS, plain_array
+from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operators import is_autocast  # its module registers torch.ops.lqlora
 from lqlora.nn.weight import QuantizedWeight
@@ -58,8 +58,8 @@ class LQLinear(nn.Module):
         require_quantized(quantized, "quantized")
         if len(quantized.shape) != 2 or quantized.batch_shape:
             raise InvalidArgumentError(f"quantized must be a matrix, got shape {quantized.shape}.")
-        lora_A, lora_B = plain_array(lora_A, "lora_A", MOVED_FLOATS), plain_array(lora_B, "lora_B", MOVED_FLOATS)
-        bias = None if bias is None else plain_array(bias, "bias", MOVED_FLOATS)
+        lora_A, lora_B = plain_array(lora_A, "lora_A", STORABLE_FLOATS), plain_array(lora_B, "lora_B", STORABLE_FLOATS)
+        bias = None if bias is None else plain_array(bias, "bias", STORABLE_FLOATS)
         rows, columns = quantized.shape
         if tuple(lora_A.shape[1:]) != (columns,) or tuple(lora_B.shape) != (rows, lora_A.shape[0]):
             shapes = tuple(lora_B.shape), tuple(lora_A.shape)

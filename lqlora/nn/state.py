@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lqlora import ops
-from lqlora._documents import Reader, Text, step
-from lqlora._messages import fit, shown
+from lqlora._documents import Reader, Text, key_step
+from lqlora._messages import shortened, shown
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.linear import LQLinear
@@ -91,7 +91,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """
     content = load(path)
     if not content.matrices:
-        raise CheckpointError(fit(f"{path} holds no quantized matrix, so save_model did not write it."))
+        raise CheckpointError(shortened(f"{path} holds no quantized matrix, so save_model did not write it."))
     linears = {name: module for name, module in linear_layers(model).items() if name in content.matrices}
     tied = _ties(path, content)
     _check_fit(path, model, linears, content, tied)
@@ -117,7 +117,7 @@ def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
     tied = reader.convert(content.metadata.get(_TIED, {}), dict[Text, Text], place)
     for name, origin in tied.items():
         if origin not in content.tensors:
-            raise reader.fault(place + step(name), f"must name a tensor of the file, got {shown(origin)}.")
+            raise reader.fault(place + key_step(name), f"must name a tensor of the file, got {shown(origin)}.")
     return tied
 
 
@@ -159,4 +159,6 @@ def _check_fit(
         if other != name
     ]
     if faults:
-        raise CheckpointError(fit(f"{path} does not fit the model: {faults[0]} ({len(faults)} differences in all)."))
+        raise CheckpointError(
+            shortened(f"{path} does not fit the model: {faults[0]} ({len(faults)} differences in all).")
+        )

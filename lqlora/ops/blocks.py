@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lqlora._dispatch import MOVED, device_of, fitting, namespace, op
+from lqlora._dispatch import STORABLE, device_of, fitting, namespace, op
 from lqlora.ops.casting import widen
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def to_blocks(flat: Array, block_size: int) -> Array:
     >>> to_blocks(np.array([1, 2, 3]), 2).tolist()
     [[1, 2], [3, 0]]
     """
-    xp = namespace(flat, dtypes=MOVED)
+    xp = namespace(flat, dtypes=STORABLE)
     block_size = max(1, min(block_size, flat.shape[0]))
     tail = -flat.shape[0] % block_size
     if tail:
@@ -66,7 +66,7 @@ def from_blocks(blocks: Array, count: int) -> Array:
     >>> from_blocks(np.array([[1, 2], [3, 0]]), 3).tolist()
     [1, 2, 3]
     """
-    return namespace(blocks, dtypes=MOVED).reshape(blocks, (-1,))[:count]
+    return namespace(blocks, dtypes=STORABLE).reshape(blocks, (-1,))[:count]
 
 
 @op(examples=lambda problem: (problem.weights, problem.block_size))
@@ -91,7 +91,7 @@ def block_absmax(flat: Array, block_size: int) -> Array:
     >>> block_absmax(np.array([1.0, -3.0, 2.0]), 2).tolist()
     [3.0, 2.0]
     """
-    xp = namespace(flat, dtypes=MOVED)
+    xp = namespace(flat, dtypes=STORABLE)
     blocks = to_blocks(widen(flat, "flat"), block_size)
     if blocks.shape[0] == 0:  # a maximum over an empty array is not defined, not even along a non-empty axis
         return xp.reshape(blocks, (0,))
@@ -120,7 +120,7 @@ def block_extremes(flat: Array, block_size: int) -> tuple[Array, Array]:
     >>> [x.tolist() for x in block_extremes(np.array([1.0, -3.0, 2.0]), 2)]
     [[-3.0, 0.0], [1.0, 2.0]]
     """
-    xp = namespace(flat, dtypes=MOVED)
+    xp = namespace(flat, dtypes=STORABLE)
     blocks = to_blocks(widen(flat, "flat"), block_size)
     if blocks.shape[0] == 0:
         return xp.reshape(blocks, (0,)), xp.reshape(blocks, (0,))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from lqlora._dispatch import FLOATS, MOVED, array_library, dtype_name, fitting, namespace
+from lqlora._dispatch import FLOATS, STORABLE, array_library, dtype_name, fitting, namespace
 from lqlora.errors import UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def stored_bytes(array: Array) -> int:
     >>> stored_bytes(np.zeros((2, 3), dtype=np.float16))
     12
     """
-    namespace(array, dtypes=MOVED)
+    namespace(array, dtypes=STORABLE)
     itemsize = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[dtype_name(array)]
     return int(prod(array.shape)) * itemsize
 
@@ -215,7 +215,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     >>> convert(np.arange(3), np).tolist()
     [0, 1, 2]
     """
-    own = namespace(array, dtypes=MOVED)
+    own = namespace(array, dtypes=STORABLE)
     if array_library(array) != "numpy" and _plain_name(own) == _plain_name(xp):
         return _moved(array, device)
     # torch and NumPy share no bfloat16 dtype: NumPy's is an extension of ml_dtypes. Its bits cross as uint16 and are

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import MOVED, array_library, device_of, fitting, is_contiguous, is_on_host, namespace, op
+from lqlora._dispatch import STORABLE, array_library, device_of, fitting, is_contiguous, is_on_host, namespace, op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,7 +45,7 @@ def take_flat(array: Array, start: int, stop: int) -> Array:
     >>> take_flat(np.arange(12).reshape(3, 4).T, 2, 7).tolist()
     [8, 1, 5, 9, 2]
     """
-    xp = namespace(array, dtypes=MOVED)
+    xp = namespace(array, dtypes=STORABLE)
     if start >= stop:
         return xp.zeros((0,), dtype=array.dtype, device=device_of(array))
     if len(array.shape) == 1:
@@ -82,7 +82,7 @@ def put_flat(array: Array, start: int, values: Array) -> None:
     >>> target.tolist()
     [[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]]
     """
-    xp = namespace(array, values, dtypes=MOVED)
+    xp = namespace(array, values, dtypes=STORABLE)
     if not values.shape[0]:
         return
     if is_contiguous(array):
@@ -110,7 +110,7 @@ def _put_rows(array: Array, start: int, values: Array) -> None:
 
 def _flattened(array: Array) -> Array:
     """Return all entries of an array in row-major order."""
-    xp = namespace(array, dtypes=MOVED)
+    xp = namespace(array, dtypes=STORABLE)
     if _fastest_axis(array) == len(array.shape) - 1:
         return xp.reshape(array, (-1,))
     if array_library(array) == "torch":
@@ -156,7 +156,7 @@ def copy_across(source: Array, out: Array) -> Array:
     >>> copy_across(np.arange(6).reshape(2, 3).T, np.empty((3, 2), dtype=np.int64)).tolist()
     [[0, 3], [1, 4], [2, 5]]
     """
-    namespace(source, out, dtypes=MOVED)
+    namespace(source, out, dtypes=STORABLE)
     axis = _fastest_axis(out)
     length = out.shape[axis]
     width = max(_STRIP, _STRIP_ENTRIES * length // max(1, prod(out.shape)))

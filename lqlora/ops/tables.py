@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from lqlora._dispatch import MOVED, array_library, device_of, fitting, is_on_host, namespace
+from lqlora._dispatch import STORABLE, array_library, device_of, fitting, is_on_host, namespace
 from lqlora._dispatch.libraries import PLAIN_LIBRARY_OF
 from lqlora.errors import InvalidArgumentError, UnsupportedArrayError
 
@@ -45,7 +45,7 @@ def table_beside(table: npt.NDArray[Any], array: Array) -> Array:
     [0.5]
     """
     if PLAIN_LIBRARY_OF[type(table)] != "numpy":
-        namespace(table, dtypes=MOVED)
+        namespace(table, dtypes=STORABLE)
         raise UnsupportedArrayError(f"table must be a NumPy array, got one of {array_library(table)}.")
     library = PLAIN_LIBRARY_OF[type(array)]
     if library == "numpy":
@@ -101,7 +101,7 @@ def pick(array: Array, index: Array, axis: int = 0) -> Array:
     >>> pick(np.array([0.5, 2.0]), np.array([1, 1, 0])).tolist()
     [2.0, 2.0, 0.5]
     """
-    xp = namespace(array, index, dtypes=MOVED)
+    xp = namespace(array, index, dtypes=STORABLE)
     is_torch = array_library(array) == "torch"
     # torch refuses negative positions itself, other libraries count them from the end.
     if not is_torch and is_on_host(index) and index.shape[0] and int(xp.min(index)) < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lqlora._messages import fit
+from lqlora._messages import shortened
 from lqlora._optional import require
 from lqlora.errors import InvalidArgumentError
 
@@ -75,7 +75,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # not UTF-8, or a path with a zero byte
-        raise InvalidArgumentError(fit(f"{path} cannot be read as UTF-8 text: {error}.")) from error
+        raise InvalidArgumentError(shortened(f"{path} cannot be read as UTF-8 text: {error}.")) from error
 
 
 def token_sequences(tokenizer: Any, text: str, length: int) -> torch.Tensor:

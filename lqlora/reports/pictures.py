@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lqlora._messages import shortened
 from lqlora._optional import require
-from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.reports.frontier import pareto_points
 from lqlora.reports.grouping import bits_by_layer, error_by_layer, ranks_by_layer
@@ -141,9 +141,7 @@ def draw_errors(axes: Any, curves: Mapping[str, Sequence[float]], title: str) ->
 
 def _label(name: str) -> str:
     """Return a name as a picture shows it: on one line, without characters that cannot be printed, and not too long."""
-    name = printable(name)
-    half = _LONGEST // 2
-    return name if len(name) <= _LONGEST else f"{name[: half - 1]}…{name[-half:]}"
+    return shortened(name, _LONGEST)
 
 
 def figure(**options: Any) -> Any:

@@ -123,7 +123,7 @@ def test_without_the_check_a_scale_that_is_not_finite_is_refused_all_the_same(xp
 def test_what_is_not_quantized_is_refused(xp):
     w = on(xp, np.ones((2, 4), dtype=np.float32))
     for call in (lambda: dequantize(w), lambda: matmul(w, w)):
-        with pytest.raises(InvalidArgumentError, match=r"^q must .*ndarray|^q must .*Tensor|^q must .*Array"):
+        with pytest.raises(InvalidArgumentError, match=r"^q must be "):
             call()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import lqlora as lq
 from lqlora import ops
-from lqlora._dispatch import Operation
+from lqlora._dispatch import Operation, array_library
 from lqlora.decomposition import decompose_stack
 from lqlora.integrations.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from lqlora.testing.backends._cases import Blocks, Product
@@ -89,7 +89,7 @@ FLAT = W.reshape(-1).copy()
 
 def beside(array):
     """The quantized weight in the library of an array, whatever kind it is."""
-    return Q.to(importlib.import_module("torch")) if type(array).__module__.startswith("torch") else Q
+    return Q.to(importlib.import_module("torch")) if array_library(array) == "torch" else Q
 
 
 def _saved(**arrays):
@@ -134,7 +134,7 @@ _WEIGHTINGS = {
 
 
 def _norm(make, method, residual):
-    is_tensor = type(residual).__module__.startswith("torch")
+    is_tensor = array_library(residual) == "torch"
     put = importlib.import_module("torch").from_numpy if is_tensor else np.asarray
     weighting = make(lambda array: put(array.copy()))
     if method == "low_rank":

@@ -25,6 +25,9 @@ R = TypeVar("R")
 FOREIGN = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 
 
+#: Packages whose errors may be about arguments. Those of CuPy and of kernels are about the device.
+_PACKAGES = ("builtins", "numpy", "torch")
+
 #: Words of errors about memory and devices, which torch and CuPy raise as RuntimeError, too.
 _MACHINE = re.compile("allocate memory|CUDA|cuda[A-Z]")
 
@@ -74,7 +77,8 @@ def misfit(
     LQLoRAError or None
         None if the error is one of lqlora, a lack of memory, or about the number of arguments.
     """
-    if isinstance(error, LQLoRAError) or "OutOfMemory" in type(error).__name__ or _MACHINE.search(str(error)):
+    package = type(error).__module__.partition(".")[0]
+    if package not in _PACKAGES or "OutOfMemory" in type(error).__name__ or _MACHINE.search(str(error)):
         return None
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments

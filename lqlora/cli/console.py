@@ -146,8 +146,10 @@ class _Forgiving:
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        try:
             self._stream.flush()
+        except (OSError, ValueError):
+            _discard(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -167,12 +169,17 @@ def _print(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except (OSError, ValueError) as error:  # ValueError: the stream is closed
-        # Python flushes standard output once more at its end. That must not fail again, so the rest goes to nowhere.
-        with suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # `lqlora plan ... | head` closes the pipe on purpose
             complain(f"lqlora: standard output cannot be written: {error}. Files that the command writes are complete.")
         raise SystemExit(1) from error
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Send what a stream that failed still holds to nowhere."""
+    # Python flushes the standard streams once more at its end, and exits with code 120 if that fails again.
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def _console(stream: _Forgiving) -> Console:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,7 +176,7 @@ def _judge(files: dict[str, bytes], names: tuple[str, ...] | None, results: dict
     for name, values in found.items():
         assert values.ndim == 2, f"{name!r} has the shape {values.shape}"
         assert values.dtype == np.float32, f"{name!r} is of dtype {values.dtype}"
-        keys = [key for key in (name, f"{name}.weight") if "lora_" not in key]
+        keys = [key for key in (name, f"{name}.weight") if not re.search("lora_[AB]", key)]
         stored = [own[key] for own in map(_arrays_of, files.items()) for key in keys if key in own]
         with np.errstate(all="ignore"):
             wanted = [own.astype(np.float32).tobytes() for own in stored if own.dtype != np.uint8]

@@ -108,7 +108,7 @@ def _change_tensor(rng: random.Random, tensors: Tensors) -> tuple[Tensors, str]:
     if kind == "view":
         other = rng.choice(list(DTYPES))
         made = (other, [len(data) // DTYPES[other].itemsize], data)
-    elif kind == "cast" and dtype in DTYPES:
+    elif kind == "cast" and dtype in DTYPES and not len(data) % DTYPES[dtype].itemsize:
         other = rng.choice(list(DTYPES))
         with np.errstate(all="ignore"):
             values = np.frombuffer(data, dtype=DTYPES[dtype])
@@ -133,7 +133,8 @@ def _change_values(rng: random.Random, tensors: Tensors) -> tuple[Tensors, str]:
         return tensors, "nothing"
     name = rng.choice(names)
     dtype, _, data = tensors[name]
-    if DTYPES[dtype].kind in "fV" and rng.random() < 0.6:  # bfloat16 is of kind V
+    # bfloat16 is of kind V. An earlier mutation may have left half of a number.
+    if DTYPES[dtype].kind in "fV" and rng.random() < 0.6 and not len(data) % DTYPES[dtype].itemsize:
         value = rng.choice(_FLOATS)
         index = rng.randrange(len(data) // DTYPES[dtype].itemsize)
         return with_value(tensors, name, index, value), f"{value} in {name!r}"

@@ -59,7 +59,7 @@ def run(name, arrays):
 
 
 def faults_of(name, arrays, changed, kinds, judge):
-    """What goes wrong when an argument is replaced by each of several kinds of arrays."""
+    """Yield a line for each kind of array that, in place of an argument, neither works nor is refused in our words."""
     for kind, make in kinds.items():
         value = make(arrays[changed])
         if value is None and kind != "None":

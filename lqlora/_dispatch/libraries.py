@@ -300,7 +300,8 @@ def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
     """Return an argument as an array of exactly the class of its library: every public function begins with this.
 
     A harmless subclass becomes its base class, a parameter of torch the tensor behind it with its graph, a matrix or another
-    byte order an ordinary array, and a lazily negated or conjugated tensor is resolved. Anything else that lqlora does not compute with is refused.
+    byte order an ordinary array, and a lazily negated or conjugated tensor is resolved. Anything else that lqlora does not compute with is
+    refused.
 
     Parameters
     ----------

@@ -166,7 +166,8 @@ def save(
             f"tensors: the name {taken[0]!r} is reserved for a part of a quantized matrix. Rename the tensor."
         )
     _add_all(arrays, {name: _on_host(tensor, repr(name)) for name, tensor in (tensors or {}).items()})
-    arrays = {name: _plain(array) for name, array in arrays.items()}
+    # np.asarray keeps a scalar, where np.ascontiguousarray would give it a dimension.
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     _check_readable(arrays, rows)
     # The fingerprint is computed from what a reader will see: JSON turns keys that are numbers into text.
     document: dict[str, Any] = {
@@ -192,14 +193,6 @@ def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, A
     _take_matrices(dict(arrays), reader.convert(dict(rows), dict[Text, Matrix], "matrices"), reader, "matrices")
     if "__metadata__" in arrays:
         raise InvalidArgumentError("tensors: the name '__metadata__' is reserved by safetensors. Rename the tensor.")
-
-
-def _plain(array: Any) -> Any:
-    """Return a C-contiguous array in this machine's byte order; scalars stay scalars."""
-    # A reader gets arrays in the byte order of its machine. The fingerprint must be of the same bytes, so the order is
-    # changed before it is computed. np.asarray keeps a scalar, where np.ascontiguousarray would give it a dimension.
-    native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-    return np.asarray(native, order="C")
 
 
 def _weight_key(matrix: str, array: str = "") -> str:

@@ -11,6 +11,7 @@ from lqlora._dispatch import FLOATS, namespace, plain_array
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.formats import BlockFormat
 from lqlora.weighting import LowRankStep
+from lqlora.weighting.base import largest_magnitude
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -74,14 +75,6 @@ def check_scaling(scaling: float, matrix: Array, name: str) -> None:
             f"scaling must be between {least:.2g} and {most:.2g} for {name} with a largest magnitude of {largest:.3g}, "
             f"so that float32 holds the product of lora_B and lora_A, got {scaling!r}."
         )
-
-
-def largest_magnitude(matrix: Array) -> float:
-    """Return the largest magnitude of the entries, or zero if there are none."""
-    if 0 in matrix.shape:
-        return 0.0
-    xp = namespace(matrix)
-    return max(float(xp.max(matrix)), -float(xp.min(matrix)))
 
 
 def _power_of_ten(exponent: int) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "checked_residual",
     "exponent_of",
     "in_float64",
+    "largest_magnitude",
     "normalized_at",
     "unit_of",
 ]
@@ -304,10 +305,26 @@ def unit_of(residual: Array) -> float:
     """
     # If E / 4**k = L R, then E = (2**k L) (2**k R): the root of a power of four is a power of two, so both factors
     # carry their half of the unit without rounding. Scaling a residual by 4**k then changes no digit of the result.
-    if not min(residual.shape):
-        return 1.0
-    xp = namespace(residual)
-    return ops.power_of_four(max(float(xp.max(residual)), -float(xp.min(residual))), 2.0**40, dtype_name(residual))
+    return ops.power_of_four(largest_magnitude(residual), 2.0**40, dtype_name(residual))
+
+
+def largest_magnitude(array: Array) -> float:
+    """Return the largest magnitude of the entries of an array.
+
+    Parameters
+    ----------
+    array : array
+        Values.
+
+    Returns
+    -------
+    float
+        Zero if there are no entries, NaN if one is NaN.
+    """
+    if 0 in array.shape:
+        return 0.0
+    xp = namespace(array)
+    return max(float(xp.max(array)), -float(xp.min(array)))
 
 
 def checked_residual(weighting: AbstractWeighting, residual: Array) -> Array:

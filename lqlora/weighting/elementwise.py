@@ -19,6 +19,7 @@ from lqlora.weighting.base import (
     checked_residual,
     exponent_of,
     in_float64,
+    largest_magnitude,
     normalized_at,
     unit_of,
 )
@@ -160,7 +161,7 @@ class Elementwise(AbstractWeighting):
             left, right = self._swept(residual, start.left, start.right)
             rest = residual - left @ right
             # Entries without importance are free. If they grow beyond the digits of float32, the others lose theirs.
-            if _size(rest) <= _FREE * _size(residual):
+            if largest_magnitude(rest) <= _FREE * largest_magnitude(residual):
                 return LowRankStep(left, right, start.basis, self.squared_norm(rest))
             start = self.surrogate.low_rank(residual, rank, previous=previous, seed=seed)
         return start._replace(squared_error=self.squared_norm(residual - start.left @ start.right))
@@ -184,14 +185,6 @@ class Elementwise(AbstractWeighting):
             left = columns
         left, right = balanced(left, right)
         return left * unit**0.5, right * unit**0.5
-
-
-def _size(array: Array) -> float:
-    """Return the largest magnitude, which is NaN if an entry is."""
-    if 0 in array.shape:
-        return 0.0
-    xp = namespace(array)
-    return max(float(xp.max(array)), -float(xp.min(array)))
 
 
 def _solved(target: Array, importance: Array, factor: Array, other: Array) -> Array:

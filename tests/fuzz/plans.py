@@ -14,6 +14,7 @@ import lqlora as lq
 from tests.fuzz.mutate import Pairs, Raw, changed, mutated_text
 from tests.fuzz.running import Case, same
 from tests.fuzz.spelling import canonical
+from tests.fuzz.tables import made_table
 
 if TYPE_CHECKING:
     import random
@@ -27,11 +28,7 @@ _LIMIT_KEYS = {3: ("demands", "what", "weights"), 4: ("limits", "matrices", "wei
 @functools.cache
 def documents() -> tuple[str, ...]:
     """Return plans in standard formats, in codebooks that are stored with their levels, and of version 3."""
-    rng = np.random.default_rng(0)
-    weights = {f"layers.{i}.{kind}": rng.standard_normal((8, 16)) for i in range(2) for kind in ("up", "down")}
-    ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1], name="ternary"), 8, "float16")
-    formats = [lq.BlockFormat.parse("nf2/8:u8/16:float32"), ternary, lq.BlockFormat.parse("nf4+fit/16@-1:bfloat16")]
-    table = lq.cost_table(weights, formats, ranks=(0, 2), max_iter=1)
+    table = made_table()
     plans = [
         lq.allocate(table, bits_per_weight=5.5, limits=[lq.Limit("layers.0.*", bits_per_weight=6)]),
         lq.allocate(table, max_error=table.costs.min(axis=1).sum() * 1.5),

@@ -19,19 +19,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-__all__ = ["Tables"]
+__all__ = ["Tables", "made_table"]
 
 
-@functools.cache
-def documents() -> tuple[str, ...]:
-    """Return tables with a forbidden configuration, and with a codebook that is stored with its levels."""
+def made_table() -> lq.CostTable:
+    """Return a table of four matrices in standard formats, and in codebooks that are stored with their levels."""
     rng = np.random.default_rng(0)
     weights = {f"layers.{i}.{kind}": rng.standard_normal((8, 16)) for i in range(2) for kind in ("up", "down")}
     ternary = lq.BlockFormat(lq.Codebook([-1, 0, 1], name="ternary"), 8, "float16")
     formats = [lq.BlockFormat.parse("nf2/8:u8/16:float32"), ternary, lq.BlockFormat.parse("nf4+fit/16@-1:bfloat16")]
-    table = lq.cost_table(weights, formats, ranks=(0, 2), max_iter=1)
+    return lq.cost_table(weights, formats, ranks=(0, 2), max_iter=1)
+
+
+@functools.cache
+def documents() -> tuple[str, ...]:
+    """Return a table with a forbidden configuration, and one of a single matrix."""
+    table = made_table()
     table.costs[1, 2] = math.inf
-    return (table.to_json(), lq.cost_table({"a": weights["layers.0.up"]}, formats[:1], rank=1).to_json())
+    w = np.random.default_rng(0).standard_normal((8, 16))
+    return (table.to_json(), lq.cost_table({"a": w}, [table.formats[0]], rank=1).to_json())
 
 
 class Tables:

@@ -11,12 +11,13 @@ import pytest
 
 from lqlora._optional import is_installed
 from tests.requirements import require_or_skip, required
+from tests.sampling import outside_of_samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # No deadlines: the first call on a library imports it, and shared machines stall.
-hypothesis.settings.register_profile("dev", max_examples=50, deadline=None)
+hypothesis.settings.register_profile("dev", max_examples=30, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
 # For mutation runs: few examples, always the same, and no time for making a failing one small.
 hypothesis.settings.register_profile(
@@ -58,18 +59,19 @@ def _is_usable(backend: str) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is slow on one library, and leave out what needs a device where there is none and none is required."""
+    """Mark what is slow, and leave out what needs a device where there is none and none is required."""
     for item in items:
         on_strict = getattr(getattr(item, "callspec", None), "params", {}).get("xp") == "array-api-strict"
         if on_strict and item.get_closest_marker("slow_on_strict"):
             item.add_marker(pytest.mark.slow)
     # A skip for each test that needs a device would take a minute.
-    if any(_is_usable(name) or name in required() for name in ON_DEVICE):
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if not any(_is_usable(name) or name in required() for name in ON_DEVICE):
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    for item in outside_of_samples(items):
+        item.add_marker(pytest.mark.slow)
 
 
 def load(backend: str) -> Any:

@@ -188,6 +188,7 @@ def test_nearest_codes_are_those_of_the_reference(cupy, data, count, length, see
     same(ops.nearest_codes(put(cupy, found.reshape(-1, 1)), boundaries), expected.reshape(-1, 1))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_threads_go_on_beyond_the_largest_grid(cupy, bits):
@@ -251,6 +252,7 @@ def check_product(cupy, kernel, case):
     assert out.get().astype(np.float64).tolist() == expected.astype(np.float64).tolist()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kernel", [*MATMUL_SAMPLE, *TENSOR_SAMPLE])
 @given(
     data=st.data(),

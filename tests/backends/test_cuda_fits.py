@@ -122,6 +122,7 @@ def test_best_ratios_are_those_of_the_reference(cupy, data, shape, bits, weighte
     check_search(cupy, search(rng, *shape, book, weighted=weighted, affine=affine), start)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("length", [length for length in LONG if length <= LONGEST_SEARCH])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_long_rows_are_searched_by_several_warps(cupy, length, weighted):
@@ -304,6 +305,7 @@ def quantized_alike(cupy, w, fmt, fit, weights):
     same(lq.dequantize(there), lq.dequantize(here))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("text", ["nf4/64", "nf3/48:u8/256:float32", "bof4s-64/16", "nf2/100"])

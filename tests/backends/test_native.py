@@ -166,6 +166,7 @@ def test_a_block_is_as_long_as_the_array_at_most(isa, size):
     np.testing.assert_array_equal(y, outs[0][:96].reshape(12, 8).T[:4])
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "text", ["nf4/64:float32", "nf3/50:float32", "affine2/64:u8/256:float32", "bof4s-64/64:float32"]

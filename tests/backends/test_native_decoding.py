@@ -40,6 +40,7 @@ def test_values(isa, dtype, count, size, codebook, seed):
     )
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("start", [0, 1, 8])
 @pytest.mark.parametrize("codebook", [lq.NF4, lq.normal_float(3), lq.affine(4)], ids=lambda book: book.name)
 @pytest.mark.parametrize(("size", "more"), [(64, 1013), (64, 1024), (40, 1024), (20, 1024)])

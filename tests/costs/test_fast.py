@@ -34,6 +34,7 @@ def near_best(table, row=0, factor=1.5):
     return np.array([cost <= factor * costs[sizes <= size].min() for cost, size in zip(costs, sizes, strict=True)])
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", ["uniform", "row-column", "elementwise", "surrogate", "gram", "kronecker"])
 @pytest.mark.parametrize("shape", [(192, 160), (160, 224)])
 def test_costs_are_near_those_of_decompositions(kind, shape):

@@ -97,6 +97,7 @@ def test_extrapolation_repeats_the_last_change():
 # --- safeguards
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fit", ["absmax", "scale", "levels+scale"])
 @pytest.mark.parametrize("init", ["svd", "quantize"])

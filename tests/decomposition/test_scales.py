@@ -123,6 +123,7 @@ class TestTheResultDoesNotDependOnAScale:
     def test_of_the_matrix_thoroughly(self, fast_xp, plain, kind, power, dtype):
         check_matrix(fast_xp, plain, kind, power, dtype)
 
+    @pytest.mark.sampled(14)
     @pytest.mark.parametrize("kind", WEIGHTED)
     @pytest.mark.parametrize("exponent", [-460, -130, 460])
     def test_by_a_power_of_four_it_is_the_same_to_the_last_bit(self, fast_xp, kind, exponent):

@@ -58,6 +58,7 @@ def test_it_is_the_product_plus_the_low_rank_part(lead, dtype, factors):
     assert all(map(torch.equal, tensors, before))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(("dtype", "factors"), [(torch.float32, None), (torch.float16, torch.float32)], ids=str)
 def test_opcheck(grad, dtype, factors):

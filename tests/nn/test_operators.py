@@ -143,18 +143,22 @@ class TestTheLayer:
 
 
 class TestOpcheck:
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("adjoint", [False, True])
     def test_matmul(self, q, adjoint):
         x = _random(3, OUT if adjoint else IN).requires_grad_(not adjoint)
         torch.library.opcheck(torch.ops.lqlora.matmul.default, (x, *operands(q)), {"adjoint": adjoint})
 
+    @pytest.mark.sampled(2)
     @pytest.mark.parametrize("x", [_random(IN), _random(2, 0, IN), _random(IN, 3).T, _random(3, IN).half()], ids=str)
     def test_matmul_of_rows_of_other_kinds(self, x):
         torch.library.opcheck(torch.ops.lqlora.matmul.default, (x.requires_grad_(), *operands(_quantized())))
 
+    @pytest.mark.sampled(3)
     def test_dequantize(self, q):
         torch.library.opcheck(torch.ops.lqlora.dequantize.default, tuple(operands(q)), {"dtype": torch.bfloat16})
 
+    @pytest.mark.sampled(3)
     @pytest.mark.parametrize("grad", [False, True])
     def test_quantize(self, q, grad):
         w, (_, text, _, codebook) = _random(OUT, IN).requires_grad_(grad), operands(q)

@@ -78,6 +78,7 @@ def oracle_codes(w, gram, start, order):
     )
 
 
+@pytest.mark.sampled(42)
 @pytest.mark.parametrize(("text", "fit"), CASES)
 @pytest.mark.parametrize("order", ["natural", "activation"])
 def test_a_single_round_gives_the_codes_of_the_paper(text, fit, order):
@@ -141,6 +142,7 @@ def test_it_is_never_worse_than_nearest_rounding(xp, data):
     assert output_error(w, q, gram) <= output_error(w, nearest, gram) * (1 + 1e-9)
 
 
+@pytest.mark.sampled(22)
 @pytest.mark.parametrize(("text", "fit"), [case for case in CASES if case != ("uint1/53:float32", "absmax")])
 def test_correlated_inputs_gain_in_every_format(fast_xp, text, fit):
     w, gram, fmt = normal(16, 40), moment(40), BlockFormat.parse(text)
@@ -179,6 +181,7 @@ def test_a_sweep_moves_no_code_that_is_best_given_the_others():
 # --- invariance of the result
 
 
+@pytest.mark.sampled(22)
 @pytest.mark.parametrize(("text", "fit"), CASES)
 def test_inputs_that_have_nothing_to_do_with_each_other_give_nearest_rounding(fast_xp, text, fit):
     w, fmt = normal(12, 20), BlockFormat.parse(text)
@@ -186,6 +189,7 @@ def test_inputs_that_have_nothing_to_do_with_each_other_give_nearest_rounding(fa
     assert stored(q) == stored(quantize(w, fmt, fit=fit))
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("exponent", [-100, -1, 1, 100])
 @pytest.mark.parametrize(
     "text", ["nf3/8:float32", "nf2/7:u8/5:float32", "affine4/8@-1:float32", "nf2+fit2/8@-1:float32"]
@@ -196,6 +200,7 @@ def test_the_unit_of_the_inputs_is_of_no_consequence(fast_xp, text, exponent):
     assert stored(q) == stored(other)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("exponent", [-20, -1, 1, 20])
 @pytest.mark.parametrize(
     "text", ["nf3/8:float32", "nf2/7:u8/5:float32", "affine4/8@-1:float32", "nf2+fit2/8@-1:float32"]

@@ -211,6 +211,7 @@ def test_codes_have_the_dense_shape_and_lie_in_the_codebook(xp, shape, codebook)
 # --- stacks
 
 
+@pytest.mark.sampled(42)
 @pytest.mark.parametrize("text", KINDS)
 @pytest.mark.parametrize("fit", FITS)
 def test_arrays_of_a_stack_are_those_quantized_alone(fast_xp, text, fit):

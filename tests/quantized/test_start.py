@@ -34,6 +34,7 @@ def error(w, q, weights=1.0):
     return float((weights * (w.astype(np.float64) - host(dequantize(q))) ** 2).sum())
 
 
+@pytest.mark.sampled(8)
 @every_case
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_start_comes_near_to_a_fit_from_nothing(fit, text, weighted):
@@ -58,6 +59,7 @@ def test_no_start_is_worse_than_absolute_maxima(fit, text):
     assert error(near, warm) < error(near, quantize(near, fmt))
 
 
+@pytest.mark.sampled(8)
 @every_case
 def test_a_start_gives_the_same_bytes_on_every_library_and_is_not_changed(xp, fit, text):
     fmt, (w, near) = BlockFormat.parse(text), similar(0, 14, 32)

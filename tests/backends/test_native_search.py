@@ -36,6 +36,7 @@ def test_ratios(isa, count, columns, codebook, weighted, seed):
         same(ran(ops.best_ratios, *arguments), ops.best_ratios.reference(*arguments))
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("codebook", ALL_CODEBOOKS, ids=lambda codebook: codebook.name)
 def test_ratios_of_many_rows(isa, codebook):
     grid = (1.0, *np.linspace(0.4, 1.1, 7).tolist(), -0.9, 3.0, 1e-9)

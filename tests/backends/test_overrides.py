@@ -151,9 +151,8 @@ def order_after(first):
     ).stdout
 
 
-@pytest.mark.parametrize(
-    "module", ["torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("numpy", "buffer_pool"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["torch", "numpy", "buffer_pool"])
 def test_overrides_are_tried_in_one_order_whatever_is_imported_first(module):
     require_or_skip("torch", module != "torch" or is_installed("torch"))
     expected = order_after("lqlora")

@@ -189,6 +189,7 @@ OPTIONS = [
 
 
 class TestOptions:
+    @pytest.mark.sampled(16)
     @pytest.mark.parametrize(("command", "option"), OPTIONS)
     def test_every_option_with_a_strange_value(self, files, extreme, tmp_path, monkeypatch, command, option):
         require_module("gguf")

@@ -95,6 +95,7 @@ def test_levels_are_means_of_their_cells_in_blocks_of_two(bits, signed):
             assert level == pytest.approx(moment / mass, abs=2e-7)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("block_size", [2, 3, 64, 2**16, 2**32])
 @pytest.mark.parametrize("bits", range(2, 9))

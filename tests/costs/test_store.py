@@ -152,6 +152,7 @@ class TestRefusing:
         with pytest.raises(StoreError, match=r"entries of .*'layers\.0\.q'"):
             lq.cost_table({**weights, "layers.0.q": changed}, FORMATS[:1], rank=1, store=path)
 
+    @pytest.mark.sampled(10)
     @pytest.mark.parametrize("first", [None, "ones", "row", "gram"])
     @pytest.mark.parametrize("second", [None, "ones", "twos", "column", "gram", "damped", "swept"])
     def test_another_weighting_is_refused(self, weights, path, first, second):

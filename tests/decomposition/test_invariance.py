@@ -86,6 +86,7 @@ def test_permuting_rows_of_whole_blocks_permutes_the_result(kind):
     np.testing.assert_allclose(moved.reconstruct(), plain.reconstruct()[order], atol=1e-5)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("fit", ["absmax", "scale", "levels+scale"])
 @pytest.mark.parametrize("exponent", [-60, 1, 47])
 def test_a_power_of_two_scales_everything(fast_xp, fit, exponent):

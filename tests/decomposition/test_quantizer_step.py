@@ -49,6 +49,7 @@ def test_a_worse_quantizer_never_replaces_a_better_result():
     assert d.relative_error == pytest.approx(one.relative_error, rel=1e-6)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("fit", ["absmax", "scale", "levels+scale"])
 @pytest.mark.parametrize("text", ["nf2/16:float32", "nf3/16:u8/8:float32", "bof4s-64/8@-1:float32"])
 def test_every_fit_and_format_lowers_the_error(xp, fit, text):

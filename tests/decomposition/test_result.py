@@ -76,6 +76,7 @@ def test_torch_parameters_are_decomposed_without_a_graph(torch):
     assert not d.lora_B.requires_grad
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"factor_format": BlockFormat.parse("nf8/16:float32")}], ids=["plain", "nf8"])
 def test_the_recorded_error_is_that_of_the_returned_pair_in_every_norm(xp, kind, options):

@@ -103,6 +103,7 @@ def test_every_norm_is_lowered_on_every_library(xp, kind):
     assert own.norm(residual_of(w, d)) == pytest.approx(d.squared_error, rel=1e-3)
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fit", ["scale", "levels+scale"])
 def test_every_norm_is_lowered_by_every_fit(fast_xp, kind, fit):

@@ -120,6 +120,7 @@ def packed_weight(rng, rows, columns, bits, block_size, *, zeros):
     return (pack_codes(codes, bits), scales, shifts, levels, bits, block_size), dense
 
 
+@pytest.mark.sampled(84)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(
@@ -147,6 +148,7 @@ def test_tiles_end_where_they_should(fast_xp, columns, block_size):
     np.testing.assert_array_equal(host(y), x @ dense.T)
 
 
+@pytest.mark.sampled(32)
 @pytest.mark.parametrize("text", ["nf4/64:float32", "nf3/32@0:float32", "int4/7@-1:float32", "nf4/64:u8/256:float32"])
 @pytest.mark.parametrize("fit", ["absmax", "levels+scale"])
 @pytest.mark.parametrize("lead", [(), (0,), (5,), (2, 3)])

@@ -56,6 +56,7 @@ def test_every_codebook_equals_the_oracle(xp, codebook):
     assert restored(q).tobytes() == expected.tobytes()
 
 
+@pytest.mark.sampled(42)
 @pytest.mark.parametrize("text", KINDS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_kind_of_format_equals_the_oracle(xp, text, dtype):
@@ -120,6 +121,7 @@ def test_bits_and_arrays_do_not_depend_on_the_library(xp, text):
     assert restored(mine).tobytes() == dequantize(numpys).tobytes()
 
 
+@pytest.mark.sampled(28)
 @pytest.mark.parametrize("text", KINDS)
 @pytest.mark.parametrize("fit", ["absmax", "scale"])
 def test_quantizing_for_a_second_time_changes_nothing_on_any_path(fast_xp, text, fit):

@@ -67,6 +67,7 @@ def test_no_block_is_worse_than_by_its_absolute_maximum(xp, data):
     assert_no_block_is_worse(w, fitted, quantized(xp, w, fmt), importance)
 
 
+@pytest.mark.sampled(28)
 @pytest.mark.parametrize("text", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_most_blocks_of_normal_weights_gain(fast_xp, text, weighted):

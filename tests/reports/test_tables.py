@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lqlora._printable import printable
@@ -54,6 +54,7 @@ def _markdown():
 @given(cells=st.lists(st.tuples(NAMES, NAMES), min_size=1, max_size=3))
 @example(cells=[("__init__", ":smile:"), ("model.*.experts.*.up", "[a](http://b.c)"), ("<b>", "\\|`a``b`")])
 @example(cells=[("www.a.b", "http://a.b"), (" a ", "a  b"), ("layers.0.q", "nf4/64:u8/256:float32")])
+@settings(max_examples=15)
 def test_markdown_renders_every_cell_as_it_is(cells):
     found = [
         [(child.type, child.content) for child in token.children]

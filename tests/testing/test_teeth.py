@@ -64,6 +64,7 @@ def test_every_property_has_a_fault_of_its_own():
     assert {name for _, name, _ in FAULTS} | others == set(PROPERTIES)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize(
     ("fault", "name"), [fault[:2] for fault in FAULTS], ids=lambda value: getattr(value, "__name__", None)
 )

@@ -80,7 +80,7 @@ def may_refuse(name, changed, kind):
     is_written = changed == "out" or (name, changed) == ("put_flat", "array")
     converted = kind in ("matrix", "big-endian", "negated")
     return (is_written and (converted or kind in ("read-only", "parameter", "tracked"))) or (
-        converted and name in ops.__all__
+        converted and name in ops.__all__ and name != "convert"
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from lqlora._dispatch import FLOATS, STORABLE, array_library, dtype_name, fitting, namespace
+from lqlora._dispatch import FLOATS, STORABLE, array_library, dtype_name, fitting, namespace, plain_array
 from lqlora.errors import UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     Parameters
     ----------
     array : array
-        Any array. A torch tensor is detached.
+        Any array. A torch tensor is detached, and a lazily negated or conjugated one is resolved.
     xp : module
         Target namespace, such as ``numpy`` or ``torch``.
     device : object, optional
@@ -215,6 +215,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     >>> convert(np.arange(3), np).tolist()
     [0, 1, 2]
     """
+    array = plain_array(array, "array", STORABLE)
     own = namespace(array, dtypes=STORABLE)
     if array_library(array) != "numpy" and _plain_name(own) == _plain_name(xp):
         return _moved(array, device)

@@ -106,6 +106,14 @@ def test_conversion_between_two_libraries_detaches(torch):
     assert convert(parameter, np).tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lazily_negated_tensors_are_resolved(torch, dtype):
+    negated = torch._neg_view(torch.arange(3.0).to(getattr(torch, dtype)))
+    assert convert(negated, np).astype(float).tolist() == [0.0, -1.0, -2.0]
+    there = convert(negated, torch)
+    assert (there.is_neg(), there.tolist()) == (False, [0.0, -1.0, -2.0])
+
+
 def test_arrays_stay_on_their_device_unless_another_is_named(strict):
     home, away = strict.Device("CPU_DEVICE"), strict.Device("device1")
     array = strict.ones(2, device=away)

@@ -1,4 +1,4 @@
-"""Reader of JSON documents: every value is compared with a schema before it is used.
+"""Reader and writer of JSON documents: every value is compared with a schema before it is used or written.
 
 A schema is a class of msgspec, whose fields have the types and the ranges that are allowed. Whatever a file holds, reading
 it returns an object of that class, or raises one error that names the file, the place in it and the value.
@@ -162,6 +162,32 @@ class Reader:
             where, why = _locate(plain, schema, place)
             raise self.fault(where, f"{why}.") from None
 
+    def write(self, plain: Any, schema: Any, *, indent: int | None = None) -> str:
+        """Return the JSON text of values, or raise if :meth:`read` would refuse it.
+
+        Parameters
+        ----------
+        plain : object
+            Dicts, lists, tuples, texts, numbers, booleans and None.
+        schema : class
+            Struct of msgspec, or another type that it knows.
+        indent : int, optional
+            Spaces of each level, as :func:`json.dumps` has it. By default the text is one line.
+
+        Returns
+        -------
+        str
+            Text in ASCII.
+        """
+        try:
+            text = json.dumps(plain, allow_nan=False, indent=indent)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise self.fault("", f"cannot be written as JSON: {error}.") from None
+        # Values that fit need not be read. Others may fit as JSON gives them: numbers of NumPy, or keys that are numbers.
+        if _may_hold_surrogates(text) or not _fits(plain, schema):
+            self.read(text, schema)
+        return text
+
     def check_depth(self, plain: Any, place: str) -> None:
         """Raise if values of free form are nested so deep that functions that walk them could fail.
 
@@ -252,11 +278,7 @@ def json_values(values: Mapping[str, Any], name: str, error: type[LQLoRAError]) 
     {'ranks': [8, 16], '3': None}
     """
     reader = Reader(f"{name} must hold JSON values only", error)
-    try:
-        text = json.dumps(dict(values), allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as fault:
-        raise error(shortened(f"{reader.source}: {fault}.")) from None
-    plain: dict[str, Any] = reader.parse(text)
+    plain: dict[str, Any] = reader.parse(reader.write(dict(values), Any))
     reader.check_depth(plain, "")
     return plain
 

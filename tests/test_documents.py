@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,6 +385,107 @@ class TestDocuments:
     @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"text"', "{}", "[" * 5000, '{"a": ' * 2000, "{} {}"])
     def test_other_texts_are_refused(self, document, text):
         refused(lambda: document.read(text), document.error)
+
+
+W = np.random.default_rng(0).standard_normal((8, 16))
+DECOMPOSED = lq.decompose(W, FORMATS[0], rank=1)
+
+
+def _written_table(name: str, folder: Path) -> str:
+    table = lq.CostTable.from_json(lq.cost_table({name: W}, FORMATS[:1], rank=1).to_json())
+    return table.names[0]
+
+
+def _written_plan(name: str, folder: Path) -> str:
+    plan = lq.allocate(lq.cost_table({name: W}, FORMATS[:1], rank=1), bits_per_weight=9)
+    return next(iter(lq.Plan.from_json(plan.to_json()).matrices))
+
+
+def _written_matrix(name: str, folder: Path) -> str:
+    lq.save(folder / "file", {name: DECOMPOSED})
+    return next(iter(lq.load(folder / "file").matrices))
+
+
+def _written_tensor(name: str, folder: Path) -> str:
+    lq.save(folder / "file", {}, {name: W})
+    return next(iter(lq.load(folder / "file").tensors))
+
+
+def _written_metadata(name: str, folder: Path) -> str:
+    lq.save(folder / "file", {}, {}, {"of": {name: name}})
+    return next(iter(lq.load(folder / "file").metadata["of"]))
+
+
+def _written_settings(name: str, folder: Path) -> str:
+    for _ in range(2):  # the second time, the settings of the file are compared with these
+        CostStore(folder / "file", {name: name}).close()
+    return name
+
+
+def _written_row(name: str, folder: Path) -> str:
+    with CostStore(folder / "file", {}) as store:
+        (folder / "file").replace(folder / "store")  # a store that is begun stays
+        store.append(StoredRow(name, (2, 3), "x", name, {name: 1.0}))
+    row = next(iter(CostStore.read(folder / "store").values()))
+    return row.name if row.name == row.weighting else str(row)
+
+
+WRITERS = [
+    _written_table, _written_plan, _written_matrix, _written_tensor, _written_metadata, _written_settings, _written_row,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda own: own.__name__.removeprefix("_written_"))
+class TestWriters:
+    """What is written can be read. The rest is refused before there is a file."""
+
+    @pytest.mark.parametrize("name", ["\ud800", "a\udc00b", "\udc00\ud800"], ids=ascii)
+    def test_names_that_are_not_unicode_are_refused(self, write, name, tmp_path):
+        assert "Unicode" in refused(lambda: write(name, tmp_path), LQLoRAError)
+        assert not (tmp_path / "file").exists()
+
+    @pytest.mark.parametrize(
+        "name", ["", "\0", "é\x7f\ufffe", "\U0001f600", "\\ud800", "x" * 2**16], ids=lambda own: ascii(own[:9])
+    )
+    def test_other_names_are_read_back(self, write, name, tmp_path):
+        assert write(name, tmp_path) == name
+
+    def test_names_without_a_bound_are_read_back_or_refused(self, write, tmp_path):
+        name = "x" * (2**16 + 1)
+        try:
+            assert write(name, tmp_path) == name
+        except LQLoRAError as error:
+            assert len(str(error)) <= MESSAGE_LENGTH  # noqa: PT017 - other names are read
+            assert not (tmp_path / "file").exists()
+
+
+def test_all_documents_are_written_by_one_function():
+    """The others hash a text, or pass it to another process of this library."""
+    root = Path(lq.__file__).parent
+    found = {
+        file.relative_to(root).as_posix()
+        for file in root.rglob("*.py")
+        if re.search(r"json\.(dumps?|encode)\(", file.read_text(encoding="utf-8"))
+    }
+    processes = {"solvers/vendors/ortools.py", "solvers/vendors/_ortools_process.py"}
+    assert found == {"_documents.py", "checkpoint/file.py", "costs/store.py"} | processes
+
+
+def test_values_that_json_turns_into_those_of_the_schema_are_written():
+    reader = Reader("t", InvalidArgumentError)
+    assert reader.write({"rows": {}, "bound": np.float64(0.5)}, _Outer) == '{"rows": {}, "bound": 0.5}'
+    assert reader.write({3: (1,)}, dict[Text, list[Count]]) == '{"3": [1]}'
+    assert "count must be" in refused(lambda: reader.write({"rows": {"a": {"count": -1}}}, _Outer))
+    assert "JSON" in refused(lambda: reader.write({"rows": {}, "bound": np.float64("nan")}, _Outer))
+
+
+def test_codebooks_that_take_long_are_refused_by_writers_too(monkeypatch):
+    monkeypatch.setattr("lqlora.codebooks.names._MAX_WORK", 100)
+    formats = [lq.BlockFormat.parse(f"bof4-{size}/8:float16") for size in range(2, 6)]
+    cells = {key: np.ones((1, len(formats)), np.int64) for key in ("sizes", "factor_sizes")}
+    columns = tuple(lq.costs.Configuration(own, 1) for own in formats)
+    table = lq.CostTable(("w",), ((8, 16),), columns, np.ones((1, len(formats))), **cells)
+    assert "4 codebooks" in refused(table.to_json, FormatError)
 
 
 class TestWorkOfNames:

@@ -26,11 +26,17 @@ _VERSION = 4
 
 def write(head: Mapping[str, Any], matrices: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the document of the given keys, with a line for each matrix."""
-    # One line a matrix, so that a diff of two plans shows the matrices that differ. The head ends in a brace, which is
-    # taken off for the matrices to follow.
-    lines = [f"  {json.dumps(name)}: {json.dumps(row, allow_nan=False)}" for name, row in matrices.items()]
-    start = json.dumps({"lqlora_plan": _VERSION, **head}, indent=1, allow_nan=False).removesuffix("\n}")
-    return f'{start},\n "matrices": {{\n' + ",\n".join(lines) + "\n }\n}"
+    from lqlora._documents import Reader, Text  # noqa: PLC0415 - imports msgspec
+    from lqlora.allocation._schema import Matrix, PlanV4  # noqa: PLC0415
+
+    # One line a matrix, so that a diff of two plans shows the matrices that differ. The head ends in no matrices, which
+    # are taken off for those to follow.
+    check_work(codebook_name(row["format"]) for row in matrices.values() if "levels" not in row)
+    reader = Reader("plan must be one that can be read again", InvalidArgumentError)
+    names = Reader("matrices must have names that can be read again", InvalidArgumentError)
+    lines = [f"  {names.write(name, Text)}: {reader.write(row, Matrix)}" for name, row in matrices.items()]
+    start = reader.write({"lqlora_plan": _VERSION, **head, "matrices": {}}, PlanV4, indent=1).removesuffix("}\n}")
+    return start + "\n" + ",\n".join(lines) + "\n }\n}"
 
 
 def schema() -> dict[str, Any]:

@@ -192,6 +192,11 @@ class Plan:
         str
             The same text for the same plan, with a line for each matrix. A format is written as its one-line spelling,
             and a codebook without a standard name with its levels.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If :meth:`from_json` would refuse the text, such as for a name that is not Unicode.
         """
         shares = self.error_by_matrix()
         head = {

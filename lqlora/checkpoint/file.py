@@ -144,7 +144,8 @@ def save(
     >>> bool((back.matrices["eye"].quantized.packed == d.quantized.packed).all())
     True
     """
-    from lqlora._documents import json_values  # noqa: PLC0415 - imports msgspec
+    from lqlora._documents import Reader, json_values  # noqa: PLC0415 - imports msgspec
+    from lqlora.checkpoint._schema import Content  # noqa: PLC0415
 
     # Everything is checked before the file is opened: names, formats, and that the metadata is JSON. So bad arguments
     # change nothing on disk. "normalization" is read back for codebooks without a standard name. Levels alone do not
@@ -176,7 +177,7 @@ def save(
         "metadata": json_values(metadata or {}, "metadata", InvalidArgumentError),
     }
     document["sha256"] = _digest(arrays, document)
-    header = json.dumps(document, allow_nan=False)
+    header = Reader("metadata must be such that they can be read again", InvalidArgumentError).write(document, Content)
     with replace_file(path, SafetensorError) as beside:
         # One key only: safetensors writes several in an order that differs from run to run.
         save_file(arrays, beside, metadata={_KEY: header})
@@ -191,6 +192,7 @@ def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, A
 
     reader = Reader("matrices that could not be loaded again are not saved", InvalidArgumentError)
     _take_matrices(dict(arrays), reader.convert(dict(rows), dict[Text, Matrix], "matrices"), reader, "matrices")
+    Reader("tensors must have names that can be read again", InvalidArgumentError).write(list(arrays), list[str])
     if "__metadata__" in arrays:
         raise InvalidArgumentError("tensors: the name '__metadata__' is reserved by safetensors. Rename the tensor.")
 

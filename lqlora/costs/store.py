@@ -140,11 +140,12 @@ class CostStore:
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         from lqlora._documents import json_values  # noqa: PLC0415 - imports msgspec
+        from lqlora.costs._schema import Head  # noqa: PLC0415
 
         # Settings are compared with those of the file in the form that JSON gives them. What cannot be written, or read
         # back, is refused before there is a file.
         own = json_values(settings, "settings", InvalidArgumentError)
-        head = {"lqlora_costs": _SPEC, "numerics": NUMERICS, "settings": own}
+        head = _line({"lqlora_costs": _SPEC, "numerics": NUMERICS, "settings": own}, Head)
         self.path = input_file(path, StoreError, is_optional=True)
         try:
             # Append mode writes at the end wherever the position is, so neither reading nor the cut below needs a seek
@@ -154,7 +155,7 @@ class CostStore:
             raise StoreError(shortened(f"{self.path} cannot be opened: {error}.")) from error
         try:
             _lock(self._file, self.path)
-            data = _read_store(self._file, _line(head), self.path)
+            data = _read_store(self._file, head, self.path)
             # Everything up to the last line break was flushed. The rest is a line that its process did not finish. It
             # must go before anything is appended, or the next line would continue it. The lock excludes other writers.
             # The whole lines are parsed first: a file that is not a store loses nothing.
@@ -164,7 +165,7 @@ class CostStore:
                 _check_head(found, own, self.path)
             if len(whole) < len(data):
                 self._cut(len(whole))
-            self._write(_line(head) if found is None else whole[len(data) :])
+            self._write(head if found is None else whole[len(data) :])
         except BaseException:
             self._file.close()
             raise
@@ -182,21 +183,19 @@ class CostStore:
         StoreError
             If the costs contradict those in the store, or cannot be written.
         """
-        from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
-        from lqlora.costs._schema import StoredCosts  # noqa: PLC0415
+        from lqlora.costs._schema import StoredCosts  # noqa: PLC0415 - imports msgspec
 
         for key, cost in row.costs.items():  # a reader refuses the whole store for one cost that it cannot read
             if not isinstance(key, str) or type(cost) is not float or not math.isfinite(cost):
                 raise StoreError(
                     shortened(f"costs of {row.name!r} must be finite floats by text, got {key!r}: {cost!r}.")
                 )
-        document = _document(row)
-        Reader("row must be one that can be read again", StoreError).convert(document, StoredCosts)
+        line = _line(_document(row), StoredCosts)
         # A contradiction is found before anything is written, and `rows` changes only after the line is on the disk. So
         # the file never holds two costs of one cell, and `rows` holds nothing that a crash could take back.
         known = self.rows.get(row.name)
         joined = row if known is None else known.joined(row, str(self.path))
-        self._write(_line(document))
+        self._write(line)
         self.rows[row.name] = joined
 
     def close(self) -> None:
@@ -273,6 +272,8 @@ class CostStore:
         StoreError
             If settings differ, two stores disagree about a matrix, a line is corrupt, or there is a file already.
         """
+        from lqlora.costs._schema import Head, StoredCosts  # noqa: PLC0415 - imports msgspec
+
         target, head, rows = input_file(path, StoreError, is_optional=True), None, dict[str, StoredRow]()
         for source in paths:
             own, found = _read(source)
@@ -286,7 +287,8 @@ class CostStore:
         try:
             with replace_file(target, may_exist=False) as beside:
                 first = {"lqlora_costs": _SPEC, "numerics": head.numerics, "settings": head.settings}
-                beside.write_bytes(b"".join(map(_line, [first, *map(_document, rows.values())])))
+                lines = (_line(_document(row), StoredCosts) for row in rows.values())
+                beside.write_bytes(b"".join([_line(first, Head), *lines]))
         except CheckpointError as error:
             raise StoreError(shortened(str(error))) from error
 
@@ -341,9 +343,11 @@ def _document(row: StoredRow) -> dict[str, Any]:
     return {**vars(row), "shape": list(row.shape)}
 
 
-def _line(document: dict[str, Any]) -> bytes:
-    """Return a document as a line with its checksum."""
-    text = json.dumps(document, allow_nan=False)
+def _line(document: dict[str, Any], schema: Any) -> bytes:
+    """Return a document as a line with its checksum, or raise if it could not be read again."""
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+
+    text = Reader("row must be one that can be read again", StoreError).write(document, schema)
     return _BEGINNING + f'{_checksum(text)}", "line": {text}}}\n'.encode()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 from collections import Counter
@@ -127,7 +126,15 @@ class CostTable:
         -------
         str
             The same text for the same table, with a line for each configuration and each matrix.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If :meth:`from_json` would refuse the text, such as for a name that is not Unicode.
         """
+        from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+        from lqlora.costs._schema import Column, Row  # noqa: PLC0415
+
         # Lines are joined by hand: json.dumps with an indent would put each of thousands of numbers on a separate line.
         # Sizes are stored because a configuration does not determine them: factors may be quantized, or of any dtype.
         columns = [_written(configuration) for configuration in self.configurations]
@@ -141,8 +148,10 @@ class CostTable:
             }
             for index, (name, shape) in enumerate(zip(self.names, self.shapes, strict=True))
         ]
-        parts = (",\n".join(json.dumps(own, allow_nan=False) for own in group) for group in (columns, rows))
-        configurations, matrices = parts
+        check_work(codebook_name(own["format"]) for own in columns if "levels" not in own)
+        reader = Reader("table must be one that can be read again", InvalidArgumentError)
+        configurations = ",\n".join(reader.write(own, Column) for own in columns)
+        matrices = ",\n".join(reader.write(own, Row) for own in rows)
         return (
             f'{{"lqlora_cost_table": {_SPEC},\n"configurations": [\n{configurations}\n],\n'
             f'"matrices": [\n{matrices}\n]}}'

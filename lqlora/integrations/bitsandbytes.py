@@ -16,7 +16,6 @@ order of the levels. Only double quantization has the two nested tensors.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from math import prod
@@ -242,6 +241,9 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     up.weight.quant_map (16,)
     up.weight.quant_state.bitsandbytes__nf4 (73,)
     """
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+    from lqlora.integrations._schema import NestedState, State  # noqa: PLC0415
+
     require_quantized(q)
     kind = _require_exportable(q, dtype)
     order = _KINDS[kind][1]
@@ -261,8 +263,9 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     else:
         arrays[f"{name}.absmax"] = stored["scales"]
     arrays |= {f"{name}.{key}": _like(q.packed, table) for key, table in tables.items()}
-    text = np.frombuffer(json.dumps(state).encode(), dtype=np.uint8)
-    arrays[f"{name}{_STATE}{kind}"] = _like(q.packed, text)
+    schema = NestedState if "nested_offset" in state else State
+    text = Reader("q", FormatError).write(state, schema)
+    arrays[f"{name}{_STATE}{kind}"] = _like(q.packed, np.frombuffer(text.encode(), dtype=np.uint8))
     return arrays
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from contextlib import contextmanager, nullcontext
@@ -156,7 +155,8 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
         for entry in tuple(folder.iterdir()):  # what is left over of a write must not be listed as a file of the demo
             remove_left_over(entry)
         names = sorted(entry.name for entry in folder.iterdir())
-        (folder / _NAMES).write_text(json.dumps(names), encoding="utf-8")
+        text = Reader(_NAMES, CheckpointError).write(names, list[Text])
+        (folder / _NAMES).write_text(text, encoding="utf-8")
 
 
 def _is_ours(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import secrets
 import shutil
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_writable",
     "input_file",
+    "is_being_written",
     "lock",
     "open_unshared",
     "remove_left_over",
@@ -217,7 +219,8 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
         Folder to make; an existing one is replaced at the end. Folders above it are made, and removed after an error.
     check : callable, optional
         Called without arguments at the begin, when a folder that had stepped aside is back, and before the old folder
-        steps aside. What it raises leaves the old folder.
+        steps aside. What it raises leaves the old folder. If it raises a :class:`CheckpointError` at the end, the new
+        folder stays beside the old one under a free name, which the error says.
 
     Yields
     ------
@@ -249,7 +252,11 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
                 for dead in _left_over(target):
                     with suppress(OSError):
                         _settle(dead, target)
-                check()
+                try:
+                    check()
+                except CheckpointError as error:
+                    kept = _keep_beside(beside, target)
+                    raise CheckpointError(shortened(f"{error} The new content is in {kept}.")) from error
                 if target.exists():
                     target.rename(folder / _OLD)
                 beside.rename(target)
@@ -266,6 +273,42 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
         for parent in made:  # innermost first; parents that hold the output are not empty and stay
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _keep_beside(folder: Path, target: Path) -> Path:
+    """Rename a folder to a free name beside a target, which is its name and a number, and return the path."""
+    begin = _cut_name(target, 240)
+    for number in itertools.count(2):
+        free = target.with_name(f"{begin}-{number}")
+        if not os.path.lexists(free):
+            try:
+                return folder.rename(free)
+            except OSError:
+                if not os.path.lexists(free):  # otherwise another process took the name at this moment
+                    raise
+    raise AssertionError
+
+
+def is_being_written(path: str | os.PathLike[str]) -> bool:
+    """Return whether a process replaces a file or folder at this moment.
+
+    Parameters
+    ----------
+    path : path-like
+        A file or folder that :func:`replace_file` or :func:`replace_folder` writes.
+
+    Returns
+    -------
+    bool
+        False on file systems without locks.
+    """
+    for folder in _temporary_folders(Path(os.path.realpath(path))):
+        with suppress(OSError), open_unshared(folder / _LOCK, "rb+") as held:
+            try:
+                lock(held)
+            except BlockingIOError:
+                return True
+    return False
 
 
 def remove_left_over(path: str | os.PathLike[str]) -> None:
@@ -285,23 +328,27 @@ def remove_left_over(path: str | os.PathLike[str]) -> None:
                 pass
 
 
-def _left_over(target: Path) -> Iterator[Path]:
-    """Yield the temporary folders of a target whose processes are dead, each locked meanwhile."""
+def _temporary_folders(target: Path) -> list[Path]:
+    """Return the temporary folders of a target, of living processes and of dead ones."""
     found = list[Path]()
     prefix = _prefix(target)
     with suppress(OSError):  # a folder that cannot be listed may be written all the same
         found = [folder for folder in target.parent.iterdir() if folder.name.startswith(prefix)]
-    for folder in found:
-        if folder.name.endswith(".partial") and not folder.is_symlink():
-            with suppress(OSError):
-                folder.rmdir()  # its process was killed before it could lock anything; one that has just begun tries again
-            with ExitStack() as stack:
-                try:
-                    held = stack.enter_context(open_unshared(folder / _LOCK, "rb+"))
-                    lock(held)
-                except OSError:  # a living process has locked it
-                    continue
-                yield folder
+    return [folder for folder in found if folder.name.endswith(".partial") and not folder.is_symlink()]
+
+
+def _left_over(target: Path) -> Iterator[Path]:
+    """Yield the temporary folders of a target whose processes are dead, each locked meanwhile."""
+    for folder in _temporary_folders(target):
+        with suppress(OSError):
+            folder.rmdir()  # its process was killed before it could lock anything; one that has just begun tries again
+        with ExitStack() as stack:
+            try:
+                held = stack.enter_context(open_unshared(folder / _LOCK, "rb+"))
+                lock(held)
+            except OSError:  # a living process has locked it
+                continue
+            yield folder
 
 
 def _reason(error: Exception) -> str:
@@ -426,9 +473,14 @@ def _renaming(target: Path) -> Iterator[None]:
 
 def _prefix(target: Path) -> str:
     """Return the begin of the names of temporary folders of one target."""
-    # Names of files have at most 255 bytes. The hash of the whole name stands for the part that is cut.
+    # The hash of the whole name stands for the part that is cut.
     digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
-    return f".{os.fsencode(target.name)[:200].decode(errors='ignore')}.{digest}."
+    return f".{_cut_name(target, 200)}.{digest}."
+
+
+def _cut_name(target: Path, length: int) -> str:
+    """Return the begin of the name of a target, so that a longer name has at most the 255 bytes of names of files."""
+    return os.fsencode(target.name)[:length].decode(errors="ignore")
 
 
 #: Files of :func:`open_unshared` that are open in this process.

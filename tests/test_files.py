@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from lqlora import _files
 from lqlora._files import (
     check_writable,
+    is_being_written,
     lock,
     open_unshared,
     remove_left_over,
@@ -307,20 +308,60 @@ def test_a_folder_whose_process_was_killed_before_it_locked_it_is_removed(old):
 
 
 class TestFolders:
-    def test_what_the_check_refuses_at_the_end_is_left(self, tmp_path):
+    @pytest.mark.parametrize("name", ["folder", "é" * 127], ids=len)
+    def test_what_the_check_refuses_at_the_end_is_left_and_the_new_folder_is_beside_it(self, tmp_path, name):
+        target = tmp_path / name
+        (tmp_path / "folder-2").touch()
+
+        def check():
+            if target.exists():
+                raise CheckpointError("it appeared.")
+
+        def write():
+            with replace_folder(target, check) as beside:
+                (beside / "results").touch()
+                target.mkdir()
+                (target / "thesis").touch()
+
+        kept = ["folder-3", "folder-4"] if name == "folder" else ["é" * 120 + "-2", "é" * 120 + "-3"]
+        for free in kept:
+            with pytest.raises(CheckpointError, match=free):
+                write()
+            assert [path.name for path in (tmp_path / free).iterdir()] == ["results"]
+            assert [path.name for path in target.iterdir()] == ["thesis"]
+            shutil.rmtree(target)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "folder-2"])
+
+    @pytest.mark.parametrize("error", [FileExistsError, PermissionError])
+    def test_a_free_name_that_is_taken_at_the_last_moment_is_passed_over(self, tmp_path, monkeypatch, error):
+        rename = Path.rename
+
         def check():
             if (tmp_path / "folder").exists():
-                raise CheckpointError("it appeared")
+                raise CheckpointError("it appeared.")
+
+        def renamed(path, to):
+            if to.name == "folder-2":
+                if error is FileExistsError:
+                    to.mkdir()
+                raise error(0, "refused")
+            return rename(path, to)
 
         def write():
             with replace_folder(tmp_path / "folder", check):
                 (tmp_path / "folder").mkdir()
-                (tmp_path / "folder" / "thesis").touch()
 
-        with pytest.raises(CheckpointError, match="it appeared"):
+        monkeypatch.setattr(Path, "rename", renamed)
+        with pytest.raises(CheckpointError, match="folder-3" if error is FileExistsError else "refused"):
             write()
-        assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thesis"]
-        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_a_folder_is_being_written_while_its_process_lives(self, tmp_path):
+        self._step_aside(tmp_path / "folder", "old")  # a process that was killed
+        assert not is_being_written(tmp_path / "folder")
+        with replace_folder(tmp_path / "folder"):
+            assert is_being_written(tmp_path / "folder")
+            assert not is_being_written(tmp_path / "other")
+        assert not is_being_written(tmp_path / "folder")
 
     def test_the_new_folder_replaces_the_old_one(self, tmp_path):
         for content in (b"old", b"new"):

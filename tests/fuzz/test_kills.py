@@ -185,6 +185,9 @@ def test_a_fault_of_the_file_system_at_any_call_is_one_sentence(prepare, work, f
         ended = children.run(1, **fault)
         _assert_ours(ended)
         refused += "error" in ended
+        if "m-2" in str(ended.get("error")):  # the old folder could not be read at the end: the results are beside it
+            assert _visible(folder / "m-2") == {name[2:]: data for name, data in states[1].items()}
+            shutil.rmtree(folder / "m-2")
         allowed = [states[0]] if "error" in ended else [states[1]]
         assert _visible(folder) in allowed + ([{}] if work == "merge" else [])
         _assert_ours(children.run(1))

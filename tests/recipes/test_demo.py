@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.errors import LQLoRAError, MissingDependencyError
+from lqlora._files import replace_folder
+from lqlora.errors import CheckpointError, LQLoRAError, MissingDependencyError
 from lqlora.recipes.demo.settings import NF3, NF4, Settings
 from tests.requirements import require_module
 
@@ -176,6 +177,27 @@ class TestFailures:
     def test_an_output_that_exists(self, failure, tmp_path):
         (tmp_path / "out").mkdir()
         assert "force=True" in failure()
+
+    def test_a_second_demo_of_a_folder_is_refused_before_its_work(self, failure, tmp_path):
+        def stage(title):
+            raise AssertionError("the work began")
+
+        with replace_folder(tmp_path / "out"):
+            assert "being written by another process" in failure(stage=stage)
+
+    @pytest.mark.parametrize("force", [False, True])
+    def test_the_results_are_beside_a_folder_that_appeared_meanwhile(self, inputs, tmp_path, force):
+        @contextmanager
+        def stage(title):
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "thesis.tex").write_text("old")
+            yield lambda *_: None
+
+        with pytest.raises(CheckpointError, match="out-2"):
+            run_demo(SMALLEST, tmp_path / "out", force=force, stage=stage, **inputs)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+        assert (tmp_path / "out-2" / "table.md").read_text(encoding="utf-8")
+        run_demo(SMALLEST, tmp_path / "out-2", force=True, **inputs)  # it is a folder of a demo
 
     @pytest.mark.parametrize("name", ["text_file", "model_file"])
     def test_an_input_in_the_output(self, failure, tmp_path, name):

@@ -17,7 +17,7 @@ import torch
 import lqlora as lq
 from lqlora import nn
 from lqlora._documents import Reader, Text
-from lqlora._files import remove_left_over, replace_folder
+from lqlora._files import is_being_written, remove_left_over, replace_folder
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
 from lqlora.recipes.demo.report import Row, draw, tabulate
@@ -95,7 +95,8 @@ def run_demo(
     Raises
     ------
     LQLoRAError
-        If an input is missing or invalid, or a budget is infeasible. In this case the folder is unchanged.
+        If an input is missing or invalid, a budget is infeasible, or another process writes the folder. In this case the
+        folder is unchanged. If another process has filled it meanwhile, the results are beside it, where the error says.
     """
     if settings.rank < 1:
         raise InvalidArgumentError(
@@ -150,6 +151,8 @@ def _folder(output: Path, *, force: bool) -> Iterator[Path]:
                 f"{output} holds files that no demo wrote, and is not replaced. Pass another folder, or empty this one."
             )
 
+    if not force and is_being_written(output):
+        raise CheckpointError(f"{output} is being written by another process. Wait for it, or pass another folder.")
     with replace_folder(output, check) as folder:  # checked at the end too: a demo takes minutes
         yield folder
         for entry in tuple(folder.iterdir()):  # what is left over of a write must not be listed as a file of the demo

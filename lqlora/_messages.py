@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import reprlib
+from typing import TYPE_CHECKING
 
 from lqlora._printable import printable
 
-__all__ = ["MESSAGE_LENGTH", "shortened", "shown"]
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["MESSAGE_LENGTH", "about_file", "shortened", "shown"]
 
 #: Largest number of characters of a message about a file.
 MESSAGE_LENGTH = 400
@@ -96,6 +100,30 @@ def shortened(message: str, length: int = MESSAGE_LENGTH) -> str:
         return message
     end = length // 2
     return f"{message[: length - end - 1]}…{message[-end:]}"
+
+
+def about_file(path: str | os.PathLike[str], problem: str) -> str:
+    """Return the message of an error about a file, printable and of bounded length.
+
+    Parameters
+    ----------
+    path : path-like
+        The file or folder. Of a long path the end is kept.
+    problem : str
+        Predicate of the sentence, such as ``"is not a GGUF file."``.
+
+    Returns
+    -------
+    str
+        The sentence.
+
+    Examples
+    --------
+    >>> about_file("model.gguf", "is not a GGUF file.")
+    'model.gguf is not a GGUF file.'
+    """
+    name = str(path)
+    return shortened(f"{name if len(name) <= 150 else f'…{name[-149:]}'} {problem}")
 
 
 def _cut(text: str, length: int) -> str:

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from lqlora._messages import shown
+from lqlora._messages import about_file, shown
 from lqlora.errors import CheckpointError
-from lqlora.integrations._faults import fault
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,13 +131,13 @@ def read_header(path: Path, sizes: Mapping[int, tuple[int, int]]) -> Header:
     """
     try:
         if not path.is_file():
-            raise fault(path, "is not a file." if path.exists() else "does not exist.")
+            raise CheckpointError(about_file(path, "is not a file." if path.exists() else "does not exist."))
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Scan(path, data).header(sizes)
     except (OSError, ValueError) as error:  # ValueError: an empty file, or a path with a zero byte
         if isinstance(error, CheckpointError):
             raise
-        raise fault(path, f"is not a readable GGUF file: {error}.") from error
+        raise CheckpointError(about_file(path, f"is not a readable GGUF file: {error}.")) from error
 
 
 class _Scan:
@@ -159,20 +158,28 @@ class _Scan:
 
     def _counts(self) -> tuple[int, int]:
         if self._bytes(4) != b"GGUF":
-            raise fault(self._path, "is not a GGUF file: it does not begin with 'GGUF'.")
+            raise CheckpointError(about_file(self._path, "is not a GGUF file: it does not begin with 'GGUF'."))
         version = self._number(_U32)
         if version & 0xFFFF == 0 and version:
-            raise fault(self._path, "is a big-endian GGUF file, which is not supported. Convert it to little-endian.")
+            raise CheckpointError(
+                about_file(
+                    self._path, "is a big-endian GGUF file, which is not supported. Convert it to little-endian."
+                )
+            )
         if version not in _VERSIONS:
-            raise fault(self._path, f"has version {version} of GGUF; versions 2 and 3 are supported.")
+            raise CheckpointError(
+                about_file(self._path, f"has version {version} of GGUF; versions 2 and 3 are supported.")
+            )
         counts = self._number(_U64), self._number(_U64)
         limits = (("tensors", 24, _MOST_TENSORS), ("settings", 13, _MOST_SETTINGS))  # with the bytes of the shortest
         for count, (what, shortest, most) in zip(counts, limits, strict=True):
             if count > most or count * shortest > self._left:
-                raise fault(
-                    self._path,
-                    f"states {count} {what}, but at most {min(most, self._left // shortest)} are read of a file of "
-                    f"{len(self._data)} bytes.",
+                raise CheckpointError(
+                    about_file(
+                        self._path,
+                        f"states {count} {what}, but at most {min(most, self._left // shortest)} are read of a file of "
+                        f"{len(self._data)} bytes.",
+                    )
                 )
         return counts
 
@@ -306,4 +313,4 @@ class _Scan:
 
     def _fault(self, problem: str) -> CheckpointError:
         where = f"{self._where[0]} {shown(self._where[1])}: " if self._where else ""
-        return fault(self._path, f"is not a valid GGUF file: {where}{problem}.")
+        return CheckpointError(about_file(self._path, f"is not a valid GGUF file: {where}{problem}."))

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lqlora._messages import shown
+from lqlora._messages import about_file, shown
 from lqlora._optional import is_installed, require
-from lqlora.errors import MissingDependencyError
-from lqlora.integrations._faults import fault
+from lqlora.errors import CheckpointError, MissingDependencyError
 from lqlora.integrations._gguf_header import Header, StoredTensor, read_header
 from lqlora.integrations.contents import LeftOut, ModelContents
 
@@ -125,7 +124,9 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
             path.parent, gguf_file=path.name, trust_remote_code=False
         )
     except Exception as error:  # transformers does not say what it raises for an invalid vocabulary
-        raise fault(path, f"has no tokenizer that transformers reads: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(
+            about_file(path, f"has no tokenizer that transformers reads: {type(error).__name__}: {error}.")
+        ) from error
     return model.eval(), tokenizer
 
 
@@ -190,7 +191,7 @@ def open_llama(path: str | os.PathLike[str]) -> ModelContents:
         if llama.names[name] not in left_out:
             own = name.removesuffix(".weight")
             if own in weights:
-                raise fault(llama.path, f"has two matrices called {shown(own)}.")
+                raise CheckpointError(about_file(llama.path, f"has two matrices called {shown(own)}."))
             weights[own] = load
     return ModelContents(Path(path), weights, left_out, llama.files)
 
@@ -242,24 +243,30 @@ def _open(path: Path) -> _Llama:
     settings = first.settings
     kind = settings.get("general.type", "model")
     if kind != "model":
-        raise fault(parts[0], f"must hold a model, but its general.type is {shown(kind)}.")
+        raise CheckpointError(about_file(parts[0], f"must hold a model, but its general.type is {shown(kind)}."))
     if (architecture := settings.get("general.architecture")) != "llama":
-        raise fault(parts[0], f"must be of architecture 'llama', got {shown(architecture)}.")
+        raise CheckpointError(about_file(parts[0], f"must be of architecture 'llama', got {shown(architecture)}."))
     tensors: dict[str, tuple[Path, StoredTensor]] = {}
     for file in parts:
         own = _header(file).tensors
         if twice := next((name for name in own if name in tensors), None):
-            raise fault(file, f"has the tensor {shown(twice)}, which another part of the model has, too.")
+            raise CheckpointError(
+                about_file(file, f"has the tensor {shown(twice)}, which another part of the model has, too.")
+            )
         tensors |= {name: (file, tensor) for name, tensor in own.items()}
     stated = settings.get("split.tensors.count", len(tensors))
     if len(parts) > 1 and stated != len(tensors):
-        raise fault(parts[0], f"states split.tensors.count {shown(stated)}, but the parts have {len(tensors)} tensors.")
+        raise CheckpointError(
+            about_file(
+                parts[0], f"states split.tensors.count {shown(stated)}, but the parts have {len(tensors)} tensors."
+            )
+        )
     checked = _check_settings(parts[0], settings, tensors)
     names: dict[str, str] = {}
     for name in tensors:
         own_name = _torch_name(name)
         if own_name in names:
-            raise fault(parts[0], f"has two tensors called {shown(own_name)}.")
+            raise CheckpointError(about_file(parts[0], f"has two tensors called {shown(own_name)}."))
         names[own_name] = name
     return _Llama(parts[0], parts, checked, tensors, names)
 
@@ -270,26 +277,36 @@ def _parts(path: Path) -> tuple[Path, ...]:
     match = _PART.fullmatch(path.name)
     by_name = int(match[3]) if match else 1
     if match is None and count != 1:
-        raise fault(
-            path,
-            f"is one of {shown(count)} parts (split.count). Its name must end in -00001-of-0000N.gguf to find the others.",
+        raise CheckpointError(
+            about_file(
+                path,
+                f"is one of {shown(count)} parts (split.count). Its name must end in -00001-of-0000N.gguf to find the others.",
+            )
         )
     if count != by_name:
-        raise fault(path, f"is one of {by_name} parts by its name, but its split.count is {shown(count)}.")
+        raise CheckpointError(
+            about_file(path, f"is one of {by_name} parts by its name, but its split.count is {shown(count)}.")
+        )
     if match is not None and not 1 <= int(match[2]) <= by_name:
-        raise fault(path, f"is part {int(match[2])} of {by_name} by its name; parts are counted from 1.")
+        raise CheckpointError(
+            about_file(path, f"is part {int(match[2])} of {by_name} by its name; parts are counted from 1.")
+        )
     if match is None or by_name == 1:
         return (path,)
     parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, by_name + 1)]
     for number, part in enumerate(parts, 1):
         if not part.exists():
-            raise fault(path, f"is one of {by_name} parts, but part {number} is missing: {shown(part.name)}.")
+            raise CheckpointError(
+                about_file(path, f"is one of {by_name} parts, but part {number} is missing: {shown(part.name)}.")
+            )
         own = _header(part).settings
         found = own.get("split.no"), own.get("split.count")
         if found != (number - 1, by_name):
-            raise fault(
-                part,
-                f"must have split.no {number - 1} and split.count {by_name}, got {shown(found[0])} and {shown(found[1])}.",
+            raise CheckpointError(
+                about_file(
+                    part,
+                    f"must have split.no {number - 1} and split.count {by_name}, got {shown(found[0])} and {shown(found[1])}.",
+                )
             )
     return tuple(parts)
 
@@ -298,7 +315,7 @@ def _header(path: Path) -> Header:
     try:
         state = path.stat()
     except (OSError, ValueError) as error:
-        raise fault(path, f"is not a readable GGUF file: {error}.") from error
+        raise CheckpointError(about_file(path, f"is not a readable GGUF file: {error}.")) from error
     return _header_as_of(path, state.st_mtime_ns, state.st_size)
 
 
@@ -318,7 +335,7 @@ def _read(path: Path, name: str, heads: int) -> npt.NDArray[np.float32]:
     gguf = require("gguf", "demo", "Reading GGUF files")
     tensor = _header(path).tensors.get(name)
     if tensor is None:
-        raise fault(path, f"lacks the tensor {shown(name)}, which it had when it was opened.")
+        raise CheckpointError(about_file(path, f"lacks the tensor {shown(name)}, which it had when it was opened."))
     try:
         data = np.fromfile(path, np.uint8, tensor.nbytes, offset=tensor.offset)
         rows = data.reshape(*tensor.shape[:-1], -1)
@@ -327,7 +344,9 @@ def _read(path: Path, name: str, heads: int) -> npt.NDArray[np.float32]:
             values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.kind))
         return _unpermute(values.astype(np.float32, copy=False), heads)
     except (NotImplementedError, OSError, ValueError) as error:
-        raise fault(path, f"has the tensor {shown(name)}, which cannot be read: {error}.") from error
+        raise CheckpointError(
+            about_file(path, f"has the tensor {shown(name)}, which cannot be read: {error}.")
+        ) from error
 
 
 def _check_settings(
@@ -338,19 +357,23 @@ def _check_settings(
     def integer(key: str, default: int | None = None, most: int = _MOST) -> int:
         value = _require(path, settings, key, default)
         if type(value) is not int or not 1 <= value <= most:
-            raise fault(path, f"must have an integer from 1 to {most} as {key}, got {shown(value)}.")
+            raise CheckpointError(
+                about_file(path, f"must have an integer from 1 to {most} as {key}, got {shown(value)}.")
+            )
         return value
 
     def number(key: str, default: float | None = None) -> float:
         value = _require(path, settings, key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise fault(path, f"must have a finite number above 0 as {key}, got {shown(value)}.")
+            raise CheckpointError(about_file(path, f"must have a finite number above 0 as {key}, got {shown(value)}."))
         return float(value)
 
     heads = integer("llama.attention.head_count")
     kv_heads = integer("llama.attention.head_count_kv", heads)
     if heads % kv_heads:
-        raise fault(path, f"has llama.attention.head_count {heads}, which head_count_kv {kv_heads} does not divide.")
+        raise CheckpointError(
+            about_file(path, f"has llama.attention.head_count {heads}, which head_count_kv {kv_heads} does not divide.")
+        )
     checked = _Settings(
         integer("llama.block_count", most=_MOST_BLOCKS),
         integer("llama.embedding_length"),
@@ -364,13 +387,17 @@ def _check_settings(
     blocks = {int(match[1]) for name in tensors if (match := _BLOCK.match(name))}
     if blocks != set(range(checked.blocks)):
         last = f", the last is {max(blocks)}" if blocks else ""
-        raise fault(path, f"has llama.block_count {checked.blocks}, but tensors of {len(blocks)} blocks{last}.")
+        raise CheckpointError(
+            about_file(path, f"has llama.block_count {checked.blocks}, but tensors of {len(blocks)} blocks{last}.")
+        )
     for name, (file, tensor) in tensors.items():
         per_row = 2 * checked.heads_of(name)
         if per_row and tensor.shape and tensor.shape[0] % per_row:
-            raise fault(
-                file,
-                f"has {tensor.shape[0]} rows in {shown(name)}, which must be a multiple of {per_row}, two for each head.",
+            raise CheckpointError(
+                about_file(
+                    file,
+                    f"has {tensor.shape[0]} rows in {shown(name)}, which must be a multiple of {per_row}, two for each head.",
+                )
             )
     return checked
 
@@ -378,7 +405,7 @@ def _check_settings(
 def _require(path: Path, settings: Mapping[str, Setting], key: str, default: float | None) -> object:
     value = settings.get(key, default)
     if value is None:
-        raise fault(path, f"lacks the entry {key!r}.")
+        raise CheckpointError(about_file(path, f"lacks the entry {key!r}."))
     return value
 
 
@@ -386,15 +413,19 @@ def _config(transformers: Any, llama: _Llama) -> Any:
     """Return the configuration, after checking that the file has its tensors and no others."""
     settings = llama.settings
     if settings.embedding_length % (2 * settings.heads):
-        raise fault(
-            llama.path,
-            f"has llama.embedding_length {settings.embedding_length}, which must be a multiple of twice "
-            f"llama.attention.head_count, {settings.heads}.",
+        raise CheckpointError(
+            about_file(
+                llama.path,
+                f"has llama.embedding_length {settings.embedding_length}, which must be a multiple of twice "
+                f"llama.attention.head_count, {settings.heads}.",
+            )
         )
     if (scaling := _header(llama.path).settings.get("llama.rope.scaling.type", "none")) != "none":
-        raise fault(
-            llama.path,
-            f"has a rotary embedding with scaling {shown(scaling)}, which is not supported. Use a model without it.",
+        raise CheckpointError(
+            about_file(
+                llama.path,
+                f"has a rotary embedding with scaling {shown(scaling)}, which is not supported. Use a model without it.",
+            )
         )
     _check_tensors(llama)
     return transformers.LlamaConfig(
@@ -434,10 +465,12 @@ def _check_tensors(llama: _Llama) -> None:
     unexpected = [name for name in llama.tensors if name not in expected]
     if missing or unexpected:
         lists = f"missing {shown(', '.join(missing[:3]))}, unexpected {shown(', '.join(unexpected[:3]))}"
-        raise fault(llama.path, f"does not have the tensors of a Llama model: {lists}.")
+        raise CheckpointError(about_file(llama.path, f"does not have the tensors of a Llama model: {lists}."))
     for name, (file, tensor) in llama.tensors.items():
         if tensor.shape != expected[name]:
-            raise fault(file, f"has {shown(name)} of shape {tensor.shape}, but its settings need {expected[name]}.")
+            raise CheckpointError(
+                about_file(file, f"has {shown(name)} of shape {tensor.shape}, but its settings need {expected[name]}.")
+            )
 
 
 def _restore_rotary(transformers: Any, model: Any, config: Any) -> None:

@@ -11,10 +11,9 @@ import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, for safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lqlora._messages import shown
+from lqlora._messages import about_file, shown
 from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS
 from lqlora.errors import CheckpointError, LQLoRAError
-from lqlora.integrations._faults import fault
 from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, list_parts
 from lqlora.integrations.contents import LeftOut, ModelContents
 from lqlora.integrations.gguf import open_llama
@@ -116,9 +115,9 @@ def open_model(path: str | os.PathLike[str]) -> ModelContents:
     except (OSError, ValueError) as error:  # a path that the system refuses, such as one with a name that is too long
         if isinstance(error, LQLoRAError):
             raise
-        raise fault(path, f"cannot be read: {error}.") from error
+        raise CheckpointError(about_file(path, f"cannot be read: {error}.")) from error
     if not contents.weights:
-        raise fault(path, f"has no weight matrix. {contents.describe_left_out()}".strip())
+        raise CheckpointError(about_file(path, f"has no weight matrix. {contents.describe_left_out()}".strip()))
     return contents
 
 
@@ -140,8 +139,10 @@ def _open_safetensors(path: Path) -> ModelContents:
     loaders: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
     for name, part in parts.items():
         if name in used and part.dtype not in ("U8", "F32"):  # NumPy does not have all other dtypes
-            raise fault(
-                part.file, f"must have uint8 or float32 in the 4-bit layout, got {part.dtype} for {shown(name)}."
+            raise CheckpointError(
+                about_file(
+                    part.file, f"must have uint8 or float32 in the 4-bit layout, got {part.dtype} for {shown(name)}."
+                )
             )
         if name in own:
             loaders[name] = functools.partial(_read_bitsandbytes, own[name], name)
@@ -155,7 +156,9 @@ def _open_safetensors(path: Path) -> ModelContents:
     for name, load in loaders.items():
         matrix = name.removesuffix(".weight")
         if matrix in weights:
-            raise fault(path, f"has two matrices called {shown(matrix)}. Keep the files of one model in it.")
+            raise CheckpointError(
+                about_file(path, f"has two matrices called {shown(matrix)}. Keep the files of one model in it.")
+            )
         weights[matrix] = load
     unread = set(_files_in(path)) - set(files) if path.is_dir() else set()
     return ModelContents(path, weights, left_out, tuple(files), tuple(sorted(unread)))
@@ -174,10 +177,12 @@ def _files_of(path: Path) -> tuple[list[Path], Mapping[str, Path] | None]:
         listed = _read_index(index)
         return list(dict.fromkeys(listed.values())), listed
     if indexes:
-        raise fault(path, f"has {len(indexes)} indexes, but no {_INDEX}. Keep the files of one model in it.")
+        raise CheckpointError(
+            about_file(path, f"has {len(indexes)} indexes, but no {_INDEX}. Keep the files of one model in it.")
+        )
     found = _files_in(path)
     if not found:
-        raise fault(path, "has no .safetensors file.")
+        raise CheckpointError(about_file(path, "has no .safetensors file."))
     models = [file for file in found if not file.name.startswith("adapter_model")] or found
     if whole := [file for file in models if file.name == "model.safetensors"]:
         return whole, None
@@ -198,7 +203,9 @@ def _with_all_parts(files: list[Path]) -> list[Path]:
         for number in range(1, count + 1):
             part = file.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.safetensors")
             if part not in found and not part.exists():
-                raise fault(file, f"is one of {count} parts, but part {number} is missing: {shown(part.name)}.")
+                raise CheckpointError(
+                    about_file(file, f"is one of {count} parts, but part {number} is missing: {shown(part.name)}.")
+                )
             found[part] = None
     return list(found)
 
@@ -209,7 +216,7 @@ def _read_index(path: Path) -> dict[str, Path]:
     from lqlora.integrations._schema import Index  # noqa: PLC0415
 
     if not path.is_file() or path.stat().st_size > _MOST_INDEX_BYTES:
-        raise fault(path, f"must be a file of at most {_MOST_INDEX_BYTES} bytes to be an index.")
+        raise CheckpointError(about_file(path, f"must be a file of at most {_MOST_INDEX_BYTES} bytes to be an index."))
     reader = Reader(str(path), CheckpointError)
     files = reader.read(path.read_bytes(), Index).weight_map
     for tensor, name in files.items():
@@ -220,7 +227,7 @@ def _read_index(path: Path) -> dict[str, Path]:
             )
     for name in dict.fromkeys(files.values()):
         if not path.with_name(name).exists():
-            raise fault(path, f"lists the file {shown(name)}, which is missing.")
+            raise CheckpointError(about_file(path, f"lists the file {shown(name)}, which is missing."))
     return {tensor: path.with_name(name) for tensor, name in files.items()}
 
 
@@ -235,31 +242,35 @@ def _tensors_of(
             if listed is not None and listed.get(name) != file:
                 left_out.setdefault(name, LeftOut("not listed in the index", part.nbytes))
             elif name in found:
-                raise fault(path, f"has two tensors called {shown(name)}. Keep the files of one model in it.")
+                raise CheckpointError(
+                    about_file(path, f"has two tensors called {shown(name)}. Keep the files of one model in it.")
+                )
             else:
                 found[name] = part
     if missing := next((name for name in listed or () if name not in found), None):
         assert listed is not None
-        raise fault(listed[missing], f"lacks the tensor {shown(missing)}, which the index lists.")
+        raise CheckpointError(about_file(listed[missing], f"lacks the tensor {shown(missing)}, which the index lists."))
     return found, {name: reason for name, reason in left_out.items() if name not in found}
 
 
 def _read_header(path: Path) -> list[tuple[str, _Part]]:
     """Return name and description of each tensor of a file."""
     if not path.is_file():
-        raise fault(path, "is not a file." if path.exists() else "does not exist.")
+        raise CheckpointError(about_file(path, "is not a file." if path.exists() else "does not exist."))
     try:
         with safe_open(path, framework="numpy") as file:
             if "lqlora" in (file.metadata() or {}):
-                raise fault(
-                    path,
-                    "is a checkpoint that lqlora.save wrote: its matrices are quantized. Read it with lqlora.load.",
+                raise CheckpointError(
+                    about_file(
+                        path,
+                        "is a checkpoint that lqlora.save wrote: its matrices are quantized. Read it with lqlora.load.",
+                    )
                 )
             return [(name, _describe(path, file.get_slice(name))) for name in file.keys()]  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise fault(path, f"is not a readable safetensors file: {error}.") from error
+        raise CheckpointError(about_file(path, f"is not a readable safetensors file: {error}.")) from error
 
 
 def _describe(path: Path, tensor: Any) -> _Part:
@@ -278,10 +289,12 @@ def _refuse_codes(name: str, part: _Part) -> None:
     is_weight = (name == "weight" or name.endswith((".weight", "_blocks"))) and len(part.shape) > 1
     is_coded = is_weight and part.dtype not in _FLOATS
     if _CODED.fullmatch(name) or is_coded or part.dtype.startswith(("F8_", "F6_", "F4")):
-        raise fault(
-            part.file,
-            f"holds quantized weights in a layout that is not read ({shown(name)} of dtype {part.dtype}). Decode the model "
-            "to bfloat16 first.",
+        raise CheckpointError(
+            about_file(
+                part.file,
+                f"holds quantized weights in a layout that is not read ({shown(name)} of dtype {part.dtype}). Decode the model "
+                "to bfloat16 first.",
+            )
         )
 
 
@@ -300,7 +313,9 @@ def _read(path: Path, name: str) -> npt.NDArray[np.float32]:
         with safe_open(path, framework="numpy") as file:
             return np.asarray(file.get_tensor(name)).astype(np.float32)
     except (OSError, SafetensorError) as error:
-        raise fault(path, f"has the tensor {shown(name)}, which cannot be read: {error}.") from error
+        raise CheckpointError(
+            about_file(path, f"has the tensor {shown(name)}, which cannot be read: {error}.")
+        ) from error
 
 
 def _read_bitsandbytes(files: Mapping[str, Path], name: str) -> npt.NDArray[np.float32]:
@@ -312,9 +327,13 @@ def _read_bitsandbytes(files: Mapping[str, Path], name: str) -> npt.NDArray[np.f
                 tensors[part] = file.get_tensor(part)
         quantized = from_bitsandbytes(tensors, name).quantized
     except (OSError, SafetensorError, LQLoRAError) as error:
-        raise fault(files[name], f"has the 4-bit weight {shown(name)}, which cannot be read: {error}") from error
+        raise CheckpointError(
+            about_file(files[name], f"has the 4-bit weight {shown(name)}, which cannot be read: {error}")
+        ) from error
     if len(quantized.shape) != 2:
-        raise fault(
-            files[name], f"has the 4-bit weight {shown(name)} of shape {quantized.shape}, which is not a matrix."
+        raise CheckpointError(
+            about_file(
+                files[name], f"has the 4-bit weight {shown(name)} of shape {quantized.shape}, which is not a matrix."
+            )
         )
     return np.asarray(dequantize(quantized))

@@ -14,6 +14,7 @@ from lqlora._messages import about_file, shown
 from lqlora._optional import is_installed, require
 from lqlora.errors import CheckpointError, MissingDependencyError
 from lqlora.integrations._gguf_header import Header, StoredTensor, read_header
+from lqlora.integrations._parts import all_parts, number_and_count
 from lqlora.integrations.contents import LeftOut, ModelContents
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["linear_weights", "load_llama", "open_llama", "packaged_smollm2"]
 
-#: Names of the parts of a model, as llama.cpp writes them: the first part of two is ``NAME-00001-of-00002.gguf``.
-_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,8})\.")
 _MOST = 2**24
 _MOST_BLOCKS = 2**12
@@ -274,9 +273,9 @@ def _open(path: Path) -> _Llama:
 def _parts(path: Path) -> tuple[Path, ...]:
     """Return the files of a model, of which one is given."""
     count = _header(path).settings.get("split.count", 1)
-    match = _PART.fullmatch(path.name)
-    by_name = int(match[3]) if match else 1
-    if match is None and count != 1:
+    own = number_and_count(path)
+    number, by_name = own or (1, 1)
+    if own is None and count != 1:
         raise CheckpointError(
             about_file(
                 path,
@@ -287,20 +286,14 @@ def _parts(path: Path) -> tuple[Path, ...]:
         raise CheckpointError(
             about_file(path, f"is one of {by_name} parts by its name, but its split.count is {shown(count)}.")
         )
-    if match is not None and not 1 <= int(match[2]) <= by_name:
-        raise CheckpointError(
-            about_file(path, f"is part {int(match[2])} of {by_name} by its name; parts are counted from 1.")
-        )
-    if match is None or by_name == 1:
+    if not 1 <= number <= by_name:
+        raise CheckpointError(about_file(path, f"is part {number} of {by_name} by its name; parts are counted from 1."))
+    if by_name == 1:
         return (path,)
-    parts = [path.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.gguf") for number in range(1, by_name + 1)]
+    parts = all_parts(path)
     for number, part in enumerate(parts, 1):
-        if not part.exists():
-            raise CheckpointError(
-                about_file(path, f"is one of {by_name} parts, but part {number} is missing: {shown(part.name)}.")
-            )
-        own = _header(part).settings
-        found = own.get("split.no"), own.get("split.count")
+        settings = _header(part).settings
+        found = settings.get("split.no"), settings.get("split.count")
         if found != (number - 1, by_name):
             raise CheckpointError(
                 about_file(
@@ -308,7 +301,7 @@ def _parts(path: Path) -> tuple[Path, ...]:
                     f"must have split.no {number - 1} and split.count {by_name}, got {shown(found[0])} and {shown(found[1])}.",
                 )
             )
-    return tuple(parts)
+    return parts
 
 
 def _header(path: Path) -> Header:

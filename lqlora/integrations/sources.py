@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from lqlora._messages import about_file, shown
 from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS
 from lqlora.errors import CheckpointError, LQLoRAError
+from lqlora.integrations._parts import all_parts, number_and_count
 from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, list_parts
 from lqlora.integrations.contents import LeftOut, ModelContents
 from lqlora.integrations.gguf import open_llama
@@ -32,9 +33,6 @@ __all__ = ["open_model", "open_weights"]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _MOST_INDEX_BYTES = 2**27
-
-#: Names of the parts of a model, such as ``model-00001-of-00002.safetensors``.
-_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors", re.DOTALL)
 
 #: Last parts of the names of codes and scales: float8, compressed-tensors, GPTQ and AWQ, EXL2, HQQ, bitsandbytes int8,
 #: Quanto.
@@ -195,18 +193,9 @@ def _with_all_parts(files: list[Path]) -> list[Path]:
     """Return the files and the parts that belong to them, in order; raise if a part is missing."""
     found: dict[Path, None] = {}
     for file in files:
-        match = _PART.fullmatch(file.name)
-        count = int(match[3]) if match else 1
-        if match is None or not 1 <= int(match[2]) <= count:
-            found[file] = None
-            continue
-        for number in range(1, count + 1):
-            part = file.with_name(f"{match[1]}-{number:05d}-of-{match[3]}.safetensors")
-            if part not in found and not part.exists():
-                raise CheckpointError(
-                    about_file(file, f"is one of {count} parts, but part {number} is missing: {shown(part.name)}.")
-                )
-            found[part] = None
+        if file not in found:
+            number, count = number_and_count(file) or (1, 1)
+            found |= dict.fromkeys(all_parts(file) if 1 <= number <= count else [file])
     return list(found)
 
 

@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
     from lqlora.errors import LQLoRAError
 
-__all__ = ["Count", "Length", "Number", "Reader", "Size", "Text", "json_values", "key_step", "present_fields"]
+__all__ = [
+    "LONGEST",
+    "Count",
+    "Length",
+    "Number",
+    "Reader",
+    "Size",
+    "Text",
+    "json_values",
+    "key_step",
+    "present_fields",
+]
 
 _T = TypeVar("_T")
 
@@ -53,8 +64,11 @@ Size = Annotated[float, Meta(ge=0, le=_LARGEST)]
 #: A whole number of at least 0 that int64 holds, such as a number of bits.
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
-#: Length of a dimension. The product of two such lengths is below 2**62.
-Length = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+#: Largest length of a dimension. The product of two such lengths is below 2**62.
+LONGEST = 2**31 - 1
+
+#: Length of a dimension.
+Length = Annotated[int, Meta(ge=0, le=LONGEST)]
 
 #: A name or another text.
 Text = Annotated[str, Meta(max_length=2**16)]

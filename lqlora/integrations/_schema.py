@@ -8,7 +8,16 @@ from msgspec import Meta, Struct
 
 from lqlora._documents import Length, Text
 
-__all__ = ["Index", "NestedState", "State"]
+__all__ = ["MOST_DIMENSIONS", "BlockSize", "Dtype", "Index", "NestedState", "State"]
+
+#: Sizes of blocks that bitsandbytes has.
+BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+
+#: Dtypes that bitsandbytes decodes to.
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+#: Largest number of dimensions of a weight.
+MOST_DIMENSIONS = 32
 
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -17,9 +26,9 @@ class State(Struct, frozen=True, forbid_unknown_fields=True):
     """Description of a weight."""
 
     quant_type: Literal["nf4", "fp4"]
-    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
-    dtype: Literal["float32", "float16", "bfloat16"]
-    shape: Annotated[list[Length], Meta(min_length=1, max_length=32)]
+    blocksize: BlockSize
+    dtype: Dtype
+    shape: Annotated[list[Length], Meta(min_length=1, max_length=MOST_DIMENSIONS)]
 
 
 class NestedState(State, frozen=True, forbid_unknown_fields=True):

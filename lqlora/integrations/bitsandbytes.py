@@ -19,17 +19,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import array_api_compat
 import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import namespace, plain_array
+from lqlora._documents import LONGEST, Reader
 from lqlora._messages import shortened, shown
 from lqlora.codebooks import is_standard
 from lqlora.errors import FormatError
 from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.integrations._schema import MOST_DIMENSIONS, BlockSize, Dtype, NestedState, State
 from lqlora.quantized import QuantizedArray
 from lqlora.quantized.array import require_quantized
 
@@ -39,17 +41,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from lqlora._typing import Array
-    from lqlora.integrations._schema import State
 
 __all__ = ["BitsandbytesWeight", "find_bitsandbytes", "from_bitsandbytes", "list_parts", "to_bitsandbytes"]
 
-_BLOCK_SIZES = tuple(2**power for power in range(5, 13))
-_DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = get_args(Dtype)
 #: Scales of double quantization: bitsandbytes subtracts the mean of all absmax values, then stores the differences as
 #: codes of its signed dynamic map in blocks of 256. The mean is the offset of ``d8``.
 _NESTED = "d8/256:float32"
 _STATE = ".quant_state.bitsandbytes__"
-_MOST_DIMENSIONS, _LONGEST = 32, 2**31 - 1
 
 #: Codebook, and bitsandbytes' codes in ascending order of their levels, by bitsandbytes' name. FP4 has two zeros: code 8
 #: (negative) comes before code 0.
@@ -241,9 +240,6 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     up.weight.quant_map (16,)
     up.weight.quant_state.bitsandbytes__nf4 (73,)
     """
-    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
-    from lqlora.integrations._schema import NestedState, State  # noqa: PLC0415
-
     require_quantized(q)
     kind = _require_exportable(q, dtype)
     order = _KINDS[kind][1]
@@ -276,7 +272,7 @@ def _require_exportable(q: QuantizedArray, dtype: str) -> str:
     kind = kinds.get(fmt.codebook.name)
     if kind is None or not is_standard(fmt.codebook):
         raise FormatError(f"codebook must be {' or '.join(kinds)} for bitsandbytes, got {fmt.codebook.name}.")
-    if fmt.block_size not in _BLOCK_SIZES:
+    if fmt.block_size not in get_args(BlockSize):
         raise FormatError(f"block_size must be 32, 64, 128, … or 4096 for bitsandbytes, got {fmt.block_size}.")
     if str(fmt.scales) not in ("float32", _NESTED):
         raise FormatError(f"scales must be float32 or {_NESTED} for bitsandbytes, got {fmt.scales}.")
@@ -288,9 +284,9 @@ def _require_exportable(q: QuantizedArray, dtype: str) -> str:
         raise FormatError(
             f"q must be a single array for bitsandbytes, got a stack of shape {q.batch_shape}. Unstack it."
         )
-    if not 1 <= len(shape) <= _MOST_DIMENSIONS or max(shape) > _LONGEST:
+    if not 1 <= len(shape) <= MOST_DIMENSIONS or max(shape) > LONGEST:
         raise FormatError(
-            f"q must have 1 to {_MOST_DIMENSIONS} dimensions for bitsandbytes, of at most {_LONGEST} each, got shape "
+            f"q must have 1 to {MOST_DIMENSIONS} dimensions for bitsandbytes, of at most {LONGEST} each, got shape "
             f"{shape}. Reshape it first."
         )
     if not _follows_rows(fmt, shape):
@@ -339,9 +335,6 @@ def _take(parts: dict[str, Array], name: str, key: str, dtype: str, shape: tuple
 
 def _take_state(parts: dict[str, Array], name: str) -> tuple[str, State]:
     """Remove the JSON description of a weight from its tensors; return it with every field checked."""
-    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
-    from lqlora.integrations._schema import NestedState, State  # noqa: PLC0415
-
     keys = [key for key in parts if key.startswith(_STATE)]
     kind = keys[0].removeprefix(_STATE) if len(keys) == 1 else None
     if kind not in _KINDS:

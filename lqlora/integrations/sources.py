@@ -11,10 +11,12 @@ import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, for safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lqlora._documents import Reader, key_step
 from lqlora._messages import about_file, shown
 from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS
 from lqlora.errors import CheckpointError, LQLoRAError
 from lqlora.integrations._parts import all_parts, number_and_count
+from lqlora.integrations._schema import Index
 from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, list_parts
 from lqlora.integrations.contents import LeftOut, ModelContents
 from lqlora.integrations.gguf import open_llama
@@ -201,9 +203,6 @@ def _with_all_parts(files: list[Path]) -> list[Path]:
 
 def _read_index(path: Path) -> dict[str, Path]:
     """Return the file of each tensor; the files exist."""
-    from lqlora._documents import Reader, key_step  # noqa: PLC0415 - imports msgspec
-    from lqlora.integrations._schema import Index  # noqa: PLC0415
-
     if not path.is_file() or path.stat().st_size > _MOST_INDEX_BYTES:
         raise CheckpointError(about_file(path, f"must be a file of at most {_MOST_INDEX_BYTES} bytes to be an index."))
     reader = Reader(str(path), CheckpointError)

@@ -18,7 +18,7 @@ import lqlora as lq
 from lqlora import ops
 from lqlora._dispatch import Operation, array_library
 from lqlora.decomposition import decompose_stack
-from lqlora.integrations.bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from lqlora.integrations.bitsandbytes import from_bitsandbytes, read_bitsandbytes, to_bitsandbytes
 from lqlora.testing.backends._cases import Blocks, Product
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn, Uniform
 
@@ -109,6 +109,10 @@ def _from_bitsandbytes(**parts):
     return from_bitsandbytes({key.replace("_DOT_", "."): part for key, part in parts.items()}).quantized
 
 
+def _read_bitsandbytes(**parts):
+    return next(read_bitsandbytes({key.replace("_DOT_", "."): part for key, part in parts.items()}))[1].quantized
+
+
 def _layer(**arrays):
     layer = lq.nn.LQLinear(Q, **arrays)
     return [part.detach() for part in (layer.lora_A, layer.lora_B, layer.bias) if part is not None]
@@ -164,6 +168,7 @@ CALLS = {
     ),
     "Codebook": ({"levels": LEVELS[0]}, lambda levels: lq.Codebook(levels).levels),
     "from_bitsandbytes": (_BNB, _from_bitsandbytes),
+    "read_bitsandbytes": (_BNB, _read_bitsandbytes),
     "find_bitsandbytes": ({"w": W}, lambda w: lq.integrations.bitsandbytes.find_bitsandbytes({"w": w})),
     "RowColumn": ({"row": IMPORTANCE[:, 0].copy(), "col": IMPORTANCE[0].copy()}, lambda **own: RowColumn(**own).row),
     "RowColumn.from_fisher": ({"fisher": IMPORTANCE}, lambda fisher: RowColumn.from_fisher(fisher).row),

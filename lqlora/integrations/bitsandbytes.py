@@ -36,13 +36,20 @@ from lqlora.quantized import QuantizedArray
 from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     import numpy.typing as npt
 
     from lqlora._typing import Array
 
-__all__ = ["BitsandbytesWeight", "find_bitsandbytes", "from_bitsandbytes", "list_parts", "to_bitsandbytes"]
+__all__ = [
+    "BitsandbytesWeight",
+    "find_bitsandbytes",
+    "from_bitsandbytes",
+    "list_parts",
+    "read_bitsandbytes",
+    "to_bitsandbytes",
+]
 
 _DTYPES = get_args(Dtype)
 #: Scales of double quantization: bitsandbytes subtracts the mean of all absmax values, then stores the differences as
@@ -88,8 +95,7 @@ def find_bitsandbytes(tensors: Mapping[str, Array]) -> list[str]:
     Returns
     -------
     list of str
-        Names such as ``"model.layers.0.mlp.up_proj.weight"``, in the order of the state dict. Pass them to
-        :func:`from_bitsandbytes`.
+        Names such as ``"model.layers.0.mlp.up_proj.weight"``, in the order of the state dict.
 
     Examples
     --------
@@ -124,8 +130,43 @@ def list_parts(tensors: Collection[str], name: str) -> list[str]:
     return [name + end for end in ends if name + end in tensors]
 
 
+def read_bitsandbytes(tensors: Mapping[str, Array]) -> Iterator[tuple[str, BitsandbytesWeight]]:
+    """Yield each 4-bit weight of a state dict of bitsandbytes with its name.
+
+    Each key is visited once. :func:`from_bitsandbytes` visits all of them for one weight.
+
+    Parameters
+    ----------
+    tensors : mapping of str to array
+        A state dict, or the tensors of a safetensors file, of any array library. Other tensors are ignored.
+
+    Yields
+    ------
+    tuple of str and BitsandbytesWeight
+        Name and weight, in the order of :func:`find_bitsandbytes`. A weight is read when it is asked for, and may raise what
+        :func:`from_bitsandbytes` does.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> q = lq.quantize(np.linspace(-1, 1, 64, dtype=np.float32), lq.BlockFormat(lq.NF4, 64))
+    >>> [name for name, weight in read_bitsandbytes(to_bitsandbytes(q, "a") | to_bitsandbytes(q, "b"))]
+    ['a', 'b']
+    """
+    keys: dict[str, list[str]] = {name: [] for name in find_bitsandbytes(tensors)}
+    for key in tensors:
+        begins = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+        for name in (*begins, key):
+            if name in keys:
+                keys[name].append(key)
+    for name, own in keys.items():
+        yield name, from_bitsandbytes({key: tensors[key] for key in own}, name)
+
+
 def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> BitsandbytesWeight:
     """Read one 4-bit weight from a state dict of bitsandbytes.
+
+    All keys are visited, to refuse those of the weight that are unknown. Use :func:`read_bitsandbytes` for many weights.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lqlora as lq
 from lqlora._optional import is_installed
 from lqlora.errors import FormatError, MixedArraysError, NonFiniteError, UnsupportedArrayError
-from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, to_bitsandbytes
+from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, read_bitsandbytes, to_bitsandbytes
 from tests.oracles import bitsandbytes as oracle
 from tests.requirements import import_quietly, require_or_skip
 from tests.strategies import host, on
@@ -160,6 +160,31 @@ class TestStateDicts:
         assert find_bitsandbytes(state) == ["b.weight", "a.weight"]
         for name in find_bitsandbytes(state):
             assert bits(lq.dequantize(from_bitsandbytes(state, name).quantized)) == bits(floats("nf4 plain", "dense"))
+        for (name, weight), expected in zip(read_bitsandbytes(state), ("b.weight", "a.weight"), strict=True):
+            assert name == expected
+            assert bits(lq.dequantize(weight.quantized)) == bits(floats("nf4 plain", "dense"))
+
+    def test_each_key_is_visited_a_bounded_number_of_times(self):
+        visits = 0
+
+        class Counted(dict):
+            def __iter__(self):
+                nonlocal visits
+                for key in super().__iter__():
+                    visits += 1
+                    yield key
+
+        one = written("nf4 nested")
+        state = Counted(
+            (key.replace("weight", f"{index}.weight", 1), array) for index in range(50) for key, array in one.items()
+        )
+        assert len(dict(read_bitsandbytes(state))) == 50
+        assert visits == 2 * len(state)
+
+    def test_unknown_parts_of_a_weight_are_refused(self):
+        state = written("nf4 plain") | {"weight.SCB": np.zeros(5, dtype=np.float32), "weights.SCB": np.zeros(5)}
+        with pytest.raises(FormatError, match="SCB"):
+            dict(read_bitsandbytes(state))
 
     def test_a_state_dict_without_any_has_none(self):
         assert (

@@ -5,8 +5,8 @@ an override, with a record of the calls that it takes. A call looks at the overr
 It runs the first one whose record fits the arguments, or else the reference. An override returns the same bytes as the
 reference.
 
-``libraries`` is the one door for arrays: :func:`namespace` refuses what is not computed with, and :func:`plain_array` converts
-what can be. ``kinds`` words the refusals, and ``misfits`` the errors about arguments that do not fit together.
+Arrays have two doors: :func:`namespace` in ``libraries`` refuses what is not computed with, and :func:`plain_array` in
+``plain`` converts what can be. ``kinds`` words the refusals, and ``misfits`` the errors about arguments that do not fit together.
 
 ``operation`` makes the choice, and has :func:`forced`, which switches overrides off. ``overrides`` has the conditions.
 """
@@ -23,9 +23,7 @@ from lqlora._dispatch.libraries import (
     is_on_host,
     known_libraries,
     namespace,
-    plain_array,
     register_library,
-    require_writable,
 )
 from lqlora._dispatch.misfits import fitting
 from lqlora._dispatch.operation import (
@@ -39,6 +37,7 @@ from lqlora._dispatch.operation import (
     preferred_piece,
 )
 from lqlora._dispatch.overrides import Override, Takes
+from lqlora._dispatch.plain import plain_array, require_writable
 
 __all__ = [
     "FLOATS",

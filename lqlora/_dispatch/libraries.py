@@ -1,4 +1,4 @@
-"""Array libraries: the library of an array, its namespace, device, dtype name and memory layout; arguments as plain arrays.
+"""Array libraries: the library of an array, its namespace, device, dtype name and memory layout.
 
 Every public function needs these, so the answers are cached by class and by dtype. The record of a library names the
 modules that register overrides for it. Dispatch imports these modules, and depends on nothing in them.
@@ -33,9 +33,7 @@ __all__ = [
     "known_libraries",
     "load_overrides",
     "namespace",
-    "plain_array",
     "register_library",
-    "require_writable",
 ]
 
 Memory = Literal["host", "device", "either"]
@@ -161,7 +159,7 @@ def register_library(library: Library) -> None:
 
 def forget() -> None:
     """Clear the cached answers after the registered libraries have changed."""
-    for answers in (LIBRARY_OF, PLAIN_LIBRARY_OF, _ENTRY_OF, _HOST_TESTS):
+    for answers in (LIBRARY_OF, PLAIN_LIBRARY_OF, ENTRY_OF, _HOST_TESTS):
         answers.clear()
 
 
@@ -206,7 +204,8 @@ class _Entry(NamedTuple):
     facts: Callable[[Array], Any]
 
 
-_ENTRY_OF: dict[type, _Entry] = {}
+#: Entries of the classes that were given so far.
+ENTRY_OF: dict[type, _Entry] = {}
 
 
 def array_library(value: object) -> str | None:
@@ -259,7 +258,7 @@ def namespace(*arrays: Array, dtypes: Dtypes = NUMBERS, what: str | None = None)
     """
     taken = dtypes.taken
     # One array cannot be on two devices or of two libraries. This is the common case, and takes three look-ups.
-    if len(arrays) == 1 and (entry := _ENTRY_OF.get(type(arrays[0]))) is not None:
+    if len(arrays) == 1 and (entry := ENTRY_OF.get(type(arrays[0]))) is not None:
         xp, at, facts = entry
         if taken[at][facts(arrays[0])]:
             return xp
@@ -270,7 +269,7 @@ def namespace(*arrays: Array, dtypes: Dtypes = NUMBERS, what: str | None = None)
         library = LIBRARY_OF[type(array)]
         if library is None:
             raise _refusal(array, None, dtypes, what)
-        entry = _ENTRY_OF.get(type(array)) or _new_entry(array, library)
+        entry = ENTRY_OF.get(type(array)) or _new_entry(array, library)
         if not taken[entry.at][entry.facts(array)]:
             _require_one_home(arrays)
             raise _refusal(array, library, dtypes, what)
@@ -284,7 +283,7 @@ def namespace(*arrays: Array, dtypes: Dtypes = NUMBERS, what: str | None = None)
 
 
 def _new_entry(array: Array, library: str) -> _Entry:
-    entry = _ENTRY_OF[type(array)] = _Entry(array_api_compat.array_namespace(array), *facts_of(library))
+    entry = ENTRY_OF[type(array)] = _Entry(array_api_compat.array_namespace(array), *facts_of(library))
     return entry
 
 
@@ -294,96 +293,6 @@ def _refusal(value: object, library: str | None, dtypes: Dtypes, what: str | Non
     caller = sys._getframe(2).f_locals  # noqa: SLF001 - this is how inspect does it
     name = what or next((key for key, own in caller.items() if own is value), "array")
     return UnsupportedArrayError(f"{name} {fault_of(value, library, dtypes)}")
-
-
-def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
-    """Return an argument as an array of exactly the class of its library: every public function begins with this.
-
-    A harmless subclass becomes its base class, a parameter of torch the tensor behind it with its graph, a matrix or another
-    byte order an ordinary array, and a lazily negated or conjugated tensor is resolved. Anything else that lqlora does not compute with is
-    refused.
-
-    Parameters
-    ----------
-    value : object
-        The argument.
-    name : str
-        Name of the argument, which errors begin with.
-    dtypes : Dtypes
-        The dtypes that the caller computes with.
-
-    Returns
-    -------
-    array
-        The argument itself, if it is plain. A converted one has the same entries, and shares memory where it can.
-
-    Raises
-    ------
-    UnsupportedArrayError
-        If the argument is not an array, or of a kind or dtype that lqlora does not compute with.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> plain_array(np.ones(2, dtype=">f4"), "w").dtype.isnative
-    True
-    """
-    entry = _ENTRY_OF.get(type(value))
-    if entry is None or entry.at or not dtypes.taken[0][entry.facts(value)] or PLAIN_LIBRARY_OF[type(value)] is None:
-        return _converted(value, name, dtypes)
-    return value
-
-
-def _converted(value: Any, name: str, dtypes: Dtypes) -> Array:
-    """Return an argument as a plain array, or raise."""
-    numpy, torch = sys.modules["numpy"], sys.modules.get("torch")
-    if isinstance(value, numpy.matrix) or (LIBRARY_OF[type(value)] == "numpy" and type(value) is not numpy.ndarray):
-        value = numpy.asarray(value)
-    library = LIBRARY_OF[type(value)]
-    if library == "numpy" and not is_native(value.dtype) and value.dtype.kind in "iufc":
-        value = value.astype(value.dtype.newbyteorder("="))
-    if library == "torch" and torch is not None and type(value) is not torch.Tensor:
-        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the subclass may redefine every method
-            value = value.as_subclass(torch.Tensor)
-    if fault := fault_of(value, library, dtypes):
-        raise UnsupportedArrayError(f"{name} {fault}")
-    if library == "torch" and torch is not None:
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # noqa: SLF001 - torch has no public test
-            raise UnsupportedArrayError(
-                f"{name} must be a tensor with entries, got one inside a transform of torch.func. Call the function outside."
-            )
-        value = value.resolve_conj().resolve_neg()
-    return value
-
-
-def require_writable(array: Array, name: str) -> None:
-    """Raise unless an array can be written to, each entry by itself.
-
-    Parameters
-    ----------
-    array : array
-        An array that :func:`namespace` accepts.
-    name : str
-        Name of the argument, which the error begins with.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the array is read-only, has entries that share memory, or is a leaf of a graph of torch.
-    """
-    library, reason = LIBRARY_OF[type(array)], ""
-    if library == "numpy" and not array.flags.writeable:
-        reason = "is read-only"
-    elif library == "torch" and array.requires_grad and sys.modules["torch"].is_grad_enabled():
-        reason = "requires a gradient"
-    elif library in ("numpy", "torch") and 0 not in array.shape:
-        strides = array.strides if library == "numpy" else array.stride()
-        if any(length > 1 and not stride for length, stride in zip(array.shape, strides, strict=True)):
-            reason = "repeats entries of its memory"
-    if reason:
-        raise InvalidArgumentError(
-            f"{name} must be an array that can be written to, got one that {reason}. Pass a copy."
-        )
 
 
 #: Libraries whose arrays are all on one device.

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lqlora import _files
 from lqlora._files import (
     check_writable,
     is_being_written,
@@ -23,6 +22,7 @@ from lqlora._files import (
     remove_left_over,
     replace_file,
     replace_folder,
+    temporary,
     write_whole,
 )
 from lqlora.errors import CheckpointError
@@ -58,7 +58,7 @@ def test_a_failure_of_the_file_system_leaves_the_old_file(old, monkeypatch, step
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_files.os, step, fail)
+    monkeypatch.setattr(os, step, fail)
     with pytest.raises(CheckpointError, match=r"file.*No space"):
         write_whole(old, b"new")
     _assert_untouched(old)
@@ -67,8 +67,8 @@ def test_a_failure_of_the_file_system_leaves_the_old_file(old, monkeypatch, step
 def test_the_content_is_flushed_before_the_rename(old, monkeypatch):
     calls = []
     for step in ("replace", "fsync"):
-        real = getattr(_files.os, step)
-        monkeypatch.setattr(_files.os, step, lambda *args, s=step, f=real: (calls.append(s), f(*args))[1])
+        real = getattr(os, step)
+        monkeypatch.setattr(os, step, lambda *args, s=step, f=real: (calls.append(s), f(*args))[1])
     write_whole(old, b"new")
     assert calls == ["fsync", "replace"]
 
@@ -264,7 +264,7 @@ def test_many_writers_of_one_file_leave_one_whole_file(old):
 
 
 def test_a_writer_whose_folder_is_taken_away_before_it_is_locked_takes_another(old, monkeypatch):
-    real, attempts = _files.lock, []
+    real, attempts = temporary.lock, []
 
     def slow(file):
         attempts.append(file.name)
@@ -272,7 +272,7 @@ def test_a_writer_whose_folder_is_taken_away_before_it_is_locked_takes_another(o
             shutil.rmtree(Path(file.name).parent)
         real(file)
 
-    monkeypatch.setattr(_files, "lock", slow)
+    monkeypatch.setattr(temporary, "lock", slow)
     write_whole(old, b"new")
     assert len(attempts) == 2
     assert old.read_bytes() == b"new"
@@ -400,7 +400,7 @@ class TestFolders:
 
     def _step_aside(self, target, content):
         """Make what a process leaves that was killed after the renames, and before it removed the folder it replaced."""
-        folder = target.parent / f"{_files._prefix(target)}{content}.partial"
+        folder = target.parent / f"{temporary._prefix(target)}{content}.partial"
         (folder / "old").mkdir(parents=True)
         (folder / "lock").touch()
         (folder / "old" / "file").write_text(content)
@@ -429,7 +429,7 @@ class TestFolders:
             with replace_folder(target):
                 self._step_aside(target, "older")  # another process is killed meanwhile
                 monkeypatch.setattr(Path, "rename", dies)
-                monkeypatch.setattr(_files, "_discard", lambda *_: None)
+                monkeypatch.setattr(temporary, "_discard", lambda *_: None)
 
         target.mkdir()
         (target / "file").write_text("old")
@@ -455,13 +455,13 @@ class TestFolders:
     @pytest.mark.parametrize("reason", ["held", "refused"])
     def test_without_the_lock_of_renames_the_work_is_kept(self, tmp_path, monkeypatch, reason):
         target = tmp_path / "folder"
-        monkeypatch.setattr(_files, "_PATIENCE", 0.0)
+        monkeypatch.setattr(temporary, "_PATIENCE", 0.0)
         if reason == "refused":
-            _files._lock_of_renames(target).mkdir()  # it cannot be opened
+            temporary._lock_of_renames(target).mkdir()  # it cannot be opened
             with replace_folder(target):
                 pass
         else:
-            with open_unshared(_files._lock_of_renames(target), "ab") as held:
+            with open_unshared(temporary._lock_of_renames(target), "ab") as held:
                 lock(held)
                 with replace_folder(target):
                     pass
@@ -505,7 +505,7 @@ def test_a_file_system_without_locks_is_written_to_and_nothing_is_taken_for_left
     def unsupported(_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(_files, "lock", unsupported)
+    monkeypatch.setattr(temporary, "lock", unsupported)
     with replace_file(old) as beside:
         beside.write_bytes(b"first")
         write_whole(old, b"second")

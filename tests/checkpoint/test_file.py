@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import struct
 import time
@@ -18,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
-from lqlora import _files
 from lqlora._optional import is_installed
 from lqlora.checkpoint import file as checkpoint
 from lqlora.errors import CheckpointError, InvalidArgumentError
@@ -238,7 +238,7 @@ class TestWriting:
         def fail(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(checkpoint if step == "save_file" else _files.os, step, fail)
+        monkeypatch.setattr(checkpoint if step == "save_file" else os, step, fail)
         with pytest.raises(CheckpointError, match="No space left"):
             lq.save(path, {"m": _decomposition()})
         assert path.read_bytes() == before

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
 import os
-import secrets
-import shutil
 import stat
-import sys
-import threading
-import time
-import weakref
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lqlora._files.temporary import OLD, cut_name, left_over, renaming, settle, temporary_folder
 from lqlora._messages import shortened
 from lqlora.errors import CheckpointError
 
@@ -25,29 +18,7 @@ if TYPE_CHECKING:
 
     from lqlora.errors import LQLoRAError
 
-__all__ = [
-    "check_writable",
-    "input_file",
-    "is_being_written",
-    "lock",
-    "open_unshared",
-    "remove_left_over",
-    "replace_file",
-    "replace_folder",
-    "write_whole",
-]
-
-#: Number of temporary folders to try: one is lost only if another writer comes within microseconds.
-_ATTEMPTS = 8
-
-#: Name of the file in a temporary folder that is locked while its process lives.
-_LOCK = "lock"
-
-#: Name in a temporary folder of the folder that is replaced.
-_OLD = "old"
-
-#: Seconds to wait for another process that renames a folder to the same name, which takes milliseconds.
-_PATIENCE = 10.0
+__all__ = ["check_writable", "input_file", "replace_file", "replace_folder", "write_whole"]
 
 
 @contextmanager
@@ -91,7 +62,7 @@ def replace_file(
             shortened(f"{str(path)!r} cannot be written: {_reason(error)}. Nothing was changed.")
         ) from error
     try:
-        with _temporary_folder(target) as folder:
+        with temporary_folder(target) as folder:
             beside = folder / "data"
             final_mode = _mode(target, beside) if mode is None else mode
             yield beside
@@ -197,7 +168,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     try:
         target = Path(os.path.realpath(path))
         _check_target(target)
-        with _temporary_folder(target) as folder:
+        with temporary_folder(target) as folder:
             _mode(target, folder / "data")
     except (OSError, ValueError) as error:
         raise CheckpointError(
@@ -242,26 +213,26 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         _check_target(target, Path.is_dir, "a folder")
-        with _temporary_folder(target) as folder:
+        with temporary_folder(target) as folder:
             check()
             beside = folder / "data"
             beside.mkdir()
             yield beside
-            with _renaming(target):
+            with renaming(target):
                 # What other processes left since the start is settled first: only the last folder may come back.
-                for dead in _left_over(target):
+                for dead in left_over(target):
                     with suppress(OSError):
-                        _settle(dead, target)
+                        settle(dead, target)
                 try:
                     check()
                 except CheckpointError as error:
                     kept = _keep_beside(beside, target)
                     raise CheckpointError(shortened(f"{error} The new content is in {kept}.")) from error
                 if target.exists():
-                    target.rename(folder / _OLD)
+                    target.rename(folder / OLD)
                 beside.rename(target)
                 with suppress(OSError):  # from here on the old one is not to come back
-                    _settle(folder, target)
+                    settle(folder, target)
     except OSError as error:
         said = _reason(error).replace(str(beside), str(path))  # names that a reader can find
         if not isinstance(error, CheckpointError):
@@ -277,7 +248,7 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
 
 def _keep_beside(folder: Path, target: Path) -> Path:
     """Rename a folder to a free name beside a target, which is its name and a number, and return the path."""
-    begin = _cut_name(target, 240)
+    begin = cut_name(target, 240)
     for number in itertools.count(2):
         free = target.with_name(f"{begin}-{number}")
         if not os.path.lexists(free):
@@ -287,68 +258,6 @@ def _keep_beside(folder: Path, target: Path) -> Path:
                 if not os.path.lexists(free):  # otherwise another process took the name at this moment
                     raise
     raise AssertionError
-
-
-def is_being_written(path: str | os.PathLike[str]) -> bool:
-    """Return whether a process replaces a file or folder at this moment.
-
-    Parameters
-    ----------
-    path : path-like
-        A file or folder that :func:`replace_file` or :func:`replace_folder` writes.
-
-    Returns
-    -------
-    bool
-        False on file systems without locks.
-    """
-    for folder in _temporary_folders(Path(os.path.realpath(path))):
-        with suppress(OSError), open_unshared(folder / _LOCK, "rb+") as held:
-            try:
-                lock(held)
-            except BlockingIOError:
-                return True
-    return False
-
-
-def remove_left_over(path: str | os.PathLike[str]) -> None:
-    """Remove what killed processes left beside a path, and bring back a folder that had stepped aside.
-
-    Parameters
-    ----------
-    path : path-like
-        A file or folder that :func:`replace_file` or :func:`replace_folder` writes.
-    """
-    target = Path(os.path.realpath(path))
-    for folder in _left_over(target):
-        _discard(folder, target)
-    with suppress(OSError):
-        if _lock_of_renames(target).exists():  # its process was killed, or another one renames at this moment
-            with _renaming(target):
-                pass
-
-
-def _temporary_folders(target: Path) -> list[Path]:
-    """Return the temporary folders of a target, of living processes and of dead ones."""
-    found = list[Path]()
-    prefix = _prefix(target)
-    with suppress(OSError):  # a folder that cannot be listed may be written all the same
-        found = [folder for folder in target.parent.iterdir() if folder.name.startswith(prefix)]
-    return [folder for folder in found if folder.name.endswith(".partial") and not folder.is_symlink()]
-
-
-def _left_over(target: Path) -> Iterator[Path]:
-    """Yield the temporary folders of a target whose processes are dead, each locked meanwhile."""
-    for folder in _temporary_folders(target):
-        with suppress(OSError):
-            folder.rmdir()  # its process was killed before it could lock anything; one that has just begun tries again
-        with ExitStack() as stack:
-            try:
-                held = stack.enter_context(open_unshared(folder / _LOCK, "rb+"))
-                lock(held)
-            except OSError:  # a living process has locked it
-                continue
-            yield folder
 
 
 def _reason(error: Exception) -> str:
@@ -373,181 +282,3 @@ def _mode(target: Path, unused: Path) -> int:
     mode = stat.S_IMODE(unused.stat().st_mode)
     unused.unlink()
     return mode
-
-
-@contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside a file, and remove it at the end, with those that dead processes left.
-
-    Libraries put temporary files of their own beside what they write. In a folder these are found, whatever their names.
-    The process holds a lock on a file in the folder, which ends with it: a folder that is not locked is left over. A
-    process that is forked inside the block neither holds the lock nor removes the folder.
-    """
-    remove_left_over(target)
-    # The random part keeps two writers of one path apart: each renames a whole file, and the later one wins. A dot in
-    # front hides what a killed process leaves behind, since `finally` does not run then.
-    for _ in range(_ATTEMPTS):
-        folder, process = target.parent / f"{_prefix(target)}{secrets.token_hex(8)}.partial", os.getpid()
-        folder.mkdir(mode=0o700)
-        try:
-            held = _locked(folder / _LOCK)
-            if held is not None:
-                with held:
-                    yield folder
-                return
-        finally:
-            if os.getpid() == process:  # not in a child that was forked inside the block
-                _discard(folder, target)
-    raise OSError(f"a temporary folder in {target.parent} could not be locked")
-
-
-def _locked(path: Path, mode: str = "xb") -> io.FileIO | None:
-    """Return a new file that is locked, or None if another process has locked or removed it before that."""
-    # That writer either holds the lock at this moment, or has removed the file that is locked here: then the name is
-    # gone. Once the lock and the name belong together, nobody else removes the folder.
-    with ExitStack() as stack, suppress(FileNotFoundError, BlockingIOError):
-        file = stack.enter_context(open_unshared(path, mode))
-        try:
-            lock(file)
-        except BlockingIOError:
-            raise
-        except OSError:  # some network file systems have no locks: then no other writer can lock it to remove it
-            pass
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            stack.pop_all()
-            return file
-    return None
-
-
-def _discard(folder: Path, target: Path) -> None:
-    """Remove a temporary folder; first bring back what stepped aside in it, if nothing took its place."""
-    # This also runs after an error or Ctrl-C between the two renames of `replace_folder`. If the old folder cannot be
-    # brought back, the temporary one stays with it.
-    with suppress(OSError):
-        if (folder / _OLD).exists():
-            with _renaming(target):
-                _settle(folder, target)
-        # The lock goes last: without it, a folder that is not empty could not be told from one of a living process.
-        for entry in folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != _LOCK:
-                entry.unlink()
-        (folder / _LOCK).unlink(missing_ok=True)
-        folder.rmdir()
-
-
-def _settle(folder: Path, target: Path) -> None:
-    """Decide on what stepped aside in a temporary folder: it comes back, or is renamed if something took its place."""
-    # A folder of another name is never brought back. So one that was deleted in part, by a process that was killed
-    # meanwhile, does not return as a whole one.
-    old = folder / _OLD
-    if old.exists():
-        old.rename(folder / "replaced" if target.exists() else target)
-
-
-def _lock_of_renames(target: Path) -> Path:
-    """Return the file that is locked while a folder is renamed to a name."""
-    return target.parent / f"{_prefix(target)}lock"
-
-
-@contextmanager
-def _renaming(target: Path) -> Iterator[None]:
-    """Exclude other processes that rename a folder to one name, so that they find the old folder or the new one."""
-    # Without permission for the lock, on a full disk, or if another process has stopped while it holds the lock, the
-    # work goes on without it: two writers at the same moment are rarer than that, and the work would be lost.
-    path, held, until = _lock_of_renames(target), None, time.monotonic() + _PATIENCE
-    with suppress(OSError):
-        while (held := _locked(path, "ab")) is None and time.monotonic() < until:
-            time.sleep(0.005)
-    try:
-        yield
-    finally:
-        if held is not None:
-            if sys.platform == "win32":  # an open file cannot be removed there
-                held.close()
-            with suppress(OSError):
-                path.unlink()
-            held.close()
-
-
-def _prefix(target: Path) -> str:
-    """Return the begin of the names of temporary folders of one target."""
-    # The hash of the whole name stands for the part that is cut.
-    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
-    return f".{_cut_name(target, 200)}.{digest}."
-
-
-def _cut_name(target: Path, length: int) -> str:
-    """Return the begin of the name of a target, so that a longer name has at most the 255 bytes of names of files."""
-    return os.fsencode(target.name)[:length].decode(errors="ignore")
-
-
-#: Files of :func:`open_unshared` that are open in this process.
-_OPEN: weakref.WeakSet[io.FileIO] = weakref.WeakSet()
-
-#: Held while a file is opened and noted, and while the process forks: no copy of a file is missed.
-_opening = threading.RLock()
-
-
-def open_unshared(path: str | os.PathLike[str], mode: str) -> io.FileIO:
-    """Open a file without a buffer, and close the copies of it that forked processes inherit.
-
-    A lock on the file then ends with this process: otherwise it would end when the last copy is closed.
-
-    Parameters
-    ----------
-    path : path-like
-        The file.
-    mode : str
-        Mode of a binary file, as :func:`open` has it.
-
-    Returns
-    -------
-    io.FileIO
-        The file.
-    """
-    with _opening:
-        file = io.FileIO(path, mode)
-        _OPEN.add(file)
-    return file
-
-
-def _close_in_child() -> None:
-    _opening.release()
-    for file in list(_OPEN):
-        file.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_close_in_child)
-
-
-def lock(file: io.FileIO) -> None:
-    """Lock an open file until it is closed.
-
-    Parameters
-    ----------
-    file : io.FileIO
-        A file of :func:`open_unshared` that may be written.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process, or another open file of this one, has locked it.
-    OSError
-        If the file system has no locks.
-    """
-    # The system releases these locks when their process ends, however it ends. A lock file would outlive a crash.
-    if sys.platform == "win32":
-        import msvcrt  # noqa: PLC0415 - exists on this system only
-
-        file.seek(1 << 40)  # a byte far beyond the end: other processes cannot read bytes that are locked
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise BlockingIOError(*error.args) from error
-    else:
-        import fcntl  # noqa: PLC0415 - exists on other systems only
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -73,7 +73,7 @@ def decompose_stack(
     weighting: AbstractWeighting | Sequence[AbstractWeighting | None] | None = None,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
-    name: str = "the stack",
+    name: str = "w",
     **options: Any,
 ) -> DecompositionStack:
     """Decompose each matrix of a stack independently, several at a time.

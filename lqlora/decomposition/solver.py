@@ -86,7 +86,7 @@ def decompose(
     clip_rank: bool = False,
     seed: int = 0,
     callback: Callable[[int, float], bool | None] | None = None,
-    name: str = "the matrix",
+    name: str = "w",
 ) -> Decomposition:
     r"""Split a matrix into a quantized part and a low-rank part, by alternating between the two.
 

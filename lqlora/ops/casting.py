@@ -26,7 +26,7 @@ __all__ = [
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
-def widen(array: Array, what: str = "the array") -> Array:
+def widen(array: Array, what: str = "array") -> Array:
     """Convert floating-point input to the dtype of the arithmetic: float32, or float64 for float64.
 
     Parameters
@@ -80,7 +80,7 @@ def require_float(array: Array, what: str) -> None:
     Examples
     --------
     >>> import numpy as np
-    >>> require_float(np.ones(2), "the array")
+    >>> require_float(np.ones(2), "array")
     """
     namespace(array, dtypes=FLOATS, what=what)
 

@@ -54,7 +54,7 @@ def gptq(
     sweeps: int = 2,
     start: QuantizedArray | None = None,
     check_finite: bool = True,
-    name: str = "the matrix",
+    name: str = "w",
 ) -> QuantizedArray:
     r"""Quantize the weight of a linear layer so that its outputs change little.
 

@@ -35,7 +35,7 @@ def quantize(
     start: QuantizedArray | None = None,
     batch_dims: int = 0,
     check_finite: bool = True,
-    name: str = "the array",
+    name: str = "w",
 ) -> QuantizedArray:
     """Quantize an array block by block.
 

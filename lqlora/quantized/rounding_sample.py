@@ -57,9 +57,7 @@ class RoundingSample:
         Name of the array in messages.
     """
 
-    def __init__(
-        self, array: Array, like: BlockFormat, weights: Array | None = None, *, name: str = "the array"
-    ) -> None:
+    def __init__(self, array: Array, like: BlockFormat, weights: Array | None = None, *, name: str = "array") -> None:
         xp = namespace(array)
         self._source = Source(array, None, like, name)
         self._statistic, self._low = block_statistics(self._source)
@@ -133,7 +131,7 @@ class RoundingSample:
 
 def _spread(array: Array, fmt: BlockFormat, every: int) -> Array:
     """Return every ``every``-th block, one per row."""
-    xp, source = namespace(array), Source(array, None, fmt, "the array")
+    xp, source = namespace(array), Source(array, None, fmt, "array")
     parts = [rows.entries[-blocks.start % every :: every, :] for blocks, rows in source.pieces(piece_size(array))]
     if not parts:
         shape = (0, source.layout.block_size)

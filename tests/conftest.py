@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # No deadlines: the first call on a library imports it, and shared machines stall.
-hypothesis.settings.register_profile("dev", max_examples=30, deadline=None)
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None)
 # For mutation runs: few examples, always the same, and no time for making a failing one small.
 hypothesis.settings.register_profile(

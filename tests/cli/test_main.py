@@ -107,6 +107,7 @@ class TestDemo:
         (tmp_path / "text.txt").write_text("The cat sat on the mat in the hat, and others. " * 60, encoding="utf-8")
         return ("--model", tmp_path / "tiny.gguf", "--text", tmp_path / "text.txt", "--rank", 2)
 
+    @pytest.mark.slow
     def test_it_prints_the_table_that_it_writes(self, inputs, tmp_path, capsys):
         assert run("demo", "--fast", "--seed", 3, "--bits", "2.6", "--output", tmp_path / "out", *inputs) == 0
         captured = capsys.readouterr()

@@ -185,6 +185,7 @@ class TestFailures:
         with replace_folder(tmp_path / "out"):
             assert "being written by another process" in failure(stage=stage)
 
+    @pytest.mark.sampled(1)
     @pytest.mark.parametrize("force", [False, True])
     def test_the_results_are_beside_a_folder_that_appeared_meanwhile(self, inputs, tmp_path, force):
         @contextmanager

@@ -19,8 +19,9 @@ import hashlib
 import itertools
 import json
 from bisect import bisect_left
+from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads and writes
 import numpy as np
@@ -35,10 +36,11 @@ from lqlora.codebooks import Codebook, check_work, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
 from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized import QuantizedArray
+from lqlora.quantized.array import nest
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from lqlora._documents import Reader
     from lqlora._typing import Array
@@ -51,6 +53,15 @@ _SPEC = 3
 
 #: Key of the JSON document in the metadata of a safetensors file.
 _KEY = "lqlora"
+
+#: Bytes of small arrays that are joined, so that one call checks all of them. The joined copy bounds the memory.
+_JOINED = 1 << 20
+
+#: Dtypes whose numbers may be NaN or infinite.
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+#: What tensors of unusual dtypes and shapes raise when they are checked.
+_UNUSUAL = (AttributeError, OverflowError, TypeError, ValueError)
 
 
 class _Matrix(Protocol):
@@ -218,7 +229,8 @@ def _owners(tensor: str) -> Iterator[str]:
 
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
     """Return all tensors that store a matrix, by name; :func:`_take_matrix` is the inverse."""
-    arrays = {_weight_key(name, key): array for key, array in matrix.quantized.to(np).to_arrays().items()}
+    stored = matrix.quantized.to_arrays()
+    arrays = {_weight_key(name, key): ops.convert(array, np) for key, array in stored.items()}
     codebook = matrix.quantized.format.codebook
     if not is_standard(codebook):
         arrays[_weight_key(name, "codebook")] = codebook.levels
@@ -238,11 +250,11 @@ def _digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     # but its last bracket, and dtypes and shapes in it give the length of every tensor. So the hashed bytes can be split
     # in one way only: no byte can move between a name and a tensor, or between two tensors, and leave the hash the same.
     described = {key: value for key, value in document.items() if key != "sha256"}
-    tensors = [(name, str(arrays[name].dtype), arrays[name].shape) for name in sorted(arrays)]
+    dtypes = {dtype: str(dtype) for dtype in {array.dtype for array in arrays.values()}}
+    tensors = [(name, dtypes[arrays[name].dtype], arrays[name].shape) for name in sorted(arrays)]
     total = hashlib.sha256(json.dumps([described, tensors], sort_keys=True, allow_nan=False).encode())
     for name, _, _ in tensors:
-        array = arrays[name]
-        total.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+        total.update(arrays[name].reshape(-1).view(np.uint8))
     return total.hexdigest()
 
 
@@ -322,44 +334,109 @@ def _take_matrices(
         check_work(map(codebook_name, standard))
     except FormatError as error:
         raise reader.fault(place, f": {error}") from error
+    parts = {name: _take_parts(arrays, names, name, row) for name, row in rows.items()}
+    checked = _checked_in_stacks(parts)
     matrices = {}
-    for name, row in rows.items():
+    for name, own in parts.items():
         try:
-            matrices[name] = _take_matrix(arrays, names, name, row)
+            matrices[name] = _assemble_matrix(name, own, is_checked=name in checked)
         except KeyError as error:
             raise reader.fault(
                 f"{place}{key_step(name)}", f"is described, but {shown(error.args[0])} is missing."
             ) from error
         # What the tensors hold is not in the document: AttributeError and so on come from unusual dtypes and shapes.
-        except (AttributeError, OverflowError, TypeError, ValueError, LQLoRAError) as error:
+        except (*_UNUSUAL, LQLoRAError) as error:
             raise reader.fault(f"{place}{key_step(name)}", f": {error}") from error
     return matrices
 
 
-def _take_matrix(arrays: dict[str, Any], names: list[str], name: str, row: Matrix) -> StoredMatrix:
-    """Remove the tensors of a matrix from the arrays, check them, and return the matrix.
+class _Parts(NamedTuple):
+    """Tensors of a matrix: those of the quantized weight by name of the stored array, and the factors by full name."""
+
+    row: Matrix
+    weight: dict[str, Any]
+    levels: Any
+    factors: dict[str, Any]
+
+
+def _take_parts(arrays: dict[str, Any], names: list[str], name: str, row: Matrix) -> _Parts:
+    """Remove the tensors of a matrix from the arrays, and return them unchecked.
 
     ``names`` are the sorted names of all arrays of the file, also of those that other matrices have removed.
     """
-    # The levels and the format come from a file that may be damaged or forged. Nothing is decoded before
-    # QuantizedArray.from_arrays has compared every dtype and length with BlockFormat.stored_arrays.
     prefix = _weight_key(name)
     # Names with one prefix are neighbors in the order of names. A search through all arrays for each matrix would take
     # time that grows with the square of their number.
     neighbors = map(names.__getitem__, range(bisect_left(names, prefix), len(names)))
     found = itertools.takewhile(lambda key: key.startswith(prefix), neighbors)
-    own = {key.removeprefix(prefix): arrays.pop(key) for key in found if key in arrays}
-    fmt, shape = _stored_format(row, own.pop("codebook", None)), row.shape
-    quantized = QuantizedArray.from_arrays(own, fmt, shape)
-    lora_A, lora_B = arrays.pop(f"{name}.lora_A"), arrays.pop(f"{name}.lora_B")
+    weight = {key.removeprefix(prefix): arrays.pop(key) for key in found if key in arrays}
+    levels = weight.pop("codebook", None)
+    factors = {key: arrays.pop(key) for key in (f"{name}.lora_A", f"{name}.lora_B") if key in arrays}
+    return _Parts(row, weight, levels, factors)
+
+
+def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
+    """Return the names of matrices whose quantized weights passed every check as members of a stack."""
+    # Of thousands of small matrices, one call then checks hundreds. A stack of finite numbers is accepted only if each of
+    # its members is; with NaN in one of them, scales that overflow in another are not looked for. A matrix that is not
+    # in the result is checked by itself, which words the error.
+    kinds = {
+        name: (own.row.format, own.row.shape, *((key, own.dtype, own.shape) for key, own in own.weight.items()))
+        for name, own in parts.items()
+        if own.levels is None
+    }
+    checked: set[str] = set()
+    for names in _batches(
+        (name, kind, sum(own.nbytes for own in parts[name].weight.values())) for name, kind in kinds.items()
+    ):
+        row, weight = parts[names[0]][:2]
+        if len(names) > 1:
+            stack = {key: np.stack([parts[name].weight[key] for name in names]) for key in weight}
+            try:
+                QuantizedArray.from_arrays(stack, BlockFormat.parse(row.format), (len(names), *row.shape), 1)
+            except (*_UNUSUAL, LQLoRAError):
+                continue
+            if all(map(_is_finite, stack.values())):
+                checked.update(names)
+    return checked
+
+
+def _batches(items: Iterable[tuple[str, Hashable, int]]) -> Iterator[list[str]]:
+    """Yield lists of names of one kind, whose bytes are few together. An item is a name, its kind, and its bytes."""
+    groups: defaultdict[tuple[Hashable, int], list[str]] = defaultdict(list)
+    for name, kind, size in items:
+        groups[kind, size].append(name)
+    for (_, size), names in groups.items():
+        count = max(_JOINED // max(size, 1), 1)
+        yield from (names[start : start + count] for start in range(0, len(names), count))
+
+
+def _stacked(arrays: list[Any]) -> Any:
+    """Return arrays of one shape as one array; a single one, which may be large, is not copied."""
+    return np.stack(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _is_finite(array: Any) -> bool:
+    """Return whether an array holds neither NaN nor infinity. Arrays of integers, and of dtypes without a name, do not."""
+    return ops.dtype_name(array) not in _FLOATS or ops.is_finite(ops.widen(array))
+
+
+def _assemble_matrix(name: str, parts: _Parts, *, is_checked: bool) -> StoredMatrix:
+    """Check the tensors of a matrix, and return the matrix."""
+    # The levels and the format come from a file that may be damaged or forged. Nothing is decoded before
+    # QuantizedArray.from_arrays has compared every dtype and length with BlockFormat.stored_arrays.
+    fmt, shape = _stored_format(parts.row, parts.levels), parts.row.shape
+    build = nest if is_checked else QuantizedArray.from_arrays
+    quantized = build(parts.weight, fmt, shape, 0)
+    lora_A, lora_B = parts.factors[f"{name}.lora_A"], parts.factors[f"{name}.lora_B"]
     if lora_A.ndim != 2 or lora_B.shape != (shape[0], len(lora_A)) or lora_A.shape[1] != shape[1]:
         raise FormatError(
             f"lora_B and lora_A of {name!r} must have shapes ({shape[0]}, rank) and (rank, {shape[1]}), got {lora_B.shape} "
             f"and {lora_A.shape}."
         )
-    ops.widen(lora_A, f"lora_A of {name!r}")  # refuses what is not floating-point
-    ops.widen(lora_B, f"lora_B of {name!r}")
-    return StoredMatrix(quantized, lora_A, lora_B, row.scaling)
+    ops.require_float(lora_A, f"lora_A of {name!r}")
+    ops.require_float(lora_B, f"lora_B of {name!r}")
+    return StoredMatrix(quantized, lora_A, lora_B, parts.row.scaling)
 
 
 def _stored_format(row: Matrix, levels: Any) -> BlockFormat:
@@ -404,8 +481,10 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path} was changed after it was written: the SHA-256 of its content differs from the stored one."
             )
         )
-    for name, array in arrays.items():
-        if ops.dtype_name(array) in ("float16", "bfloat16", "float32", "float64"):
+    floats = {name: array for name, array in arrays.items() if ops.dtype_name(array) in _FLOATS}
+    batches = _batches((name, (array.dtype, array.shape), array.nbytes) for name, array in floats.items())
+    if not all(_is_finite(_stacked([floats[name] for name in names])) for names in batches):
+        for name, array in floats.items():
             try:
                 ops.require_finite(ops.widen(array), f"Tensor {name!r}")
             except NonFiniteError as error:

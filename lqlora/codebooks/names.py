@@ -99,13 +99,20 @@ def by_name(name: str) -> Codebook:
     >>> by_name("nf4") is NF4, by_name("bof4s-64").normalization
     (True, 'signed')
     """
+    family, numbers = _split(name)
+    try:
+        return family.make(*numbers)
+    except InvalidArgumentError as error:
+        raise FormatError(f"codebook {name!r} does not exist: {error}") from None
+
+
+@functools.lru_cache(maxsize=256)
+def _split(name: str) -> tuple[_Family, tuple[int, ...]]:
+    """Return the family of a name and the numbers in it. Results are cached: a file names a codebook per matrix."""
     for family in _FAMILIES:
         match = re.fullmatch(family.pattern, name)
         if match is not None:
-            try:
-                return family.make(*map(int, match.groups()))
-            except InvalidArgumentError as error:
-                raise FormatError(f"codebook {name!r} does not exist: {error}") from None
+            return family, tuple(map(int, match.groups()))
     known = ", ".join(family.spelling for family in _FAMILIES)
     raise FormatError(f"codebook must be one of {known}, got {name[:40]!r}.")
 

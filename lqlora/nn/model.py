@@ -248,7 +248,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         The new module by the old one. Its training flag is set to that of the old module.
     """
     for old, new in replacements.items():
-        new.train(old.training)
+        if new.training != old.training:
+            new.train(old.training)
     # A module with several names is an attribute of several parents. Modules are hashed and compared by identity, and
     # listing all parents first visits each module once: a walk for each replacement would take quadratic time. Children
     # are read from _modules, because named_children() lists a child with two names in one parent once.

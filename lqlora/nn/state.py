@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lqlora import ops
@@ -55,7 +56,9 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     matrices = {
-        name: StoredMatrix(layer.weight.array, layer.lora_A, layer.lora_B, layer.scaling)
+        name: StoredMatrix(
+            layer.weight.array, ops.convert(layer.lora_A, np), ops.convert(layer.lora_B, np), layer.scaling
+        )
         for name, layer in layers.items()
     }
     own = quantized_keys(model)
@@ -94,9 +97,9 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
         raise CheckpointError(shortened(f"{path} holds no quantized matrix, so save_model did not write it."))
     linears = {name: module for name, module in linear_layers(model).items() if name in content.matrices}
     tied = _ties(path, content)
-    _check_fit(path, model, linears, content, tied)
-    model.requires_grad_(requires_grad=False)
     state = model.state_dict(keep_vars=True)
+    _check_fit(path, state, linears, content, tied)
+    model.requires_grad_(requires_grad=False)
     # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
     # last: they take over the biases that were just filled.
     with torch.no_grad():
@@ -105,7 +108,9 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     replacements: dict[nn.Module, nn.Module] = {}
     for name, matrix in content.matrices.items():
         linear = linears[name]
-        replacements[linear] = LQLinear.from_decomposition(matrix, linear.bias).to(linear.weight.device)
+        replacements[linear] = layer = LQLinear.from_decomposition(matrix, linear.bias)
+        if linear.weight.device != layer.lora_A.device:
+            layer.to(linear.weight.device)
     replace_modules(model, replacements)
     return content
 
@@ -123,16 +128,15 @@ def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
 
 def _check_fit(
     path: str | os.PathLike[str],
-    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
     linears: Mapping[str, nn.Linear],
     content: Checkpoint,
     tied: Mapping[str, str],
 ) -> None:
-    """Raise unless the file and the model have the same names, shapes and, as far as needed, ties."""
+    """Raise unless the file and the state of a model have the same names, shapes and, as far as needed, ties."""
     # A layer of the file stands for the weight of a linear layer. The weight is known by identity, so that it counts as
     # replaced under each of its names.
     replaced = {id(module.weight) for module in linears.values()}
-    state = model.state_dict(keep_vars=True)
     expected = {name: tuple(t.shape) for name, t in state.items() if id(t) not in replaced}
     stored = {name: tuple(content.tensors[tied.get(name, name)].shape) for name in [*content.tensors, *tied]}
     expected |= {name: tuple(linears[name].weight.shape) for name in linears}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from lqlora import ops
 from lqlora.codebooks import codebook_to_text
 from lqlora.nn.operator_arguments import Operands
 from lqlora.quantized import QuantizedArray
@@ -14,10 +15,17 @@ from lqlora.quantized import QuantizedArray
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lqlora._typing import Array
+
 __all__ = ["QuantizedWeight"]
 
 #: Arrays that a quantized array has or not, depending on its format.
 _OPTIONAL = ("offset", "zero_points", "levels")
+
+
+def _copied(array: Array) -> torch.Tensor:
+    """Return an array as a tensor with memory of its own: load_state_dict writes into buffers in place."""
+    return cast("torch.Tensor", ops.convert(array, torch).clone())
 
 
 class QuantizedWeight(nn.Module):
@@ -37,21 +45,18 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__()
-        # to() shares memory where it can. Buffers are cloned, because load_state_dict writes into them in place and would
-        # otherwise change the caller's array.
-        here = quantized.to(torch)
-        self.format = here.format
-        self.shape = torch.Size(here.shape)
-        self._spelling = str(here.format), tuple(here.shape), codebook_to_text(here.format.codebook)
-        self.register_buffer("codes", here.packed.clone())
-        if isinstance(here.scales, QuantizedArray):
-            self.scales = QuantizedWeight(here.scales)
+        self.format = quantized.format
+        self.shape = torch.Size(quantized.shape)
+        self._spelling = str(quantized.format), tuple(quantized.shape), codebook_to_text(quantized.format.codebook)
+        self.register_buffer("codes", _copied(quantized.packed))
+        if isinstance(quantized.scales, QuantizedArray):
+            self.scales = QuantizedWeight(quantized.scales)
         else:
-            self.register_buffer("scales", here.scales.clone())
+            self.register_buffer("scales", _copied(quantized.scales))
         for name in _OPTIONAL:
-            array = getattr(here, name)
-            self.register_buffer(name, None if array is None else array.clone())
-        self._stored = "codes", "scales", *(name for name in _OPTIONAL if getattr(here, name) is not None)
+            array = getattr(quantized, name)
+            self.register_buffer(name, None if array is None else _copied(array))
+        self._stored = "codes", "scales", *(name for name in _OPTIONAL if getattr(quantized, name) is not None)
 
     @property
     def array(self) -> QuantizedArray:

@@ -225,11 +225,12 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     if xp.__name__.rpartition(".")[2] == "torch":
         import torch  # noqa: PLC0415 - the caller passed torch, or a wrapper of it, so it is imported already
 
-        host = np.require(
-            host, requirements=("C", "W")
-        )  # torch takes no negative strides, and warns of read-only memory
+        if not (host.flags.c_contiguous and host.flags.writeable):
+            # torch takes no negative strides, and warns of read-only memory.
+            host = np.require(host, requirements=("C", "W"))
         bits = torch.from_numpy(host.view(np.uint16) if is_bfloat16 else host)
-        return (bits.view(torch.bfloat16) if is_bfloat16 else bits).to(device)  # type: ignore[call-overload]
+        tensor = bits.view(torch.bfloat16) if is_bfloat16 else bits
+        return tensor if device is None else tensor.to(device)
     line = host.reshape(1) if not host.ndim else host  # CuPy fills arrays without axes, where -0.0 would become 0.0
     try:
         there = xp.asarray(line) if device is None else xp.asarray(line, device=device)

@@ -16,9 +16,7 @@ written.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -228,7 +226,7 @@ def _owners(tensor: str) -> Iterator[str]:
 
 
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
-    """Return all tensors that store a matrix, by name; :func:`_take_matrix` is the inverse."""
+    """Return all tensors that store a matrix, by name; :func:`_take_matrices` is the inverse."""
     stored = matrix.quantized.to_arrays()
     arrays = {_weight_key(name, key): ops.convert(array, np) for key, array in stored.items()}
     codebook = matrix.quantized.format.codebook
@@ -328,13 +326,12 @@ def _take_matrices(
     """Remove the tensors of all matrices from the arrays, check them, and return the matrices."""
     from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
 
-    names = sorted(arrays)
     try:
         standard = (row.format for name, row in rows.items() if _weight_key(name, "codebook") not in arrays)
         check_work(map(codebook_name, standard))
     except FormatError as error:
         raise reader.fault(place, f": {error}") from error
-    parts = {name: _take_parts(arrays, names, name, row) for name, row in rows.items()}
+    parts = _take_parts(arrays, rows)
     checked = _checked_in_stacks(parts)
     matrices = {}
     for name, own in parts.items():
@@ -355,24 +352,24 @@ class _Parts(NamedTuple):
 
     row: Matrix
     weight: dict[str, Any]
-    levels: Any
     factors: dict[str, Any]
 
 
-def _take_parts(arrays: dict[str, Any], names: list[str], name: str, row: Matrix) -> _Parts:
-    """Remove the tensors of a matrix from the arrays, and return them unchecked.
-
-    ``names`` are the sorted names of all arrays of the file, also of those that other matrices have removed.
-    """
-    prefix = _weight_key(name)
-    # Names with one prefix are neighbors in the order of names. A search through all arrays for each matrix would take
-    # time that grows with the square of their number.
-    neighbors = map(names.__getitem__, range(bisect_left(names, prefix), len(names)))
-    found = itertools.takewhile(lambda key: key.startswith(prefix), neighbors)
-    weight = {key.removeprefix(prefix): arrays.pop(key) for key in found if key in arrays}
-    levels = weight.pop("codebook", None)
-    factors = {key: arrays.pop(key) for key in (f"{name}.lora_A", f"{name}.lora_B") if key in arrays}
-    return _Parts(row, weight, levels, factors)
+def _take_parts(arrays: dict[str, Any], rows: Mapping[str, Matrix]) -> dict[str, _Parts]:
+    """Remove the tensors of all matrices from the arrays, and return them by matrix, unchecked."""
+    # One pass over the tensors: a search through all of them for each matrix would take time that grows with the square of
+    # their number. If names of matrices run into each other, as "m" and "m.weight.x" do, the first one has the tensor.
+    parts = {name: _Parts(row, {}, {}) for name, row in rows.items()}
+    order = {name: index for index, name in enumerate(rows)}
+    for key in list(arrays):
+        factor_of = [key[: -len(".lora_A")]] if key.endswith((".lora_A", ".lora_B")) else []
+        if owners := [name for name in (*factor_of, *_owners(key)) if name in order]:
+            owner = min(owners, key=order.__getitem__)
+            if owner in factor_of:
+                parts[owner].factors[key] = arrays.pop(key)
+            else:
+                parts[owner].weight[key[len(_weight_key(owner)) :]] = arrays.pop(key)
+    return parts
 
 
 def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
@@ -383,7 +380,7 @@ def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
     kinds = {
         name: (own.row.format, own.row.shape, *((key, own.dtype, own.shape) for key, own in own.weight.items()))
         for name, own in parts.items()
-        if own.levels is None
+        if "codebook" not in own.weight
     }
     checked: set[str] = set()
     for names in _batches(
@@ -425,7 +422,7 @@ def _assemble_matrix(name: str, parts: _Parts, *, is_checked: bool) -> StoredMat
     """Check the tensors of a matrix, and return the matrix."""
     # The levels and the format come from a file that may be damaged or forged. Nothing is decoded before
     # QuantizedArray.from_arrays has compared every dtype and length with BlockFormat.stored_arrays.
-    fmt, shape = _stored_format(parts.row, parts.levels), parts.row.shape
+    fmt, shape = _stored_format(parts.row, parts.weight.pop("codebook", None)), parts.row.shape
     build = nest if is_checked else QuantizedArray.from_arrays
     quantized = build(parts.weight, fmt, shape, 0)
     lora_A, lora_B = parts.factors[f"{name}.lora_A"], parts.factors[f"{name}.lora_B"]

@@ -19,7 +19,7 @@ from lqlora.formats import BlockFormat
 from lqlora.nn.linear import LQLinear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Executor
 
     from lqlora._patterns import Patterns
@@ -261,8 +261,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 def _kept(model: nn.Module) -> dict[str, int]:
     """Return the bytes of each parameter and persistent buffer outside quantized layers; tied ones count once."""
-    inside = quantized_keys(model)
     state = model.state_dict(keep_vars=True)
+    inside = quantized_keys(model, state)
     kept = [name for name, first in first_names(state).items() if name == first and name not in inside]
     return {name: state[name].numel() * state[name].element_size() for name in kept}
 
@@ -288,23 +288,30 @@ def first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
-def quantized_keys(model: nn.Module) -> set[str]:
+def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:
     """Return the names of a state dict's entries that belong to quantized layers, without biases.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model.
+    state : iterable of str
+        Keys of ``model.state_dict()``.
 
     Returns
     -------
     set of str
-        Keys of ``model.state_dict()``. A layer with several names has keys under each of them.
+        Some of the keys. A layer with several names has keys under each of them.
     """
-    return {
-        f"{name}.{key}"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, LQLinear)
-        for key in module.state_dict()
-        if key != "bias"
-    }
+    # The names are compared: a state dict of each layer would be made a second time.
+    layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LQLinear)}
+
+    def is_inside(key: str) -> bool:
+        owner, _, own = key.rpartition(".")
+        if owner in layers:
+            return own != "bias"
+        while owner and owner not in layers:
+            owner = owner.rpartition(".")[0]
+        return owner in layers
+
+    return set(filter(is_inside, state))

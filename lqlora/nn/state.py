@@ -61,8 +61,9 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         )
         for name, layer in layers.items()
     }
-    own = quantized_keys(model)
-    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in own}
+    state = model.state_dict(keep_vars=True)
+    own = quantized_keys(model, state)
+    state = {name: tensor for name, tensor in state.items() if name not in own}
     first = first_names(state)
     tensors = {name: tensor for name, tensor in state.items() if first[name] == name}
     tied = {name: origin for name, origin in first.items() if origin != name}

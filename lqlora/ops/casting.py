@@ -230,7 +230,7 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
             host = np.require(host, requirements=("C", "W"))
         bits = torch.from_numpy(host.view(np.uint16) if is_bfloat16 else host)
         tensor = bits.view(torch.bfloat16) if is_bfloat16 else bits
-        return tensor if device is None else tensor.to(device)
+        return tensor if device is None else tensor.to(device)  # type: ignore[call-overload]
     line = host.reshape(1) if not host.ndim else host  # CuPy fills arrays without axes, where -0.0 would become 0.0
     try:
         there = xp.asarray(line) if device is None else xp.asarray(line, device=device)

@@ -519,6 +519,54 @@ class TestNumberOfMatrices:
         lq.save(tmp_path / "t", matrices, {"m.weigh": np.ones(1), "x.m.weight": np.ones(1), "weight.x": np.ones(1)})
         assert sorted(lq.load(tmp_path / "t").tensors) == ["m.weigh", "weight.x", "x.m.weight"]
 
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("weight.codes", 255),
+            ("weight.scales.offset", -1),
+            ("weight.scales.scales", -1),
+            ("weight.scales.scales", 3.4e38),
+            ("weight.levels", [[0, 2, 1, 3]]),
+            ("lora_A", 3),
+        ],
+        ids=["code", "sign of the offset", "sign of a scale", "scales that overflow", "order of levels", "dtype"],
+    )
+    @pytest.mark.parametrize("is_finite", [True, False])
+    def test_of_many_matrices_of_one_kind_the_one_with_a_fault_is_named(self, tmp_path, key, value, is_finite):
+        spelling = "nf2+fit/5:u8/16:float32" if key.endswith("levels") else "int3/5:u8/16:float32"
+        matrix = _decomposition(fmt=lq.BlockFormat.parse(spelling))
+        matrices = {f"experts.{index}": matrix for index in range(9)}
+        lq.save(tmp_path / "t", matrices | {"wide": _decomposition((2, 30), matrix.quantized.format)})
+
+        def change(arrays):
+            name = f"experts.5.{key}"
+            arrays[name] = np.full_like(arrays[name], value, dtype=np.int8 if key == "lora_A" else None)
+            if key.endswith("scales.scales"):
+                arrays["experts.5.weight.scales.offset"][:] = 3.4e38
+            if not is_finite:
+                arrays["experts.2.weight.scales.scales"][:] = np.nan
+
+        _replace_tensors(tmp_path / "t", change)
+        with pytest.raises(CheckpointError, match=r"matrices\['experts\.5'\]"):
+            lq.load(tmp_path / "t")
+
+    def test_matrices_of_one_kind_come_back_bit_for_bit(self, tmp_path):
+        matrices = {
+            f"{fmt}.{index}": lq.decompose(np.eye(6, 10) * index, fmt, rank=1, max_iter=1)
+            for index in range(1, 4)
+            for fmt in FORMATS
+        }
+        lq.save(tmp_path / "t", matrices)
+        for name, matrix in lq.verify(tmp_path / "t").matrices.items():
+            _assert_same_matrix(matrix, matrices[name])
+
+    def test_of_many_tensors_of_one_kind_the_one_that_is_not_finite_is_named(self, tmp_path):
+        tensors = {f"norm.{index}": np.full(4, 1e38, dtype=np.float32) for index in range(9)}
+        tensors["norm.5"][2] = np.inf
+        lq.save(tmp_path / "t", {"m": _decomposition()}, tensors)
+        with pytest.raises(CheckpointError, match=r"'norm\.5' has 1 non-finite value\(s\), the first at index \(2,\)"):
+            lq.verify(tmp_path / "t")
+
     @pytest.mark.slow
     def test_time_grows_with_the_number_of_matrices_and_not_with_its_square(self, tmp_path):
         one, times = _decomposition(), {}

@@ -1,14 +1,17 @@
 """Benchmark of models with thousands of small matrices, such as mixtures of experts: CPU seconds beside the bytes.
 
-Matrices of 64 x 64 take little time themselves, so the rows show what each matrix costs besides its bytes.
+Matrices of 64 x 64 take little time themselves, so the rows show what each matrix costs besides its bytes. Rows that begin
+with "bare" are what other libraries, or the decompositions, take for the same tensors, layers and bytes alone.
 """
 
+import hashlib
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import torch
 from records import Record
 
@@ -56,15 +59,32 @@ def measured(count, folder):
     w = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32)
     matrices = dict.fromkeys(names(count), lq.decompose(w, lq.BlockFormat.parse(FORMATS[-1]), RANK))
     found["lqlora.save"], _ = seconds(lambda: lq.save(file, matrices))
-    found["its bytes, read"], _ = seconds(file.read_bytes)
     found["lqlora.load"], _ = seconds(lambda: lq.load(file))
     found["lqlora.verify"], _ = seconds(lambda: lq.verify(file))
-    own = model(count)
-    found["nn.quantize_model"], _ = seconds(lambda: nn.quantize_model(own, lq.BlockFormat(lq.NF4, 64), rank=0))
+    found |= reference("its", file)
+    found["bare: nn.Linear for each matrix"], own = seconds(lambda: model(count))
+    fmt, weights = (
+        lq.BlockFormat(lq.NF4, 64),
+        [layer.weight.detach().numpy() for layer in nn.select_linears(own).values()],
+    )
+    found["bare: lq.decompose for each matrix"], _ = seconds(lambda: [lq.decompose(own, fmt, 0) for own in weights])
+    found["nn.quantize_model"], _ = seconds(lambda: nn.quantize_model(own, fmt, rank=0))
     found["nn.save_model"], _ = seconds(lambda: nn.save_model(file, own))
     fresh = model(count)
     found["nn.load_model"], _ = seconds(lambda: nn.load_model(file, fresh))
-    return found
+    return found | reference("model's", file)
+
+
+def reference(whose, file):
+    """Return CPU seconds of what handles the same bytes alone: safetensors, and SHA-256."""
+    read, arrays = seconds(lambda: safetensors.numpy.load_file(file))
+    write, _ = seconds(lambda: safetensors.numpy.save_file(arrays, file.with_suffix(".bare")))
+    hashed, _ = seconds(lambda: hashlib.sha256(file.read_bytes()))
+    return {
+        f"bare: safetensors writes {whose} tensors": write,
+        f"bare: safetensors reads {whose} tensors": read,
+        f"bare: SHA-256 of {whose} bytes": hashed,
+    }
 
 
 def main():

@@ -374,9 +374,9 @@ def _take_parts(arrays: dict[str, Any], rows: Mapping[str, Matrix]) -> dict[str,
 
 def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
     """Return the names of matrices whose quantized weights passed every check as members of a stack."""
-    # Of thousands of small matrices, one call then checks hundreds. A stack of finite numbers is accepted only if each of
-    # its members is; with NaN in one of them, scales that overflow in another are not looked for. A matrix that is not
-    # in the result is checked by itself, which words the error.
+    # One call checks hundreds of small matrices. If a stack of finite numbers is accepted, each of its members is. With NaN
+    # in one member, from_arrays does not look for scales that overflow in another one. A matrix that is not in the
+    # result is checked by itself, which words the error.
     kinds = {
         name: (own.row.format, own.row.shape, *((key, own.dtype, own.shape) for key, own in own.weight.items()))
         for name, own in parts.items()
@@ -388,10 +388,10 @@ def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
     ):
         row, weight = parts[names[0]][:2]
         if len(names) > 1:
-            stack = {key: np.stack([parts[name].weight[key] for name in names]) for key in weight}
             try:
+                stack = {key: np.stack([parts[name].weight[key] for name in names]) for key in weight}
                 QuantizedArray.from_arrays(stack, BlockFormat.parse(row.format), (len(names), *row.shape), 1)
-            except (*_UNUSUAL, LQLoRAError):
+            except (IndexError, *_UNUSUAL, LQLoRAError):  # IndexError: arrays of 64 dimensions cannot be stacked
                 continue
             if all(map(_is_finite, stack.values())):
                 checked.update(names)
@@ -399,7 +399,7 @@ def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
 
 
 def _batches(items: Iterable[tuple[str, Hashable, int]]) -> Iterator[list[str]]:
-    """Yield lists of names of one kind, whose bytes are few together. An item is a name, its kind, and its bytes."""
+    """Yield lists of names of one kind, of at most 1 MiB together. An item is a name, its kind, and its bytes."""
     groups: defaultdict[tuple[Hashable, int], list[str]] = defaultdict(list)
     for name, kind, size in items:
         groups[kind, size].append(name)
@@ -408,13 +408,13 @@ def _batches(items: Iterable[tuple[str, Hashable, int]]) -> Iterator[list[str]]:
         yield from (names[start : start + count] for start in range(0, len(names), count))
 
 
-def _stacked(arrays: list[Any]) -> Any:
-    """Return arrays of one shape as one array; a single one, which may be large, is not copied."""
-    return np.stack(arrays) if len(arrays) > 1 else arrays[0]
+def _joined(arrays: list[Any]) -> Any:
+    """Return the entries of arrays of one dtype as one array; a single array, which may be large, is not copied."""
+    return np.concatenate([array.reshape(-1) for array in arrays]) if len(arrays) > 1 else arrays[0]
 
 
 def _is_finite(array: Any) -> bool:
-    """Return whether an array holds neither NaN nor infinity. Arrays of integers, and of dtypes without a name, do not."""
+    """Return whether an array holds neither NaN nor infinity. Only floating-point numbers can be either."""
     return ops.dtype_name(array) not in _FLOATS or ops.is_finite(ops.widen(array))
 
 
@@ -480,7 +480,7 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
         )
     floats = {name: array for name, array in arrays.items() if ops.dtype_name(array) in _FLOATS}
     batches = _batches((name, (array.dtype, array.shape), array.nbytes) for name, array in floats.items())
-    if not all(_is_finite(_stacked([floats[name] for name in names])) for names in batches):
+    if not all(_is_finite(_joined([floats[name] for name in names])) for names in batches):
         for name, array in floats.items():
             try:
                 ops.require_finite(ops.widen(array), f"Tensor {name!r}")

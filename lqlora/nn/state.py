@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from lqlora import ops
@@ -56,9 +55,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     matrices = {
-        name: StoredMatrix(
-            layer.weight.array, ops.convert(layer.lora_A, np), ops.convert(layer.lora_B, np), layer.scaling
-        )
+        name: StoredMatrix(layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
         for name, layer in layers.items()
     }
     state = model.state_dict(keep_vars=True)

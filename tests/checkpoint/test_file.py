@@ -560,6 +560,15 @@ class TestNumberOfMatrices:
         for name, matrix in lq.verify(tmp_path / "t").matrices.items():
             _assert_same_matrix(matrix, matrices[name])
 
+    def test_arrays_with_all_dimensions_of_numpy_are_not_joined(self, tmp_path):
+        deep = np.ones((1,) * 64, dtype=np.float32)
+        matrix = _decomposition()
+        lq.save(tmp_path / "t", {"a": matrix, "b": matrix}, {"x": deep, "y": deep})
+        assert _same_array(lq.verify(tmp_path / "t").tensors["y"], deep)
+        codes = deep.astype(np.uint8)
+        _replace_tensors(tmp_path / "t", lambda a: a.update({"a.weight.codes": codes, "b.weight.codes": codes}))
+        _assert_refused(tmp_path / "t")
+
     def test_of_many_tensors_of_one_kind_the_one_that_is_not_finite_is_named(self, tmp_path):
         tensors = {f"norm.{index}": np.full(4, 1e38, dtype=np.float32) for index in range(9)}
         tensors["norm.5"][2] = np.inf

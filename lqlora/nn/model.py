@@ -305,13 +305,13 @@ def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:
     """
     # The names are compared: a state dict of each layer would be made a second time.
     layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LQLinear)}
+    return {key for key in state if _is_inside(key, layers)}
 
-    def is_inside(key: str) -> bool:
-        owner, _, own = key.rpartition(".")
-        if owner in layers:
-            return own != "bias"
-        while owner and owner not in layers:
-            owner = owner.rpartition(".")[0]
-        return owner in layers
 
-    return set(filter(is_inside, state))
+def _is_inside(key: str, layers: set[str]) -> bool:
+    owner, _, own = key.rpartition(".")
+    if owner in layers:
+        return own != "bias"
+    while owner and owner not in layers:
+        owner = owner.rpartition(".")[0]
+    return owner in layers

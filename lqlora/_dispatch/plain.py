@@ -48,9 +48,15 @@ def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
     True
     """
     entry = ENTRY_OF.get(type(value))
-    if entry is None or entry.at or not dtypes.taken[0][entry.facts(value)] or PLAIN_LIBRARY_OF[type(value)] is None:
+    if entry is None or PLAIN_LIBRARY_OF[type(value)] is None or not dtypes.taken[entry.at][entry.facts(value)]:
         return _converted(value, name, dtypes)
-    return value
+    return _converted(value, name, dtypes) if LIBRARY_OF[type(value)] == "torch" and _stands_for_another(value) else value
+
+
+def _stands_for_another(tensor: Any) -> bool:
+    """Return whether the memory of a tensor does not hold its entries as they are."""
+    is_wrapped = sys.modules["torch"]._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001 - torch has no public test
+    return bool(tensor.is_neg() or tensor.is_conj() or is_wrapped(tensor))
 
 
 def _converted(value: Any, name: str, dtypes: Dtypes) -> Array:

@@ -1,4 +1,4 @@
-"""Selecting matrices and layers by name: shell patterns, regular expressions, functions, and default exclusions."""
+"""Selecting matrices and layers by name: names, endings, shell patterns, regular expressions, functions, and exclusions."""
 
 from __future__ import annotations
 
@@ -20,21 +20,26 @@ __all__ = [
     "as_patterns",
     "list_names",
     "matches",
+    "predicate_of_any",
     "select",
 ]
 
-#: A shell pattern, a compiled regular expression that matches the whole name, or a function of the name.
+#: A name or its end, a shell pattern, a compiled regular expression that matches the whole name, or a function of it.
 Pattern: TypeAlias = "str | re.Pattern[str] | Callable[[str], bool]"
 
 #: One pattern or several.
 Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
 
-#: Output heads stay as they are unless a caller asks for them: they are few, sensitive, and often tied to the
-#: embedding.
+#: Output heads of a model file stay as they are unless a caller asks for them: they are few, sensitive, and often tied to
+#: the embedding. In a torch model the role of a layer decides (lqlora.nn.selection).
 OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "*.lm_head")
 
 #: Embeddings are matrices of a model file, but not linear layers. They stay as they are for the same reasons.
 EMBEDDINGS: tuple[str, ...] = ("*embed*",)
+
+
+#: Characters that make a string a shell pattern.
+_WILDCARDS = re.compile(r"[*?[]")
 
 
 def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
@@ -63,7 +68,8 @@ def matches(name: str, pattern: Pattern) -> bool:
     name : str
         Name of a matrix or layer.
     pattern : pattern
-        A name is also a pattern for itself, whatever characters it has.
+        A name is also a pattern for itself, whatever characters it has. A string without wildcards also matches the names
+        that end with it after a dot.
 
     Returns
     -------
@@ -74,6 +80,8 @@ def matches(name: str, pattern: Pattern) -> bool:
     --------
     >>> matches("layers.0.q", "layers.*.q"), matches("layers.0.q", re.compile("layers")), matches("a[0]", "a[0]")
     (True, False, True)
+    >>> matches("layers.0.q", "q"), matches("layers.0.seq", "q")
+    (True, False)
     """
     return name == pattern or bool(_predicate(pattern)(name))
 
@@ -95,7 +103,8 @@ def select(
     names : collection of str
         Names to select from.
     include, exclude : pattern or iterable of patterns
-        Shell patterns (``"*.q_proj"``), compiled regular expressions that match the whole name, or functions of it.
+        Names or their ends (``"q_proj"``), shell patterns (``"*.attention.*"``), compiled regular expressions that match
+        the whole name, or functions of it. A string that is one of the names stands for this name alone.
     what : str, default "matrix"
         Noun for one of the names, such as ``"linear layer"``, for errors.
     where : str, optional
@@ -117,7 +126,7 @@ def select(
     ['layers.0.q']
     """
     wanted, unwanted = as_patterns(include), as_patterns(exclude)
-    is_wanted, is_unwanted = _predicate_of_any(wanted), _predicate_of_any(unwanted)
+    is_wanted, is_unwanted = predicate_of_any(wanted, names), predicate_of_any(unwanted, names)
     found = [name for name in names if is_wanted(name) and not is_unwanted(name)]
     if not found:
         but = f" without exclude={exclude!r}" if unwanted else ""
@@ -155,7 +164,8 @@ class NameIndex:
         Parameters
         ----------
         include, exclude : pattern or iterable of patterns
-            A string that is one of the names stands for this name alone.
+            A string that is one of the names stands for this name alone. Another string without wildcards matches the
+            names that end with it after a dot.
         parameter : str, default "include"
             Argument that the patterns of ``include`` come from, for errors.
 
@@ -212,19 +222,40 @@ def list_names(names: Collection[str], most: int = 5) -> str:
     return listed + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _predicate_of_any(patterns: Sequence[Pattern]) -> Callable[[str], bool]:
-    """Return a predicate that is true for names that at least one of the patterns matches."""
-    # Exact names are compared as text too, since a name may hold characters that patterns give a meaning: as a shell
-    # pattern "experts[0].w" matches "experts0.w" and not itself.
-    exact = {own for own in patterns if isinstance(own, str)}
-    predicates = [_predicate(own) for own in patterns]
+def predicate_of_any(patterns: Sequence[Pattern], names: Collection[str]) -> Callable[[str], bool]:
+    """Return a predicate that is true for names that at least one of the patterns matches.
+
+    Parameters
+    ----------
+    patterns : sequence of patterns
+        Patterns. A string that is one of the names stands for this name alone.
+    names : collection of str
+        Names that the predicate will be asked about.
+
+    Returns
+    -------
+    callable
+        Function of a name.
+
+    Examples
+    --------
+    >>> list(filter(predicate_of_any(["q", "b.k"], ["q", "a.q", "a.b.k"]), ["q", "a.q", "a.b.k"]))
+    ['q', 'a.b.k']
+    """
+    # Exact names are compared as text, since a name may hold characters that patterns give a meaning: as a shell pattern
+    # "experts[0].w" matches "experts0.w" and not itself.
+    exact = frozenset(names).intersection(own for own in patterns if isinstance(own, str))
+    predicates = [_predicate(own) for own in patterns if not (isinstance(own, str) and own in exact)]
     return lambda name: name in exact or any(predicate(name) for predicate in predicates)
 
 
 def _predicate(pattern: Pattern) -> Callable[[str], object]:
     """Return a predicate that is true for names that the pattern matches."""
+    if not isinstance(pattern, str):
+        return pattern.fullmatch if isinstance(pattern, re.Pattern) else pattern
+    if not _WILDCARDS.search(pattern):
+        ending = f".{pattern}"
+        return lambda name: name == pattern or name.endswith(ending)
     # fnmatch.translate anchors its expression at the end, so `match` compares the whole name. fnmatch.fnmatch would
     # ignore upper and lower case on Windows, and a plan would depend on the system.
-    if isinstance(pattern, str):
-        return re.compile(fnmatch.translate(pattern)).match
-    return pattern.fullmatch if isinstance(pattern, re.Pattern) else pattern
+    return re.compile(fnmatch.translate(pattern)).match

@@ -17,12 +17,15 @@ NAMES = ["model.embed_tokens", "layers.0.q", "layers.0.k", "layers.1.q", "m[0]",
     [
         ("layers.?.q", ["layers.0.q", "layers.1.q"]),
         ("layers", []),
+        ("q", ["layers.0.q", "layers.1.q"]),
+        ("1.q", ["layers.1.q"]),
+        ("tokens", []),
         ("m[0]", ["m[0]"]),
         (re.compile(r"layers\.\d\.q"), ["layers.0.q", "layers.1.q"]),
         (re.compile("layers"), []),
         (lambda name: name.endswith("k"), ["layers.0.k"]),
     ],
-    ids=["shell", "part", "itself", "expression", "part of an expression", "function"],
+    ids=["shell", "part", "last component", "last components", "part of a component", "itself", "expression", "part of an expression", "function"],
 )
 def test_a_pattern_matches_whole_names(pattern, expected):
     assert [name for name in NAMES if matches(name, pattern)] == expected
@@ -38,6 +41,11 @@ class TestSelect:
     def test_a_pattern_that_matches_nothing_beside_one_that_does_is_allowed(self):
         assert select(NAMES, ["m[0]", "nowhere"], "nowhere") == ["m[0]"]
 
+    def test_a_name_stands_for_itself_alone(self):
+        names = ["q", "a.q", "m*", "m0"]
+        assert select(names, ["q", "m*"]) == ["q", "m*"]
+        assert select(names, "*", "q") == ["a.q", "m*", "m0"]
+
     @pytest.mark.parametrize("options", [{"include": "*.v"}, {"exclude": "*"}, {"include": []}], ids=str)
     def test_an_empty_selection_is_refused_with_what_there_is(self, options):
         with pytest.raises(InvalidArgumentError, match=r"^include .*tensor of a\.bin.* 6 .*model\.embed_tokens"):
@@ -50,6 +58,9 @@ class TestNameIndex:
 
     def test_a_name_stands_for_itself_alone(self):
         assert NameIndex(["m*", "m0"]).rows("m*") == [0]
+
+    def test_the_end_of_a_name_stands_for_all_that_have_it(self):
+        assert NameIndex(NAMES).rows("q") == [1, 3]
 
     def test_exclusions_may_leave_nothing(self):
         assert NameIndex(NAMES).rows("*.k", "layers.0.*") == []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
+
+T = TypeVar("T")
 
 __all__ = [
     "EMBEDDINGS",
@@ -22,6 +25,8 @@ __all__ = [
     "matches",
     "predicate_of_any",
     "select",
+    "shown_patterns",
+    "values_by_name",
 ]
 
 #: A name or its end, a shell pattern, a compiled regular expression that matches the whole name, or a function of it.
@@ -129,9 +134,9 @@ def select(
     is_wanted, is_unwanted = predicate_of_any(wanted, names), predicate_of_any(unwanted, names)
     found = [name for name in names if is_wanted(name) and not is_unwanted(name)]
     if not found:
-        but = f" without exclude={exclude!r}" if unwanted else ""
+        but = f" without exclude={shown_patterns(unwanted)}" if unwanted else ""
         raise InvalidArgumentError(
-            f"include must select a {what}{where}, but {include!r}{but} selects none of {len(names)} "
+            f"include must select a {what}{where}, but {shown_patterns(wanted)}{but} selects none of {len(names)} "
             f"({list_names(names)})."
         )
     return found
@@ -192,10 +197,80 @@ class NameIndex:
         found = [row for name, row in self._row.items() if predicate(name)]
         if not found:
             raise InvalidArgumentError(
-                f"{parameter} must match a {self._what}, but {pattern!r} matches none of {len(self._row)} "
+                f"{parameter} must match a {self._what}, but {shown_patterns(pattern)} matches none of {len(self._row)} "
                 f"({list_names(self._row)})."
             )
         return found
+
+
+def values_by_name(
+    given: Mapping[Pattern, T] | Callable[[str], T], names: Sequence[str], *, parameter: str, what: str
+) -> dict[str, T]:
+    """Return the value of each name, from a mapping of patterns to values or a function of the name.
+
+    Parameters
+    ----------
+    given : mapping of pattern to value, or callable
+        The first pattern that matches a name gives its value, unless the name itself is a key. Every key must match.
+    names : sequence of str
+        Names that need values.
+    parameter : str
+        Argument that the mapping comes from, for errors.
+    what : str
+        Noun for one of the names, for errors.
+
+    Returns
+    -------
+    dict of str to value
+        Values in the order of the names. Names that no key matches are missing.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a key matches no name.
+
+    Examples
+    --------
+    >>> values_by_name({"*.q": 8, "*": 16, "b.q": 4}, ["a.q", "b.q", "b.k"], parameter="rank", what="layer")
+    {'a.q': 8, 'b.q': 4, 'b.k': 16}
+    """
+    if not isinstance(given, Mapping):
+        return {name: given(name) for name in names}
+    index = NameIndex(names, what)
+    found: dict[int, T] = {}
+    for pattern, value in given.items():
+        rows = index.rows([pattern], parameter=parameter)
+        for row in rows:
+            if pattern == names[row]:
+                found[row] = value
+            else:
+                found.setdefault(row, value)
+    return {name: found[row] for row, name in enumerate(names) if row in found}
+
+
+def shown_patterns(patterns: Patterns) -> str:
+    """Return patterns as errors show them: functions by name, not by address.
+
+    Parameters
+    ----------
+    patterns : pattern or iterable of patterns
+        One pattern, or several.
+
+    Returns
+    -------
+    str
+        One pattern, or a list of them.
+
+    Examples
+    --------
+    >>> shown_patterns(["*.q", str.isupper])
+    "['*.q', function str.isupper]"
+    """
+    if isinstance(patterns, str | re.Pattern):
+        return repr(patterns)
+    if callable(patterns):
+        return f"function {getattr(patterns, '__qualname__', type(patterns).__qualname__)}"
+    return f"[{', '.join(map(shown_patterns, patterns))}]"
 
 
 def list_names(names: Collection[str], most: int = 5) -> str:

@@ -25,7 +25,17 @@ NAMES = ["model.embed_tokens", "layers.0.q", "layers.0.k", "layers.1.q", "m[0]",
         (re.compile("layers"), []),
         (lambda name: name.endswith("k"), ["layers.0.k"]),
     ],
-    ids=["shell", "part", "last component", "last components", "part of a component", "itself", "expression", "part of an expression", "function"],
+    ids=[
+        "shell",
+        "part",
+        "last component",
+        "last components",
+        "part of a component",
+        "itself",
+        "expression",
+        "part of an expression",
+        "function",
+    ],
 )
 def test_a_pattern_matches_whole_names(pattern, expected):
     assert [name for name in NAMES if matches(name, pattern)] == expected

@@ -7,17 +7,21 @@ from lqlora._optional import require
 require("torch", "pip install torch", "lqlora.nn")
 
 from lqlora.nn.linear import LQLinear  # noqa: E402
-from lqlora.nn.model import QuantizationReport, quantize_model, select_linears, weight_arrays  # noqa: E402 - after the check
+from lqlora.nn.model import quantize_model, weight_arrays  # noqa: E402 - after the check
 from lqlora.nn.operator_arguments import Operands, from_operands, operands  # noqa: E402
+from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer  # noqa: E402
+from lqlora.nn.selection import select_linears  # noqa: E402
 from lqlora.nn.state import load_model, save_model  # noqa: E402
 from lqlora.nn.statistics.fisher import causal_lm_loss, collect_fisher  # noqa: E402
 from lqlora.nn.statistics.gram import collect_gram, collect_kronecker  # noqa: E402
 from lqlora.nn.weight import QuantizedWeight  # noqa: E402
 
 __all__ = [
+    "DensePart",
     "LQLinear",
     "Operands",
     "QuantizationReport",
+    "QuantizedLayer",
     "QuantizedWeight",
     "causal_lm_loss",
     "collect_fisher",

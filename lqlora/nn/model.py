@@ -1,172 +1,118 @@
-"""Conversion of torch models: select linear layers, replace them by quantized ones, and report the storage."""
+"""Conversion of torch models: replace selected linear layers by quantized ones, and report the storage."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lqlora._parallel import map_matrices
-from lqlora._patterns import OUTPUT_HEADS, list_names, select
+from lqlora._patterns import values_by_name
+from lqlora._printable import printable
 from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
 from lqlora.nn.linear import LQLinear
+from lqlora.nn.linear_maps import matrix_of
+from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer
+from lqlora.nn.selection import LinearMaps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from concurrent.futures import Executor
 
-    from lqlora._patterns import Patterns
+    from lqlora._patterns import Pattern, Patterns
+    from lqlora.checkpoint import StoredMatrix
     from lqlora.weighting import AbstractWeighting
 
-__all__ = ["QuantizationReport", "quantize_model", "select_linears", "weight_arrays"]
+__all__ = ["quantize_model", "weight_arrays"]
+
+_log = logging.getLogger("lqlora")
+
+#: Entries of a module that hold its hooks of the forward and the backward pass, by the names that torch gives them.
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
-def select_linears(model: nn.Module, include: Patterns = "*", exclude: Patterns = OUTPUT_HEADS) -> dict[str, nn.Linear]:
-    """Return the linear layers of a model whose names match patterns.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Any model.
-    include, exclude : str, compiled regular expression, callable, or several of them
-        Shell patterns (``"*.q_proj"``), regular expressions that match the whole name, or functions of the name. A layer
-        is selected if one of ``include`` matches and none of ``exclude`` does. By default the output head is excluded.
-
-    Returns
-    -------
-    dict of str to torch.nn.Linear
-        Layers by name, in the order of the model. Layers of derived classes are not selected: their owners may use the
-        weight without calling the layer, as torch's own attention does.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If nothing matches.
-    """
-    linears = linear_layers(model)
-    return {
-        name: linears[name] for name in select(linears, include, exclude, what="linear layer", where=" of the model")
-    }
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return all layers of exactly the class :class:`torch.nn.Linear`, by name.
+def weight_arrays(layers: Mapping[str, nn.Module]) -> dict[str, Callable[[], Any]]:
+    """Return a loader of each layer's matrix, the input of :func:`lqlora.cost_table`.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Any model.
-
-    Returns
-    -------
-    dict of str to torch.nn.Linear
-        Layers in the order of the model; a layer with several names is listed under the first.
-    """
-    # The exact class, not isinstance: a derived layer may compute something else, and the owner of torch's
-    # NonDynamicallyQuantizableLinear passes its weight to a function, which a replacement would break.
-    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-
-
-def weight_arrays(linears: Mapping[str, nn.Linear]) -> dict[str, Callable[[], Any]]:
-    """Return a loader of each layer's weight, the input of :func:`lqlora.cost_table`.
-
-    Parameters
-    ----------
-    linears : mapping of str to torch.nn.Linear
-        Layers by name.
+    layers : mapping of str to torch.nn.Module
+        Linear layers by name, as :func:`select_linears` returns them.
 
     Returns
     -------
     dict of str to callable
-        In host memory a loader returns a NumPy view of the weight, because NumPy is the faster backend there; bfloat16,
-        which NumPy does not have, is widened to float32. On other devices it returns the tensor.
+        A loader returns the matrix in shape (out_features, in_features), also of layers that store it transposed. In host
+        memory it is a NumPy view, because NumPy is the faster backend there; bfloat16, which NumPy does not have, is
+        widened to float32. On other devices it is a tensor.
     """
-    return {name: functools.partial(_weight_array, module) for name, module in linears.items()}
+    return {name: functools.partial(_weight_array, layer) for name, layer in layers.items()}
 
 
-def _weight_array(module: nn.Linear) -> Any:
-    weight = module.weight.detach()
-    if weight.device.type != "cpu":
-        return weight
-    return (weight.float() if weight.dtype == torch.bfloat16 else weight).numpy()
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """Decompositions of the layers that :func:`quantize_model` replaced, with the exact storage of the model.
-
-    Parameters
-    ----------
-    decompositions : dict of str to Decomposition
-        Decompositions by name of the layer.
-    kept : dict of str to int
-        Bytes of each parameter and buffer that was not replaced. Tied parameters are listed once.
-    """
-
-    decompositions: dict[str, Decomposition]
-    kept: dict[str, int]
-
-    @property
-    def storage_bits(self) -> int:
-        """Exact number of bits of the quantized parts, scales and padding included."""
-        return sum(8 * d.quantized.nbytes for d in self.decompositions.values())
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight of the quantized parts, scales and padding included. Low-rank factors are not counted."""
-        return self.storage_bits / sum(
-            d.quantized.shape[0] * d.quantized.shape[1] for d in self.decompositions.values()
-        )
-
-    @property
-    def factor_bytes(self) -> int:
-        """Bytes of the low-rank factors, in float32."""
-        # B and A of an (m, n) matrix have rank * m and rank * n entries of 4 bytes.
-        return sum(4 * d.rank * sum(d.quantized.shape) for d in self.decompositions.values())
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of the whole model: quantized parts, low-rank factors, and everything that was not replaced."""
-        return self.storage_bits // 8 + self.factor_bytes + sum(self.kept.values())
+def _weight_array(layer: nn.Module) -> Any:
+    matrix = matrix_of(layer)
+    if matrix.device.type != "cpu":
+        return matrix
+    return (matrix.float() if matrix.dtype == torch.bfloat16 else matrix).numpy()
 
 
 def quantize_model(
     model: nn.Module,
-    formats: BlockFormat | Mapping[str, BlockFormat] | Plan,
+    formats: BlockFormat | Mapping[Pattern, BlockFormat] | Callable[[str], BlockFormat] | Plan,
     *,
-    rank: int | None = None,
-    include: Patterns = "*",
-    exclude: Patterns = OUTPUT_HEADS,
-    weighting: Mapping[str, AbstractWeighting] | None = None,
-    scaling: float = 1.0,
+    rank: int | Mapping[Pattern, int] | Callable[[str], int] | None = None,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    weighting: Mapping[Pattern, AbstractWeighting] | Callable[[str], AbstractWeighting | None] | None = None,
+    scaling: float | Mapping[Pattern, float] | Callable[[str], float] = 1.0,
     seed: int = 0,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> QuantizationReport:
-    """Replace linear layers by :class:`LQLinear`, in place, and freeze everything but the low-rank factors.
+    """Replace linear layers by :class:`LQLinear`, in place, and freeze the rest of the body.
+
+    Heads of a classifier and adapters of other libraries keep training if they did before. Each finished layer is logged by
+    the logger ``lqlora`` at level INFO.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model. It is changed only after every layer was decomposed.
-    formats : BlockFormat, mapping of str to BlockFormat, or Plan
-        One format for all selected layers, or a format for each name. With names, exactly those layers are replaced.
-    rank : int, optional
-        Rank of the low-rank parts. If it is not given, the plan's ranks are used.
+    formats : BlockFormat, mapping of pattern to BlockFormat, callable, or Plan
+        One format for all selected layers, a function of the name, or formats by pattern, such as
+        ``{"*.q_proj": nf4, "*": nf3}``. The keys of a mapping, and the names of a plan, select the layers as ``include``
+        does.
+    rank : int, mapping of pattern to int, or callable, optional
+        Rank of the low-rank parts. If it is not given, the plan's ranks are used. A rank above the smaller side of a matrix
+        is clipped to it, and the report says so.
     include, exclude : patterns
-        See :func:`select_linears`. They are not used when ``formats`` names the layers.
-    weighting : mapping of str to AbstractWeighting, optional
-        Norms by name of the layer, such as ``lq.weighting.Elementwise(fisher[name].numpy())`` with the result of
-        :func:`collect_fisher`. They hold NumPy arrays for a model in host memory, and tensors for one on a device.
-    scaling, seed : float, int
+        See :func:`select_linears`. ``include`` is not used when ``formats`` selects the layers.
+    weighting : mapping of pattern to AbstractWeighting, or callable, optional
+        Norms, such as ``{name: lq.weighting.Elementwise(f.numpy()) for name, f in fisher.items()}`` with the result of
+        :func:`collect_fisher`. They hold NumPy arrays for a model in host memory, and tensors for one on a device. Layers
+        without one have the Frobenius norm.
+    scaling : float, mapping of pattern to float, or callable, default 1.0
+        Factor of the low-rank part, see :func:`lqlora.decompose`. Layers that no pattern matches have 1.
+    seed : int, default 0
         See :func:`lqlora.decompose`.
     executor, progress : Executor and callable, optional
         See :func:`lqlora.cost_table`.
@@ -176,65 +122,188 @@ def quantize_model(
     Returns
     -------
     QuantizationReport
-        Decompositions, parameters that were kept, and the exact storage.
+        Numbers of the quantized layers, what was left dense and why, and the exact storage.
 
     Raises
     ------
     InvalidArgumentError
-        If no layer matches, a name is not a linear layer of the model, or a layer has no rank.
+        If no layer is selected, a pattern matches nothing or only layers that cannot be quantized, or a layer has no rank.
     NonFiniteError
         If a weight holds NaN or infinity. In this case the model is unchanged.
+
+    Notes
+    -----
+    In a mapping from patterns, the name of a layer is preferred to patterns, and of several patterns the first one holds.
     """
-    by_name = _resolve(model, formats, include, exclude)
-    ranks = formats.ranks if isinstance(formats, Plan) and rank is None else dict.fromkeys(by_name, rank)
-    linears = {name: module for name, module in linear_layers(model).items() if name in by_name}
-    if "" in linears:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise InvalidArgumentError(
+            "model must not be wrapped in DistributedDataParallel, which would not see the new factors. Convert it first."
+        )
+    maps = LinearMaps(model)
+    by_name = _formats(maps, formats, include, exclude)
+    layers = {name: layer for name, layer in maps.layers.items() if name in by_name}
+    if "" in layers:
         raise InvalidArgumentError(
             "model must contain its linear layers, but is one itself. Wrap it in torch.nn.Sequential."
         )
-    if unknown := sorted(set(weighting or {}) - set(linears)):
-        raise InvalidArgumentError(f"weighting must name layers that are quantized, got {list_names(unknown)}.")
-    options = {**options, "scaling": scaling, "seed": seed}
-    items = []
-    for name, load in weight_arrays(linears).items():
-        layer_rank = ranks[name]
-        if layer_rank is None:
-            raise InvalidArgumentError(f"rank must be given for {name!r}. Pass rank=, or a plan that has ranks.")
-        items.append((name, load, by_name[name], layer_rank, (weighting or {}).get(name)))
+    ranks = _ranks(layers, rank, formats.ranks if isinstance(formats, Plan) else {})
+    scalings = _values(scaling, layers, "scaling") if _is_by_name(scaling) else dict.fromkeys(layers, scaling)
+    weightings = {} if weighting is None else _values(weighting, layers, "weighting")
+    items = [
+        (name, load, by_name[name], ranks[name], weightings.get(name), scalings.get(name, 1.0))
+        for name, load in weight_arrays(layers).items()
+    ]
     # All layers are decomposed before the first one is replaced, so that an error leaves the model as it was.
-    found = map_matrices(functools.partial(_decompose_one, options=options), items, executor, progress)
-    decompositions = dict(zip(linears, found, strict=True))
-    # Frozen before the layers are replaced: factors are created afterwards, as parameters that require gradients.
-    model.requires_grad_(requires_grad=False)
-    replace_modules(
-        model,
-        {module: LQLinear.from_decomposition(decompositions[name], module.bias) for name, module in linears.items()},
+    found: list[Any] = map_matrices(
+        functools.partial(_decompose_one, options={**options, "seed": seed}), items, executor, progress, _report_one
     )
-    return QuantizationReport(decompositions, _kept(model))
+    before = sum(tensor.nbytes for tensor in _first_tensors(maps.model).values())
+    numbers: dict[str, QuantizedLayer] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    # Frozen before the layers are replaced: factors are created afterwards, as parameters that require gradients.
+    maps.freeze()
+    for index, (name, layer) in enumerate(layers.items()):
+        # Codes and factors are copied into the layer. The report has numbers only, so that no second copy stays alive.
+        (_, decomposition, seconds), found[index] = found[index], None
+        numbers[name] = _numbers(decomposition, rank=ranks[name], seconds=seconds, dense=matrix_of(layer).nbytes)
+        replacements[layer] = quantized_layer(decomposition, layer)
+    replace_modules(maps.model, replacements)
+    return _report(maps, numbers, before)
 
 
-def _resolve(
-    model: nn.Module,
-    formats: BlockFormat | Mapping[str, BlockFormat] | Plan,
-    include: Patterns,
-    exclude: Patterns,
-) -> dict[str, BlockFormat]:
+def _is_by_name(value: object) -> bool:
+    return isinstance(value, Mapping) or callable(value)
+
+
+def _values(given: Any, layers: Iterable[str], parameter: str) -> dict[str, Any]:
+    """Return the values of layers, from a mapping of patterns or a function of the name."""
+    if not _is_by_name(given):
+        raise InvalidArgumentError(
+            f"{parameter} must be a mapping of patterns or a function of names, got {given!r:.80}."
+        )
+    return values_by_name(given, [*layers], parameter=parameter, what="layer that is quantized")
+
+
+def _formats(maps: LinearMaps, formats: Any, include: Patterns | None, exclude: Patterns) -> dict[str, BlockFormat]:
     """Return the format of each layer to replace."""
     if isinstance(formats, BlockFormat):
-        return dict.fromkeys(select_linears(model, include, exclude), formats)
+        return dict.fromkeys(maps.choose(include, exclude), formats)
     by_name = formats.formats if isinstance(formats, Plan) else formats
-    if not isinstance(by_name, Mapping) or not by_name:
+    if not by_name or not _is_by_name(by_name):
         raise InvalidArgumentError(
-            f"formats must be a BlockFormat, a Plan, or a mapping of layer names to formats, got {formats!r:.80}."
+            "formats must be a BlockFormat, a Plan, a mapping of layer names or patterns to formats, or a function of names, "
+            f"got {formats!r:.80}."
         )
-    if unknown := sorted(set(by_name) - set(linear_layers(model))):
-        raise InvalidArgumentError(f"formats must name linear layers of the model, got {list_names(unknown)}.")
-    return dict(by_name)
+    if isinstance(by_name, Mapping):
+        found = _values(by_name, maps.choose([*by_name], exclude, "formats"), "formats")
+    else:
+        found = _values(by_name, maps.choose(include, exclude), "formats")
+    for name, fmt in found.items():
+        if not isinstance(fmt, BlockFormat):
+            raise InvalidArgumentError(f"formats must give {name!r} a BlockFormat, got {fmt!r:.80}.")
+    return found
 
 
-def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> Decomposition:
-    name, load, fmt, rank, weighting = item
-    return decompose(load(), fmt, rank, weighting=weighting, name=f"weight of {name!r}", **options)
+def _ranks(layers: Mapping[str, nn.Module], rank: Any, planned: Mapping[str, int | None]) -> dict[str, int]:
+    """Return the rank of each layer that was asked for."""
+    if rank is None:
+        found = dict(planned)
+    else:
+        found = {**planned, **(_values(rank, layers, "rank") if _is_by_name(rank) else dict.fromkeys(layers, rank))}
+    for name in layers:
+        if found.get(name) is None:
+            raise InvalidArgumentError(f"rank must be given for {name!r}. Pass rank=, or a plan that has ranks.")
+    return found  # type: ignore[return-value]
+
+
+def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> tuple[str, Decomposition, float]:
+    name, load, fmt, rank, weighting, scaling = item
+    start = time.perf_counter()
+    matrix = load()
+    # A rank that is not an integer is refused by decompose.
+    rank = min(rank, *matrix.shape) if isinstance(rank, int) else rank
+    found = decompose(matrix, fmt, rank, weighting=weighting, scaling=scaling, name=f"weight of {name!r}", **options)
+    return name, found, time.perf_counter() - start
+
+
+def _report_one(result: tuple[str, Decomposition, float]) -> None:
+    """Log one finished layer."""
+    name, found, seconds = result
+    _log.info(
+        "%s: %s, rank %d, relative error %.4f, %.2f s",
+        printable(name),
+        found.quantized.format,
+        found.rank,
+        found.relative_error,
+        seconds,
+    )
+
+
+def _numbers(found: Decomposition, *, rank: int, seconds: float, dense: int) -> QuantizedLayer:
+    rows, columns = found.quantized.shape
+    return QuantizedLayer(
+        found.quantized.format,
+        (rows, columns),
+        found.rank,
+        rank if rank > found.rank else None,
+        found.errors,
+        found.relative_error,
+        found.quantized.nbytes,
+        dense,
+        seconds,
+    )
+
+
+def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> LQLinear:
+    """Return the quantized layer that replaces a linear one.
+
+    Parameters
+    ----------
+    matrix : Decomposition or StoredMatrix
+        Parts of the matrix.
+    layer : torch.nn.Module
+        Layer to replace.
+
+    Returns
+    -------
+    LQLinear
+        Layer on the device of the old one, with its bias, hooks and further attributes. The bias is the same parameter, so
+        that it stays shared with other modules that have it.
+    """
+    weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", layer.bias)
+    found = LQLinear.from_decomposition(matrix, bias).to(weight.device)
+    if bias is not None:
+        bias.requires_grad = False
+        found.bias = bias
+    # The dicts of hooks are shared: a handle that removes a hook knows its dict, not the module.
+    own, old = vars(found), vars(layer)
+    own.update({key: old[key] for key in _HOOKS if key in old})
+    # Attributes that others have set, such as _is_hf_initialized of transformers. A compiled call is of the old layer.
+    own.update({key: value for key, value in old.items() if key not in own and key != "_compiled_call_impl"})
+    return found
+
+
+def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -> QuantizationReport:
+    """Return the report of a model whose layers were just replaced."""
+    new = {f"{name}.{key}" for name in numbers for key in maps.model.get_submodule(name).state_dict() if key != "bias"}
+    state = {name: tensor for name, tensor in _first_tensors(maps.model).items() if name not in new}
+    left: dict[str, list[str]] = {}
+    for name in maps.layers:
+        if name not in numbers:
+            left.setdefault(maps.group_of(f"{name}.weight"), []).append(name)
+    tensors: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        tensors.setdefault(maps.group_of(name), []).append(tensor)
+    dense = {
+        group: DensePart(
+            tuple(left.get(group, ())),
+            sum(tensor.numel() for tensor in tensors.get(group, ())),
+            sum(tensor.nbytes for tensor in tensors.get(group, ())),
+        )
+        for group in {**left, **tensors}
+    }
+    trainable = sum(parameter.numel() for parameter in maps.model.parameters() if parameter.requires_grad)
+    return QuantizationReport(numbers, dense, {name: t.nbytes for name, t in state.items()}, trainable, before)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -259,12 +328,10 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 setattr(parent, name, replacements[child])
 
 
-def _kept(model: nn.Module) -> dict[str, int]:
-    """Return the bytes of each parameter and persistent buffer outside quantized layers; tied ones count once."""
+def _first_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and persistent buffers of a model. Tied ones are listed once, under their first name."""
     state = model.state_dict(keep_vars=True)
-    inside = quantized_keys(model, state)
-    kept = [name for name, first in first_names(state).items() if name == first and name not in inside]
-    return {name: state[name].numel() * state[name].element_size() for name in kept}
+    return {name: state[name] for name, first in first_names(state).items() if name == first}
 
 
 def first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -12,7 +12,9 @@ from lqlora._messages import shortened, shown
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.linear import LQLinear
-from lqlora.nn.model import first_names, linear_layers, quantized_keys, replace_modules
+from lqlora.nn.linear_maps import matrix_of
+from lqlora.nn.model import first_names, quantized_keys, quantized_layer, replace_modules
+from lqlora.nn.selection import LinearMaps, unwrapped
 
 if TYPE_CHECKING:
     import os
@@ -45,6 +47,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     CheckpointError
         If the file cannot be written.
     """
+    model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
     if not layers:
         raise InvalidArgumentError("model must have a quantized layer to save, got none. Call quantize_model first.")
@@ -71,7 +74,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """Load a file of :func:`save_model` into a model of the same architecture, in place.
 
     Linear layers that are matrices of the file are replaced by :class:`LQLinear`. Other tensors are copied into those of
-    the model, so that ties of the model stay. Everything but the low-rank factors is frozen.
+    the model, so that ties of the model stay. Gradients are switched off as :func:`quantize_model` does.
 
     Parameters
     ----------
@@ -93,11 +96,13 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     content = load(path)
     if not content.matrices:
         raise CheckpointError(shortened(f"{path} holds no quantized matrix, so save_model did not write it."))
-    linears = {name: module for name, module in linear_layers(model).items() if name in content.matrices}
+    maps = LinearMaps(model)
+    model = maps.model
+    linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
     tied = _ties(path, content)
     state = model.state_dict(keep_vars=True)
-    _check_fit(path, state, linears, content, tied)
-    model.requires_grad_(requires_grad=False)
+    _check_fit(path, state, maps, linears, content, tied)
+    maps.freeze()
     # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
     # last: they take over the biases that were just filled.
     with torch.no_grad():
@@ -105,10 +110,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
             state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
     replacements: dict[nn.Module, nn.Module] = {}
     for name, matrix in content.matrices.items():
-        linear = linears[name]
-        replacements[linear] = layer = LQLinear.from_decomposition(matrix, linear.bias)
-        if linear.weight.device != layer.lora_A.device:
-            layer.to(linear.weight.device)
+        replacements[linears[name]] = quantized_layer(matrix, linears[name])
     replace_modules(model, replacements)
     return content
 
@@ -127,19 +129,24 @@ def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
 def _check_fit(
     path: str | os.PathLike[str],
     state: Mapping[str, torch.Tensor],
-    linears: Mapping[str, nn.Linear],
+    maps: LinearMaps,
+    linears: Mapping[str, nn.Module],
     content: Checkpoint,
     tied: Mapping[str, str],
 ) -> None:
-    """Raise unless the file and the state of a model have the same names, shapes and, as far as needed, ties."""
-    # A layer of the file stands for the weight of a linear layer. The weight is known by identity, so that it counts as
-    # replaced under each of its names.
-    replaced = {id(module.weight) for module in linears.values()}
-    expected = {name: tuple(t.shape) for name, t in state.items() if id(t) not in replaced}
+    """Raise unless the file and the state of the model have the same names, shapes and, as far as needed, ties."""
+    # A layer of the file stands for the weight of a linear layer, under each name of the layer. Another module that shares
+    # the weight, such as an embedding, keeps it.
+    layers = set(linears.values())
+    replaced = {
+        f"{name}.weight" for name, module in maps.model.named_modules(remove_duplicate=False) if module in layers
+    }
+    expected = {name: tuple(t.shape) for name, t in state.items() if name not in replaced}
     stored = {name: tuple(content.tensors[tied.get(name, name)].shape) for name in [*content.tensors, *tied]}
-    expected |= {name: tuple(linears[name].weight.shape) for name in linears}
+    expected |= {name: tuple(matrix_of(layer).shape) for name, layer in linears.items()}
     stored |= {name: matrix.quantized.shape for name, matrix in content.matrices.items()}
-    faults = [f"{name!r} is not in the file" for name in expected if name not in stored]
+    faults = [f"{name!r} {maps.faults[name].sentence}" for name in linears if name in maps.faults]
+    faults += [f"{name!r} is not in the file" for name in expected if name not in stored]
     faults += [f"{name!r} is not in the model, or not of that kind" for name in stored if name not in expected]
     faults += [
         f"{name!r} is {expected[name]} in the model and {shape} in the file"

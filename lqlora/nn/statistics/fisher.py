@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from lqlora._patterns import OUTPUT_HEADS
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn.model import select_linears
+from lqlora.nn.linear_maps import matrix_of
+from lqlora.nn.selection import select_linears
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
     example_losses,
@@ -58,8 +58,8 @@ def collect_fisher(
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
-    include: Patterns = "*",
-    exclude: Patterns = OUTPUT_HEADS,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""Return the mean of the squared gradients of single examples, for the weights of linear layers.
@@ -111,7 +111,7 @@ def collect_fisher(
     LQ-LoRA, arXiv 2311.12023, section 3.2 (diagonal of the empirical Fisher information matrix).
     """
     linears = select_linears(model, include, exclude)
-    fisher = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}
+    fisher = {name: torch.zeros_like(matrix_of(layer), dtype=torch.float32) for name, layer in linears.items()}
     recorders = {name: _Recorder(name, total) for name, total in fisher.items()}
 
     def step(batch: Any, done: int) -> int:

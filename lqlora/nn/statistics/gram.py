@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from lqlora._patterns import OUTPUT_HEADS
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn.model import select_linears
+from lqlora.nn.linear_maps import matrix_of
+from lqlora.nn.selection import select_linears
 from lqlora.nn.statistics.fisher import causal_lm_loss
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
@@ -39,8 +39,8 @@ def collect_gram(
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], Any] | None = None,
-    include: Patterns = "*",
-    exclude: Patterns = OUTPUT_HEADS,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""Return the second moments of the inputs of linear layers.
@@ -122,8 +122,8 @@ def collect_kronecker(
     batches: Iterable[Any],
     *,
     loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
-    include: Patterns = "*",
-    exclude: Patterns = OUTPUT_HEADS,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     r"""Return the two factors of a Kronecker product that approximates the Fisher information of each layer.
@@ -194,7 +194,7 @@ def collect_kronecker(
     """
     linears = select_linears(model, include, exclude)
     inputs = _Inputs()
-    outputs = {name: _zeros(module.out_features) for name, module in linears.items()}
+    outputs = {name: _zeros(matrix_of(layer).shape[0]) for name, layer in linears.items()}
     hooks = {name: _Hook(name, inputs, total) for name, total in outputs.items()}
 
     def step(batch: Any, done: int) -> int:

@@ -36,7 +36,7 @@ def run_batches(
     model: nn.Module,
     batches: Iterable[Any],
     step: Callable[[Any, int], int],
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Module],
     hooks: Mapping[str, Callable[..., Any]],
     *,
     gradients: bool,
@@ -56,7 +56,7 @@ def run_batches(
     step : callable
         ``step(batch, done)`` runs the model and returns an increment of the count, such as the number of examples;
         ``done`` is the count so far.
-    linears : mapping of str to torch.nn.Linear
+    linears : mapping of str to torch.nn.Module
         Layers by name.
     hooks : mapping of str to callable
         ``hook(module, args, kwargs, output)`` by the same names, called after each use of the layer. What it returns,
@@ -108,7 +108,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(linears: Mapping[str, nn.Linear], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+def _hooked(linears: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Register a forward hook on each layer, and remove all hooks at the end."""
     handles = []
     try:
@@ -133,7 +133,7 @@ def input_of(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor])
     Tensor
         The input itself, not a copy.
     """
-    return args[0] if args else kwargs["input"]
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def watch_gradient(output: torch.Tensor, see: Callable[[torch.Tensor], None]) -> torch.Tensor:

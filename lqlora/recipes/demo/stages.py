@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -227,7 +227,7 @@ def _solve(table: lq.CostTable, settings: Settings) -> dict[str, Plan]:
 def _check_budgets(work: _Work) -> None:
     """Solve with costs of zero, so that an infeasible budget is found before any work is done."""
     formats = work.settings.formats
-    shapes = {name: tuple(layer.weight.shape) for name, layer in nn.select_linears(work.base).items()}
+    shapes = {name: load().shape for name, load in nn.weight_arrays(nn.select_linears(work.base)).items()}
     sizes = np.array([[fmt.storage_bits(shape) for fmt in formats] for shape in shapes.values()], dtype=np.int64)
     configurations = tuple(lq.Configuration(fmt, work.settings.rank) for fmt in formats)
     zeros = np.zeros(sizes.shape)
@@ -262,7 +262,7 @@ def _variant(work: _Work, name: str, formats: Any, options: dict[str, Any]) -> t
             model, formats, rank=work.settings.rank, seed=work.settings.seed, progress=progress, **options
         )
     seconds = time.perf_counter() - start
-    error = _relative_error(work.base, report)
+    error = _relative_error(work.base, model)
     before = _measure(work, model, name)
     work.rows.append(Row(name, report.bits_per_weight, report.total_bytes / 1e6, error, before, seconds=seconds))
     if options.get("init") != "zero":
@@ -276,20 +276,23 @@ def _clone(model: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(model, memo=dict(shared))
 
 
-def _relative_error(base: torch.nn.Module, report: nn.QuantizationReport) -> float:
+def _relative_error(base: torch.nn.Module, model: torch.nn.Module) -> float:
     """Return the relative Frobenius error of all matrices together, also if they were decomposed in another norm."""
     squares = np.zeros(2)
     for name, load in nn.weight_arrays(nn.select_linears(base)).items():
         weight = load()
-        residual = weight - report.decompositions[name].reconstruct()
+        layer = cast("nn.LQLinear", model.get_submodule(name))
+        approximation = layer.weight.dequantize() + layer.scaling * layer.lora_B @ layer.lora_A
+        residual = weight - approximation.detach().numpy()
         squares += lq.ops.sum_of_squares(residual), lq.ops.sum_of_squares(weight)
     return float(np.sqrt(squares[0] / squares[1]))
 
 
 def _mean_curve(report: nn.QuantizationReport) -> list[float]:
     """Return the mean over matrices of the error by iteration; a curve that ended early continues at its best error."""
-    longest = max(len(d.errors) for d in report.decompositions.values())
-    padded = [[*d.errors, *[d.relative_error] * (longest - len(d.errors))] for d in report.decompositions.values()]
+    layers = report.layers.values()
+    longest = max(len(layer.errors) for layer in layers)
+    padded = [[*layer.errors, *[layer.relative_error] * (longest - len(layer.errors))] for layer in layers]
     return [float(x) for x in np.mean(padded, axis=0)]
 
 

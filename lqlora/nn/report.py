@@ -1,0 +1,182 @@
+"""Report of a conversion: which layers were quantized, what was left dense and why, and the storage of both."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lqlora._patterns import list_names
+from lqlora._printable import printable
+
+if TYPE_CHECKING:
+    from lqlora.formats import BlockFormat
+
+__all__ = ["DensePart", "QuantizationReport", "QuantizedLayer"]
+
+#: Most groups of dense parameters that the text of a report lists.
+_MOST_GROUPS = 7
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """Numbers of one layer that :func:`quantize_model` replaced.
+
+    Parameters
+    ----------
+    format : BlockFormat
+        Format of the quantized part.
+    shape : tuple of int
+        Shape (out_features, in_features) of the matrix.
+    rank : int
+        Rank of the low-rank part.
+    clipped_from : int, optional
+        Rank that was asked for, if it exceeds the smaller side of the matrix.
+    errors : tuple of float
+        Relative weighted errors of the iterations, see :class:`lqlora.Decomposition`.
+    relative_error : float
+        Relative weighted error of the layer as it is.
+    nbytes : int
+        Bytes of the quantized part, scales and padding included.
+    dense_bytes : int
+        Bytes of the dense weight before.
+    seconds : float
+        Wall time of the decomposition. It is not compared.
+    """
+
+    format: BlockFormat
+    shape: tuple[int, int]
+    rank: int
+    clipped_from: int | None
+    errors: tuple[float, ...]
+    relative_error: float
+    nbytes: int
+    dense_bytes: int
+    seconds: float = field(compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of weights of the matrix."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the low-rank factors, in float32."""
+        # B and A of an (m, n) matrix have rank * m and rank * n entries of 4 bytes.
+        return 4 * self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class DensePart:
+    """Parameters and buffers that were left dense for one reason.
+
+    Parameters
+    ----------
+    layers : tuple of str
+        Linear layers among them.
+    size : int
+        Number of entries. Tied parameters count once, for the reason of their first name.
+    nbytes : int
+        Bytes of these entries.
+    """
+
+    layers: tuple[str, ...]
+    size: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Numbers of the layers that :func:`quantize_model` replaced, and of the rest of the model. Printing it sums them up.
+
+    Parameters
+    ----------
+    layers : dict of str to QuantizedLayer
+        Numbers of each quantized layer by name.
+    dense : dict of str to DensePart
+        What was left dense, by reason.
+    kept : dict of str to int
+        Bytes of each parameter and buffer that was not replaced. Tied parameters are listed once.
+    trainable : int
+        Number of entries of parameters that require gradients.
+    bytes_before : int
+        Bytes of the whole model before the conversion.
+    """
+
+    layers: dict[str, QuantizedLayer]
+    dense: dict[str, DensePart]
+    kept: dict[str, int]
+    trainable: int
+    bytes_before: int
+
+    @property
+    def storage_bits(self) -> int:
+        """Exact number of bits of the quantized parts, scales and padding included."""
+        return 8 * sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of the quantized parts, scales and padding included. Low-rank factors are not counted."""
+        return self.storage_bits / sum(layer.size for layer in self.layers.values())
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of the low-rank factors, in float32."""
+        return sum(layer.factor_bytes for layer in self.layers.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole model: quantized parts, low-rank factors, and everything that was not replaced."""
+        return self.storage_bits // 8 + self.factor_bytes + sum(self.kept.values())
+
+    def __str__(self) -> str:
+        layers = self.layers.values()
+        quantized = sum(layer.size for layer in layers)
+        total, total_bytes = quantized + sum(part.size for part in self.dense.values()), self.total_bytes
+        rows = [("quantized", f"{len(layers):,} layers", quantized, self.storage_bits // 8)]
+        parts = sorted(self.dense.items(), key=lambda item: -item[1].nbytes)
+        rows += [(f"dense: {reason}", _layers(part), part.size, part.nbytes) for reason, part in parts[:_MOST_GROUPS]]
+        if rest := [part for _, part in parts[_MOST_GROUPS:]]:
+            merged = DensePart(
+                tuple(name for part in rest for name in part.layers),
+                sum(part.size for part in rest),
+                sum(part.nbytes for part in rest),
+            )
+            rows.append(("dense: other reasons", _layers(merged), merged.size, merged.nbytes))
+        lines = [
+            f"{what:<40} {count:>12} {size:>15,} parameters {size / total:>7.1%} {_megabytes(nbytes):>11} {nbytes / total_bytes:>7.1%}"
+            for what, count, size, nbytes in rows
+        ]
+        formats = Counter(str(layer.format) for layer in layers)
+        ranks = Counter(layer.rank for layer in layers)
+        worst = max(self.layers, key=lambda name: self.layers[name].relative_error)
+        median = statistics.median(layer.relative_error for layer in layers)
+        lines += [
+            f"low-rank factors: rank {_counts(ranks)}, {_megabytes(self.factor_bytes)} ({self.factor_bytes / total_bytes:.1%})",
+            f"formats: {_counts(formats)}, {self.bits_per_weight:.2f} bits per weight",
+            f"relative error: median {median:.4f}, largest {self.layers[worst].relative_error:.4f} ({printable(worst)})",
+        ]
+        if clipped := [name for name, layer in self.layers.items() if layer.clipped_from is not None]:
+            lines.append(f"rank clipped to the smaller side of the matrix: {printable(list_names(clipped, 3))}")
+        lines += [
+            f"trainable: {self.trainable:,} parameters",
+            f"memory: {_megabytes(self.bytes_before)} before, {_megabytes(total_bytes)} after",
+        ]
+        return "\n".join(lines)
+
+
+def _layers(part: DensePart) -> str:
+    return f"{len(part.layers):,} layer{'s' * (len(part.layers) != 1)}" if part.layers else ""
+
+
+def _counts(counter: Counter[str] | Counter[int]) -> str:
+    """Return the most frequent values with their numbers of layers."""
+    if len(counter) == 1:
+        return str(next(iter(counter)))
+    listed = ", ".join(f"{value} ({count:,} layers)" for value, count in counter.most_common(3))
+    return listed + (f" and {len(counter) - 3} others" if len(counter) > 3 else "")
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:,.1f} kB"

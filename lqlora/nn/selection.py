@@ -1,0 +1,391 @@
+"""Selection of the linear layers of a model: which are quantized by default, which are left dense, and why."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lqlora._patterns import as_patterns, list_names, predicate_of_any, shown_patterns
+from lqlora.errors import InvalidArgumentError
+from lqlora.nn.heads import Heads, names_above
+from lqlora.nn.linear import LQLinear
+from lqlora.nn.linear_maps import computes_product_alone, has_more_than_weight_and_bias, is_linear_map
+from lqlora.nn.weight_reads import needs_dense_weight, reads_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lqlora._patterns import Patterns
+
+__all__ = ["DenseReason", "LinearMaps", "select_linears", "unwrapped"]
+
+#: Components that wrappers put into names: torch.compile, activation checkpoints, FSDP, and the layers of PEFT.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"})
+
+#: Last components of names that are routers if experts are near.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+@dataclass(frozen=True)
+class DenseReason:
+    """Reason why a linear layer is left dense.
+
+    Parameters
+    ----------
+    group : str
+        Short plural noun, under which a report groups layers.
+    sentence : str
+        Predicate that an error adds to the name of the layer, such as ``"is on the meta device"``.
+    """
+
+    group: str
+    sentence: str
+
+
+_ADAPTER = DenseReason(
+    "adapters of other libraries", "belongs to an adapter of another library. Quantize the layer below"
+)
+_HEAD = DenseReason("heads", "is an output head")
+_OUTPUT = DenseReason("output embeddings", "is the output embedding of the model")
+_ROUTER = DenseReason("routers", "is a router of experts")
+_READ_OFTEN = DenseReason("weights read by their owners", "is called, but its owner also reads its weight")
+_READ = DenseReason(
+    "weights read by their owners", "has an owner that passes its weight to a function, which needs a dense one"
+)
+_FORWARD = DenseReason(
+    "replaced forward methods", "has a forward method of its own, which conversion would drop. Remove it first"
+)
+_CLASS = DenseReason("layers of other classes", "is of a class that does not compute x @ weight.T + bias alone")
+_COMPUTED = DenseReason(
+    "computed weights",
+    "has a weight that is not its own parameter, such as one of weight_norm or a parametrization. Make it a parameter first",
+)
+_TENSORS = DenseReason("layers with further tensors", "has tensors or hooks of its state beside weight and bias")
+_META = DenseReason("layers on the meta device", "is on the meta device and holds no values. Load the model first")
+_DTYPE = DenseReason(
+    "weights of other kinds", "has a weight that is not a plain matrix of float16, bfloat16, float32 or float64"
+)
+
+
+def select_linears(model: nn.Module, include: Patterns | None = None, exclude: Patterns = ()) -> dict[str, nn.Module]:
+    """Return the linear layers of a model that :func:`quantize_model` would replace.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model. Names are those of the model inside ``torch.compile`` or ``DataParallel``.
+    include : str, compiled regular expression, callable, or several of them, optional
+        Names or their ends (``"q_proj"``), shell patterns (``"*.attention.*"``), regular expressions that match the whole
+        name, or functions of the name. By default all linear layers of the body are selected, see the notes.
+    exclude : str, compiled regular expression, callable, or several of them
+        Patterns of layers to leave out.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        Layers by name, in the order of the model: ``torch.nn.Linear``, derived classes that compute the same, and
+        ``Conv1D`` of transformers, whose weight is transposed.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If nothing is selected, or a pattern matches only layers that cannot be quantized.
+
+    Notes
+    -----
+    The body is everything but output embeddings, layers that share their weight with another one, heads, routers of
+    experts, and layers whose weight their owner reads. A pattern that matches a layer of the body selects only such layers;
+    a pattern that matches none of them selects the other layers that it matches. So ``include=["*", "lm_head"]`` adds the
+    output embedding.
+
+    Layers that cannot be quantized are never selected: adapters of other libraries, weights that are computed from other
+    tensors, layers on the meta device, and layers that compute something else.
+    """
+    return LinearMaps(model).choose(include, exclude)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model, wrapped or not.
+
+    Returns
+    -------
+    torch.nn.Module
+        The innermost model. Its modules have the names they had before it was wrapped.
+    """
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    """Return the model directly inside a wrapper, or None."""
+    children = model._modules  # noqa: SLF001 - a compiled model forwards other attributes to the model inside
+    return children.get("module" if isinstance(model, DataParallel | DistributedDataParallel) else "_orig_mod")
+
+
+class LinearMaps:
+    """Linear layers of a model by name, each with the reason why it is left dense, if there is one.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model, wrapped or not.
+
+    Attributes
+    ----------
+    layers : dict of str to torch.nn.Module
+        All linear layers in the order of the model. A layer with several names is listed under the first.
+    roles : dict of str to DenseReason
+        Layers that are left dense by default, but can be quantized.
+    faults : dict of str to DenseReason
+        Layers that cannot be quantized.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrapped(model)
+        self._modules = dict(self.model.named_modules())
+        self.layers = {name: m for name, m in self._modules.items() if is_linear_map(m)}
+        self._owners: dict[nn.Module, list[tuple[nn.Module, str]]] = {layer: [] for layer in self.layers.values()}
+        for module in self._modules.values():
+            for attribute, child in module._modules.items():  # noqa: SLF001 - named_children leaves out second names
+                if child in self._owners:
+                    self._owners[child].append((module, attribute))
+        self._heads = Heads(self._modules)
+        self._shared = _shared_weights(self._modules)
+        self.roles = {name: reason for name in self.layers if (reason := self._role(name))}
+        self.faults = {name: reason for name in self.layers if (reason := self._fault(name))}
+
+    def choose(
+        self, include: Patterns | None = None, exclude: Patterns = (), parameter: str = "include"
+    ) -> dict[str, nn.Module]:
+        """Return the layers that patterns select, see :func:`select_linears`.
+
+        Parameters
+        ----------
+        include, exclude : patterns
+            Patterns as for :func:`select_linears`.
+        parameter : str, default "include"
+            Argument that the patterns of ``include`` come from, for errors.
+
+        Returns
+        -------
+        dict of str to torch.nn.Module
+            Layers in the order of the model.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If nothing is selected, or a pattern matches only layers that cannot be quantized.
+        """
+        is_excluded = predicate_of_any(as_patterns(exclude), self.layers)
+        names = {name: _plain(name) for name in self.layers if not is_excluded(name) and not is_excluded(_plain(name))}
+        body = [name for name in names if name not in self.roles and name not in self.faults]
+        if include is None:
+            chosen = set(body)
+        else:
+            in_body, chosen = frozenset(body), set()
+            for pattern in as_patterns(include):
+                # A mapping may name thousands of layers. A dict finds one without a comparison with all others.
+                if isinstance(pattern, str) and pattern in names:
+                    found = [pattern]
+                else:
+                    is_wanted = predicate_of_any([pattern], ())
+                    found = [name for name, plain in names.items() if is_wanted(name) or is_wanted(plain)]
+                own = in_body.intersection(found) or [name for name in found if name not in self.faults]
+                if found and not own:
+                    self.refuse_fault(found[0], parameter)
+                chosen.update(own)
+        if not chosen:
+            self._refuse_nothing(include, exclude, parameter)
+        return {name: layer for name, layer in self.layers.items() if name in chosen}
+
+    def group_of(self, parameter: str) -> str:
+        """Return the group of a tensor that is left dense, for reports.
+
+        Parameters
+        ----------
+        parameter : str
+            Name of a parameter or buffer.
+
+        Returns
+        -------
+        str
+            Group of the layer that the tensor belongs to, or the kind of the tensor.
+        """
+        owner, _, own = parameter.rpartition(".")
+        if reason := self.faults.get(owner) or self.roles.get(owner):
+            return reason.group
+        module = self._modules.get(owner)
+        before = any(isinstance(self._modules.get(above), LQLinear) for above, _ in names_above(parameter))
+        groups = {
+            "layers that were quantized before": before,
+            _ADAPTER.group: self._is_adapter(parameter),
+            "linear layers that were not selected": owner in self.layers and own == "weight",
+            "embeddings": isinstance(module, nn.Embedding),
+            "experts stored as one array": _is_expert_stack(parameter, module, own),
+            _ROUTER.group: self._is_router(owner),
+            _HEAD.group: self._heads.is_head(parameter),
+        }
+        return next((group for group, applies in groups.items() if applies), "norms, biases and others")
+
+    def freeze(self) -> None:
+        """Switch off the gradients of the model, except those of heads, adapters and low-rank factors.
+
+        Heads of a task are often initialized anew, and adapters were made to be trained. They keep their flags. Libraries of
+        adapters freeze the rest of a model themselves, so a model with adapters keeps all of its flags.
+        """
+        if self._adapted:
+            return
+        for name, module in self._modules.items():
+            if not isinstance(module, LQLinear):
+                for key, parameter in module.named_parameters(recurse=False):
+                    if not self._heads.trains(f"{name}.{key}"):
+                        parameter.requires_grad_(requires_grad=False)
+
+    def refuse_fault(self, name: str, parameter: str) -> None:
+        """Raise if a layer cannot be quantized.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        parameter : str
+            Argument that the name comes from.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If it cannot. The message gives the reason.
+        """
+        if reason := self.faults.get(name):
+            raise InvalidArgumentError(
+                f"{parameter} must name layers that can be quantized, but {name!r} {reason.sentence}."
+            )
+
+    def _refuse_nothing(self, include: Patterns | None, exclude: Patterns, parameter: str) -> NoReturn:
+        but = f" without exclude={shown_patterns(exclude)}" if as_patterns(exclude) else ""
+        left = {**self.faults, **self.roles}
+        if include is not None or not left:
+            what = "it" if include is None else shown_patterns(include)
+            raise InvalidArgumentError(
+                f"{parameter} must select a linear layer of the model, but {what}{but} selects none of {len(self.layers)} "
+                f"({list_names(self.layers)})."
+            )
+        name, reason = next(iter(left.items()))
+        raise InvalidArgumentError(
+            f"{parameter} must name a linear layer of the model, because all {len(self.layers)}{but} are left dense by default, "
+            f"such as {name!r}, which {reason.sentence}."
+        )
+
+    def _role(self, name: str) -> DenseReason | None:
+        """Return why a layer is left dense by default, or None if it belongs to the body."""
+        layer = self.layers[name]
+        if layer in self._heads.outputs:
+            return _OUTPUT
+        if self._heads.is_head(name):
+            return _HEAD
+        if name.rpartition(".")[2] == "lm_head":
+            return _OUTPUT
+        if self._is_router(name):
+            return _ROUTER
+        if other := self._shared.get(layer):
+            return DenseReason("shared weights", f"shares its weight with {other!r}")
+        return _READ_OFTEN if any(reads_weight(owner, attribute) for owner, attribute in self._owners[layer]) else None
+
+    def _fault(self, name: str) -> DenseReason | None:
+        """Return why a layer cannot be quantized, or None if it can."""
+        layer = self.layers[name]
+        if self._is_adapter(name):
+            return _ADAPTER
+        if "forward" in vars(layer):
+            return _FORWARD
+        if reason := _weight_fault(layer):
+            return reason
+        if has_more_than_weight_and_bias(layer):
+            return _TENSORS
+        if not computes_product_alone(layer):
+            return _CLASS
+        return _READ if any(needs_dense_weight(owner, attribute) for owner, attribute in self._owners[layer]) else None
+
+    @functools.cached_property
+    def _adapted(self) -> dict[str, bool]:
+        """Modules that hold a layer and its adapters, with whether the layer is ``base_layer``."""
+        children = {name: module._modules for name, module in self._modules.items()}  # noqa: SLF001
+        return {
+            name: "base_layer" in own
+            for name, own in children.items()
+            if "base_layer" in own or {"modules_to_save", "original_module"} <= own.keys()
+        }
+
+    def _is_adapter(self, name: str) -> bool:
+        """Return whether a module or parameter is part of an adapter, but not of the layer below it."""
+        return bool(self._adapted) and any(
+            above in self._adapted and not (self._adapted[above] and own == "base_layer")
+            for above, own in names_above(name)
+        )
+
+    def _is_router(self, name: str) -> bool:
+        """Return whether a module chooses experts."""
+        parts = name.split(".")
+        if "router" in parts or (name and "Router" in type(self._modules.get(name)).__name__):
+            return True
+        if parts[-1] not in _ROUTERS:
+            return False
+        near = [self._modules[above] for above, _ in list(names_above(name))[:2]]
+        return any("expert" in key for module in near for key in (*module._modules, *module._parameters))  # noqa: SLF001
+
+
+def _weight_fault(layer: nn.Module) -> DenseReason | None:
+    """Return why the weight of a layer cannot be decomposed, or None."""
+    # A computed weight is an attribute, but no parameter of the layer.
+    weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))  # noqa: SLF001 - of torch
+    if weight is None or (bias is None and layer.bias is not None):
+        return _COMPUTED
+    if weight.is_meta:
+        return _META
+    plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS and weight.ndim == 2 and weight.numel() > 0
+    return None if plain else _DTYPE
+
+
+def _is_expert_stack(name: str, module: nn.Module | None, key: str) -> bool:
+    """Return whether a parameter holds the matrices of several experts."""
+    array = getattr(module, key, None)
+    return (
+        isinstance(array, torch.Tensor) and array.ndim > 1 and ("expert" in name or "Expert" in type(module).__name__)
+    )
+
+
+def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+    """Return the modules whose weight is a parameter of another module too, with the other name."""
+    uses: dict[Any, list[tuple[nn.Module, str]]] = {}
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items():  # noqa: SLF001 - named_parameters leaves out second names
+            if parameter is None:
+                continue
+            # Two parameters may share memory. Subclasses of tensors and tensors without memory are known by identity.
+            plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
+            memory = (parameter.device, parameter.data_ptr()) if plain else id(parameter)
+            uses.setdefault(memory, []).append((module, f"{name}.{key}"))
+    shared: dict[nn.Module, str] = {}
+    for own in uses.values():
+        for module, name in own if len(own) > 1 else ():
+            if name.endswith(".weight"):
+                shared[module] = next(other for user, other in own if other != name)
+    return shared
+
+
+def _plain(name: str) -> str:
+    """Return a name without the components that wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

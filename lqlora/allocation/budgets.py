@@ -50,8 +50,8 @@ def allocate(
 ) -> Plan:
     r"""Choose a configuration for each matrix: the least error within a budget, or the fewest bits within an error.
 
-    A *pattern* is a shell pattern (``"*.q_proj"``), a compiled regular expression that matches the whole name, or a
-    function of the name. A pattern that matches no matrix of the table is an error.
+    A *pattern* is a name or its end (``"q_proj"``), a shell pattern (``"*.attn.*"``), a compiled regular expression that
+    matches the whole name, or a function of the name. A pattern that matches no matrix of the table is an error.
 
     Parameters
     ----------

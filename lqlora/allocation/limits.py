@@ -27,8 +27,9 @@ class Limit:
     Parameters
     ----------
     include, exclude : str, compiled regular expression, callable, or several of them
-        Shell patterns (``"model.layers.0.*"``), expressions that match the whole name, or functions of the name. A
-        matrix counts if one of ``include`` matches and none of ``exclude`` does. Limits may overlap.
+        Names or their ends (``"q_proj"``), shell patterns (``"model.layers.0.*"``), expressions that match the whole
+        name, or functions of the name. A matrix counts if one of ``include`` matches and none of ``exclude`` does. Limits
+        may overlap.
     bits_per_weight : float or Fraction, optional
         Average over the weights of these matrices.
     total_bytes : int, optional

@@ -63,9 +63,9 @@ def open_weights(
     path : path-like
         See :func:`open_model`.
     include, exclude : str, compiled regular expression, callable, or several of them
-        Shell patterns (``"*.q_proj"``), expressions that match the whole name, or functions of the name. A matrix is
-        selected if one of ``include`` matches its name and none of ``exclude`` does. The default leaves out embeddings
-        and output heads.
+        Names or their ends (``"q_proj"``), shell patterns (``"*.attn.*"``), expressions that match the whole name, or
+        functions of the name. A matrix is selected if one of ``include`` matches its name and none of ``exclude`` does.
+        The default leaves out embeddings and output heads.
 
     Returns
     -------

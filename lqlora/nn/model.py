@@ -299,6 +299,7 @@ def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -
             tuple(left.get(group, ())),
             sum(tensor.numel() for tensor in tensors.get(group, ())),
             sum(tensor.nbytes for tensor in tensors.get(group, ())),
+            sum(tensor.numel() for tensor in tensors.get(group, ()) if tensor.requires_grad),
         )
         for group in {**left, **tensors}
     }

@@ -79,11 +79,14 @@ class DensePart:
         Number of entries. Tied parameters count once, for the reason of their first name.
     nbytes : int
         Bytes of these entries.
+    trainable : int
+        Number of the entries that require gradients.
     """
 
     layers: tuple[str, ...]
     size: int
     nbytes: int
+    trainable: int
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class QuantizationReport:
                 tuple(name for part in rest for name in part.layers),
                 sum(part.size for part in rest),
                 sum(part.nbytes for part in rest),
+                sum(part.trainable for part in rest),
             )
             rows.append(("dense: other reasons", _layers(merged), merged.size, merged.nbytes))
         lines = [
@@ -159,8 +163,9 @@ class QuantizationReport:
         ]
         if clipped := [name for name, layer in self.layers.items() if layer.clipped_from is not None]:
             lines.append(f"rank clipped to the smaller side of the matrix: {printable(list_names(clipped, 3))}")
+        beside = sum(part.trainable for part in self.dense.values())
         lines += [
-            f"trainable: {self.trainable:,} parameters",
+            f"trainable: {self.trainable:,} parameters, of them {beside:,} in dense parts",
             f"memory: {_megabytes(self.bytes_before)} before, {_megabytes(total_bytes)} after",
         ]
         return "\n".join(lines)

@@ -327,6 +327,8 @@ class TestReport:
             tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()
         )
         assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        factors = sum(layer.factor_bytes // 4 for layer in report.layers.values())
+        assert report.trainable == factors + sum(part.trainable for part in report.dense.values())
         lines = str(report).splitlines()
         assert len(lines) <= 15
         shares = [

@@ -1,0 +1,288 @@
+"""Selection, training and files of tiny random models of transformers, by architecture."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import lqlora as lq
+from tests.requirements import import_quietly, require_module
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+torch = require_module("torch")
+transformers = require_module("transformers")
+
+from lqlora.nn import LQLinear, load_model, quantize_model, save_model, select_linears  # noqa: E402 - needs torch
+
+pytestmark = pytest.mark.slow
+
+NF8 = lq.BlockFormat.parse("nf8/16:float32")
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+WORDS = {**SIZES, "vocab_size": 99, "pad_token_id": 0}
+LLAMA = {**WORDS, "num_key_value_heads": 2}
+T5 = {
+    "d_model": 32,
+    "d_ff": 64,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 99,
+    "decoder_start_token_id": 0,
+}
+QWEN_EXPERTS = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+IMAGES = {**SIZES, "image_size": 16, "patch_size": 8}
+CLIP = {"text_config": WORDS, "vision_config": IMAGES, "projection_dim": 16}
+WHISPER = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 99,
+    "max_source_positions": 20,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+
+
+def _words() -> dict[str, Any]:
+    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
+    ids[:, -1] = 1  # the end of a sequence, for heads of T5
+    return {"input_ids": ids}
+
+
+def _both() -> dict[str, Any]:
+    return {**_words(), "decoder_input_ids": _words()["input_ids"]}
+
+
+def _image() -> dict[str, Any]:
+    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
+
+
+def _sound() -> dict[str, Any]:
+    sound = torch.randn(2, 80, 40, generator=torch.Generator().manual_seed(1))
+    return {"input_features": sound, "decoder_input_ids": _words()["input_ids"]}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Class and settings of a model, the number of layers taken, those left dense by group, and the heads that train."""
+
+    model: str
+    config: str
+    settings: dict[str, Any]
+    taken: int
+    left: dict[str, list[str]]
+    trains: tuple[str, ...] = ()
+    inputs: Callable[[], dict[str, Any]] = _words
+
+    def make(self, seed: int = 0):
+        import_quietly("transformers")
+        torch.manual_seed(seed)
+        settings = copy.deepcopy(self.settings)  # a configuration takes parts out of nested ones
+        return getattr(transformers, self.model)(getattr(transformers, self.config)(**settings)).eval()
+
+    def run(self, model):
+        output = model(**self.inputs())
+        return next(
+            getattr(output, name) for name in ("logits", "start_logits", "logits_per_image") if hasattr(output, name)
+        )
+
+
+HEAD = {"output embeddings": ["lm_head"]}
+ARCHITECTURES = {
+    "llama": Architecture("LlamaForCausalLM", "LlamaConfig", LLAMA, 14, HEAD),
+    "tied llama": Architecture("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "tie_word_embeddings": True}, 14, HEAD),
+    "llama classifier": Architecture(
+        "LlamaForSequenceClassification", "LlamaConfig", LLAMA, 14, {"heads": ["score"]}, ("score",)
+    ),
+    "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Config", LLAMA, 14, HEAD),
+    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 8}, 14, HEAD),
+    "mixtral": Architecture("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 4}, 8, HEAD),
+    "qwen2 experts": Architecture(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 16},
+        14,
+        {"routers": [f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)], **HEAD},
+    ),
+    "qwen3 experts": Architecture("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**QWEN_EXPERTS, "head_dim": 8}, 8, HEAD),
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM", "GptOssConfig", {**LLAMA, "head_dim": 8, "num_local_experts": 4}, 8, HEAD
+    ),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}, 8, HEAD
+    ),
+    "falcon": Architecture(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99},
+        8,
+        HEAD,
+    ),
+    "bloom": Architecture(
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99},
+        4,
+        {
+            "weights read by their owners": [
+                f"transformer.h.{i}.{kind}" for i in range(2) for kind in ("self_attention.dense", "mlp.dense_4h_to_h")
+            ],
+            **HEAD,
+        },
+    ),
+    "mamba": Architecture(
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "state_size": 4},
+        2,
+        {
+            "weights read by their owners": [
+                f"backbone.layers.{i}.mixer.{kind}" for i in range(2) for kind in ("x_proj", "dt_proj", "out_proj")
+            ],
+            **HEAD,
+        },
+    ),
+    "bert": Architecture(
+        "BertForMaskedLM",
+        "BertConfig",
+        WORDS,
+        12,
+        {"heads": ["cls.predictions.transform.dense"], "output embeddings": ["cls.predictions.decoder"]},
+    ),
+    "bert classifier": Architecture(
+        "BertForSequenceClassification", "BertConfig", WORDS, 13, {"heads": ["classifier"]}, ("classifier",)
+    ),
+    "bert answers": Architecture(
+        "BertForQuestionAnswering", "BertConfig", WORDS, 12, {"heads": ["qa_outputs"]}, ("qa_outputs",)
+    ),
+    "roberta classifier": Architecture(
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        WORDS,
+        12,
+        {"heads": ["classifier.dense", "classifier.out_proj"]},
+        ("classifier",),
+    ),
+    "deberta classifier": Architecture(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        {**WORDS, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        16,
+        {"heads": ["pooler.dense", "classifier"]},
+        ("pooler", "classifier"),
+    ),
+    "t5": Architecture("T5ForConditionalGeneration", "T5Config", T5, 32, HEAD, inputs=_both),
+    "t5 classifier": Architecture(
+        "T5ForSequenceClassification",
+        "T5Config",
+        T5,
+        32,
+        {"heads": ["classification_head.dense", "classification_head.out_proj"]},
+        ("classification_head",),
+    ),
+    "switch": Architecture(
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {
+            **T5,
+            "num_decoder_layers": 2,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "num_experts": 4,
+        },
+        44,
+        {
+            "routers": [
+                "encoder.block.1.layer.1.mlp.router.classifier",
+                "decoder.block.1.layer.2.mlp.router.classifier",
+            ],
+            **HEAD,
+        },
+        inputs=_both,
+    ),
+    "vit": Architecture(
+        "ViTForImageClassification",
+        "ViTConfig",
+        IMAGES,
+        12,
+        {"heads": ["classifier"]},
+        ("classifier",),
+        inputs=_image,
+    ),
+    "clip": Architecture("CLIPModel", "CLIPConfig", CLIP, 26, {}, inputs=lambda: {**_words(), **_image()}),
+    "whisper": Architecture(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        WHISPER,
+        16,
+        {"output embeddings": ["proj_out"]},
+        inputs=_sound,
+    ),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES, ids=str)
+def architecture(request):
+    return ARCHITECTURES[request.param]
+
+
+def test_conversion_training_and_files(architecture, tmp_path):
+    model = architecture.make()
+    linears = select_linears(model)
+    with torch.no_grad():
+        dense = architecture.run(model)
+    report = quantize_model(model, NF8, rank=8, max_iter=2)
+    assert list(report.layers) == list(linears)
+    assert len(linears) == architecture.taken
+    assert {group: list(part.layers) for group, part in report.dense.items() if part.layers} == architecture.left
+
+    quantized = architecture.run(model)
+    assert float((quantized.detach() - dense).abs().max() / dense.abs().max()) < 0.02
+    quantized.square().mean().backward()
+    heads = {
+        name for name, _ in model.named_parameters() if any(name.startswith(f"{head}.") for head in architecture.trains)
+    }
+    factors = {f"{name}.lora_{x}" for name in linears for x in "AB"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == heads | factors
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient <= heads | factors
+    assert all("expert" in name for name in (heads | factors) - with_gradient)  # an expert that no token chose
+
+    save_model(tmp_path / "m.safetensors", model)
+    fresh = architecture.make(seed=1)
+    load_model(tmp_path / "m.safetensors", fresh)
+    with torch.no_grad():
+        assert torch.equal(architecture.run(fresh), architecture.run(model))
+
+
+@pytest.mark.parametrize("name", ["tied llama", "bert", "gpt2"])
+def test_a_tied_output_embedding_that_was_asked_for_is_saved_and_loaded(name, tmp_path):
+    architecture = ARCHITECTURES[name]
+    (head,) = architecture.left["output embeddings"]
+    model = architecture.make()
+    quantize_model(model, NF8, rank=4, include=["*", head], max_iter=2)
+    assert isinstance(model.get_submodule(head), LQLinear)
+    assert isinstance(model.get_input_embeddings(), torch.nn.Embedding)
+    save_model(tmp_path / "m.safetensors", model)
+    fresh = architecture.make(seed=1)
+    load_model(tmp_path / "m.safetensors", fresh)
+    with torch.no_grad():
+        assert torch.equal(architecture.run(fresh), architecture.run(model))
+
+
+def test_layers_of_a_model_in_half_precision():
+    model = ARCHITECTURES["falcon"].make().bfloat16()
+    assert len(select_linears(model)) == ARCHITECTURES["falcon"].taken
+    model = ARCHITECTURES["gpt2"].make().half()
+    assert len(select_linears(model)) == ARCHITECTURES["gpt2"].taken

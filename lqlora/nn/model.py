@@ -19,6 +19,7 @@ from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
+from lqlora.nn.heads import names_above
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer
@@ -285,8 +286,11 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> L
 
 def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -> QuantizationReport:
     """Return the report of a model whose layers were just replaced."""
-    new = {f"{name}.{key}" for name in numbers for key in maps.model.get_submodule(name).state_dict() if key != "bias"}
-    state = {name: tensor for name, tensor in _first_tensors(maps.model).items() if name not in new}
+    state = {
+        name: tensor
+        for name, tensor in _first_tensors(maps.model).items()
+        if name.endswith(".bias") or not any(above in numbers for above, _ in names_above(name))
+    }
     left: dict[str, list[str]] = {}
     for name in maps.layers:
         if name not in numbers:

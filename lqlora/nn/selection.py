@@ -147,25 +147,40 @@ class LinearMaps:
     ----------
     layers : dict of str to torch.nn.Module
         All linear layers in the order of the model. A layer with several names is listed under the first.
-    roles : dict of str to DenseReason
-        Layers that are left dense by default, but can be quantized.
-    faults : dict of str to DenseReason
-        Layers that cannot be quantized.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrapped(model)
         self._modules = dict(self.model.named_modules())
         self.layers = {name: m for name, m in self._modules.items() if is_linear_map(m)}
-        self._owners: dict[nn.Module, list[tuple[nn.Module, str]]] = {layer: [] for layer in self.layers.values()}
+
+    @functools.cached_property
+    def roles(self) -> dict[str, DenseReason]:
+        """Layers that are left dense by default, but can be quantized."""
+        return {name: reason for name in self.layers if (reason := self._role(name))}
+
+    @functools.cached_property
+    def faults(self) -> dict[str, DenseReason]:
+        """Layers that cannot be quantized."""
+        return {name: reason for name in self.layers if (reason := self._fault(name))}
+
+    @functools.cached_property
+    def _heads(self) -> Heads:
+        return Heads(self._modules)
+
+    @functools.cached_property
+    def _shared(self) -> dict[nn.Module, str]:
+        return _shared_weights(self._modules)
+
+    @functools.cached_property
+    def _owners(self) -> dict[nn.Module, set[tuple[type, str]]]:
+        """Classes of the modules that hold a layer, and the attribute under which they do."""
+        owners: dict[nn.Module, set[tuple[type, str]]] = {layer: set() for layer in self.layers.values()}
         for module in self._modules.values():
             for attribute, child in module._modules.items():  # noqa: SLF001 - named_children leaves out second names
-                if child in self._owners:
-                    self._owners[child].append((module, attribute))
-        self._heads = Heads(self._modules)
-        self._shared = _shared_weights(self._modules)
-        self.roles = {name: reason for name in self.layers if (reason := self._role(name))}
-        self.faults = {name: reason for name in self.layers if (reason := self._fault(name))}
+                if child in owners:
+                    owners[child].add((type(module), attribute))
+        return owners
 
     def choose(
         self, include: Patterns | None = None, exclude: Patterns = (), parameter: str = "include"
@@ -302,7 +317,7 @@ class LinearMaps:
             return _ROUTER
         if other := self._shared.get(layer):
             return DenseReason("shared weights", f"shares its weight with {other!r}")
-        return _READ_OFTEN if any(reads_weight(owner, attribute) for owner, attribute in self._owners[layer]) else None
+        return _READ_OFTEN if any(reads_weight(*owner) for owner in self._owners[layer]) else None
 
     def _fault(self, name: str) -> DenseReason | None:
         """Return why a layer cannot be quantized, or None if it can."""
@@ -317,7 +332,7 @@ class LinearMaps:
             return _TENSORS
         if not computes_product_alone(layer):
             return _CLASS
-        return _READ if any(needs_dense_weight(owner, attribute) for owner, attribute in self._owners[layer]) else None
+        return _READ if any(needs_dense_weight(*owner) for owner in self._owners[layer]) else None
 
     @functools.cached_property
     def _adapted(self) -> dict[str, bool]:

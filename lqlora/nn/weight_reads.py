@@ -17,15 +17,16 @@ _PREPARING = ("__init__", "__setstate__", "_init", "init_", "_reset", "reset_", 
 _READABLE = frozenset({"device", "dequantize", "dtype", "shape"})
 
 
-def reads_weight(owner: nn.Module, attribute: str) -> bool:
-    """Return whether methods of a module read the weight of one of its layers.
+@functools.lru_cache(maxsize=4096)
+def reads_weight(owner: type, attribute: str) -> bool:
+    """Return whether methods of a class read the weight of a layer that its modules hold.
 
     Parameters
     ----------
-    owner : torch.nn.Module
-        Module that holds the layer.
+    owner : type
+        Class of the module that holds the layer.
     attribute : str
-        Attribute under which it holds the layer.
+        Attribute under which the module holds the layer.
 
     Returns
     -------
@@ -34,31 +35,31 @@ def reads_weight(owner: nn.Module, attribute: str) -> bool:
         found.
     """
     # Owners of a base_layer are those of PEFT. They read its weight when they merge their adapter, not before.
-    return attribute != "base_layer" and any(attribute in _uses(cls)[0] for cls in type(owner).__mro__)
+    return attribute != "base_layer" and any(attribute in _uses(cls)[0] for cls in owner.__mro__)
 
 
-def needs_dense_weight(owner: nn.Module, attribute: str) -> bool:
-    """Return whether a module reads the weight of a layer and never calls the layer, or belongs to torch.
+@functools.lru_cache(maxsize=4096)
+def needs_dense_weight(owner: type, attribute: str) -> bool:
+    """Return whether a class reads the weight of a layer and never calls the layer, or belongs to torch.
 
     Modules of torch call a layer in training, and pass its weight to a fused function in evaluation.
 
     Parameters
     ----------
-    owner : torch.nn.Module
-        Module that holds the layer.
+    owner : type
+        Class of the module that holds the layer.
     attribute : str
-        Attribute under which it holds the layer.
+        Attribute under which the module holds the layer.
 
     Returns
     -------
     bool
-        True if the module fails with any quantized layer.
+        True if such a module fails with any quantized layer.
     """
     if not reads_weight(owner, attribute):
         return False
-    classes = type(owner).__mro__
-    in_torch = any(cls.__module__.startswith("torch.nn.") and attribute in _uses(cls)[0] for cls in classes)
-    return in_torch or not any(attribute in _uses(cls)[1] for cls in classes)
+    in_torch = any(cls.__module__.startswith("torch.nn.") and attribute in _uses(cls)[0] for cls in owner.__mro__)
+    return in_torch or not any(attribute in _uses(cls)[1] for cls in owner.__mro__)
 
 
 @functools.lru_cache(maxsize=1024)

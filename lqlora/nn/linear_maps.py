@@ -119,7 +119,7 @@ def _is_further(name: str, value: object) -> bool:
 
 def _is_product(layer: nn.Module, shape: tuple[int, ...]) -> bool:
     """Return whether a layer gives the product for a random input of one shape without its last axis."""
-    matrix, bias = matrix_of(layer), cast("torch.Tensor | None", layer.bias)
+    matrix, bias = matrix_of(layer), cast("torch.Tensor | None", getattr(layer, "bias", None))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((*shape, matrix.shape[1]), generator=generator).to(matrix)
     expected = functional.linear(x, matrix, bias)

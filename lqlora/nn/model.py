@@ -271,7 +271,7 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> L
         Layer on the device of the old one, with its bias, hooks and further attributes. The bias is the same parameter, so
         that it stays shared with other modules that have it.
     """
-    weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", layer.bias)
+    weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", getattr(layer, "bias", None))
     found = LQLinear.from_decomposition(matrix, bias).to(weight.device)
     if bias is not None:
         bias.requires_grad = False

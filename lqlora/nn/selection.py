@@ -18,9 +18,9 @@ from lqlora.nn.linear_maps import computes_product_alone, has_more_than_weight_a
 from lqlora.nn.weight_reads import needs_dense_weight, reads_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from lqlora._patterns import Patterns
+    from lqlora._patterns import Pattern, Patterns
 
 __all__ = ["DenseReason", "LinearMaps", "select_linears", "unwrapped"]
 
@@ -204,14 +204,15 @@ class LinearMaps:
         InvalidArgumentError
             If nothing is selected, or a pattern matches only layers that cannot be quantized.
         """
-        is_excluded = predicate_of_any(as_patterns(exclude), self.layers)
+        include, exclude = None if include is None else as_patterns(include), as_patterns(exclude)
+        is_excluded = predicate_of_any(exclude, self.layers)
         names = {name: _plain(name) for name in self.layers if not is_excluded(name) and not is_excluded(_plain(name))}
         body = [name for name in names if name not in self.roles and name not in self.faults]
         if include is None:
             chosen = set(body)
         else:
             in_body, chosen = frozenset(body), set()
-            for pattern in as_patterns(include):
+            for pattern in include:
                 # A mapping may name thousands of layers. A dict finds one without a comparison with all others.
                 if isinstance(pattern, str) and pattern in names:
                     found = [pattern]
@@ -289,8 +290,10 @@ class LinearMaps:
                 f"{parameter} must name layers that can be quantized, but {name!r} {reason.sentence}."
             )
 
-    def _refuse_nothing(self, include: Patterns | None, exclude: Patterns, parameter: str) -> NoReturn:
-        but = f" without exclude={shown_patterns(exclude)}" if as_patterns(exclude) else ""
+    def _refuse_nothing(
+        self, include: Sequence[Pattern] | None, exclude: Sequence[Pattern], parameter: str
+    ) -> NoReturn:
+        but = f" without exclude={shown_patterns(exclude)}" if exclude else ""
         left = {**self.faults, **self.roles}
         if include is not None or not left:
             what = "it" if include is None else shown_patterns(include)
@@ -366,7 +369,7 @@ def _weight_fault(layer: nn.Module) -> DenseReason | None:
     """Return why the weight of a layer cannot be decomposed, or None."""
     # A computed weight is an attribute, but no parameter of the layer.
     weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))  # noqa: SLF001 - of torch
-    if weight is None or (bias is None and layer.bias is not None):
+    if weight is None or (bias is None and getattr(layer, "bias", None) is not None):
         return _COMPUTED
     if weight.is_meta:
         return _META

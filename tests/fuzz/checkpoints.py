@@ -142,7 +142,7 @@ def _quantized_model() -> Any:
 
     torch.manual_seed(0)
     model = _model()
-    lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/4:float32"), rank=1, include=["up", "head"], exclude=())
+    lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/4:float32"), rank=1, include=["up", "head"])
     return model
 
 

@@ -91,6 +91,18 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
+class NoBias(nn.Module):
+    def __init__(self, nf: int, nx: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+NoBias.__name__ = "Conv1D"
+
+
 class FalconLinear(nn.Linear):
     def forward(self, input):  # noqa: A002 - the name that torch gives it
         product = input @ self.weight.T
@@ -310,6 +322,7 @@ STRUCTURES = {
     "falcon": Structure(lambda: Sandwich(FalconLinear(WIDTH, WIDTH)), ["up", "part"], {}),
     "falcon, no bias": Structure(lambda: Sandwich(FalconLinear(WIDTH, WIDTH, bias=False)), ["up", "part"], {}),
     "transposed": Structure(lambda: Sandwich(Conv1D(6, WIDTH)), ["up", "part"], {}),
+    "transposed, no bias": Structure(lambda: Sandwich(NoBias(6, WIDTH)), ["up", "part"], {}),
     "doubled": Structure(lambda: Sandwich(Doubled(WIDTH, WIDTH)), ["up"], {"part": OTHER}, refused=("part",)),
     "dropout": Structure(
         lambda: Sandwich(Dropping(WIDTH, WIDTH)), ["up"], {"part": OTHER}, refused=("part",), random=True

@@ -145,6 +145,12 @@ class TestPatterns:
         assert list(select_linears(model, "dense")) == ["body.dense"]
         assert list(select_linears(model, ["dense", "classifier.dense"])) == ["body.dense", "classifier.dense"]
 
+    def test_patterns_may_come_from_an_iterator(self):
+        model = STRUCTURES["plain"].make()
+        assert list(select_linears(model, iter(["up", "part"]), iter(["up"]))) == ["part"]
+        with pytest.raises(InvalidArgumentError, match=r"include.*'typo'.*exclude=.*'up'"):
+            select_linears(model, iter(["typo"]), iter(["up"]))
+
     def test_exclusions_win_over_names(self):
         model = STRUCTURES["classifier"].make()
         assert list(select_linears(model, ["*", "classifier"], ["classifier", "up"])) == ["part"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from lqlora._messages import shown
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 T = TypeVar("T")
 
@@ -47,22 +48,36 @@ EMBEDDINGS: tuple[str, ...] = ("*embed*",)
 _WILDCARDS = re.compile(r"[*?[]")
 
 
-def as_patterns(patterns: Patterns) -> tuple[Pattern, ...]:
+def as_patterns(patterns: Patterns, parameter: str = "include") -> tuple[Pattern, ...]:
     """Return one pattern, or several, as a tuple.
 
     Parameters
     ----------
     patterns : pattern or iterable of patterns
         One pattern, or several in any iterable.
+    parameter : str, default "include"
+        Argument that the patterns come from, for errors.
 
     Returns
     -------
     tuple of patterns
         The patterns in the same order.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one of them is not a string, a compiled regular expression or a callable.
     """
     if isinstance(patterns, str | re.Pattern) or callable(patterns):
         return (patterns,)
-    return tuple(patterns)
+    found = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    for own in found:
+        if not (isinstance(own, str | re.Pattern) or callable(own)):
+            raise InvalidArgumentError(
+                f"{parameter} must be a string, a compiled regular expression, a function of names, or several of them, "
+                f"got {shown(own)}."
+            )
+    return found
 
 
 def matches(name: str, pattern: Pattern) -> bool:
@@ -130,7 +145,7 @@ def select(
     >>> select(["layers.0.q", "layers.0.k", "lm_head"], "*", ["*.k", *OUTPUT_HEADS])
     ['layers.0.q']
     """
-    wanted, unwanted = as_patterns(include), as_patterns(exclude)
+    wanted, unwanted = as_patterns(include), as_patterns(exclude, "exclude")
     is_wanted, is_unwanted = predicate_of_any(wanted, names), predicate_of_any(unwanted, names)
     found = [name for name in names if is_wanted(name) and not is_unwanted(name)]
     if not found:
@@ -184,8 +199,8 @@ class NameIndex:
         InvalidArgumentError
             If one of the patterns matches no name.
         """
-        wanted = {row for own in as_patterns(include) for row in self._matching(own, parameter)}
-        if unwanted := as_patterns(exclude):
+        wanted = {row for own in as_patterns(include, parameter) for row in self._matching(own, parameter)}
+        if unwanted := as_patterns(exclude, "exclude"):
             wanted -= {row for own in unwanted for row in self._matching(own, "exclude")}
         return sorted(wanted)
 
@@ -259,7 +274,7 @@ def shown_patterns(patterns: Patterns) -> str:
     Returns
     -------
     str
-        One pattern, or a list of them.
+        One pattern, or a list of several.
 
     Examples
     --------
@@ -270,7 +285,8 @@ def shown_patterns(patterns: Patterns) -> str:
         return repr(patterns)
     if callable(patterns):
         return f"function {getattr(patterns, '__qualname__', type(patterns).__qualname__)}"
-    return f"[{', '.join(map(shown_patterns, patterns))}]"
+    listed = [*map(shown_patterns, patterns)]
+    return listed[0] if len(listed) == 1 else f"[{', '.join(listed)}]"
 
 
 def list_names(names: Collection[str], most: int = 5) -> str:

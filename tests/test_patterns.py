@@ -85,6 +85,12 @@ class TestNameIndex:
             NameIndex(NAMES).rows(*patterns, parameter="ties")
 
 
+@pytest.mark.parametrize("patterns", [3, None, ["*", 3], {"a": 1}.values()], ids=str)
+def test_what_is_no_pattern_is_refused(patterns):
+    with pytest.raises(InvalidArgumentError, match=r"^exclude .*(3|null|1)\.$"):
+        select(NAMES, "*", patterns)
+
+
 def test_long_lists_are_cut():
     assert list_names(NAMES) == "model.embed_tokens, layers.0.q, layers.0.k, layers.1.q, m[0] and 1 more"
     assert list_names(NAMES[:5]).endswith("m[0]")

@@ -58,7 +58,7 @@ class Limit:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", as_patterns(self.include))
-        object.__setattr__(self, "exclude", as_patterns(self.exclude))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude, "exclude"))
         if (self.bits_per_weight is None) == (self.total_bytes is None):
             raise InvalidArgumentError(
                 f"bits_per_weight or total_bytes must be given, and not both: got {self.bits_per_weight!r} and "

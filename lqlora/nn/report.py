@@ -159,7 +159,7 @@ class QuantizationReport:
         lines += [
             f"low-rank factors: rank {_counts(ranks)}, {_megabytes(self.factor_bytes)} ({self.factor_bytes / total_bytes:.1%})",
             f"formats: {_counts(formats)}, {self.bits_per_weight:.2f} bits per weight",
-            f"relative error: median {median:.4f}, largest {self.layers[worst].relative_error:.4f} ({printable(worst)})",
+            f"relative error: median {median:.3g}, largest {self.layers[worst].relative_error:.3g} ({printable(worst)})",
         ]
         if clipped := [name for name, layer in self.layers.items() if layer.clipped_from is not None]:
             lines.append(f"rank clipped to the smaller side of the matrix: {printable(list_names(clipped, 3))}")
@@ -184,4 +184,4 @@ def _counts(counter: Counter[str] | Counter[int]) -> str:
 
 
 def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:,.1f} kB"
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"

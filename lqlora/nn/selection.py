@@ -204,7 +204,8 @@ class LinearMaps:
         InvalidArgumentError
             If nothing is selected, or a pattern matches only layers that cannot be quantized.
         """
-        include, exclude = None if include is None else as_patterns(include), as_patterns(exclude)
+        include = None if include is None else as_patterns(include, parameter)
+        exclude = as_patterns(exclude, "exclude")
         is_excluded = predicate_of_any(exclude, self.layers)
         names = {name: _plain(name) for name in self.layers if not is_excluded(name) and not is_excluded(_plain(name))}
         body = [name for name in names if name not in self.roles and name not in self.faults]

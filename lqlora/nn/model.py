@@ -272,7 +272,9 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> L
         that it stays shared with other modules that have it.
     """
     weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", getattr(layer, "bias", None))
-    found = LQLinear.from_decomposition(matrix, bias).to(weight.device)
+    found = LQLinear.from_decomposition(matrix, bias)
+    if found.lora_A.device != weight.device:
+        found.to(weight.device)
     if bias is not None:
         bias.requires_grad = False
         found.bias = bias

@@ -46,7 +46,17 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     -------
     Tensor of float32, shape (examples,)
         Losses in nats per token.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the batch is not a matrix of token ids, or has fewer than two columns, so that there is no next token.
     """
+    if not isinstance(batch, torch.Tensor) or batch.ndim != 2 or batch.shape[1] < 2:
+        seen = f"shape {tuple(batch.shape)}" if isinstance(batch, torch.Tensor) else type(batch).__name__
+        raise InvalidArgumentError(
+            f"batch must be a tensor of shape (examples, tokens) with at least two tokens, got {seen}. Pass loss= for others."
+        )
     output = model(batch)
     logits = getattr(output, "logits", output)[:, :-1].float()
     losses = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")

@@ -122,6 +122,16 @@ def test_the_loss_is_that_of_transformers_on_each_sequence(llama):
         torch.testing.assert_close(losses[i], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("batch", "seen"),
+    [(torch.zeros(3, 1, dtype=torch.int64), r"\(3, 1\)"), (torch.zeros(3, dtype=torch.int64), r"\(3,\)"), ({}, "dict")],
+    ids=["one token", "one axis", "dict"],
+)
+def test_batches_without_a_next_token_are_refused(batch, seen):
+    with pytest.raises(InvalidArgumentError, match=f"batch.*{seen}"):
+        causal_lm_loss(nn.Identity(), batch)
+
+
 def test_how_examples_are_batched_does_not_matter():
     torch.manual_seed(0)
     model, data = _mlp(), torch.randn(12, 4)

@@ -149,7 +149,7 @@ class QuantizationReport:
             )
             rows.append(("dense: other reasons", _layers(merged), merged.size, merged.nbytes))
         lines = [
-            f"{what:<40} {count:>12} {size:>15,} parameters {size / total:>7.1%} {_megabytes(nbytes):>11} {nbytes / total_bytes:>7.1%}"
+            f"{what:<40} {count:>18} {size:>13,} parameters {size / total:>7.1%} {_megabytes(nbytes):>11} {nbytes / total_bytes:>7.1%}"
             for what, count, size, nbytes in rows
         ]
         formats = Counter(str(layer.format) for layer in layers)
@@ -172,7 +172,9 @@ class QuantizationReport:
 
 
 def _layers(part: DensePart) -> str:
-    return f"{len(part.layers):,} layer{'s' * (len(part.layers) != 1)}" if part.layers else ""
+    """Return the number of layers of a part, if it has any. Their parameters may be counted in another part."""
+    count = f"{len(part.layers):,} layer{'s' * (len(part.layers) != 1)}" if part.layers else ""
+    return f"{count} (shared)" if count and not part.size else count
 
 
 def _counts(counter: Counter[str] | Counter[int]) -> str:

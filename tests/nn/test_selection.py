@@ -351,6 +351,10 @@ class TestReport:
         assert report.dense["experts stored as one array"].size == 3 * WIDTH * WIDTH
         assert re.search(r"dense: experts stored as one array +192 parameters", str(report))
 
+    def test_a_tied_output_embedding_is_said_to_be_shared(self):
+        text = str(quantize_model(STRUCTURES["tied head"].make(), NF4, rank=1))
+        assert re.search(r"dense: output embeddings +1 layer \(shared\) +0 parameters", text)
+
     def test_many_reasons_fit_into_fifteen_lines(self):
         report = quantize_model(STRUCTURES["plain"].make(), NF4, rank=2)
         part = report.dense["norms, biases and others"]

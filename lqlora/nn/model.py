@@ -19,14 +19,13 @@ from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
-from lqlora.nn.heads import names_above
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer
 from lqlora.nn.selection import LinearMaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
     from concurrent.futures import Executor
 
     from lqlora._patterns import Pattern, Patterns
@@ -288,11 +287,7 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> L
 
 def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -> QuantizationReport:
     """Return the report of a model whose layers were just replaced."""
-    state = {
-        name: tensor
-        for name, tensor in _first_tensors(maps.model).items()
-        if name.endswith(".bias") or not any(above in numbers for above, _ in names_above(name))
-    }
+    state = {name: tensor for name, tensor in _first_tensors(maps.model).items() if not _is_inside(name, numbers)}
     left: dict[str, list[str]] = {}
     for name in maps.layers:
         if name not in numbers:
@@ -382,7 +377,7 @@ def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:
     return {key for key in state if _is_inside(key, layers)}
 
 
-def _is_inside(key: str, layers: set[str]) -> bool:
+def _is_inside(key: str, layers: Container[str]) -> bool:
     owner, _, own = key.rpartition(".")
     if owner in layers:
         return own != "bias"

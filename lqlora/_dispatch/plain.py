@@ -50,7 +50,9 @@ def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
     entry = ENTRY_OF.get(type(value))
     if entry is None or PLAIN_LIBRARY_OF[type(value)] is None or not dtypes.taken[entry.at][entry.facts(value)]:
         return _converted(value, name, dtypes)
-    return _converted(value, name, dtypes) if LIBRARY_OF[type(value)] == "torch" and _stands_for_another(value) else value
+    if LIBRARY_OF[type(value)] == "torch" and _stands_for_another(value):
+        return _converted(value, name, dtypes)
+    return value
 
 
 def _stands_for_another(tensor: Any) -> bool:

@@ -464,8 +464,15 @@ def _judge(folder: Path, data: bytes, original: _Parts, hashed: bool, again: boo
             same("document of a file that was changed", document, json.loads(original.document))
             same("tensors of a file that was changed", content(arrays), content(as_arrays(original.tensors)))
     else:
-        whole = set(arrays) and "load" in results and module._digest(arrays, document) == document.get("sha256")
+        whole = set(arrays) and "load" in results and _is_hashed(arrays, document)
         assert not whole or not all(map(is_finite, arrays.values())), "verify refused a file with the right hash"
+
+
+def _is_hashed(arrays: dict[str, np.ndarray], document: dict[str, Any]) -> bool:
+    try:
+        return bool(module._digest(arrays, document) == document.get("sha256"))
+    except ValueError:  # a number like 1e400 is infinite, and no document with one is written
+        return False
 
 
 def _compare(reader: str, found: Any, arrays: dict[str, np.ndarray], document: dict[str, Any]) -> None:

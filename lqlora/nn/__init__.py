@@ -7,6 +7,7 @@ from lqlora._optional import require
 require("torch", "pip install torch", "lqlora.nn")
 
 from lqlora.nn.linear import LQLinear  # noqa: E402
+from lqlora.nn.merging import RequantizedLayer, dequantize_model, merged_weight, requantize_model  # noqa: E402
 from lqlora.nn.model import quantize_model, weight_arrays  # noqa: E402 - after the check
 from lqlora.nn.operator_arguments import Operands, from_operands, operands  # noqa: E402
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer  # noqa: E402
@@ -23,14 +24,18 @@ __all__ = [
     "QuantizationReport",
     "QuantizedLayer",
     "QuantizedWeight",
+    "RequantizedLayer",
     "causal_lm_loss",
     "collect_fisher",
     "collect_gram",
     "collect_kronecker",
+    "dequantize_model",
     "from_operands",
     "load_model",
+    "merged_weight",
     "operands",
     "quantize_model",
+    "requantize_model",
     "save_model",
     "select_linears",
     "weight_arrays",

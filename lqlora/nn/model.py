@@ -25,7 +25,7 @@ from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer
 from lqlora.nn.selection import LinearMaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable
+    from collections.abc import Callable, Collection, Container, Iterable
     from concurrent.futures import Executor
 
     from lqlora._patterns import Pattern, Patterns
@@ -277,12 +277,26 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> L
     if bias is not None:
         bias.requires_grad = False
         found.bias = bias
-    # The dicts of hooks are shared: a handle that removes a hook knows its dict, not the module.
-    own, old = vars(found), vars(layer)
-    own.update({key: old[key] for key in _HOOKS if key in old})
-    # Attributes that others have set, such as _is_hf_initialized of transformers. A compiled call is of the old layer.
-    own.update({key: value for key, value in old.items() if key not in own and key != "_compiled_call_impl"})
+    move_attributes(found, layer)
     return found
+
+
+def move_attributes(new: nn.Module, old: nn.Module, without: Collection[str] = ()) -> None:
+    """Give a layer that replaces another one its hooks, and the attributes that others have set on it.
+
+    Parameters
+    ----------
+    new, old : torch.nn.Module
+        The layers.
+    without : collection of str
+        Attributes to leave behind.
+    """
+    # The dicts of hooks are shared: a handle that removes a hook knows its dict, not the module.
+    own, given = vars(new), vars(old)
+    own.update({key: given[key] for key in _HOOKS if key in given})
+    # Attributes that others have set, such as _is_hf_initialized of transformers. A compiled call is of the old layer.
+    left = own.keys() | {"_compiled_call_impl", *without}
+    own.update({key: value for key, value in given.items() if key not in left})
 
 
 def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -> QuantizationReport:
@@ -355,6 +369,34 @@ def first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+
+
+def quantized_layers(model: nn.Module) -> dict[str, LQLinear]:
+    """Return the quantized layers of a model by name.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that is not wrapped.
+
+    Returns
+    -------
+    dict of str to LQLinear
+        Layers in the order of the model. A layer with several names is listed under the first.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no quantized layer, or is one itself.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
+    if not layers:
+        raise InvalidArgumentError("model must have a quantized layer, got none. Call quantize_model first.")
+    if "" in layers:
+        raise InvalidArgumentError(
+            "model must contain its quantized layers, but is one itself. Wrap it in torch.nn.Sequential."
+        )
+    return layers
 
 
 def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:

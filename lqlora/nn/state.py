@@ -11,9 +11,8 @@ from lqlora._documents import Reader, Text, key_step
 from lqlora._messages import shortened, shown
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
-from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import matrix_of
-from lqlora.nn.model import first_names, quantized_keys, quantized_layer, replace_modules
+from lqlora.nn.model import first_names, quantized_keys, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import LinearMaps, unwrapped
 
 if TYPE_CHECKING:
@@ -48,13 +47,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         If the file cannot be written.
     """
     model = unwrapped(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
-    if not layers:
-        raise InvalidArgumentError("model must have a quantized layer to save, got none. Call quantize_model first.")
-    if "" in layers:
-        raise InvalidArgumentError(
-            "model must contain its quantized layers, but is one itself. Wrap it in torch.nn.Sequential."
-        )
+    layers = quantized_layers(model)
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     matrices = {

@@ -1,0 +1,271 @@
+"""Merging of low-rank factors into the weights they belong to: dense layers again, or requantized ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lqlora import ops
+from lqlora._dispatch import STORABLE_FLOATS, plain_array
+from lqlora._patterns import list_names
+from lqlora._printable import printable
+from lqlora.checkpoint import StoredMatrix
+from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.nn.linear import LQLinear
+from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
+from lqlora.nn.selection import unwrapped
+from lqlora.quantized import dequantize, quantize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lqlora.formats import BlockFormat
+    from lqlora.quantized import Fit, QuantizedArray
+
+__all__ = ["RequantizedLayer", "dequantize_model", "merged_weight", "requantize_model"]
+
+#: Entries of a matrix that are summed in float64 together: in host memory as many as a cache holds, on devices more.
+_CHUNK_ON_HOST, _CHUNK = 2**16, 2**24
+
+#: Attributes of a quantized layer that a dense one does not have.
+_OF_FACTORS = frozenset({"dropout", "scaling"})
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class RequantizedLayer:
+    """Errors of one layer that :func:`requantize_model` replaced, relative to its original matrix.
+
+    Parameters
+    ----------
+    format : BlockFormat
+        Format of the layer, before and after.
+    error_before : float
+        Relative error of the sum of both parts. Without an original matrix the sum takes its place, and this is 0.
+    error_after : float
+        Relative error of the requantized matrix.
+    error_without_factors : float, optional
+        Relative error of the original matrix if it is quantized alone. It is None if the original was not given.
+    """
+
+    format: BlockFormat
+    error_before: float
+    error_after: float
+    error_without_factors: float | None = None
+
+    @property
+    def gain_kept(self) -> float | None:
+        """Share of the gain of the factors that is left, from 0 to 1; None if the original was not given."""
+        if self.error_without_factors is None:
+            return None
+        gain = self.error_without_factors - self.error_before
+        return min(1.0, max(0.0, (self.error_without_factors - self.error_after) / gain)) if gain > 0 else 1.0
+
+
+def merged_weight(layer: LQLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return the dense matrix of a layer, ``dequantize(Q) + scaling * lora_B @ lora_A``.
+
+    Parameters
+    ----------
+    layer : LQLinear
+        Quantized layer.
+    dtype : torch.dtype, default torch.float32
+        Dtype of the result. The sum is computed in float64 and rounded once.
+
+    Returns
+    -------
+    Tensor, shape (out_features, in_features)
+        New matrix on the device of the layer, which autograd does not follow.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the dtype is not a floating-point one, or the layer is on the meta device.
+    NonFiniteError
+        If an entry is NaN, infinite, or beyond the range of the dtype.
+    """
+    return _merged(layer, dtype, "layer")
+
+
+def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
+    if dtype not in _FLOATS:
+        raise InvalidArgumentError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r:.80}.")
+    if layer.weight.device.type == "meta":
+        raise InvalidArgumentError(f"{name} must hold values, but is on the meta device. Load the model first.")
+    dense = layer.weight.dequantize()
+    wide = torch.float32 if dense.device.type == "mps" else torch.float64  # that device has no float64
+    found = torch.empty(dense.shape, dtype=dtype, device=dense.device)
+    inner, outer = layer.lora_A.detach().to(wide), layer.lora_B.detach().to(wide) * layer.scaling
+    rows = max(1, (_CHUNK_ON_HOST if dense.is_cpu else _CHUNK) // dense.shape[1])
+    for start in range(0, len(dense), rows):
+        part = slice(start, start + rows)
+        found[part] = torch.addmm(dense[part].to(wide), outer[part], inner)
+    # NaN is passed on by minima and maxima, which take a tenth of the time of isfinite().
+    if found.numel() and not bool(torch.stack(found.aminmax()).isfinite().all()):
+        limit = torch.finfo(dtype).max
+        raise NonFiniteError(
+            f"{name} must have a sum of both parts that {dtype} holds, got NaN or an entry beyond {limit:.3g}. "
+            "Choose another dtype if the factors are finite."
+        )
+    return found
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Replace each :class:`LQLinear` of a model by a dense ``torch.nn.Linear`` that computes the same, in place.
+
+    This merges the factors. Use it to export a fine-tuned model to programs that do not know quantized layers. A
+    transposed ``Conv1D`` of GPT-2 and derived classes do not come back: they become ``torch.nn.Linear``, too.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with quantized layers. It is changed only after every dense matrix was computed.
+    dtype : torch.dtype, optional
+        Dtype of the weights and biases of the new layers. The default is the dtype of the layer's bias, or else the one that
+        most parameters of the rest of the model have. So a 16-bit model stays one, and every model runs as before.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no quantized layer, is one itself, or is on the meta device.
+    NonFiniteError
+        If a sum holds NaN, or an entry that is beyond the range of the dtype. In this case the model is unchanged.
+
+    Notes
+    -----
+    New layers are frozen, and keep hooks and the training flag. A layer that shared its weight with an embedding before it
+    was quantized has a weight of its own. Set ``config.tie_word_embeddings`` to False before you save such a model with
+    transformers.
+    """
+    model = unwrapped(model)
+    usual = _usual_dtype(model)
+    # All matrices are computed before the first layer is replaced, so that an error leaves the model as it was.
+    replacements: dict[nn.Module, nn.Module] = {
+        layer: _dense_layer(layer, dtype or (usual if layer.bias is None else layer.bias.dtype), repr(printable(name)))
+        for name, layer in quantized_layers(model).items()
+    }
+    replace_modules(model, replacements)
+
+
+def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
+    found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    found.weight = nn.Parameter(_merged(layer, dtype, name), requires_grad=False)
+    if layer.bias is not None:
+        # A bias that keeps its dtype is the same parameter, so that it stays shared with other modules.
+        kept = layer.bias.dtype == dtype
+        found.bias = layer.bias if kept else nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    move_attributes(found, layer, without=_OF_FACTORS)
+    return found
+
+
+def _usual_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of most floating-point entries of a model outside of its quantized layers."""
+    sizes = Counter[torch.dtype]()
+    for module in model.modules():
+        if not isinstance(module, LQLinear):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype in _FLOATS:
+                    sizes[parameter.dtype] += parameter.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+def requantize_model(model: nn.Module, originals: Mapping[str, Any] | None = None) -> dict[str, RequantizedLayer]:
+    """Quantize the sum of both parts of each layer again, in the format of the layer, and drop the factors, in place.
+
+    The result needs the memory of the quantized part alone, and its error is about that of a model that was quantized
+    without factors. :func:`dequantize_model` loses nothing.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with quantized layers. It is changed only after every layer was quantized.
+    originals : mapping of str to array or callable, optional
+        Original matrices by layer, or their loaders, as :func:`weight_arrays` returns them. Errors are measured against
+        them, or else against the sums.
+
+    Returns
+    -------
+    dict of str to RequantizedLayer
+        Errors of each layer. Its rank is 0 now.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no quantized layer, is one itself, or is on the meta device, or an original is missing or of
+        another shape.
+    NonFiniteError
+        If a sum holds NaN or infinity. In this case the model is unchanged.
+
+    Warns
+    -----
+    UserWarning
+        If layers lose more than half of the gain of their factors.
+
+    Notes
+    -----
+    Scales are fitted by least squares, and levels too if the format stores them.
+    """
+    model = unwrapped(model)
+    replacements: dict[nn.Module, nn.Module] = {}
+    errors: dict[str, RequantizedLayer] = {}
+    for name, layer in quantized_layers(model).items():
+        merged = _merged(layer, torch.float32, repr(printable(name)))
+        again = _quantized(merged, layer.weight.format, name)
+        original = None if originals is None else _original(originals, name, merged)
+        rows, columns = merged.shape
+        no_factors = StoredMatrix(again, merged.new_empty(0, columns), merged.new_empty(rows, 0))
+        replacements[layer] = quantized_layer(no_factors, layer)
+        errors[name] = _errors(merged, again, original, name)
+    replace_modules(model, replacements)
+    kept = {name: own.gain_kept for name, own in errors.items() if own.gain_kept is not None and own.gain_kept < 0.5}
+    if kept:
+        worst = min(kept, key=kept.__getitem__)
+        warnings.warn(
+            f"{len(kept)} of {len(errors)} layers lost more than half of the gain of their factors by requantization, "
+            f"such as {printable(worst)}, which keeps {kept[worst]:.0%}. Use dequantize_model to keep all of it.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return errors
+
+
+def _quantized(matrix: torch.Tensor, fmt: BlockFormat, name: str) -> QuantizedArray:
+    """Quantize a matrix as well as its format allows."""
+    fit: Fit = "scale" if fmt.levels == "codebook" else "levels+scale"
+    return quantize(matrix, fmt, fit=fit, name=f"the matrix of {name!r}")
+
+
+def _original(originals: Mapping[str, Any], name: str, merged: torch.Tensor) -> torch.Tensor:
+    """Return the original matrix of a layer on the device of its sum."""
+    if name not in originals:
+        raise InvalidArgumentError(
+            f"originals must have a matrix for {printable(name)!r}, got {printable(list_names(originals, 3))}."
+        )
+    given = originals[name]() if callable(originals[name]) else originals[name]
+    found: torch.Tensor = ops.convert(plain_array(given, f"original of {name!r}", STORABLE_FLOATS), torch).to(merged)
+    if found.shape != merged.shape:
+        raise InvalidArgumentError(
+            f"originals must have a matrix of shape {tuple(merged.shape)} for {printable(name)!r}, got {tuple(found.shape)}."
+        )
+    return found
+
+
+def _errors(merged: torch.Tensor, again: QuantizedArray, original: torch.Tensor | None, name: str) -> RequantizedLayer:
+    """Return the errors of one layer."""
+    after = dequantize(again)
+    if original is None:
+        return RequantizedLayer(again.format, 0.0, _relative_error(after, merged))
+    alone = dequantize(_quantized(original, again.format, name))
+    return RequantizedLayer(again.format, *(_relative_error(found, original) for found in (merged, after, alone)))
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative Frobenius norm of a difference, 0 if both matrices are zero."""
+    distance, norm = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (found - expected, expected))
+    return distance / norm if norm else (0.0 if distance == 0 else float("inf"))

@@ -1,4 +1,4 @@
-"""Schema of the JSON document of a checkpoint file."""
+"""Schemas of the JSON documents of checkpoints and of files of factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 from lqlora._documents import Length, Number, Text
 from lqlora.codebooks import Normalization
 
-__all__ = ["Content", "Matrix", "Version"]
+__all__ = ["Content", "FactorContent", "FactorRow", "Matrix", "Version"]
 
 
 class Version(Struct):
@@ -34,3 +34,19 @@ class Content(Struct, frozen=True):
     matrices: dict[Text, Matrix]
     metadata: dict[str, Any]
     sha256: Text | UnsetType = UNSET
+
+
+class FactorRow(Struct, frozen=True):
+    """Description of the factors of one layer."""
+
+    scaling: Number
+    base: Text
+
+
+class FactorContent(Struct, frozen=True):
+    """The document of a file of factors."""
+
+    spec: int
+    factors: dict[Text, FactorRow]
+    metadata: dict[str, Any]
+    sha256: Text

@@ -15,21 +15,16 @@ written.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads and writes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lqlora import ops
 from lqlora._dispatch import STORABLE, plain_array
-from lqlora._files import input_file, replace_file
 from lqlora._messages import shortened, shown
+from lqlora.checkpoint._container import digest, read_container, write_container
 from lqlora.codebooks import Codebook, check_work, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
 from lqlora.formats import BlockFormat, codebook_name
@@ -44,7 +39,7 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.checkpoint._schema import Content, Matrix
 
-__all__ = ["Checkpoint", "StoredMatrix", "load", "save", "verify"]
+__all__ = ["Checkpoint", "StoredMatrix", "load", "quantized_arrays", "save", "verify"]
 
 #: Version of the JSON document. A reader refuses every other one.
 _SPEC = 3
@@ -185,11 +180,9 @@ def save(
         "matrices": rows,
         "metadata": json_values(metadata or {}, "metadata", InvalidArgumentError),
     }
-    document["sha256"] = _digest(arrays, document)
+    document["sha256"] = digest(arrays, document)
     header = Reader("metadata must be such that they can be read again", InvalidArgumentError).write(document, Content)
-    with replace_file(path, SafetensorError) as beside:
-        # One key only: safetensors writes several in an order that differs from run to run.
-        save_file(arrays, beside, metadata={_KEY: header})
+    write_container(path, arrays, _KEY, header)
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -227,12 +220,28 @@ def _owners(tensor: str) -> Iterator[str]:
 
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
     """Return all tensors that store a matrix, by name; :func:`_take_matrices` is the inverse."""
-    stored = matrix.quantized.to_arrays()
-    arrays = {_weight_key(name, key): ops.convert(array, np) for key, array in stored.items()}
-    codebook = matrix.quantized.format.codebook
-    if not is_standard(codebook):
-        arrays[_weight_key(name, "codebook")] = codebook.levels
+    arrays = {_weight_key(name, key): array for key, array in quantized_arrays(matrix.quantized).items()}
     return arrays | {key: _on_host(getattr(matrix, key[-6:]), key) for key in (f"{name}.lora_A", f"{name}.lora_B")}
+
+
+def quantized_arrays(quantized: QuantizedArray) -> dict[str, Any]:
+    """Return the arrays that store a quantized array, by name.
+
+    Parameters
+    ----------
+    quantized : QuantizedArray
+        Array of any library.
+
+    Returns
+    -------
+    dict of str to ndarray
+        The arrays of :meth:`lqlora.QuantizedArray.to_arrays`, and ``codebook`` if the codebook has no standard name.
+    """
+    arrays = {key: ops.convert(array, np) for key, array in quantized.to_arrays().items()}
+    codebook = quantized.format.codebook
+    if not is_standard(codebook):
+        arrays["codebook"] = codebook.levels
+    return arrays
 
 
 def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
@@ -240,20 +249,6 @@ def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
     if twice := sorted(name for name in new if name in arrays):
         raise InvalidArgumentError(f"tensors: the name {twice[0]!r} is used twice. Rename one of the tensors.")
     arrays.update(new)
-
-
-def _digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """Return the fingerprint of all tensors and of the JSON document, without the fingerprint that it may hold."""
-    # SHA-256 of one JSON text, then of the bytes of all tensors in row-major order. The text has sorted keys and no end
-    # but its last bracket, and dtypes and shapes in it give the length of every tensor. So the hashed bytes can be split
-    # in one way only: no byte can move between a name and a tensor, or between two tensors, and leave the hash the same.
-    described = {key: value for key, value in document.items() if key != "sha256"}
-    dtypes = {dtype: str(dtype) for dtype in {array.dtype for array in arrays.values()}}
-    tensors = [(name, dtypes[arrays[name].dtype], arrays[name].shape) for name in sorted(arrays)]
-    total = hashlib.sha256(json.dumps([described, tensors], sort_keys=True, allow_nan=False).encode())
-    for name, _, _ in tensors:
-        total.update(arrays[name].reshape(-1).view(np.uint8))
-    return total.hexdigest()
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -297,20 +292,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Content, dict[s
     """Return the tensors of a file, its JSON document, and the same as plain values, from which the hash is computed."""
     from lqlora.checkpoint._schema import Content, Version  # noqa: PLC0415 - imports msgspec
 
-    own = input_file(path, CheckpointError)
-    try:
-        with safe_open(own, framework="numpy") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    # safetensors raises AttributeError and TypeError for a dtype that NumPy does not have, and NumPy ValueError for more
-    # than 64 dimensions.
-    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
-        hint = "Is it truncated, or a git-lfs pointer?"
-        raise CheckpointError(shortened(f"{path} is not a readable safetensors file ({error}). {hint}")) from error
-    if text is None:
-        raise CheckpointError(
-            shortened(f"{path} is a safetensors file that lqlora.save did not write: it has no {_KEY!r} metadata.")
-        )
+    arrays, text = read_container(path, _KEY, "lqlora.save")
     reader = _reader(path)
     plain = reader.parse(text)
     if (spec := reader.convert(plain, Version).spec) != _SPEC:
@@ -469,7 +451,7 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     # cause. _assemble comes last, because it removes tensors from `arrays`.
     arrays, content, plain = _read(path)
     try:
-        same = _digest(arrays, plain) == content.sha256
+        same = digest(arrays, plain) == content.sha256
     except ValueError:  # the document holds infinity, which JSON does not have and save() refuses
         same = False
     if not same:

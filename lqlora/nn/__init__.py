@@ -6,6 +6,14 @@ from lqlora._optional import require
 
 require("torch", "pip install torch", "lqlora.nn")
 
+from lqlora.nn.adapters import (  # noqa: E402 - after the check
+    Factors,
+    factors,
+    load_factors,
+    save_factors,
+    set_factors,
+    using_factors,
+)
 from lqlora.nn.linear import LQLinear  # noqa: E402
 from lqlora.nn.merging import RequantizedLayer, dequantize_model, merged_weight, requantize_model  # noqa: E402
 from lqlora.nn.model import quantize_model, weight_arrays  # noqa: E402 - after the check
@@ -19,6 +27,7 @@ from lqlora.nn.weight import QuantizedWeight  # noqa: E402
 
 __all__ = [
     "DensePart",
+    "Factors",
     "LQLinear",
     "Operands",
     "QuantizationReport",
@@ -30,13 +39,18 @@ __all__ = [
     "collect_gram",
     "collect_kronecker",
     "dequantize_model",
+    "factors",
     "from_operands",
+    "load_factors",
     "load_model",
     "merged_weight",
     "operands",
     "quantize_model",
     "requantize_model",
+    "save_factors",
     "save_model",
     "select_linears",
+    "set_factors",
+    "using_factors",
     "weight_arrays",
 ]

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
 from lqlora._optional import is_installed
-from lqlora.checkpoint import file as checkpoint
+from lqlora.checkpoint import _container as container
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from tests.requirements import require_or_skip
 
@@ -238,7 +238,7 @@ class TestWriting:
         def fail(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(checkpoint if step == "save_file" else os, step, fail)
+        monkeypatch.setattr(container if step == "save_file" else os, step, fail)
         with pytest.raises(CheckpointError, match="No space left"):
             lq.save(path, {"m": _decomposition()})
         assert path.read_bytes() == before
@@ -250,7 +250,7 @@ class TestWriting:
         def interrupt(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(checkpoint, "save_file", interrupt)
+        monkeypatch.setattr(container, "save_file", interrupt)
         with pytest.raises(KeyboardInterrupt):
             lq.save(path, {"m": _decomposition()})
         assert path.read_bytes() == before

@@ -16,7 +16,7 @@ import numpy as np
 
 import lqlora as lq
 from lqlora._optional import is_installed
-from lqlora.checkpoint import file as module
+from lqlora.checkpoint._container import digest
 from tests.fuzz.mutate import Pairs, Raw, changed, mutated_bytes, mutated_text, to_json
 from tests.fuzz.running import Case, same
 from tests.fuzz.safetensors_files import (
@@ -403,7 +403,7 @@ def _hashed(parts: _Parts) -> _Parts:
     """Return the parts with the fingerprint of their content in the document, if the content has one."""
     try:
         document = json.loads(parts.document)
-        total = module._digest(as_arrays(parts.tensors), document)
+        total = digest(as_arrays(parts.tensors), document)
         return replace(parts, document=changed(parts.document, {"sha256": total}))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return parts
@@ -457,7 +457,7 @@ def _judge(folder: Path, data: bytes, original: _Parts, hashed: bool, again: boo
             lq.save(folder / "again.safetensors", found.matrices, found.tensors, found.metadata)
             _compare("save and load", lq.load(folder / "again.safetensors"), arrays, document)
     if "verify" in results:
-        same("hash of a verified file", module._digest(arrays, document), document["sha256"])
+        same("hash of a verified file", digest(arrays, document), document["sha256"])
         for name, array in arrays.items():
             assert is_finite(array), f"verify passed {name!r}, which is not finite"
         if not hashed:
@@ -470,7 +470,7 @@ def _judge(folder: Path, data: bytes, original: _Parts, hashed: bool, again: boo
 
 def _is_hashed(arrays: dict[str, np.ndarray], document: dict[str, Any]) -> bool:
     try:
-        return bool(module._digest(arrays, document) == document.get("sha256"))
+        return bool(digest(arrays, document) == document.get("sha256"))
     except ValueError:  # a number like 1e400 is infinite, and no document with one is written
         return False
 

@@ -1,0 +1,112 @@
+"""Safetensors files with one JSON document in their metadata, and a fingerprint of both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads and writes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lqlora._files import input_file, replace_file
+from lqlora._messages import shortened
+from lqlora.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+__all__ = ["digest", "read_container", "write_container"]
+
+
+def digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
+    """Return the fingerprint of all tensors and of the JSON document, without the fingerprint that it may hold.
+
+    Parameters
+    ----------
+    arrays : mapping of str to ndarray
+        Tensors by name, in row-major order.
+    document : mapping
+        JSON values.
+
+    Returns
+    -------
+    str
+        SHA-256 in hexadecimal digits.
+    """
+    # SHA-256 of one JSON text, then of the bytes of all tensors in row-major order. The text has sorted keys and no end
+    # but its last bracket, and dtypes and shapes in it give the length of every tensor. So the hashed bytes can be split
+    # in one way only: no byte can move between a name and a tensor, or between two tensors, and leave the hash the same.
+    described = {key: value for key, value in document.items() if key != "sha256"}
+    dtypes = {dtype: str(dtype) for dtype in {array.dtype for array in arrays.values()}}
+    tensors = [(name, dtypes[arrays[name].dtype], arrays[name].shape) for name in sorted(arrays)]
+    total = hashlib.sha256(json.dumps([described, tensors], sort_keys=True, allow_nan=False).encode())
+    for name, _, _ in tensors:
+        total.update(arrays[name].reshape(-1).view(np.uint8))
+    return total.hexdigest()
+
+
+def write_container(path: str | os.PathLike[str], arrays: dict[str, Any], key: str, header: str) -> None:
+    """Write tensors and a document to one file, atomically.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write; an existing one is replaced at the end.
+    arrays : dict of str to ndarray
+        Tensors by name, in row-major order.
+    key : str
+        Key of the document in the metadata of the file.
+    header : str
+        The document as JSON.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be written.
+    """
+    with replace_file(path, SafetensorError) as beside:
+        # One key only: safetensors writes several in an order that differs from run to run.
+        save_file(arrays, beside, metadata={key: header})
+
+
+def read_container(path: str | os.PathLike[str], key: str, writer: str) -> tuple[dict[str, Any], str]:
+    """Return the tensors of a file, and the text of its document, which is not checked.
+
+    Parameters
+    ----------
+    path : path-like
+        File to read.
+    key : str
+        Key of the document in the metadata of the file.
+    writer : str
+        Function that writes such files, for the error if there is no document.
+
+    Returns
+    -------
+    (dict of str to ndarray, str)
+        Tensors by name, and JSON.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, or without the key.
+    """
+    own = input_file(path, CheckpointError)
+    try:
+        with safe_open(own, framework="numpy") as file:
+            text = (file.metadata() or {}).get(key)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    # safetensors raises AttributeError and TypeError for a dtype that NumPy does not have, and NumPy ValueError for more
+    # than 64 dimensions.
+    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
+        hint = "Is it truncated, or a git-lfs pointer?"
+        raise CheckpointError(shortened(f"{path} is not a readable safetensors file ({error}). {hint}")) from error
+    if text is None:
+        raise CheckpointError(
+            shortened(f"{path} is a safetensors file that {writer} did not write: it has no {key!r} metadata.")
+        )
+    return arrays, text

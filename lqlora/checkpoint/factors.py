@@ -1,0 +1,200 @@
+"""Files of low-rank factors alone, with fingerprints of the quantized matrices they belong to.
+
+The factors of a layer ``m`` are the tensors ``m.lora_A`` and ``m.lora_B``. The metadata of the safetensors file has one JSON
+document under the key ``lqlora_factors``. It holds the scaling of each layer, the SHA-256 fingerprint of its quantized matrix,
+the metadata of the caller, and a SHA-256 fingerprint of the whole content. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lqlora import ops
+from lqlora._dispatch import STORABLE_FLOATS, plain_array
+from lqlora._messages import shown
+from lqlora.checkpoint._container import digest, read_container, write_container
+from lqlora.checkpoint.file import quantized_arrays
+from lqlora.errors import CheckpointError, InvalidArgumentError, LQLoRAError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from lqlora._documents import Reader
+    from lqlora._typing import Array
+    from lqlora.checkpoint._schema import FactorRow
+    from lqlora.checkpoint.file import StoredMatrix
+    from lqlora.quantized import QuantizedArray
+
+__all__ = ["FactorFile", "StoredFactors", "base_fingerprint", "read_factors", "write_factors"]
+
+#: Version of the JSON document. A reader refuses every other one.
+_SPEC = 1
+
+#: Key of the JSON document in the metadata of a safetensors file.
+_KEY = "lqlora_factors"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredFactors:
+    """Low-rank factors of one layer in a file.
+
+    Parameters
+    ----------
+    lora_A, lora_B : ndarray, shape (rank, n) and (m, rank)
+        The factors.
+    scaling : float
+        Factor of the low-rank part.
+    base : str
+        Fingerprint of the quantized matrix, see :func:`base_fingerprint`.
+    """
+
+    lora_A: Array
+    lora_B: Array
+    scaling: float
+    base: str
+
+
+@dataclass(frozen=True, eq=False)
+class FactorFile:
+    """Content of a file of factors.
+
+    Parameters
+    ----------
+    factors : dict of str to StoredFactors
+        Factors by layer.
+    metadata : dict
+        JSON values that the caller of :func:`write_factors` gave.
+    """
+
+    factors: dict[str, StoredFactors]
+    metadata: dict[str, Any]
+
+
+def base_fingerprint(quantized: QuantizedArray) -> str:
+    """Return the SHA-256 fingerprint of a quantized matrix: its format, shape and stored arrays.
+
+    Parameters
+    ----------
+    quantized : QuantizedArray
+        Array of any library.
+
+    Returns
+    -------
+    str
+        Hexadecimal digits. Arrays that decode to the same numbers in another way have another fingerprint.
+    """
+    arrays = {key: np.asarray(array, order="C") for key, array in quantized_arrays(quantized).items()}
+    fmt = quantized.format
+    return digest(
+        arrays, {"format": str(fmt), "shape": list(quantized.shape), "normalization": fmt.codebook.normalization}
+    )
+
+
+def write_factors(
+    path: str | os.PathLike[str], matrices: Mapping[str, StoredMatrix], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write the low-rank factors of matrices to one file, atomically.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write; an existing one is replaced at the end.
+    matrices : mapping of str to StoredMatrix
+        Matrices by layer. Of the quantized part only the fingerprint is written.
+    metadata : mapping, optional
+        JSON values to store with the factors.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be written.
+    InvalidArgumentError
+        If the factors could not be read again, or the metadata is not JSON.
+    """
+    from lqlora._documents import Reader, Text, json_values  # noqa: PLC0415 - imports msgspec
+    from lqlora.checkpoint._schema import FactorContent, FactorRow  # noqa: PLC0415
+
+    arrays: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for name, matrix in matrices.items():
+        for key, given in (("lora_A", matrix.lora_A), ("lora_B", matrix.lora_B)):
+            array = ops.convert(plain_array(given, f"{key} of {name!r}", STORABLE_FLOATS), np)
+            arrays[f"{name}.{key}"] = np.asarray(array, order="C")
+        rows[name] = {"scaling": float(matrix.scaling), "base": base_fingerprint(matrix.quantized)}
+    # What a reader would refuse is refused before there is a file.
+    reader = Reader("factors that could not be read again are not saved", InvalidArgumentError)
+    _take(dict(arrays), reader.convert(rows, dict[Text, FactorRow], "factors"), reader)
+    document: dict[str, Any] = {
+        "spec": _SPEC,
+        "factors": rows,
+        "metadata": json_values(metadata or {}, "metadata", InvalidArgumentError),
+    }
+    document["sha256"] = digest(arrays, document)
+    write_container(path, arrays, _KEY, reader.write(document, FactorContent))
+
+
+def read_factors(path: str | os.PathLike[str]) -> FactorFile:
+    """Read a file of factors, and compare its fingerprint.
+
+    Parameters
+    ----------
+    path : path-like
+        File that :func:`write_factors` wrote.
+
+    Returns
+    -------
+    FactorFile
+        NumPy arrays, bit for bit those that were saved.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, or not one of factors, or a number in it is NaN or infinite.
+    """
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+    from lqlora.checkpoint._schema import FactorContent, Version  # noqa: PLC0415
+
+    arrays, text = read_container(path, _KEY, "lqlora.nn.save_factors")
+    reader = Reader(f"{path} is damaged or inconsistent", CheckpointError)
+    plain = reader.parse(text)
+    if (spec := reader.convert(plain, Version).spec) != _SPEC:
+        raise reader.fault("spec", f"must be {_SPEC}, which this lqlora reads, got {shown(spec)}.")
+    content = reader.convert(plain, FactorContent)
+    reader.check_depth(content.metadata, "metadata")
+    try:
+        same = digest(arrays, plain) == content.sha256
+    except (RecursionError, ValueError):  # the document holds infinity, which JSON does not have
+        same = False
+    if not same:
+        raise reader.fault("sha256", "must be the fingerprint of the content, which was changed after it was written.")
+    return FactorFile(_take(arrays, content.factors, reader), content.metadata)
+
+
+def _take(arrays: dict[str, Any], rows: Mapping[str, FactorRow], reader: Reader) -> dict[str, StoredFactors]:
+    """Remove the factors of all layers from the arrays, check them, and return them."""
+    from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
+
+    found = {}
+    for name, row in rows.items():
+        place = f"factors{key_step(name)}"
+        try:
+            inner, outer = (arrays.pop(f"{name}.{key}") for key in ("lora_A", "lora_B"))
+        except KeyError as error:
+            raise reader.fault(place, f"is described, but {shown(error.args[0])} is missing.") from None
+        if inner.ndim != 2 or outer.ndim != 2 or outer.shape[1] != len(inner):
+            raise reader.fault(
+                place, f"must have factors of shapes (rank, n) and (m, rank), got {inner.shape} and {outer.shape}."
+            )
+        try:
+            for key, array in (("lora_A", inner), ("lora_B", outer)):
+                ops.require_finite(ops.widen(array, f"its {key}"), f"its {key}")
+        except LQLoRAError as error:
+            raise reader.fault(place, f": {error}") from None
+        found[name] = StoredFactors(inner, outer, row.scaling, row.base)
+    if arrays:
+        raise reader.fault("factors", f"must describe all tensors, but {shown(next(iter(arrays)))} is of none of them.")
+    return found

@@ -10,7 +10,7 @@ from torch import nn
 from lqlora import ops
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn.operators import is_autocast  # its module registers torch.ops.lqlora
+from lqlora.nn.operators import is_autocast, linear_with_dropout  # its module registers torch.ops.lqlora
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized.array import require_quantized
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lqlora.decomposition import Decomposition
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["LQLinear"]
+__all__ = ["LQLinear", "require_dropout"]
 
 
 class LQLinear(nn.Module):
@@ -35,11 +35,14 @@ class LQLinear(nn.Module):
         Factor of the low-rank part.
     bias : Tensor of shape (out_features,), optional
         Frozen bias.
+    dropout : float, default 0.0
+        Probability with which an entry of the input of the low-rank part is set to zero in training. The others are divided
+        by ``1 - dropout``.
 
     Raises
     ------
     InvalidArgumentError
-        If the shapes of the factors do not fit the weight.
+        If the shapes of the factors do not fit the weight, or ``dropout`` is not a number from 0 to below 1.
 
     References
     ----------
@@ -53,8 +56,10 @@ class LQLinear(nn.Module):
         lora_B: Any,
         scaling: float = 1.0,
         bias: torch.Tensor | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        require_dropout(dropout)
         require_quantized(quantized, "quantized")
         if len(quantized.shape) != 2 or quantized.batch_shape:
             raise InvalidArgumentError(f"quantized must be a matrix, got shape {quantized.shape}.")
@@ -68,6 +73,7 @@ class LQLinear(nn.Module):
             )
         self.out_features, self.in_features = rows, columns
         self.scaling = scaling
+        self.dropout = dropout
         self.weight = QuantizedWeight(quantized)
         # Copies, in float32: an optimizer changes parameters in place, and a decomposition must keep its factors. Small steps
         # would vanish in a half precision, so the factors stay float32 under autocast; the operator rounds them in each call.
@@ -78,7 +84,7 @@ class LQLinear(nn.Module):
 
     @classmethod
     def from_decomposition(
-        cls, decomposition: Decomposition | StoredMatrix, bias: torch.Tensor | None = None
+        cls, decomposition: Decomposition | StoredMatrix, bias: torch.Tensor | None = None, dropout: float = 0.0
     ) -> LQLinear:
         """Build the layer of a decomposed matrix.
 
@@ -88,13 +94,16 @@ class LQLinear(nn.Module):
             Decomposed matrix.
         bias : Tensor, optional
             Frozen bias.
+        dropout : float, default 0.0
+            See :class:`LQLinear`.
 
         Returns
         -------
         LQLinear
             Layer on the CPU, or on the device of the decomposition's tensors.
         """
-        return cls(decomposition.quantized, decomposition.lora_A, decomposition.lora_B, decomposition.scaling, bias)
+        parts = decomposition.quantized, decomposition.lora_A, decomposition.lora_B
+        return cls(*parts, decomposition.scaling, bias, dropout)
 
     @property
     def rank(self) -> int:
@@ -117,9 +126,31 @@ class LQLinear(nn.Module):
         kind = x.device.type
         if is_autocast(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        y: torch.Tensor = torch.ops.lqlora.linear(x, *self.weight.operands, self.lora_A, self.lora_B, self.scaling)
+        y: torch.Tensor
+        if self.dropout and self.training:
+            y = linear_with_dropout(x, self.weight.operands, self.lora_A, self.lora_B, self.scaling, self.dropout)
+        else:
+            y = torch.ops.lqlora.linear(x, *self.weight.operands, self.lora_A, self.lora_B, self.scaling)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Show shape, rank and scaling."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, scaling={self.scaling}"
+        """Show shape, rank and scaling, and dropout if there is any."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, scaling={self.scaling}"
+        return f"{text}, dropout={self.dropout}" if self.dropout else text
+
+
+def require_dropout(dropout: float) -> None:
+    """Raise unless a probability of dropout is valid.
+
+    Parameters
+    ----------
+    dropout : float
+        Value of a caller.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is not a number from 0 to below 1.
+    """
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InvalidArgumentError(f"dropout must be a number from 0 to below 1, got {dropout!r:.80}.")

@@ -19,7 +19,7 @@ from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
-from lqlora.nn.linear import LQLinear
+from lqlora.nn.linear import LQLinear, require_dropout
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer
 from lqlora.nn.selection import LinearMaps
@@ -83,6 +83,7 @@ def quantize_model(
     exclude: Patterns = (),
     weighting: Mapping[Pattern, AbstractWeighting] | Callable[[str], AbstractWeighting | None] | None = None,
     scaling: float | Mapping[Pattern, float] | Callable[[str], float] = 1.0,
+    dropout: float = 0.0,
     seed: int = 0,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -112,6 +113,8 @@ def quantize_model(
         without one have the Frobenius norm.
     scaling : float, mapping of pattern to float, or callable, default 1.0
         Factor of the low-rank part, see :func:`lqlora.decompose`. Layers that no pattern matches have 1.
+    dropout : float, default 0.0
+        Probability of dropout before the low-rank parts, in training only, see :class:`LQLinear`. It is not stored in files.
     seed : int, default 0
         See :func:`lqlora.decompose`.
     executor, progress : Executor and callable, optional
@@ -135,6 +138,7 @@ def quantize_model(
     -----
     In a mapping from patterns, the name of a layer is preferred to patterns, and of several patterns the first one holds.
     """
+    require_dropout(dropout)
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise InvalidArgumentError(
             "model must not be wrapped in DistributedDataParallel, which would not see the new factors. Convert it first."
@@ -166,7 +170,7 @@ def quantize_model(
         # Codes and factors are copied into the layer. The report has numbers only, so that no second copy stays alive.
         (_, decomposition, seconds), found[index] = found[index], None
         numbers[name] = _numbers(decomposition, rank=ranks[name], seconds=seconds, dense=matrix_of(layer).nbytes)
-        replacements[layer] = quantized_layer(decomposition, layer)
+        replacements[layer] = quantized_layer(decomposition, layer, dropout)
     replace_modules(maps.model, replacements)
     return _report(maps, numbers, before)
 
@@ -254,7 +258,7 @@ def _numbers(found: Decomposition, *, rank: int, seconds: float, dense: int) -> 
     )
 
 
-def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> LQLinear:
+def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module, dropout: float = 0.0) -> LQLinear:
     """Return the quantized layer that replaces a linear one.
 
     Parameters
@@ -263,6 +267,8 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> L
         Parts of the matrix.
     layer : torch.nn.Module
         Layer to replace.
+    dropout : float, default 0.0
+        See :class:`LQLinear`.
 
     Returns
     -------
@@ -271,7 +277,7 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module) -> L
         that it stays shared with other modules that have it.
     """
     weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", getattr(layer, "bias", None))
-    found = LQLinear.from_decomposition(matrix, bias)
+    found = LQLinear.from_decomposition(matrix, bias, dropout)
     if found.lora_A.device != weight.device:
         found.to(weight.device)
     if bias is not None:

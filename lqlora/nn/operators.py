@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from lqlora.formats import BlockFormat
+    from lqlora.nn.operator_arguments import Operands
     from lqlora.quantized import Fit
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__ = ["is_autocast"]
+__all__ = ["is_autocast", "linear_with_dropout"]
 
 #: Kinds of devices that have autocast; asking about others is an error.
 _HAVE_AUTOCAST = frozenset(
@@ -72,6 +73,36 @@ def is_autocast(kind: str) -> bool:
         False for kinds of devices without autocast.
     """
     return kind in _HAVE_AUTOCAST and torch.is_autocast_enabled(kind)
+
+
+def linear_with_dropout(
+    x: Tensor, weight: Operands, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    """Return the product with a quantized weight, plus that of its low-rank part with a part of the input.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., n)
+        Floating-point rows.
+    weight : Operands
+        Quantized weight of shape (m, n).
+    lora_A, lora_B : Tensor, shape (rank, n) and (m, rank)
+        Low-rank factors.
+    scaling : float
+        Factor of the low-rank part.
+    dropout : float
+        Probability with which an entry of ``x`` is set to zero for the low-rank part. The others are divided by
+        ``1 - dropout``.
+
+    Returns
+    -------
+    Tensor, shape (..., m)
+        Sum of both products in the dtype of ``x``.
+    """
+    # The operator `linear` has one input for both parts, so the parts are computed one by one, as in its gradient.
+    y = torch.ops.lqlora.matmul(x, *weight)
+    with _as_given(x):
+        return _added(y, functional.dropout(x, dropout), lora_A.to(x.dtype), lora_B.to(x.dtype), scaling)
 
 
 def _as_given(x: Tensor) -> AbstractContextManager[Any]:

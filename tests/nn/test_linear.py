@@ -241,3 +241,57 @@ class TestState:
     def test_a_state_dict_of_another_format_is_refused(self):
         with pytest.raises(RuntimeError, match=r"weight\.codes"):
             _layer(FORMATS["plain"]).load_state_dict(_layer(FORMATS["nested"]).state_dict())
+
+
+class TestDropout:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("scaling", [1.0, 0.5])
+    def test_it_acts_on_the_low_rank_part_alone(self, dtype, scaling):
+        layer, x = _layer(scaling=scaling), _input(2, 5, dtype=dtype).requires_grad_()
+        layer.dropout = 0.4
+        torch.manual_seed(3)
+        found = layer(x)
+        torch.manual_seed(3)
+        dropped = torch.nn.functional.dropout(x, 0.4)
+        frozen = torch.nn.functional.linear(x, layer.weight.dequantize(dtype), layer.bias.to(dtype))
+        expected = frozen + scaling * dropped @ layer.lora_A.to(dtype).T @ layer.lora_B.to(dtype).T
+        close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 0.2}
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, **close)
+        inputs = x, layer.lora_A, layer.lora_B
+        for pair in zip(*(torch.autograd.grad(y.sum(), inputs) for y in (found, expected)), strict=True):
+            torch.testing.assert_close(*pair, **close)
+
+    def test_evaluation_has_none(self):
+        layer, x = _layer(), _input(4)
+        expected = layer(x)
+        layer.dropout = 0.5
+        assert not torch.equal(layer(x), expected)
+        assert torch.equal(layer.eval()(x), expected)
+        assert "dropout=0.5" in repr(layer)
+
+    def test_under_autocast_and_a_compiler(self):
+        layer, x = _layer(), _input(4)
+        layer.dropout = 0.5
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for call in (layer, compiled):
+                torch.manual_seed(0)
+                y = call(x)
+                assert y.dtype == torch.bfloat16
+                torch.manual_seed(0)
+                torch.testing.assert_close(y, layer(x))
+
+    def test_the_mean_is_that_without_dropout(self):
+        layer, x = _layer(), _input(1)
+        expected = layer(x)
+        layer.dropout = 0.25
+        mean = layer(x.expand(20_000, -1)).mean(0, keepdim=True)
+        torch.testing.assert_close(mean, expected, rtol=0, atol=0.05)
+
+    @pytest.mark.parametrize("dropout", [-0.1, 1, 1.5, float("nan"), "half", None])
+    def test_other_values_are_refused(self, dropout):
+        with pytest.raises(InvalidArgumentError, match="dropout"):
+            LQLinear(
+                lq.quantize(torch.ones(4, 8), FORMATS["plain"]), torch.ones(1, 8), torch.ones(4, 1), dropout=dropout
+            )

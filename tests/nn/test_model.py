@@ -308,3 +308,17 @@ def test_a_weighting_of_an_unknown_layer_is_refused(model):
 def test_formats_of_another_kind_are_refused(model, formats):
     with pytest.raises(InvalidArgumentError, match=f"formats.*{formats!r}"):
         quantize_model(model, formats, rank=1)
+
+
+def test_dropout_is_that_of_every_layer(model):
+    quantize_model(model, NF4, rank=2, dropout=0.25)
+    assert {module.dropout for module in model.modules() if isinstance(module, LQLinear)} == {0.25}
+    assert not torch.equal(model(IDS), model(IDS))
+    assert torch.equal(model.eval()(IDS), model(IDS))
+
+
+def test_a_dropout_that_is_not_a_probability_is_refused(model):
+    before = _snapshot(model)
+    with pytest.raises(InvalidArgumentError, match=r"dropout.*1\.0"):
+        quantize_model(model, NF4, rank=2, dropout=1.0)
+    _assert_unchanged(model, before)

@@ -160,6 +160,7 @@ def save_factors(path: str | os.PathLike[str], model: nn.Module, metadata: Mappi
     """Write the low-rank factors of a model to one small file, atomically.
 
     The file also has a fingerprint of the quantized part of each layer, and the factors are loaded beside the same part only.
+    Heads that trained beside the factors are not in the file. :func:`save_model` stores everything.
 
     Parameters
     ----------

@@ -105,7 +105,7 @@ def _save(_: Path) -> Callable[[Path, int], None]:
     return lambda folder, version: lq.save(folder / "m.safetensors", made[version], tensors, {"version": version})
 
 
-def _save_model(_: Path) -> Callable[[Path, int], None]:
+def _models() -> list[Any]:
     import torch
 
     models = []
@@ -114,7 +114,17 @@ def _save_model(_: Path) -> Callable[[Path, int], None]:
         model = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 16))
         lq.nn.quantize_model(model, NF4, rank=2, max_iter=1)
         models.append(model)
+    return models
+
+
+def _save_model(_: Path) -> Callable[[Path, int], None]:
+    models = _models()
     return lambda folder, version: lq.nn.save_model(folder / "m.safetensors", models[version], {"version": version})
+
+
+def _save_factors(_: Path) -> Callable[[Path, int], None]:
+    models = _models()
+    return lambda folder, version: lq.nn.save_factors(folder / "m.safetensors", models[version], {"version": version})
 
 
 def _merge(beside: Path) -> Callable[[Path, int], None]:
@@ -187,7 +197,14 @@ def _demo(_: Path) -> Callable[[Path, int], None]:
     return demo
 
 
-WORKS = {"save": _save, "save_model": _save_model, "merge": _merge, "costs": _costs, "demo": _demo}
+WORKS = {
+    "save": _save,
+    "save_model": _save_model,
+    "save_factors": _save_factors,
+    "merge": _merge,
+    "costs": _costs,
+    "demo": _demo,
+}
 
 
 def _arm(folder: Path, job: Mapping[str, Any], counted: Any) -> None:

@@ -24,9 +24,14 @@ if sys.platform != "win32":
     from tests.fuzz.killing import ROOT, Children
 
 #: Works that replace a whole file or folder.
-WHOLE = ["save", "save_model", "merge", "demo"]
+WHOLE = ["save", "save_model", "save_factors", "merge", "demo"]
 #: What each needs beside NumPy.
-NEEDS = {"save_model": ["torch"], "demo": ["torch", "gguf", "transformers", "matplotlib"], "costs": ["typer"]}
+NEEDS = {
+    "save_model": ["torch"],
+    "save_factors": ["torch"],
+    "demo": ["torch", "gguf", "transformers", "matplotlib"],
+    "costs": ["typer"],
+}
 
 #: Errors that a file system may give at any call.
 FAULTS = (errno.ENOSPC, errno.EACCES, errno.EIO, errno.EROFS)

@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -118,6 +119,24 @@ def _layer(**arrays):
     return [part.detach() for part in (layer.lora_A, layer.lora_B, layer.bias) if part is not None]
 
 
+def _exchanged(**arrays):
+    torch = importlib.import_module("torch")
+    model = torch.nn.Sequential(lq.nn.LQLinear(Q, LORA_A, LORA_B))
+    given = {"0": lq.nn.Factors(**arrays, scaling=1.0)}
+    with lq.nn.using_factors(model, given):
+        inside = model[0].lora_A + 0
+    lq.nn.set_factors(model, given)
+    return [inside, model[0].lora_A.detach(), model[0].lora_B.detach()]
+
+
+def _requantized(original):
+    torch = importlib.import_module("torch")
+    model = torch.nn.Sequential(lq.nn.LQLinear(Q, LORA_A, LORA_B))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return np.asarray(lq.nn.requantize_model(model, {"0": original})["0"].error_before)
+
+
 def _with_q(function, **arrays):
     return function(q=beside(next(iter(arrays.values()))), **arrays)
 
@@ -193,6 +212,8 @@ CALLS = {
         {"bias": W[:, 0].copy()},
         lambda bias: lq.nn.LQLinear.from_decomposition(_DECOMPOSED, bias).bias,
     ),
+    "using_factors": ({"lora_A": LORA_A, "lora_B": LORA_B}, _exchanged),
+    "requantize_model": ({"original": W}, _requantized),
     "from_operands": (
         dict(zip(("codes", "scales"), Q.to_arrays().values(), strict=True)),
         lambda codes, scales: lq.dequantize(lq.nn.from_operands([codes, scales], str(FORMAT), (8, 16))),

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lqlora import ops
-from lqlora._messages import shortened
+from lqlora._dispatch import STORABLE_FLOATS, plain_array
+from lqlora._messages import shortened, shown
 from lqlora._patterns import list_names
 from lqlora._printable import printable
 from lqlora.checkpoint import StoredMatrix
@@ -227,10 +228,7 @@ def load_factors(path: str | os.PathLike[str], model: nn.Module) -> dict[str, An
                 "Load the factors into the model that they were trained with."
             )
         )
-    given = {
-        name: Factors(ops.convert(own.lora_A, torch), ops.convert(own.lora_B, torch), own.scaling)
-        for name, own in content.factors.items()
-    }
+    given = {name: Factors(own.lora_A, own.lora_B, own.scaling) for name, own in content.factors.items()}
     try:
         fitted = _fitted(layers, given)
     except InvalidArgumentError as error:
@@ -262,27 +260,35 @@ def _fitted(layers: Mapping[str, LQLinear], given: Mapping[str, Factors]) -> lis
     fitted = []
     for name, layer in layers.items():
         own = given[name]
-        if own.lora_A.shape[1:] != (layer.in_features,) or own.lora_B.shape != (layer.out_features, len(own.lora_A)):
+        if not isinstance(own, Factors):
+            raise InvalidArgumentError(f"factors of {printable(name)!r} must be Factors, got {shown(own)}.")
+        inner, outer = (
+            ops.convert(plain_array(getattr(own, key), f"{key} of {name!r}", STORABLE_FLOATS), torch).detach()
+            for key in _NAMES
+        )
+        if inner.shape[1:] != (layer.in_features,) or outer.shape != (layer.out_features, len(inner)):
             expected = f"({layer.out_features}, rank) and (rank, {layer.in_features})"
-            found = f"{tuple(own.lora_B.shape)} and {tuple(own.lora_A.shape)}"
+            found = f"{tuple(outer.shape)} and {tuple(inner.shape)}"
             raise InvalidArgumentError(
                 f"factors of {printable(name)!r} must have shapes {expected} for lora_B and lora_A, got {found}."
             )
-        inner, outer = (_cast(own, layer, name, key) for key in _NAMES)
+        inner, outer = _cast(inner, layer, name, "lora_A"), _cast(outer, layer, name, "lora_B")
         fitted.append((layer, Factors(inner, outer, own.scaling)))
     return fitted
 
 
-def _cast(own: Factors, layer: LQLinear, name: str, key: str) -> torch.Tensor:
+def _cast(given: torch.Tensor, layer: LQLinear, name: str, key: str) -> torch.Tensor:
     """Return a factor in the dtype and on the device of that of a layer."""
-    old, given = layer._parameters.get(key), getattr(own, key).detach()  # noqa: SLF001 - of torch
+    old = layer._parameters.get(key)  # noqa: SLF001 - of torch
     if type(old) is not nn.Parameter:
         kind = "a computed one" if old is None else type(old).__name__
         raise InvalidArgumentError(
             f"model must have plain parameters as factors, but {key} of {printable(name)!r} is {kind}. Exchange factors before "
             "the model is sharded or parametrized."
         )
-    found: torch.Tensor = given.to(device=old.device, dtype=old.dtype)
+    if given.is_meta and not old.is_meta:
+        raise InvalidArgumentError(f"{key} of {printable(name)!r} must hold values, but is on the meta device.")
+    found = given.to(device=old.device, dtype=old.dtype)
     # A cast to a shorter dtype may overflow. Factors of a training that diverged are passed on as they are.
     if found.dtype != given.dtype and not bool((found.isfinite() | ~given.to(old.device).isfinite()).all()):
         raise NonFiniteError(

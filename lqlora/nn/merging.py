@@ -248,12 +248,14 @@ def _original(originals: Mapping[str, Any], name: str, merged: torch.Tensor) -> 
             f"originals must have a matrix for {printable(name)!r}, got {printable(list_names(originals, 3))}."
         )
     given = originals[name]() if callable(originals[name]) else originals[name]
-    found: torch.Tensor = ops.convert(plain_array(given, f"original of {name!r}", STORABLE_FLOATS), torch).to(merged)
+    found: torch.Tensor = ops.convert(plain_array(given, f"original of {name!r}", STORABLE_FLOATS), torch)
+    if found.is_meta:
+        raise InvalidArgumentError(f"original of {printable(name)!r} must hold values, but is on the meta device.")
     if found.shape != merged.shape:
         raise InvalidArgumentError(
             f"originals must have a matrix of shape {tuple(merged.shape)} for {printable(name)!r}, got {tuple(found.shape)}."
         )
-    return found
+    return found.to(merged)
 
 
 def _errors(merged: torch.Tensor, again: QuantizedArray, original: torch.Tensor | None, name: str) -> RequantizedLayer:

@@ -10,23 +10,23 @@ from torch.nn import functional
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.selection import select_linears
+from lqlora.nn.statistics.gradients import OutputGradients, send_gradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
     example_losses,
-    input_of,
     require_no_overflow,
     run_batches,
     sum_outer_products,
     warn_of_underflow,
-    watch_gradient,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
     from lqlora._patterns import Patterns
+    from lqlora.nn.statistics.gradients import Gradients
 
 __all__ = ["causal_lm_loss", "collect_fisher"]
 
@@ -121,94 +121,54 @@ def collect_fisher(
     LQ-LoRA, arXiv 2311.12023, section 3.2 (diagonal of the empirical Fisher information matrix).
     """
     linears = select_linears(model, include, exclude)
-    fisher = {name: torch.zeros_like(matrix_of(layer), dtype=torch.float32) for name, layer in linears.items()}
-    recorders = {name: _Recorder(name, total) for name, total in fisher.items()}
+    squares = {name: _Squares(name, layer) for name, layer in linears.items()}
+    hooks = {name: OutputGradients(name, own.add, keep_inputs=True) for name, own in squares.items()}
 
     def step(batch: Any, done: int) -> int:
         """Add one batch and return its number of examples."""
         losses = example_losses(loss(model, batch), done)
-        for recorder in recorders.values():
-            recorder.examples = losses.shape[0]
-        # The sum over examples has, at the output of a layer for example n, the gradient of L_n alone: no other loss
-        # depends on that output.
-        losses.sum().backward()
-        for recorder in recorders.values():
-            recorder.finish()
+        send_gradients(losses, [*hooks.values()])
+        for name, own in squares.items():
+            if hooks[name].is_alive:
+                own.check()
         return losses.shape[0]
 
-    examples = run_batches(model, batches, step, linears, recorders, gradients=True, progress=progress)
-    warn_of_underflow([name for name, recorder in recorders.items() if recorder.is_lost()], "gradients of weights")
-    return {name: values.div_(examples) for name, values in fisher.items()}
+    examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
+    warn_of_underflow([name for name, own in squares.items() if own.is_lost()], "gradients of weights")
+    return {name: own.total.div_(examples) for name, own in squares.items()}
 
 
-class _Recorder:
-    """Forward hook of one layer that adds the squared gradient of each example to a total.
+class _Squares:
+    """Sum of the squared gradients of the weight of one layer, example by example.
 
     The layer computes y_t = W x_t for the rows x_t of its input, so with g_t = dL/dy_t the gradient of example n is
     dL_n/dW = sum of g_t x_t^T over the rows t of the example, and over all uses of the layer. Cross terms between rows
     belong to its square; those between examples do not. So each example needs one matrix product; squared inputs and
     squared gradients are not enough.
-
-    If the layer is used once in a pass, its gradient is added as soon as it is known, which frees the input. If it is
-    used several times, the sum waits for the end of the backward pass, because an unused result gets no gradient.
     """
 
-    def __init__(self, name: str, total: torch.Tensor) -> None:
-        self._name, self._total = name, total
+    def __init__(self, name: str, layer: nn.Module) -> None:
+        self.total = torch.zeros_like(matrix_of(layer), dtype=torch.float32)
+        self._name = name
         self._largest, self._bound = 0.0, 0.0
-        self.examples = 0
-        self._uses = 0
-        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __call__(
-        self, _: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        # A loss may run part of the model without gradients. Such a use has no part in the gradient of the weight.
-        if not torch.is_grad_enabled():
-            return None
-        # The input is kept without a copy until its gradient arrives. A change in place in between would pair the
-        # gradient with other values, so the version of the tensor is compared.
-        x = input_of(args, kwargs).detach()
-        version = x._version  # noqa: SLF001 - torch has no public name for it
-        self._uses += 1
+    def add(self, seen: Sequence[Gradients], examples: range) -> None:
+        """Add the squares of the gradients of some examples."""
+        if self._largest < SMALLEST:  # no square counts yet: entries of the gradient are at most this
+            # Sums in float32 lose less than the margin of the bound. Not every device has float64.
+            pairs = [
+                (own.values.float().abs().sum(), own.inputs.float().abs().max()) for own in seen if own.values.numel()
+            ]
+            self._bound = max(self._bound, sum(float(values) * float(inputs) for values, inputs in pairs))
+        for example in examples:
+            parts = [sum_outer_products(*own.of_example(example, len(examples))) for own in seen]
+            gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+            self.total.addcmul_(gradient_of_weight, gradient_of_weight)
 
-        def see(gradient: torch.Tensor) -> None:
-            if x._version != version:  # noqa: SLF001
-                raise InvalidArgumentError(
-                    f"model changes the input of {self._name!r} in place after the layer saw it. Exclude the layer."
-                )
-            self._seen.append((x, gradient.detach()))
-            if self._uses == 1:
-                self._add()
-
-        return watch_gradient(output, see)
-
-    def finish(self) -> None:
-        """Add the gradients that are left, and reset the count of uses for the next batch."""
-        if self._seen:
-            self._add()
-        if self._uses:
-            self._largest = require_no_overflow(self._total, f"gradient of the weight of {self._name!r}")
-        self._uses = 0
+    def check(self) -> None:
+        """Raise if a sum overflows float32."""
+        self._largest = require_no_overflow(self.total, f"gradient of the weight of {self._name!r}")
 
     def is_lost(self) -> bool:
         """Return whether gradients are not zero, but so small that their squares lose digits in float32."""
         return self._largest < SMALLEST and 0 < self._bound < 2.0**-50
-
-    def _add(self) -> None:
-        """Add the squares of all gradients seen so far, example by example."""
-        seen, self._seen = self._seen, []
-        lengths = {inputs.shape[0] for inputs, _ in seen}
-        if lengths != {self.examples}:
-            raise InvalidArgumentError(
-                f"model must keep the {self.examples} examples apart on the first axis of the input of {self._name!r}, "
-                f"got length {max(lengths)}. Exclude the layer, or do not merge the axes of examples and tokens."
-            )
-        if self._largest < SMALLEST:  # no square counts yet: entries of the gradient are at most this
-            # Sums in float32 lose less than the margin of the bound. Not every device has float64.
-            sizes = [(grad.float().abs().sum(), inputs.float().abs().max()) for inputs, grad in seen if inputs.numel()]
-            self._bound = max(self._bound, sum(float(grad) * float(inputs) for grad, inputs in sizes))
-        for example in range(self.examples):
-            parts = [sum_outer_products(grad[example], inputs[example]) for inputs, grad in seen]
-            gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
-            self._total.addcmul_(gradient_of_weight, gradient_of_weight)

@@ -12,6 +12,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.selection import select_linears
 from lqlora.nn.statistics.fisher import causal_lm_loss
+from lqlora.nn.statistics.gradients import OutputGradients, send_gradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
     example_losses,
@@ -19,16 +20,17 @@ from lqlora.nn.statistics.hooks import (
     require_no_overflow,
     run_batches,
     sum_outer_products,
+    version_of,
     warn_of_underflow,
-    watch_gradient,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
     from lqlora._patterns import Patterns
+    from lqlora.nn.statistics.gradients import Gradients
 
 __all__ = ["collect_gram", "collect_kronecker"]
 
@@ -102,7 +104,7 @@ def collect_gram(
     """
     linears = select_linears(model, include, exclude)
     inputs = _Inputs()
-    hooks = {name: _Hook(name, inputs, None) for name in linears}
+    hooks = {name: _Forward(name, inputs) for name in linears}
 
     def step(batch: Any, _: int) -> int:
         """Add one batch and return its number of examples."""
@@ -194,14 +196,12 @@ def collect_kronecker(
     """
     linears = select_linears(model, include, exclude)
     inputs = _Inputs()
-    outputs = {name: _zeros(matrix_of(layer).shape[0]) for name, layer in linears.items()}
-    hooks = {name: _Hook(name, inputs, total) for name, total in outputs.items()}
+    hooks = {name: _Both(name, inputs, matrix_of(layer).shape[0]) for name, layer in linears.items()}
 
     def step(batch: Any, done: int) -> int:
         """Add one batch and return its number of examples."""
         losses = example_losses(loss(model, batch), done)
-        # At the output of a layer for example n, the sum has the gradient of the loss of n alone: no other depends on it.
-        losses.sum().backward()
+        send_gradients(losses, [*hooks.values()])
         inputs.settle()
         return losses.shape[0]
 
@@ -214,31 +214,40 @@ def collect_kronecker(
     examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
     means, lost = inputs.means(linears)
     warn_of_underflow(lost, "inputs")
-    moments = {name: _mean(total, examples) for name, total in outputs.items()}
-    warn_of_underflow([name for name, own in moments.items() if _is_lost(outputs[name], own)], "output gradients")
+    moments = {name: _mean(hook.total, examples) for name, hook in hooks.items()}
+    warn_of_underflow([name for name, own in moments.items() if _is_lost(hooks[name].total, own)], "output gradients")
     return {name: (own, means[name]) for name, own in moments.items()}
 
 
-class _Hook:
-    """Forward hook of one layer: records its input, and adds the second moment of output gradients to a total, if any."""
+class _Forward:
+    """Forward hook of one layer that records its input."""
 
-    def __init__(self, name: str, inputs: _Inputs, gradients: torch.Tensor | None) -> None:
-        self._name, self._inputs, self._gradients = name, inputs, gradients
+    def __init__(self, name: str, inputs: _Inputs) -> None:
+        self._name, self._inputs = name, inputs
+
+    def __call__(self, _: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], __: Any) -> None:
+        self._inputs.see(self._name, input_of(args, kwargs))
+
+
+class _Both(OutputGradients):
+    """Forward hook of one layer that records its input, and sums the second moments of the gradients at its output."""
+
+    def __init__(self, name: str, inputs: _Inputs, size: int) -> None:
+        super().__init__(name, self._add, keep_inputs=False)
+        self.total = _zeros(size)
+        self._what, self._see_input = f"gradient at the output of {name!r}", _Forward(name, inputs)
 
     def __call__(
-        self, _: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
     ) -> torch.Tensor | None:
-        total = self._gradients
-        if total is not None and not torch.is_grad_enabled():
-            return None
-        self._inputs.see(self._name, input_of(args, kwargs))
-        if total is None:
-            return None
+        if self.is_forward:
+            self._see_input(module, args, kwargs, output)
+        return super().__call__(module, args, kwargs, output)
 
-        def see(gradient: torch.Tensor) -> None:
-            total.add_(_second_moment(gradient, f"gradient at the output of {self._name!r}").cpu())
-
-        return watch_gradient(output, see)
+    def _add(self, seen: Sequence[Gradients], _: range) -> None:
+        # Rows of different examples do not mix in a second moment, so all of them are multiplied at once.
+        for own in seen:
+            self.total.add_(_second_moment(own.values, self._what).cpu())
 
 
 class _Inputs:
@@ -317,19 +326,14 @@ class _Seen:
     def __init__(self, name: str, x: torch.Tensor) -> None:
         self.names = [name]
         self.tensor = TensorWeakRef(x)
-        self._version = _version(x)
+        self._version = version_of(x)
         self.rows = x.numel() // max(x.shape[-1], 1)
         self.product = _second_moment(x, f"input of {name!r}")
 
     def is_current(self) -> bool:
         """Return whether the tensor is alive and was not changed in place."""
         x = self.tensor()
-        return x is not None and _version(x) == self._version
-
-
-def _version(x: torch.Tensor) -> int | None:
-    """Return the number of changes in place of a tensor; tensors of inference mode have none."""
-    return None if x.is_inference() else x._version  # noqa: SLF001 - torch has no public name for it
+        return x is not None and version_of(x) == self._version
 
 
 def _second_moment(x: torch.Tensor, what: str) -> torch.Tensor:

@@ -24,8 +24,8 @@ __all__ = [
     "require_no_overflow",
     "run_batches",
     "sum_outer_products",
+    "version_of",
     "warn_of_underflow",
-    "watch_gradient",
 ]
 
 #: Smallest normal number of float32. Smaller ones lose digits, and then become zero.
@@ -136,28 +136,20 @@ def input_of(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor])
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def watch_gradient(output: torch.Tensor, see: Callable[[torch.Tensor], None]) -> torch.Tensor:
-    """Call a function with the gradient at the output of a layer, as soon as the backward pass has it.
+def version_of(x: torch.Tensor) -> int | None:
+    """Return the number of changes in place of a tensor.
 
     Parameters
     ----------
-    output : Tensor
-        Output of the layer.
-    see : callable
-        Called with the gradient, unless the output does not reach the loss.
+    x : Tensor
+        Any tensor.
 
     Returns
     -------
-    Tensor
-        What a forward hook returns in place of the output.
+    int or None
+        The number. Tensors of inference mode have none.
     """
-    # Parameters require no gradient here, and the first layer has nothing before it that does: without a new leaf,
-    # autograd would stop after it. The clone is for activations that change the output in place. Autograd forbids that
-    # for a leaf. For a view it replaces the history, so that the hook would never be called, and torch returns a view
-    # for inputs of three or more axes.
-    output = (output if output.requires_grad else output.detach().requires_grad_()).clone()
-    output.register_hook(see)
-    return output
+    return None if x.is_inference() else x._version  # noqa: SLF001 - torch has no public name for it
 
 
 def example_losses(losses: torch.Tensor, done: int) -> torch.Tensor:
@@ -182,13 +174,18 @@ def example_losses(losses: torch.Tensor, done: int) -> torch.Tensor:
     NonFiniteError
         If a loss is NaN or infinite.
     """
-    if losses.ndim != 1:
+    if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
+        seen = f"shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
         raise InvalidArgumentError(
-            f"loss must return one number per example, shape (examples,), got shape {tuple(losses.shape)}."
+            f"loss must return one number per example, shape (examples,), got {seen}. Average over the tokens of each "
+            "example, not over examples."
         )
-    if not bool(torch.isfinite(losses).all()):
-        last = done + losses.shape[0] - 1
-        raise NonFiniteError(f"loss must be finite, got NaN or infinity for one of the examples {done} to {last}.")
+    if not bool((finite := torch.isfinite(losses)).all()):
+        first = int((~finite).nonzero()[0, 0])
+        raise NonFiniteError(
+            f"loss must be finite, got {losses[first].item()} for example {done + first}, counted from 0 over all batches. "
+            "Leave out examples without a token to predict, or compute in a wider dtype."
+        )
     return losses
 
 

@@ -191,7 +191,7 @@ class TestNothingIsLeftBehind:
 
     def test_after_a_loss_that_is_not_finite(self, model):
         before = state_of(model)
-        with pytest.raises(NonFiniteError, match=r"loss.*examples 2 to 2"):
+        with pytest.raises(NonFiniteError, match=r"loss.*example 2\b"):
             collect_fisher(model, [torch.ones(2, 4), torch.full((1, 4), float("nan"))], loss=squared)
         assert state_of(model) == before
 
@@ -209,19 +209,6 @@ def test_no_batches_are_refused():
 def test_no_matching_layers_are_refused():
     with pytest.raises(InvalidArgumentError, match=r"include.*nothing"):
         collect_fisher(_mlp(), [torch.ones(1, 4)], loss=squared, include="nothing")
-
-
-def test_a_layer_with_examples_and_tokens_on_one_axis_is_refused():
-    class Merged(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.layer(x.reshape(-1, 4)).reshape(x.shape)
-
-    with pytest.raises(InvalidArgumentError, match=r"2 examples.*'layer'.*length 6"):
-        collect_fisher(Merged(), [torch.ones(2, 3, 4)], loss=lambda model, x: model(x).square().sum(dim=(1, 2)))
 
 
 def test_autocast_does_not_lower_the_precision_of_products():

@@ -293,7 +293,7 @@ class TestKroneckerFactors:
             collect_kronecker(MODELS["mlp"](), [torch.ones(2, 4)], loss=lambda model, x: model(x).sum())
 
     def test_a_loss_that_is_not_finite_is_refused(self):
-        with pytest.raises(NonFiniteError, match=r"loss.*examples 2 to 2"):
+        with pytest.raises(NonFiniteError, match=r"loss.*example 2\b"):
             collect_kronecker(
                 MODELS["mlp"](),
                 [torch.ones(2, 4), torch.ones(1, 4)],

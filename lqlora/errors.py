@@ -1,4 +1,4 @@
-"""Exception classes of the library, with :class:`LQLoRAError` as their base, and its warning.
+"""Exception classes of the library, with :class:`LQLoRAError` as their base, and its warnings.
 
 A message begins with the parameter or file it is about, and says the value seen, what is allowed, and what to do. Each
 class also inherits from the built-in exception that fits, so ``except ValueError`` catches bad arguments.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ConformanceError",
+    "DeadLayerWarning",
     "FormatError",
     "InfeasibleBudgetError",
     "InvalidArgumentError",
@@ -55,6 +56,10 @@ class NonFiniteError(LQLoRAError, ValueError):
 
 class ScaleUnderflowWarning(UserWarning):
     """Blocks with nonzero weights decode to zeros, because the format rounds their scale to zero."""
+
+
+class DeadLayerWarning(UserWarning):
+    """Selected layers saw no rows, or got no gradients, in any batch, so that a collector of statistics leaves them out."""
 
 
 class UnsupportedArrayError(LQLoRAError, TypeError):

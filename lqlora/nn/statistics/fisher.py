@@ -14,6 +14,7 @@ from lqlora.nn.statistics.gradients import OutputGradients, send_gradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
     example_losses,
+    living_layers,
     require_no_overflow,
     run_batches,
     sum_outer_products,
@@ -63,6 +64,7 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> torch.Tensor:
     return losses.view(batch.shape[0], -1).mean(dim=1)
 
 
+@torch.inference_mode(mode=False)  # tensors of inference mode have no version that shows a change in place
 def collect_fisher(
     model: nn.Module,
     batches: Iterable[Any],
@@ -81,9 +83,9 @@ def collect_fisher(
     model : torch.nn.Module
         Any model. Its gradients, flags and modes are the same afterwards.
     batches : iterable
-        Arguments of ``loss``. Layers must see the examples of a batch along their first axis.
+        Arguments of ``loss``.
     loss : callable, default :func:`causal_lm_loss`
-        ``loss(model, batch)`` returns one loss per example, shape (examples,). A loss must not depend on other examples.
+        ``loss(model, batch)`` returns one loss per example, shape (examples,).
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -92,17 +94,21 @@ def collect_fisher(
     Returns
     -------
     dict of str to Tensor of float32, shape (out_features, in_features)
-        ``mean over examples of (d loss / d weight) ** 2``, on the device of the weight.
+        ``mean over examples of (d loss / d weight) ** 2``, on the device of the weight. Layers without a gradient are left
+        out.
 
     Raises
     ------
     InvalidArgumentError
-        If there are no batches, no layer matches, or a loss is not one number per example.
+        If there are no batches, no layer matches, a loss is not one number per example, or no layer got a gradient.
     NonFiniteError
         If a loss is NaN or infinite, or a squared gradient overflows float32.
 
     Warns
     -----
+    DeadLayerWarning
+        If some layers got no gradient in any batch. The result leaves them out: zeros would say that they cost nothing.
+        One warning lists them, when all others are complete.
     UserWarning
         If all squared gradients of a layer are below the normal numbers of float32.
 
@@ -111,7 +117,12 @@ def collect_fisher(
     With losses :math:`L_n` of :math:`N` examples, the result is
     :math:`\frac{1}{N} \sum_n (\partial L_n / \partial W)^2`, entry by entry. The gradient of a whole batch is not enough:
     the square of a sum over examples is not the sum of their squares. The gradient of each example is computed from the
-    layer's inputs and the gradients at its outputs, so one backward pass serves a batch of any size.
+    layer's inputs and the gradients at its outputs.
+
+    Layers may see the rows of a batch in any order: experts see some of the tokens, and other layers have the axis of
+    tokens first. A second backward pass with weighted losses finds the example that each row belongs to. For batches of
+    more than 16 examples there are two such passes. Where several examples depend on one row, as in layers of relative
+    positions, each example has a backward pass of its own. Batches of one example need one pass.
 
     A layer that is used several times in one pass has the gradients of its uses added before they are squared. The
     gradient is that of the losses of the data, not of labels drawn from the model. Weights get no ``.grad``.
@@ -135,7 +146,8 @@ def collect_fisher(
 
     examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
     warn_of_underflow([name for name, own in squares.items() if own.is_lost()], "gradients of weights")
-    return {name: own.total.div_(examples) for name, own in squares.items()}
+    living = living_layers({name: hook.is_alive for name, hook in hooks.items()}, "a gradient")
+    return {name: squares[name].total.div_(examples) for name in living}
 
 
 class _Squares:
@@ -156,10 +168,12 @@ class _Squares:
         """Add the squares of the gradients of some examples."""
         if self._largest < SMALLEST:  # no square counts yet: entries of the gradient are at most this
             # Sums in float32 lose less than the margin of the bound. Not every device has float64.
-            pairs = [
-                (own.values.float().abs().sum(), own.inputs.float().abs().max()) for own in seen if own.values.numel()
+            sizes = [
+                float(own.values.float().abs().sum()) * float(x.float().abs().max())
+                for own in seen
+                if (x := own.inputs) is not None and x.numel()
             ]
-            self._bound = max(self._bound, sum(float(values) * float(inputs) for values, inputs in pairs))
+            self._bound = max(self._bound, sum(sizes))
         for example in examples:
             parts = [sum_outer_products(*own.of_example(example, len(examples))) for own in seen]
             gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]

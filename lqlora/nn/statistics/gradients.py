@@ -71,7 +71,7 @@ class Gradients:
 
 
 class _Pass(Enum):
-    """What a layer does with the gradients of a backward pass."""
+    """Uses of the gradients of a backward pass by a layer."""
 
     MARK = auto()
     TAKE = auto()
@@ -151,7 +151,7 @@ class OutputGradients:
 
     @property
     def is_forward(self) -> bool:
-        """Whether the model runs forward, and gradients of the weight are wanted."""
+        """True while the model runs forward and records gradients."""
         return self._pass is None and torch.is_grad_enabled()
 
     def begin(self, purpose: _Pass, examples: range) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
-from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.selection import select_linears
 from lqlora.nn.statistics.fisher import causal_lm_loss
@@ -17,6 +16,7 @@ from lqlora.nn.statistics.hooks import (
     SMALLEST,
     example_losses,
     input_of,
+    living_layers,
     require_no_overflow,
     run_batches,
     sum_outer_products,
@@ -72,12 +72,15 @@ def collect_gram(
     Raises
     ------
     InvalidArgumentError
-        If there are no batches, no layer matches, or a layer that matches was never used.
+        If there are no batches, no layer matches, or no layer was used.
     NonFiniteError
         If a layer sees NaN, infinity, or numbers whose squares overflow float32.
 
     Warns
     -----
+    DeadLayerWarning
+        If some layers were not used in any batch. The result leaves them out. One warning lists them, when all others are
+        complete.
     UserWarning
         If all squares that a layer sees are below the normal numbers of float32.
 
@@ -115,6 +118,7 @@ def collect_gram(
     run_batches(model, batches, step, linears, hooks, gradients=False, progress=progress)
     means, lost = inputs.means(linears)
     warn_of_underflow(lost, "inputs")
+    living_layers({name: name in means for name in linears}, "an input")
     return means
 
 
@@ -139,7 +143,7 @@ def collect_kronecker(
     batches : iterable
         Arguments of ``loss``.
     loss : callable, default :func:`causal_lm_loss`
-        ``loss(model, batch)`` returns one loss per example, shape (examples,). A loss must not depend on other examples.
+        ``loss(model, batch)`` returns one loss per example, shape (examples,).
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -154,13 +158,15 @@ def collect_kronecker(
     Raises
     ------
     InvalidArgumentError
-        If there are no batches, no layer matches, a layer that matches was never used, or a loss is not one number per
-        example.
+        If there are no batches, no layer matches, a loss is not one number per example, or no layer got a gradient.
     NonFiniteError
         If a loss, an input or a gradient is NaN, infinite, or too large for its square to be a float32.
 
     Warns
     -----
+    DeadLayerWarning
+        If some layers got no gradient in any batch. The result leaves them out. One warning lists them, when all others are
+        complete.
     UserWarning
         If all squares of inputs or gradients at a layer are below the normal numbers of float32.
 
@@ -212,10 +218,12 @@ def collect_kronecker(
     #     E[sum_t g_t g_t^T] (x) A,
     # so gradients are divided by the number of examples, and inputs by the number of rows.
     examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
-    means, lost = inputs.means(linears)
+    alive = {name: hook.is_alive for name, hook in hooks.items()}
+    means, lost = inputs.means([name for name, own in alive.items() if own])
     warn_of_underflow(lost, "inputs")
-    moments = {name: _mean(hook.total, examples) for name, hook in hooks.items()}
+    moments = {name: _mean(hooks[name].total, examples) for name in means}
     warn_of_underflow([name for name, own in moments.items() if _is_lost(hooks[name].total, own)], "output gradients")
+    living_layers(alive, "a gradient")
     return {name: (own, means[name]) for name, own in moments.items()}
 
 
@@ -289,7 +297,7 @@ class _Inputs:
         self._seen = current
 
     def means(self, names: Iterable[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """Return the mean of each layer, and the layers whose means are below the normal numbers of float32.
+        """Return the mean of each layer that saw rows, and the layers whose means are below the normal numbers of float32.
 
         Layers with the same uses of the same sums get the same tensor. Only the first of them is in the list.
         """
@@ -302,9 +310,7 @@ class _Inputs:
             uses = tuple((key, key.count(name)) for key in self._totals if name in key)
             rows = sum(count * self._rows[key] for key, count in uses)
             if rows == 0:
-                raise InvalidArgumentError(
-                    f"include must select layers that a batch reaches, but none reached {name!r}. Exclude it, or pass other batches."
-                )
+                continue
             if uses not in shared:
                 (first, count), *others = uses
                 total = self._totals[first] * count

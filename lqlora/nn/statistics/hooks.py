@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lqlora._patterns import list_names
-from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +21,7 @@ __all__ = [
     "SMALLEST",
     "example_losses",
     "input_of",
+    "living_layers",
     "require_no_overflow",
     "run_batches",
     "sum_outer_products",
@@ -136,6 +137,49 @@ def input_of(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor])
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def living_layers(is_alive: Mapping[str, bool], what: str) -> list[str]:
+    """Return the layers that a collector has statistics of, and warn of all others at once.
+
+    It is a warning and no error, because an error would lose the statistics of the other layers, which can take hours.
+
+    Parameters
+    ----------
+    is_alive : mapping of str to bool
+        Whether each selected layer has statistics.
+    what : str
+        What the other layers lack, such as ``"a gradient"``.
+
+    Returns
+    -------
+    list of str
+        Names in the same order, at least one.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no layer has statistics.
+
+    Warns
+    -----
+    DeadLayerWarning
+        If some layers have none.
+    """
+    living = [name for name, own in is_alive.items() if own]
+    if not living:
+        raise InvalidArgumentError(
+            f"include must select layers that the batches reach, but none of {len(is_alive)} ({list_names(is_alive)}) got {what}."
+        )
+    if len(living) < len(is_alive):
+        dead = [name for name, own in is_alive.items() if not own]
+        warnings.warn(
+            f"include selects {len(dead)} of {len(is_alive)} layers that never got {what} ({list_names(dead)}). The result leaves "
+            "them out. Exclude them, or pass batches that reach them.",
+            DeadLayerWarning,
+            stacklevel=4,  # the collector has a decorator
+        )
+    return living
+
+
 def version_of(x: torch.Tensor) -> int | None:
     """Return the number of changes in place of a tensor.
 
@@ -249,5 +293,5 @@ def warn_of_underflow(names: list[str], what: str) -> None:
             f"{what} of {list_names(names)} are so small that their squares are below {SMALLEST:.2g}, where float32 loses "
             "digits. Multiply the loss, or the inputs, by a large number.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the collector has a decorator
         )

@@ -157,11 +157,14 @@ def test_progress_counts_examples():
     assert seen == [2, 5]
 
 
-def test_it_works_under_no_grad():
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_switched_off(off):
     model, data = _mlp(), torch.randn(3, 4)
     expected = collect_fisher(model, [data], loss=squared)
-    with torch.no_grad():
-        _assert_close(collect_fisher(model, [data], loss=squared), expected)
+    with off():
+        found = collect_fisher(model, [data.clone()], loss=squared)
+    _assert_close(found, expected)
+    assert not found["0"].is_inference()
 
 
 class TestNothingIsLeftBehind:

@@ -21,8 +21,9 @@ from lqlora.nn.operator_arguments import Operands, from_operands, operands  # no
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer  # noqa: E402
 from lqlora.nn.selection import select_linears  # noqa: E402
 from lqlora.nn.state import load_model, save_model  # noqa: E402
-from lqlora.nn.statistics.fisher import causal_lm_loss, collect_fisher  # noqa: E402
+from lqlora.nn.statistics.fisher import collect_fisher  # noqa: E402
 from lqlora.nn.statistics.gram import collect_gram, collect_kronecker  # noqa: E402
+from lqlora.nn.statistics.losses import causal_lm_loss  # noqa: E402
 from lqlora.nn.weight import QuantizedWeight  # noqa: E402
 
 __all__ = [

@@ -5,21 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional
 
-from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.selection import select_linears
-from lqlora.nn.statistics.gradients import OutputGradients, send_gradients
+from lqlora.nn.statistics.gradients import OutputGradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
-    example_losses,
     living_layers,
     require_no_overflow,
     run_batches,
     sum_outer_products,
     warn_of_underflow,
 )
+from lqlora.nn.statistics.losses import send_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -29,39 +27,7 @@ if TYPE_CHECKING:
     from lqlora._patterns import Patterns
     from lqlora.nn.statistics.gradients import Gradients
 
-__all__ = ["causal_lm_loss", "collect_fisher"]
-
-
-def causal_lm_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    """Return the mean negative log-likelihood of the next token, for each sequence of a batch.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Called with ``batch``. It returns logits of shape (examples, tokens, vocabulary), or an object with the attribute
-        ``logits``.
-    batch : Tensor of int64, shape (examples, tokens)
-        Token ids.
-
-    Returns
-    -------
-    Tensor of float32, shape (examples,)
-        Losses in nats per token.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the batch is not a matrix of token ids, or has fewer than two columns, so that there is no next token.
-    """
-    if not isinstance(batch, torch.Tensor) or batch.ndim != 2 or batch.shape[1] < 2:
-        seen = f"shape {tuple(batch.shape)}" if isinstance(batch, torch.Tensor) else type(batch).__name__
-        raise InvalidArgumentError(
-            f"batch must be a tensor of shape (examples, tokens) with at least two tokens, got {seen}. Pass loss= for others."
-        )
-    output = model(batch)
-    logits = getattr(output, "logits", output)[:, :-1].float()
-    losses = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-    return losses.view(batch.shape[0], -1).mean(dim=1)
+__all__ = ["collect_fisher"]
 
 
 @torch.inference_mode(mode=False)  # tensors of inference mode have no version that shows a change in place
@@ -69,7 +35,7 @@ def collect_fisher(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
+    loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     include: Patterns | None = None,
     exclude: Patterns = (),
     progress: Callable[[int], None] | None = None,
@@ -137,12 +103,11 @@ def collect_fisher(
 
     def step(batch: Any, done: int) -> int:
         """Add one batch and return its number of examples."""
-        losses = example_losses(loss(model, batch), done)
-        send_gradients(losses, [*hooks.values()])
+        count = send_batch(model, batch, loss, hooks.values(), done)
         for name, own in squares.items():
             if hooks[name].is_alive:
                 own.check()
-        return losses.shape[0]
+        return count
 
     examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
     warn_of_underflow([name for name, own in squares.items() if own.is_lost()], "gradients of weights")

@@ -13,7 +13,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.nn.statistics.hooks import input_of, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch import nn
 
@@ -196,15 +196,20 @@ class OutputGradients:
         self._take(seen, self._examples)
 
 
-def send_gradients(losses: torch.Tensor, layers: Sequence[OutputGradients]) -> None:
+def send_gradients(losses: torch.Tensor, layers: Collection[OutputGradients]) -> int:
     """Run backward passes that hand the gradients of every single loss to the hooks of layers.
 
     Parameters
     ----------
     losses : Tensor, shape (examples,)
         Losses of the examples of a batch.
-    layers : sequence of OutputGradients
+    layers : collection of OutputGradients
         Hooks that saw the forward pass.
+
+    Returns
+    -------
+    int
+        Number of examples.
     """
     # The shape of a layer's input does not tell which rows belong to which example: an expert may see as many tokens as
     # the batch has examples, and other layers have the tokens on the first axis. Gradients tell. Row t has the gradient
@@ -226,10 +231,11 @@ def send_gradients(losses: torch.Tensor, layers: Sequence[OutputGradients]) -> N
             _run(losses, own, alone, _Pass.SINGLE, range(example, example + 1))
     for layer in layers:
         layer.reset()
+    return count
 
 
 def _run(
-    losses: torch.Tensor, weights: torch.Tensor, layers: Sequence[OutputGradients], purpose: _Pass, examples: range
+    losses: torch.Tensor, weights: torch.Tensor, layers: Collection[OutputGradients], purpose: _Pass, examples: range
 ) -> None:
     """Run one backward pass with a weight for each loss."""
     for layer in layers:

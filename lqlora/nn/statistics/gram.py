@@ -10,11 +10,10 @@ from torch.utils.weak import TensorWeakRef
 
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.selection import select_linears
-from lqlora.nn.statistics.fisher import causal_lm_loss
-from lqlora.nn.statistics.gradients import OutputGradients, send_gradients
+from lqlora.nn.statistics.batches import parts_of, run_model
+from lqlora.nn.statistics.gradients import OutputGradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
-    example_losses,
     input_of,
     living_layers,
     require_no_overflow,
@@ -23,6 +22,7 @@ from lqlora.nn.statistics.hooks import (
     version_of,
     warn_of_underflow,
 )
+from lqlora.nn.statistics.losses import send_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -111,8 +111,9 @@ def collect_gram(
 
     def step(batch: Any, _: int) -> int:
         """Add one batch and return its number of examples."""
-        model(batch) if loss is None else loss(model, batch)
-        inputs.settle()
+        for part in parts_of(model, batch):
+            run_model(model, part) if loss is None else loss(model, part)
+            inputs.settle()
         return 1
 
     run_batches(model, batches, step, linears, hooks, gradients=False, progress=progress)
@@ -127,7 +128,7 @@ def collect_kronecker(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    loss: Callable[[nn.Module, Any], torch.Tensor] = causal_lm_loss,
+    loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     include: Patterns | None = None,
     exclude: Patterns = (),
     progress: Callable[[int], None] | None = None,
@@ -206,10 +207,9 @@ def collect_kronecker(
 
     def step(batch: Any, done: int) -> int:
         """Add one batch and return its number of examples."""
-        losses = example_losses(loss(model, batch), done)
-        send_gradients(losses, [*hooks.values()])
+        count = send_batch(model, batch, loss, hooks.values(), done)
         inputs.settle()
-        return losses.shape[0]
+        return count
 
     # With v = sum_t g_t (x) x_t, the mean of v v^T over examples is a sum over pairs of rows,
     #     E[sum_t sum_s (g_t g_s^T) (x) (x_t x_s^T)].

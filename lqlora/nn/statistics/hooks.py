@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SMALLEST",
-    "example_losses",
     "input_of",
     "living_layers",
     "require_no_overflow",
@@ -194,43 +193,6 @@ def version_of(x: torch.Tensor) -> int | None:
         The number. Tensors of inference mode have none.
     """
     return None if x.is_inference() else x._version  # noqa: SLF001 - torch has no public name for it
-
-
-def example_losses(losses: torch.Tensor, done: int) -> torch.Tensor:
-    """Return the losses of a batch, unless they are not one finite number per example.
-
-    Parameters
-    ----------
-    losses : Tensor
-        Result of the caller's ``loss``.
-    done : int
-        Number of examples before this batch. Errors use it.
-
-    Returns
-    -------
-    Tensor, shape (examples of the batch,)
-        The same tensor.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the losses have another shape.
-    NonFiniteError
-        If a loss is NaN or infinite.
-    """
-    if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
-        seen = f"shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
-        raise InvalidArgumentError(
-            f"loss must return one number per example, shape (examples,), got {seen}. Average over the tokens of each "
-            "example, not over examples."
-        )
-    if not bool((finite := torch.isfinite(losses)).all()):
-        first = int((~finite).nonzero()[0, 0])
-        raise NonFiniteError(
-            f"loss must be finite, got {losses[first].item()} for example {done + first}, counted from 0 over all batches. "
-            "Leave out examples without a token to predict, or compute in a wider dtype."
-        )
-    return losses
 
 
 def sum_outer_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn  # noqa: E402 - needs torch
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from lqlora.nn import select_linears  # noqa: E402
+from lqlora.nn.linear_maps import matrix_of  # noqa: E402
 
 
 class Experts(nn.Module):
@@ -129,7 +130,7 @@ def by_example(model, losses_of_examples) -> tuple[dict, dict]:
     ``losses_of_examples`` are functions of the model that run it on one example and return its loss.
     """
     watched = Watched(model)
-    fisher = {name: torch.zeros_like(layer.weight) for name, layer in watched.linears.items()}
+    fisher = {name: torch.zeros_like(matrix_of(layer)) for name, layer in watched.linears.items()}
     outer = dict.fromkeys(watched.linears, 0)
     gram, counts = dict.fromkeys(watched.linears, 0), dict.fromkeys(watched.linears, 0)
     for loss_of in losses_of_examples:
@@ -142,7 +143,7 @@ def by_example(model, losses_of_examples) -> tuple[dict, dict]:
                 loss, [layer.weight, *watched.outputs[name]], retain_graph=True, allow_unused=True
             )
             if weight is not None:
-                fisher[name] += weight.square()
+                fisher[name] += (weight if isinstance(layer, nn.Linear) else weight.T).square()
             for x, g in zip(watched.inputs[name], outputs, strict=True):
                 outer[name] += 0 if g is None else rows(g).T @ rows(g)
                 gram[name] += rows(x).T @ rows(x)

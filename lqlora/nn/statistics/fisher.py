@@ -49,9 +49,12 @@ def collect_fisher(
     model : torch.nn.Module
         Any model. Its gradients, flags and modes are the same afterwards.
     batches : iterable
-        Arguments of ``loss``.
-    loss : callable, default :func:`causal_lm_loss`
-        ``loss(model, batch)`` returns one loss per example, shape (examples,).
+        Mappings of keyword arguments of the model, as tokenizers and collators of transformers return them, or token ids.
+        Padding of mappings is cut: what ``attention_mask`` leaves out does not reach the model. See below.
+    loss : callable, optional
+        ``loss(model, batch)`` returns one loss per example, shape (examples,). ``batch`` may be anything; of a mapping it is
+        the part without padding. By default a batch with ``labels`` has the model's own loss, of one example at a time, and
+        other batches have :func:`causal_lm_loss`.
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -60,13 +63,14 @@ def collect_fisher(
     Returns
     -------
     dict of str to Tensor of float32, shape (out_features, in_features)
-        ``mean over examples of (d loss / d weight) ** 2``, on the device of the weight. Layers without a gradient are left
-        out.
+        ``mean over examples of (d loss / d weight) ** 2``, in host memory for every device of the model. Layers without a
+        gradient are left out.
 
     Raises
     ------
     InvalidArgumentError
-        If there are no batches, no layer matches, a loss is not one number per example, or no layer got a gradient.
+        If there are no batches, no layer matches, a loss is not one number per example, no layer got a gradient, or the
+        padding of a batch cannot be cut.
     NonFiniteError
         If a loss is NaN or infinite, or a squared gradient overflows float32.
 
@@ -89,6 +93,11 @@ def collect_fisher(
     tokens first. A second backward pass with weighted losses finds the example that each row belongs to. For batches of
     more than 16 examples there are two such passes. Where several examples depend on one row, as in layers of relative
     positions, each example has a backward pass of its own. Batches of one example need one pass.
+
+    A batch with padding runs in parts of examples with the same number of tokens. Results are those of the examples
+    without padding, so ``attention_mask`` must keep tokens that follow each other. For a decoder the same holds for
+    ``decoder_attention_mask``, or for labels of -100 at the end. An entry that may or may not have an element per token is
+    refused.
 
     A layer that is used several times in one pass has the gradients of its uses added before they are squared. The
     gradient is that of the losses of the data, not of labels drawn from the model. Weights get no ``.grad``.
@@ -125,7 +134,8 @@ class _Squares:
     """
 
     def __init__(self, name: str, layer: nn.Module) -> None:
-        self.total = torch.zeros_like(matrix_of(layer), dtype=torch.float32)
+        # In host memory, because the sums of a large model do not fit beside it on a GPU.
+        self.total = torch.zeros(matrix_of(layer).shape, dtype=torch.float32, device="cpu")
         self._name = name
         self._largest, self._bound = 0.0, 0.0
 
@@ -139,10 +149,14 @@ class _Squares:
                 if (x := own.inputs) is not None and x.numel()
             ]
             self._bound = max(self._bound, sum(sizes))
+        device = seen[0].values.device
+        total = self.total if device == self.total.device else torch.zeros_like(self.total, device=device)
         for example in examples:
             parts = [sum_outer_products(*own.of_example(example, len(examples))) for own in seen]
             gradient_of_weight = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
-            self.total.addcmul_(gradient_of_weight, gradient_of_weight)
+            total.addcmul_(gradient_of_weight, gradient_of_weight)
+        if total is not self.total:
+            self.total.add_(total.cpu())
 
     def check(self) -> None:
         """Raise if a sum overflows float32."""

@@ -54,9 +54,10 @@ def collect_gram(
     model : torch.nn.Module
         Any model. Its flags and modes are the same afterwards.
     batches : iterable
-        The only argument of the model, or the second one of ``loss``.
+        Mappings of keyword arguments of the model, as tokenizers and collators of transformers return them, or its only
+        argument. Padding of mappings is cut as in :func:`collect_fisher`, so that it has no part in the mean.
     loss : callable, optional
-        ``loss(model, batch)`` runs the model in place of ``model(batch)``. Its result is not used.
+        ``loss(model, batch)`` runs the model on a batch, or on a part without padding. Its result is not used.
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -72,7 +73,7 @@ def collect_gram(
     Raises
     ------
     InvalidArgumentError
-        If there are no batches, no layer matches, or no layer was used.
+        If there are no batches, no layer matches, no layer was used, or the padding of a batch cannot be cut.
     NonFiniteError
         If a layer sees NaN, infinity, or numbers whose squares overflow float32.
 
@@ -141,10 +142,8 @@ def collect_kronecker(
     ----------
     model : torch.nn.Module
         Any model. Its gradients, flags and modes are the same afterwards.
-    batches : iterable
-        Arguments of ``loss``.
-    loss : callable, default :func:`causal_lm_loss`
-        ``loss(model, batch)`` returns one loss per example, shape (examples,).
+    batches, loss : iterable and callable, optional
+        See :func:`collect_fisher`.
     include, exclude : patterns
         See :func:`select_linears`.
     progress : callable, optional
@@ -159,7 +158,8 @@ def collect_kronecker(
     Raises
     ------
     InvalidArgumentError
-        If there are no batches, no layer matches, a loss is not one number per example, or no layer got a gradient.
+        If there are no batches, no layer matches, a loss is not one number per example, no layer got a gradient, or the
+        padding of a batch cannot be cut.
     NonFiniteError
         If a loss, an input or a gradient is NaN, infinite, or too large for its square to be a float32.
 

@@ -13,7 +13,9 @@ from lqlora._optional import is_installed
 from tests.requirements import require_module
 
 torch = require_module("torch")
-from lqlora.nn import LQLinear, operands  # noqa: E402 - needs torch
+from lqlora.nn import LQLinear, collect_fisher, collect_kronecker, operands  # noqa: E402 - needs torch
+from tests.nn.statistics.layouts import Experts  # noqa: E402
+from tests.nn.statistics.models import squared  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_torch")]
 
@@ -240,3 +242,18 @@ class TestWaiting:
         lq.decompose(w, FORMATS["nested"], RANK, fit=fit, max_iter=2)
         lq.gptq(w, FORMATS["plain"], gram.T @ gram, fit=fit, rounds=1, sweeps=0)
         assert max(copied, default=0) < np.prod(w.shape) // 64
+
+
+@pytest.mark.parametrize("collect", [collect_fisher, collect_kronecker])
+def test_statistics_are_those_of_the_cpu_in_host_memory(collect):
+    """Two experts see the tokens of a batch in the order that they choose."""
+    torch.manual_seed(0)
+    model, x = Experts(), _random(6, 5, 4)
+    expected = collect(model, [x], loss=squared)
+    found = collect(model.to("cuda"), [x.to("cuda")], loss=squared)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        pairs = zip(found[name], values, strict=True) if isinstance(values, tuple) else [(found[name], values)]
+        for own, other in pairs:
+            assert own.device.type == "cpu"
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.max()))

@@ -144,9 +144,13 @@ def _mask(batch: Mapping[str, Any], name: str) -> torch.Tensor | None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         seen = f"shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise InvalidArgumentError(f"{name} must be a tensor of shape (examples, tokens), got {seen}.")
+        raise InvalidArgumentError(
+            f"{name} must be a tensor of shape (examples, tokens), got {seen}. Pass such a mask, or batches without padding."
+        )
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise InvalidArgumentError(f"{name} must hold 1 for tokens and 0 for padding, got other numbers.")
+        raise InvalidArgumentError(
+            f"{name} must hold 1 for tokens and 0 for padding, got other numbers. Pass a mask of tokens, not what is added to scores."
+        )
     return (mask != 0).cpu()
 
 

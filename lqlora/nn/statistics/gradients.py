@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Gradients", "OutputGradients", "send_gradients"]
 
-#: Weights of losses in a marking pass are 2**0 ... 2**15: small enough for sums, products and float16 without a scale.
-_EXPONENTS = 16
+#: A marking pass has this number of different weights of losses, 2**0, 2**6 ... 2**90. A row with parallel parts of two
+#: examples could be taken for one of a third only if one part is at least 63 times the other, or they almost cancel. In
+#: float16 the larger weights overflow, so that rows count as shared.
+_WEIGHTS, _STEP = 16, 6
 
 #: Rows are compared in this number of random directions. A few numbers a row do not keep the gradients of a model alive.
 _DIRECTIONS = 4
@@ -155,7 +157,15 @@ class OutputGradients:
         return self._pass is None and torch.is_grad_enabled()
 
     def begin(self, purpose: _Pass, examples: range) -> None:
-        """Begin a backward pass of some examples."""
+        """Begin a backward pass.
+
+        Parameters
+        ----------
+        purpose : _Pass
+            What happens to the gradients that arrive.
+        examples : range
+            Positions of the examples whose losses have a weight that is not zero.
+        """
         self._pass, self._examples = purpose, examples
 
     def end(self) -> None:
@@ -250,12 +260,13 @@ def _weights(losses: torch.Tensor) -> list[torch.Tensor]:
     """Return the weights of losses in each marking pass: powers of two, by the digits of the positions of examples."""
     positions = torch.arange(losses.shape[0], device=losses.device)
     passes = _number_of_digits(losses.shape[0])
-    return [(2.0 ** (positions // _EXPONENTS**digit % _EXPONENTS)).to(losses.dtype) for digit in range(passes)]
+    digits = [positions // _WEIGHTS**digit % _WEIGHTS for digit in range(passes)]
+    return [(2.0 ** (_STEP * digit)).to(losses.dtype) for digit in digits]
 
 
 def _number_of_digits(count: int) -> int:
     """Return the number of digits that positions below a count have."""
-    return max(1, math.ceil(math.log(count, _EXPONENTS) - 1e-9))
+    return max(1, math.ceil(math.log(count, _WEIGHTS) - 1e-9))
 
 
 def _projection(gradient: torch.Tensor) -> torch.Tensor:
@@ -279,10 +290,10 @@ def _owners(marks: list[torch.Tensor], gradient: torch.Tensor, count: int) -> to
     owners = torch.zeros_like(size, dtype=torch.int64)
     fits = torch.ones_like(size, dtype=torch.bool)
     for digit, mark in enumerate(marks):
-        exponents = (mark.norm(dim=-1) / size).log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(0, _EXPONENTS - 1)
-        expected = own * (2.0**exponents)[:, None]
+        value = ((mark.norm(dim=-1) / size).log2() / _STEP).round().nan_to_num(0.0, 0.0, 0.0).clamp(0, _WEIGHTS - 1)
+        expected = own * (2.0 ** (_STEP * value))[:, None]
         fits &= (mark - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)
-        owners += exponents.long() * _EXPONENTS**digit
+        owners += value.long() * _WEIGHTS**digit
     is_zero = (gradient.reshape(-1, gradient.shape[-1]) == 0).all(dim=-1)
     fits &= (owners < count) & (is_zero == (size == 0))
     return owners.masked_fill(is_zero, -1) if bool(fits.all()) else None

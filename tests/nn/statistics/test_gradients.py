@@ -59,6 +59,15 @@ def test_losses_may_depend_on_other_examples():
     assert_close(collect_fisher(model, [x], loss=loss), {"0": sum(squares) / 5})
 
 
+@pytest.mark.parametrize("factors", [[2, 0, 1], [1, 0, 3], [1, 1, 1], [3, 3, -1], [0, 0, 5]])
+def test_a_row_of_several_examples_has_the_squares_of_its_parts(factors):
+    """The parts of one row are multiples of each other, so that only their sizes tell whose they are."""
+    model, x = make(lambda: nn.Sequential(nn.Linear(4, 1))), torch.ones(1, 4, dtype=torch.float64)
+    sizes = torch.tensor(factors, dtype=torch.float64)
+    found = collect_fisher(model, [x], loss=lambda m, x: sizes * m(x)[0, 0])["0"]
+    assert found.unique().tolist() == pytest.approx([float(sizes.square().mean())])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_in_other_dtypes_it_is_as_exact_as_the_gradients(dtype):
     model, (x,) = make(Experts, dtype=dtype), _batches((20, 6))

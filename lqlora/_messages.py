@@ -11,13 +11,10 @@ from lqlora._printable import printable
 if TYPE_CHECKING:
     import os
 
-__all__ = ["MESSAGE_LENGTH", "about_file", "shortened", "shown"]
+__all__ = ["MESSAGE_LENGTH", "about_file", "given", "shortened", "shown"]
 
 #: Largest number of characters of a message about a file.
 MESSAGE_LENGTH = 400
-
-#: Words of JSON, which readers of a file see, by the values that Python makes of them.
-_WORDS: dict[object, str] = {None: "null", True: "true", False: "false"}
 
 
 class _Short(reprlib.Repr):
@@ -26,11 +23,6 @@ class _Short(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()
         self.maxlist, self.maxdict, self.maxlevel = 4, 3, 3
-
-    def repr_bool(self, value: object, level: int) -> str:  # noqa: ARG002 - called by reprlib
-        return _WORDS[value]
-
-    repr_NoneType = repr_bool
 
     def repr_int(self, value: int, level: int) -> str:  # noqa: ARG002 - called by reprlib
         # Python refuses to write integers of more than 4300 digits. A bit is log10(2) digits.
@@ -47,7 +39,39 @@ class _Short(reprlib.Repr):
         return "{" + ", ".join([*parts, "..."] if len(value) > self.maxdict else parts) + "}"
 
 
-_SHORT = _Short()
+class _ShortJson(_Short):
+    """Texts with the words of JSON, which readers of a file see."""
+
+    def repr_bool(self, value: object, level: int) -> str:  # noqa: ARG002 - called by reprlib
+        return {None: "null", True: "true", False: "false"}[value]  # type: ignore[index]
+
+    repr_NoneType = repr_bool
+
+
+_SHORT, _SHORT_JSON = _Short(), _ShortJson()
+
+
+def given(value: object, length: int = 80) -> str:
+    r"""Return an argument of a caller as printable text of bounded length.
+
+    Parameters
+    ----------
+    value : object
+        Any object.
+    length : int, default 80
+        Largest number of characters.
+
+    Returns
+    -------
+    str
+        Python's text of the object. What is left out is marked by ``…``.
+
+    Examples
+    --------
+    >>> print(given("a\x1b[2J"), given(None), given(10**5000))
+    'a\x1b[2J' None an integer of 5001 digits
+    """
+    return _text(value, length, _SHORT)
 
 
 def shown(value: object, length: int = 80) -> str:
@@ -70,9 +94,13 @@ def shown(value: object, length: int = 80) -> str:
     >>> print(shown("a\x1b[2J"), shown(None), shown([1, 2, 3, 4, 5]), shown(10**5000))
     'a\x1b[2J' null [1, 2, 3, 4, ...] an integer of 5001 digits
     """
+    return _text(value, length, _SHORT_JSON)
+
+
+def _text(value: object, length: int, short: reprlib.Repr) -> str:
     if isinstance(value, str):
         return _cut(printable(repr(value[: length + 1])), length)
-    return _cut(printable(_SHORT.repr(value)), length)
+    return _cut(printable(short.repr(value)), length)
 
 
 def shortened(message: str, length: int = MESSAGE_LENGTH) -> str:

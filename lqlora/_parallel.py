@@ -6,17 +6,20 @@ import contextvars
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from lqlora._messages import given
+from lqlora._options import require_kind
 from lqlora._threads import cores, on_threads
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
 
 __all__ = ["map_matrices"]
@@ -63,6 +66,10 @@ def map_matrices(
     BLAS uses one thread meanwhile. Its threads would compete with those of the pool for the cores (see
     ``benchmarks/decompose.py``), and one thread gives the same bits for every number of workers.
     """
+    if progress is not None:
+        require_kind(progress, "progress", Callable, "a function")  # type: ignore[arg-type]
+    if executor is not None and not hasattr(executor, "submit"):
+        raise InvalidArgumentError(f"executor must be an Executor of concurrent.futures, got {given(executor)}.")
     # `futures` keeps the order of the items, and the result is read from it. `as_completed` yields in the order in
     # which calls end, so a row is collected, and kept if the process dies, while slower items before it still run.
     # Which of several failing items is reported depends on timing. `collect` and `progress` run in this thread only, so

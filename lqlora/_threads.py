@@ -8,7 +8,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from lqlora.errors import InvalidArgumentError
+from lqlora._options import require_integer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,8 +82,8 @@ def set_num_threads(count: int | None) -> None:
     >>> set_num_threads(None)
     """
     global _setting  # noqa: PLW0603 - a setting of the process
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise InvalidArgumentError(f"count must be a positive integer or None, got {count!r}.")
+    if count is not None:
+        require_integer(count, "count", 1)
     _setting = count
 
 

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from lqlora._messages import given
 from lqlora.codebooks import Codebook, by_name
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.ops import packed_size
@@ -117,16 +118,16 @@ class ScaleFormat(_Record):
     codebook: ScaleCodebook = "uint"
 
     def __post_init__(self) -> None:
-        if self.codebook not in _SCALE_CODEBOOKS:
+        if not isinstance(self.codebook, str) or self.codebook not in _SCALE_CODEBOOKS:
             known = ", ".join(_SCALE_CODEBOOKS)
-            raise FormatError(f"codebook of a ScaleFormat must be one of {known}, got {self.codebook!r}.")
+            raise FormatError(f"codebook of a ScaleFormat must be one of {known}, got {given(self.codebook)}.")
         if self.offset is None:
             object.__setattr__(self, "offset", _SCALE_CODEBOOKS[self.codebook][2])
-        if self.offset not in ("min", "mean", "none"):
-            raise FormatError(f"offset must be 'min', 'mean' or 'none', got {self.offset!r}.")
+        if not isinstance(self.offset, str) or self.offset not in ("min", "mean", "none"):
+            raise FormatError(f"offset must be 'min', 'mean' or 'none', got {given(self.offset)}.")
         if self.offset == "mean" and self.codebook not in _SIGNED:
             # Scales below the mean become negative when it is subtracted.
-            raise FormatError(f"offset='mean' needs a signed codebook, 'int' or 'dynamic', got {self.codebook!r}.")
+            raise FormatError(f"offset='mean' needs a signed codebook, 'int' or 'dynamic', got {given(self.codebook)}.")
         _ = self.format  # checks the other fields
 
     @cached_property
@@ -138,7 +139,7 @@ class ScaleFormat(_Record):
     def levels(self) -> Codebook:
         """Codebook that the scales are rounded to."""
         if not isinstance(self.bits, int) or isinstance(self.bits, bool):
-            raise FormatError(f"bits of a ScaleFormat must be an int from 1 to 8, got {self.bits!r}.")
+            raise FormatError(f"bits of a ScaleFormat must be an int from 1 to 8, got {given(self.bits)}.")
         return by_name(_SCALE_CODEBOOKS[self.codebook][1].format(self.bits))
 
     @property
@@ -200,15 +201,14 @@ class BlockFormat(_Record):
 
     def __post_init__(self) -> None:
         if not isinstance(self.codebook, Codebook):
-            given = type(self.codebook).__name__
-            raise FormatError(f"codebook must be a Codebook, such as lqlora.NF4, got {given}.")
+            raise FormatError(f"codebook must be a Codebook, such as lqlora.NF4, got {given(self.codebook)}.")
         if not _is_int(self.block_size) or self.block_size < 1:
-            raise FormatError(f"block_size must be an int of at least 1, got {self.block_size!r}.")
+            raise FormatError(f"block_size must be an int of at least 1, got {given(self.block_size)}.")
         known_name = isinstance(self.scales, str) and self.scales in _FLOAT_BITS
         if not known_name and not isinstance(self.scales, ScaleFormat):
-            raise FormatError(f"scales must be {_or(_FLOAT_BITS)} or a ScaleFormat, got {self.scales!r}.")
+            raise FormatError(f"scales must be {_or(_FLOAT_BITS)} or a ScaleFormat, got {given(self.scales)}.")
         if self.axis is not None and not _is_int(self.axis):
-            raise FormatError(f"axis must be an int, or None for row-major order, got {self.axis!r}.")
+            raise FormatError(f"axis must be an int, or None for row-major order, got {given(self.axis)}.")
         self._check_levels()
         if self.codebook.normalization == "signed" and isinstance(self.scales, ScaleFormat) and not self.scales.signed:
             raise FormatError(
@@ -217,10 +217,12 @@ class BlockFormat(_Record):
             )
 
     def _check_levels(self) -> None:
+        if not isinstance(self.levels, str) and not (_is_int(self.levels) and self.levels >= 1):
+            raise FormatError(f"levels must be 'codebook', 'matrix' or an int of at least 1, got {given(self.levels)}.")
         if self.levels == "codebook":
             return
-        if self.levels != "matrix" and not (_is_int(self.levels) and int(self.levels) >= 1):
-            raise FormatError(f"levels must be 'codebook', 'matrix' or an int of at least 1, got {self.levels!r}.")
+        if isinstance(self.levels, str) and self.levels != "matrix":
+            raise FormatError(f"levels must be 'codebook', 'matrix' or an int of at least 1, got {given(self.levels)}.")
         if self.levels != "matrix" and self.axis is None:
             raise FormatError(f"levels={self.levels} counts lines and needs an axis: pass axis=-1 to count rows.")
         if self.codebook.normalization == "affine":
@@ -464,6 +466,10 @@ class BlockFormat(_Record):
         >>> BlockFormat.parse("nf2+fit/64@-1:float16").levels
         'matrix'
         """
+        if not isinstance(text, str):
+            raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {given(text)}.")
+        if codebook is not None and not isinstance(codebook, Codebook):
+            raise FormatError(f"codebook must be a Codebook, such as lqlora.NF4, got {given(codebook)}.")
         return _parse_standard(text.strip()) if codebook is None else _parse_format(text.strip(), codebook)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, TypeAlias
@@ -11,20 +12,19 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lqlora._messages import given
+from lqlora._options import require_kind
 from lqlora._patterns import NameIndex
+from lqlora.allocation.limits import Limit
 from lqlora.allocation.ties import tie_groups
-from lqlora.costs.table import Configuration
+from lqlora.costs.table import Configuration, CostTable
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
 from lqlora.solvers import Budget
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from lqlora._patterns import Pattern
-    from lqlora.allocation.limits import Limit
     from lqlora.allocation.ties import Tie
-    from lqlora.costs.table import CostTable
 
 __all__ = ["AppliedLimit", "Choices", "Wanted", "constrain"]
 
@@ -159,6 +159,17 @@ def constrain(
     count_factors: bool | None,
 ) -> Choices:
     """Apply every constraint but the budget to a table."""
+    require_kind(table, "table", CostTable, "a CostTable")
+    for name, by_pattern in (("fixed", fixed), ("forbidden", forbidden), ("minimum_bits", minimum_bits)):
+        if by_pattern is not None:
+            require_kind(by_pattern, name, Mapping, "a mapping from patterns")
+    for name, several in (("limits", limits), ("ties", ties)):
+        require_kind(several, name, Iterable, "a list or another iterable")
+    limits = tuple(limits)
+    for limit in limits:
+        require_kind(limit, "limits", Limit, "an iterable of Limit")
+    if count_factors is not None:
+        require_kind(count_factors, "count_factors", (bool, np.bool_), "True, False or None")
     index = NameIndex(table.names)
     counts_factors = len(table.ranks) > 1 if count_factors is None else bool(count_factors)
     choices = Choices(
@@ -204,10 +215,16 @@ def _allowed(
 
 def _columns(table: CostTable, wanted: Wanted, parameter: str) -> npt.NDArray[np.bool_]:
     """Return a mask of shape (k,): the configurations that have one of the given formats, or are given themselves."""
-    several = (wanted,) if isinstance(wanted, BlockFormat | Configuration) else tuple(wanted)
+    if isinstance(wanted, BlockFormat | Configuration):
+        wanted = (wanted,)
+    require_kind(wanted, parameter, Iterable, "formats or configurations, or iterables of them, by pattern")
+    several = tuple(wanted)
     for one in several:
-        if one not in table.formats and one not in table.configurations:
-            raise InvalidArgumentError(f"{parameter} must name formats of the cost table, got {one}.")
+        if not isinstance(one, BlockFormat | Configuration) or (
+            one not in table.formats and one not in table.configurations
+        ):
+            shown = one if isinstance(one, BlockFormat | Configuration) else given(one)
+            raise InvalidArgumentError(f"{parameter} must name formats of the cost table, got {shown}.")
     return np.array([own in several or own.format in several for own in table.configurations])
 
 
@@ -215,4 +232,6 @@ def _rate(bits: float | Fraction) -> Fraction:
     try:
         return bits if isinstance(bits, Fraction) else Fraction(float(bits))
     except (OverflowError, TypeError, ValueError):
-        raise InvalidArgumentError(f"minimum_bits must be finite numbers of bits per weight, got {bits!r}.") from None
+        raise InvalidArgumentError(
+            f"minimum_bits must be finite numbers of bits per weight, got {given(bits)}."
+        ) from None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lqlora._options import require_kind
 from lqlora.allocation._constraints import constrain
 from lqlora.allocation._fewest_bits import fewest_bits
 from lqlora.allocation._solving import least_error
@@ -139,6 +140,7 @@ def allocate(
     )
     budget = _budget(choices, bits_per_weight, total_bytes, max_error)
     options = SolveOptions(time_limit=time_limit, rel_gap=rel_gap)
+    require_kind(require_optimal, "require_optimal", bool, "True or False")
     if max_error is not None:
         found = fewest_bits(choices, max_error, solver, options)
         return _make_plan(choices, found, max_error=max_error, require_optimal=require_optimal)
@@ -207,6 +209,7 @@ def pareto(
     )
     applied = [choices.apply(Limit(bits_per_weight=budget)) for budget in budgets]
     options = SolveOptions(time_limit=time_limit, rel_gap=rel_gap)
+    require_kind(require_optimal, "require_optimal", bool, "True or False")
     plans: dict[int, Plan] = {}
     best: Solution | None = None
     # From small to large: the plan of a smaller budget is feasible for a larger one, so the search starts from it.
@@ -225,8 +228,8 @@ def _budget(
     choices: Choices, bits_per_weight: float | Fraction | None, total_bytes: int | None, max_error: float | None
 ) -> tuple[AppliedLimit, ...]:
     """Return the budget as a limit on all matrices; an empty tuple if only an error or other limits are given."""
-    given = 3 - [bits_per_weight, total_bytes, max_error].count(None)
-    if given > 1 or (given == 0 and not choices.limits):
+    count = sum(limit is not None for limit in (bits_per_weight, total_bytes, max_error))
+    if count > 1 or (count == 0 and not choices.limits):
         raise InvalidArgumentError(
             "bits_per_weight, total_bytes or max_error must be given as the budget, and only one of them; got "
             f"{bits_per_weight!r}, {total_bytes!r} and {max_error!r}."

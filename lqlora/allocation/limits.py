@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from lqlora._options import require_choice, require_number
 from lqlora._patterns import as_patterns
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
@@ -162,13 +163,10 @@ class LimitUse:
             raise InvalidArgumentError(
                 f"upper or lower must be given for the limit on {self.matrices}, got None for both."
             )
-        if self.unit not in _UNITS:
-            raise InvalidArgumentError(f"unit must be 'bits' or 'error', got {self.unit!r}.")
+        require_choice(self.unit, "unit", _UNITS)
         for name, number in numbers.items():
-            if not (math.isfinite(number) and number >= 0):
-                raise InvalidArgumentError(
-                    f"{name} must be a finite number of at least 0 in the limit on {self.matrices}, got {number}."
-                )
+            allowed = f"at least 0 and finite in the limit on {self.matrices}"
+            require_number(number, name, allowed, lambda own: 0 <= own < math.inf)
 
     def describe(self) -> str:
         """Return the limit and its use as they are printed.

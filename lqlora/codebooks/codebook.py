@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lqlora._dispatch import array_library, plain_array
+from lqlora._options import require_choice
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -162,8 +163,7 @@ def _check_levels(values: npt.NDArray[np.float32]) -> None:
 
 
 def _check_normalization(values: npt.NDArray[np.float32], normalization: object) -> None:
-    if normalization not in get_args(Normalization):
-        raise InvalidArgumentError(f"normalization must be 'absmax', 'signed' or 'affine', got {normalization!r}.")
+    require_choice(normalization, "normalization", get_args(Normalization))
     if normalization == "signed" and values[-1] <= 0:
         raise InvalidArgumentError(f"levels must end above 0 for normalization='signed', got {values[-1]}.")
     count = values.size

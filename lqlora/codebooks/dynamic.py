@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import numpy.typing as npt
 
+from lqlora.codebooks._checks import cached
 from lqlora.codebooks.codebook import Codebook
 
 __all__ = ["dynamic8"]
@@ -14,7 +13,7 @@ __all__ = ["dynamic8"]
 _DECADES = 7
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@cached()
 def dynamic8(*, signed: bool = True) -> Codebook:
     """Return the dynamic 8-bit codebook, in which bitsandbytes stores scales and optimizer states.
 

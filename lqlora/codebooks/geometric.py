@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
-from lqlora.codebooks._checks import require_integer
+from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks.codebook import Codebook
 
 __all__ = ["logarithmic"]
@@ -14,7 +12,7 @@ __all__ = ["logarithmic"]
 _OCTAVES = 16
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@cached()
 def logarithmic(bits: int) -> Codebook:
     """Return a codebook of zero and of levels at equal ratios from ``2**-16`` to 1.
 

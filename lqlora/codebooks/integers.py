@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
-from lqlora.codebooks._checks import require_integer
+from lqlora._options import require_kind
+from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks.codebook import Codebook
 
 __all__ = ["affine", "uniform"]
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@cached()
 def uniform(bits: int, *, signed: bool = True) -> Codebook:
     """Return a codebook of equally spaced levels that end at 1.
 
@@ -45,13 +44,14 @@ def uniform(bits: int, *, signed: bool = True) -> Codebook:
     >>> uniform(3).levels.size
     7
     """
+    require_kind(signed, "signed", bool, "True or False")
     require_integer("bits", bits, 1 + signed, 8, "signed integers" if signed else "unsigned integers")
     steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     codes = np.arange(-steps if signed else 0, steps + 1)
     return Codebook(codes / steps, name=f"{'int' if signed else 'uint'}{bits}")
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@cached()
 def affine(bits: int) -> Codebook:
     """Return the codebook of asymmetric integer quantization, with a zero point for each block.
 

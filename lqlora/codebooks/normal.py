@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from statistics import NormalDist
 
-from lqlora.codebooks._checks import require_integer
+from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks._quantiles import quantile_levels
 from lqlora.codebooks.codebook import Codebook
 
 __all__ = ["NF4", "normal_float"]
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@cached()
 def normal_float(bits: int) -> Codebook:
     """Return NormalFloat for a number of bits, by LQ-LoRA's rule.
 

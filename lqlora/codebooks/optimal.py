@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 
 from lqlora.codebooks._block_normal import block_normal_density
-from lqlora.codebooks._checks import require_integer
+from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks._optimal_levels import Ends, optimal_levels
 from lqlora.codebooks.codebook import Codebook
 
 __all__ = ["block_optimal"]
 
 
-@functools.lru_cache(maxsize=256, typed=True)
+@cached(256)
 def block_optimal(bits: int, block_size: int, *, signed: bool = False) -> Codebook:
     """Return BOF4 or BOF4-S, or their counterpart for another number of bits and block size.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from lqlora.codebooks._checks import require_integer
+from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks.codebook import Codebook
 from lqlora.errors import InvalidArgumentError
 
@@ -14,7 +14,7 @@ __all__ = ["FP4_BNB", "fp4", "small_float"]
 _RESERVED = {(4, 3): 1, (5, 2): 4}
 
 
-@functools.lru_cache(maxsize=None, typed=True)
+@cached()
 def small_float(exponent_bits: int, mantissa_bits: int) -> Codebook:
     """Return the numbers of a small floating-point format, divided by the largest so that they span -1 to 1.
 

@@ -6,7 +6,7 @@ import functools
 
 from scipy.special import stdtrit
 
-from lqlora.codebooks._checks import require_integer
+from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks._quantiles import quantile_levels
 from lqlora.codebooks.codebook import Codebook
 
@@ -15,7 +15,7 @@ __all__ = ["student_float"]
 _USUAL_DF = 5
 
 
-@functools.lru_cache(maxsize=256, typed=True)
+@cached(256)
 def student_float(bits: int, df: int = _USUAL_DF) -> Codebook:
     """Return Student float: the construction of NormalFloat with quantiles of the Student t distribution.
 

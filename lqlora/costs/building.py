@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from lqlora._options import require_choice
 from lqlora._parallel import map_matrices
 from lqlora._patterns import list_names
 from lqlora.costs._digests import configuration_key, settings_as_json, text_digest
@@ -195,8 +196,7 @@ def _check(
         raise InvalidArgumentError(f"formats and ranks must not contain duplicates, got {twice} twice.")
     if unknown := sorted(set(weighting) - set(weights)):
         raise InvalidArgumentError(f"weighting must name matrices of weights, got {list_names(unknown)}.")
-    if mode not in ("exact", "fast"):
-        raise InvalidArgumentError(f"mode must be 'exact' or 'fast', got {mode!r}.")
+    require_choice(mode, "mode", ("exact", "fast"))
     # The fast mode always does what these options do. An option with this value changes nothing and may be given.
     allowed = {"factor_format": None, "init": "quantize", "max_iter": 2, "fit": "absmax", "quantizer": "nearest"}
     others = [

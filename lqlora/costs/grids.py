@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
+from lqlora._options import require_choice
 from lqlora.codebooks import normal_float
-from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, ScaleFormat
 
 if TYPE_CHECKING:
@@ -44,11 +44,10 @@ def paper_grid(which: Literal["code", "paper"] = "code") -> list[BlockFormat]:
     >>> len(paper_grid("code")), len(paper_grid("paper"))
     (432, 243)
     """
-    widths = {"code": (2, 3, 4, 8), "paper": (2, 3, 4)}.get(which)
-    if widths is None:
-        raise InvalidArgumentError(f"which must be 'code' or 'paper', got {which!r}.")
+    widths = {"code": (2, 3, 4, 8), "paper": (2, 3, 4)}
+    require_choice(which, "which", widths)
     dtypes: tuple[FloatName, ...] = ("bfloat16", "float16", "float32")
     return [
         BlockFormat(normal_float(b0), size0, ScaleFormat(b1, size1, dtype))
-        for b0, size0, b1, size1, dtype in product(widths, (16, 32, 64), widths, (16, 64, 256), dtypes)
+        for b0, size0, b1, size1, dtype in product(widths[which], (16, 32, 64), widths[which], (16, 64, 256), dtypes)
     ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, get_args
 
 from lqlora import ops
 from lqlora._dispatch import FLOATS, namespace, plain_array
+from lqlora._messages import given
+from lqlora._options import is_integer, require_choice, require_integer, require_kind, require_number
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.formats import BlockFormat
+from lqlora.quantized import Fit
 from lqlora.weighting import LowRankStep
 from lqlora.weighting.base import largest_magnitude
 
@@ -85,17 +88,17 @@ def _power_of_ten(exponent: int) -> str:
 def checked_rank(matrix: Array, rank: int, init_rank: int | None, name: str, *, clip_rank: bool) -> tuple[int, int]:
     """Return the rank that the matrix can have, and the rank of the starting approximation."""
     limit = min(matrix.shape)
-    if not _is_int(rank) or rank < 0 or (rank > limit and not clip_rank):
-        hint = " Pass clip_rank=True to pad the factors with zeros." if _is_int(rank) and rank > limit else ""
+    if not is_integer(rank) or rank < 0 or (rank > limit and not clip_rank):
+        hint = " Pass clip_rank=True to pad the factors with zeros." if is_integer(rank) and rank > limit else ""
         raise InvalidArgumentError(
-            f"rank must be an integer between 0 and {limit} (the smaller side of {name}), got {rank!r}.{hint}"
+            f"rank must be an integer between 0 and {limit} (the smaller side of {name}), got {given(rank)}.{hint}"
         )
     used = int(min(rank, limit))
     if init_rank is None:
         return used, used
-    if not _is_int(init_rank) or not 0 <= init_rank <= rank:
+    if not is_integer(init_rank) or not 0 <= init_rank <= rank:
         raise InvalidArgumentError(
-            f"init_rank must be an integer between 0 and rank, which is {rank}, got {init_rank!r}."
+            f"init_rank must be an integer between 0 and rank, which is {rank}, got {given(init_rank)}."
         )
     return used, int(min(init_rank, used))
 
@@ -134,6 +137,7 @@ def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init:
 
 def check_options(
     *,
+    quantizer: object,
     init: str,
     fit: str,
     max_iter: int,
@@ -144,36 +148,24 @@ def check_options(
     seed: int,
     extrapolation: float | None,
     factor_format: BlockFormat | None,
+    callback: Callable[[int, float], bool | None] | None,
 ) -> None:
     """Raise if an option is out of range; comparisons are written so that NaN is refused, too."""
-    if init not in ("svd", "quantize", "zero"):
-        raise InvalidArgumentError(f"init must be 'svd', 'quantize' or 'zero', got {init!r}.")
-    if fit not in ("absmax", "scale", "levels+scale"):
-        raise InvalidArgumentError(f"fit must be 'absmax', 'scale' or 'levels+scale', got {fit!r}.")
-    if not _is_int(max_iter) or max_iter < 1:
-        raise InvalidArgumentError(f"max_iter must be an integer of at least 1, got {max_iter!r}.")
-    _require_not_negative("rtol", rtol)
-    if target is not None:
-        _require_not_negative("target", target)
-    if time_limit is not None:
-        _require_not_negative("time_limit", time_limit)
-    if not 0 < scaling < float("inf"):
-        raise InvalidArgumentError(f"scaling must be positive and finite, got {scaling!r}.")
-    if not _is_int(seed) or seed < 0:
-        raise InvalidArgumentError(f"seed must be an integer of at least 0, got {seed!r}.")
-    if extrapolation is not None and not 0 <= extrapolation <= 1:
-        raise InvalidArgumentError(f"extrapolation must be between 0 and 1, got {extrapolation!r}.")
-    if factor_format is not None and not isinstance(factor_format, BlockFormat):
-        raise InvalidArgumentError(
-            f"factor_format must be a BlockFormat, got {factor_format!r}. Use BlockFormat.parse for text."
+    if not callable(quantizer):
+        require_choice(quantizer, "quantizer", ("nearest", "gptq"))
+    require_choice(init, "init", ("svd", "quantize", "zero"))
+    require_choice(fit, "fit", get_args(Fit))
+    require_integer(max_iter, "max_iter", 1)
+    for name, value in (("rtol", rtol), ("target", target), ("time_limit", time_limit)):
+        if value is not None or name == "rtol":
+            require_number(value, name, "at least 0", lambda own: own >= 0)
+    require_number(scaling, "scaling", "positive and finite", lambda own: 0 < own < math.inf)
+    require_integer(seed, "seed")
+    if extrapolation is not None:
+        require_number(extrapolation, "extrapolation", "between 0 and 1", lambda own: 0 <= own <= 1)
+    if callback is not None:
+        require_kind(callback, "callback", Callable, "a function")  # type: ignore[arg-type]
+    if factor_format is not None:
+        require_kind(
+            factor_format, "factor_format", BlockFormat, "a BlockFormat, such as BlockFormat.parse('nf4/64:float32')"
         )
-
-
-def _require_not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise InvalidArgumentError(f"{name} must be at least 0, got {value!r}.")
-
-
-def _is_int(value: object) -> bool:
-    """Return whether a value is an integer of Python or NumPy; True and False are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from lqlora._dispatch import namespace
+from lqlora._options import require_choice
 from lqlora.errors import InvalidArgumentError
 from lqlora.quantized import QuantizedArray, gptq, quantize
 
@@ -70,10 +71,9 @@ def make_quantizer(
     """
     if callable(quantizer):
         return _Custom(quantizer)
+    require_choice(quantizer, "quantizer", ("nearest", "gptq"))
     if quantizer == "nearest":
         return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
-    if quantizer != "gptq":
-        raise InvalidArgumentError(f"quantizer must be 'nearest', 'gptq' or a callable, got {quantizer!r}.")
     if weighting.feedback_gram is None:
         raise InvalidArgumentError(
             f"quantizer='gptq' needs a weighting with the second moment of the inputs, got {type(weighting).__name__}. "

@@ -193,6 +193,7 @@ def decompose(
     matrix = checked_matrix(w, name)
     used, init_rank = checked_rank(matrix, rank, init_rank, name, clip_rank=clip_rank)
     check_options(
+        quantizer=quantizer,
         init=init,
         fit=fit,
         max_iter=max_iter,
@@ -200,11 +201,13 @@ def decompose(
         target=target,
         time_limit=time_limit,
         scaling=scaling,
+        callback=callback,
         seed=seed,
         extrapolation=extrapolation,
         factor_format=factor_format,
     )
-    rank, max_iter, seed = int(rank), int(max_iter), int(seed)  # integers of NumPy become Python's
+    # Numbers of NumPy and fractions become Python's.
+    rank, max_iter, seed, scaling = int(rank), int(max_iter), int(seed), float(scaling)
     weighting = Uniform() if weighting is None else weighting
     if not isinstance(weighting, AbstractWeighting):
         raise InvalidArgumentError(f"weighting must be a norm of lqlora.weighting, got {type(weighting).__name__}.")

@@ -145,7 +145,7 @@ def native_dtype(array: Array, dtype: str) -> Any:
     2
     """
     xp = namespace(array)
-    if dtype not in _FLOATS:
+    if not isinstance(dtype, str) or dtype not in _FLOATS:
         raise UnsupportedArrayError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}.")
     if dtype in _FLOATS[:2]:
         return getattr(xp, dtype)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["QUIET", "SEARCH_SHARE", "Choice", "Fit", "assemble", "by_absmax", "choose", "rounded_rows"]
 
 Fit: TypeAlias = Literal["absmax", "scale", "levels+scale"]
+
+#: The names of all fits.
+FITS: tuple[Fit, ...] = get_args(Fit)
 
 #: Weights that one set of levels for a whole array is fitted to, spread evenly over it. At 8 bits that is a thousand
 #: for each level. The sampling error of a level is then about 3 % of its cell, and the squared error rises by 0.1 %.

@@ -20,11 +20,12 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import FLOATS, device_of, namespace, plain_array
+from lqlora._options import require_choice, require_integer, require_number
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.quantized._decoding import decode_scales, zero_point_codes
 from lqlora.quantized._encoding import encode_codes
-from lqlora.quantized._fits import Fit, assemble, choose
+from lqlora.quantized._fits import FITS, Fit, assemble, choose
 from lqlora.quantized._layout import blocks_last, layout_of
 from lqlora.quantized._source import Source
 from lqlora.quantized._sweep import System, targets
@@ -142,7 +143,7 @@ def gptq(
     w, gram = plain_array(w, name, FLOATS), plain_array(gram, f"gram of {name}", FLOATS)
     xp = namespace(w, gram)
     w = ops.widen(w, name)
-    _check_options(damping, order, rounds, sweeps)
+    _check_options(damping, fit, order, rounds, sweeps)
     moment = _checked_moment(gram, w, name)
     if not bool(xp.any(moment != 0)):
         if moment.shape[0]:
@@ -165,14 +166,12 @@ def gptq(
     return best
 
 
-def _check_options(damping: float, order: str, rounds: int, sweeps: int) -> None:
-    if not 0 <= damping < math.inf:
-        raise InvalidArgumentError(f"damping must be at least 0 and finite, got {damping!r}.")
-    if order not in ("activation", "natural"):
-        raise InvalidArgumentError(f"order must be 'activation' or 'natural', got {order!r}.")
-    for option, value, least in (("rounds", rounds, 1), ("sweeps", sweeps, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InvalidArgumentError(f"{option} must be an int of at least {least}, got {value!r}.")
+def _check_options(damping: float, fit: str, order: str, rounds: int, sweeps: int) -> None:
+    require_number(damping, "damping", "at least 0 and finite", lambda own: 0 <= own < math.inf)
+    require_choice(fit, "fit", FITS)
+    require_choice(order, "order", ("activation", "natural"))
+    require_integer(rounds, "rounds", 1)
+    require_integer(sweeps, "sweeps")
 
 
 def _checked_moment(gram: Array, w: Array, name: str) -> Array:

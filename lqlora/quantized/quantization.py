@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import FLOATS, device_of, dtype_name, empty, namespace, plain_array, require_writable
+from lqlora._options import require_choice
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning, UnsupportedArrayError
 from lqlora.formats import BlockFormat
 from lqlora.quantized._decoding import decode_into, decode_scales, host_levels, zero_point_codes
-from lqlora.quantized._fits import Fit, assemble, choose
+from lqlora.quantized._fits import FITS, Fit, assemble, choose
 from lqlora.quantized._layout import layout_of
 from lqlora.quantized._source import Source
 from lqlora.quantized._underflow import lost_blocks
@@ -112,8 +113,7 @@ def quantize(
         raise InvalidArgumentError(
             f"fmt must be a BlockFormat, such as BlockFormat.parse('nf4/64:float32'), got {fmt!r}."
         )
-    if fit not in ("absmax", "scale", "levels+scale"):
-        raise InvalidArgumentError(f"fit must be 'absmax', 'scale' or 'levels+scale', got {fit!r}.")
+    require_choice(fit, "fit", FITS)
     if fit == "levels+scale" and fmt.levels == "codebook":
         fmt = replace(fmt, levels="matrix")
     importance = None if weights is None else _checked_importance(weights, w, fit)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lqlora._options import require_integer, require_number
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class Budget:
             raise InvalidArgumentError("upper or lower must be given for a Budget, got None for both.")
         for name in ("upper", "lower"):
             limit = getattr(self, name)
-            if limit is not None and (not isinstance(limit, int | np.integer) or limit < 0):
-                raise InvalidArgumentError(f"{name} of a Budget must be an integer of at least 0 bits, got {limit!r}.")
+            if limit is not None:
+                require_integer(limit, f"{name} of a Budget")
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -199,12 +200,10 @@ class SolveOptions:
     start: npt.ArrayLike | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threads, int | np.integer) or self.threads < 1:
-            raise InvalidArgumentError(f"threads must be an integer of at least 1, got {self.threads!r}.")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise InvalidArgumentError(f"time_limit must be a positive number of seconds, got {self.time_limit!r}.")
-        if not 0 <= self.rel_gap < 1:
-            raise InvalidArgumentError(f"rel_gap must be at least 0 and below 1, got {self.rel_gap!r}.")
+        require_integer(self.threads, "threads", 1)
+        if self.time_limit is not None:
+            require_number(self.time_limit, "time_limit", "positive", lambda own: own > 0)
+        require_number(self.rel_gap, "rel_gap", "at least 0 and below 1", lambda own: 0 <= own < 1)
 
 
 @dataclass(frozen=True, eq=False)

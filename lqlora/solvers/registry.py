@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from lqlora._messages import given
 from lqlora._optional import is_installed
 from lqlora.errors import InvalidArgumentError
 from lqlora.solvers.adapter import Adapter, License
@@ -70,8 +71,8 @@ def find(name: str) -> Adapter:
     InvalidArgumentError
         If there is no solver of that name.
     """
-    if name not in ADAPTERS:
-        raise InvalidArgumentError(f"solver must be 'auto' or one of {', '.join(ADAPTERS)}, got {name!r}.")
+    if not isinstance(name, str) or name not in ADAPTERS:
+        raise InvalidArgumentError(f"solver must be 'auto' or one of {', '.join(ADAPTERS)}, got {given(name)}.")
     return ADAPTERS[name]
 
 

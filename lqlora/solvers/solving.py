@@ -123,7 +123,7 @@ def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None =
     ([0, 1], 5.0, (6,))
     """
     options = options or SolveOptions()
-    name = select(problem) if solver == "auto" else solver
+    name = select(problem) if isinstance(solver, str) and solver == "auto" else solver
     find(name)  # raises on an unknown name before any work is done
     begin = time.perf_counter()
     reduced = reduce_problem(problem)

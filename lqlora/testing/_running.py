@@ -11,6 +11,7 @@ import hypothesis
 import numpy as np
 from hypothesis.errors import Flaky, HypothesisException
 
+from lqlora._options import require_integer
 from lqlora.errors import InvalidArgumentError
 from lqlora.solvers import Problem
 from lqlora.testing._verdicts import AdapterError, NotApplicableError, RefusedError, ViolationError
@@ -44,8 +45,7 @@ def try_properties(
 ) -> Report:
     """Check the selected properties of a registry on a subject. Without ``shrink`` counterexamples are not minimized."""
     selected = _selected(registry, only, exclude)
-    if max_examples < 1:
-        raise InvalidArgumentError(f"max_examples must be at least 1, got {max_examples!r}.")
+    require_integer(max_examples, "max_examples", 1)
     # A subject may be slow, and a strategy may reject most of its draws, as that of infeasible problems does. Neither is
     # a fault of the subject, so deadlines and health checks are off. With several bugs reported, Hypothesis would
     # raise a group of exceptions, and _try_property would not see the class of the check's own.

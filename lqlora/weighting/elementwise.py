@@ -9,6 +9,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import FLOATS, dtype_name, namespace, plain_array
+from lqlora._options import require_integer
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, require_importance, require_matrix, warn_of_zeros
 from lqlora.weighting.base import (
@@ -97,8 +98,7 @@ class Elementwise(AbstractWeighting):
         importance = ops.widen(plain_array(self.weights, "weights", FLOATS), "weights")
         xp = namespace(importance)
         require_importance(importance, "weights")
-        if not isinstance(self.sweeps, int) or isinstance(self.sweeps, bool) or self.sweeps < 0:
-            raise InvalidArgumentError(f"sweeps must be an integer of at least 0, got {self.sweeps!r}.")
+        require_integer(self.sweeps, "sweeps")
         require_matrix(importance, "weights")
         if is_zero(importance):
             warn_of_zeros("weights", stacklevel=3)

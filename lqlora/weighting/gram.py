@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lqlora import ops
 from lqlora._dispatch import FLOATS, device_of, namespace, plain_array
+from lqlora._options import require_number
 from lqlora.errors import InvalidArgumentError
 from lqlora.weighting._checks import is_zero, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, exponent_of
@@ -207,8 +209,9 @@ def _check_side(gram: Array, shape: tuple[int, ...], side: int, name: str) -> No
 
 def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
     """Return a Gram matrix, symmetric to the last bit, and the Cholesky factor of the damped matrix."""
-    if not _LEAST_DAMPING <= damping < float("inf"):
-        raise InvalidArgumentError(f"damping must be at least {_LEAST_DAMPING} and finite, got {damping!r}.")
+    require_number(
+        damping, "damping", f"at least {_LEAST_DAMPING} and finite", lambda own: _LEAST_DAMPING <= own < math.inf
+    )
     wide, dtype = ops.symmetric_moment(gram, name), ops.widen(gram, name).dtype
     xp = namespace(wide)
     if is_zero(wide):

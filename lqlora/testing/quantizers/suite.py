@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lqlora._options import require_choice, require_integer, require_number
 from lqlora.codebooks import Codebook
 from lqlora.errors import ConformanceError, InvalidArgumentError
 from lqlora.testing._running import try_properties
@@ -181,16 +182,13 @@ def _sorted_levels(levels: Codebook | Sequence[float] | npt.NDArray[Any] | None)
 def _require_sound(subject: Subject) -> None:
     for name in ("block_size", "size_multiple"):
         number = getattr(subject, name)
-        absent = name == "block_size" and number is None
-        if not absent and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise InvalidArgumentError(f"{name} must be an integer of at least 1, got {number!r}.")
-    if subject.ties_to not in (None, "lower", "upper"):
-        raise InvalidArgumentError(f"ties_to must be 'lower', 'upper' or None, got {subject.ties_to!r}.")
+        if name == "size_multiple" or number is not None:
+            require_integer(number, name, 1)
+    if subject.ties_to is not None:
+        require_choice(subject.ties_to, "ties_to", ("lower", "upper"))
     for name in ("tolerance", "scale_tolerance"):
-        if not getattr(subject, name) >= 0:
-            raise InvalidArgumentError(f"{name} must be at least 0, got {getattr(subject, name)!r}.")
-    for name, low, high in (("smallest", 2.0**-126, 0.25), ("largest", 1.0, 2.0**127)):
-        if not low <= getattr(subject, name) <= high:
-            raise InvalidArgumentError(
-                f"{name} must be between {low:.6g} and {high:.6g}, got {getattr(subject, name)!r}."
-            )
+        require_number(getattr(subject, name), name, "at least 0", lambda own: own >= 0)
+    require_number(
+        subject.smallest, "smallest", f"between {2.0**-126:.6g} and 0.25", lambda own: 2.0**-126 <= own <= 0.25
+    )
+    require_number(subject.largest, "largest", f"between 1 and {2.0**127:.6g}", lambda own: 1 <= own <= 2.0**127)

@@ -6,7 +6,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lqlora._optional import is_installed
-from lqlora.errors import ConformanceError, InvalidArgumentError, MissingDependencyError
+from lqlora._options import require_number
+from lqlora.errors import ConformanceError, MissingDependencyError
 from lqlora.solvers.registry import find
 from lqlora.testing._running import try_properties
 from lqlora.testing.solvers._properties import REGISTRY
@@ -104,8 +105,7 @@ def check_solver(
     ('passed', 'failed')
     """
     adapter = find(solver) if isinstance(solver, str) else solver
-    if not time_limit > 0:
-        raise InvalidArgumentError(f"time_limit must be a positive number of seconds, got {time_limit!r}.")
+    require_number(time_limit, "time_limit", "positive", lambda own: own > 0)
     if not is_installed(adapter.REQUIRES):
         raise MissingDependencyError(f"solver must be installed to be checked, but {adapter.REQUIRES} is missing.")
     subject = SolverSubject(adapter, exact, several_budgets, lower_limits, time_limit, overrun)

@@ -30,7 +30,7 @@ MODULES = (
 
 #: Classes that hold what they are given, and compute nothing.
 RECORDS = {
-    "BitsandbytesWeight", "Checkpoint", "Decomposition", "DecompositionStack", "LowRank", "LowRankStep", "Operands",
+    "BitsandbytesWeight", "Checkpoint", "Factors", "Decomposition", "DecompositionStack", "LowRank", "LowRankStep", "Operands",
     "PackedBlocks", "QuantizedArray", "StoredMatrix", "AbstractWeighting", "ScaledWeighting", "Quantizer",
 }  # fmt: skip
 

@@ -468,7 +468,7 @@ def test_all_documents_are_written_by_one_function():
         if re.search(r"json\.(dumps?|encode)\(", file.read_text(encoding="utf-8"))
     }
     processes = {"solvers/vendors/ortools.py", "solvers/vendors/_ortools_process.py"}
-    assert found == {"_documents.py", "checkpoint/file.py", "costs/store.py"} | processes
+    assert found == {"_documents.py", "checkpoint/_container.py", "costs/store.py"} | processes
 
 
 def test_values_that_json_turns_into_those_of_the_schema_are_written():

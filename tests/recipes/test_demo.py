@@ -168,7 +168,7 @@ class TestFailures:
             weights[f"model.layers.0.{kind}.weight"].flat[5] = np.nan
 
         write_tiny_llama(tmp_path / "nan.gguf", change=spoil)
-        assert "NaN" in failure(model_file=tmp_path / "nan.gguf")
+        assert "loss must be finite, got nan" in failure(model_file=tmp_path / "nan.gguf")
 
     def test_a_parent_that_is_a_file(self, failure, tmp_path):
         (tmp_path / "file").write_text("")

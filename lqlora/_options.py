@@ -74,7 +74,7 @@ def require_number(value: object, name: str, allowed: str, is_allowed: Callable[
     allowed : str
         The range in words, such as ``"between 0 and 1"``.
     is_allowed : callable
-        Tells whether a number is in the range. It must be false for NaN, for which all comparisons are false.
+        Function of a number: True if it is in the range. Comparisons with NaN are false, so NaN is refused.
 
     Raises
     ------

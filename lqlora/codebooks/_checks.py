@@ -19,11 +19,13 @@ def cached(maxsize: int | None = None) -> Callable[[Callable[P, R]], Callable[P,
     """Return a decorator that keeps results by arguments; arguments that cannot be hashed reach the function."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        """Return the function with a cache."""
         # Arguments of another type are another entry, so 4.0 and True do not find the result for 4 and 1.
         kept: Callable[..., R] = functools.lru_cache(maxsize, typed=True)(function)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> R:
+            """Return the result that is kept, or compute it."""
             try:
                 hash((args, *kwargs.values()))
             except TypeError:

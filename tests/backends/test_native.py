@@ -272,7 +272,7 @@ class TestThreads:
 
     @pytest.mark.parametrize("count", [0, -1, 1.0, "2", True])
     def test_what_is_no_number_of_threads_is_refused(self, count):
-        with pytest.raises(InvalidArgumentError, match="count must be an integer of at least 1"):
+        with pytest.raises(InvalidArgumentError, match="count must be an integer"):
             set_num_threads(count)
 
 

@@ -273,3 +273,15 @@ def test_any_text_is_a_format_or_refused(text):
     except FormatError:  # any other error fails the test
         parsed = BlockFormat(NF4)
     assert BlockFormat.parse(str(parsed)) == parsed
+
+
+@pytest.mark.parametrize("text", [None, 4, b"nf4/64:float32", ["nf4/64:float32"]])
+def test_a_format_is_parsed_from_a_text_only(text):
+    with pytest.raises(FormatError, match=r"^text must"):
+        BlockFormat.parse(text)
+
+
+@pytest.mark.parametrize("codebook", ["nf4", [-1.0, 1.0], np.ones(2)])
+def test_a_text_is_parsed_with_a_codebook_only(codebook):
+    with pytest.raises(FormatError, match=r"^codebook must"):
+        BlockFormat.parse("own/64:float32", codebook)

@@ -156,3 +156,9 @@ class TestWork:
     @pytest.mark.parametrize("family", [abnormal_float, block_optimal, student_float])
     def test_the_memory_for_results_is_bounded(self, family):
         assert 0 < family.cache_info().maxsize <= 256
+
+
+@pytest.mark.parametrize("bits", [[4], {}, [0.5]])
+def test_what_cannot_be_hashed_is_refused_by_the_constructor(bits):
+    with pytest.raises(InvalidArgumentError, match=r"^bits must"):
+        uniform(bits)

@@ -158,9 +158,11 @@ class Elementwise(AbstractWeighting):
         if start is None:
             start = self.surrogate.low_rank(residual, rank, previous=previous, seed=seed)
         if rank and self.sweeps:
-            left, right = self._swept(residual, start.left, start.right)
-            rest = residual - left @ right
-            # Entries without importance are free. If they grow beyond the digits of float32, the others lose theirs.
+            # Entries without importance are free. If they grow beyond the digits of float32, the others lose theirs. They may
+            # even overflow, and such factors are not used either.
+            with np.errstate(over="ignore", invalid="ignore"):
+                left, right = self._swept(residual, start.left, start.right)
+                rest = residual - left @ right
             if largest_magnitude(rest) <= _FREE * largest_magnitude(residual):
                 return LowRankStep(left, right, start.basis, self.squared_norm(rest))
             start = self.surrogate.low_rank(residual, rank, previous=previous, seed=seed)

@@ -1,4 +1,4 @@
-"""Which cases of a test run with the others if its marker ``sampled`` asks for some of them."""
+"""The marker ``sampled(n)``: n cases of a test run in every suite, and the rest only where slow tests do."""
 
 from __future__ import annotations
 

@@ -437,7 +437,7 @@ WRITERS = [
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda own: own.__name__.removeprefix("_written_"))
 class TestWriters:
-    """What is written can be read. The rest is refused before there is a file."""
+    """Each writer writes a file that its reader accepts, or refuses and leaves no file."""
 
     @pytest.mark.parametrize("name", ["\ud800", "a\udc00b", "\udc00\ud800"], ids=ascii)
     def test_names_that_are_not_unicode_are_refused(self, write, name, tmp_path):

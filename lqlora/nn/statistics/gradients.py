@@ -91,7 +91,7 @@ class _Use:
 
 
 class OutputGradients:
-    """Forward hook of one layer that hands on the gradients at its output, batch by batch.
+    """Forward hook of one layer, which passes the gradients of its outputs to a collector for each batch.
 
     Gradients are handed on as soon as they are known if the layer is used once in a pass. If it is used several times, they
     wait for the end of the backward pass, because an unused result gets no gradient.
@@ -207,7 +207,7 @@ class OutputGradients:
 
 
 def send_gradients(losses: torch.Tensor, layers: Collection[OutputGradients]) -> int:
-    """Run backward passes that hand the gradients of every single loss to the hooks of layers.
+    """Run backward passes, so that hooks of layers receive the gradients of each loss by itself.
 
     Parameters
     ----------

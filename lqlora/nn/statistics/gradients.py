@@ -283,17 +283,23 @@ def _owners(marks: list[torch.Tensor], gradient: torch.Tensor, count: int) -> to
     if len(marks) != _number_of_digits(count):
         return None
     own = _projection(gradient)
-    size = own.norm(dim=-1)
+    # The largest component measures a row: a marked row may be so large that its squares overflow float32.
+    size = _largest(own)
     # Rounding in the order of sums may differ between passes on some devices. A smaller part of another example than
     # that does not count either. If a number leaves the range of its type, the row counts as shared, which is right.
     tolerance = min(64 * torch.finfo(gradient.dtype).eps, 2.0**-5)
     owners = torch.zeros_like(size, dtype=torch.int64)
     fits = torch.ones_like(size, dtype=torch.bool)
     for digit, mark in enumerate(marks):
-        value = ((mark.norm(dim=-1) / size).log2() / _STEP).round().nan_to_num(0.0, 0.0, 0.0).clamp(0, _WEIGHTS - 1)
+        value = ((_largest(mark) / size).log2() / _STEP).round().nan_to_num(0.0, 0.0, 0.0).clamp(0, _WEIGHTS - 1)
         expected = own * (2.0 ** (_STEP * value))[:, None]
-        fits &= (mark - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)
+        fits &= _largest(mark - expected) <= tolerance * _largest(expected)
         owners += value.long() * _WEIGHTS**digit
     is_zero = (gradient.reshape(-1, gradient.shape[-1]) == 0).all(dim=-1)
     fits &= (owners < count) & (is_zero == (size == 0))
     return owners.masked_fill(is_zero, -1) if bool(fits.all()) else None
+
+
+def _largest(rows: torch.Tensor) -> torch.Tensor:
+    """Return the largest absolute value of each row."""
+    return rows.abs().amax(dim=-1)

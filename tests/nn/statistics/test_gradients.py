@@ -95,6 +95,21 @@ def test_a_pass_for_each_example_runs_only_for_rows_of_several():
     assert passes == [2 + 1, 2 + 5 + 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("examples", "digits"), [(2, 1), (16, 1), (17, 2), (256, 2), (257, 3)])
+def test_few_passes_find_the_example_of_each_row_in_every_dtype(dtype, examples, digits):
+    passes = []
+
+    def loss(model, x):
+        losses = 1000 * squared(model, x).float()
+        losses.register_hook(lambda _: passes.append(1))
+        return losses
+
+    (batch,) = _batches((examples, 3))
+    collect_fisher(make(Experts).to(dtype), [batch.to(dtype)], loss=loss)
+    assert len(passes) == digits + 1
+
+
 @pytest.mark.parametrize("collect", [collect_fisher, collect_kronecker])
 def test_reentrant_checkpointing_is_refused_by_name(collect):
     with pytest.raises(InvalidArgumentError, match=r"'layer'.*use_reentrant=False"):

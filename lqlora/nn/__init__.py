@@ -24,6 +24,7 @@ from lqlora.nn.state import load_model, save_model  # noqa: E402
 from lqlora.nn.statistics.fisher import collect_fisher  # noqa: E402
 from lqlora.nn.statistics.gram import collect_gram, collect_kronecker  # noqa: E402
 from lqlora.nn.statistics.losses import causal_lm_loss  # noqa: E402
+from lqlora.nn.tensor import QuantizedTensor  # noqa: E402
 from lqlora.nn.weight import QuantizedWeight  # noqa: E402
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Operands",
     "QuantizationReport",
     "QuantizedLayer",
+    "QuantizedTensor",
     "QuantizedWeight",
     "RequantizedLayer",
     "causal_lm_loss",

@@ -180,7 +180,7 @@ def save_factors(path: str | os.PathLike[str], model: nn.Module, metadata: Mappi
         If the file cannot be written.
     """
     matrices = {
-        name: StoredMatrix(layer.weight.array, layer.lora_A, layer.lora_B, layer.scaling)
+        name: StoredMatrix(layer.quantized.array, layer.lora_A, layer.lora_B, layer.scaling)
         for name, layer in quantized_layers(unwrapped(model)).items()
     }
     write_factors(path, matrices, metadata)
@@ -220,7 +220,7 @@ def load_factors(path: str | os.PathLike[str], model: nn.Module) -> dict[str, An
             shortened(f"{path} does not fit the model: {one!r} is not {where} ({len(left)} differences in all).")
         )
     if other := [
-        name for name, own in content.factors.items() if base_fingerprint(layers[name].weight.array) != own.base
+        name for name, own in content.factors.items() if base_fingerprint(layers[name].quantized.array) != own.base
     ]:
         raise CheckpointError(
             shortened(

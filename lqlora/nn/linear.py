@@ -11,6 +11,7 @@ from lqlora import ops
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operators import is_autocast, linear_with_dropout  # its module registers torch.ops.lqlora
+from lqlora.nn.tensor import QuantizedTensor
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized.array import require_quantized
 
@@ -38,6 +39,11 @@ class LQLinear(nn.Module):
     dropout : float, default 0.0
         Probability with which an entry of the input of the low-rank part is set to zero in training. The others are divided
         by ``1 - dropout``.
+
+    Attributes
+    ----------
+    quantized : QuantizedWeight
+        Frozen part as a module of buffers.
 
     Raises
     ------
@@ -74,7 +80,7 @@ class LQLinear(nn.Module):
         self.out_features, self.in_features = rows, columns
         self.scaling = scaling
         self.dropout = dropout
-        self.weight = QuantizedWeight(quantized)
+        self.quantized = QuantizedWeight(quantized)
         # Copies, in float32: an optimizer changes parameters in place, and a decomposition must keep its factors. Small steps
         # would vanish in a half precision, so the factors stay float32 under autocast; the operator rounds them in each call.
         # The bias is frozen, so it may share the memory of the given one.
@@ -106,6 +112,16 @@ class LQLinear(nn.Module):
         return cls(*parts, decomposition.scaling, bias, dropout)
 
     @property
+    def weight(self) -> QuantizedTensor:
+        """Sum of both parts, so that ``linear(x, layer.weight, layer.bias)`` is ``layer(x)`` without dropout.
+
+        Its dtype is that of the layer that was replaced, or the last one that the module was cast to.
+        """
+        return QuantizedTensor(
+            self.quantized.operands, self.lora_A, self.lora_B, self.scaling, dtype=self.quantized.dtype
+        )
+
+    @property
     def rank(self) -> int:
         """Rank of the low-rank part."""
         return self.lora_A.shape[0]
@@ -128,9 +144,9 @@ class LQLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))
         y: torch.Tensor
         if self.dropout and self.training:
-            y = linear_with_dropout(x, self.weight.operands, self.lora_A, self.lora_B, self.scaling, self.dropout)
+            y = linear_with_dropout(x, self.quantized.operands, self.lora_A, self.lora_B, self.scaling, self.dropout)
         else:
-            y = torch.ops.lqlora.linear(x, *self.weight.operands, self.lora_A, self.lora_B, self.scaling)
+            y = torch.ops.lqlora.linear(x, *self.quantized.operands, self.lora_A, self.lora_B, self.scaling)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:

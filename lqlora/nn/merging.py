@@ -16,6 +16,7 @@ from lqlora._patterns import list_names
 from lqlora._printable import printable
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.nn.experts import join_dense
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import unwrapped
@@ -96,9 +97,9 @@ def merged_weight(layer: LQLinear, dtype: torch.dtype = torch.float32) -> torch.
 def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
     if dtype not in _FLOATS:
         raise InvalidArgumentError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r:.80}.")
-    if layer.weight.device.type == "meta":
+    if layer.quantized.device.type == "meta":
         raise InvalidArgumentError(f"{name} must hold values, but is on the meta device. Load the model first.")
-    dense = layer.weight.dequantize()
+    dense = layer.quantized.dequantize()
     wide = torch.float32 if dense.device.type == "mps" else torch.float64  # that device has no float64
     found = torch.empty(dense.shape, dtype=dtype, device=dense.device)
     inner, outer = layer.lora_A.detach().to(wide), layer.lora_B.detach().to(wide) * layer.scaling
@@ -151,6 +152,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
         for name, layer in quantized_layers(model).items()
     }
     replace_modules(model, replacements)
+    join_dense(model)
 
 
 def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
@@ -216,7 +218,7 @@ def requantize_model(model: nn.Module, originals: Mapping[str, Any] | None = Non
     errors: dict[str, RequantizedLayer] = {}
     for name, layer in quantized_layers(model).items():
         merged = _merged(layer, torch.float32, repr(printable(name)))
-        again = _quantized(merged, layer.weight.format, name)
+        again = _quantized(merged, layer.quantized.format, name)
         original = None if originals is None else _original(originals, name, merged)
         rows, columns = merged.shape
         no_factors = StoredMatrix(again, merged.new_empty(0, columns), merged.new_empty(rows, 0))

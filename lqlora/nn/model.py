@@ -171,6 +171,7 @@ def quantize_model(
         (_, decomposition, seconds), found[index] = found[index], None
         numbers[name] = _numbers(decomposition, rank=ranks[name], seconds=seconds, dense=matrix_of(layer).nbytes)
         replacements[layer] = quantized_layer(decomposition, layer, dropout)
+    maps.split_stacks(replacements)
     replace_modules(maps.model, replacements)
     return _report(maps, numbers, before)
 
@@ -278,6 +279,7 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module, drop
     """
     weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", getattr(layer, "bias", None))
     found = LQLinear.from_decomposition(matrix, bias, dropout)
+    found.quantized.dtype = weight.dtype
     if found.lora_A.device != weight.device:
         found.to(weight.device)
     if bias is not None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__ = ["is_autocast", "linear_with_dropout"]
+__all__ = ["as_given", "is_autocast", "linear_with_dropout"]
 
 #: Kinds of devices that have autocast; asking about others is an error.
 _HAVE_AUTOCAST = frozenset(
@@ -101,12 +101,23 @@ def linear_with_dropout(
     """
     # The operator `linear` has one input for both parts, so the parts are computed one by one, as in its gradient.
     y = torch.ops.lqlora.matmul(x, *weight)
-    with _as_given(x):
+    with as_given(x):
         return _added(y, functional.dropout(x, dropout), lora_A.to(x.dtype), lora_B.to(x.dtype), scaling)
 
 
-def _as_given(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without autocast, which would change the dtypes of the factors of a product."""
+def as_given(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which would change the dtypes of the factors of a product.
+
+    Parameters
+    ----------
+    x : Tensor
+        Factor whose device counts.
+
+    Returns
+    -------
+    context manager
+        One that does nothing if autocast is off.
+    """
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if is_autocast(kind) else _NO_CONTEXT
 
@@ -175,7 +186,7 @@ def _matmul(
 ) -> Tensor:
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=adjoint)
-    with _as_given(x):
+    with as_given(x):
         y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T) if adjoint else multiply(x, q)
     # The fake implementation promises a contiguous result, and compiled code reads the result by those strides.
     return y.contiguous()
@@ -276,7 +287,7 @@ def _linear(
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=False)
     _check_factors(x, shape, lora_A, lora_B)
-    with _as_given(x):
+    with as_given(x):
         y = multiply(x, q)
         if x.dtype == lora_A.dtype == lora_B.dtype and x.dtype in _WIDE and x.is_cpu:
             return _added(y, x, lora_A, lora_B, scaling)  # the same as the operation, without a dispatch
@@ -337,7 +348,7 @@ def _linear_autograd(
         y = _matmul_autograd(x, weight, fmt, shape, codebook)
         _check_factors(x, shape, lora_A, lora_B)
         inner, outer = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        with _as_given(x):
+        with as_given(x):
             return _added(y, x, inner, outer, scaling)
     total: Tensor = _below_autograd(torch.ops.lqlora.linear, x, weight, fmt, shape, codebook, lora_A, lora_B, scaling)
     return total

@@ -12,13 +12,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lqlora._patterns import as_patterns, list_names, predicate_of_any, shown_patterns
 from lqlora.errors import InvalidArgumentError
+from lqlora.nn.experts import ExpertMatrix, find_stacks, split_stacks
 from lqlora.nn.heads import Heads, names_above
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import computes_product_alone, has_more_than_weight_and_bias, is_linear_map
-from lqlora.nn.weight_reads import needs_dense_weight, reads_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from lqlora._patterns import Pattern, Patterns
 
@@ -55,10 +55,6 @@ _ADAPTER = DenseReason(
 _HEAD = DenseReason("heads", "is an output head")
 _OUTPUT = DenseReason("output embeddings", "is the output embedding of the model")
 _ROUTER = DenseReason("routers", "is a router of experts")
-_READ_OFTEN = DenseReason("weights read by their owners", "is called, but its owner also reads its weight")
-_READ = DenseReason(
-    "weights read by their owners", "has an owner that passes its weight to a function, which needs a dense one"
-)
 _FORWARD = DenseReason(
     "replaced forward methods", "has a forward method of its own, which conversion would drop. Remove it first"
 )
@@ -91,7 +87,7 @@ def select_linears(model: nn.Module, include: Patterns | None = None, exclude: P
     -------
     dict of str to torch.nn.Module
         Layers by name, in the order of the model: ``torch.nn.Linear``, derived classes that compute the same, and
-        ``Conv1D`` of transformers, whose weight is transposed.
+        ``Conv1D`` of transformers, whose weight is transposed. The matrices of experts follow.
 
     Raises
     ------
@@ -100,10 +96,13 @@ def select_linears(model: nn.Module, include: Patterns | None = None, exclude: P
 
     Notes
     -----
-    The body is everything but output embeddings, layers that share their weight with another one, heads, routers of
-    experts, and layers whose weight their owner reads. A pattern that matches a layer of the body selects only such layers;
+    The body is everything but output embeddings, layers that share their weight with another one, heads, and routers of
+    experts. A pattern that matches a layer of the body selects only such layers;
     a pattern that matches none of them selects the other layers that it matches. So ``include=["*", "lm_head"]`` adds the
     output embedding.
+
+    Experts of transformers that are stored as one array ``"experts.up_proj"`` are matrices ``"experts.up_proj.0"``,
+    ``"experts.up_proj.1"`` and so on. A pattern that matches the name of the array selects all of them.
 
     Layers that cannot be quantized are never selected: adapters of other libraries, weights that are computed from other
     tensors, layers on the meta device, and layers that compute something else.
@@ -146,13 +145,19 @@ class LinearMaps:
     Attributes
     ----------
     layers : dict of str to torch.nn.Module
-        All linear layers in the order of the model. A layer with several names is listed under the first.
+        All linear layers in the order of the model, then the matrices of experts that are stored in one array. A layer with
+        several names is listed under the first.
+    stacks : list of ExpertStack
+        Arrays of experts.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrapped(model)
         self._modules = dict(self.model.named_modules())
         self.layers = {name: m for name, m in self._modules.items() if is_linear_map(m)}
+        self.stacks = find_stacks(self._modules)
+        for stack in self.stacks:
+            self.layers |= stack.matrices
 
     @functools.cached_property
     def roles(self) -> dict[str, DenseReason]:
@@ -171,16 +176,6 @@ class LinearMaps:
     @functools.cached_property
     def _shared(self) -> dict[nn.Module, str]:
         return _shared_weights(self._modules)
-
-    @functools.cached_property
-    def _owners(self) -> dict[nn.Module, set[tuple[type, str]]]:
-        """Classes of the modules that hold a layer, and the attribute under which they do."""
-        owners: dict[nn.Module, set[tuple[type, str]]] = {layer: set() for layer in self.layers.values()}
-        for module in self._modules.values():
-            for attribute, child in module._modules.items():  # noqa: SLF001 - named_children leaves out second names
-                if child in owners:
-                    owners[child].add((type(module), attribute))
-        return owners
 
     def choose(
         self, include: Patterns | None = None, exclude: Patterns = (), parameter: str = "include"
@@ -207,7 +202,12 @@ class LinearMaps:
         include = None if include is None else as_patterns(include, parameter)
         exclude = as_patterns(exclude, "exclude")
         is_excluded = predicate_of_any(exclude, self.layers)
-        names = {name: _plain(name) for name in self.layers if not is_excluded(name) and not is_excluded(_plain(name))}
+        # An expert has the name of its array, too.
+        plain = {
+            name: _plain(name.rpartition(".")[0] if isinstance(layer, ExpertMatrix) else name)
+            for name, layer in self.layers.items()
+        }
+        names = {name: own for name, own in plain.items() if not is_excluded(name) and not is_excluded(own)}
         body = [name for name in names if name not in self.roles and name not in self.faults]
         if include is None:
             chosen = set(body)
@@ -227,6 +227,16 @@ class LinearMaps:
         if not chosen:
             self._refuse_nothing(include, exclude, parameter)
         return {name: layer for name, layer in self.layers.items() if name in chosen}
+
+    def split_stacks(self, layers: Collection[nn.Module]) -> None:
+        """Make matrices of experts a part of the model, where some of an array are to be replaced.
+
+        Parameters
+        ----------
+        layers : collection of torch.nn.Module
+            The layers to replace.
+        """
+        split_stacks(stack for stack in self.stacks if any(own in layers for own in stack.matrices.values()))
 
     def group_of(self, parameter: str) -> str:
         """Return the group of a tensor that is left dense, for reports.
@@ -321,7 +331,7 @@ class LinearMaps:
             return _ROUTER
         if other := self._shared.get(layer):
             return DenseReason("shared weights", f"shares its weight with {other!r}")
-        return _READ_OFTEN if any(reads_weight(*owner) for owner in self._owners[layer]) else None
+        return None
 
     def _fault(self, name: str) -> DenseReason | None:
         """Return why a layer cannot be quantized, or None if it can."""
@@ -334,9 +344,7 @@ class LinearMaps:
             return reason
         if has_more_than_weight_and_bias(layer):
             return _TENSORS
-        if not computes_product_alone(layer):
-            return _CLASS
-        return _READ if any(needs_dense_weight(*owner) for owner in self._owners[layer]) else None
+        return None if isinstance(layer, ExpertMatrix) or computes_product_alone(layer) else _CLASS
 
     @functools.cached_property
     def _adapted(self) -> dict[str, bool]:

@@ -51,7 +51,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     matrices = {
-        name: StoredMatrix(layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
+        name: StoredMatrix(layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
         for name, layer in layers.items()
     }
     state = model.state_dict(keep_vars=True)
@@ -94,6 +94,10 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
     tied = _ties(path, content)
     state = model.state_dict(keep_vars=True)
+    for stack in maps.stacks:
+        if not linears.keys().isdisjoint(stack.matrices):
+            del state[stack.name]
+            state |= {f"{name}.weight": own.weight for name, own in stack.matrices.items() if name not in linears}
     _check_fit(path, state, maps, linears, content, tied)
     maps.freeze()
     # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
@@ -104,6 +108,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     replacements: dict[nn.Module, nn.Module] = {}
     for name, matrix in content.matrices.items():
         replacements[linears[name]] = quantized_layer(matrix, linears[name])
+    maps.split_stacks(replacements)
     replace_modules(model, replacements)
     return content
 

@@ -38,13 +38,20 @@ class QuantizedWeight(nn.Module):
     quantized : QuantizedArray
         Array of any library; it is copied to torch.
 
+    Attributes
+    ----------
+    dtype : torch.dtype
+        Dtype that the dense weight is said to have, for code that asks for ``layer.weight.dtype``. Nothing is stored in it.
+
     Notes
     -----
-    ``module.half()`` and similar calls move the buffers but never change their dtypes: scales are part of the format.
+    ``module.half()`` and similar calls change ``dtype`` and move the buffers, but never change the dtypes of buffers: scales
+    are part of the format.
     """
 
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__()
+        self.dtype = torch.float32
         self.format = quantized.format
         self.shape = torch.Size(quantized.shape)
         self._spelling = str(quantized.format), tuple(quantized.shape), codebook_to_text(quantized.format.codebook)
@@ -89,11 +96,6 @@ class QuantizedWeight(nn.Module):
         """Device of the buffers."""
         return cast("torch.Tensor", self.codes).device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the dense values, for code that inspects ``layer.weight.dtype``."""
-        return torch.float32
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the dense weight.
 
@@ -116,6 +118,7 @@ class QuantizedWeight(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -14,6 +14,7 @@ from lqlora._dispatch import namespace, plain_array
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized._decoding import decode_scales, unpacked
+from lqlora.quantized._layout import layout_of
 
 if TYPE_CHECKING:
     from lqlora._typing import Array, Namespace
@@ -85,6 +86,66 @@ class QuantizedArray:
             raise IndexError(f"index must be below {self.batch_shape[0]}, the length of the stack, got {index}.")
         arrays = {name: array[index, ...] for name, array in self.to_arrays().items()}
         return nest(arrays, self.format, self.shape[1:], len(self.batch_shape) - 1)
+
+    def rows(self, start: int, stop: int) -> QuantizedArray:
+        """Return some rows of a matrix, or entries of a vector; nothing is copied.
+
+        Parameters
+        ----------
+        start, stop : int
+            First row, and the one after the last, from 0 to the number of rows.
+
+        Returns
+        -------
+        QuantizedArray of shape (stop - start, ...)
+            Shares the memory. It decodes to the same numbers.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the array is a stack or has more than two dimensions, a row is beyond its end, or a boundary lies within a
+            block, a byte, a block of quantized scales, or a group of fitted levels.
+
+        Examples
+        --------
+        >>> import numpy as np, lqlora as lq
+        >>> q = lq.quantize(np.eye(4, 64, dtype=np.float32), lq.BlockFormat.parse("nf4/64:float32"))
+        >>> lq.dequantize(q.rows(1, 3)).argmax(axis=1).tolist()
+        [1, 2]
+        """
+        if self.batch_shape or len(self.shape) not in (1, 2):
+            raise InvalidArgumentError(f"rows must be taken of a vector or a matrix, got shape {self.shape}.")
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise InvalidArgumentError(
+                f"start and stop must be in order and from 0 to {self.shape[0]}, got {start} and {stop}."
+            )
+        layout, width = layout_of(self.format, self.shape), prod(self.shape[1:])
+        first, last = start * width, stop * width
+        in_order = layout.lines_per_set is None and (layout.follows_rows or len(self.shape) == 1)
+        blocks = slice(first // layout.block_size, -(-last // layout.block_size))
+        if not in_order or not all(
+            entry in (0, layout.count)
+            or (entry % layout.block_size == 0 and entry * layout.bits % 8 == 0 and self._has_byte_at(block))
+            for entry, block in ((first, blocks.start), (last, blocks.stop))
+        ):
+            raise InvalidArgumentError(
+                f"start and stop must be multiples of whole blocks and bytes in format {self.format}, got {start} and {stop}."
+            )
+        scales = self.scales
+        scales = scales.rows(blocks.start, blocks.stop) if isinstance(scales, QuantizedArray) else scales[blocks]
+        return QuantizedArray(
+            self.packed[layout.bytes_of(slice(first, last))],
+            scales,
+            self.format,
+            (stop - start, *self.shape[1:]),
+            self.offset,
+            None if self.zero_points is None else self.zero_points[layout.bytes_of(blocks)],
+            self.levels,
+        )
+
+    def _has_byte_at(self, block: int) -> bool:
+        """Return whether the zero point of a block begins a byte, if there are zero points."""
+        return self.zero_points is None or block * self.format.bits % 8 == 0
 
     @classmethod
     def stack(cls, parts: Sequence[QuantizedArray], batch_shape: tuple[int, ...]) -> QuantizedArray:

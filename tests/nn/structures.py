@@ -147,7 +147,7 @@ class Reader(nn.Module):
 
 
 class Asker(nn.Module):
-    """Reads only what a quantized weight has, too."""
+    """Asks for the dtype and the device of the weight."""
 
     def __init__(self):
         super().__init__()
@@ -248,7 +248,7 @@ def _linear() -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH)
 
 
-READ, OTHER, COMPUTED = "weights read by their owners", "layers of other classes", "computed weights"
+OTHER, COMPUTED = "layers of other classes", "computed weights"
 HEAD, OUTPUT, ADAPTER = "heads", "output embeddings", "adapters of other libraries"
 
 STRUCTURES = {
@@ -276,11 +276,10 @@ STRUCTURES = {
     ),
     "attention": Structure(
         lambda: Sandwich(nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.0, batch_first=True)),
-        ["up"],
-        {"part.self_attn.out_proj": READ, "part.linear1": READ, "part.linear2": READ},
-        refused=("part.self_attn.out_proj", "part.linear1", "part.linear2"),
+        ["up", "part.self_attn.out_proj", "part.linear1", "part.linear2"],
+        {},
     ),
-    "reader": Structure(lambda: Sandwich(Reader()), ["up"], {"part.q": READ, "part.k": READ}, refused=("part.q",)),
+    "reader": Structure(lambda: Sandwich(Reader()), ["up", "part.q", "part.k"], {}),
     "asker": Structure(lambda: Sandwich(Asker()), ["up", "part.wo"], {}),
     "experts": Structure(
         lambda: Sandwich(Mixture()),

@@ -274,7 +274,7 @@ class TestFiles:
     def test_one_changed_code_is_another_base(self, tmp_path):
         save_factors(tmp_path / "f", _model())
         model = _model()
-        model[2].weight.codes[0] ^= 1
+        model[2].quantized.codes[0] ^= 1
         with pytest.raises(CheckpointError, match=r"another quantized model.* in 2"):
             load_factors(tmp_path / "f", model)
 

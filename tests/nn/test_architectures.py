@@ -107,17 +107,17 @@ ARCHITECTURES = {
     ),
     "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Config", LLAMA, 14, HEAD),
     "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 8}, 14, HEAD),
-    "mixtral": Architecture("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 4}, 8, HEAD),
+    "mixtral": Architecture("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 4}, 24, HEAD),
     "qwen2 experts": Architecture(
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
         {**QWEN_EXPERTS, "shared_expert_intermediate_size": 16},
-        14,
+        30,
         {"routers": [f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)], **HEAD},
     ),
-    "qwen3 experts": Architecture("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**QWEN_EXPERTS, "head_dim": 8}, 8, HEAD),
+    "qwen3 experts": Architecture("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**QWEN_EXPERTS, "head_dim": 8}, 24, HEAD),
     "gpt-oss": Architecture(
-        "GptOssForCausalLM", "GptOssConfig", {**LLAMA, "head_dim": 8, "num_local_experts": 4}, 8, HEAD
+        "GptOssForCausalLM", "GptOssConfig", {**LLAMA, "head_dim": 8, "num_local_experts": 4}, 24, HEAD
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}, 8, HEAD
@@ -133,25 +133,15 @@ ARCHITECTURES = {
         "BloomForCausalLM",
         "BloomConfig",
         {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99},
-        4,
-        {
-            "weights read by their owners": [
-                f"transformer.h.{i}.{kind}" for i in range(2) for kind in ("self_attention.dense", "mlp.dense_4h_to_h")
-            ],
-            **HEAD,
-        },
+        8,
+        HEAD,
     ),
     "mamba": Architecture(
         "MambaForCausalLM",
         "MambaConfig",
         {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "state_size": 4},
-        2,
-        {
-            "weights read by their owners": [
-                f"backbone.layers.{i}.mixer.{kind}" for i in range(2) for kind in ("x_proj", "dt_proj", "out_proj")
-            ],
-            **HEAD,
-        },
+        8,
+        HEAD,
     ),
     "bert": Architecture(
         "BertForMaskedLM",

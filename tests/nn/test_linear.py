@@ -34,7 +34,7 @@ def _layer(fmt=FORMATS["nested"], *, bias=True, rank=RANK, scaling=0.5) -> LQLin
 
 
 def _dense_weight(layer: LQLinear):
-    return layer.weight.dequantize() + layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
+    return layer.quantized.dequantize() + layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
 
 
 def _input(*shape, dtype=torch.float32):
@@ -55,7 +55,7 @@ class TestForward:
 
     def test_it_is_the_function_on_arrays(self, layer):
         x = _input(4)
-        parts = (layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
+        parts = (layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
         torch.testing.assert_close(layer(x), lq.matmul(x, *parts) + layer.bias)
 
     def test_without_bias(self):
@@ -66,7 +66,7 @@ class TestForward:
     def test_rank_zero_is_plain_quantization(self):
         layer = _layer(rank=0)
         assert layer.rank == 0
-        expected = torch.nn.functional.linear(_input(4), layer.weight.dequantize(), layer.bias)
+        expected = torch.nn.functional.linear(_input(4), layer.quantized.dequantize(), layer.bias)
         torch.testing.assert_close(layer(_input(4)), expected)
 
     @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float16, 1e-2), (torch.bfloat16, 5e-2), (torch.float64, 1e-5)])
@@ -104,7 +104,7 @@ class TestForward:
         d = StoredMatrix(q, torch.ones(RANK, IN, device="meta"), torch.ones(OUT, RANK, device="meta"), 1.0)
         layer = LQLinear.from_decomposition(d)
         assert {tensor.device.type for tensor in layer.state_dict().values()} == {"meta"}
-        assert layer.weight.device.type == layer.weight.array.packed.device.type == "meta"
+        assert layer.quantized.device.type == layer.quantized.array.packed.device.type == "meta"
 
     def test_factors_that_do_not_fit_are_refused(self):
         d = lq.decompose(torch.ones(4, 6), FORMATS["plain"], 2)
@@ -115,7 +115,7 @@ class TestForward:
 class TestBackward:
     def test_gradients_are_those_of_the_dense_layer(self, layer):
         x = _input(2, 5).requires_grad_()
-        frozen = layer.weight.dequantize()
+        frozen = layer.quantized.dequantize()
         lora_A = layer.lora_A.detach().clone().requires_grad_()
         lora_B = layer.lora_B.detach().clone().requires_grad_()
         dense_x = x.detach().clone().requires_grad_()
@@ -158,7 +158,7 @@ class TestBackward:
         torch.optim.SGD(layer.parameters(), lr=1.0).step()
         assert not torch.equal(layer.lora_B.detach(), d.lora_B)
         assert torch.equal(d.lora_A, before[1])
-        assert all(torch.equal(layer.weight.array.to_arrays()[key], array) for key, array in before[0].items())
+        assert all(torch.equal(layer.quantized.array.to_arrays()[key], array) for key, array in before[0].items())
 
 
 class TestDtypesAndCopies:
@@ -174,23 +174,23 @@ class TestDtypesAndCopies:
 
     def test_to_a_dtype_inside_a_model_does_not_touch_the_scales(self, layer):
         model = torch.nn.Sequential(layer, torch.nn.ReLU()).to(torch.bfloat16)
-        assert model[0].weight.array.codes.dtype == torch.uint8
+        assert model[0].quantized.array.codes.dtype == torch.uint8
         assert model(_input(2, dtype=torch.bfloat16)).dtype == torch.bfloat16
-        assert torch.equal(model[0].weight.dequantize(), layer.weight.dequantize())
+        assert torch.equal(model[0].quantized.dequantize(), layer.quantized.dequantize())
 
     def test_a_copy_shares_nothing_and_computes_the_same(self, layer):
         other = copy.deepcopy(layer)
         assert torch.equal(other(_input(3)), layer(_input(3)))
         with torch.no_grad():
             other.lora_A.zero_()
-            other.weight.codes.zero_()
+            other.quantized.codes.zero_()
         assert layer.lora_A.abs().sum() > 0
-        assert layer.weight.codes.any()
+        assert layer.quantized.codes.any()
 
     def test_the_printed_form_names_shape_and_format(self, layer):
         text = repr(layer)
         assert "in_features=20, out_features=12, rank=3" in text
-        assert str(layer.weight.format) in text
+        assert str(layer.quantized.format) in text
 
 
 class TestState:
@@ -202,8 +202,8 @@ class TestState:
 
         q = lq.quantize(torch.randn(8, 64), lq.BlockFormat(lq.NF4, 64))
         layer = LQLinear(q, torch.zeros(2, 64), torch.zeros(8, 2))
-        register_parametrization(layer.weight, name, Zeros(), unsafe=True)
-        expected = lq.dequantize(layer.weight.array) @ torch.ones(64)
+        register_parametrization(layer.quantized, name, Zeros(), unsafe=True)
+        expected = lq.dequantize(layer.quantized.array) @ torch.ones(64)
         torch.testing.assert_close(layer(torch.ones(64)), expected)
 
     @pytest.mark.parametrize(
@@ -226,11 +226,11 @@ class TestState:
     )
     def test_names_are_those_of_a_checkpoint(self, name, keys):
         layer = _layer(FORMATS[name])
-        assert set(layer.state_dict()) == {f"weight.{key}" for key in keys} | {"lora_A", "lora_B", "bias"}
-        assert {f"weight.{key}" for key in layer.weight.array.to_arrays()} == {f"weight.{key}" for key in keys}
+        assert set(layer.state_dict()) == {f"quantized.{key}" for key in keys} | {"lora_A", "lora_B", "bias"}
+        assert {f"quantized.{key}" for key in layer.quantized.array.to_arrays()} == {f"quantized.{key}" for key in keys}
 
     def test_a_state_dict_restores_the_layer(self, layer):
-        fmt = layer.weight.format
+        fmt = layer.quantized.format
         other = LQLinear.from_decomposition(
             lq.decompose(torch.ones(OUT, IN), fmt, RANK, scaling=0.5, max_iter=1), torch.zeros(OUT)
         )
@@ -239,7 +239,7 @@ class TestState:
         assert torch.equal(other(_input(3)), layer(_input(3)))
 
     def test_a_state_dict_of_another_format_is_refused(self):
-        with pytest.raises(RuntimeError, match=r"weight\.codes"):
+        with pytest.raises(RuntimeError, match=r"quantized\.codes"):
             _layer(FORMATS["plain"]).load_state_dict(_layer(FORMATS["nested"]).state_dict())
 
 
@@ -253,7 +253,7 @@ class TestDropout:
         found = layer(x)
         torch.manual_seed(3)
         dropped = torch.nn.functional.dropout(x, 0.4)
-        frozen = torch.nn.functional.linear(x, layer.weight.dequantize(dtype), layer.bias.to(dtype))
+        frozen = torch.nn.functional.linear(x, layer.quantized.dequantize(dtype), layer.bias.to(dtype))
         expected = frozen + scaling * dropped @ layer.lora_A.to(dtype).T @ layer.lora_B.to(dtype).T
         close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 0.2}
         assert found.dtype == dtype

@@ -65,7 +65,7 @@ class TestMergedWeight:
         layer = _layer(fmt, shape, rank, scaling)
         inner, outer = layer.lora_A.detach().double(), layer.lora_B.detach().double()
         low_rank = scaling * outer @ inner
-        expected = layer.weight.dequantize().double() + low_rank
+        expected = layer.quantized.dequantize().double() + low_rank
         found = merged_weight(layer, dtype)
         assert found.dtype == dtype
         assert not found.requires_grad
@@ -211,8 +211,8 @@ class TestRequantizeModel:
         merged, original = merged_weight(model[0]), dense[0].weight.detach()
         with pytest.warns(UserWarning, match="1 of 1 layers lost"):
             own = requantize_model(model, weight_arrays(select_linears(dense)))["0"]
-        found, alone = model[0].weight.dequantize(), lq.dequantize(lq.quantize(original, NF4, fit="scale"))
-        assert own.format == model[0].weight.format == NF4
+        found, alone = model[0].quantized.dequantize(), lq.dequantize(lq.quantize(original, NF4, fit="scale"))
+        assert own.format == model[0].quantized.format == NF4
         for error, matrix in [
             (own.error_before, merged),
             (own.error_after, found),
@@ -223,14 +223,16 @@ class TestRequantizeModel:
         assert model[0].rank == 0
         save_model(tmp_path / "m", model)
         load_model(tmp_path / "m", dense)
-        assert torch.equal(dense[0].weight.dequantize(), found)
+        assert torch.equal(dense[0].quantized.dequantize(), found)
 
     def test_without_originals_errors_are_those_from_the_sums(self):
         model = _wide()
         quantize_model(model, NF4, rank=4)
         merged = merged_weight(model[0])
         own = requantize_model(model)["0"]
-        assert own.error_after == pytest.approx(float((model[0].weight.dequantize() - merged).norm() / merged.norm()))
+        assert own.error_after == pytest.approx(
+            float((model[0].quantized.dequantize() - merged).norm() / merged.norm())
+        )
         assert (own.error_before, own.error_without_factors, own.gain_kept) == (0, None, None)
 
     @pytest.mark.parametrize("fmt", FORMATS)
@@ -238,7 +240,7 @@ class TestRequantizeModel:
         layer = _layer(fmt)
         model = nn.Sequential(layer).eval()
         errors = requantize_model(model)
-        assert errors["0"].format == model[0].weight.format == layer.weight.format
+        assert errors["0"].format == model[0].quantized.format == layer.quantized.format
         assert errors["0"].error_after < 0.7
         assert not model[0].training
         assert model[0].bias is layer.bias

@@ -132,7 +132,7 @@ class TestConversion:
         for name, w in dense.items():
             expected = lq.decompose(w.numpy(), NF2, 2, max_iter=3)
             layer = model.get_submodule(name)
-            np.testing.assert_array_equal(layer.weight.array.packed.numpy(), expected.quantized.packed)
+            np.testing.assert_array_equal(layer.quantized.array.packed.numpy(), expected.quantized.packed)
             np.testing.assert_array_equal(layer.lora_A.detach().numpy(), expected.lora_A)
             assert layer.lora_B.shape == (w.shape[0], 2)
 
@@ -274,7 +274,7 @@ class TestReport:
         report = quantize_model(model, NF2, rank=2)
         assert report.total_bytes == self._bytes(model)
         layers = [model.get_submodule(name) for name in NAMES]
-        assert report.storage_bits == 8 * sum(b.nbytes for layer in layers for b in layer.weight.buffers())
+        assert report.storage_bits == 8 * sum(b.nbytes for layer in layers for b in layer.quantized.buffers())
         assert report.factor_bytes == sum(p.nbytes for layer in layers for p in (layer.lora_A, layer.lora_B))
         biases = {f"{name}.bias" for name in NAMES[1::2]}
         assert biases < set(report.kept)

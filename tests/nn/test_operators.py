@@ -392,5 +392,5 @@ class TestExport:
         loaded = torch.export.load(file)
         torch.testing.assert_close(loaded.module()(_random(4, IN)), model(_random(4, IN)))
         assert {name for name in loaded.state_dict if name.endswith("codes")} == {
-            "0.weight.codes", "0.weight.scales.codes", "2.weight.codes", "2.weight.scales.codes",
+            "0.quantized.codes", "0.quantized.scales.codes", "2.quantized.codes", "2.quantized.scales.codes",
         }  # fmt: skip

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lqlora.nn.linear_maps import matrix_of
-from lqlora.nn.selection import select_linears
 from lqlora.nn.statistics.gradients import OutputGradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
+    called_layers,
     living_layers,
     require_no_overflow,
     run_batches,
@@ -106,7 +106,7 @@ def collect_fisher(
     ----------
     LQ-LoRA, arXiv 2311.12023, section 3.2 (diagonal of the empirical Fisher information matrix).
     """
-    linears = select_linears(model, include, exclude)
+    linears = called_layers(model, include, exclude)
     squares = {name: _Squares(name, layer) for name, layer in linears.items()}
     hooks = {name: OutputGradients(name, own.add, keep_inputs=True) for name, own in squares.items()}
 

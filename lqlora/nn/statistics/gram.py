@@ -9,11 +9,11 @@ import torch
 from torch.utils.weak import TensorWeakRef
 
 from lqlora.nn.linear_maps import matrix_of
-from lqlora.nn.selection import select_linears
 from lqlora.nn.statistics.batches import parts_of, run_model
 from lqlora.nn.statistics.gradients import OutputGradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
+    called_layers,
     input_of,
     living_layers,
     require_no_overflow,
@@ -106,7 +106,7 @@ def collect_gram(
     >>> lq.nn.collect_gram(model, [torch.tensor([[1.0, 2.0], [3.0, 0.0]])])["0"].tolist()
     [[5.0, 1.0], [1.0, 2.0]]
     """
-    linears = select_linears(model, include, exclude)
+    linears = called_layers(model, include, exclude)
     inputs = _Inputs()
     hooks = {name: _Forward(name, inputs) for name in linears}
 
@@ -201,7 +201,7 @@ def collect_kronecker(
     >>> output.tolist(), inputs.tolist()
     ([[4.0]], [[5.0, 1.0], [1.0, 2.0]])
     """
-    linears = select_linears(model, include, exclude)
+    linears = called_layers(model, include, exclude)
     inputs = _Inputs()
     hooks = {name: _Both(name, inputs, matrix_of(layer).shape[0]) for name, layer in linears.items()}
 

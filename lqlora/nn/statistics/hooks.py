@@ -11,14 +11,19 @@ import torch
 
 from lqlora._patterns import list_names
 from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
+from lqlora.nn.experts import ExpertMatrix
+from lqlora.nn.selection import select_linears
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
+    from lqlora._patterns import Patterns
+
 __all__ = [
     "SMALLEST",
+    "called_layers",
     "input_of",
     "living_layers",
     "require_no_overflow",
@@ -30,6 +35,36 @@ __all__ = [
 
 #: Smallest normal number of float32. Smaller ones lose digits, and then become zero.
 SMALLEST = 2.0**-126
+
+
+def called_layers(model: nn.Module, include: Patterns | None, exclude: Patterns) -> dict[str, nn.Module]:
+    """Return the selected layers that a forward pass calls, so that hooks see their inputs.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+    include, exclude : patterns
+        See :func:`select_linears`.
+
+    Returns
+    -------
+    dict of str to torch.nn.Module
+        Layers without matrices of experts, whose owner reads their weights.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If nothing is selected, or only matrices of experts.
+    """
+    selected = select_linears(model, include, exclude)
+    found = {name: layer for name, layer in selected.items() if not isinstance(layer, ExpertMatrix)}
+    if not found:
+        raise InvalidArgumentError(
+            f"include must select a layer that the model calls, but {list_names(selected)} are experts stored in one array, "
+            "of which no statistics are collected."
+        )
+    return found
 
 
 def run_batches(

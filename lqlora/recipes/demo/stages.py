@@ -282,7 +282,7 @@ def _relative_error(base: torch.nn.Module, model: torch.nn.Module) -> float:
     for name, load in nn.weight_arrays(nn.select_linears(base)).items():
         weight = load()
         layer = cast("nn.LQLinear", model.get_submodule(name))
-        approximation = layer.weight.dequantize() + layer.scaling * layer.lora_B @ layer.lora_A
+        approximation = layer.quantized.dequantize() + layer.scaling * layer.lora_B @ layer.lora_A
         residual = weight - approximation.detach().numpy()
         squares += lq.ops.sum_of_squares(residual), lq.ops.sum_of_squares(weight)
     return float(np.sqrt(squares[0] / squares[1]))

@@ -121,6 +121,14 @@ class LQLinear(nn.Module):
             self.quantized.operands, self.lora_A, self.lora_B, self.scaling, dtype=self.quantized.dtype
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but not the weight, as programs do that tie or resize embeddings."""
+        if name == "weight":
+            raise InvalidArgumentError(
+                "weight of a quantized layer must not be replaced or tied. Call dequantize_model first, or leave the layer dense."
+            )
+        super().__setattr__(name, value)
+
     @property
     def rank(self) -> int:
         """Rank of the low-rank part."""

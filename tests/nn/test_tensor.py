@@ -267,6 +267,18 @@ class TestLayer:
         x = X.float()
         torch.testing.assert_close(torch.compile(apply, backend="aot_eager")(x), apply(x))
 
+    def test_it_is_not_replaced_or_tied(self, layer):
+        for value in (nn.Parameter(torch.zeros(ROWS, COLUMNS)), torch.zeros(ROWS, COLUMNS), nn.Linear(2, 2), None):
+            with pytest.raises(InvalidArgumentError, match="must not be replaced or tied"):
+                layer.weight = value
+        assert layer.quantized.codes.any()
+
+    def test_it_is_read_in_inference_mode(self, layer):
+        x = X.float()
+        with torch.inference_mode():
+            found = functional.linear(x, layer.weight.detach()[8:], layer.bias[8:])
+        torch.testing.assert_close(found, layer(x)[:, 8:].detach())
+
     @pytest.mark.parametrize("training", [True, False])
     def test_layers_of_torch_that_read_it_train_and_evaluate(self, training):
         torch.manual_seed(0)

@@ -19,6 +19,7 @@ from lqlora.checkpoint.factors import base_fingerprint, read_factors, write_fact
 from lqlora.errors import CheckpointError, InvalidArgumentError, NonFiniteError
 from lqlora.nn.model import quantized_layers
 from lqlora.nn.selection import unwrapped
+from lqlora.nn.sharding import is_sharded, whole, write_once
 
 if TYPE_CHECKING:
     import os
@@ -161,7 +162,8 @@ def save_factors(path: str | os.PathLike[str], model: nn.Module, metadata: Mappi
     """Write the low-rank factors of a model to one small file, atomically.
 
     The file also has a fingerprint of the quantized part of each layer, and the factors are loaded beside the same part only.
-    Heads that trained beside the factors are not in the file. :func:`save_model` stores everything.
+    Heads that trained beside the factors are not in the file. :func:`save_model` stores everything, and says what holds for
+    several processes.
 
     Parameters
     ----------
@@ -179,11 +181,16 @@ def save_factors(path: str | os.PathLike[str], model: nn.Module, metadata: Mappi
     CheckpointError
         If the file cannot be written.
     """
+    layers = quantized_layers(unwrapped(model))
+    has_shards = is_sharded(layer.lora_A for layer in layers.values())
     matrices = {
-        name: StoredMatrix(layer.quantized.array, layer.lora_A, layer.lora_B, layer.scaling)
-        for name, layer in quantized_layers(unwrapped(model)).items()
+        name: StoredMatrix(layer.quantized.array, whole(layer.lora_A), whole(layer.lora_B), layer.scaling)
+        for name, layer in layers.items()
     }
-    write_factors(path, matrices, metadata)
+    if has_shards:
+        write_once(write_factors, path, matrices, metadata)
+    else:
+        write_factors(path, matrices, metadata)
 
 
 def load_factors(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:

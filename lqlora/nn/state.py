@@ -14,6 +14,7 @@ from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.model import first_names, quantized_keys, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import LinearMaps, unwrapped
+from lqlora.nn.sharding import is_sharded, whole, write_once
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +30,9 @@ _TIED = "tied"
 
 def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a model with quantized layers to one checkpoint file, atomically. Tied weights are stored once.
+
+    If ``fully_shard`` has shared the parameters out to several processes, all of them must call this. The process of rank 0
+    writes the file.
 
     Parameters
     ----------
@@ -50,17 +54,24 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     layers = quantized_layers(model)
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
+    state = model.state_dict(keep_vars=True)
+    has_shards = is_sharded(state.values())
     matrices = {
-        name: StoredMatrix(layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
+        name: StoredMatrix(
+            layer.quantized.array, whole(layer.lora_A.detach()), whole(layer.lora_B.detach()), layer.scaling
+        )
         for name, layer in layers.items()
     }
-    state = model.state_dict(keep_vars=True)
     own = quantized_keys(model, state)
     state = {name: tensor for name, tensor in state.items() if name not in own}
     first = first_names(state)
-    tensors = {name: tensor for name, tensor in state.items() if first[name] == name}
+    tensors = {name: whole(tensor) for name, tensor in state.items() if first[name] == name}
     tied = {name: origin for name, origin in first.items() if origin != name}
-    save(path, matrices, tensors, {**(metadata or {}), _TIED: tied})
+    content = path, matrices, tensors, {**(metadata or {}), _TIED: tied}
+    if has_shards:
+        write_once(save, *content)
+    else:
+        save(*content)
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:

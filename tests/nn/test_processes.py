@@ -1,0 +1,51 @@
+"""Training in two processes, by replicas and by shards, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lqlora as lq
+from tests.requirements import require_module
+
+torch = require_module("torch")
+if not torch.distributed.is_available():  # as in torch for some systems
+    pytest.skip("torch has no distributed package", allow_module_level=True)
+
+from lqlora.nn import LQLinear, load_factors, load_model  # noqa: E402 - needs torch
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("kind", ["replicas", "replicas and buffers", "shard"])
+def test_two_processes_train_and_save_as_one_does(kind, tmp_path):
+    command = [sys.executable, "-m", "tests.nn.two_processes", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    both = [subprocess.Popen([*command, str(rank), kind], cwd=ROOT, env=environment) for rank in range(2)]
+    assert [own.wait(timeout=120) for own in both] == [0, 0]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for total, expected in found["losses"]:
+            assert total == pytest.approx(expected, rel=1e-5)
+        assert found["losses"][-1][1] < found["losses"][0][1]
+        assert "none" in found["refused"]
+        # Without forward_sync_buffers=False all codes and scales travel in each forward pass.
+        assert bool(found["sent"]) == (kind == "replicas and buffers")
+    models = [torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32)) for _ in range(2)]
+    for name, model in zip(("model", "alone0"), models, strict=True):
+        load_model(tmp_path / f"{name}.safetensors", model)
+    for own, alone in zip(*(model.modules() for model in models), strict=True):
+        if isinstance(own, LQLinear):
+            assert all(map(torch.equal, own.buffers(), alone.buffers()))
+            torch.testing.assert_close(own.lora_B, alone.lora_B, rtol=1e-4, atol=1e-5)
+    before = lq.nn.factors(models[0])
+    load_factors(tmp_path / "factors.safetensors", models[1])
+    after = lq.nn.factors(models[1])
+    assert all(torch.equal(before[name].lora_A, after[name].lora_A) for name in before)

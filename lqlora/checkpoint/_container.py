@@ -12,14 +12,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lqlora._files import input_file, replace_file
-from lqlora._messages import shortened
+from lqlora._messages import shortened, shown
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-__all__ = ["digest", "read_container", "write_container"]
+    from lqlora._documents import Reader
+
+__all__ = ["digest", "read_container", "read_document", "write_container"]
 
 
 def digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
@@ -110,3 +112,50 @@ def read_container(path: str | os.PathLike[str], key: str, writer: str) -> tuple
             shortened(f"{path} is a safetensors file that {writer} did not write: it has no {key!r} metadata.")
         )
     return arrays, text
+
+
+def read_document(
+    path: str | os.PathLike[str], key: str, writer: str, spec: int, content_type: type[Any]
+) -> tuple[dict[str, Any], Any, Reader]:
+    """Return the tensors and the document of a file whose fingerprint is compared.
+
+    Parameters
+    ----------
+    path : path-like
+        File to read.
+    key : str
+        Key of the document in the metadata of the file.
+    writer : str
+        Function that writes such files, for errors.
+    spec : int
+        The version of the document that is read.
+    content_type : type
+        Schema of the document, with ``metadata`` and ``sha256``.
+
+    Returns
+    -------
+    (dict of str to ndarray, content, Reader)
+        Tensors by name, the document, and the reader that words further errors.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, of another version, or was changed after it was written.
+    """
+    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
+    from lqlora.checkpoint._schema import Version  # noqa: PLC0415
+
+    arrays, text = read_container(path, key, writer)
+    reader = Reader(f"{path} is damaged or inconsistent", CheckpointError)
+    plain = reader.parse(text)
+    if (found := reader.convert(plain, Version).spec) != spec:
+        raise reader.fault("spec", f"must be {spec}, which this lqlora reads, got {shown(found)}.")
+    content = reader.convert(plain, content_type)
+    reader.check_depth(content.metadata, "metadata")
+    try:
+        same = digest(arrays, plain) == content.sha256
+    except (RecursionError, ValueError):  # the document holds infinity, which JSON does not have
+        same = False
+    if not same:
+        raise reader.fault("sha256", "must be the fingerprint of the content, which was changed after it was written.")
+    return arrays, content, reader

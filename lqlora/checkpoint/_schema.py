@@ -1,4 +1,4 @@
-"""Schemas of the JSON documents of checkpoints and of files of factors."""
+"""Schemas of the JSON documents of checkpoints, of files of factors, and of files of scales."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 from lqlora._documents import Length, Number, Text
 from lqlora.codebooks import Normalization
 
-__all__ = ["Content", "FactorContent", "FactorRow", "Matrix", "Version"]
+__all__ = ["Content", "FactorContent", "FactorRow", "Matrix", "ScaleContent", "ScaleRow", "Version"]
 
 
 class Version(Struct):
@@ -48,5 +48,21 @@ class FactorContent(Struct, frozen=True):
 
     spec: int
     factors: dict[Text, FactorRow]
+    metadata: dict[str, Any]
+    sha256: Text
+
+
+class ScaleRow(Struct, frozen=True):
+    """Description of the scales of one layer. A scaling means that the file has the factors of the layer."""
+
+    base: Text
+    scaling: Number | UnsetType = UNSET
+
+
+class ScaleContent(Struct, frozen=True):
+    """The document of a file of scales."""
+
+    spec: int
+    scales: dict[Text, ScaleRow]
     metadata: dict[str, Any]
     sha256: Text

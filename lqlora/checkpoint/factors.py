@@ -15,9 +15,9 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._messages import shown
-from lqlora.checkpoint._container import digest, read_container, write_container
+from lqlora.checkpoint._container import digest, read_document, write_container
 from lqlora.checkpoint.file import quantized_arrays
-from lqlora.errors import CheckpointError, InvalidArgumentError, LQLoRAError
+from lqlora.errors import InvalidArgumentError, LQLoRAError
 
 if TYPE_CHECKING:
     import os
@@ -155,22 +155,9 @@ def read_factors(path: str | os.PathLike[str]) -> FactorFile:
     CheckpointError
         If the file is missing, damaged, or not one of factors, or a number in it is NaN or infinite.
     """
-    from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
-    from lqlora.checkpoint._schema import FactorContent, Version  # noqa: PLC0415
+    from lqlora.checkpoint._schema import FactorContent  # noqa: PLC0415 - imports msgspec
 
-    arrays, text = read_container(path, _KEY, "lqlora.nn.save_factors")
-    reader = Reader(f"{path} is damaged or inconsistent", CheckpointError)
-    plain = reader.parse(text)
-    if (spec := reader.convert(plain, Version).spec) != _SPEC:
-        raise reader.fault("spec", f"must be {_SPEC}, which this lqlora reads, got {shown(spec)}.")
-    content = reader.convert(plain, FactorContent)
-    reader.check_depth(content.metadata, "metadata")
-    try:
-        same = digest(arrays, plain) == content.sha256
-    except (RecursionError, ValueError):  # the document holds infinity, which JSON does not have
-        same = False
-    if not same:
-        raise reader.fault("sha256", "must be the fingerprint of the content, which was changed after it was written.")
+    arrays, content, reader = read_document(path, _KEY, "lqlora.nn.save_factors", _SPEC, FactorContent)
     return FactorFile(_take(arrays, content.factors, reader), content.metadata)
 
 

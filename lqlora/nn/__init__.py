@@ -18,6 +18,17 @@ from lqlora.nn.linear import LQLinear  # noqa: E402
 from lqlora.nn.merging import RequantizedLayer, dequantize_model, merged_weight, requantize_model  # noqa: E402
 from lqlora.nn.model import quantize_model, weight_arrays  # noqa: E402 - after the check
 from lqlora.nn.operator_arguments import Operands, from_operands, operands  # noqa: E402
+from lqlora.nn.peqa.conversion import freeze_scales, peqa_model, train_scales  # noqa: E402
+from lqlora.nn.peqa.linear import PEQALinear  # noqa: E402
+from lqlora.nn.peqa.tasks import (  # noqa: E402
+    Scales,
+    combine_scales,
+    load_scales,
+    save_scales,
+    scales,
+    set_scales,
+    using_scales,
+)
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer  # noqa: E402
 from lqlora.nn.selection import select_linears  # noqa: E402
 from lqlora.nn.state import load_model, save_model  # noqa: E402
@@ -32,28 +43,39 @@ __all__ = [
     "Factors",
     "LQLinear",
     "Operands",
+    "PEQALinear",
     "QuantizationReport",
     "QuantizedLayer",
     "QuantizedTensor",
     "QuantizedWeight",
     "RequantizedLayer",
+    "Scales",
     "causal_lm_loss",
     "collect_fisher",
     "collect_gram",
     "collect_kronecker",
+    "combine_scales",
     "dequantize_model",
     "factors",
+    "freeze_scales",
     "from_operands",
     "load_factors",
     "load_model",
+    "load_scales",
     "merged_weight",
     "operands",
+    "peqa_model",
     "quantize_model",
     "requantize_model",
     "save_factors",
     "save_model",
+    "save_scales",
+    "scales",
     "select_linears",
     "set_factors",
+    "set_scales",
+    "train_scales",
     "using_factors",
+    "using_scales",
     "weight_arrays",
 ]

@@ -95,7 +95,7 @@ def set_factors(model: nn.Module, given: Mapping[str, Factors]) -> None:
     Parameters of the same rank keep their identity, so an optimizer goes on with them, and with its averages of the old
     factors. A layer of another rank gets new parameters, which an existing optimizer does not know.
     """
-    _set(_fitted(quantized_layers(unwrapped(model)), given))
+    put_factors(fitted_factors(quantized_layers(unwrapped(model)), given))
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def using_factors(model: nn.Module, given: Mapping[str, Factors]) -> Iterator[No
     >>> torch.equal(model(x), before)
     False
     """
-    fitted = _fitted(quantized_layers(unwrapped(model)), given)
+    fitted = fitted_factors(quantized_layers(unwrapped(model)), given)
     old = [(layer, layer.lora_A, layer.lora_B, layer.scaling) for layer, _ in fitted]
     try:
         for layer, own in fitted:
@@ -237,15 +237,21 @@ def load_factors(path: str | os.PathLike[str], model: nn.Module) -> dict[str, An
         )
     given = {name: Factors(own.lora_A, own.lora_B, own.scaling) for name, own in content.factors.items()}
     try:
-        fitted = _fitted(layers, given)
+        fitted = fitted_factors(layers, given)
     except InvalidArgumentError as error:
         raise CheckpointError(shortened(f"{path} does not fit the model: {error}")) from None
-    _set(fitted)
+    put_factors(fitted)
     return content.metadata
 
 
-def _set(fitted: list[tuple[LQLinear, Factors]]) -> None:
-    """Copy factors into layers, or replace parameters of other shapes."""
+def put_factors(fitted: list[tuple[LQLinear, Factors]]) -> None:
+    """Copy factors into layers, or replace parameters of other shapes.
+
+    Parameters
+    ----------
+    fitted : list of tuple of LQLinear and Factors
+        Result of :func:`fitted_factors`.
+    """
     with torch.no_grad():
         for layer, own in fitted:
             layer.scaling = own.scaling
@@ -257,8 +263,30 @@ def _set(fitted: list[tuple[LQLinear, Factors]]) -> None:
                     setattr(layer, key, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
 
 
-def _fitted(layers: Mapping[str, LQLinear], given: Mapping[str, Factors]) -> list[tuple[LQLinear, Factors]]:
-    """Return each layer with its new factors, in the dtype and on the device of the old ones; raise if they do not fit."""
+def fitted_factors(
+    layers: Mapping[str, LQLinear], given: Mapping[str, Factors]
+) -> list[tuple[LQLinear, Factors]]:
+    """Return each layer with its new factors, in the dtype and on the device of the old ones.
+
+    Parameters
+    ----------
+    layers : mapping of str to LQLinear
+        Layers by name.
+    given : mapping of str to Factors
+        Factors of each layer.
+
+    Returns
+    -------
+    list of tuple of LQLinear and Factors
+        Pairs in the order of the layers.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If factors are missing, left over, or of shapes that do not fit.
+    NonFiniteError
+        If a factor overflows in the dtype of its layer.
+    """
     if left := given.keys() ^ layers.keys():
         what = "lack" if min(left) in layers else "have"
         raise InvalidArgumentError(

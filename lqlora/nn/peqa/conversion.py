@@ -1,0 +1,229 @@
+"""Conversion of models for PEQA: quantize to codes and trainable scales, train the scales of a quantized model, freeze them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lqlora._patterns import list_names, select
+from lqlora._printable import printable
+from lqlora.errors import InvalidArgumentError
+from lqlora.nn.linear import LQLinear
+from lqlora.nn.model import move_attributes, quantize_model, quantized_layers, replace_modules
+from lqlora.nn.peqa.linear import PEQALinear
+from lqlora.nn.selection import unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from concurrent.futures import Executor
+
+    from lqlora._patterns import Pattern, Patterns
+    from lqlora.allocation import Plan
+    from lqlora.formats import BlockFormat
+    from lqlora.nn.report import QuantizationReport, QuantizedLayer
+    from lqlora.quantized import Fit
+    from lqlora.weighting import AbstractWeighting
+
+__all__ = ["freeze_scales", "peqa_layers", "peqa_model", "train_scales"]
+
+
+def peqa_model(
+    model: nn.Module,
+    formats: BlockFormat | Mapping[Pattern, BlockFormat] | Callable[[str], BlockFormat] | Plan,
+    *,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    weighting: Mapping[Pattern, AbstractWeighting] | Callable[[str], AbstractWeighting | None] | None = None,
+    fit: Fit = "scale",
+    executor: Executor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> QuantizationReport:
+    """Replace linear layers by :class:`PEQALinear`, in place, and freeze the rest of the body.
+
+    Each matrix is rounded to the nearest codes, without a low-rank part. For scales beside low-rank factors call
+    :func:`quantize_model` and then :func:`train_scales`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model. It is changed only after every layer was quantized.
+    formats : BlockFormat, mapping of pattern to BlockFormat, callable, or Plan
+        Formats of the layers, see :func:`quantize_model`. A block that is longer than a row makes one scale per channel:
+        ``"affine4/1000000@-1:float32"``. Scales are float32 in the model, whatever the format says.
+    include, exclude : patterns
+        See :func:`select_linears`.
+    weighting : mapping of pattern to AbstractWeighting, or callable, optional
+        Norms in which the first scales are fitted, see :func:`quantize_model`.
+    fit : {"absmax", "scale", "levels+scale"}
+        Choice of the first scales, see :func:`lqlora.quantize`. The paper minimizes the squared error, as ``"scale"`` does.
+    executor, progress : Executor and callable, optional
+        See :func:`lqlora.cost_table`.
+
+    Returns
+    -------
+    QuantizationReport
+        Numbers of the quantized layers, with float32 scales, and of what was left dense.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no layer is selected, a pattern matches nothing, or only layers that cannot be quantized.
+    NonFiniteError
+        If a weight holds NaN or infinity. In this case the model is unchanged.
+
+    References
+    ----------
+    PEQA, arXiv 2305.14152, section 3, equation 1.
+
+    Examples
+    --------
+    >>> import torch, lqlora as lq
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    >>> report = peqa_model(model, lq.BlockFormat.parse("affine4/1000000@-1:float32"))
+    >>> [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    [('0.weight.scales', 8), ('2.weight.scales', 4)]
+    """
+    report = quantize_model(
+        model,
+        formats,
+        rank=0,
+        include=include,
+        exclude=exclude,
+        weighting=weighting,
+        fit=fit,
+        executor=executor,
+        progress=progress,
+    )
+    new = quantized_layers(unwrapped(model))
+    _replace(unwrapped(model), {name: new[name] for name in report.layers}, train_factors=False)
+    # Factors of rank 0 are parameters without entries.
+    trainable = sum(parameter.numel() for parameter in unwrapped(model).parameters() if parameter.requires_grad)
+    layers = {name: _with_plain_scales(own) for name, own in report.layers.items()}
+    return dataclasses.replace(report, layers=layers, trainable=trainable)
+
+
+def _with_plain_scales(layer: QuantizedLayer) -> QuantizedLayer:
+    """Return the numbers of a layer for scales in float32."""
+    fmt = dataclasses.replace(layer.format, scales="float32")
+    return dataclasses.replace(layer, format=fmt, nbytes=fmt.storage_bits(layer.shape) // 8)
+
+
+def train_scales(
+    model: nn.Module, include: Patterns = "*", exclude: Patterns = (), *, train_factors: bool = False
+) -> list[str]:
+    """Make the scales of quantized layers trainable, in place: each :class:`LQLinear` becomes a :class:`PEQALinear`.
+
+    No value of a weight changes. Scales that the format stores in another way are decoded to float32, so the memory of
+    double-quantized weights grows by 0.373 bits per weight at blocks of 64.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that :func:`quantize_model` or :func:`load_model` changed.
+    include, exclude : patterns
+        Quantized layers, by name or pattern as in :func:`select_linears`. By default all.
+    train_factors : bool, default False
+        Whether the low-rank factors of these layers train, too. Otherwise they are frozen. They stay the same parameters.
+
+    Returns
+    -------
+    list of str
+        Names of the layers, in the order of the model. The scales of the layer ``m`` are the parameter ``m.weight.scales``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no quantized layer or is one itself, or no layer is selected.
+    """
+    _refuse_distributed(model)
+    model = unwrapped(model)
+    layers = quantized_layers(model)
+    names = select(list(layers), include, exclude, what="quantized layer")
+    _replace(model, {name: layers[name] for name in names}, train_factors=train_factors)
+    return names
+
+
+def _replace(model: nn.Module, layers: Mapping[str, LQLinear], *, train_factors: bool) -> None:
+    replacements: dict[nn.Module, nn.Module] = {}
+    for layer in layers.values():
+        replacements[layer] = new = layer if isinstance(layer, PEQALinear) else _moved(PEQALinear, layer)
+        new.lora_A.requires_grad_(train_factors and layer.rank > 0)
+        new.lora_B.requires_grad_(train_factors and layer.rank > 0)
+        new.weight.scales.requires_grad_(requires_grad=True)
+    replace_modules(model, replacements)
+
+
+def _moved(kind: Any, layer: LQLinear) -> Any:
+    """Return a layer of another class with the weight, factors, bias, hooks and attributes of a layer."""
+    new = kind(layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, None, layer.dropout)
+    # The same parameters, so that an optimizer and modules that share them go on with them.
+    new.lora_A, new.lora_B, new.bias = layer.lora_A, layer.lora_B, layer.bias
+    move_attributes(new, layer)
+    return new
+
+
+def freeze_scales(model: nn.Module) -> None:
+    """Turn each :class:`PEQALinear` of a model into an :class:`LQLinear` with the scales of now, in place.
+
+    Nothing is rounded: the layers keep their codes, and their format has float32 scales. Use it before inference, or before a
+    training of low-rank factors. Factors stay the same parameters, and train if they did.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with trainable scales. It is changed only after all scales were checked.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no such layer or is one itself, or a scale is negative and its format has no sign for scales.
+    """
+    _refuse_distributed(model)
+    model = unwrapped(model)
+    layers = peqa_layers(model)
+    for name, layer in layers.items():
+        scales = layer.weight.scales.detach()
+        if layer.weight.format.codebook.normalization != "signed" and scales.numel() and bool((scales < 0).any()):
+            raise InvalidArgumentError(
+                f"model must have no negative scale, but {printable(name)!r} has {int((scales < 0).sum())} of {scales.numel()}, "
+                f"the least {float(scales.min()):.3g}. Lower the learning rate, or clamp weight.scales at 0 after each step."
+            )
+    replace_modules(model, {layer: _moved(LQLinear, layer) for layer in layers.values()})
+
+
+def peqa_layers(model: nn.Module) -> dict[str, PEQALinear]:
+    """Return the layers with trainable scales by name.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that is not wrapped.
+
+    Returns
+    -------
+    dict of str to PEQALinear
+        Layers in the order of the model. A layer with several names is listed under the first.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no such layer, or is one itself.
+    """
+    quantized = quantized_layers(model)
+    layers = {name: layer for name, layer in quantized.items() if isinstance(layer, PEQALinear)}
+    if not layers:
+        raise InvalidArgumentError(
+            f"model must have a layer with trainable scales, got none of {len(quantized)} quantized layers "
+            f"({printable(list_names(quantized, 2))}). Call train_scales first."
+        )
+    return layers
+
+
+def _refuse_distributed(model: nn.Module) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise InvalidArgumentError(
+            "model must not be wrapped in DistributedDataParallel, which would not see new parameters. Convert it first."
+        )

@@ -34,7 +34,7 @@ __all__ = ["RequantizedLayer", "dequantize_model", "merged_weight", "requantize_
 _CHUNK_ON_HOST, _CHUNK = 2**16, 2**24
 
 #: Attributes of a quantized layer that a dense one does not have.
-_OF_FACTORS = frozenset({"dropout", "scaling"})
+_OF_FACTORS = frozenset({"dropout", "scaling", "train_factors"})
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -99,7 +99,6 @@ def peqa_model(
     )
     new = quantized_layers(unwrapped(model))
     _replace(unwrapped(model), {name: new[name] for name in report.layers}, train_factors=False)
-    # Factors of rank 0 are parameters without entries.
     trainable = sum(parameter.numel() for parameter in unwrapped(model).parameters() if parameter.requires_grad)
     layers = {name: _with_plain_scales(own) for name, own in report.layers.items()}
     return dataclasses.replace(report, layers=layers, trainable=trainable)
@@ -150,8 +149,10 @@ def _replace(model: nn.Module, layers: Mapping[str, LQLinear], *, train_factors:
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         replacements[layer] = new = layer if isinstance(layer, PEQALinear) else _moved(PEQALinear, layer)
-        new.lora_A.requires_grad_(train_factors and layer.rank > 0)
-        new.lora_B.requires_grad_(train_factors and layer.rank > 0)
+        # Factors of rank 0 have nothing to train, so they are no part of a task.
+        new.train_factors = train_factors and layer.rank > 0
+        new.lora_A.requires_grad_(new.train_factors)
+        new.lora_B.requires_grad_(new.train_factors)
         new.weight.scales.requires_grad_(requires_grad=True)
     replace_modules(model, replacements)
 
@@ -161,7 +162,7 @@ def _moved(kind: Any, layer: LQLinear) -> Any:
     new = kind(layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, None, layer.dropout)
     # The same parameters, so that an optimizer and modules that share them go on with them.
     new.lora_A, new.lora_B, new.bias = layer.lora_A, layer.lora_B, layer.bias
-    move_attributes(new, layer)
+    move_attributes(new, layer, without={"train_factors"})
     return new
 
 

@@ -78,7 +78,7 @@ class PEQALinear(LQLinear):
     """``y = x @ (scales * units).T + bias``, with frozen integer codes and trainable scales.
 
     The unit weight of a code is its level, or its distance from the zero point of its block. If the layer has low-rank
-    factors, their product is added as in :class:`LQLinear`. They are frozen unless you set ``requires_grad``.
+    factors, their product is added as in :class:`LQLinear`.
 
     Parameters
     ----------
@@ -93,6 +93,8 @@ class PEQALinear(LQLinear):
         Frozen bias.
     dropout : float, default 0.0
         Dropout before the low-rank part, see :class:`LQLinear`.
+    train_factors : bool, default False
+        Whether the factors train with the scales. Then they belong to the task, and otherwise to the frozen base.
 
     Raises
     ------
@@ -132,6 +134,8 @@ class PEQALinear(LQLinear):
         scaling: float = 1.0,
         bias: torch.Tensor | None = None,
         dropout: float = 0.0,
+        *,
+        train_factors: bool = False,
     ) -> None:
         require_quantized(quantized, "quantized")
         if (lora_A is None) != (lora_B is None):
@@ -143,8 +147,9 @@ class PEQALinear(LQLinear):
             lora_A, lora_B = torch.empty(0, columns), torch.empty(rows, 0)
         super().__init__(quantized, lora_A, lora_B, scaling, bias, dropout)
         self.weight = ScaledWeight(quantized)
-        self.lora_A.requires_grad_(requires_grad=False)
-        self.lora_B.requires_grad_(requires_grad=False)
+        self.train_factors = train_factors
+        self.lora_A.requires_grad_(train_factors)
+        self.lora_B.requires_grad_(train_factors)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to the last axis of the input.
@@ -172,4 +177,5 @@ class PEQALinear(LQLinear):
 
     def extra_repr(self) -> str:
         """Show shape, format and rank."""
-        return f"{super().extra_repr()}, scales={self.weight.scales.numel()}"
+        factors = ", train_factors=True" if self.train_factors else ""
+        return f"{super().extra_repr()}, scales={self.weight.scales.numel()}{factors}"

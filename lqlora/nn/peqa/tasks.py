@@ -58,7 +58,7 @@ def scales(model: nn.Module) -> dict[str, Scales]:
     Returns
     -------
     dict of str to Scales
-        Scales by layer, on the device of the layer, and factors where they require gradients. Training does not change them.
+        Scales by layer, on the device of the layer, and factors where they train, too. Training does not change these copies.
 
     Raises
     ------
@@ -70,13 +70,9 @@ def scales(model: nn.Module) -> dict[str, Scales]:
 
 def _copied(layer: PEQALinear) -> Scales:
     factors = None
-    if _trains_factors(layer):
+    if layer.train_factors:
         factors = Factors(layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), layer.scaling)
     return Scales(layer.weight.scales.detach().clone(), factors)
-
-
-def _trains_factors(layer: PEQALinear) -> bool:
-    return layer.lora_A.requires_grad or layer.lora_B.requires_grad
 
 
 def set_scales(model: nn.Module, given: Mapping[str, Scales]) -> None:
@@ -87,18 +83,18 @@ def set_scales(model: nn.Module, given: Mapping[str, Scales]) -> None:
     model : torch.nn.Module
         A model with layers of :class:`PEQALinear`. It is changed only after everything was checked.
     given : mapping of str to Scales
-        Scales of every such layer, as :func:`scales` returns them. Factors in them are copied, too.
+        Scales of every such layer, as :func:`scales` returns them, with factors for layers whose factors train.
 
     Raises
     ------
     InvalidArgumentError
-        If layers are missing or left over, or shapes do not fit.
+        If layers are missing or left over, shapes do not fit, or factors are there only on one side.
     NonFiniteError
         If a scale or factor overflows in the dtype of the model.
 
     Notes
     -----
-    Parameters keep their identity, so an optimizer goes on with them, and with its averages of the old task.
+    Scales keep their identity as parameters, so an optimizer goes on with them, and with its averages of the old task.
     """
     _set(_fitted(peqa_layers(unwrapped(model)), given))
 
@@ -130,7 +126,7 @@ def using_scales(model: nn.Module, given: Mapping[str, Scales]) -> Iterator[None
     Raises
     ------
     InvalidArgumentError
-        If layers are missing or left over, or shapes do not fit.
+        If layers are missing or left over, shapes do not fit, or factors are there only on one side.
     NonFiniteError
         If a scale or factor overflows in the dtype of the model.
 
@@ -237,8 +233,8 @@ def _require_layers(given: Mapping[str, object], layers: Mapping[str, object], w
 def save_scales(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the trainable scales of a model to one small file, atomically.
 
-    The file has the scales, and the factors of layers whose factors require gradients. It also has a fingerprint of the
-    rest of each layer, such as the codes, and is loaded beside the same rest only.
+    The file has the scales, and the factors of layers whose factors train, too. It also has a fingerprint of the rest of each
+    layer, such as the codes, and is loaded beside the same rest only.
 
     Parameters
     ----------
@@ -261,7 +257,7 @@ def save_scales(path: str | os.PathLike[str], model: nn.Module, metadata: Mappin
         name: StoredMatrix(layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
         for name, layer in layers.items()
     }
-    write_scales(path, matrices, [name for name, layer in layers.items() if _trains_factors(layer)], metadata)
+    write_scales(path, matrices, [name for name, layer in layers.items() if layer.train_factors], metadata)
 
 
 def load_scales(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
@@ -339,6 +335,9 @@ def _fitted(layers: Mapping[str, PEQALinear], given: Mapping[str, Scales]) -> li
         if found.dtype != values.dtype and not bool((found.isfinite() | ~values.to(old.device).isfinite()).all()):
             raise NonFiniteError(f"scales of {printable(name)!r} must fit into float32, got entries beyond 3.4e38.")
         factors = own.factors
+        if (factors is not None) != layer.train_factors:
+            rule = "factors, which train in" if layer.train_factors else "no factors, which are frozen in"
+            raise InvalidArgumentError(f"scales of {printable(name)!r} must have {rule} this layer of the model.")
         if factors is not None:
             ((_, factors),) = fitted_factors({name: layer}, {name: factors})
         fitted.append((layer, Scales(found, factors)))

@@ -213,7 +213,8 @@ def _take(arrays: dict[str, Any], rows: Mapping[str, ScaleRow], reader: Reader) 
                 )
         try:
             for key, array in own.items():
-                ops.require_finite(ops.widen(array, f"its {key}"), f"its {key}")
+                what = "its row of scales" if key == "scales" else f"its {key}"
+                ops.require_finite(ops.widen(array, what), what)
         except LQLoRAError as error:
             raise reader.fault(place, f": {error}") from None
         found[name] = StoredScales(

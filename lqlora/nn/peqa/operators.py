@@ -69,7 +69,7 @@ def _scaled_matmul(
 ) -> Tensor:
     _check_product(x, scales, shape, adjoint=adjoint)
     if scales.dtype == torch.float32:
-        weight = [frozen[0], scales.detach(), *frozen[1:]]
+        weight = [*frozen[:1], scales.detach(), *frozen[1:]]
         y: Tensor = torch.ops.lqlora.matmul(x, weight, fmt, shape, codebook, adjoint=adjoint)
         return y
     # No format stores float64 scales. They serve derivatives by differences, which float32 is too coarse for.

@@ -197,7 +197,7 @@ def combine_scales(start: Mapping[str, Scales], tasks: Mapping[str, Mapping[str,
     first = {name: _values(own, name, None) for name, own in start.items()}
     found = {name: own.double() for name, own in first.items()}
     for task, given in tasks.items():
-        _require_layers(given, start, f"task {printable(str(task))!r}")
+        _require_layers(given, start, f"scales of task {printable(str(task))!r}")
         for name, own in given.items():
             found[name] = found[name] + weights[task] * (
                 _values(own, name, first[name]).to(first[name].device).double() - first[name].double()
@@ -226,7 +226,7 @@ def _require_layers(given: Mapping[str, object], layers: Mapping[str, object], w
     if left := given.keys() ^ layers.keys():
         one = "lack" if min(left) in layers else "have"
         raise InvalidArgumentError(
-            f"{what} must have the layers with trainable scales, but {one}s {printable(list_names(sorted(left), 3))}."
+            f"{what} must have the layers with trainable scales, but {one} {printable(list_names(sorted(left), 3))}."
         )
 
 

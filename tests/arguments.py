@@ -31,11 +31,11 @@ MODULES = (
 #: Classes that hold what they are given, and compute nothing.
 RECORDS = {
     "BitsandbytesWeight", "Checkpoint", "Factors", "Decomposition", "DecompositionStack", "LowRank", "LowRankStep", "Operands",
-    "PackedBlocks", "QuantizedArray", "StoredMatrix", "AbstractWeighting", "ScaledWeighting", "Quantizer",
+    "PackedBlocks", "QuantizedArray", "Scales", "StoredMatrix", "AbstractWeighting", "ScaledWeighting", "Quantizer",
 }  # fmt: skip
 
 #: Called by torch, which checks their arguments itself.
-OF_TORCH = {"LQLinear.forward"}
+OF_TORCH = {"LQLinear.forward", "PEQALinear.forward"}
 
 _ARRAYS = re.compile(r"\bArray\b|NDArray|torch\.Tensor|npt\.ArrayLike")
 
@@ -129,6 +129,17 @@ def _exchanged(**arrays):
     return [inside, model[0].lora_A.detach(), model[0].lora_B.detach()]
 
 
+def _switched(values):
+    torch = importlib.import_module("torch")
+    model = torch.nn.Sequential(lq.nn.PEQALinear(Q))
+    given = {"0": lq.nn.Scales(values)}
+    with lq.nn.using_scales(model, given):
+        inside = model[0].weight.scales.detach() + 0
+    lq.nn.set_scales(model, given)
+    summed = lq.nn.combine_scales(given, {"task": given}, {"task": 1})["0"].values
+    return [inside, model[0].weight.scales.detach(), summed]
+
+
 def _requantized(original):
     torch = importlib.import_module("torch")
     model = torch.nn.Sequential(lq.nn.LQLinear(Q, LORA_A, LORA_B))
@@ -208,11 +219,20 @@ CALLS = {
         name: ({"w": W, "gram": GRAM}, partial(getattr(lq.initializers, name), **_INITIALIZE)) for name in ("cloq", "qera")
     },
     "LQLinear": ({"lora_A": LORA_A, "lora_B": LORA_B, "bias": W[:, 0].copy()}, _layer),
+    "PEQALinear": (
+        {"bias": W[:, 0].copy()},
+        lambda bias: [(layer := lq.nn.PEQALinear(Q, bias=bias)).bias, layer.weight.dequantize()],
+    ),
+    "PEQALinear.from_decomposition": (
+        {"bias": W[:, 0].copy()},
+        lambda bias: lq.nn.PEQALinear.from_decomposition(_DECOMPOSED, bias).bias,
+    ),
     "LQLinear.from_decomposition": (
         {"bias": W[:, 0].copy()},
         lambda bias: lq.nn.LQLinear.from_decomposition(_DECOMPOSED, bias).bias,
     ),
     "using_factors": ({"lora_A": LORA_A, "lora_B": LORA_B}, _exchanged),
+    "using_scales": ({"values": Q.scales}, _switched),
     "requantize_model": ({"original": W}, _requantized),
     "from_operands": (
         dict(zip(("codes", "scales"), Q.to_arrays().values(), strict=True)),
@@ -262,7 +282,7 @@ CALLS = {
 #: Functions that move entries, and take dtypes that lqlora does not compute with.
 MOVES = {
     "Codebook", "convert", "copy_across", "from_blocks", "pick", "put_flat", "save", "stored_bytes", "take_flat", "to_blocks", "LQLinear",
-    "LQLinear.from_decomposition",
+    "LQLinear.from_decomposition", "PEQALinear", "PEQALinear.from_decomposition",
 }  # fmt: skip
 
 #: Functions that describe an array without its entries.

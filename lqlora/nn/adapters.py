@@ -263,9 +263,7 @@ def put_factors(fitted: list[tuple[LQLinear, Factors]]) -> None:
                     setattr(layer, key, nn.Parameter(new.clone(), requires_grad=old.requires_grad))
 
 
-def fitted_factors(
-    layers: Mapping[str, LQLinear], given: Mapping[str, Factors]
-) -> list[tuple[LQLinear, Factors]]:
+def fitted_factors(layers: Mapping[str, LQLinear], given: Mapping[str, Factors]) -> list[tuple[LQLinear, Factors]]:
     """Return each layer with its new factors, in the dtype and on the device of the old ones.
 
     Parameters

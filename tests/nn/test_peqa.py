@@ -106,6 +106,7 @@ class TestExactness:
         dense = layer.weight.dequantize().to(dtype)
         torch.testing.assert_close(x.grad, grad @ dense, rtol=1e-5, atol=1e-5 * (1 + float(dense.abs().max())))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch's forward mode
     @pytest.mark.parametrize("text", ["nf3/5", "affine3/4@-1", "affine2/3@0", "nf3+fit2/3@-1", "int4/1000@-1"])
     @pytest.mark.parametrize("adjoint", [False, True])
     def test_derivatives_agree_with_differences(self, text, adjoint):
@@ -117,7 +118,7 @@ class TestExactness:
         x = torch.linspace(-1, 1, 6 if adjoint else 10, dtype=torch.float64).view(2, -1).requires_grad_()
 
         def product(x, s):
-            return operators.scaled_matmul(x, s, *own[1:], adjoint=adjoint)
+            return torch.ops.lqlora.scaled_matmul(x, s, *own[1:], adjoint=adjoint)
 
         assert torch.autograd.gradcheck(product, (x, first), check_forward_ad=True)
         assert torch.autograd.gradgradcheck(product, (x, first))
@@ -126,8 +127,8 @@ class TestExactness:
         q = lq.quantize(torch.linspace(-1, 1, 15).view(3, 5), lq.BlockFormat.parse("affine3/4@-1"))
         own = PEQALinear(q).weight.scaled_operands
         x, rows = torch.ones(2, 5, requires_grad=True), torch.ones(2, 3, requires_grad=True)
-        torch.library.opcheck(operators.scaled_matmul.default, (x, *own), rtol=1e-5, atol=1e-5)
-        torch.library.opcheck(operators.scale_gradient.default, (rows, x, *own[1:]), rtol=1e-5, atol=1e-5)
+        torch.library.opcheck(torch.ops.lqlora.scaled_matmul.default, (x, *own), rtol=1e-5, atol=1e-5)
+        torch.library.opcheck(torch.ops.lqlora.scale_gradient.default, (rows, x, *own[1:]), rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_and_autocast(self, dtype):
@@ -236,9 +237,12 @@ class TestLayer:
     @pytest.mark.parametrize(
         ("make", "says"),
         [
-            (lambda q: PEQALinear(np.ones((2, 2))), "quantized must be a QuantizedArray"),
-            (lambda q: PEQALinear(lq.quantize(np.ones((2, 2, 2)), NF3, batch_dims=1)), r"quantized must be a matrix.*\(2, 2, 2\)"),
-            (lambda q: PEQALinear(lq.quantize(np.ones(4), NF3)), r"quantized must be a matrix.*\(4,\)"),
+            (lambda _: PEQALinear(np.ones((2, 2))), "quantized must be a QuantizedArray"),
+            (
+                lambda q: PEQALinear(lq.quantize(np.ones((2, 2, 2)), NF3, batch_dims=1)),
+                r"quantized must be a matrix.*\(2, 2, 2\)",
+            ),
+            (lambda _: PEQALinear(lq.quantize(np.ones(4), NF3)), r"quantized must be a matrix.*\(4,\)"),
             (lambda q: PEQALinear(q, lora_A=np.ones((1, 8))), "lora_B must be given"),
             (lambda q: PEQALinear(q, np.ones((1, 7)), np.ones((4, 1))), "lora_B and lora_A must have shapes"),
         ],
@@ -266,13 +270,15 @@ class TestLayer:
         own = PEQALinear(lq.quantize(torch.ones(4, 8), NF3)).weight.scaled_operands
         arguments = change({"x": X, **dict(zip(names, own, strict=True))})
         with pytest.raises(error, match=says):
-            operators.scaled_matmul(**arguments)
+            torch.ops.lqlora.scaled_matmul(**arguments)
 
-    @pytest.mark.parametrize("rows", [torch.ones(2, 4), torch.ones(3, 5), torch.ones(())], ids=["count", "length", "none"])
+    @pytest.mark.parametrize(
+        "rows", [torch.ones(2, 4), torch.ones(3, 5), torch.ones(())], ids=["count", "length", "none"]
+    )
     def test_rows_of_a_gradient_that_do_not_fit(self, rows):
         own = PEQALinear(lq.quantize(torch.ones(4, 8), NF3)).weight.scaled_operands
         with pytest.raises(InvalidArgumentError, match="rows and x must have shapes"):
-            operators.scale_gradient(rows, X, *own[1:])
+            torch.ops.lqlora.scale_gradient(rows, X, *own[1:])
 
 
 def _plain(seed: int = 0, width: int = 12) -> nn.Sequential:
@@ -414,7 +420,10 @@ class TestConversion:
 
     @pytest.mark.parametrize(
         ("make", "says"),
-        [(_plain, "must have a quantized layer"), (lambda: quantize_model(m := _plain(), NF3, rank=1) and m, "Call train_scales")],
+        [
+            (_plain, "must have a quantized layer"),
+            (lambda: quantize_model(m := _plain(), NF3, rank=1) and m, "Call train_scales"),
+        ],
         ids=["dense", "frozen"],
     )
     def test_models_without_trainable_scales(self, make, says):
@@ -424,7 +433,9 @@ class TestConversion:
 
 
 class TestTasks:
-    @pytest.mark.parametrize("make", [_model, _both, lambda: _both(train_factors=False)], ids=["scales", "both", "frozen"])
+    @pytest.mark.parametrize(
+        "make", [_model, _both, lambda: _both(train_factors=False)], ids=["scales", "both", "frozen"]
+    )
     def test_switching_restores_outputs_bit_for_bit(self, make):
         model = make()
         start, first = scales(model), model(X)
@@ -502,8 +513,16 @@ class TestTasks:
             (lambda s: s.update({"2": s["0"]}), InvalidArgumentError, r"'2' must have shape \(4,\), got \(12,\)"),
             (lambda s: s.update({"2": s["0"].values}), InvalidArgumentError, "'2' must be Scales"),
             (lambda s: s.update({"2": Scales(torch.empty(4, device="meta"))}), InvalidArgumentError, "'2'.*meta"),
-            (lambda s: s.update({"2": Scales(torch.full((4,), 1e300, dtype=torch.float64))}), NonFiniteError, "'2'.*float32"),
-            (lambda s: s.update({"2": Scales(s["2"].values, Factors(X, X, 1.0))}), InvalidArgumentError, "'2'.*no factors"),
+            (
+                lambda s: s.update({"2": Scales(torch.full((4,), 1e300, dtype=torch.float64))}),
+                NonFiniteError,
+                "'2'.*float32",
+            ),
+            (
+                lambda s: s.update({"2": Scales(s["2"].values, Factors(X, X, 1.0))}),
+                InvalidArgumentError,
+                "'2'.*no factors",
+            ),
         ],
         ids=["fewer", "more", "shape", "kind", "meta", "overflow", "factors"],
     )
@@ -524,7 +543,9 @@ class TestTasks:
 
 
 class TestFiles:
-    @pytest.mark.parametrize("make", [_model, _both, lambda: _both(train_factors=False)], ids=["scales", "both", "frozen"])
+    @pytest.mark.parametrize(
+        "make", [_model, _both, lambda: _both(train_factors=False)], ids=["scales", "both", "frozen"]
+    )
     def test_a_fresh_model_with_the_same_codes_gets_equal_outputs(self, tmp_path, make):
         trained = _trained(make())
         save_scales(tmp_path / "s", trained, {"task": "sums", 3: (1, 2)})
@@ -586,12 +607,12 @@ class TestFiles:
         save_scales(tmp_path / "s", _trained(model))
         with torch.no_grad():
             model[2].lora_B += 1
-        with pytest.raises(CheckpointError, match="another quantized model.* in 2"):
+        with pytest.raises(CheckpointError, match=r"another quantized model.* in 2"):
             load_scales(tmp_path / "s", model)
 
     def test_scales_with_factors_do_not_load_beside_frozen_ones(self, tmp_path):
         save_scales(tmp_path / "s", _trained(_both()))
-        with pytest.raises(CheckpointError, match="does not fit.*'0' must have no factors"):
+        with pytest.raises(CheckpointError, match=r"does not fit.*'0' must have no factors"):
             load_scales(tmp_path / "s", _both(train_factors=False))
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lqlora._patterns import list_names, select
@@ -19,6 +18,8 @@ from lqlora.nn.selection import unwrapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from concurrent.futures import Executor
+
+    from torch import nn
 
     from lqlora._patterns import Pattern, Patterns
     from lqlora.allocation import Plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.operator_arguments import Operands
 from lqlora.nn.operators import is_autocast
-from lqlora.nn.peqa.operators import scaled_matmul
+from lqlora.nn.peqa import operators  # noqa: F401 - registers torch.ops.lqlora.scaled_matmul
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized._decoding import decode_scales
 from lqlora.quantized.array import QuantizedArray, require_quantized
@@ -167,7 +167,7 @@ class PEQALinear(LQLinear):
         kind = x.device.type
         if is_autocast(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        y: torch.Tensor = scaled_matmul(x, *self.weight.scaled_operands)
+        y: torch.Tensor = torch.ops.lqlora.scaled_matmul(x, *self.weight.scaled_operands)
         if self.rank:
             kept = functional.dropout(x, self.dropout, self.training) if self.dropout else x
             # x has the dtype of autocast already, so autocast changes no dtype of these products.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__ = ["scale_gradient", "scaled_matmul"]
+__all__: list[str] = []
 
 #: Entries of the gradient of a weight that exist at a time: in host memory as many as a cache holds, on devices more.
 _CHUNK_ON_HOST, _CHUNK = 2**18, 2**24
@@ -49,12 +49,6 @@ for _schema in (
     "scale_gradient(Tensor rows, Tensor x, Tensor[] frozen, str fmt, SymInt[] shape, str? codebook=None) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-#: Product with a weight whose scales have a gradient; see the page of the operators.
-scaled_matmul = torch.ops.lqlora.scaled_matmul
-
-#: Gradient of the scales in such a product.
-scale_gradient = torch.ops.lqlora.scale_gradient
 
 
 def _scaled_matmul(
@@ -252,9 +246,7 @@ def _check_devices(**given: Tensor) -> None:
         raise MixedArraysError(f"{' and '.join(given)} must be on one device, got {' and '.join(devices)}. Move one.")
 
 
-def _check_fake(
-    frozen: Sequence[Tensor], scales: Tensor, fmt: str, shape: Sequence[int], codebook: str | None
-) -> None:
+def _check_fake(frozen: Sequence[Tensor], scales: Tensor, fmt: str, shape: Sequence[int], codebook: str | None) -> None:
     weight = [*frozen[:1], scales, *frozen[1:]]
     check_tensors(weight, stored_tensors(read_format(fmt, codebook), shape), fmt)
 
@@ -271,11 +263,15 @@ class _ScaledMatmul(Function):
     # jvp() call the operators, not their kernels, so that they can be differentiated again.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Tensor, description: tuple[Any, ...], adjoint: bool, *frozen: Tensor) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
+    def forward(
+        ctx: Any, x: Tensor, scales: Tensor, description: tuple[Any, ...], adjoint: bool, *frozen: Tensor
+    ) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scales, *frozen)
         ctx.save_for_forward(x, scales, *frozen)
         ctx.description, ctx.adjoint = description, adjoint
-        y: Tensor = _below_autograd(scaled_matmul, x, scales, list(frozen), *description, adjoint=adjoint)
+        y: Tensor = _below_autograd(
+            torch.ops.lqlora.scaled_matmul, x, scales, list(frozen), *description, adjoint=adjoint
+        )
         return y
 
     @staticmethod
@@ -283,10 +279,10 @@ class _ScaledMatmul(Function):
         (grad,), (x, scales, *frozen) = grads, ctx.saved_tensors
         of_x, of_scales = None, None
         if ctx.needs_input_grad[0]:
-            of_x = scaled_matmul(grad, scales, frozen, *ctx.description, adjoint=not ctx.adjoint)
+            of_x = torch.ops.lqlora.scaled_matmul(grad, scales, frozen, *ctx.description, adjoint=not ctx.adjoint)
         if ctx.needs_input_grad[1]:
             rows, inputs = (x, grad) if ctx.adjoint else (grad, x)
-            of_scales = scale_gradient(rows, inputs, frozen, *ctx.description).to(scales.dtype)
+            of_scales = torch.ops.lqlora.scale_gradient(rows, inputs, frozen, *ctx.description).to(scales.dtype)
         return of_x, of_scales, None, None, *[None] * len(frozen)
 
     @staticmethod
@@ -294,7 +290,7 @@ class _ScaledMatmul(Function):
         x, scales, *frozen = ctx.saved_tensors
         parts = [(tangents[0], scales), (x, tangents[1])]
         found = [
-            scaled_matmul(inputs, own, frozen, *ctx.description, adjoint=ctx.adjoint)
+            torch.ops.lqlora.scaled_matmul(inputs, own, frozen, *ctx.description, adjoint=ctx.adjoint)
             for inputs, own in parts
             if inputs is not None and own is not None
         ]
@@ -310,7 +306,7 @@ class _ScaleGradient(Function):
         ctx.save_for_backward(rows, x, *frozen)
         ctx.save_for_forward(rows, x, *frozen)
         ctx.description = description
-        found: Tensor = _below_autograd(scale_gradient, rows, x, list(frozen), *description)
+        found: Tensor = _below_autograd(torch.ops.lqlora.scale_gradient, rows, x, list(frozen), *description)
         return found
 
     @staticmethod
@@ -318,16 +314,16 @@ class _ScaleGradient(Function):
         (grad,), (rows, x, *frozen) = grads, ctx.saved_tensors
         of_rows, of_x = None, None
         if ctx.needs_input_grad[0]:
-            of_rows = scaled_matmul(x, grad, frozen, *ctx.description).to(rows.dtype)
+            of_rows = torch.ops.lqlora.scaled_matmul(x, grad, frozen, *ctx.description).to(rows.dtype)
         if ctx.needs_input_grad[1]:
-            of_x = scaled_matmul(rows, grad, frozen, *ctx.description, adjoint=True).to(x.dtype)
+            of_x = torch.ops.lqlora.scaled_matmul(rows, grad, frozen, *ctx.description, adjoint=True).to(x.dtype)
         return of_rows, of_x, None, *[None] * len(frozen)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         rows, x, *frozen = ctx.saved_tensors
         found = [
-            scale_gradient(*pair, frozen, *ctx.description)
+            torch.ops.lqlora.scale_gradient(*pair, frozen, *ctx.description)
             for pair in ((tangents[0], x), (rows, tangents[1]))
             if pair[0] is not None and pair[1] is not None
         ]
@@ -348,7 +344,7 @@ def _scaled_matmul_autograd(
     if _is_followed(x, scales):
         y: Tensor = _ScaledMatmul.apply(x, scales, (fmt, shape, codebook), adjoint, *frozen)  # type: ignore[no-untyped-call]
     else:
-        y = _below_autograd(scaled_matmul, x, scales, frozen, fmt, shape, codebook, adjoint=adjoint)
+        y = _below_autograd(torch.ops.lqlora.scaled_matmul, x, scales, frozen, fmt, shape, codebook, adjoint=adjoint)
     return y
 
 
@@ -358,7 +354,7 @@ def _scale_gradient_autograd(
     if _is_followed(rows, x):
         found: Tensor = _ScaleGradient.apply(rows, x, (fmt, shape, codebook), *frozen)  # type: ignore[no-untyped-call]
     else:
-        found = _below_autograd(scale_gradient, rows, x, frozen, fmt, shape, codebook)
+        found = _below_autograd(torch.ops.lqlora.scale_gradient, rows, x, frozen, fmt, shape, codebook)
     return found
 
 

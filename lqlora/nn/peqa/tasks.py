@@ -158,7 +158,9 @@ def using_scales(model: nn.Module, given: Mapping[str, Scales]) -> Iterator[None
             layer.weight.scales, layer.lora_A, layer.lora_B, layer.scaling = values, inner, outer, scaling
 
 
-def combine_scales(start: Mapping[str, Scales], tasks: Mapping[str, Mapping[str, Scales]], weights: Mapping[str, float]) -> dict[str, Scales]:
+def combine_scales(
+    start: Mapping[str, Scales], tasks: Mapping[str, Mapping[str, Scales]], weights: Mapping[str, float]
+) -> dict[str, Scales]:
     """Return the sum of several tasks: the first scales plus a weighted sum of what each task changed.
 
     Parameters
@@ -217,7 +219,7 @@ def _values(own: object, name: str, like: torch.Tensor | None) -> torch.Tensor:
     values: torch.Tensor = ops.convert(plain_array(own.values, f"values of {name!r}", STORABLE_FLOATS), torch).detach()
     if like is not None and values.shape != like.shape:
         raise InvalidArgumentError(
-            f"scales of {printable(name)!r} must have shape {tuple(like.shape)}, got {tuple(values.shape)}."
+            f"values of {printable(name)!r} must have shape {tuple(like.shape)}, got {tuple(values.shape)}."
         )
     return values
 
@@ -324,16 +326,20 @@ def _fitted(layers: Mapping[str, PEQALinear], given: Mapping[str, Scales]) -> li
         own, old = given[name], layer.weight.scales
         if not isinstance(own, Scales):
             raise InvalidArgumentError(f"scales of {printable(name)!r} must be Scales, got {shown_argument(own)}.")
-        values: torch.Tensor = ops.convert(plain_array(own.values, f"values of {name!r}", STORABLE_FLOATS), torch).detach()
+        values: torch.Tensor = ops.convert(
+            plain_array(own.values, f"values of {name!r}", STORABLE_FLOATS), torch
+        ).detach()
         if values.shape != old.shape:
             raise InvalidArgumentError(
-                f"scales of {printable(name)!r} must have shape {tuple(old.shape)}, got {tuple(values.shape)}."
+                f"values of {printable(name)!r} must have shape {tuple(old.shape)}, got {tuple(values.shape)}."
             )
         if values.is_meta and not old.is_meta:
-            raise InvalidArgumentError(f"scales of {printable(name)!r} must hold values, but are on the meta device.")
+            raise InvalidArgumentError(
+                f"values of {printable(name)!r} must not be on the meta device, which holds no numbers."
+            )
         found = values.to(device=old.device, dtype=old.dtype)
         if found.dtype != values.dtype and not bool((found.isfinite() | ~values.to(old.device).isfinite()).all()):
-            raise NonFiniteError(f"scales of {printable(name)!r} must fit into float32, got entries beyond 3.4e38.")
+            raise NonFiniteError(f"values of {printable(name)!r} must fit into float32, got entries beyond 3.4e38.")
         factors = own.factors
         if (factors is not None) != layer.train_factors:
             rule = "factors, which train in" if layer.train_factors else "no factors, which are frozen in"

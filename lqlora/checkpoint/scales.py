@@ -50,17 +50,13 @@ class StoredScales:
         The scales.
     base : str
         Fingerprint of the rest of the layer, see :func:`codes_fingerprint`.
-    lora_A, lora_B : ndarray, shape (rank, n) and (m, rank), optional
-        The factors, both or none.
-    scaling : float, default 1.0
-        Factor of the low-rank part.
+    factors : tuple of ndarray, ndarray and float, optional
+        ``lora_A`` of shape (rank, n), ``lora_B`` of shape (m, rank), and the scaling of their product.
     """
 
     scales: Array
     base: str
-    lora_A: Array | None = None
-    lora_B: Array | None = None
-    scaling: float = 1.0
+    factors: tuple[Array, Array, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,21 +201,17 @@ def _take(arrays: dict[str, Any], rows: Mapping[str, ScaleRow], reader: Reader) 
             raise reader.fault(
                 place, f"must have float32 scales in one row, got {shown(str(values.dtype))} of shape {values.shape}."
             )
-        if row.scaling is not UNSET:
-            inner, outer = own["lora_A"], own["lora_B"]
-            if inner.ndim != 2 or outer.ndim != 2 or outer.shape[1] != len(inner):
-                raise reader.fault(
-                    place, f"must have factors of shapes (rank, n) and (m, rank), got {inner.shape} and {outer.shape}."
-                )
+        factors = None if row.scaling is UNSET else (own["lora_A"], own["lora_B"], row.scaling)
+        if factors is not None and (factors[0].ndim != 2 or factors[1].shape[1:] != factors[0].shape[:1]):
+            shapes = f"{factors[0].shape} and {factors[1].shape}"
+            raise reader.fault(place, f"must have factors of shapes (rank, n) and (m, rank), got {shapes}.")
         try:
             for key, array in own.items():
                 what = "its row of scales" if key == "scales" else f"its {key}"
                 ops.require_finite(ops.widen(array, what), what)
         except LQLoRAError as error:
             raise reader.fault(place, f": {error}") from None
-        found[name] = StoredScales(
-            values, row.base, own.get("lora_A"), own.get("lora_B"), 1.0 if row.scaling is UNSET else row.scaling
-        )
+        found[name] = StoredScales(values, row.base, factors)
     if arrays:
         raise reader.fault("scales", f"must describe all tensors, but {shown(next(iter(arrays)))} is of none of them.")
     return found

@@ -239,7 +239,7 @@ class TestLayer:
         [
             (lambda _: PEQALinear(np.ones((2, 2))), "quantized must be a QuantizedArray"),
             (
-                lambda q: PEQALinear(lq.quantize(np.ones((2, 2, 2)), NF3, batch_dims=1)),
+                lambda _: PEQALinear(lq.quantize(np.ones((2, 2, 2)), NF3, batch_dims=1)),
                 r"quantized must be a matrix.*\(2, 2, 2\)",
             ),
             (lambda _: PEQALinear(lq.quantize(np.ones(4), NF3)), r"quantized must be a matrix.*\(4,\)"),

@@ -154,7 +154,7 @@ def _replace(model: nn.Module, layers: Mapping[str, LQLinear], *, train_factors:
         new.train_factors = train_factors and layer.rank > 0
         new.lora_A.requires_grad_(new.train_factors)
         new.lora_B.requires_grad_(new.train_factors)
-        new.weight.scales.requires_grad_(requires_grad=True)
+        new.weight.scales.requires_grad_()
     replace_modules(model, replacements)
 
 

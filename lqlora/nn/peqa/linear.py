@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -51,16 +51,18 @@ class ScaledWeight(QuantizedWeight):
     The scales stay float32 when the module is moved to another dtype: steps of training would vanish in a half precision.
     """
 
+    scales: nn.Parameter  # type: ignore[assignment]
+
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__(with_plain_scales(quantized))
-        scales = self._buffers.pop("scales")
+        scales = cast("torch.Tensor", self._buffers.pop("scales"))
         self.register_parameter("scales", nn.Parameter(scales))
 
     @property
     def array(self) -> QuantizedArray:
         """Quantized array that shares the codes and the scales of now, which may be negative after training."""
         own = super().array
-        return dataclasses.replace(own, scales=own.scales.detach())
+        return dataclasses.replace(own, scales=self.scales.detach())
 
     @property
     def operands(self) -> Operands:

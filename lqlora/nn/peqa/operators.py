@@ -74,8 +74,8 @@ def _scaled_matmul(
     for part, blocks, units in _units(q):
         dense[part] = _unpadded(units.double() * scales.detach()[blocks, None], q, part)
     with _without_autocast(x):
-        weight = (dense.T if _is_down(q) else dense).to(x.dtype)
-        return functional.linear(x, weight.T if adjoint else weight).contiguous()
+        matrix = (dense.T if _is_down(q) else dense).to(x.dtype)
+        return functional.linear(x, matrix.T if adjoint else matrix).contiguous()
 
 
 def _scaled_matmul_fake(
@@ -171,7 +171,8 @@ def _unit_weights(q: QuantizedArray, layout: Layout, table: Any, weights: slice)
     packed, count = q.packed[layout.bytes_of(weights)], weights.stop - weights.start
     if table is not None:
         flat = torch.empty(count, dtype=torch.float32, device=packed.device)
-        ops.decode(ops.PackedBlocks(packed, q.scales[:1], None, table, layout.bits, count), flat)
+        one = torch.ones(1, dtype=torch.float32, device=packed.device)
+        ops.decode(ops.PackedBlocks(packed, one, None, table, layout.bits, count), flat)
         return flat
     sets = layout.sets_of(weights, packed)
     codes = ops.unpack_codes(packed, layout.bits, count).view(len(sets), -1)
@@ -264,8 +265,13 @@ class _ScaledMatmul(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: Tensor, description: tuple[Any, ...], adjoint: bool, *frozen: Tensor
-    ) -> Tensor:  # noqa: FBT001 - apply() takes no keywords
+        ctx: Any,
+        x: Tensor,
+        scales: Tensor,
+        description: tuple[Any, ...],
+        adjoint: bool,  # noqa: FBT001 - apply() takes no keywords
+        *frozen: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scales, *frozen)
         ctx.save_for_forward(x, scales, *frozen)
         ctx.description, ctx.adjoint = description, adjoint

@@ -296,7 +296,7 @@ def load_scales(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
     other = []
     for name, own in content.scales.items():
         layer = layers[name]
-        kept = None if own.lora_A is not None else (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
+        kept = None if own.factors is not None else (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
         if codes_fingerprint(layer.weight.array, kept) != own.base:
             other.append(name)
     if other:
@@ -307,7 +307,7 @@ def load_scales(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
             )
         )
     given = {
-        name: Scales(own.scales, None if own.lora_A is None else Factors(own.lora_A, own.lora_B, own.scaling))
+        name: Scales(own.scales, None if own.factors is None else Factors(*own.factors))
         for name, own in content.scales.items()
     }
     try:

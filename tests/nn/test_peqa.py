@@ -88,7 +88,7 @@ class TestExactness:
         frozen = LQLinear(layer.weight.array, torch.zeros(0, q.shape[1]), torch.zeros(q.shape[0], 0))
         assert torch.equal(layer(x), frozen(x))
 
-    @given(q=_arrays(), data=st.data(), chunk=st.sampled_from([1, 64, 2**18]))
+    @given(q=_arrays(), data=st.data(), chunk=st.sampled_from([1, 64, 2**20]))
     def test_gradients_are_those_of_the_dense_weight(self, q, data, chunk):
         """The gradient of a scale is the sum over its block of the gradient of the weight times the unit weight."""
         layer = PEQALinear(q)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-#: Entries of the gradient of a weight that exist at a time: in host memory as many as a cache holds, on devices more.
-_CHUNK_ON_HOST, _CHUNK = 2**18, 2**24
+#: Entries of the gradient of a weight that exist at a time: enough for fast products, few enough for caches of a host.
+_CHUNK_ON_HOST, _CHUNK = 2**20, 2**24
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WIDE = (torch.float32, torch.float64)
@@ -162,7 +162,7 @@ def _units(q: QuantizedArray) -> Iterator[tuple[slice, slice, Tensor]]:
         flat = _unit_weights(q, layout, table, slice(first * length, part.stop * length))
         units, blocks = _padded(flat.view(-1, length), q, part), _blocks(q, part)
         if zeros is not None:
-            units = units - zeros[blocks, None]
+            units.sub_(zeros[blocks, None])  # they are a new array
         yield part, blocks, units
 
 

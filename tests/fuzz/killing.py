@@ -127,6 +127,13 @@ def _save_factors(_: Path) -> Callable[[Path, int], None]:
     return lambda folder, version: lq.nn.save_factors(folder / "m.safetensors", models[version], {"version": version})
 
 
+def _save_scales(_: Path) -> Callable[[Path, int], None]:
+    models = _models()
+    for model in models:
+        lq.nn.train_scales(model)
+    return lambda folder, version: lq.nn.save_scales(folder / "m.safetensors", models[version], {"version": version})
+
+
 def _merge(beside: Path) -> Callable[[Path, int], None]:
     from lqlora.costs import CostStore, StoredRow
 
@@ -201,6 +208,7 @@ WORKS = {
     "save": _save,
     "save_model": _save_model,
     "save_factors": _save_factors,
+    "save_scales": _save_scales,
     "merge": _merge,
     "costs": _costs,
     "demo": _demo,

@@ -24,11 +24,12 @@ if sys.platform != "win32":
     from tests.fuzz.killing import ROOT, Children
 
 #: Works that replace a whole file or folder.
-WHOLE = ["save", "save_model", "save_factors", "merge", "demo"]
+WHOLE = ["save", "save_model", "save_factors", "save_scales", "merge", "demo"]
 #: What each needs beside NumPy.
 NEEDS = {
     "save_model": ["torch"],
     "save_factors": ["torch"],
+    "save_scales": ["torch"],
     "demo": ["torch", "gguf", "transformers", "matplotlib"],
     "costs": ["typer"],
 }

@@ -224,7 +224,7 @@ class TestLayer:
         y = layer(X.clone().requires_grad_()).sum()
         with torch.no_grad():
             layer.weight.scales.mul_(2)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match="inplace operation"):
             y.backward()
 
     def test_compiled_in_training(self):

@@ -150,7 +150,7 @@ def _replace(model: nn.Module, layers: Mapping[str, LQLinear], *, train_factors:
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         replacements[layer] = new = layer if isinstance(layer, PEQALinear) else _moved(PEQALinear, layer)
-        # Factors of rank 0 have nothing to train, so they are no part of a task.
+        # Factors of rank 0 have nothing to train, so tasks leave them out.
         new.train_factors = train_factors and layer.rank > 0
         new.lora_A.requires_grad_(new.train_factors)
         new.lora_B.requires_grad_(new.train_factors)

@@ -33,7 +33,7 @@ __all__ = ["Scales", "combine_scales", "load_scales", "save_scales", "scales", "
 
 @dataclass(frozen=True, eq=False)
 class Scales:
-    """What one layer learned for a task: its scales, and its low-rank factors if they trained, too.
+    """Scales of one layer for a task, with its low-rank factors if they trained, too.
 
     Parameters
     ----------

@@ -16,6 +16,7 @@ from lqlora.nn.experts import ExpertMatrix, find_stacks, split_stacks
 from lqlora.nn.heads import Heads, names_above
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import computes_product_alone, has_more_than_weight_and_bias, is_linear_map
+from lqlora.nn.peqa.linear import ScaledWeight
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -268,7 +269,7 @@ class LinearMaps:
         return next((group for group, applies in groups.items() if applies), "norms, biases and others")
 
     def freeze(self) -> None:
-        """Switch off the gradients of the model, except those of heads, adapters and low-rank factors.
+        """Switch off the gradients of the model, except those of heads, adapters, low-rank factors and trainable scales.
 
         Heads of a task are often initialized anew, and adapters were made to be trained. They keep their flags. Libraries of
         adapters freeze the rest of a model themselves, so a model with adapters keeps all of its flags.
@@ -276,7 +277,7 @@ class LinearMaps:
         if self._adapted:
             return
         for name, module in self._modules.items():
-            if not isinstance(module, LQLinear):
+            if not isinstance(module, LQLinear | ScaledWeight):
                 for key, parameter in module.named_parameters(recurse=False):
                     if not self._heads.trains(f"{name}.{key}"):
                         parameter.requires_grad_(requires_grad=False)

@@ -33,6 +33,7 @@ from lqlora.nn import (  # noqa: E402
     load_scales,
     peqa_model,
     quantize_model,
+    requantize_model,
     save_factors,
     save_model,
     save_scales,
@@ -376,6 +377,23 @@ class TestConversion:
         assert list(report.layers) == ["2"]
         assert [type(layer) for layer in model] == [LQLinear, nn.ReLU, PEQALinear]
         assert model[0].lora_A.requires_grad
+
+    def test_a_second_conversion_keeps_scales_trainable(self):
+        model = _plain()
+        peqa_model(model, CHANNEL, include="0")
+        quantize_model(model, NF3, rank=1)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trainable == {"0.weight.scales", "2.lora_A", "2.lora_B"}
+
+    def test_dense_layers_again(self):
+        model = _trained(_both())
+        y = model(X)
+        requantized = copy.deepcopy(model)
+        dequantize_model(model)
+        torch.testing.assert_close(model(X), y)
+        assert vars(model[0]).keys() == vars(nn.Linear(1, 1)).keys()
+        requantize_model(requantized)
+        assert [type(layer) for layer in requantized] == [LQLinear, nn.ReLU, LQLinear]
 
     def test_negative_scales_are_not_frozen(self, tmp_path):
         model = _model()

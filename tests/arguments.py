@@ -134,10 +134,10 @@ def _switched(values):
     model = torch.nn.Sequential(lq.nn.PEQALinear(Q))
     given = {"0": lq.nn.Scales(values)}
     with lq.nn.using_scales(model, given):
-        inside = model[0].weight.scales.detach() + 0
+        inside = model[0].quantized.scales.detach() + 0
     lq.nn.set_scales(model, given)
     summed = lq.nn.combine_scales(given, {"task": given}, {"task": 1})["0"].values
-    return [inside, model[0].weight.scales.detach(), summed]
+    return [inside, model[0].quantized.scales.detach(), summed]
 
 
 def _requantized(original):
@@ -221,7 +221,7 @@ CALLS = {
     "LQLinear": ({"lora_A": LORA_A, "lora_B": LORA_B, "bias": W[:, 0].copy()}, _layer),
     "PEQALinear": (
         {"bias": W[:, 0].copy()},
-        lambda bias: [(layer := lq.nn.PEQALinear(Q, bias=bias)).bias, layer.weight.dequantize()],
+        lambda bias: [(layer := lq.nn.PEQALinear(Q, bias=bias)).bias, layer.quantized.dequantize()],
     ),
     "PEQALinear.from_decomposition": (
         {"bias": W[:, 0].copy()},

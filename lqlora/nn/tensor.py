@@ -121,6 +121,11 @@ class QuantizedTensor(torch.Tensor):
         Tensor
             Dense tensor of the same shape. Gradients reach the factors.
         """
+        if _trains_scales(self) and torch.is_grad_enabled():
+            raise InvalidArgumentError(
+                "weight must not be made dense while its scales train, whose gradients would be lost. Use torch.no_grad(), or call "
+                "freeze_scales first."
+            )
         # In float32 until the end: both parts are rounded once.
         dense: torch.Tensor = torch.ops.lqlora.dequantize(*self.operands, dtype=_wide(self.dtype))
         if self.factors is not None:
@@ -254,17 +259,34 @@ def _times(x: torch.Tensor, tensor: QuantizedTensor) -> torch.Tensor:
     """Return ``x @ tensor`` for a single matrix. Gradients reach the input and the factors."""
     if is_autocast(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if not tensor.is_transposed:
+    if not tensor.is_transposed or _trains_scales(tensor):
         # x (Q + s B A) = x Q + s (x B) A. The operator's adjoint is the product with Q itself.
-        y: torch.Tensor = torch.ops.lqlora.matmul(x, *tensor.operands, adjoint=True)
+        y = _times_quantized(x, tensor)
         if tensor.factors is None:
             return y
         lora_A, lora_B = (factor.to(x.dtype) for factor in tensor.factors)
+        first, second = (lora_A.mT, lora_B.mT) if tensor.is_transposed else (lora_B, lora_A)
         with as_given(x):
-            return y + tensor.scaling * ((x @ lora_B) @ lora_A)
+            return y + tensor.scaling * ((x @ first) @ second)
     if tensor.factors is None:
         return cast("torch.Tensor", torch.ops.lqlora.matmul(x, *tensor.operands))
     return cast("torch.Tensor", torch.ops.lqlora.linear(x, *tensor.operands, *tensor.factors, tensor.scaling))
+
+
+def _times_quantized(x: torch.Tensor, tensor: QuantizedTensor) -> torch.Tensor:
+    """Return the product with the quantized part. Gradients reach the input, and scales that train."""
+    adjoint = not tensor.is_transposed
+    if not _trains_scales(tensor):
+        return cast("torch.Tensor", torch.ops.lqlora.matmul(x, *tensor.operands, adjoint=adjoint))
+    (codes, scales, *others), *described = tensor.operands
+    return cast(
+        "torch.Tensor", torch.ops.lqlora.scaled_matmul(x, scales, [codes, *others], *described, adjoint=adjoint)
+    )
+
+
+def _trains_scales(tensor: QuantizedTensor) -> bool:
+    """Return whether the tensor is the weight of a layer with trainable scales, which follow the codes."""
+    return tensor.operands.tensors[1].requires_grad
 
 
 def _is_matrix(tensor: Any) -> bool:

@@ -61,7 +61,7 @@ def _arrays(draw):
 
 def _dense_parts(layer: PEQALinear) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the unit weight of each entry, and the block that it belongs to, both decoded by the library itself."""
-    own = layer.weight.array
+    own = layer.quantized.array
     ones = dataclasses.replace(own, scales=torch.ones_like(own.scales))
     # Zero points and codes do not matter for the number of a block, so a format of one level tells it.
     number = lq.BlockFormat(lq.Codebook([0, 1], "own"), own.format.block_size, "float32", own.format.axis)
@@ -74,7 +74,7 @@ def _dense_parts(layer: PEQALinear) -> tuple[torch.Tensor, torch.Tensor]:
 def _scale_gradient(layer, x, grad):
     units, blocks = _dense_parts(layer)
     of_weight = grad.double().reshape(-1, grad.shape[-1]).T @ x.detach().double().reshape(-1, x.shape[-1])
-    found = torch.zeros(len(layer.weight.scales), dtype=torch.float64)
+    found = torch.zeros(len(layer.quantized.scales), dtype=torch.float64)
     return found.index_add_(0, blocks.reshape(-1), (of_weight * units).reshape(-1))
 
 
@@ -83,10 +83,10 @@ class TestExactness:
     @given(q=_arrays())
     def test_a_layer_computes_what_its_quantized_array_decodes_to(self, q):
         layer = PEQALinear(q)
-        assert torch.equal(layer.weight.dequantize(), torch.from_numpy(lq.dequantize(q)))
-        assert (layer.weight.format.scales, layer.weight.scales.dtype) == ("float32", torch.float32)
+        assert torch.equal(layer.quantized.dequantize(), torch.from_numpy(lq.dequantize(q)))
+        assert (layer.quantized.format.scales, layer.quantized.scales.dtype) == ("float32", torch.float32)
         x = torch.linspace(-1, 1, 2 * q.shape[1]).view(2, -1)
-        frozen = LQLinear(layer.weight.array, torch.zeros(0, q.shape[1]), torch.zeros(q.shape[0], 0))
+        frozen = LQLinear(layer.quantized.array, torch.zeros(0, q.shape[1]), torch.zeros(q.shape[0], 0))
         assert torch.equal(layer(x), frozen(x))
 
     @given(q=_arrays(), data=st.data(), chunk=st.sampled_from([1, 64, 2**20]))
@@ -103,8 +103,8 @@ class TestExactness:
             layer(x).backward(grad)
         expected = _scale_gradient(layer, x, grad)
         tolerance = 1e-5 * float(expected.abs().max()) if expected.numel() else 0.0
-        torch.testing.assert_close(layer.weight.scales.grad.double(), expected, rtol=1e-5, atol=tolerance)
-        dense = layer.weight.dequantize().to(dtype)
+        torch.testing.assert_close(layer.quantized.scales.grad.double(), expected, rtol=1e-5, atol=tolerance)
+        dense = layer.quantized.dequantize().to(dtype)
         torch.testing.assert_close(x.grad, grad @ dense, rtol=1e-5, atol=1e-5 * (1 + float(dense.abs().max())))
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch's forward mode
@@ -114,7 +114,7 @@ class TestExactness:
         """First derivatives in both modes, and second ones, in float64."""
         fit = "levels+scale" if "fit" in text else "scale"
         w = torch.linspace(-1, 2, 15).view(3, 5).sin()
-        own = PEQALinear(lq.quantize(w, lq.BlockFormat.parse(text), fit=fit)).weight.scaled_operands
+        own = PEQALinear(lq.quantize(w, lq.BlockFormat.parse(text), fit=fit)).quantized.scaled_operands
         first = own[0].detach().double().requires_grad_()
         x = torch.linspace(-1, 1, 6 if adjoint else 10, dtype=torch.float64).view(2, -1).requires_grad_()
 
@@ -126,7 +126,7 @@ class TestExactness:
 
     def test_operators_pass_the_checks_of_torch(self):
         q = lq.quantize(torch.linspace(-1, 1, 15).view(3, 5), lq.BlockFormat.parse("affine3/4@-1"))
-        own = PEQALinear(q).weight.scaled_operands
+        own = PEQALinear(q).quantized.scaled_operands
         x, rows = torch.ones(2, 5, requires_grad=True), torch.ones(2, 3, requires_grad=True)
         torch.library.opcheck(torch.ops.lqlora.scaled_matmul.default, (x, *own), rtol=1e-5, atol=1e-5)
         torch.library.opcheck(torch.ops.lqlora.scale_gradient.default, (rows, x, *own[1:]), rtol=1e-5, atol=1e-5)
@@ -137,22 +137,22 @@ class TestExactness:
         layer, exact = PEQALinear(q), PEQALinear(q)
         exact(X).square().sum().backward()
         layer(X.to(dtype)).square().sum().backward()
-        grad = layer.weight.scales.grad
+        grad = layer.quantized.scales.grad
         assert grad.dtype == torch.float32
-        torch.testing.assert_close(grad, exact.weight.scales.grad, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(grad, exact.quantized.scales.grad, rtol=0.05, atol=0.05)
         if dtype == torch.bfloat16:
             again = PEQALinear(q)
             with torch.autocast("cpu", dtype):
                 y = again(X)
                 assert y.dtype == dtype
                 y.square().sum().backward()
-            torch.testing.assert_close(again.weight.scales.grad, grad)
+            torch.testing.assert_close(again.quantized.scales.grad, grad)
 
     def test_gradients_of_half_precision_are_summed_in_float32(self):
         """A sum in bfloat16 would end at 256."""
         layer = PEQALinear(lq.quantize(torch.ones(1, 1), lq.BlockFormat.parse("nf4/1")))
         layer(torch.ones(1000, 1, dtype=torch.bfloat16)).sum().backward()
-        assert float(layer.weight.scales.grad) == 1000
+        assert float(layer.quantized.scales.grad) == 1000
 
     def test_no_dense_weight_is_kept_for_the_backward_pass(self):
         layer = PEQALinear(lq.quantize(torch.randn(64, 32), lq.BlockFormat.parse("nf4/16")))
@@ -166,17 +166,17 @@ class TestExactness:
         w = torch.ones(2, 8)
         w[0] = 0
         layer = PEQALinear(lq.quantize(w, lq.BlockFormat(book, 8)))
-        optimizer = torch.optim.AdamW([layer.weight.scales], lr=0.1)
+        optimizer = torch.optim.AdamW([layer.quantized.scales], lr=0.1)
         for _ in range(3):
             layer(X).square().sum().backward()
             optimizer.step()
-        assert not layer.weight.dequantize()[0].any()
+        assert not layer.quantized.dequantize()[0].any()
 
     def test_negative_scales_negate_their_blocks(self):
         layer = PEQALinear(lq.quantize(torch.randn(4, 8), lq.BlockFormat.parse("nf4/8")))
         before = layer(X)
         with torch.no_grad():
-            layer.weight.scales.neg_()
+            layer.quantized.scales.neg_()
         assert torch.equal(layer(X), -before)
 
 
@@ -186,10 +186,35 @@ class TestLayer:
         layer = PEQALinear.from_decomposition(d, torch.ones(6))
         expected = LQLinear.from_decomposition(d, torch.ones(6))(X)
         assert torch.equal(layer(X), expected)
-        assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["weight.scales"]
+        assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["quantized.scales"]
         both = PEQALinear(d.quantized, d.lora_A, d.lora_B, 0.5, train_factors=True)
         both(X).square().sum().backward()
-        assert all(p.grad is not None and p.grad.any() for p in (both.weight.scales, both.lora_A, both.lora_B))
+        assert all(p.grad is not None and p.grad.any() for p in (both.quantized.scales, both.lora_A, both.lora_B))
+
+    @pytest.mark.parametrize("rank", [0, 2])
+    def test_models_that_read_the_weight_train_the_scales(self, rank):
+        w = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+        layer = PEQALinear.from_decomposition(lq.decompose(w, NF3, rank=rank))
+        units, blocks = _dense_parts(layer)
+        for product in (
+            lambda weight: nn.functional.linear(X, weight),
+            lambda weight: X @ weight,
+            lambda weight: weight @ X.T,
+            lambda weight: torch.cat([X @ part.T for part in weight.chunk(2)], -1),
+        ):
+            layer.quantized.scales.grad = None
+            y = product(layer.weight)
+            y.square().sum().backward()
+            scales = layer.quantized.scales.detach().clone().requires_grad_()
+            dense = units.float() * scales[blocks] + layer.lora_B.detach() @ layer.lora_A.detach()
+            expected = product(dense)
+            torch.testing.assert_close(y, expected)
+            expected.square().sum().backward()
+            torch.testing.assert_close(layer.quantized.scales.grad, scales.grad)
+        with pytest.raises(InvalidArgumentError, match="weight must not be made dense"):
+            layer.weight.dequantize()
+        with torch.no_grad():
+            torch.testing.assert_close(layer.weight.dequantize(), dense.detach())
 
     def test_dropout_acts_on_the_low_rank_part_in_training(self):
         d = lq.decompose(np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32), NF3, rank=2)
@@ -201,39 +226,39 @@ class TestLayer:
     def test_copies_dtypes_and_state(self):
         layer = PEQALinear(lq.quantize(torch.randn(4, 8), NF3))
         with torch.no_grad():
-            layer.weight.scales.mul_(1.1)
+            layer.quantized.scales.mul_(1.1)
         y = layer(X)
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).half()):
             assert torch.equal(other(X), y)
-            assert other.weight.scales.dtype == torch.float32
-            assert other.weight.scales.requires_grad
+            assert other.quantized.scales.dtype == torch.float32
+            assert other.quantized.scales.requires_grad
         fresh = PEQALinear(lq.quantize(torch.randn(4, 8), NF3))
         fresh.load_state_dict(layer.state_dict())
         assert torch.equal(fresh(X), y)
-        assert layer.state_dict().keys() == {"lora_A", "lora_B", "weight.codes", "weight.scales"}
+        assert layer.state_dict().keys() == {"lora_A", "lora_B", "quantized.codes", "quantized.scales"}
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_gradient_checkpointing(self, reentrant):
         layer = PEQALinear(lq.quantize(torch.randn(4, 8), NF3))
         layer(X).square().sum().backward()
-        expected, layer.weight.scales.grad = layer.weight.scales.grad, None
+        expected, layer.quantized.scales.grad = layer.quantized.scales.grad, None
         checkpoint(layer, X.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
-        assert torch.equal(layer.weight.scales.grad, expected)
+        assert torch.equal(layer.quantized.scales.grad, expected)
 
     def test_a_changed_scale_between_the_passes_is_an_error_of_autograd(self):
         layer = PEQALinear(lq.quantize(torch.randn(4, 8), NF3))
         y = layer(X.clone().requires_grad_()).sum()
         with torch.no_grad():
-            layer.weight.scales.mul_(2)
+            layer.quantized.scales.mul_(2)
         with pytest.raises(RuntimeError, match="inplace operation"):
             y.backward()
 
     def test_compiled_in_training(self):
         layer = PEQALinear(lq.quantize(torch.randn(4, 8), NF3))
         layer(X).square().sum().backward()
-        expected, layer.weight.scales.grad = layer.weight.scales.grad, None
+        expected, layer.quantized.scales.grad = layer.quantized.scales.grad, None
         torch.compile(layer, backend="aot_eager", fullgraph=True)(X).square().sum().backward()
-        torch.testing.assert_close(layer.weight.scales.grad, expected)
+        torch.testing.assert_close(layer.quantized.scales.grad, expected)
 
     @pytest.mark.parametrize(
         ("make", "says"),
@@ -268,7 +293,7 @@ class TestLayer:
     )
     def test_wrong_arguments_of_the_operators(self, change, error, says):
         names = "scales", "frozen", "fmt", "shape", "codebook"
-        own = PEQALinear(lq.quantize(torch.ones(4, 8), NF3)).weight.scaled_operands
+        own = PEQALinear(lq.quantize(torch.ones(4, 8), NF3)).quantized.scaled_operands
         arguments = change({"x": X, **dict(zip(names, own, strict=True))})
         with pytest.raises(error, match=says):
             torch.ops.lqlora.scaled_matmul(**arguments)
@@ -277,7 +302,7 @@ class TestLayer:
         "rows", [torch.ones(2, 4), torch.ones(3, 5), torch.ones(())], ids=["count", "length", "none"]
     )
     def test_rows_of_a_gradient_that_do_not_fit(self, rows):
-        own = PEQALinear(lq.quantize(torch.ones(4, 8), NF3)).weight.scaled_operands
+        own = PEQALinear(lq.quantize(torch.ones(4, 8), NF3)).quantized.scaled_operands
         with pytest.raises(InvalidArgumentError, match="rows and x must have shapes"):
             torch.ops.lqlora.scale_gradient(rows, X, *own[1:])
 
@@ -319,11 +344,11 @@ class TestConversion:
         model = _plain()
         report = peqa_model(model, lq.BlockFormat.parse("affine4/4@-1:u8/8:float32"))
         trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-        assert trainable == {"0.weight.scales": 24, "2.weight.scales": 12}
+        assert trainable == {"0.quantized.scales": 24, "2.quantized.scales": 12}
         assert report.trainable == 36
         assert {str(own.format) for own in report.layers.values()} == {"affine4/4@-1:float32"}
         for name in ("0", "2"):
-            assert report.layers[name].nbytes == model[int(name)].weight.array.nbytes
+            assert report.layers[name].nbytes == model[int(name)].quantized.array.nbytes
 
     @pytest.mark.parametrize("fmt", [CHANNEL, NF3, lq.BlockFormat.parse("nf2/4@0:float16")], ids=str)
     def test_training_lowers_the_loss_and_leaves_the_codes(self, fmt):
@@ -337,7 +362,7 @@ class TestConversion:
     def test_first_scales_have_the_least_error_of_the_fit(self):
         model, plain = _model(), _plain()
         q = lq.quantize(plain[0].weight.detach().numpy(), CHANNEL, fit="scale")
-        assert torch.equal(model[0].weight.dequantize(), torch.from_numpy(lq.dequantize(q)))
+        assert torch.equal(model[0].quantized.dequantize(), torch.from_numpy(lq.dequantize(q)))
 
     @pytest.mark.parametrize("train_factors", [False, True])
     def test_scales_of_a_quantized_model_train_and_freeze_again(self, train_factors):
@@ -383,7 +408,7 @@ class TestConversion:
         peqa_model(model, CHANNEL, include="0")
         quantize_model(model, NF3, rank=1)
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert trainable == {"0.weight.scales", "2.lora_A", "2.lora_B"}
+        assert trainable == {"0.quantized.scales", "2.lora_A", "2.lora_B"}
 
     def test_dense_layers_again(self):
         model = _trained(_both())
@@ -398,7 +423,7 @@ class TestConversion:
     def test_negative_scales_are_not_frozen(self, tmp_path):
         model = _model()
         with torch.no_grad():
-            model[2].weight.scales[:2] = -0.5
+            model[2].quantized.scales[:2] = -0.5
         before = _state(model)
         with pytest.raises(InvalidArgumentError, match=r"'2' has 2 of 4, the least -0.5"):
             freeze_scales(model)
@@ -413,7 +438,7 @@ class TestConversion:
         book = next(book for book in ALL_CODEBOOKS if book.normalization == "signed")
         model = _model(fmt=lq.BlockFormat(book, 4))
         with torch.no_grad():
-            model[2].weight.scales[0] = -0.5
+            model[2].quantized.scales[0] = -0.5
         y = model(X)
         freeze_scales(model)
         assert torch.equal(model(X), y)
@@ -469,7 +494,7 @@ class TestTasks:
         with using_scales(model, start):
             assert torch.equal(model(X), first)
             assert not any(p.requires_grad for p in model.parameters())
-            assert model[0].weight.scales.data_ptr() == start["0"].values.data_ptr()
+            assert model[0].quantized.scales.data_ptr() == start["0"].values.data_ptr()
         assert torch.equal(model(X), second)
         assert [id(p) for p in model.parameters()] == parameters
 
@@ -584,7 +609,7 @@ class TestFiles:
     def test_negative_scales_are_stored(self, tmp_path):
         model = _model()
         with torch.no_grad():
-            model[0].weight.scales.neg_()
+            model[0].quantized.scales.neg_()
         save_scales(tmp_path / "s", model)
         fresh = _model()
         load_scales(tmp_path / "s", fresh)
@@ -637,7 +662,7 @@ class TestFiles:
     def test_scales_that_are_not_finite_are_not_saved(self, tmp_path, value):
         model = _model()
         with torch.no_grad():
-            model[2].weight.scales[1] = value
+            model[2].quantized.scales[1] = value
         with pytest.raises(InvalidArgumentError, match=r"scales\['2'\].*non-finite"):
             save_scales(tmp_path / "s", model)
         assert not (tmp_path / "s").exists()

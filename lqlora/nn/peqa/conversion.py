@@ -85,7 +85,7 @@ def peqa_model(
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     >>> report = peqa_model(model, lq.BlockFormat.parse("affine4/1000000@-1:float32"))
     >>> [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
-    [('0.weight.scales', 8), ('2.weight.scales', 4)]
+    [('0.quantized.scales', 8), ('2.quantized.scales', 4)]
     """
     report = quantize_model(
         model,
@@ -131,7 +131,7 @@ def train_scales(
     Returns
     -------
     list of str
-        Names of the layers, in the order of the model. The scales of the layer ``m`` are the parameter ``m.weight.scales``.
+        Names of the layers, in the order of the model. The scales of the layer ``m`` are the parameter ``m.quantized.scales``.
 
     Raises
     ------
@@ -154,13 +154,14 @@ def _replace(model: nn.Module, layers: Mapping[str, LQLinear], *, train_factors:
         new.train_factors = train_factors and layer.rank > 0
         new.lora_A.requires_grad_(new.train_factors)
         new.lora_B.requires_grad_(new.train_factors)
-        new.weight.scales.requires_grad_()
+        new.quantized.scales.requires_grad_()
     replace_modules(model, replacements)
 
 
 def _moved(kind: Any, layer: LQLinear) -> Any:
     """Return a layer of another class with the weight, factors, bias, hooks and attributes of a layer."""
-    new = kind(layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, None, layer.dropout)
+    new = kind(layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, None, layer.dropout)
+    new.quantized.dtype = layer.quantized.dtype
     # The same parameters, so that an optimizer and modules that share them go on with them.
     new.lora_A, new.lora_B, new.bias = layer.lora_A, layer.lora_B, layer.bias
     move_attributes(new, layer, without={"train_factors"})
@@ -187,11 +188,11 @@ def freeze_scales(model: nn.Module) -> None:
     model = unwrapped(model)
     layers = peqa_layers(model)
     for name, layer in layers.items():
-        scales = layer.weight.scales.detach()
-        if layer.weight.format.codebook.normalization != "signed" and scales.numel() and bool((scales < 0).any()):
+        scales = layer.quantized.scales.detach()
+        if layer.quantized.format.codebook.normalization != "signed" and scales.numel() and bool((scales < 0).any()):
             raise InvalidArgumentError(
                 f"model must have no negative scale, but {printable(name)!r} has {int((scales < 0).sum())} of {scales.numel()}, "
-                f"the least {float(scales.min()):.3g}. Lower the learning rate, or clamp weight.scales at 0 after each step."
+                f"the least {float(scales.min()):.3g}. Lower the learning rate, or clamp quantized.scales at 0 after each step."
             )
     replace_modules(model, {layer: _moved(LQLinear, layer) for layer in layers.values()})
 

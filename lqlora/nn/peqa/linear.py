@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear import LQLinear
-from lqlora.nn.operator_arguments import Operands
 from lqlora.nn.operators import is_autocast
 from lqlora.nn.peqa import operators  # noqa: F401 - registers torch.ops.lqlora.scaled_matmul
 from lqlora.nn.weight import QuantizedWeight
@@ -63,11 +62,6 @@ class ScaledWeight(QuantizedWeight):
         """Quantized array that shares the codes and the scales of now, which may be negative after training."""
         own = super().array
         return dataclasses.replace(own, scales=self.scales.detach())
-
-    @property
-    def operands(self) -> Operands:
-        """Arguments of the operators for frozen weights. Autograd does not follow the scales in them."""
-        return Operands([tensor.detach() for tensor in self._tensors()], *self._spelling)
 
     @property
     def scaled_operands(self) -> tuple[Any, ...]:
@@ -122,11 +116,11 @@ class PEQALinear(LQLinear):
     >>> q = lq.quantize(torch.eye(4), lq.BlockFormat.parse("affine4/4@-1:float32"))
     >>> layer = PEQALinear(q)
     >>> layer(torch.ones(1, 4)).sum().backward()
-    >>> layer.weight.scales.grad
+    >>> layer.quantized.scales.grad
     tensor([15., 15., 15., 15.])
     """
 
-    weight: ScaledWeight
+    quantized: ScaledWeight
 
     def __init__(
         self,
@@ -148,7 +142,7 @@ class PEQALinear(LQLinear):
             rows, columns = quantized.shape
             lora_A, lora_B = torch.empty(0, columns), torch.empty(rows, 0)
         super().__init__(quantized, lora_A, lora_B, scaling, bias, dropout)
-        self.weight = ScaledWeight(quantized)
+        self.quantized = ScaledWeight(quantized)
         self.train_factors = train_factors
         self.lora_A.requires_grad_(train_factors)
         self.lora_B.requires_grad_(train_factors)
@@ -169,7 +163,7 @@ class PEQALinear(LQLinear):
         kind = x.device.type
         if is_autocast(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        y: torch.Tensor = torch.ops.lqlora.scaled_matmul(x, *self.weight.scaled_operands)
+        y: torch.Tensor = torch.ops.lqlora.scaled_matmul(x, *self.quantized.scaled_operands)
         if self.rank:
             kept = functional.dropout(x, self.dropout, self.training) if self.dropout else x
             # x has the dtype of autocast already, so autocast changes no dtype of these products.
@@ -180,4 +174,4 @@ class PEQALinear(LQLinear):
     def extra_repr(self) -> str:
         """Show shape, format and rank."""
         factors = ", train_factors=True" if self.train_factors else ""
-        return f"{super().extra_repr()}, scales={self.weight.scales.numel()}{factors}"
+        return f"{super().extra_repr()}, scales={self.quantized.scales.numel()}{factors}"

@@ -72,7 +72,7 @@ def _copied(layer: PEQALinear) -> Scales:
     factors = None
     if layer.train_factors:
         factors = Factors(layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), layer.scaling)
-    return Scales(layer.weight.scales.detach().clone(), factors)
+    return Scales(layer.quantized.scales.detach().clone(), factors)
 
 
 def set_scales(model: nn.Module, given: Mapping[str, Scales]) -> None:
@@ -102,7 +102,7 @@ def set_scales(model: nn.Module, given: Mapping[str, Scales]) -> None:
 def _set(fitted: list[tuple[PEQALinear, Scales]]) -> None:
     with torch.no_grad():
         for layer, own in fitted:
-            layer.weight.scales.copy_(own.values)
+            layer.quantized.scales.copy_(own.values)
     put_factors([(layer, own.factors) for layer, own in fitted if own.factors is not None])
 
 
@@ -138,16 +138,16 @@ def using_scales(model: nn.Module, given: Mapping[str, Scales]) -> Iterator[None
     >>> start, x = scales(model), torch.ones(1, 8)
     >>> before = model(x)
     >>> with torch.no_grad():
-    ...     model[0].weight.scales *= 2  # as after training
+    ...     model[0].quantized.scales *= 2  # as after training
     >>> with using_scales(model, start):
     ...     torch.equal(model(x), before)
     True
     """
     fitted = _fitted(peqa_layers(unwrapped(model)), given)
-    old = [(layer, layer.weight.scales, layer.lora_A, layer.lora_B, layer.scaling) for layer, _ in fitted]
+    old = [(layer, layer.quantized.scales, layer.lora_A, layer.lora_B, layer.scaling) for layer, _ in fitted]
     try:
         for layer, own in fitted:
-            layer.weight.scales = nn.Parameter(own.values, requires_grad=False)
+            layer.quantized.scales = nn.Parameter(own.values, requires_grad=False)
             if own.factors is not None:
                 layer.lora_A = nn.Parameter(own.factors.lora_A, requires_grad=False)
                 layer.lora_B = nn.Parameter(own.factors.lora_B, requires_grad=False)
@@ -155,7 +155,7 @@ def using_scales(model: nn.Module, given: Mapping[str, Scales]) -> Iterator[None
         yield
     finally:
         for layer, values, inner, outer, scaling in old:
-            layer.weight.scales, layer.lora_A, layer.lora_B, layer.scaling = values, inner, outer, scaling
+            layer.quantized.scales, layer.lora_A, layer.lora_B, layer.scaling = values, inner, outer, scaling
 
 
 def combine_scales(
@@ -256,7 +256,7 @@ def save_scales(path: str | os.PathLike[str], model: nn.Module, metadata: Mappin
     """
     layers = peqa_layers(unwrapped(model))
     matrices = {
-        name: StoredMatrix(layer.weight.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
+        name: StoredMatrix(layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
         for name, layer in layers.items()
     }
     write_scales(path, matrices, [name for name, layer in layers.items() if layer.train_factors], metadata)
@@ -297,7 +297,7 @@ def load_scales(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any
     for name, own in content.scales.items():
         layer = layers[name]
         kept = None if own.factors is not None else (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
-        if codes_fingerprint(layer.weight.array, kept) != own.base:
+        if codes_fingerprint(layer.quantized.array, kept) != own.base:
             other.append(name)
     if other:
         raise CheckpointError(
@@ -323,7 +323,7 @@ def _fitted(layers: Mapping[str, PEQALinear], given: Mapping[str, Scales]) -> li
     _require_layers(given, layers, "scales")
     fitted = []
     for name, layer in layers.items():
-        own, old = given[name], layer.weight.scales
+        own, old = given[name], layer.quantized.scales
         if not isinstance(own, Scales):
             raise InvalidArgumentError(f"scales of {printable(name)!r} must be Scales, got {shown_argument(own)}.")
         values: torch.Tensor = ops.convert(

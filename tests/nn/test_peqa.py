@@ -387,6 +387,14 @@ class TestConversion:
         train_scales(model)
         assert torch.equal(model(X), after)
 
+    def test_layers_show_the_dtype_of_those_that_they_replace(self):
+        model = _plain().to(torch.bfloat16)
+        peqa_model(model, CHANNEL)
+        assert (model[0].weight.dtype, model[0].quantized.scales.dtype) == (torch.bfloat16, torch.float32)
+        assert model(X.bfloat16()).dtype == torch.bfloat16
+        freeze_scales(model)
+        assert model[0].weight.dtype == torch.bfloat16
+
     def test_patterns_select_layers(self):
         model = _plain()
         quantize_model(model, NF3, rank=2)
@@ -644,6 +652,15 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=f"s .*{says}"):
             load_scales(tmp_path / "s", model)
         assert _state(model) == before
+
+    def test_one_changed_code_is_another_base(self, tmp_path):
+        model = _model()
+        save_scales(tmp_path / "s", model)
+        model[2].quantized.codes[0] ^= 1
+        with pytest.raises(CheckpointError, match=r"another quantized model.* in 2"):
+            load_scales(tmp_path / "s", model)
+        model[2].quantized.codes[0] ^= 1
+        load_scales(tmp_path / "s", model)
 
     def test_frozen_factors_belong_to_the_base(self, tmp_path):
         model = _both(train_factors=False)

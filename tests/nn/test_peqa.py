@@ -18,6 +18,7 @@ from tests.requirements import require_module
 
 torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
+from torch.nn.utils.parametrize import register_parametrization  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from lqlora.nn import (  # noqa: E402
@@ -585,6 +586,13 @@ class TestTasks:
         with pytest.raises(error, match=says):
             call(model, given)
         assert _state(model) == before
+
+    def test_parametrized_scales_are_refused(self):
+        model = _model()
+        given = scales(model)
+        register_parametrization(model[0].quantized, "scales", nn.Identity())
+        with pytest.raises(InvalidArgumentError, match=r"plain parameters as scales.*'0'"):
+            set_scales(model, given)
 
     def test_layers_with_trained_factors_need_factors(self):
         model = _both()

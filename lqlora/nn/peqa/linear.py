@@ -13,6 +13,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.operators import is_autocast
 from lqlora.nn.peqa import operators  # noqa: F401 - registers torch.ops.lqlora.scaled_matmul
+from lqlora.nn.sharding import whole
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized._decoding import decode_scales
 from lqlora.quantized.array import QuantizedArray, require_quantized
@@ -61,7 +62,7 @@ class ScaledWeight(QuantizedWeight):
     def array(self) -> QuantizedArray:
         """Quantized array that shares the codes and the scales of now, which may be negative after training."""
         own = super().array
-        return dataclasses.replace(own, scales=self.scales.detach())
+        return dataclasses.replace(own, scales=whole(self.scales.detach()))
 
     @property
     def scaled_operands(self) -> tuple[Any, ...]:

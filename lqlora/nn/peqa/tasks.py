@@ -21,6 +21,7 @@ from lqlora.errors import CheckpointError, InvalidArgumentError, NonFiniteError
 from lqlora.nn.adapters import Factors, fitted_factors, put_factors
 from lqlora.nn.peqa.conversion import peqa_layers
 from lqlora.nn.selection import unwrapped
+from lqlora.nn.sharding import is_sharded, whole, write_once
 
 if TYPE_CHECKING:
     import os
@@ -256,10 +257,16 @@ def save_scales(path: str | os.PathLike[str], model: nn.Module, metadata: Mappin
     """
     layers = peqa_layers(unwrapped(model))
     matrices = {
-        name: StoredMatrix(layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling)
+        name: StoredMatrix(
+            layer.quantized.array, whole(layer.lora_A.detach()), whole(layer.lora_B.detach()), layer.scaling
+        )
         for name, layer in layers.items()
     }
-    write_scales(path, matrices, [name for name, layer in layers.items() if layer.train_factors], metadata)
+    content = path, matrices, [name for name, layer in layers.items() if layer.train_factors], metadata
+    if is_sharded(layer.quantized.scales for layer in layers.values()):
+        write_once(write_scales, *content)
+    else:
+        write_scales(*content)
 
 
 def load_scales(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
@@ -326,6 +333,11 @@ def _fitted(layers: Mapping[str, PEQALinear], given: Mapping[str, Scales]) -> li
         own, old = given[name], layer.quantized.scales
         if not isinstance(own, Scales):
             raise InvalidArgumentError(f"scales of {printable(name)!r} must be Scales, got {shown_argument(own)}.")
+        if type(layer.quantized._parameters.get("scales")) is not nn.Parameter:  # noqa: SLF001 - of torch
+            raise InvalidArgumentError(
+                f"model must have plain parameters as scales, but those of {printable(name)!r} are computed or spread over "
+                "processes. Exchange scales before the model is sharded or parametrized."
+            )
         values: torch.Tensor = ops.convert(
             plain_array(own.values, f"values of {name!r}", STORABLE_FLOATS), torch
         ).detach()

@@ -125,6 +125,7 @@ class TestExactness:
         assert torch.autograd.gradcheck(product, (x, first), check_forward_ad=True)
         assert torch.autograd.gradgradcheck(product, (x, first))
 
+    @pytest.mark.slow
     def test_operators_pass_the_checks_of_torch(self):
         q = lq.quantize(torch.linspace(-1, 1, 15).view(3, 5), lq.BlockFormat.parse("affine3/4@-1"))
         own = PEQALinear(q).quantized.scaled_operands

@@ -1,4 +1,4 @@
-"""Schemas of JSON of other programs: descriptions of 4-bit weights of bitsandbytes, and the index of a model in parts."""
+"""Schemas of JSON of other programs: 4-bit weights of bitsandbytes, adapters of PEFT, and the index of a model in parts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from lqlora._documents import Length, Text
+from lqlora._documents import LONGEST, Length, Number, Text
 
-__all__ = ["MOST_DIMENSIONS", "BlockSize", "Dtype", "Index", "NestedState", "State"]
+__all__ = ["MOST_DIMENSIONS", "BlockSize", "Dtype", "Index", "LoraSettings", "NestedState", "State"]
 
 #: Sizes of blocks that bitsandbytes has.
 BlockSize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -43,3 +43,19 @@ class Index(Struct, frozen=True):
     """Index of a model in parts: the file of each tensor. Other fields are ignored."""
 
     weight_map: Annotated[dict[Text, Text], Meta(min_length=1)]
+
+
+#: Rank of an adapter.
+Rank = Annotated[int, Meta(ge=1, le=LONGEST)]
+
+
+class LoraSettings(Struct, frozen=True):
+    """Settings of a LoRA adapter that say what is added to a weight. The reader looks at other fields itself."""
+
+    peft_type: Literal["LORA"]
+    r: Rank = 8
+    lora_alpha: Number = 8
+    use_rslora: bool = False
+    rank_pattern: dict[Text, Rank] | None = None
+    alpha_pattern: dict[Text, Number] | None = None
+    init_lora_weights: bool | Text = True

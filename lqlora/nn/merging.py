@@ -17,18 +17,18 @@ from lqlora._printable import printable
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn.experts import join_dense
-from lqlora.nn.linear import LQLinear
 from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import unwrapped
 from lqlora.quantized import dequantize, quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from lqlora.formats import BlockFormat
+    from lqlora.nn.linear import LQLinear
     from lqlora.quantized import Fit, QuantizedArray
 
-__all__ = ["RequantizedLayer", "dequantize_model", "merged_weight", "requantize_model"]
+__all__ = ["RequantizedLayer", "dequantize_model", "merged_weight", "requantize_model", "usual_dtype"]
 
 #: Entries of a matrix that are summed in float64 together: in host memory as many as a cache holds, on devices more.
 _CHUNK_ON_HOST, _CHUNK = 2**16, 2**24
@@ -145,11 +145,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     transformers.
     """
     model = unwrapped(model)
-    usual = _usual_dtype(model)
+    layers = quantized_layers(model)
+    usual = usual_dtype(model, {*layers.values()})
     # All matrices are computed before the first layer is replaced, so that an error leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {
         layer: _dense_layer(layer, dtype or (usual if layer.bias is None else layer.bias.dtype), repr(printable(name)))
-        for name, layer in quantized_layers(model).items()
+        for name, layer in layers.items()
     }
     replace_modules(model, replacements)
     join_dense(model)
@@ -166,11 +167,24 @@ def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
     return found
 
 
-def _usual_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype of most floating-point entries of a model outside of its quantized layers."""
+def usual_dtype(model: nn.Module, without: Container[nn.Module]) -> torch.dtype:
+    """Return the dtype of most floating-point entries of a model outside of some modules.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+    without : container of torch.nn.Module
+        Modules whose own parameters are not counted.
+
+    Returns
+    -------
+    torch.dtype
+        float32 if there is no such entry.
+    """
     sizes = Counter[torch.dtype]()
     for module in model.modules():
-        if not isinstance(module, LQLinear):
+        if module not in without:
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype in _FLOATS:
                     sizes[parameter.dtype] += parameter.numel()

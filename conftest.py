@@ -14,6 +14,7 @@ _NEED_TORCH = (
     "lqlora/backends/cpu/torch.py",
     "lqlora/backends/cuda/torch.py",
     "lqlora/cli/*",
+    "lqlora/integrations/peft.py",
     "lqlora/nn/*",
     "lqlora/recipes/*",
     "tests/data/*",
@@ -21,10 +22,13 @@ _NEED_TORCH = (
     "tests/tiny_gguf.py",
 )
 
+#: Not collected here, because what they need to be imported is not installed.
+collect_ignore_glob = [] if find_spec("peft") else ["lqlora/integrations/_peft_layers.py"]
+
 if find_spec("torch"):
     pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"]).pytest()
 else:
-    collect_ignore_glob = list(_NEED_TORCH)
+    collect_ignore_glob += _NEED_TORCH
 
 
 #: Tests, with the examples of docstrings, of what pyproject.toml counts the coverage of.

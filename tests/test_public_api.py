@@ -24,13 +24,20 @@ CONTRACT = {
 }  # fmt: skip
 
 
+#: Modules that cannot be imported without a package.
+NEED = {
+    "torch": ("lqlora.nn", "lqlora.recipes", "lqlora.backends.cpu.torch", "lqlora.integrations.peft"),
+    "peft": ("lqlora.integrations._peft_layers",),
+}
+
+
 def modules():
     """Every module of the package that can be imported here."""
     names = [module.name for module in pkgutil.walk_packages(lqlora.__path__, "lqlora.", onerror=lambda _: None)]
     return [
         name
         for name in names
-        if is_installed("torch") or not name.startswith(("lqlora.nn", "lqlora.recipes", "lqlora.backends.cpu.torch"))
+        if all(is_installed(package) or not name.startswith(needing) for package, needing in NEED.items())
     ]
 
 

@@ -53,8 +53,8 @@ _HARMLESS = frozenset({
 #: Starts that change the weight below, so that the factors are differences from other factors, which the folder lacks.
 _CHANGING = re.compile(r"pissa.*|olora|corda|lora_ga|mica", re.IGNORECASE)
 
-#: Characters of regular expressions that are left in a pattern once names are unescaped.
-_SPECIAL = re.compile(r"[\\*+?()\[\]{}|^$]")
+#: Characters of regular expressions, except the dot between the parts of a name, and characters that stand for themselves.
+_SPECIAL, _ESCAPED = re.compile(r"[\\*+?()\[\]{}|^$]"), re.compile(r"\\(\W)")
 
 
 def register() -> None:
@@ -122,7 +122,7 @@ def save_adapter(
     not written.
     """
     all_factors = factors(model)
-    if wrapped := next((name for name in all_factors if name.endswith(".base_layer")), None):
+    if wrapped := next((name for name in all_factors if name.endswith(".base_layer") or name.startswith(_ROOT)), None):
         raise InvalidArgumentError(
             f"model must not be wrapped by PEFT, got the layer {shown(wrapped)}. Save the model that PEFT wraps."
         )
@@ -303,9 +303,10 @@ def _values(
     values = [*(patterns or {}).values(), usual]
     for index, pattern in enumerate(patterns or {}):
         anchored = pattern.startswith("^")
-        name = re.sub(r"\\(\W)", r"\1", pattern.removeprefix("^"))
-        if _SPECIAL.search(name):
+        name = pattern.removeprefix("^")
+        if _SPECIAL.search(_ESCAPED.sub("", name)):
             raise reader.fault(f"{field}{key_step(pattern)}", "must be the name of a layer, or the end of names.")
+        name = _ESCAPED.sub(r"\1", name)
         place.setdefault(f"^{name}" if anchored else name, index)
     return {
         name: values[min([len(values) - 1, *(place[own] for own in (f"^{name}", *_ends(name)) if own in place)])]

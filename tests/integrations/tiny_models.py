@@ -1,0 +1,52 @@
+"""Tiny language models of transformers with random weights, quantized."""
+
+from __future__ import annotations
+
+import torch
+
+import lqlora as lq
+
+#: 3 bits, with scales that are quantized themselves.
+FORMAT = lq.BlockFormat.parse("nf3/16:u8/256:float32")
+
+VOCABULARY = 64
+
+
+def llama(rank=4, **options):
+    """A Llama of two layers, quantized."""
+    model = dense_llama()
+    lq.nn.quantize_model(model, FORMAT, rank=rank, **options)
+    return model
+
+
+def dense_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=64, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2(rank=4, **options):
+    """A GPT-2 of two layers, quantized. Its layers have biases and stored the transposed matrix."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    lq.nn.quantize_model(model, FORMAT, rank=rank, **options)
+    return model
+
+
+def tokens(rows=4, seed=1):
+    return torch.randint(0, VOCABULARY, (rows, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def examples(count=16):
+    """Data set for a Trainer."""
+    return [{"input_ids": row, "labels": row} for row in tokens(count)]

@@ -286,7 +286,11 @@ def _linear_names(model: nn.Module) -> set[str]:
     return {
         name
         for name, module in modules.items()
-        if (isinstance(module, LQLinear) or is_linear_map(module) or "Linear" in type(module).__name__ and name in adapted)
+        if (
+            isinstance(module, LQLinear)
+            or is_linear_map(module)
+            or ("Linear" in type(module).__name__ and name in adapted)
+        )
         and module not in inside
         and module not in heads
     }

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
+    import torch
     from torch import nn
 
 __all__ = ["load_adapter", "register", "save_adapter"]
@@ -229,7 +229,9 @@ def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> None:
     matrices = _matrices(Path(folder) / _WEIGHTS)
     if left := sorted(matrices.keys() - old.keys()):
         raise CheckpointError(
-            shortened(f"{folder} does not fit the model, which has no quantized layer {shown(left[0])} ({len(left)} in all).")
+            shortened(
+                f"{folder} does not fit the model, which has no quantized layer {shown(left[0])} ({len(left)} in all)."
+            )
         )
     ranks = _values(reader, "rank_pattern", settings.rank_pattern, settings.r, matrices)
     alphas = _values(reader, "alpha_pattern", settings.alpha_pattern, settings.lora_alpha, matrices)
@@ -264,7 +266,9 @@ def _settings(reader: Reader, path: Path) -> LoraSettings:
     start = settings.init_lora_weights
     if isinstance(start, str) and _CHANGING.fullmatch(start):
         why = "must not change the weight below"
-        raise reader.fault("init_lora_weights", f"{why}, got {shown(start)}. Convert the adapter to plain LoRA with PEFT.")
+        raise reader.fault(
+            "init_lora_weights", f"{why}, got {shown(start)}. Convert the adapter to plain LoRA with PEFT."
+        )
     return settings
 
 

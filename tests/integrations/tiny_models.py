@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 
 import lqlora as lq
@@ -12,11 +15,9 @@ FORMAT = lq.BlockFormat.parse("nf3/16:u8/256:float32")
 VOCABULARY = 64
 
 
-def llama(rank=4, **options):
+def llama(**options):
     """A Llama of two layers, quantized."""
-    model = dense_llama()
-    lq.nn.quantize_model(model, FORMAT, rank=rank, **options)
-    return model
+    return quantized(dense_llama, **options)
 
 
 def dense_llama():
@@ -28,8 +29,12 @@ def dense_llama():
     return LlamaForCausalLM(config).eval()
 
 
-def gpt2(rank=4, **options):
+def gpt2(**options):
     """A GPT-2 of two layers, quantized. Its layers have biases and stored the transposed matrix."""
+    return quantized(dense_gpt2, **options)
+
+
+def dense_gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -39,7 +44,21 @@ def gpt2(rank=4, **options):
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.normal_()
-    lq.nn.quantize_model(model, FORMAT, rank=rank, **options)
+    return model
+
+
+def quantized(make, **options):
+    return copy.deepcopy(_quantized_once(make)) if not options else _quantized(make, options)
+
+
+@functools.cache
+def _quantized_once(make):
+    return _quantized(make, {})
+
+
+def _quantized(make, options):
+    model = make()
+    lq.nn.quantize_model(model, FORMAT, **{"rank": 4, **options})
     return model
 
 

@@ -239,7 +239,7 @@ class QuantizedIA3Linear(_MergingIntoDense, IA3Linear):  # type: ignore[misc]
 
 
 class _Tuner:
-    """What the tuners have in common: ``"all-linear"`` finds quantized layers, and merging uses the dtype of the model."""
+    """Shared part of the tuners: ``"all-linear"`` finds quantized layers, and merging uses the dtype of the model."""
 
     # Of PEFT's tuners.
     model: nn.Module

@@ -77,7 +77,7 @@ def register() -> None:
     the sum of all parts, in the dtype of the rest of the model. ``unmerge_adapter`` puts the quantized layer back, bit for bit.
     Starts that subtract a part of the weight, such as PiSSA, are refused.
     """
-    require("peft", "pip install peft", "lqlora.integrations.peft.register")
+    require("peft", "peft", "lqlora.integrations.peft.register")
     from lqlora.integrations._peft_layers import register_tuners  # noqa: PLC0415 - imports PEFT
 
     register_tuners()

@@ -37,7 +37,7 @@ BUILT = {"docs/_build/html"}
 GONE = {"Plan.demands", "Plan.table", "Plan.to_html"}
 
 #: Packages without which some modules of lqlora cannot be imported.
-OPTIONAL = {"cupy", "gguf", "hypothesis", "matplotlib", "rich", "torch", "transformers", "typer"}
+OPTIONAL = {"cupy", "gguf", "hypothesis", "matplotlib", "peft", "rich", "torch", "transformers", "typer"}
 
 
 def prose(path: Path) -> str:

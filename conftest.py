@@ -18,6 +18,8 @@ _NEED_TORCH = (
     "lqlora/nn/*",
     "lqlora/recipes/*",
     "tests/data/*",
+    "tests/fuzz/adapters.py",
+    "tests/integrations/tiny_models.py",
     "tests/test_docstrings.py",
     "tests/tiny_gguf.py",
 )

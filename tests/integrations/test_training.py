@@ -6,15 +6,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import lqlora as lq
-from lqlora.integrations.peft import register
-from tests.integrations.tiny_models import dense_llama, examples, llama, tokens
 from tests.requirements import require_module
 
-transformers = require_module("transformers")
-accelerate = require_module("accelerate")
+torch, transformers, accelerate = (require_module(name) for name in ("torch", "transformers", "accelerate"))
+from lqlora.integrations.peft import register  # noqa: E402 - needs torch
+from tests.integrations.tiny_models import dense_llama, examples, llama, tokens  # noqa: E402
+
 # The libraries warn of each other's changes.
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,4 +1,4 @@
-"""Tiny language models of transformers with random weights, quantized."""
+"""Tiny models with random weights, quantized: of transformers, and plain ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import functools
 
 import torch
+from torch import nn
 
 import lqlora as lq
 
@@ -69,3 +70,34 @@ def tokens(rows=4, seed=1):
 def examples(count=16):
     """Data set for a Trainer."""
     return [{"input_ids": row, "labels": row} for row in tokens(count)]
+
+
+def low_rank_model(ranks=(3, 2, 0), scalings=(1.0, 0.3, 1.0)):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 16), nn.Linear(16, 8))
+    names = ("0", "1", "2")
+    rank, scaling = dict(zip(names, ranks, strict=True)), dict(zip(names, scalings, strict=True))
+    lq.nn.quantize_model(model, lq.BlockFormat.parse("nf3/4:float32"), rank=rank, scaling=scaling)
+    return model.eval()
+
+
+def without_factors(model):
+    """The quantized part of a model, with factors of rank 0."""
+    found = copy.deepcopy(model)
+    old = lq.nn.factors(found)
+    lq.nn.set_factors(found, {name: lq.nn.Factors(f.lora_A[:0], f.lora_B[:, :0], 1.0) for name, f in old.items()})
+    return found
+
+
+def dense_nested_model():
+    """Two layers, of which one has a name that the name of the other ends with."""
+    torch.manual_seed(0)
+    return nn.ModuleDict({"q": nn.Linear(8, 8), "b": nn.ModuleDict({"q": nn.Linear(8, 8)})})
+
+
+def nested_model():
+    """The same, quantized. The layer with the longer name has no factors."""
+    model = dense_nested_model()
+    fmt = lq.BlockFormat.parse("nf4/8:float32")
+    lq.nn.quantize_model(model, fmt, rank={"q": 3, "b.q": 0}, scaling={"q": 0.5})
+    return model

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextvars
-import os
 import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import closing
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from lqlora._messages import given
 from lqlora._options import require_kind
+from lqlora._shared_settings import SharedSetting
 from lqlora._threads import cores, on_threads
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
     from concurrent.futures import Future
 
 __all__ = ["map_matrices"]
@@ -70,33 +71,82 @@ def map_matrices(
         require_kind(progress, "progress", Callable, "a function")  # type: ignore[arg-type]
     if executor is not None and not hasattr(executor, "submit"):
         raise InvalidArgumentError(f"executor must be an Executor of concurrent.futures, got {given(executor)}.")
-    # `futures` keeps the order of the items, and the result is read from it. `as_completed` yields in the order in
-    # which calls end, so a row is collected, and kept if the process dies, while slower items before it still run.
-    # Which of several failing items is reported depends on timing. `collect` and `progress` run in this thread only, so
-    # they need no lock.
-    with _blas_on_one_thread(), _pool(executor) as pool:
-        futures = [_submit(pool, function, item) for item in items]
-        try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                result = future.result()
-                if collect is not None:
-                    collect(result)
-                if progress is not None:
-                    progress(done, len(futures))
-        except BaseException as error:
-            # Calls that have begun cannot be cancelled. They are waited for, so that none runs on after the error, when
-            # the limit of BLAS is gone and the caller may have closed what they use. Ctrl-C and errors of `collect`
-            # take the same way out.
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            if _is_about_pickling(error):
-                raise InvalidArgumentError(
-                    "function and items must be picklable for another process: pass arrays, functions of modules, or "
-                    f"functools.partial of these, not lambdas or local functions ({error})."
-                ) from error
-            raise
-        return [future.result() for future in futures]
+    # A row is collected, and kept if the process dies, while slower items before it still run. Which of several failing
+    # items is reported depends on timing. `collect` and `progress` run in this thread only, so they need no lock.
+    results: list[Any] = [None] * len(items)
+    finished = _in_threads(function, items) if executor is None else _on_executor(executor, function, items)
+    with _blas_on_one_thread(), closing(finished):
+        for done, (index, result) in enumerate(finished, start=1):
+            results[index] = result
+            if collect is not None:
+                collect(result)
+            if progress is not None:
+                progress(done, len(items))
+    return results
+
+
+def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Generator[tuple[int, R], None, None]:
+    """Yield index and result of each item in the order in which they end, computed in one thread for each core."""
+    # Threads take items from one iterator and put results into one queue. A pool would make a future with a lock for each
+    # item, which took longer than the decomposition of a small matrix.
+    waiting, lock = iter(enumerate(items)), threading.Lock()
+    finished: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
+    is_stopped = threading.Event()
+
+    def work() -> None:
+        with _blas_on_one_thread(), on_threads(1):
+            while not is_stopped.is_set():
+                with lock:
+                    index, item = next(waiting, (-1, None))
+                if index < 0:
+                    return
+                try:
+                    # A copy for each item: what one sets in its context does not reach the next one.
+                    finished.put((index, contextvars.copy_context().run(function, item), None))  # type: ignore[arg-type]
+                except BaseException as error:  # noqa: BLE001 - it is raised in the thread of the caller
+                    finished.put((index, None, error))
+
+    # Threads run in a copy of the caller's context, so that ``lq.forced`` holds in them. Only one thread at a time can run in
+    # a context. A copy is cheap: it shares the values.
+    threads = [
+        threading.Thread(target=contextvars.copy_context().run, args=(work,), name=f"lqlora-{number}")
+        for number in range(min(cores(), len(items)))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(len(items)):
+            index, result, error = finished.get()
+            if error is not None:
+                raise error
+            yield index, result
+    finally:
+        # Calls that have begun cannot be cancelled. They are waited for, so that none runs on after an error, when the limit
+        # of BLAS is gone and the caller may have closed what they use. Ctrl-C and errors of `collect` take the same way out.
+        error = None  # its traceback holds this frame, which would be a cycle
+        is_stopped.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+
+
+def _on_executor(executor: Executor, function: Callable[[T], R], items: Sequence[T]) -> Generator[tuple[int, R], None, None]:
+    """Yield index and result of each item in the order in which they end, computed on an executor."""
+    futures = {_submit(executor, function, item): index for index, item in enumerate(items)}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BaseException as error:
+        # As above: what has begun is waited for.
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        if _is_about_pickling(error):
+            raise InvalidArgumentError(
+                "function and items must be picklable for another process: pass arrays, functions of modules, or "
+                f"functools.partial of these, not lambdas or local functions ({error})."
+            ) from error
+        raise
 
 
 def _is_about_pickling(error: BaseException) -> bool:
@@ -107,10 +157,8 @@ def _is_about_pickling(error: BaseException) -> bool:
 
 
 def _submit(pool: Executor, function: Callable[[T], R], item: T) -> Future[R]:
-    """Submit an item to a pool. Threads run in a copy of the caller's context, so that ``lq.forced`` holds in them."""
-    # A thread of a pool does not run in the context of the thread that submits to it, so it would not see the caller's
-    # context variables. Each item gets a separate copy, because only one thread at a time can run in a context. A copy
-    # is cheap: it shares the values. Processes get none, because a context cannot be pickled.
+    """Submit an item to a pool, whose threads run in a copy of the caller's context."""
+    # A context cannot be pickled, so processes get none.
     if isinstance(pool, ThreadPoolExecutor):
         return pool.submit(contextvars.copy_context().run, _work_on, function, item)
     return pool.submit(_work_on, function, item)
@@ -122,54 +170,12 @@ def _work_on(function: Callable[[T], R], item: T) -> R:
         return function(item)
 
 
-# The number of BLAS threads is a setting of the process, and a limit restores the number that it found. Two limits that
-# overlap in time would restore each other's: A finds 8 and sets 1, B finds 1 and sets 1, A restores 8 while B works,
-# and B then restores 1 for good. So users are counted: the first one sets the limit, and the last one restores the
-# number. The caller of `map_matrices` is a user too, which keeps the limit from coming and going between two items.
-_lock = threading.RLock()
-_users = 0
-_limits: threadpool_limits | None = None
+def _limit_blas() -> Callable[[], object]:
+    return threadpool_limits(limits=1, user_api="blas").restore_original_limits
 
 
-def _forget_users() -> None:
-    """Let a forked process count its own users: those of the parent are threads that exist in the parent only."""
-    # The limit that the parent has set is kept. The first users in the child take it over and restore the old number
-    # when they end. Restoring it here could wait for a lock of BLAS whose holder does not exist in the child.
-    # The lock is a new one, because the thread that forked may have held the old one before.
-    global _lock, _users
-    _lock, _users = threading.RLock(), 0
-
-
-if hasattr(os, "register_at_fork"):  # while the thread that forks holds the lock, users and limit agree
-    os.register_at_fork(
-        before=lambda: _lock.acquire(),  # noqa: PLW0108 - the lock may be a new one
-        after_in_parent=lambda: _lock.release(),  # noqa: PLW0108
-        after_in_child=_forget_users,
-    )
-
-
-@contextmanager
-def _blas_on_one_thread() -> Iterator[None]:
-    """Limit BLAS to one thread in this process: the first user sets the limit, the last one restores the old number."""
-    global _users, _limits  # noqa: PLW0603 - so is the setting
-    with _lock:
-        if _limits is None:
-            _limits = threadpool_limits(limits=1, user_api="blas")
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users = max(0, _users - 1)  # a process that is forked inside the block begins again at zero
-            if _users == 0 and _limits is not None:
-                _limits.restore_original_limits()
-                _limits = None
-
-
-@contextmanager
-def _pool(executor: Executor | None) -> Iterator[Executor]:
-    if executor is not None:
-        yield executor
-        return
-    with ThreadPoolExecutor(max_workers=cores()) as pool:
-        yield pool
+# The caller of `map_matrices` is a user too, which keeps the limit from coming and going between two items. A forked process
+# keeps the limit until its first users end: restoring it at once could wait for a lock of BLAS whose holder does not exist
+# there.
+_blas = SharedSetting(_limit_blas, is_restored_in_children=False)
+_blas_on_one_thread = _blas.changed

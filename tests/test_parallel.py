@@ -91,7 +91,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not
 @forks
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_process_that_is_forked_meanwhile_works_too():
-    with _parallel._lock:  # as a thread holds it for a moment at the begin and the end of each item
+    with _parallel._blas.lock:  # as a thread holds it for a moment at the begin and the end of each item
         child = os.fork()
         if not child:
             os._exit(0 if map_matrices(lambda x: x, range(3)) == [0, 1, 2] else 1)

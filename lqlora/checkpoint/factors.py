@@ -15,6 +15,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._messages import shown
+from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint._container import digest, read_document, write_container
 from lqlora.checkpoint.file import quantized_arrays
 from lqlora.errors import InvalidArgumentError, LQLoRAError
@@ -94,6 +95,7 @@ def base_fingerprint(quantized: QuantizedArray) -> str:
     )
 
 
+@collection_paused()
 def write_factors(
     path: str | os.PathLike[str], matrices: Mapping[str, StoredMatrix], metadata: Mapping[str, Any] | None = None
 ) -> None:
@@ -137,6 +139,7 @@ def write_factors(
     write_container(path, arrays, _KEY, reader.write(document, FactorContent))
 
 
+@collection_paused()
 def read_factors(path: str | os.PathLike[str]) -> FactorFile:
     """Read a file of factors, and compare its fingerprint.
 

@@ -24,6 +24,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import STORABLE, plain_array
 from lqlora._messages import shortened, shown
+from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint._container import digest, read_container, write_container
 from lqlora.codebooks import Codebook, check_work, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
@@ -109,6 +110,7 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@collection_paused()
 def save(
     path: str | os.PathLike[str],
     matrices: Mapping[str, _Matrix],
@@ -251,6 +253,7 @@ def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
     arrays.update(new)
 
 
+@collection_paused()
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint, and check every length, dtype and code before anything is decoded.
 
@@ -429,6 +432,7 @@ def _stored_format(row: Matrix, levels: Any) -> BlockFormat:
     return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))
 
 
+@collection_paused()
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint as :func:`load` does, compare its fingerprint, and check that all numbers are finite.
 

@@ -9,6 +9,7 @@ import torch
 from lqlora import ops
 from lqlora._documents import Reader, Text, key_step
 from lqlora._messages import shortened, shown
+from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.linear_maps import matrix_of
@@ -28,6 +29,7 @@ __all__ = ["load_model", "save_model"]
 _TIED = "tied"
 
 
+@collection_paused()
 def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a model with quantized layers to one checkpoint file, atomically. Tied weights are stored once.
 
@@ -74,6 +76,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         save(*content)
 
 
+@collection_paused()
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """Load a file of :func:`save_model` into a model of the same architecture, in place.
 

@@ -34,7 +34,7 @@ from lqlora.quantized.array import nest
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     from lqlora._documents import Reader
     from lqlora._typing import Array
@@ -47,6 +47,9 @@ _SPEC = 3
 
 #: Key of the JSON document in the metadata of a safetensors file.
 _KEY = "lqlora"
+
+#: What is between the name of a matrix and that of a stored array.
+_SEPARATOR = ".weight."
 
 #: Bytes of small arrays that are joined, so that one call checks all of them. The joined copy bounds the memory.
 _JOINED = 1 << 20
@@ -160,11 +163,12 @@ def save(
     rows = {}
     for name, matrix in matrices.items():
         _add_all(arrays, _matrix_arrays(name, matrix))
+        fmt = matrix.quantized.format
         rows[name] = {
-            "format": str(matrix.quantized.format),
+            "format": str(fmt),
             "shape": list(matrix.quantized.shape),
             "scaling": float(matrix.scaling),
-            "normalization": matrix.quantized.format.codebook.normalization,
+            "normalization": fmt.codebook.normalization,
         }
     # A reader takes every tensor that begins with "m.weight." for a part of the matrix m, and refuses parts that the
     # format does not have. A plain tensor of such a name would make the file unreadable.
@@ -203,7 +207,7 @@ def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, A
 
 def _weight_key(matrix: str, array: str = "") -> str:
     """Return the name of a stored array of a quantized matrix; without an array, the prefix of all of them."""
-    return f"{matrix}.weight.{array}"
+    return f"{matrix}{_SEPARATOR}{array}"
 
 
 def _on_host(array: Array, name: str) -> Any:
@@ -213,17 +217,19 @@ def _on_host(array: Array, name: str) -> Any:
 
 def _owners(tensor: str) -> Iterator[str]:
     """Yield the names of all matrices that a tensor of this name would be a part of."""
-    separator = _weight_key("")
-    at = tensor.find(separator)
+    at = tensor.find(_SEPARATOR)
     while at >= 0:
         yield tensor[:at]
-        at = tensor.find(separator, at + 1)
+        at = tensor.find(_SEPARATOR, at + 1)
 
 
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
     """Return all tensors that store a matrix, by name; :func:`_take_matrices` is the inverse."""
-    arrays = {_weight_key(name, key): array for key, array in quantized_arrays(matrix.quantized).items()}
-    return arrays | {key: _on_host(getattr(matrix, key[-6:]), key) for key in (f"{name}.lora_A", f"{name}.lora_B")}
+    prefix = _weight_key(name)
+    arrays = {prefix + key: array for key, array in quantized_arrays(matrix.quantized).items()}
+    for key, factor in ((f"{name}.lora_A", matrix.lora_A), (f"{name}.lora_B", matrix.lora_B)):
+        arrays[key] = _on_host(factor, key)
+    return arrays
 
 
 def quantized_arrays(quantized: QuantizedArray) -> dict[str, Any]:
@@ -248,8 +254,8 @@ def quantized_arrays(quantized: QuantizedArray) -> dict[str, Any]:
 
 def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
     """Add tensors, unless a name is in use."""
-    if twice := sorted(name for name in new if name in arrays):
-        raise InvalidArgumentError(f"tensors: the name {twice[0]!r} is used twice. Rename one of the tensors.")
+    if twice := arrays.keys() & new.keys():
+        raise InvalidArgumentError(f"tensors: the name {min(twice)!r} is used twice. Rename one of the tensors.")
     arrays.update(new)
 
 
@@ -342,9 +348,20 @@ class _Parts(NamedTuple):
 
 def _take_parts(arrays: dict[str, Any], rows: Mapping[str, Matrix]) -> dict[str, _Parts]:
     """Remove the tensors of all matrices from the arrays, and return them by matrix, unchecked."""
-    # One pass over the tensors: a search through all of them for each matrix would take time that grows with the square of
-    # their number. If names of matrices run into each other, as "m" and "m.weight.x" do, the first one has the tensor.
     parts = {name: _Parts(row, {}, {}) for name, row in rows.items()}
+    # Tensors that a format names are looked up, unless names of matrices may run into each other, as "m" and "m.weight.x" do.
+    if _SEPARATOR not in ".\n".join(rows) + ".":
+        stored = {text: _stored_names(text) for text in {row.format for row in rows.values()}}
+        for name, (row, weight, factors) in parts.items():
+            prefix = name + _SEPARATOR
+            for key in stored[row.format]:
+                if (array := arrays.pop(prefix + key, None)) is not None:
+                    weight[key] = array
+            for key in (f"{name}.lora_A", f"{name}.lora_B"):
+                if (array := arrays.pop(key, None)) is not None:
+                    factors[key] = array
+    # One pass over the others: a search through all of them for each matrix would take time that grows with the square of
+    # their number. If names of matrices run into each other, the first one has the tensor.
     order = {name: index for index, name in enumerate(rows)}
     for key in list(arrays):
         factor_of = [key[: -len(".lora_A")]] if key.endswith((".lora_A", ".lora_B")) else []
@@ -357,20 +374,26 @@ def _take_parts(arrays: dict[str, Any], rows: Mapping[str, Matrix]) -> dict[str,
     return parts
 
 
+def _stored_names(text: str) -> tuple[str, ...]:
+    """Return the names of the arrays that a format stores; none if the text is not the name of a standard format."""
+    try:
+        return tuple(BlockFormat.parse(text).stored_arrays((1, 1)))
+    except LQLoRAError:
+        return ()
+
+
 def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
     """Return the names of matrices whose quantized weights passed every check as members of a stack."""
     # One call checks hundreds of small matrices. If a stack of finite numbers is accepted, each of its members is. With NaN
     # in one member, from_arrays does not look for scales that overflow in another one. A matrix that is not in the
     # result is checked by itself, which words the error.
     kinds = {
-        name: (own.row.format, own.row.shape, *((key, own.dtype, own.shape) for key, own in own.weight.items()))
-        for name, own in parts.items()
-        if "codebook" not in own.weight
+        name: (row.format, row.shape, *[(key, own.dtype, own.shape) for key, own in weight.items()])
+        for name, (row, weight, _) in parts.items()
+        if "codebook" not in weight
     }
     checked: set[str] = set()
-    for names in _batches(
-        (name, kind, sum(own.nbytes for own in parts[name].weight.values())) for name, kind in kinds.items()
-    ):
+    for names in _batches(kinds, lambda name: sum(own.nbytes for own in parts[name].weight.values())):
         row, weight = parts[names[0]][:2]
         if len(names) > 1:
             try:
@@ -383,13 +406,13 @@ def _checked_in_stacks(parts: Mapping[str, _Parts]) -> set[str]:
     return checked
 
 
-def _batches(items: Iterable[tuple[str, Hashable, int]]) -> Iterator[list[str]]:
-    """Yield lists of names of one kind, of at most 1 MiB together. An item is a name, its kind, and its bytes."""
-    groups: defaultdict[tuple[Hashable, int], list[str]] = defaultdict(list)
-    for name, kind, size in items:
-        groups[kind, size].append(name)
-    for (_, size), names in groups.items():
-        count = max(_JOINED // max(size, 1), 1)
+def _batches(kinds: Mapping[str, Hashable], size: Callable[[str], int]) -> Iterator[list[str]]:
+    """Yield lists of names of one kind, of at most 1 MiB together. All of one kind have the same size in bytes."""
+    groups: defaultdict[Hashable, list[str]] = defaultdict(list)
+    for name, kind in kinds.items():
+        groups[kind].append(name)
+    for names in groups.values():
+        count = max(_JOINED // max(size(names[0]), 1), 1)
         yield from (names[start : start + count] for start in range(0, len(names), count))
 
 
@@ -465,7 +488,8 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
             )
         )
     floats = {name: array for name, array in arrays.items() if ops.dtype_name(array) in _FLOATS}
-    batches = _batches((name, (array.dtype, array.shape), array.nbytes) for name, array in floats.items())
+    kinds = {name: (array.dtype, array.shape) for name, array in floats.items()}
+    batches = _batches(kinds, lambda name: int(floats[name].nbytes))
     if not all(_is_finite(_joined([floats[name] for name in names])) for names in batches):
         for name, array in floats.items():
             try:

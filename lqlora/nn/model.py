@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lqlora._parallel import map_matrices
 from lqlora._patterns import values_by_name
 from lqlora._printable import printable
+from lqlora._shared_settings import collection_paused
 from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
@@ -164,16 +165,17 @@ def quantize_model(
     before = sum(tensor.nbytes for tensor in _first_tensors(maps.model).values())
     numbers: dict[str, QuantizedLayer] = {}
     replacements: dict[nn.Module, nn.Module] = {}
-    # Frozen before the layers are replaced: factors are created afterwards, as parameters that require gradients.
-    maps.freeze()
-    for index, (name, layer) in enumerate(layers.items()):
-        # Codes and factors are copied into the layer. The report has numbers only, so that no second copy stays alive.
-        (_, decomposition, seconds), found[index] = found[index], None
-        numbers[name] = _numbers(decomposition, rank=ranks[name], seconds=seconds, dense=matrix_of(layer).nbytes)
-        replacements[layer] = quantized_layer(decomposition, layer, dropout)
-    maps.split_stacks(replacements)
-    replace_modules(maps.model, replacements)
-    return _report(maps, numbers, before)
+    with collection_paused():
+        # Frozen before the layers are replaced: factors are created afterwards, as parameters that require gradients.
+        maps.freeze()
+        for index, (name, layer) in enumerate(layers.items()):
+            # Codes and factors are copied into the layer. The report has numbers only, so that no second copy stays alive.
+            (_, decomposition, seconds), found[index] = found[index], None
+            numbers[name] = _numbers(decomposition, rank=ranks[name], seconds=seconds, dense=matrix_of(layer).nbytes)
+            replacements[layer] = quantized_layer(decomposition, layer, dropout)
+        maps.split_stacks(replacements)
+        replace_modules(maps.model, replacements)
+        return _report(maps, numbers, before)
 
 
 def _is_by_name(value: object) -> bool:
@@ -233,6 +235,8 @@ def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> tuple[s
 
 def _report_one(result: tuple[str, Decomposition, float]) -> None:
     """Log one finished layer."""
+    if not _log.isEnabledFor(logging.INFO):
+        return
     name, found, seconds = result
     _log.info(
         "%s: %s, rank %d, relative error %.4f, %.2f s",

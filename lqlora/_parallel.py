@@ -130,7 +130,9 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Generator[tup
                 thread.join()
 
 
-def _on_executor(executor: Executor, function: Callable[[T], R], items: Sequence[T]) -> Generator[tuple[int, R], None, None]:
+def _on_executor(
+    executor: Executor, function: Callable[[T], R], items: Sequence[T]
+) -> Generator[tuple[int, R], None, None]:
     """Yield index and result of each item in the order in which they end, computed on an executor."""
     futures = {_submit(executor, function, item): index for index, item in enumerate(items)}
     try:
@@ -171,7 +173,8 @@ def _work_on(function: Callable[[T], R], item: T) -> R:
 
 
 def _limit_blas() -> Callable[[], object]:
-    return threadpool_limits(limits=1, user_api="blas").restore_original_limits
+    limits = threadpool_limits(limits=1, user_api="blas")
+    return lambda: limits.restore_original_limits()  # noqa: PLW0108 - its type is not known
 
 
 # The caller of `map_matrices` is a user too, which keeps the limit from coming and going between two items. A forked process

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from lqlora._shared_settings import collection_paused
 from lqlora.allocation import _plan_json
 from lqlora.codebooks import codebook_to_json
 from lqlora.solvers import relative_gap
@@ -184,6 +185,7 @@ class Plan:
         total = self.error
         return {name: own.cost / total if total else 0.0 for name, own in self.matrices.items()}
 
+    @collection_paused()
     def to_json(self) -> str:
         """Return the plan as a JSON document.
 
@@ -229,6 +231,7 @@ class Plan:
         return _plan_json.write(head, matrices)
 
     @classmethod
+    @collection_paused()
     def from_json(cls, text: str) -> Plan:
         """Read a document that :meth:`to_json` wrote, of this version or of version 3.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lqlora._dispatch import array_library, plain_array
 from lqlora._messages import shown
+from lqlora._shared_settings import collection_paused
 from lqlora.codebooks import check_work, codebook_from_json, codebook_to_json
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, codebook_name
@@ -119,6 +120,7 @@ class CostTable:
         """Number of weights of all matrices together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    @collection_paused()
     def to_json(self) -> str:
         """Return the table as a JSON document.
 
@@ -158,6 +160,7 @@ class CostTable:
         )
 
     @classmethod
+    @collection_paused()
     def from_json(cls, text: str) -> CostTable:
         """Read the document that :meth:`to_json` writes.
 

@@ -307,13 +307,14 @@ def move_attributes(new: nn.Module, old: nn.Module, without: Collection[str] = (
     own, given = vars(new), vars(old)
     own.update({key: given[key] for key in _HOOKS if key in given})
     # Attributes that others have set, such as _is_hf_initialized of transformers. A compiled call is of the old layer.
-    left = own.keys() | {"_compiled_call_impl", *without}
-    own.update({key: value for key, value in given.items() if key not in left})
+    own.update({key: given[key] for key in given.keys() - own.keys() - {"_compiled_call_impl", *without}})
 
 
 def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -> QuantizationReport:
     """Return the report of a model whose layers were just replaced."""
-    state = {name: tensor for name, tensor in _first_tensors(maps.model).items() if not _is_inside(name, numbers)}
+    state = _first_tensors(maps.model)
+    for name in _keys_inside(state, numbers):
+        del state[name]
     left: dict[str, list[str]] = {}
     for name in maps.layers:
         if name not in numbers:
@@ -428,13 +429,18 @@ def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:
     """
     # The names are compared: a state dict of each layer would be made a second time.
     layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LQLinear)}
-    return {key for key in state if _is_inside(key, layers)}
+    return _keys_inside(state, layers)
 
 
-def _is_inside(key: str, layers: Container[str]) -> bool:
-    owner, _, own = key.rpartition(".")
-    if owner in layers:
-        return own != "bias"
-    while owner and owner not in layers:
-        owner = owner.rpartition(".")[0]
-    return owner in layers
+def _keys_inside(state: Iterable[str], layers: Container[str]) -> set[str]:
+    """Return the keys that belong to layers of these names, without biases."""
+    found = set()
+    for key in state:
+        owner, _, own = key.rpartition(".")
+        if owner in layers and own == "bias":
+            continue
+        while owner and owner not in layers:
+            owner = owner.rpartition(".")[0]
+        if owner in layers:
+            found.add(key)
+    return found

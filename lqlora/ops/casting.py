@@ -216,8 +216,8 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     [0, 1, 2]
     """
     array = plain_array(array, "array", STORABLE)
-    if xp is np and type(array) is np.ndarray and device is None:
-        return array
+    if xp is np and device is None:
+        return _on_host(array)
     own = namespace(array, dtypes=STORABLE)
     if array_library(array) != "numpy" and _plain_name(own) == _plain_name(xp):
         return _moved(array, device)

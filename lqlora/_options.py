@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["is_integer", "require_choice", "require_integer", "require_kind", "require_number"]
 
+#: Bits of the largest integers below the largest number of float64.
+_FLOAT_BITS = 1024
+
 
 def is_integer(value: object) -> bool:
     """Return whether a value is an integer of Python or NumPy; True and False are not.
@@ -89,7 +92,8 @@ def require_number(value: object, name: str, allowed: str, is_allowed: Callable[
     lqlora.errors.InvalidArgumentError: rtol must be a number, at least 0, got '1'.
     """
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if not is_number or not is_allowed(value):
+    is_huge = isinstance(value, int) and value.bit_length() > _FLOAT_BITS  # float64 cannot hold it
+    if not is_number or is_huge or not is_allowed(value):
         what = allowed if is_number else f"a number, {allowed}"
         raise InvalidArgumentError(f"{name} must be {what}, got {given(value)}.")
 

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from lqlora._annotations import annotated_class
 from lqlora._messages import given
 from lqlora.codebooks import Codebook, by_name
 from lqlora.errors import FormatError, InvalidArgumentError
@@ -69,6 +70,7 @@ class _Record:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
 
+@annotated_class
 @dataclass(frozen=True)
 class ScaleFormat(_Record):
     """Format of quantized scales: the second level of a :class:`BlockFormat`, which may have a third.
@@ -496,8 +498,8 @@ def float_bits(dtype: FloatName) -> int:
     >>> float_bits("bfloat16")
     16
     """
-    if dtype not in _FLOAT_BITS:
-        raise FormatError(f"dtype must be {_or(_FLOAT_BITS)}, got {dtype!r}.")
+    if not isinstance(dtype, str) or dtype not in _FLOAT_BITS:
+        raise FormatError(f"dtype must be {_or(_FLOAT_BITS)}, got {given(dtype)}.")
     return _FLOAT_BITS[dtype]
 
 

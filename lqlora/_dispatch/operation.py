@@ -9,6 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
+from lqlora._annotations import annotated
 from lqlora._dispatch.arguments import Arguments
 from lqlora._dispatch.kinds import NUMBERS, fault_of
 from lqlora._dispatch.libraries import (
@@ -46,6 +47,7 @@ _passed_over: contextvars.ContextVar[frozenset[str] | None] = contextvars.Contex
 
 
 @contextlib.contextmanager
+@annotated
 def forced(implementation: str | None = None, *, without: str | Collection[str] = ()) -> Iterator[None]:
     """Pass over faster implementations inside the ``with`` block.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lqlora._annotations import annotated
 from lqlora._options import require_kind
 from lqlora.allocation._constraints import constrain
 from lqlora.allocation._fewest_bits import fewest_bits
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["allocate", "pareto"]
 
 
+@annotated
 def allocate(
     table: CostTable,
     *,
@@ -148,6 +150,7 @@ def allocate(
     return _make_plan(choices, found, budget, require_optimal=require_optimal)
 
 
+@annotated
 def pareto(
     table: CostTable,
     budgets: Iterable[float | Fraction],

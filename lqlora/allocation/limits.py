@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from lqlora._annotations import annotated_class
 from lqlora._options import require_choice, require_number
 from lqlora._patterns import as_patterns
 from lqlora._printable import printable
@@ -21,6 +22,7 @@ __all__ = ["Limit", "LimitUse"]
 _UNITS = ("bits", "error")
 
 
+@annotated_class
 @dataclass(frozen=True)
 class Limit:
     """A limit on the size of some matrices together: a largest size, or a smallest one with ``at_least``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING
 
+from lqlora._annotations import annotated
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import float_bits
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["cache_bytes", "memory_budget"]
 
 
+@annotated
 def cache_bytes(
     *,
     layers: int,
@@ -72,6 +74,7 @@ def cache_bytes(
     return total
 
 
+@annotated
 def memory_budget(device_bytes: int, *, unquantized_bytes: int = 0, cache_bytes: int = 0, margin_bytes: int = 0) -> int:
     """Return the bytes that a device has left for quantized weights.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import Library, Operation, Selection, Takes, known_libraries, register_library
 from lqlora._optional import is_installed
 from lqlora._threads import num_threads, set_num_threads
@@ -158,6 +159,7 @@ def register(library: str, *, arrays: tuple[str, ...], overrides: tuple[str, ...
     register_library(Library(library, arrays, overrides))
 
 
+@annotated
 def explain(operation: str, *arrays: Array, **arguments: Any) -> Selection:
     """Return the implementation of an operation that would run on some arguments, and the reason.
 

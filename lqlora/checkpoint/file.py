@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE, plain_array
 from lqlora._messages import shortened, shown
 from lqlora._shared_settings import collection_paused
@@ -113,6 +114,7 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@annotated
 @collection_paused()
 def save(
     path: str | os.PathLike[str],
@@ -259,6 +261,7 @@ def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
     arrays.update(new)
 
 
+@annotated
 @collection_paused()
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint, and check every length, dtype and code before anything is decoded.
@@ -455,6 +458,7 @@ def _stored_format(row: Matrix, levels: Any) -> BlockFormat:
     return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))
 
 
+@annotated
 @collection_paused()
 def verify(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint as :func:`load` does, compare its fingerprint, and check that all numbers are finite.

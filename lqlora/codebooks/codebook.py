@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
+from lqlora._annotations import annotated_class
 from lqlora._dispatch import array_library, plain_array
 from lqlora._options import require_choice
 from lqlora.errors import InvalidArgumentError
@@ -27,6 +28,7 @@ Normalization: TypeAlias = Literal["absmax", "signed", "affine"]
 _MAX_LEVELS = 256
 
 
+@annotated_class
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """Sorted levels, with the boundaries of their rounding cells and the normalization of a block.

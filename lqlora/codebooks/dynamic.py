@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from lqlora._annotations import annotated
 from lqlora.codebooks._checks import cached
 from lqlora.codebooks.codebook import Codebook
 
@@ -13,6 +14,7 @@ __all__ = ["dynamic8"]
 _DECADES = 7
 
 
+@annotated
 @cached()
 def dynamic8(*, signed: bool = True) -> Codebook:
     """Return the dynamic 8-bit codebook, in which bitsandbytes stores scales and optimizer states.

@@ -6,6 +6,7 @@ import functools
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lqlora._annotations import annotated
 from lqlora.codebooks.abnormal import AF4, abnormal_float
 from lqlora.codebooks.codebook import Codebook
 from lqlora.codebooks.dynamic import dynamic8
@@ -73,6 +74,7 @@ _FAMILIES = (
 )
 
 
+@annotated
 def by_name(name: str) -> Codebook:
     """Return the standard codebook of a name, which formats, plans and files use.
 
@@ -148,6 +150,7 @@ def check_work(names: Iterable[str]) -> None:
         )
 
 
+@annotated
 def is_standard(codebook: Codebook) -> bool:
     """Return whether a codebook can be restored from its name alone.
 
@@ -173,6 +176,7 @@ def is_standard(codebook: Codebook) -> bool:
         return False
 
 
+@annotated
 def codebook_to_json(codebook: Codebook) -> dict[str, Any]:
     """Return the JSON fields that restore a codebook together with its name.
 
@@ -238,6 +242,7 @@ def codebook_from_json(name: str, document: Mapping[str, Any]) -> Codebook | Non
     return Codebook(levels, name, fields["normalization"])
 
 
+@annotated
 def codebook_to_text(codebook: Codebook) -> str | None:
     """Return the text that restores a codebook together with its name.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lqlora._annotations import annotated
 from lqlora.codebooks._block_normal import block_normal_density
 from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks._optimal_levels import Ends, optimal_levels
@@ -12,6 +13,7 @@ from lqlora.codebooks.codebook import Codebook
 __all__ = ["block_optimal"]
 
 
+@annotated
 @cached(256)
 def block_optimal(bits: int, block_size: int, *, signed: bool = False) -> Codebook:
     """Return BOF4 or BOF4-S, or their counterpart for another number of bits and block size.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from lqlora._annotations import annotated
 from lqlora._options import require_choice
 from lqlora._parallel import map_matrices
 from lqlora._patterns import list_names
@@ -38,6 +39,7 @@ __all__ = ["Mode", "cost_table"]
 Mode: TypeAlias = Literal["exact", "fast"]
 
 
+@annotated
 def cost_table(
     weights: Mapping[str, Array | Callable[[], Array]],
     formats: Sequence[BlockFormat],

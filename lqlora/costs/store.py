@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from lqlora._annotations import annotated, annotated_class
 from lqlora._files import input_file, lock, open_unshared, replace_file
 from lqlora._messages import shortened, shown
 from lqlora.errors import CheckpointError, InvalidArgumentError, StoreError
@@ -106,6 +107,7 @@ class StoredRow:
         return StoredRow(self.name, self.shape, self.content, self.weighting, self.costs | other.costs)
 
 
+@annotated_class
 class CostStore:
     """A file of costs that only grows: a line of settings, then a line for each finished row.
 
@@ -236,6 +238,7 @@ class CostStore:
             raise
 
     @staticmethod
+    @annotated
     def read(path: str | os.PathLike[str]) -> dict[str, StoredRow]:
         """Read the rows of a store, which another process may be writing.
 
@@ -257,6 +260,7 @@ class CostStore:
         return _read(path)[1]
 
     @staticmethod
+    @annotated
     def merge(paths: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str]) -> None:
         """Merge stores that several machines wrote.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lqlora._annotations import annotated_class
 from lqlora._dispatch import array_library, plain_array
 from lqlora._messages import shown
 from lqlora._shared_settings import collection_paused
@@ -54,6 +55,7 @@ class Configuration:
         return f"{self.format} rank {self.rank}"
 
 
+@annotated_class
 @dataclass(frozen=True, eq=False)
 class CostTable:
     """Error and size of every matrix in every configuration.

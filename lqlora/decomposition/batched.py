@@ -7,6 +7,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from lqlora._annotations import annotated
 from lqlora._dispatch import FLOATS, namespace, plain_array
 from lqlora._parallel import map_matrices
 from lqlora.decomposition.solver import decompose
@@ -65,6 +66,7 @@ class DecompositionStack:
         return dequantize(self.quantized) + (self.lora_B @ self.lora_A) * self.scaling
 
 
+@annotated
 def decompose_stack(
     w: Array,
     fmt: BlockFormat,

@@ -25,6 +25,7 @@ import array_api_compat
 import numpy as np
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import namespace, plain_array
 from lqlora._documents import LONGEST, Reader
 from lqlora._messages import shortened, shown
@@ -84,6 +85,7 @@ class BitsandbytesWeight:
     dtype: str
 
 
+@annotated
 def find_bitsandbytes(tensors: Mapping[str, Array]) -> list[str]:
     """Return the names of the 4-bit weights in a state dict.
 
@@ -106,6 +108,7 @@ def find_bitsandbytes(tensors: Mapping[str, Array]) -> list[str]:
     return list(dict.fromkeys(match[1] for match in map(described.fullmatch, tensors) if match))
 
 
+@annotated
 def list_parts(tensors: Collection[str], name: str) -> list[str]:
     """Return the names of the tensors that store one 4-bit weight. The time does not depend on the number of tensors.
 
@@ -163,6 +166,7 @@ def read_bitsandbytes(tensors: Mapping[str, Array]) -> Iterator[tuple[str, Bitsa
         yield name, from_bitsandbytes({key: tensors[key] for key in own}, name)
 
 
+@annotated
 def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> BitsandbytesWeight:
     """Read one 4-bit weight from a state dict of bitsandbytes.
 
@@ -244,6 +248,7 @@ def from_bitsandbytes(tensors: Mapping[str, Array], name: str = "weight") -> Bit
     return BitsandbytesWeight(quantized, state.dtype)
 
 
+@annotated
 def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float32") -> dict[str, Array]:
     """Return a quantized array as the tensors of a 4-bit weight of bitsandbytes.
 

@@ -11,6 +11,7 @@ import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, for safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lqlora._annotations import annotated
 from lqlora._documents import Reader, key_step
 from lqlora._messages import about_file, shown
 from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS
@@ -50,6 +51,7 @@ _FACTOR = re.compile(
 )
 
 
+@annotated
 def open_weights(
     path: str | os.PathLike[str], include: Patterns = "*", exclude: Patterns = (*EMBEDDINGS, *OUTPUT_HEADS)
 ) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
@@ -84,6 +86,7 @@ def open_weights(
     return open_model(path).select(include, exclude)
 
 
+@annotated
 def open_model(path: str | os.PathLike[str]) -> ModelContents:
     """Return the weight matrices of a model file, and a list of what is left out.
 

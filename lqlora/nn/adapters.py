@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._messages import shortened, shown
 from lqlora._patterns import list_names
@@ -49,6 +50,7 @@ class Factors:
     scaling: float
 
 
+@annotated
 def factors(model: nn.Module) -> dict[str, Factors]:
     """Return copies of the low-rank factors of a model.
 
@@ -73,6 +75,7 @@ def factors(model: nn.Module) -> dict[str, Factors]:
     }
 
 
+@annotated
 def set_factors(model: nn.Module, given: Mapping[str, Factors]) -> None:
     """Copy low-rank factors into a model.
 
@@ -99,6 +102,7 @@ def set_factors(model: nn.Module, given: Mapping[str, Factors]) -> None:
 
 
 @contextmanager
+@annotated
 def using_factors(model: nn.Module, given: Mapping[str, Factors]) -> Iterator[None]:
     """Use other low-rank factors inside of a ``with`` block, such as those of the reference model of DPO.
 
@@ -158,6 +162,7 @@ def using_factors(model: nn.Module, given: Mapping[str, Factors]) -> Iterator[No
             layer.lora_A, layer.lora_B, layer.scaling = inner, outer, scaling
 
 
+@annotated
 def save_factors(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the low-rank factors of a model to one small file, atomically.
 
@@ -193,6 +198,7 @@ def save_factors(path: str | os.PathLike[str], model: nn.Module, metadata: Mappi
         write_factors(path, matrices, metadata)
 
 
+@annotated
 def load_factors(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
     """Load a file of :func:`save_factors` into a model with the same quantized layers, in place.
 

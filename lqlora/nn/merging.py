@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._patterns import list_names
 from lqlora._printable import printable
@@ -69,6 +70,7 @@ class RequantizedLayer:
         return min(1.0, max(0.0, (self.error_without_factors - self.error_after) / gain)) if gain > 0 else 1.0
 
 
+@annotated
 def merged_weight(layer: LQLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return the dense matrix of a layer, ``dequantize(Q) + scaling * lora_B @ lora_A``.
 
@@ -117,6 +119,7 @@ def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
     return found
 
 
+@annotated
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace each :class:`LQLinear` of a model by a dense ``torch.nn.Linear`` that computes the same, in place.
 
@@ -191,6 +194,7 @@ def usual_dtype(model: nn.Module, without: Container[nn.Module]) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
+@annotated
 def requantize_model(model: nn.Module, originals: Mapping[str, Any] | None = None) -> dict[str, RequantizedLayer]:
     """Quantize the sum of both parts of each layer again, in the format of the layer, and drop the factors, in place.
 

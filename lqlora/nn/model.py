@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lqlora._annotations import annotated
 from lqlora._parallel import map_matrices
 from lqlora._patterns import values_by_name
 from lqlora._printable import printable
@@ -50,6 +51,7 @@ _HOOKS = (
 )
 
 
+@annotated
 def weight_arrays(layers: Mapping[str, nn.Module]) -> dict[str, Callable[[], Any]]:
     """Return a loader of each layer's matrix, the input of :func:`lqlora.cost_table`.
 
@@ -75,6 +77,7 @@ def _weight_array(layer: nn.Module) -> Any:
     return (matrix.float() if matrix.dtype == torch.bfloat16 else matrix).numpy()
 
 
+@annotated
 def quantize_model(
     model: nn.Module,
     formats: BlockFormat | Mapping[Pattern, BlockFormat] | Callable[[str], BlockFormat] | Plan,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
+from lqlora._annotations import annotated
 from lqlora.codebooks import codebook_from_text, codebook_to_text
 from lqlora.errors import FormatError, InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.formats import BlockFormat, codebook_name
@@ -50,6 +51,7 @@ class Operands(NamedTuple):
     codebook: str | None = None
 
 
+@annotated
 def operands(quantized: QuantizedArray) -> Operands:
     """Return a quantized array as arguments of the operators: ``torch.ops.lqlora.matmul(x, *operands(q))``.
 
@@ -84,6 +86,7 @@ def operands(quantized: QuantizedArray) -> Operands:
     return Operands(arrays, str(quantized.format), tuple(quantized.shape), codebook_to_text(quantized.format.codebook))
 
 
+@annotated
 def from_operands(
     tensors: Sequence[torch.Tensor], fmt: str, shape: Sequence[int], codebook: str | None = None
 ) -> QuantizedArray:

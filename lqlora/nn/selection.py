@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lqlora._annotations import annotated
 from lqlora._patterns import as_patterns, list_names, predicate_of_any, shown_patterns
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.experts import ExpertMatrix, find_stacks, split_stacks
@@ -71,6 +72,7 @@ _DTYPE = DenseReason(
 )
 
 
+@annotated
 def select_linears(model: nn.Module, include: Patterns | None = None, exclude: Patterns = ()) -> dict[str, nn.Module]:
     """Return the linear layers of a model that :func:`quantize_model` would replace.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._documents import Reader, Text, key_step
 from lqlora._messages import shortened, shown
 from lqlora._shared_settings import collection_paused
@@ -29,6 +30,7 @@ __all__ = ["load_model", "save_model"]
 _TIED = "tied"
 
 
+@annotated
 @collection_paused()
 def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a model with quantized layers to one checkpoint file, atomically. Tied weights are stored once.
@@ -76,6 +78,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         save(*content)
 
 
+@annotated
 @collection_paused()
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """Load a file of :func:`save_model` into a model of the same architecture, in place.

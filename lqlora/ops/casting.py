@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from lqlora._dispatch import FLOATS, STORABLE, array_library, dtype_name, fitting, namespace, plain_array
+from lqlora._messages import given
 from lqlora.errors import UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def native_dtype(array: Array, dtype: str) -> Any:
     """
     xp = namespace(array)
     if not isinstance(dtype, str) or dtype not in _FLOATS:
-        raise UnsupportedArrayError(f"dtype must be one of {', '.join(_FLOATS)}, got {dtype!r}.")
+        raise UnsupportedArrayError(f"dtype must be one of {', '.join(_FLOATS)}, got {given(dtype)}.")
     if dtype in _FLOATS[:2]:
         return getattr(xp, dtype)
     library = array_library(array)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import namespace, plain_array
+from lqlora._messages import given
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized._decoding import decode_scales, unpacked
@@ -87,6 +89,7 @@ class QuantizedArray:
         arrays = {name: array[index, ...] for name, array in self.to_arrays().items()}
         return nest(arrays, self.format, self.shape[1:], len(self.batch_shape) - 1)
 
+    @annotated
     def rows(self, start: int, stop: int) -> QuantizedArray:
         """Return some rows of a matrix, or entries of a vector; nothing is copied.
 
@@ -148,6 +151,7 @@ class QuantizedArray:
         return self.zero_points is None or block * self.format.bits % 8 == 0
 
     @classmethod
+    @annotated
     def stack(cls, parts: Sequence[QuantizedArray], batch_shape: tuple[int, ...]) -> QuantizedArray:
         """Join arrays of one format and shape: the inverse of :meth:`unstack`.
 
@@ -261,12 +265,12 @@ class QuantizedArray:
         if not isinstance(arrays, Mapping):
             raise FormatError(f"arrays must be a mapping of names to arrays, got {type(arrays).__name__}.")
         if not isinstance(shape, Sequence) or not all(type(length) is int and length >= 0 for length in shape):
-            raise FormatError(f"shape must be a tuple of lengths of at least 0, got {repr(shape)[:80]}.")
+            raise FormatError(f"shape must be a tuple of lengths of at least 0, got {given(shape)}.")
         shape = tuple(shape)
         if type(batch_dims) is not int or not 0 <= batch_dims <= len(shape) or not prod(shape[:batch_dims]):
             raise FormatError(
                 f"batch_dims must be from 0 to {len(shape)} for shape {shape}, and count at least one array, got "
-                f"{batch_dims}."
+                f"{given(batch_dims)}."
             )
         try:
             expected = fmt.stored_arrays(shape[batch_dims:], shape[:batch_dims])

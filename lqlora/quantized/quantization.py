@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import FLOATS, device_of, dtype_name, empty, namespace, plain_array, require_writable
+from lqlora._messages import given
 from lqlora._options import require_choice
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning, UnsupportedArrayError
@@ -111,7 +112,7 @@ def quantize(
     w = plain_array(w, name, FLOATS)
     if not isinstance(fmt, BlockFormat):
         raise InvalidArgumentError(
-            f"fmt must be a BlockFormat, such as BlockFormat.parse('nf4/64:float32'), got {fmt!r}."
+            f"fmt must be a BlockFormat, such as BlockFormat.parse('nf4/64:float32'), got {given(fmt)}."
         )
     require_choice(fit, "fit", FITS)
     if fit == "levels+scale" and fmt.levels == "codebook":
@@ -119,7 +120,7 @@ def quantize(
     importance = None if weights is None else _checked_importance(weights, w, fit)
     if not isinstance(batch_dims, int) or not 0 <= batch_dims <= len(w.shape):
         raise InvalidArgumentError(
-            f"batch_dims must be an int from 0 to {len(w.shape)}, the dimensions of {name}, got {batch_dims!r}."
+            f"batch_dims must be an int from 0 to {len(w.shape)}, the dimensions of {name}, got {given(batch_dims)}."
         )
     if start is not None:
         _check_start(start, fmt, tuple(w.shape), fit, batch_dims)

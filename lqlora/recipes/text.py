@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lqlora._messages import shortened
+from lqlora._annotations import annotated
+from lqlora._messages import given, shortened
 from lqlora._optional import require
+from lqlora._options import require_integer
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def packaged_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+@annotated
 def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a UTF-8 file.
 
@@ -110,6 +113,7 @@ def token_sequences(tokenizer: Any, text: str, length: int) -> torch.Tensor:
     return ids[: len(ids) - len(ids) % length].view(-1, length)  # type: ignore[no-any-return] # torch was required
 
 
+@annotated
 def split_sequences(sequences: torch.Tensor, *, calibration: int, training: int, evaluation: int) -> Split:
     """Split token sequences into disjoint parts for calibration, training and evaluation.
 
@@ -138,11 +142,13 @@ def split_sequences(sequences: torch.Tensor, *, calibration: int, training: int,
     >>> [part.flatten().tolist() for part in parts]
     [[0, 1], [2, 4, 6], [9]]
     """
+    for name, part in (("calibration", calibration), ("training", training), ("evaluation", evaluation)):
+        require_integer(part, name)
     count, needed = len(sequences), calibration + training + evaluation
     if count < needed:
         raise InvalidArgumentError(
-            f"sequences must be at least {needed} (calibration {calibration}, training {training}, evaluation "
-            f"{evaluation}), got {count}. Use a longer text or shorter sequences."
+            f"sequences must be at least {given(needed)} (calibration {given(calibration)}, training {given(training)}, "
+            f"evaluation {given(evaluation)}), got {count}. Use a longer text or shorter sequences."
         )
     # The stride is rounded down, so at least `training` sequences remain; the slice drops any beyond.
     between = sequences[calibration : count - evaluation]

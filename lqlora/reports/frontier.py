@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from lqlora._annotations import annotated
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class ParetoPoint(NamedTuple):
     error: float
 
 
+@annotated
 def pareto_points(plans: Iterable[Plan]) -> list[ParetoPoint]:
     """Return sizes and errors of plans, smallest first: the data of :func:`lqlora.reports.plot_pareto`.
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lqlora._annotations import annotated
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -83,6 +85,7 @@ class Kind:
         return Fraction(self.storage_bits, max(1, self.weights))
 
 
+@annotated
 def by_kind(plan: Plan) -> tuple[Kind, ...]:
     """Summarize the matrices of each kind: the data of the table by kind.
 
@@ -103,6 +106,7 @@ def by_kind(plan: Plan) -> tuple[Kind, ...]:
     return tuple(_summarize(kind, own, total) for kind, own in members.items())
 
 
+@annotated
 def bits_by_layer(plan: Plan) -> Grid:
     """Return the bits per weight of the quantized parts by kind and layer.
 
@@ -124,6 +128,7 @@ def bits_by_layer(plan: Plan) -> Grid:
     return bits._replace(values=bits.values / np.maximum(counts.values, 1))
 
 
+@annotated
 def ranks_by_layer(plan: Plan) -> Grid:
     """Return the ranks by kind and layer.
 
@@ -141,6 +146,7 @@ def ranks_by_layer(plan: Plan) -> Grid:
     return ranks._replace(values=ranks.values / ones.values)
 
 
+@annotated
 def error_by_layer(plan: Plan) -> Grid:
     """Return the shares of the weighted squared error by kind and layer.
 

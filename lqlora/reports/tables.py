@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from lqlora._annotations import annotated
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.reports.grouping import by_kind
@@ -58,6 +59,7 @@ class Table(NamedTuple):
         return "\n".join([head, "|" + "---|" * len(self.head), *rows])
 
 
+@annotated
 def table(plan: Plan, by: Literal["matrix", "kind"] = "matrix") -> str:
     """Return a plan as a Markdown table.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lqlora._annotations import annotated, annotated_class
 from lqlora._options import require_integer, require_number
 from lqlora.errors import InvalidArgumentError
 
@@ -79,6 +80,7 @@ class Budget:
                 require_integer(limit, f"{name} of a Budget")
 
 
+@annotated_class
 @dataclass(frozen=True, eq=False, init=False)
 class Problem:
     """Allocation problem: choose one column in each row of a cost table, at least total cost within the budgets.
@@ -272,6 +274,7 @@ def relative_gap(objective: float, bound: float) -> float:
     return math.inf if objective == 0.0 or math.isinf(objective) else max(0.0, objective - bound) / abs(objective)
 
 
+@annotated
 def evaluate(problem: Problem, assignment: npt.ArrayLike) -> tuple[float, tuple[int, ...], list[str]]:
     """Compute objective and bits used of an assignment, and list every constraint it breaks.
 

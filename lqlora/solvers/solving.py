@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from lqlora._annotations import annotated
 from lqlora.errors import MissingDependencyError, SolverError
 from lqlora.solvers.adapter import RawResult
 from lqlora.solvers.heuristics import lagrangian_start, repair
@@ -88,6 +89,7 @@ class _Held:
         return self.objective - self.bound <= rel_gap * abs(self.objective) * (1 + 1e-9) + rounding
 
 
+@annotated
 def solve(problem: Problem, solver: str = "auto", options: SolveOptions | None = None) -> Solution:
     """Solve an allocation problem and check the answer.
 

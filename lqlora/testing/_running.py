@@ -50,7 +50,7 @@ def try_properties(
     # a fault of the subject, so deadlines and health checks are off. With several bugs reported, Hypothesis would
     # raise a group of exceptions, and _try_property would not see the class of the check's own.
     settings = hypothesis.settings(
-        max_examples=max_examples,
+        max_examples=int(max_examples),
         derandomize=derandomize,
         database=None,
         deadline=None,

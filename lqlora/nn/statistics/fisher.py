@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lqlora._annotations import annotated
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.statistics.gradients import OutputGradients
 from lqlora.nn.statistics.hooks import (
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["collect_fisher"]
 
 
+@annotated
 @torch.inference_mode(mode=False)  # tensors of inference mode have no version that shows a change in place
 def collect_fisher(
     model: nn.Module,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import TensorWeakRef
 
+from lqlora._annotations import annotated
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.statistics.batches import parts_of, run_model
 from lqlora.nn.statistics.gradients import OutputGradients
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["collect_gram", "collect_kronecker"]
 
 
+@annotated
 @torch.inference_mode(mode=False)  # tensors of inference mode have no version that shows a change in place
 def collect_gram(
     model: nn.Module,
@@ -124,6 +126,7 @@ def collect_gram(
     return means
 
 
+@annotated
 @torch.inference_mode(mode=False)
 def collect_kronecker(
     model: nn.Module,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lqlora._annotations import annotated
 from lqlora._options import require_choice, require_integer, require_number
 from lqlora.codebooks import Codebook
 from lqlora.errors import ConformanceError, InvalidArgumentError
@@ -27,6 +28,7 @@ __all__ = ["PROPERTIES", "assert_quantizer_conforms", "check_quantizer"]
 PROPERTIES: Mapping[str, str] = MappingProxyType({name: prop.statement for name, prop in REGISTRY.items()})
 
 
+@annotated
 def check_quantizer(
     quantize: Callable[[Any], Any],
     dequantize: Callable[[Any], Any],

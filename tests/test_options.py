@@ -58,6 +58,10 @@ LEFT_OUT = {
         f"BlockFormat.{name}" for name in ("blocks", "level_sets", "lines", "storage_bits", "stored_arrays")
     },
     "has raw errors left": {"LQLinear", "LQLinear.from_decomposition", "QuantizedTensor", "QuantizedWeight", "QuantizedWeight.dequantize"},
+    "has no row yet: trainable scales": {
+        "PEQALinear", "PEQALinear.forward", "Scales", "combine_scales", "freeze_scales", "load_scales", "peqa_model", "save_scales",
+        "scales", "set_scales", "train_scales", "using_scales",
+    },
     "registers plug-ins for the process": {"register"},
     "reads documents, which tests/fuzz damages": {"codebook_from_json", "codebook_from_text", "CostTable.from_json", "Plan.from_json"},
     "draws with matplotlib": {"plot", "plot_pareto"},

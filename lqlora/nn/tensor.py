@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -126,6 +127,8 @@ class QuantizedTensor(torch.Tensor):
                 "weight must not be made dense while its scales train, whose gradients would be lost. Use torch.no_grad(), or call "
                 "freeze_scales first."
             )
+        if _trains_itself(self):
+            return cast("torch.Tensor", _Dense.apply(self))  # type: ignore[no-untyped-call]
         # In float32 until the end: both parts are rounded once.
         dense: torch.Tensor = torch.ops.lqlora.dequantize(*self.operands, dtype=_wide(self.dtype))
         if self.factors is not None:
@@ -171,12 +174,17 @@ class QuantizedTensor(torch.Tensor):
         """Run products and selections of rows above autograd, where gradients go to the factors and are never dense."""
         kwargs = kwargs or {}
         if (own := _ABOVE.get(func)) is not None:
-            found = own(*args, **kwargs)
+            found = _called(own, args, kwargs)
             if found is not NotImplemented:
                 return found
         # Not the method of torch.Tensor, which makes every result an instance of this class.
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - what torch documents for subclasses
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+        if isinstance(found, QuantizedTensor) and found.grad_fn is not None and _trains_itself(found):
+            # A copy of the first argument. The factors made below autograd have no history, so they are copied again.
+            pairs = zip(args[0].factors or (), found.factors or (), strict=True)
+            found.factors = cast("Any", tuple(own.to(made.device, copy=True) for own, made in pairs)) or None
+        return found
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch types it as a function
@@ -215,6 +223,18 @@ class _Sum(Function):
         lora_A, lora_B = ctx.saved_tensors
         gradient = (grads[0].mT if ctx.is_transposed else grads[0]).to(lora_A.dtype)
         return ctx.scaling * lora_B.mT @ gradient, ctx.scaling * gradient @ lora_A.mT, None, None, None, None
+
+
+class _Dense(Function):
+    """Dense values of a tensor that is trained itself."""
+
+    @staticmethod
+    def forward(_: Any, tensor: QuantizedTensor) -> torch.Tensor:
+        return _detached(tensor).dequantize()
+
+    @staticmethod
+    def backward(_: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
 
 
 def _wrapped(
@@ -293,6 +313,24 @@ def _is_matrix(tensor: Any) -> bool:
     return isinstance(tensor, QuantizedTensor) and tensor.ndim == 2
 
 
+def _called(own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function above autograd, unless gradients would miss the tensor or the function lacks an argument."""
+    if kwargs:
+        names = [name for name in _FACTORS if name in kwargs]
+        args += tuple(kwargs[name] for name in names)
+        kwargs = {name: value for name, value in kwargs.items() if name not in names}
+        if kwargs.keys() - _KEYWORDS[own]:
+            return NotImplemented
+    if any(isinstance(tensor, QuantizedTensor) and _trains_itself(tensor) for tensor in args):
+        return NotImplemented
+    return own(*args, **kwargs)
+
+
+def _trains_itself(tensor: QuantizedTensor) -> bool:
+    """Return whether a gradient belongs to the tensor and not to its factors, as in copies and in leaves."""
+    return tensor.requires_grad and not any(own.requires_grad for own in tensor.factors or ())
+
+
 def _is_dense(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and not isinstance(x, QuantizedTensor)
 
@@ -322,14 +360,14 @@ def _addmm(added: Any, left: Any, right: Any, *, beta: float = 1, alpha: float =
     product = _matmul(left, right)
     if product is NotImplemented or not _is_dense(added):
         return NotImplemented
-    return beta * added.to(product.dtype) + alpha * product
+    # As in torch, beta=0 ignores the values of the summand, even NaN.
+    return beta * added.to(product.dtype) + alpha * product if beta else alpha * product
 
 
 def _bmm(left: Any, right: Any) -> Any:
-    if not _is_dense(left) or not isinstance(right, QuantizedTensor) or right.ndim != 3 or left.ndim != 3:
+    if _is_dense(left) == _is_dense(right) or left.ndim != 3 or right.ndim != 3 or len(left) != len(right):
         return NotImplemented
-    matrices = cast("tuple[QuantizedTensor, ...]", right.unbind())
-    return torch.stack([_times(x, matrix) for x, matrix in zip(left, matrices, strict=True)])
+    return torch.stack([_matmul(*pair) for pair in zip(left.unbind(), right.unbind(), strict=True)])
 
 
 # Selections.
@@ -374,9 +412,9 @@ def _narrow(tensor: Any, dim: int, start: Any, length: int) -> Any:
 def _getitem(tensor: Any, index: Any) -> Any:
     if not isinstance(tensor, QuantizedTensor):
         return NotImplemented
-    # Models of experts index a stack by tensors without dimensions.
+    # Models of experts index a stack by tensors without dimensions. Tensors of the dtypes left out are masks.
     is_number = isinstance(index, int) or (
-        isinstance(index, torch.Tensor) and not index.ndim and not index.is_floating_point()
+        isinstance(index, torch.Tensor) and not index.ndim and index.dtype in (torch.int32, torch.int64)
     )
     if is_number and not isinstance(index, bool) and tensor.ndim == 3:
         return _matrix_of_stack(tensor, int(index))
@@ -428,6 +466,9 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     return torch.cat([own.dequantize() if isinstance(own, QuantizedTensor) else own for own in tensors], dim)
 
 
+#: Names of the factors of products in torch, in the order of its arguments.
+_FACTORS = ("input", "mat1", "weight", "other", "mat2", "bias")
+
 #: What runs above autograd.
 _ABOVE: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
@@ -443,6 +484,10 @@ _ABOVE: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([torch.chunk, torch.Tensor.chunk], _chunk),
     **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], _cat),
 }
+
+
+#: Arguments that a function above autograd takes by name.
+_KEYWORDS = {own: inspect.signature(own).parameters.keys() for own in _ABOVE.values()}
 
 
 # What runs below autograd.
@@ -493,7 +538,9 @@ def _transposed(tensor: QuantizedTensor, first: int = 0, second: int = 1) -> Any
 
 
 def _permuted(tensor: QuantizedTensor, order: Sequence[int]) -> Any:
-    return _turned(tensor) if [*order] in ([1, 0], [-1, -2]) else NotImplemented
+    *stack, rows, columns = range(tensor.ndim)
+    same = [dim % tensor.ndim for dim in order]
+    return _turned(tensor) if same == [*stack, columns, rows] else NotImplemented
 
 
 _aten = torch.ops.aten

@@ -25,6 +25,10 @@ FORMATS = {
 }
 
 
+def _quantized(w):
+    return isinstance(w, QuantizedTensor)
+
+
 def _random(*shape, dtype=torch.float64):
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator, dtype=dtype)
@@ -71,9 +75,25 @@ OPERATIONS = {
     "split by sizes": lambda w, x: torch.cat([functional.linear(x, part) for part in w.split([8, 5, 3])], dim=1),
     "cat": lambda w, x: functional.linear(x, torch.cat([w, w])),
     "detached": lambda w, x: functional.linear(x, w.detach()),
+    "linear by names": lambda w, x: functional.linear(input=x, weight=w, bias=ADDED[0]),
+    "matmul by names": lambda w, x: torch.matmul(input=x, other=w.t()),
+    "mm by names": lambda w, x: x.mm(mat2=w.t()),
+    "addmm by names": lambda w, x: torch.addmm(input=ADDED, mat1=x, mat2=w.t(), beta=2.0),
+    "addmm without its summand": lambda w, x: torch.addmm(ADDED * torch.nan, x, w.t(), beta=0),
+    "rows by names": lambda w, x: functional.linear(x, torch.narrow(input=w, dim=0, start=8, length=8)),
+    "permute, mixed signs": lambda w, x: x @ w.permute(-1, 0),
+    "to a dtype": lambda w, x: functional.linear(x, w.to(torch.float32)).double() if _quantized(w) else x @ w.t(),
+    "to a copy": lambda w, x: functional.linear(x, w.to(torch.float64, copy=True)),
+    "a clone": lambda w, x: x @ w.clone().t(),
+    "a dense clone": lambda w, x: functional.linear(x, w.clone().dequantize() if _quantized(w) else w),
+    "a row of a clone": lambda w, x: x @ w.clone()[3],
 }
 #: Operations of which the dense tensor is not made.
-QUANTIZED = [name for name in OPERATIONS if name.startswith(("linear", "T", "mT", "t", "add", "not", "from", "perm"))]
+QUANTIZED = [
+    name
+    for name in OPERATIONS
+    if name.startswith(("linear", "T", "mT", "t", "mm", "matmul", "add", "not", "from", "perm", "a clone"))
+]
 
 
 def _gradients(result, inputs):
@@ -137,6 +157,11 @@ STACK_OPERATIONS = {
     "unbind": lambda w, x: torch.stack([functional.linear(x, own) for own in w.unbind()]),
     "bmm": lambda w, x: torch.bmm(x.expand(EXPERTS, -1, -1), w.transpose(1, 2)),
     "bmm, not transposed": lambda w, x: torch.bmm(OUTER.expand(EXPERTS, -1, -1), w) + x,
+    "bmm from the left": lambda w, x: torch.bmm(w, x.T.expand(EXPERTS, -1, -1)),
+    "bmm by names": lambda w, x: torch.bmm(input=x.expand(EXPERTS, -1, -1), mat2=w.mT),
+    "permute": lambda w, x: torch.bmm(x.expand(EXPERTS, -1, -1), w.permute(0, 2, 1)),
+    "matrix of a clone": lambda w, x: functional.linear(x, w.clone()[1]),
+    "mask": lambda w, x: functional.linear(x, w[torch.tensor(1, dtype=torch.bool)][0, 2]),
     "several": lambda w, x: functional.linear(x, w[[0, 2]].flatten(0, 1)),
     "by token": lambda w, x: torch.bmm(w[torch.tensor([0, 2, 2])], x[:, :, None]),
 }
@@ -164,6 +189,15 @@ class TestTensor:
         assert not _tensor(has_factors=False).requires_grad
         with torch.no_grad():
             assert not _tensor().requires_grad
+
+    @pytest.mark.parametrize("has_factors", [True, False])
+    @pytest.mark.parametrize(
+        "multiply", [functional.linear, lambda x, w: x @ w.dequantize().t()], ids=["packed", "dense"]
+    )
+    def test_a_leaf_gets_a_dense_gradient(self, multiply, has_factors):
+        leaf = nn.Parameter(_tensor(has_factors=has_factors))
+        multiply(X, leaf).sum().backward()
+        torch.testing.assert_close(leaf.grad, torch.ones(3, ROWS).double().T @ X)
 
     def test_its_text_has_shape_format_and_rank(self):
         assert repr(_tensor()) == "QuantizedTensor((16, 8), nf4/8:float32, rank=2, dtype=torch.float64)"
@@ -210,6 +244,7 @@ class TestTensor:
             (lambda w: w.to(torch.int64), "_to_copy"),
             (lambda w: torch.mm(w, w.t()), "mm"),
             (lambda w: w.copy_(torch.zeros(ROWS, COLUMNS)), "copy_"),
+            (lambda w: torch.addmm(ADDED, X, w.t(), out=torch.empty_like(ADDED)), "addmm"),
             (lambda w: w.split([3, 4]), "split_with_sizes"),
         ],
         ids=lambda own: own if isinstance(own, str) else "",

@@ -262,10 +262,15 @@ class TestTensor:
             with pytest.raises(InvalidArgumentError, match=r"lora_B.*\(16, rank\)"):
                 QuantizedTensor(own.operands, *wrong)
 
-    def test_it_is_compiled_as_an_input(self):
-        weight = _tensor().detach()
-        compiled = torch.compile(functional.linear, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(X, weight), functional.linear(X, weight))
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch reads it of its inputs
+    @pytest.mark.parametrize("name", ["linear", "T"])
+    def test_compiled_functions_take_it_and_train_its_factors(self, name):
+        weight, x = _tensor(), X.clone().requires_grad_()
+        found = torch.compile(OPERATIONS[name], fullgraph=True, backend="aot_eager")(weight, x)
+        expected = OPERATIONS[name](weight, x)
+        torch.testing.assert_close(found, expected)
+        inputs = [x, *weight.factors]
+        torch.testing.assert_close(_gradients(found, inputs), _gradients(expected, inputs))
 
 
 class TestLayer:

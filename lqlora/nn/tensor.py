@@ -498,6 +498,8 @@ def _moved(tensor: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> A
         return NotImplemented
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
+    if _trains_scales(tensor) and torch.is_grad_enabled():
+        return NotImplemented  # the copy would lose the gradient of the scales
     own = [part.to(device=device, copy=True) for part in tensor.operands.tensors]
     factors = (
         None if tensor.factors is None else tuple(part.detach().to(device=device, copy=True) for part in tensor.factors)
@@ -506,8 +508,9 @@ def _moved(tensor: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> A
 
 
 def _detached(tensor: QuantizedTensor) -> QuantizedTensor:
-    # The factors lose their history as well, so that products with the result have no gradient.
-    return _like(tensor, factors=None if tensor.factors is None else tuple(own.detach() for own in tensor.factors))
+    # Scales and factors lose their history as well, so that products with the result have no gradient.
+    weight = tensor.operands._replace(tensors=[own.detach() for own in tensor.operands.tensors])
+    return _like(tensor, weight, None if tensor.factors is None else tuple(own.detach() for own in tensor.factors))
 
 
 def _copied(tensor: Any, source: Any, non_blocking: bool = False) -> Any:  # noqa: FBT001, FBT002 - torch's signature

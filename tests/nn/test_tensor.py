@@ -199,6 +199,15 @@ class TestTensor:
         multiply(X, leaf).sum().backward()
         torch.testing.assert_close(leaf.grad, torch.ones(3, ROWS).double().T @ X)
 
+    def test_copies_never_lose_the_gradient_of_scales(self):
+        weight = _tensor(has_factors=False)
+        weight.operands.tensors[1].requires_grad_()
+        for copied in (torch.clone, torch.Tensor.half):
+            with pytest.raises(InvalidArgumentError, match=r"aten\.\w+\.default must not"):
+                copied(weight)
+        assert not functional.linear(X, weight.detach()).requires_grad
+        assert not functional.linear(X, copy.deepcopy(weight)).requires_grad
+
     def test_its_text_has_shape_format_and_rank(self):
         assert repr(_tensor()) == "QuantizedTensor((16, 8), nf4/8:float32, rank=2, dtype=torch.float64)"
 

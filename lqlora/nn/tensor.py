@@ -192,7 +192,8 @@ class QuantizedTensor(torch.Tensor):
     ) -> Any:
         """Run an operation below autograd, or raise if there is none for quantized tensors."""
         own = _BELOW.get(func)
-        found = NotImplemented if own is None else own(*args, **(kwargs or {}))
+        # In inference mode torch does not take operations apart that consist of others.
+        found = (func.decompose if own is None else own)(*args, **(kwargs or {}))
         if found is NotImplemented:
             raise InvalidArgumentError(
                 f"{func} must not be called with a QuantizedTensor like this. Call it with tensor.dequantize(), which is dense."

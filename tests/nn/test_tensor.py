@@ -328,6 +328,13 @@ class TestLayer:
             found = functional.linear(x, layer.weight.detach()[8:], layer.bias[8:])
         torch.testing.assert_close(found, layer(x)[:, 8:].detach())
 
+    @pytest.mark.parametrize("name", QUANTIZED)
+    def test_products_in_inference_mode_are_those_outside(self, name):
+        expected = OPERATIONS[name](_tensor(), X).detach()
+        with torch.inference_mode():
+            torch.testing.assert_close(OPERATIONS[name](_tensor().detach(), X), expected)
+            assert _tensor().to(torch.bfloat16).dtype == torch.bfloat16
+
     @pytest.mark.parametrize("training", [True, False])
     def test_layers_of_torch_that_read_it_train_and_evaluate(self, training):
         torch.manual_seed(0)

@@ -15,6 +15,7 @@ from lqlora.nn.operators import as_given, is_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import NoReturn
 
     from lqlora.quantized import QuantizedArray
 
@@ -141,6 +142,12 @@ class QuantizedTensor(torch.Tensor):
         """Show shape, format and rank."""
         rank = 0 if self.factors is None else self.factors[0].shape[-2]
         return f"QuantizedTensor({tuple(self.shape)}, {self.operands.fmt}, rank={rank}, dtype={self.dtype})"
+
+    def share_memory_(self) -> NoReturn:
+        """Raise: there is no memory of the tensor itself to share, and torch would end the process."""
+        raise InvalidArgumentError(
+            "share_memory_ must not be called with a QuantizedTensor. Share the module that has it."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         """Return a copy with memory of its own."""

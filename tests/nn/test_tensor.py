@@ -262,6 +262,10 @@ class TestTensor:
         with pytest.raises(InvalidArgumentError, match=rf"aten\.\w*{name}\w*\.\w+ must not.*dequantize"):
             operate(_tensor().detach())
 
+    def test_memory_of_its_own_is_not_shared(self):
+        with pytest.raises(InvalidArgumentError, match="share_memory_ must not"):
+            _tensor().share_memory_()
+
     def test_factors_of_other_shapes_are_refused(self):
         own = _tensor()
         lora_A, lora_B = own.factors

@@ -156,15 +156,13 @@ def _is_list(value: Iterable[object], kinds: list[str]) -> bool:
 
 def _is_instance(value: object, name: str) -> bool:
     """Return whether the class of a value has a name, or the name is not that of a class."""
-    if re.fullmatch("[A-Z]", name):  # a type variable
+    if name in _ALIASES or re.fullmatch("[A-Z]", name):  # a single letter is a type variable
         return True
     ours = [vars(module).get(name) for key, module in list(sys.modules.items()) if key.partition(".")[0] == "lqlora"]
     known = next((own for own in ours if own is not None), None)
     if get_origin(known) is Literal:
         return isinstance(value, str) and value in get_args(known)
     if known is not None and (not isinstance(known, type) or getattr(known, "_is_protocol", False)):
-        return True
-    if known is None and name in _ALIASES:
         return True
     return any(own.__name__ == name for own in type(value).__mro__)
 

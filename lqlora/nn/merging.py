@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._patterns import list_names
 from lqlora._printable import printable
+from lqlora._warnings import warn
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn.experts import join_dense
@@ -246,11 +246,9 @@ def requantize_model(model: nn.Module, originals: Mapping[str, Any] | None = Non
     kept = {name: own.gain_kept for name, own in errors.items() if own.gain_kept is not None and own.gain_kept < 0.5}
     if kept:
         worst = min(kept, key=kept.__getitem__)
-        warnings.warn(
+        warn(
             f"{len(kept)} of {len(errors)} layers lost more than half of the gain of their factors by requantization, "
             f"such as {printable(worst)}, which keeps {kept[worst]:.0%}. Use dequantize_model to keep all of it.",
-            UserWarning,
-            stacklevel=2,
         )
     return errors
 

@@ -122,6 +122,8 @@ class QuantizedArray:
             raise InvalidArgumentError(
                 f"start and stop must be in order and from 0 to {self.shape[0]}, got {start} and {stop}."
             )
+        if start == self.shape[0]:
+            start = stop = 0  # no row begins behind the last one, where a byte may be shared
         layout, width = layout_of(self.format, self.shape), prod(self.shape[1:])
         first, last = start * width, stop * width
         in_order = layout.lines_per_set is None and (layout.follows_rows or len(self.shape) == 1)

@@ -12,7 +12,6 @@ scales and making passes.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -22,6 +21,7 @@ from lqlora import ops
 from lqlora._dispatch import FLOATS, device_of, namespace, plain_array
 from lqlora._options import require_choice, require_integer, require_number
 from lqlora._printable import printable
+from lqlora._warnings import warn
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.quantized._decoding import decode_scales, zero_point_codes
 from lqlora.quantized._encoding import encode_codes
@@ -147,9 +147,7 @@ def gptq(
     moment = _checked_moment(gram, w, name)
     if not bool(xp.any(moment != 0)):
         if moment.shape[0]:
-            warnings.warn(
-                f"gram of {printable(name)} is zero: its weights are rounded to nearest.", UserWarning, stacklevel=2
-            )
+            warn(f"gram of {printable(name)} is zero: its weights are rounded to nearest.")
         return quantize(w, fmt, fit=fit, start=start, check_finite=check_finite, name=name)
     system, diagonal = _system(moment, damping, order, w)
     importance = None if fit == "absmax" else _row(diagonal)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -13,6 +12,7 @@ from lqlora._dispatch import FLOATS, device_of, dtype_name, empty, namespace, pl
 from lqlora._messages import given
 from lqlora._options import require_choice
 from lqlora._printable import printable
+from lqlora._warnings import warn
 from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning, UnsupportedArrayError
 from lqlora.formats import BlockFormat
 from lqlora.quantized._decoding import decode_into, decode_scales, host_levels, zero_point_codes
@@ -185,11 +185,10 @@ def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedArray:
     statistic, choice, levels = choose(source, fit, check_finite=check_finite)
     if lost := lost_blocks(source, statistic, choice, levels):
-        warnings.warn(
+        warn(
             f"{lost} of {statistic.shape[0]} blocks of {printable(source.name)} are not zero but decode to zeros: their scales "
             f"round to zero in {source.fmt.scales}. Scale the weights up, or choose a dtype of wider range.",
             ScaleUnderflowWarning,
-            stacklevel=3,
         )
     return assemble(source, choice, levels)
 

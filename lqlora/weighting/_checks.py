@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import namespace
+from lqlora._warnings import warn
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -20,10 +20,9 @@ def is_zero(importance: Array) -> bool:
     return 0 not in importance.shape and not bool(namespace(importance).any(importance != 0))
 
 
-def warn_of_zeros(name: str, stacklevel: int) -> None:
+def warn_of_zeros(name: str) -> None:
     """Warn that an array of zeros is replaced by equal importance."""
-    message = f"{name} holds only zeros: equal importance is used instead. Check that statistics were collected."
-    warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+    warn(f"{name} holds only zeros: equal importance is used instead. Check that statistics were collected.")
 
 
 def require_importance(importance: Array, name: str) -> None:

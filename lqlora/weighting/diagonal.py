@@ -221,7 +221,7 @@ def _checked(importance: Array | None, name: str) -> tuple[Array | None, float]:
     require_importance(importance, name)
     largest = float(xp.max(importance)) if importance.shape[0] else 1.0
     if largest == 0.0:
-        warn_of_zeros(name, stacklevel=4)
+        warn_of_zeros(name)
         return xp.ones_like(importance), 1.0
     unit = ops.power_of_four(largest, 2.0, dtype_name(importance))
     # Divided first: the floor of a subnormal importance would be zero.

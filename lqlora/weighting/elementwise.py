@@ -101,7 +101,7 @@ class Elementwise(AbstractWeighting):
         require_integer(self.sweeps, "sweeps")
         require_matrix(importance, "weights")
         if is_zero(importance):
-            warn_of_zeros("weights", stacklevel=3)
+            warn_of_zeros("weights")
             importance = xp.ones_like(importance)
             object.__setattr__(self, "all_zero", True)
             object.__setattr__(self, "sweeps", 0)  # the surrogate is exact for equal importance

@@ -215,7 +215,7 @@ def _checked(gram: Array, damping: float, name: str) -> tuple[Array, _Root]:
     wide, dtype = ops.symmetric_moment(gram, name), ops.widen(gram, name).dtype
     xp = namespace(wide)
     if is_zero(wide):
-        warn_of_zeros(name, stacklevel=4)
+        warn_of_zeros(name)
         wide = xp.eye(wide.shape[0], dtype=xp.float64, device=device_of(wide))
     if not wide.shape[0]:
         empty = xp.astype(wide, dtype)

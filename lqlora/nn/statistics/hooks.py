@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lqlora._patterns import list_names
+from lqlora._warnings import warn
 from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from lqlora.nn.experts import ExpertMatrix
 from lqlora.nn.selection import select_linears
@@ -205,11 +205,10 @@ def living_layers(is_alive: Mapping[str, bool], what: str) -> list[str]:
         )
     if len(living) < len(is_alive):
         dead = [name for name, own in is_alive.items() if not own]
-        warnings.warn(
+        warn(
             f"include selects {len(dead)} of {len(is_alive)} layers that never got {what} ({list_names(dead)}). The result leaves "
             "them out. Exclude them, or pass batches that reach them.",
             DeadLayerWarning,
-            stacklevel=4,  # the collector has a decorator
         )
     return living
 
@@ -286,9 +285,7 @@ def warn_of_underflow(names: list[str], what: str) -> None:
         Name of the numbers that were squared, which the message begins with.
     """
     if names:
-        warnings.warn(
+        warn(
             f"{what} of {list_names(names)} are so small that their squares are below {SMALLEST:.2g}, where float32 loses "
             "digits. Multiply the loss, or the inputs, by a large number.",
-            UserWarning,
-            stacklevel=4,  # the collector has a decorator
         )

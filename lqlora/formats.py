@@ -15,8 +15,9 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lqlora._annotations import annotated_class
+from lqlora._annotations import annotated, annotated_class
 from lqlora._messages import given
+from lqlora._options import is_integer
 from lqlora.codebooks import Codebook, by_name
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.ops import packed_size
@@ -68,6 +69,14 @@ class _Record:
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
+def _make_plain(record: _Record, *names: str) -> None:
+    """Make Python integers of those of NumPy, whose products overflow."""
+    for name in names:
+        value = getattr(record, name)
+        if type(value) is not int and is_integer(value):
+            object.__setattr__(record, name, int(value))
 
 
 @annotated_class
@@ -130,6 +139,7 @@ class ScaleFormat(_Record):
         if self.offset == "mean" and self.codebook not in _SIGNED:
             # Scales below the mean become negative when it is subtracted.
             raise FormatError(f"offset='mean' needs a signed codebook, 'int' or 'dynamic', got {given(self.codebook)}.")
+        _make_plain(self, "bits", "block_size")
         _ = self.format  # checks the other fields
 
     @cached_property
@@ -140,7 +150,7 @@ class ScaleFormat(_Record):
     @cached_property
     def levels(self) -> Codebook:
         """Codebook that the scales are rounded to."""
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool):
+        if not is_integer(self.bits):
             raise FormatError(f"bits of a ScaleFormat must be an int from 1 to 8, got {given(self.bits)}.")
         return by_name(_SCALE_CODEBOOKS[self.codebook][1].format(self.bits))
 
@@ -204,12 +214,13 @@ class BlockFormat(_Record):
     def __post_init__(self) -> None:
         if not isinstance(self.codebook, Codebook):
             raise FormatError(f"codebook must be a Codebook, such as lqlora.NF4, got {given(self.codebook)}.")
-        if not _is_int(self.block_size) or self.block_size < 1:
+        _make_plain(self, "block_size", "axis", "levels")
+        if not is_integer(self.block_size) or self.block_size < 1:
             raise FormatError(f"block_size must be an int of at least 1, got {given(self.block_size)}.")
         known_name = isinstance(self.scales, str) and self.scales in _FLOAT_BITS
         if not known_name and not isinstance(self.scales, ScaleFormat):
             raise FormatError(f"scales must be {_or(_FLOAT_BITS)} or a ScaleFormat, got {given(self.scales)}.")
-        if self.axis is not None and not _is_int(self.axis):
+        if self.axis is not None and not is_integer(self.axis):
             raise FormatError(f"axis must be an int, or None for row-major order, got {given(self.axis)}.")
         self._check_levels()
         if self.codebook.normalization == "signed" and isinstance(self.scales, ScaleFormat) and not self.scales.signed:
@@ -219,7 +230,7 @@ class BlockFormat(_Record):
             )
 
     def _check_levels(self) -> None:
-        if not isinstance(self.levels, str) and not (_is_int(self.levels) and self.levels >= 1):
+        if not isinstance(self.levels, str) and not (is_integer(self.levels) and self.levels >= 1):
             raise FormatError(f"levels must be 'codebook', 'matrix' or an int of at least 1, got {given(self.levels)}.")
         if self.levels == "codebook":
             return
@@ -267,6 +278,7 @@ class BlockFormat(_Record):
         zero_point_bits = self.bits if self.codebook.normalization == "affine" else 0
         return self.bits + (scale_bits + zero_point_bits) / self.block_size
 
+    @annotated
     def lines(self, shape: Sequence[int]) -> tuple[int, int]:
         """Return the number and the length of the lines that are cut into blocks. No block crosses the end of a line.
 
@@ -290,8 +302,8 @@ class BlockFormat(_Record):
         >>> BlockFormat.parse("nf4/64@0").lines((10, 100))
         (100, 10)
         """
-        if any(length < 0 for length in shape):
-            raise InvalidArgumentError(f"shape must have lengths of at least 0, got {tuple(shape)}.")
+        if any(not hasattr(length, "__index__") or length < 0 for length in shape):
+            raise InvalidArgumentError(f"shape must have integer lengths of at least 0, got {given(tuple(shape))}.")
         if self.axis is None:
             return 1, prod(shape)
         if not -len(shape) <= self.axis < len(shape):
@@ -345,6 +357,7 @@ class BlockFormat(_Record):
             return -(-self.lines(shape)[0] // self.levels)
         return 1 if self.levels == "matrix" else 0
 
+    @annotated
     def stored_arrays(self, shape: Sequence[int], batch: Sequence[int] = ()) -> StoredArrays:
         """Return the dtype and shape of each array that the format stores.
 
@@ -522,10 +535,6 @@ def codebook_name(text: str) -> str:
     'nf4'
     """
     return re.split("[+/]", text, maxsplit=1)[0]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _or(names: Iterable[str]) -> str:

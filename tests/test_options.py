@@ -17,6 +17,7 @@ import lqlora as lq
 from lqlora._annotations import _fits
 from lqlora.errors import LQLoRAError
 from lqlora.integrations.bitsandbytes import from_bitsandbytes, list_parts, read_bitsandbytes, to_bitsandbytes
+from lqlora.integrations.peft import load_adapter, save_adapter
 from lqlora.solvers import Budget, Problem, SolveOptions
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn
 from tests.arguments import FORMAT, GRAM, IMPORTANCE, LORA_A, LORA_B, OUTPUT_GRAM, Q, W, X
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
-    "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources",
+    "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
@@ -41,10 +42,10 @@ LEFT_OUT = {
         "Availability", "BitsandbytesWeight", "Capability", "Checkpoint", "Configuration", "Decomposition", "DecompositionStack",
         "DensePart", "Factors", "Finding", "Grid", "Kind", "License", "LimitUse", "LowRankStep", "MeasuredNorm", "Operands", "ParetoPoint",
         "Plan", "PlannedMatrix", "QuantizationReport", "QuantizedArray", "QuantizedLayer", "RawResult", "Reduced", "Report",
-        "RequantizedLayer", "Selection", "Solution", "Split", "StoredMatrix", "StoredRow",
+        "RequantizedLayer", "Scales", "Selection", "Solution", "Split", "StoredMatrix", "StoredRow",
     },
     "is called by lqlora, with arguments that are checked": {
-        "CostStore.append", "Limit.in_bits", "LQLinear.forward", "Reduced.assignment", "Reduced.chosen", "Reduced.vector",
+        "CostStore.append", "Limit.in_bits", "LQLinear.forward", "PEQALinear.forward", "Reduced.assignment", "Reduced.chosen", "Reduced.vector",
         "StoredRow.joined", "check_work", "reduce_problem", "select", "relative_gap",
         "Elementwise.low_rank", "Elementwise.measured", "Elementwise.squared_norm", "ScaledWeighting.low_rank", "ScaledWeighting.measured",
         "ScaledWeighting.squared_norm",
@@ -53,14 +54,6 @@ LEFT_OUT = {
     "is a protocol, abstract or an enumeration": {
         "Adapter.solve", "Status", "StopReason",
         *(f"AbstractWeighting.{method}" for method in ("check", "low_rank", "measured", "squared_norm")),
-    },
-    "has raw errors left: the shape of an array is not checked where every call computes it": {
-        f"BlockFormat.{name}" for name in ("blocks", "level_sets", "lines", "storage_bits", "stored_arrays")
-    },
-    "has raw errors left": {"LQLinear", "LQLinear.from_decomposition", "QuantizedTensor", "QuantizedWeight", "QuantizedWeight.dequantize"},
-    "has no row yet: trainable scales": {
-        "PEQALinear", "PEQALinear.forward", "Scales", "combine_scales", "freeze_scales", "load_scales", "peqa_model", "save_scales",
-        "scales", "set_scales", "train_scales", "using_scales",
     },
     "registers plug-ins for the process": {"register"},
     "reads documents, which tests/fuzz damages": {"codebook_from_json", "codebook_from_text", "CostTable.from_json", "Plan.from_json"},
@@ -76,6 +69,7 @@ PLAN = lq.allocate(TABLE, bits_per_weight=5.0)
 OWN = {"fmt": FORMAT, "rank": 1}
 DECOMPOSED = lq.decompose(W, **OWN, max_iter=1)
 PARTS = to_bitsandbytes(lq.quantize(W, lq.BlockFormat(lq.NF4, 32)))
+OPERANDS = nn.operands(Q.to(torch))
 PROBLEM = Problem(np.ones((2, 2)), np.ones((2, 2), np.int64))
 ROWS = [torch.ones(2, 16)]
 
@@ -107,6 +101,20 @@ def saved_factors():
     return {"path": "factors.safetensors", "model": converted()}
 
 
+def scaled():
+    return torch.nn.Sequential(nn.PEQALinear(Q))
+
+
+def saved_scales():
+    nn.save_scales("scales.safetensors", scaled())
+    return {"path": "scales.safetensors", "model": scaled()}
+
+
+def saved_adapter():
+    save_adapter("adapter", converted())
+    return {"folder": "adapter", "model": converted()}
+
+
 def stores():
     for name in ("one.json", "two.json"):
         lq.cost_table({name: W}, [FORMAT], rank=1, store=name)
@@ -126,6 +134,11 @@ def text_file():
 
 def using(model, given):
     with nn.using_factors(model, given):
+        pass
+
+
+def using_task(model, given):
+    with nn.using_scales(model, given):
         pass
 
 
@@ -156,6 +169,8 @@ CALLS = {
     "memory_budget": (lq.memory_budget, {"device_bytes": 1000}),
     "Limit": (lq.Limit, {"include": "a", "bits_per_weight": 3.0}),
     "BlockFormat": (lq.BlockFormat, {"codebook": lq.NF4, "block_size": 16}),
+    **{f"BlockFormat.{name}": (getattr(FORMAT, name), {"shape": (8, 16)}) for name in ("blocks", "level_sets", "lines", "storage_bits")},
+    "BlockFormat.stored_arrays": (FORMAT.stored_arrays, {"shape": (8, 16), "batch": (2,)}),
     "BlockFormat.parse": (lq.BlockFormat.parse, {"text": "nf4/16:float32"}),
     "ScaleFormat": (lq.ScaleFormat, {"bits": 8, "block_size": 16}),
     "Codebook": (lq.Codebook, {"levels": [-1.0, 1.0]}),
@@ -214,6 +229,25 @@ CALLS = {
     "load_factors": (nn.load_factors, saved_factors),
     "load_model": (nn.load_model, saved_model),
     "merged_weight": (nn.merged_weight, lambda: {"layer": converted()[0]}),
+    "LQLinear": (nn.LQLinear, {"quantized": Q, "lora_A": LORA_A, "lora_B": LORA_B}),
+    "LQLinear.from_decomposition": (nn.LQLinear.from_decomposition, {"decomposition": DECOMPOSED}),
+    "PEQALinear": (nn.PEQALinear, {"quantized": Q}),
+    "QuantizedTensor": (nn.QuantizedTensor, {
+        "weight": OPERANDS, "lora_A": torch.from_numpy(LORA_A), "lora_B": torch.from_numpy(LORA_B),
+    }),
+    "QuantizedWeight": (nn.QuantizedWeight, {"quantized": Q}),
+    "QuantizedWeight.dequantize": (nn.QuantizedWeight(Q).dequantize, {}),
+    "combine_scales": (nn.combine_scales, lambda: {"start": nn.scales(scaled()), "tasks": {"a": nn.scales(scaled())}, "weights": {"a": 1.0}}),
+    "freeze_scales": (nn.freeze_scales, lambda: {"model": scaled()}),
+    "load_scales": (nn.load_scales, saved_scales),
+    "peqa_model": (nn.peqa_model, lambda: {"model": dense(), "formats": FORMAT}),
+    "save_scales": (nn.save_scales, lambda: {"path": "new.safetensors", "model": scaled()}),
+    "scales": (nn.scales, lambda: {"model": scaled()}),
+    "set_scales": (nn.set_scales, lambda: {"model": scaled(), "given": nn.scales(scaled())}),
+    "train_scales": (nn.train_scales, lambda: {"model": converted()}),
+    "using_scales": (using_task, lambda: {"model": scaled(), "given": nn.scales(scaled())}),
+    "load_adapter": (load_adapter, saved_adapter),
+    "save_adapter": (save_adapter, lambda: {"folder": "adapter", "model": converted()}),
     "operands": (nn.operands, {"quantized": Q.to(torch)}),
     "quantize_model": (nn.quantize_model, lambda: {"model": dense(), "formats": FORMAT, "rank": 1, "max_iter": 1}),
     "requantize_model": (nn.requantize_model, lambda: {"model": converted(), "originals": {"0": W}}),
@@ -293,7 +327,11 @@ def public():
             if inspect.isclass(thing) and not issubclass(thing, Exception):
                 methods = {f"{name}.{key}": getattr(thing, key) for key in vars(thing) if not key.startswith("_")}
                 found |= {key: own for key, own in methods.items() if inspect.isroutine(own)}
-            if (inspect.isclass(thing) or inspect.isroutine(thing)) and thing.__module__.startswith("lqlora"):
+            if (
+                (inspect.isclass(thing) or inspect.isroutine(thing))
+                and thing.__module__.startswith("lqlora")
+                and options(thing)
+            ):
                 found[name] = thing
     return {name: thing for name, thing in found.items() if options(thing)}
 

@@ -18,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._documents import Reader, key_step
 from lqlora._files import input_file, replace_file, write_whole
 from lqlora._messages import shortened, shown
 from lqlora._optional import require
+from lqlora._options import require_kind
 from lqlora.errors import CheckpointError, InvalidArgumentError, LQLoRAError
 from lqlora.integrations._schema import LoraSettings
 from lqlora.nn.adapters import Factors, factors, set_factors
@@ -83,6 +85,7 @@ def register() -> None:
     register_tuners()
 
 
+@annotated
 def save_adapter(
     folder: str | os.PathLike[str],
     model: nn.Module,
@@ -121,6 +124,8 @@ def save_adapter(
     layers. PEFT computes the scaling as alpha / rank in float64, so it may differ in the last of its 53 bits. Dropout is
     not written.
     """
+    for option, text in (("base_model", base_model), ("task_type", task_type)):
+        require_kind(text, option, (str, type(None)), "a text")  # before the old settings are removed
     all_factors = factors(model)
     if wrapped := next((name for name in all_factors if name.endswith(".base_layer") or name.startswith(_ROOT)), None):
         raise InvalidArgumentError(
@@ -203,6 +208,7 @@ def _ends(name: str) -> Iterable[str]:
     return (".".join(parts[start:]) for start in range(len(parts)))
 
 
+@annotated
 def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> None:
     """Load a LoRA adapter of PEFT into the low-rank factors of a model, in place of those that it has.
 

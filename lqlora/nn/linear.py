@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
+from lqlora._options import require_number
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operators import is_autocast, linear_with_dropout  # its module registers torch.ops.lqlora
 from lqlora.nn.tensor import QuantizedTensor
@@ -48,7 +51,8 @@ class LQLinear(nn.Module):
     Raises
     ------
     InvalidArgumentError
-        If the shapes of the factors do not fit the weight, or ``dropout`` is not a number from 0 to below 1.
+        If the shapes of the factors do not fit the weight, ``scaling`` is not a finite number, or ``dropout`` is not a
+        number from 0 to below 1.
 
     References
     ----------
@@ -65,6 +69,7 @@ class LQLinear(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        require_number(scaling, "scaling", "finite", math.isfinite)
         require_dropout(dropout)
         require_quantized(quantized, "quantized")
         if len(quantized.shape) != 2 or quantized.batch_shape:
@@ -78,8 +83,8 @@ class LQLinear(nn.Module):
                 f"lora_B and lora_A must have shapes ({rows}, rank) and (rank, {columns}), got {shapes[0]} and {shapes[1]}."
             )
         self.out_features, self.in_features = rows, columns
-        self.scaling = scaling
-        self.dropout = dropout
+        self.scaling = float(scaling)
+        self.dropout = float(dropout)
         self.quantized = QuantizedWeight(quantized)
         # Copies, in float32: an optimizer changes parameters in place, and a decomposition must keep its factors. Small steps
         # would vanish in a half precision, so the factors stay float32 under autocast; the operator rounds them in each call.
@@ -89,6 +94,7 @@ class LQLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(ops.convert(bias, torch), requires_grad=False)
 
     @classmethod
+    @annotated
     def from_decomposition(
         cls, decomposition: Decomposition | StoredMatrix, bias: torch.Tensor | None = None, dropout: float = 0.0
     ) -> LQLinear:
@@ -176,5 +182,4 @@ def require_dropout(dropout: float) -> None:
     InvalidArgumentError
         If it is not a number from 0 to below 1.
     """
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InvalidArgumentError(f"dropout must be a number from 0 to below 1, got {dropout!r:.80}.")
+    require_number(dropout, "dropout", "from 0 to below 1", lambda own: 0 <= own < 1)

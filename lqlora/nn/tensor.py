@@ -9,6 +9,7 @@ import torch
 from torch.autograd import Function
 from torch.nn import functional
 
+from lqlora._annotations import annotated
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operator_arguments import Operands, from_operands, operands
 from lqlora.nn.operators import as_given, is_autocast
@@ -79,6 +80,7 @@ class QuantizedTensor(torch.Tensor):
     is_transposed: bool
 
     @staticmethod
+    @annotated
     def __new__(  # noqa: PYI034 - torch makes the instance
         cls,
         weight: Operands,

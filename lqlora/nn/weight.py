@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from lqlora import ops
+from lqlora._options import require_kind
 from lqlora.codebooks import codebook_to_text
 from lqlora.nn.operator_arguments import Operands
 from lqlora.quantized import QuantizedArray
+from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +53,7 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__()
+        require_quantized(quantized, "quantized")
         self.dtype = torch.float32
         self.format = quantized.format
         self.shape = torch.Size(quantized.shape)
@@ -109,6 +112,7 @@ class QuantizedWeight(nn.Module):
         Tensor
             Dense weight of shape ``self.shape``.
         """
+        require_kind(dtype, "dtype", torch.dtype, "a dtype of torch")
         return cast("torch.Tensor", torch.ops.lqlora.dequantize(*self.operands, dtype=dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedWeight:  # noqa: FBT001, FBT002 - torch's signature

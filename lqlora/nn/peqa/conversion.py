@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parallel import DistributedDataParallel
 
+from lqlora._annotations import annotated
 from lqlora._patterns import list_names, select
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["freeze_scales", "peqa_layers", "peqa_model", "train_scales"]
 
 
+@annotated
 def peqa_model(
     model: nn.Module,
     formats: BlockFormat | Mapping[Pattern, BlockFormat] | Callable[[str], BlockFormat] | Plan,
@@ -111,6 +113,7 @@ def _with_plain_scales(layer: QuantizedLayer) -> QuantizedLayer:
     return dataclasses.replace(layer, format=fmt, nbytes=fmt.storage_bits(layer.shape) // 8)
 
 
+@annotated
 def train_scales(
     model: nn.Module, include: Patterns = "*", exclude: Patterns = (), *, train_factors: bool = False
 ) -> list[str]:
@@ -168,6 +171,7 @@ def _moved(kind: Any, layer: LQLinear) -> Any:
     return new
 
 
+@annotated
 def freeze_scales(model: nn.Module) -> None:
     """Turn each :class:`PEQALinear` of a model into an :class:`LQLinear` with the scales of now, in place.
 

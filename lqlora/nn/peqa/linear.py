@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lqlora._annotations import annotated
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.operators import is_autocast
@@ -123,6 +124,7 @@ class PEQALinear(LQLinear):
 
     quantized: ScaledWeight
 
+    @annotated
     def __init__(
         self,
         quantized: QuantizedArray,

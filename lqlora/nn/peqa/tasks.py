@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lqlora import ops
+from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._messages import given as shown_argument
 from lqlora._messages import shortened
@@ -48,6 +49,7 @@ class Scales:
     factors: Factors | None = None
 
 
+@annotated
 def scales(model: nn.Module) -> dict[str, Scales]:
     """Return copies of the trainable scales of a model: the task that it learned.
 
@@ -76,6 +78,7 @@ def _copied(layer: PEQALinear) -> Scales:
     return Scales(layer.quantized.scales.detach().clone(), factors)
 
 
+@annotated
 def set_scales(model: nn.Module, given: Mapping[str, Scales]) -> None:
     """Copy the scales of a task into a model.
 
@@ -108,6 +111,7 @@ def _set(fitted: list[tuple[PEQALinear, Scales]]) -> None:
 
 
 @contextmanager
+@annotated
 def using_scales(model: nn.Module, given: Mapping[str, Scales]) -> Iterator[None]:
     """Use the scales of a task inside of a ``with`` block.
 
@@ -159,6 +163,7 @@ def using_scales(model: nn.Module, given: Mapping[str, Scales]) -> Iterator[None
             layer.quantized.scales, layer.lora_A, layer.lora_B, layer.scaling = values, inner, outer, scaling
 
 
+@annotated
 def combine_scales(
     start: Mapping[str, Scales], tasks: Mapping[str, Mapping[str, Scales]], weights: Mapping[str, float]
 ) -> dict[str, Scales]:
@@ -233,6 +238,7 @@ def _require_layers(given: Mapping[str, object], layers: Mapping[str, object], w
         )
 
 
+@annotated
 def save_scales(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the trainable scales of a model to one small file, atomically.
 
@@ -269,6 +275,7 @@ def save_scales(path: str | os.PathLike[str], model: nn.Module, metadata: Mappin
         write_scales(*content)
 
 
+@annotated
 def load_scales(path: str | os.PathLike[str], model: nn.Module) -> dict[str, Any]:
     """Load a file of :func:`save_scales` into a model with the same codes, in place.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from lqlora._messages import MESSAGE_LENGTH, shortened
 from lqlora.cli import console
 from lqlora.errors import LQLoRAError
 
@@ -25,7 +26,7 @@ def _run() -> int:
         return int(app(standalone_mode=False) or 0)
     except (LQLoRAError, OSError) as error:
         console.flush()  # an OSError may be one of standard output, to which Typer prints the help
-        console.complain(f"lqlora: {error}")
+        console.complain(f"lqlora: {shortened(str(error))}")
     except ModuleNotFoundError as error:
         console.complain(f"lqlora: this command needs {error.name}: pip install 'lqlora[demo]'.")
     except Exception as error:  # noqa: BLE001 - a traceback may hold names, too
@@ -42,5 +43,5 @@ def _unexpected(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     advice = f" Try '{context.command_path} --help'." if context is not None else ""
     if message := error.format_message():  # empty if Typer has printed the help in its place
-        console.complain(f"lqlora: {message.rstrip('.')}.{advice}")
+        console.complain(f"lqlora: {shortened(message.rstrip('.'), MESSAGE_LENGTH - len(advice) - 1)}.{advice}")
     return int(getattr(error, "exit_code", 2))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from lqlora._messages import given
 from lqlora.allocation.ties import experts, fused_projections
 from lqlora.costs.grids import paper_grid
 from lqlora.errors import InvalidArgumentError
@@ -28,6 +30,9 @@ __all__ = [
     "parse_ties",
 ]
 
+#: Characters of the longest text that is read as a number.
+_LONGEST_NUMBER = 100
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -49,22 +54,27 @@ def parse_integers(text: str, option: str) -> list[int]:
     try:
         return [int(item) for item in _items(text, option)]
     except ValueError:
-        raise InvalidArgumentError(f"{option} must be integers separated by commas, got {text!r}.") from None
+        raise InvalidArgumentError(f"{option} must be integers separated by commas, got {given(text)}.") from None
 
 
 def parse_number(text: str, option: str) -> Fraction:
     """Return a decimal number exactly: 2.7 is 27/10."""
+    # The text is bounded first, because 1e99999999 would be computed for minutes.
     try:
-        return Fraction(text)
+        if len(text) <= _LONGEST_NUMBER and not re.search(r"e[-+]?[\d_]{4}", text.lower()):
+            number = Fraction(text)
+            if abs(number) <= sys.float_info.max:
+                return number
     except (ValueError, ZeroDivisionError):
-        raise InvalidArgumentError(f"{option} must be a number such as 2.75, got {text!r}.") from None
+        pass
+    raise InvalidArgumentError(f"{option} must be a number such as 2.75, at most 1.8e308, got {given(text)}.")
 
 
 def parse_bytes(text: str) -> int:
     """Return a number of bytes from ``400000000``, ``400MB`` or ``1.5GiB``."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmg]i?)?b)?", text.strip().lower())
-    if found is None:
-        raise InvalidArgumentError(f"--bytes must be a number of bytes such as 400MB or 1.5GiB, got {text!r}.")
+    if found is None or len(found[1]) > _LONGEST_NUMBER:
+        raise InvalidArgumentError(f"--bytes must be a number of bytes such as 400MB or 1.5GiB, got {given(text)}.")
     return int(Fraction(found[1]) * _UNITS[found[2] or ""])
 
 
@@ -76,7 +86,7 @@ def parse_pattern(text: str) -> Pattern:
         return re.compile(text.removeprefix("re:"))
     except re.error as error:
         raise InvalidArgumentError(
-            f"pattern must be a regular expression after 're:', got {text!r}: {error}."
+            f"pattern must be a regular expression after 're:', got {given(text)}: {error}."
         ) from None
 
 
@@ -86,9 +96,9 @@ def parse_pairs(texts: Iterable[str], option: str) -> dict[Pattern, str]:
     for text in texts:
         pattern, sign, value = text.rpartition("=")
         if not sign or not pattern or not value:
-            raise InvalidArgumentError(f"{option} must be PATTERN=VALUE, got {text!r}.")
+            raise InvalidArgumentError(f"{option} must be PATTERN=VALUE, got {given(text)}.")
         if parse_pattern(pattern) in found:
-            raise InvalidArgumentError(f"{option} must give one value to each pattern, got two for {pattern!r}.")
+            raise InvalidArgumentError(f"{option} must give one value to each pattern, got two for {given(pattern)}.")
         found[parse_pattern(pattern)] = value
     return found
 
@@ -108,5 +118,5 @@ def parse_ties(texts: Sequence[str], names: Sequence[str]) -> list[Tie]:
 def _items(text: str, option: str) -> list[str]:
     found = [item.strip() for item in text.split(",") if item.strip()]
     if not found:
-        raise InvalidArgumentError(f"{option} must be a comma-separated list of at least one item, got {text!r}.")
+        raise InvalidArgumentError(f"{option} must be a comma-separated list of at least one item, got {given(text)}.")
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lqlora._files import check_writable, write_whole
+from lqlora._messages import shortened
 from lqlora.cli import console
 from lqlora.errors import CheckpointError
 
@@ -47,8 +48,8 @@ def check_outputs(paths: Iterable[Path], *, force: bool, others: Iterable[Path] 
             _check_output(path, used, force=force)
         except CheckpointError:  # a subclass of OSError whose message is complete
             raise
-        except OSError as error:  # such as a name that is too long, or a folder without permission
-            raise CheckpointError(f"{path} cannot be written: {error}. Name another file.") from error
+        except (OSError, ValueError) as error:  # such as a name that is too long, a folder without permission, a zero byte
+            raise CheckpointError(shortened(f"{path} cannot be written: {error}. Name another file.")) from error
 
 
 def _check_output(path: Path, used: set[object], *, force: bool) -> None:
@@ -77,8 +78,10 @@ def _identity(path: Path) -> object:
     """Return a value that is equal for two names of one file: links and other spellings of a path count as one."""
     try:
         found = path.stat()
-    except (OSError, ValueError):
+    except OSError:
         return os.path.realpath(path)
+    except ValueError:  # the path has a zero byte, which its reader or writer will say
+        return path
     return found.st_dev, found.st_ino
 
 

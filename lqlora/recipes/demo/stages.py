@@ -18,6 +18,7 @@ import lqlora as lq
 from lqlora import nn
 from lqlora._documents import Reader, Text
 from lqlora._files import is_being_written, remove_left_over, replace_folder
+from lqlora._messages import given
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
 from lqlora.recipes.demo.report import Row, draw, tabulate
@@ -131,12 +132,20 @@ def _split(tokenizer: Any, text: str, settings: Settings) -> Split:
 
 def _check_inputs(output: Path, **files: Path | None) -> None:
     """Raise if an input would be replaced together with the output folder."""
-    folder = os.path.realpath(output)
+    folder = _real(output, "output")
     for name, file in files.items():
-        if file is not None and Path(os.path.realpath(file)).is_relative_to(folder):
+        if file is not None and _real(file, name).is_relative_to(folder):
             raise CheckpointError(
                 f"{name} {file} is inside the output folder {output}, which the demo replaces. Pass another folder."
             )
+
+
+def _real(path: Path, name: str) -> Path:
+    """Return the path without links; raise if it has a zero byte."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise CheckpointError(f"{name} must be a path, got {given(str(path))}: {error}.") from error
 
 
 @contextmanager

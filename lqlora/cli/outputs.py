@@ -48,7 +48,10 @@ def check_outputs(paths: Iterable[Path], *, force: bool, others: Iterable[Path] 
             _check_output(path, used, force=force)
         except CheckpointError:  # a subclass of OSError whose message is complete
             raise
-        except (OSError, ValueError) as error:  # such as a name that is too long, a folder without permission, a zero byte
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # such as a name that is too long, a folder without permission, a zero byte
             raise CheckpointError(shortened(f"{path} cannot be written: {error}. Name another file.")) from error
 
 

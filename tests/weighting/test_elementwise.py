@@ -53,6 +53,23 @@ def test_zero_sweeps_return_the_step_of_the_surrogate(xp, seed):
     assert step.squared_error == pytest.approx(left_over(weights, error, step), rel=1e-9)
 
 
+def test_free_entries_may_overflow_without_a_warning():
+    # The sweeps from this start return factors whose product overflows float32, because most entries are free.
+    rng = np.random.default_rng(0)
+    weights = np.where(rng.random((9, 7)) < 0.6, 0, 1).astype(np.float32)
+    error = (rng.standard_normal((9, 7)) * 1e31).astype(np.float32)
+    weighting = Elementwise(weights)
+    start = weighting.surrogate.low_rank(error, 3)
+    with np.errstate(over="ignore", invalid="ignore"):
+        left, right = weighting._swept(error, start.left, start.right)
+        assert not np.isfinite(left @ right).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step = weighting.low_rank(error, 3)
+    assert np.isfinite(step.left @ step.right).all()
+    assert step.squared_error == pytest.approx(left_over(weights, error, step), rel=1e-5)
+
+
 @given(seed=seeds)
 @some
 def test_importance_of_rank_one_has_the_closed_form(xp, seed):

@@ -275,7 +275,7 @@ CALLS = {
 
 #: Arrays have a table of their own, in tests/test_arguments.py. Batches are passed to functions of the caller.
 ARRAYS = {
-    "batches", "cost", "sequences", "w", "x", "gram", "out", "weights", "levels", "lora_A", "lora_B", "bias", "row", "col", "fisher", "output_gram", "input_gram",
+    "batches", "sequences", "w", "x", "gram", "out", "weights", "levels", "lora_A", "lora_B", "bias", "row", "col", "fisher", "output_gram", "input_gram",
 }  # fmt: skip
 
 #: Options that say how long to go on.

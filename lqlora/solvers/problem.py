@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lqlora._annotations import annotated, annotated_class
+from lqlora._messages import given
 from lqlora._options import require_integer, require_number
 from lqlora.errors import InvalidArgumentError
 
@@ -123,7 +124,13 @@ class Problem:
         ties: npt.ArrayLike | None = None,
         budgets: Sequence[Budget] = (),
     ) -> None:
-        costs, sizes = np.atleast_1d(np.array(cost, dtype=np.float64)), np.asarray(size)
+        try:
+            costs = np.atleast_1d(np.array(cost, dtype=np.float64))
+        except (OverflowError, TypeError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"cost must be a matrix of numbers that float64 holds, got {given(cost)}."
+            ) from error
+        sizes = np.asarray(size)
         mask = np.ones(costs.shape, dtype=np.bool_) if allowed is None else np.array(allowed, dtype=np.bool_)
         groups = np.arange(len(costs)) if ties is None else np.array(ties)
         _check(costs, sizes, mask, groups, budgets)

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import lqlora as lq
 from lqlora._annotations import _fits
-from lqlora.errors import LQLoRAError
+from lqlora.errors import InvalidArgumentError, LQLoRAError
 from lqlora.integrations.bitsandbytes import from_bitsandbytes, list_parts, read_bitsandbytes, to_bitsandbytes
 from lqlora.integrations.peft import load_adapter, save_adapter
 from lqlora.solvers import Budget, Problem, SolveOptions
@@ -405,3 +405,29 @@ def test_every_option_works_or_is_refused_in_our_words(name, tmp_path, monkeypat
     function, valid = CALLS[name]
     function(**(valid() if callable(valid) else valid))
     assert list(faults(name, function, valid)) == []
+
+
+def test_integers_of_numpy_make_the_same_format():
+    fmt = lq.BlockFormat(lq.NF4, np.int64(16), lq.ScaleFormat(np.int8(8), np.int64(256)), np.int8(-1), np.uint8(4))
+    assert fmt == lq.BlockFormat.parse("nf4+fit4/16@-1:u8/256:float32")
+    assert {type(own) for own in (fmt.block_size, fmt.axis, fmt.levels, fmt.scales.bits)} == {int}
+    assert fmt.level_sets((8, 16)) == 2
+
+
+@pytest.mark.parametrize("shape", [(1.5, 2), (-1, 2), ("a", 2)])
+def test_lengths_of_a_shape_are_integers(shape):
+    with pytest.raises(InvalidArgumentError, match=r"^shape must have integer lengths"):
+        FORMAT.storage_bits(shape)
+
+
+@pytest.mark.parametrize("scaling", ["a", None, float("nan")])
+def test_the_scaling_of_a_layer_is_a_finite_number(scaling):
+    with pytest.raises(InvalidArgumentError, match=r"^scaling must be "):
+        nn.LQLinear(Q, LORA_A, LORA_B, scaling)
+
+
+def test_a_refused_name_leaves_an_older_adapter(tmp_path):
+    save_adapter(tmp_path, converted())
+    with pytest.raises(InvalidArgumentError, match=r"^base_model must be a text, got 1"):
+        save_adapter(tmp_path, converted(), base_model=1)
+    load_adapter(tmp_path, converted())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -134,6 +134,13 @@ class LQLinear(nn.Module):
                 "weight of a quantized layer must not be replaced or tied. Call dequantize_model first, or leave the layer dense."
             )
         super().__setattr__(name, value)
+
+    def reset_parameters(self) -> NoReturn:
+        """Raise: a quantized weight cannot be drawn anew, as that of ``torch.nn.Linear``."""
+        raise InvalidArgumentError(
+            "reset_parameters must not be called on a quantized layer, whose codes are fixed. Initialize the model before "
+            "quantize_model, or leave the layer out."
+        )
 
     @property
     def rank(self) -> int:

@@ -31,11 +31,11 @@ def is_linear_map(module: nn.Module) -> bool:
         True for ``torch.nn.Linear``, derived classes, and ``Conv1D`` of transformers. They may compute something else, see
         :func:`computes_product_alone`.
     """
+    if type(module).__name__ != "Conv1D":
+        return isinstance(module, nn.Linear)
     # Conv1D is known by name, so that transformers need not be imported.
     weight = module._parameters.get("weight")  # noqa: SLF001 - of torch
-    return isinstance(module, nn.Linear) or (
-        type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
-    )
+    return weight is not None and weight.ndim == 2
 
 
 def matrix_of(layer: nn.Module) -> torch.Tensor:

@@ -18,6 +18,7 @@ from lqlora._warnings import warn
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn.experts import join_dense
+from lqlora.nn.holders import find_holders
 from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import unwrapped
 from lqlora.quantized import dequantize, quantize
@@ -120,6 +121,7 @@ def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 @annotated
+@torch.inference_mode(mode=False)  # the new layers may train
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace each :class:`LQLinear` of a model by a dense ``torch.nn.Linear`` that computes the same, in place.
 
@@ -148,7 +150,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     transformers.
     """
     model = unwrapped(model)
-    layers = quantized_layers(model)
+    layers = _replaceable(model)
     usual = usual_dtype(model, {*layers.values()})
     # All matrices are computed before the first layer is replaced, so that an error leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {
@@ -157,6 +159,23 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     }
     replace_modules(model, replacements)
     join_dense(model)
+
+
+def _replaceable(model: nn.Module) -> dict[str, LQLinear]:
+    """Return the quantized layers of a model, or raise if replacing one would change what the model computes."""
+    layers = quantized_layers(model)
+    held = find_holders(dict(model.named_modules()), layers.values())
+    for name, layer in layers.items():
+        if "forward" in vars(layer):
+            fault = "has a forward method of its own, which goes on with the quantized layer. Remove it first"
+        elif further := layer._parameters.keys() - {"lora_A", "lora_B", "scales", "bias"}:  # noqa: SLF001 - of torch
+            fault = f"computes its factors from {printable(list_names(sorted(further)))}. Make them parameters first"
+        elif layer in held:
+            fault = f"is also held by {held[layer]}, which would keep the quantized layer. Look the layer up when you call it"
+        else:
+            continue
+        raise InvalidArgumentError(f"model must have layers that can be replaced, but {printable(name)!r} {fault}.")
+    return layers
 
 
 def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
@@ -195,6 +214,7 @@ def usual_dtype(model: nn.Module, without: Container[nn.Module]) -> torch.dtype:
 
 
 @annotated
+@torch.inference_mode(mode=False)  # the new layers may train
 def requantize_model(model: nn.Module, originals: Mapping[str, Any] | None = None) -> dict[str, RequantizedLayer]:
     """Quantize the sum of both parts of each layer again, in the format of the layer, and drop the factors, in place.
 
@@ -234,7 +254,7 @@ def requantize_model(model: nn.Module, originals: Mapping[str, Any] | None = Non
     model = unwrapped(model)
     replacements: dict[nn.Module, nn.Module] = {}
     errors: dict[str, RequantizedLayer] = {}
-    for name, layer in quantized_layers(model).items():
+    for name, layer in _replaceable(model).items():
         merged = _merged(layer, torch.float32, repr(printable(name)))
         again = _quantized(merged, layer.quantized.format, name)
         original = None if originals is None else _original(originals, name, merged)

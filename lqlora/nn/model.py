@@ -78,6 +78,7 @@ def _weight_array(layer: nn.Module) -> Any:
 
 
 @annotated
+@torch.inference_mode(mode=False)  # the new layers train
 def quantize_model(
     model: nn.Module,
     formats: BlockFormat | Mapping[Pattern, BlockFormat] | Callable[[str], BlockFormat] | Plan,
@@ -362,7 +363,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 def _first_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers of a model. Tied ones are listed once, under their first name."""
-    state = model.state_dict(keep_vars=True)
+    # A module may have a state of its own that is not a tensor, see get_extra_state.
+    state = {name: own for name, own in model.state_dict(keep_vars=True).items() if isinstance(own, torch.Tensor)}
     return {name: state[name] for name, first in first_names(state).items() if name == first}
 
 

@@ -15,6 +15,7 @@ from lqlora._patterns import as_patterns, list_names, predicate_of_any, shown_pa
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.experts import ExpertMatrix, find_stacks, split_stacks
 from lqlora.nn.heads import Heads, names_above
+from lqlora.nn.holders import find_holders
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import computes_product_alone, has_more_than_weight_and_bias, is_linear_map
 from lqlora.nn.peqa.linear import ScaledWeight
@@ -175,6 +176,10 @@ class LinearMaps:
     @functools.cached_property
     def _heads(self) -> Heads:
         return Heads(self._modules)
+
+    @functools.cached_property
+    def _held(self) -> dict[nn.Module, str]:
+        return find_holders(self._modules, self.layers.values())
 
     @functools.cached_property
     def _shared(self) -> dict[nn.Module, str]:
@@ -347,6 +352,11 @@ class LinearMaps:
             return reason
         if has_more_than_weight_and_bias(layer):
             return _TENSORS
+        if holder := self._held.get(layer):
+            return DenseReason(
+                "layers held elsewhere",
+                f"is also held by {holder}, which conversion would not change. Look the layer up when you call it",
+            )
         return None if isinstance(layer, ExpertMatrix) or computes_product_alone(layer) else _CLASS
 
     @functools.cached_property
@@ -383,10 +393,16 @@ def _weight_fault(layer: nn.Module) -> DenseReason | None:
     weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))  # noqa: SLF001 - of torch
     if weight is None or (bias is None and getattr(layer, "bias", None) is not None):
         return _COMPUTED
-    if weight.is_meta:
+    if weight.is_meta or (bias is not None and bias.is_meta):
         return _META
-    plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS and weight.ndim == 2 and weight.numel() > 0
+    plain = _has_memory(weight) and weight.dtype in _FLOATS and weight.ndim == 2
     return None if plain else _DTYPE
+
+
+def _has_memory(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a plain dense tensor with entries in memory."""
+    is_dense = type(parameter) is nn.Parameter and parameter.layout == torch.strided
+    return is_dense and not parameter.is_meta and parameter.numel() > 0
 
 
 def _is_expert_stack(name: str, module: nn.Module | None, key: str) -> bool:
@@ -405,8 +421,7 @@ def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
             if parameter is None:
                 continue
             # Two parameters may share memory. Subclasses of tensors and tensors without memory are known by identity.
-            plain = type(parameter) is nn.Parameter and not parameter.is_meta and parameter.numel() > 0
-            memory = (parameter.device, parameter.data_ptr()) if plain else id(parameter)
+            memory = (parameter.device, parameter.data_ptr()) if _has_memory(parameter) else id(parameter)
             uses.setdefault(memory, []).append((module, f"{name}.{key}"))
     shared: dict[nn.Module, str] = {}
     for own in uses.values():

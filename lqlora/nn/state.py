@@ -10,6 +10,7 @@ from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._documents import Reader, Text, key_step
 from lqlora._messages import shortened, shown
+from lqlora._printable import printable
 from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
@@ -50,7 +51,8 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     Raises
     ------
     InvalidArgumentError
-        If the model has no quantized layer, or the metadata uses the reserved key.
+        If the model has no quantized layer, or the metadata uses the reserved key, or an entry of the state dict cannot be
+        stored, such as one on the meta device.
     CheckpointError
         If the file cannot be written.
     """
@@ -59,6 +61,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     state = model.state_dict(keep_vars=True)
+    _require_storable(state)
     has_shards = is_sharded(state.values())
     matrices = {
         name: StoredMatrix(
@@ -78,7 +81,22 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         save(*content)
 
 
+def _require_storable(state: Mapping[str, Any]) -> None:
+    """Raise if an entry of a state dict holds no values that a file can store."""
+    for name, own in state.items():
+        if not isinstance(own, torch.Tensor) or name.endswith("_extra_state"):
+            fault = "is extra state of a module, which files do not store. Save it beside the file"
+        elif own.is_meta:
+            fault = "is on the meta device and holds no values. Load it first"
+        elif own.is_floating_point() and own.itemsize == 1:
+            fault = f"is of {own.dtype}, which files do not store. Convert it, for example to torch.bfloat16"
+        else:
+            continue
+        raise InvalidArgumentError(f"model must have a state that files can store, but {printable(name)!r} {fault}.")
+
+
 @annotated
+@torch.inference_mode(mode=False)  # the new layers train
 @collection_paused()
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """Load a file of :func:`save_model` into a model of the same architecture, in place.
@@ -110,7 +128,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     model = maps.model
     linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
     tied = _ties(path, content)
-    state = model.state_dict(keep_vars=True)
+    state = {name: own for name, own in model.state_dict(keep_vars=True).items() if isinstance(own, torch.Tensor)}
     for stack in maps.stacks:
         if not linears.keys().isdisjoint(stack.matrices):
             del state[stack.name]
@@ -121,13 +139,28 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     # last: they take over the biases that were just filled.
     with torch.no_grad():
         for name in [*content.tensors, *tied]:
-            state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
+            # Only inference mode may change tensors that were made in it.
+            with torch.inference_mode(mode=state[name].is_inference()):
+                state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
     replacements: dict[nn.Module, nn.Module] = {}
     for name, matrix in content.matrices.items():
         replacements[linears[name]] = quantized_layer(matrix, linears[name])
     maps.split_stacks(replacements)
     replace_modules(model, replacements)
     return content
+
+
+def _can_hold(dtype: torch.dtype, given: torch.Tensor) -> bool:
+    """Return whether a dtype has the values of a tensor: all integers, and floating-point numbers but for rounding."""
+    if given.dtype == dtype:
+        return True
+    if given.is_complex() and not dtype.is_complex:
+        return False
+    cast = given.to(dtype)
+    if (given.is_floating_point() or given.is_complex()) and (dtype.is_floating_point or dtype.is_complex):
+        # Types of 8 bits turn large numbers into NaN, others into infinity.
+        return torch.equal((cast.float() if dtype.itemsize == 1 else cast).isfinite(), given.isfinite())
+    return torch.equal(cast.to(given.dtype), given)
 
 
 def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
@@ -169,9 +202,10 @@ def _check_fit(
         if name in expected and expected[name] != shape
     ]
     faults += [
-        f"{name!r} is complex in the file and not in the model"
+        f"{name!r} holds values of {tensor.dtype} in the file that {state[name].dtype} of the model cannot hold. Build the "
+        "model in another dtype"
         for name, tensor in content.tensors.items()
-        if tensor.dtype.kind == "c" and name in state and not state[name].is_complex()
+        if name in state and not _can_hold(state[name].dtype, ops.convert(tensor, torch))
     ]
     faults += [f"{name!r} is on the meta device and holds no data" for name, t in state.items() if t.is_meta]
     # A tie of the file that the model does not have is harmless: both tensors get the same values. The opposite is not:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -125,6 +125,29 @@ class QuantizedWeight(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,  # noqa: FBT001 - torch's signature
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch would round other numbers to codes, and assign=True would change the dtypes that the format prescribes.
+        is_assigned = local_metadata.get("assign_to_params_buffers", False)
+        for name, own in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if own is None or given is None or given.dtype == own.dtype:
+                continue
+            if is_assigned or not (given.is_floating_point() and own.is_floating_point()):
+                error_msgs.append(f"{prefix + name} must be {own.dtype} for format {self.format}, got {given.dtype}.")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         """Show shape and format."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lqlora._patterns import list_names
+from lqlora._printable import printable
 from lqlora._warnings import warn
 from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from lqlora.nn.experts import ExpertMatrix
@@ -127,6 +128,11 @@ def run_batches(
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode and switch off the gradients of parameters; restore both at the end."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():  # whose flags torch does not let us restore
+            raise InvalidArgumentError(
+                f"model must not have parameters of torch.inference_mode, such as {printable(name)!r}. Build or load it outside."
+            )
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     # Collectors form gradients of weights from inputs and output gradients, example by example. Gradients that autograd
@@ -148,7 +154,8 @@ def _hooked(linears: Mapping[str, nn.Module], hooks: Mapping[str, Callable[..., 
     handles = []
     try:
         for name, module in linears.items():
-            handles.append(module.register_forward_hook(hooks[name], with_kwargs=True))
+            # Before hooks of the caller, which may replace the output: gradients are those of the product itself.
+            handles.append(module.register_forward_hook(hooks[name], with_kwargs=True, prepend=True))
         yield
     finally:
         for handle in handles:

@@ -168,7 +168,7 @@ def _replaceable(model: nn.Module) -> dict[str, LQLinear]:
     for name, layer in layers.items():
         if "forward" in vars(layer):
             fault = "has a forward method of its own, which goes on with the quantized layer. Remove it first"
-        elif further := layer._parameters.keys() - {"lora_A", "lora_B", "scales", "bias"}:  # noqa: SLF001 - of torch
+        elif further := layer._parameters.keys() - {"lora_A", "lora_B", "bias"}:  # noqa: SLF001 - of torch
             fault = f"computes its factors from {printable(list_names(sorted(further)))}. Make them parameters first"
         elif layer in held:
             fault = f"is also held by {held[layer]}, which would keep the quantized layer. Look the layer up when you call it"

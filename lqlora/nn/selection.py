@@ -366,7 +366,7 @@ class LinearMaps:
         return {
             name: "base_layer" in own
             for name, own in children.items()
-            if "base_layer" in own or {"modules_to_save", "original_module"} <= own.keys()
+            if "base_layer" in own or ("modules_to_save" in own and "original_module" in own)
         }
 
     def _is_adapter(self, name: str) -> bool:
@@ -384,7 +384,7 @@ class LinearMaps:
         if parts[-1] not in _ROUTERS:
             return False
         near = [self._modules[above] for above, _ in list(names_above(name))[:2]]
-        return any("expert" in key for module in near for key in (*module._modules, *module._parameters))  # noqa: SLF001
+        return any("expert" in key for module in near for key in (*module._modules.keys(), *module._parameters.keys()))  # noqa: SLF001
 
 
 def _weight_fault(layer: nn.Module) -> DenseReason | None:

@@ -88,6 +88,8 @@ def _require_storable(state: Mapping[str, Any]) -> None:
             fault = "is extra state of a module, which files do not store. Save it beside the file"
         elif own.is_meta:
             fault = "is on the meta device and holds no values. Load it first"
+        elif own.layout != torch.strided:
+            fault = f"has the layout {own.layout}, which files do not store. Make it dense"
         elif own.is_floating_point() and own.itemsize == 1:
             fault = f"is of {own.dtype}, which files do not store. Convert it, for example to torch.bfloat16"
         else:

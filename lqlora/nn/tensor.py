@@ -479,6 +479,20 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
 #: Names of the factors of products in torch, in the order of its arguments.
 _FACTORS = ("input", "mat1", "weight", "other", "mat2", "bias")
 
+def _replaced_data(*_: Any) -> NoReturn:
+    raise InvalidArgumentError(
+        "data of a QuantizedTensor must not be set, because its codes would stay. Call dequantize_model before you change the weight."
+    )
+
+
+def _switched(tensor: Any, requires_grad: bool = True) -> Any:  # noqa: FBT001, FBT002 - torch's signature
+    if not isinstance(tensor, QuantizedTensor) or tensor.is_leaf:
+        return NotImplemented
+    raise InvalidArgumentError(
+        f"requires_grad of the weight of a quantized layer must not be set to {requires_grad}. Set that of its lora_A and lora_B."
+    )
+
+
 #: What runs above autograd.
 _ABOVE: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
@@ -493,6 +507,8 @@ _ABOVE: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([torch.split, torch.Tensor.split], _split),
     **dict.fromkeys([torch.chunk, torch.Tensor.chunk], _chunk),
     **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], _cat),
+    torch.Tensor.data.__set__: _replaced_data,
+    **dict.fromkeys([torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_], _switched),
 }
 
 

@@ -139,11 +139,10 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     maps.freeze()
     # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
     # last: they take over the biases that were just filled.
-    with torch.no_grad():
-        for name in [*content.tensors, *tied]:
-            # Only inference mode may change tensors that were made in it.
-            with torch.inference_mode(mode=state[name].is_inference()):
-                state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
+    for name in [*content.tensors, *tied]:
+        # Only inference mode may change tensors that were made in it.
+        with torch.inference_mode(mode=state[name].is_inference()), torch.no_grad():
+            state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
     replacements: dict[nn.Module, nn.Module] = {}
     for name, matrix in content.matrices.items():
         replacements[linears[name]] = quantized_layer(matrix, linears[name])

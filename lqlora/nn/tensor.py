@@ -479,6 +479,7 @@ def _cat(tensors: Sequence[Any], dim: int = 0) -> Any:
 #: Names of the factors of products in torch, in the order of its arguments.
 _FACTORS = ("input", "mat1", "weight", "other", "mat2", "bias")
 
+
 def _replaced_data(*_: Any) -> NoReturn:
     raise InvalidArgumentError(
         "data of a QuantizedTensor must not be set, because its codes would stay. Call dequantize_model before you change the weight."

@@ -50,9 +50,9 @@ def find_holders(modules: Mapping[str, nn.Module], layers: Iterable[nn.Module]) 
             if key in _USUAL or type(value) in (bool, int, str):
                 continue
             for held in _objects(value, _DEPTH):
-                layer = wanted.get(id(held))
-                if layer is not None and layer is not module:
-                    found.setdefault(layer, f"attribute {printable(key)!r} of {printable(name) or 'the model'!r}")
+                own = wanted.get(id(held))
+                if own is not None and own is not module:
+                    found.setdefault(own, f"attribute {printable(key)!r} of {printable(name) or 'the model'!r}")
     return found
 
 

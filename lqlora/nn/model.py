@@ -363,7 +363,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 def _first_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and persistent buffers of a model. Tied ones are listed once, under their first name."""
-    # A module may have a state of its own that is no tensor, see get_extra_state. Sparse tensors do not know their bytes.
+    # A module may have a state of its own that is not a tensor, see get_extra_state. Sparse tensors do not know their bytes.
     state = {
         name: own
         for name, own in model.state_dict(keep_vars=True).items()

@@ -508,8 +508,8 @@ _ABOVE: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys([torch.split, torch.Tensor.split], _split),
     **dict.fromkeys([torch.chunk, torch.Tensor.chunk], _chunk),
     **dict.fromkeys([torch.cat, torch.concat, torch.concatenate], _cat),
-    torch.Tensor.data.__set__: _replaced_data,
-    **dict.fromkeys([torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_], _switched),
+    torch.Tensor.data.__set__: _replaced_data,  # type: ignore[attr-defined]
+    **dict.fromkeys([torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_], _switched),  # type: ignore[attr-defined]
 }
 
 

@@ -159,8 +159,10 @@ def _can_hold(dtype: torch.dtype, given: torch.Tensor) -> bool:
         return False
     cast = given.to(dtype)
     if (given.is_floating_point() or given.is_complex()) and (dtype.is_floating_point or dtype.is_complex):
-        # Types of 8 bits turn large numbers into NaN, others into infinity.
-        return torch.equal((cast.float() if dtype.itemsize == 1 else cast).isfinite(), given.isfinite())
+        # Casts to 8 bits may saturate. Others turn what is too large into infinity.
+        if dtype.itemsize == 1:
+            return bool((given.abs().double() <= torch.finfo(dtype).max).all())
+        return torch.equal(cast.isfinite(), given.isfinite())
     return torch.equal(cast.to(given.dtype), given)
 
 

@@ -416,7 +416,7 @@ def test_integers_of_numpy_make_the_same_format():
 
 @pytest.mark.parametrize("shape", [(1.5, 2), (-1, 2), ("a", 2)])
 def test_lengths_of_a_shape_are_integers(shape):
-    with pytest.raises(InvalidArgumentError, match=r"^shape must have integer lengths"):
+    with pytest.raises(InvalidArgumentError, match=r"^shape must have integer"):
         FORMAT.storage_bits(shape)
 
 
@@ -428,6 +428,6 @@ def test_the_scaling_of_a_layer_is_a_finite_number(scaling):
 
 def test_a_refused_name_leaves_an_older_adapter(tmp_path):
     save_adapter(tmp_path, converted())
-    with pytest.raises(InvalidArgumentError, match=r"^base_model must be a text, got 1"):
+    with pytest.raises(InvalidArgumentError, match=r"^base_model must be a text"):
         save_adapter(tmp_path, converted(), base_model=1)
     load_adapter(tmp_path, converted())

@@ -120,8 +120,10 @@ def test_results_and_gradients_are_those_of_the_dense_tensor(name, is_above, fmt
     expected = OPERATIONS[name](weight.dequantize(), x)
     assert type(found) is torch.Tensor
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(_gradients(found, inputs), _gradients(expected, inputs))
+    # Below autograd the gradient of a tensor in float32 has that dtype.
+    bounds = {"rtol": 1e-4, "atol": 1e-4} if name == "to a dtype" else {}
+    torch.testing.assert_close(found, expected, **bounds)
+    torch.testing.assert_close(_gradients(found, inputs), _gradients(expected, inputs), **bounds)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

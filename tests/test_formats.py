@@ -285,3 +285,10 @@ def test_a_format_is_parsed_from_a_text_only(text):
 def test_a_text_is_parsed_with_a_codebook_only(codebook):
     with pytest.raises(FormatError, match=r"^codebook must"):
         BlockFormat.parse("own/64:float32", codebook)
+
+
+def test_integers_of_numpy_become_those_of_python():
+    found = BlockFormat(NF4, np.int64(16), ScaleFormat(np.int8(8), np.int64(256)), np.int8(-1), np.uint8(4))
+    assert found == BlockFormat(NF4, 16, ScaleFormat(8, 256), -1, 4)
+    assert {type(own) for own in (found.block_size, found.axis, found.levels, found.scales.bits)} == {int}
+    assert found.level_sets((8, 16)) == 2

@@ -407,13 +407,6 @@ def test_every_option_works_or_is_refused_in_our_words(name, tmp_path, monkeypat
     assert list(faults(name, function, valid)) == []
 
 
-def test_integers_of_numpy_make_the_same_format():
-    fmt = lq.BlockFormat(lq.NF4, np.int64(16), lq.ScaleFormat(np.int8(8), np.int64(256)), np.int8(-1), np.uint8(4))
-    assert fmt == lq.BlockFormat.parse("nf4+fit4/16@-1:u8/256:float32")
-    assert {type(own) for own in (fmt.block_size, fmt.axis, fmt.levels, fmt.scales.bits)} == {int}
-    assert fmt.level_sets((8, 16)) == 2
-
-
 @pytest.mark.parametrize("shape", [(1.5, 2), (-1, 2), ("a", 2)])
 def test_lengths_of_a_shape_are_integers(shape):
     with pytest.raises(InvalidArgumentError, match=r"^shape must have integer"):

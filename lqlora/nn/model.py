@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lqlora._annotations import annotated
 from lqlora._parallel import map_matrices
@@ -24,7 +23,7 @@ from lqlora.formats import BlockFormat
 from lqlora.nn.linear import LQLinear, require_dropout
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer
-from lqlora.nn.selection import LinearMaps
+from lqlora.nn.selection import LinearMaps, refuse_distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Iterable
@@ -144,10 +143,7 @@ def quantize_model(
     In a mapping from patterns, the name of a layer is preferred to patterns, and of several patterns the first one holds.
     """
     require_dropout(dropout)
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise InvalidArgumentError(
-            "model must not be wrapped in DistributedDataParallel, which would not see the new factors. Convert it first."
-        )
+    refuse_distributed(model)
     maps = LinearMaps(model)
     by_name = _formats(maps, formats, include, exclude)
     layers = {name: layer for name, layer in maps.layers.items() if name in by_name}

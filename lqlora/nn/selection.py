@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lqlora._patterns import Pattern, Patterns
 
-__all__ = ["DenseReason", "LinearMaps", "select_linears", "unwrapped"]
+__all__ = ["DenseReason", "LinearMaps", "refuse_distributed", "select_linears", "unwrapped"]
 
 #: Components that wrappers put into names: torch.compile, activation checkpoints, FSDP, and the layers of PEFT.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"})
@@ -130,6 +130,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while (inner := _inner(model)) is not None:
         model = inner
     return model
+
+
+def refuse_distributed(model: nn.Module) -> None:
+    """Raise if a model is wrapped in ``DistributedDataParallel``, before parameters are added to it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is, or a part of it.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise InvalidArgumentError(
+            "model must not be wrapped in DistributedDataParallel, which would not see new parameters. Convert it first."
+        )
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

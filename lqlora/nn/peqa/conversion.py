@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from torch.nn.parallel import DistributedDataParallel
-
 from lqlora._annotations import annotated
 from lqlora._patterns import list_names, select
 from lqlora._printable import printable
@@ -14,7 +12,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.model import move_attributes, quantize_model, quantized_layers, replace_modules
 from lqlora.nn.peqa.linear import PEQALinear
-from lqlora.nn.selection import unwrapped
+from lqlora.nn.selection import refuse_distributed, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -141,7 +139,7 @@ def train_scales(
     InvalidArgumentError
         If the model has no quantized layer or is one itself, or no layer is selected.
     """
-    _refuse_distributed(model)
+    refuse_distributed(model)
     model = unwrapped(model)
     layers = quantized_layers(model)
     names = select(list(layers), include, exclude, what="quantized layer")
@@ -188,7 +186,7 @@ def freeze_scales(model: nn.Module) -> None:
     InvalidArgumentError
         If the model has no such layer or is one itself, or a scale is negative and its format has no sign for scales.
     """
-    _refuse_distributed(model)
+    refuse_distributed(model)
     model = unwrapped(model)
     layers = peqa_layers(model)
     for name, layer in layers.items():
@@ -227,10 +225,3 @@ def peqa_layers(model: nn.Module) -> dict[str, PEQALinear]:
             f"({printable(list_names(quantized, 2))}). Call train_scales first."
         )
     return layers
-
-
-def _refuse_distributed(model: nn.Module) -> None:
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise InvalidArgumentError(
-            "model must not be wrapped in DistributedDataParallel, which would not see new parameters. Convert it first."
-        )

@@ -7,7 +7,6 @@ Importing :mod:`lqlora.nn` registers the operators.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,13 +17,12 @@ from torch.nn import functional
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn.operator_arguments import check_tensors, from_operands, read_format, stored_tensors
-from lqlora.nn.operators import is_autocast
+from lqlora.nn.operators import as_given
 from lqlora.quantized._decoding import host_levels, zero_point_codes
 from lqlora.quantized._layout import layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from lqlora.quantized import QuantizedArray
     from lqlora.quantized._layout import Layout
@@ -73,7 +71,7 @@ def _scaled_matmul(
     dense = torch.empty(_lines(q), dtype=torch.float64, device=x.device)
     for part, blocks, units in _units(q):
         dense[part] = _unpadded(units.double() * scales.detach()[blocks, None], q, part)
-    with _without_autocast(x):
+    with as_given(x):
         matrix = (dense.T if _is_down(q) else dense).to(x.dtype)
         return functional.linear(x, matrix.T if adjoint else matrix).contiguous()
 
@@ -105,7 +103,7 @@ def _scale_gradient(
     if _is_down(q):
         left, right = right, left
     found = torch.zeros(q.scales.shape, dtype=wide, device=x.device)
-    with _without_autocast(x):
+    with as_given(x):
         for part, blocks, units in _units(q):
             products = _padded(left.T[part] @ right, q, part)
             found[blocks] += products.mul_(units).sum(1)
@@ -250,11 +248,6 @@ def _check_devices(**given: Tensor) -> None:
 def _check_fake(frozen: Sequence[Tensor], scales: Tensor, fmt: str, shape: Sequence[int], codebook: str | None) -> None:
     weight = [*frozen[:1], scales, *frozen[1:]]
     check_tensors(weight, stored_tensors(read_format(fmt, codebook), shape), fmt)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if is_autocast(kind) else nullcontext()
 
 
 class _ScaledMatmul(Function):

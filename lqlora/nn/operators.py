@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__ = ["as_given", "is_autocast", "linear_with_dropout"]
+__all__ = ["as_given", "below_autograd", "is_autocast", "linear_with_dropout"]
 
 #: Kinds of devices that have autocast; asking about others is an error.
 _HAVE_AUTOCAST = frozenset(
@@ -242,7 +242,7 @@ class _Matmul(Function):
         ctx.save_for_backward(*weight)
         ctx.save_for_forward(*weight)
         ctx.description, ctx.adjoint = description, adjoint
-        y: Tensor = _below_autograd(torch.ops.lqlora.matmul, x, list(weight), *description, adjoint=adjoint)
+        y: Tensor = below_autograd(torch.ops.lqlora.matmul, x, list(weight), *description, adjoint=adjoint)
         return y
 
     @staticmethod
@@ -270,7 +270,7 @@ def _matmul_autograd(
     if (x.requires_grad and torch.is_grad_enabled()) or unpack_dual(x).tangent is not None:
         y: Tensor = _Matmul.apply(x, (fmt, shape, codebook), adjoint, *weight)  # type: ignore[no-untyped-call]
     else:
-        y = _below_autograd(torch.ops.lqlora.matmul, x, weight, fmt, shape, codebook, adjoint=adjoint)
+        y = below_autograd(torch.ops.lqlora.matmul, x, weight, fmt, shape, codebook, adjoint=adjoint)
     return y
 
 
@@ -350,18 +350,32 @@ def _linear_autograd(
         inner, outer = lora_A.to(x.dtype), lora_B.to(x.dtype)
         with as_given(x):
             return _added(y, x, inner, outer, scaling)
-    total: Tensor = _below_autograd(torch.ops.lqlora.linear, x, weight, fmt, shape, codebook, lora_A, lora_B, scaling)
+    total: Tensor = below_autograd(torch.ops.lqlora.linear, x, weight, fmt, shape, codebook, lora_A, lora_B, scaling)
     return total
 
 
-def _below_autograd(operator: Any, *args: Any, **kwargs: Any) -> Any:
+def below_autograd(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an operator below autograd, from its autograd kernel.
+
+    Parameters
+    ----------
+    operator : callable
+        Operator of ``torch.ops``.
+    *args, **kwargs
+        Its arguments.
+
+    Returns
+    -------
+    object
+        Its result, which has no history.
+    """
     # Without this guard the call would come back to the autograd kernel it was made from, without end.
     with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 - what torch.library.register_autograd does
         return operator(*args, **kwargs)
 
 
 def _without_gradient(operator: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: _below_autograd(operator, *args, **kwargs)
+    return lambda *args, **kwargs: below_autograd(operator, *args, **kwargs)
 
 
 # "CompositeExplicitAutograd" stands for every device, below autograd; "Autograd" stands for the autograd key of every device.

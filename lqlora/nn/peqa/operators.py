@@ -17,7 +17,7 @@ from torch.nn import functional
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn.operator_arguments import check_tensors, from_operands, read_format, stored_tensors
-from lqlora.nn.operators import as_given
+from lqlora.nn.operators import as_given, below_autograd
 from lqlora.quantized._decoding import host_levels, zero_point_codes
 from lqlora.quantized._layout import layout_of
 
@@ -268,7 +268,7 @@ class _ScaledMatmul(Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scales, *frozen)
         ctx.save_for_forward(x, scales, *frozen)
         ctx.description, ctx.adjoint = description, adjoint
-        y: Tensor = _below_autograd(
+        y: Tensor = below_autograd(
             torch.ops.lqlora.scaled_matmul, x, scales, list(frozen), *description, adjoint=adjoint
         )
         return y
@@ -305,7 +305,7 @@ class _ScaleGradient(Function):
         ctx.save_for_backward(rows, x, *frozen)
         ctx.save_for_forward(rows, x, *frozen)
         ctx.description = description
-        found: Tensor = _below_autograd(torch.ops.lqlora.scale_gradient, rows, x, list(frozen), *description)
+        found: Tensor = below_autograd(torch.ops.lqlora.scale_gradient, rows, x, list(frozen), *description)
         return found
 
     @staticmethod
@@ -343,7 +343,7 @@ def _scaled_matmul_autograd(
     if _is_followed(x, scales):
         y: Tensor = _ScaledMatmul.apply(x, scales, (fmt, shape, codebook), adjoint, *frozen)  # type: ignore[no-untyped-call]
     else:
-        y = _below_autograd(torch.ops.lqlora.scaled_matmul, x, scales, frozen, fmt, shape, codebook, adjoint=adjoint)
+        y = below_autograd(torch.ops.lqlora.scaled_matmul, x, scales, frozen, fmt, shape, codebook, adjoint=adjoint)
     return y
 
 
@@ -353,7 +353,7 @@ def _scale_gradient_autograd(
     if _is_followed(rows, x):
         found: Tensor = _ScaleGradient.apply(rows, x, (fmt, shape, codebook), *frozen)  # type: ignore[no-untyped-call]
     else:
-        found = _below_autograd(torch.ops.lqlora.scale_gradient, rows, x, frozen, fmt, shape, codebook)
+        found = below_autograd(torch.ops.lqlora.scale_gradient, rows, x, frozen, fmt, shape, codebook)
     return found
 
 
@@ -362,11 +362,6 @@ def _is_followed(*tensors: Tensor) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
     return any(unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
-def _below_autograd(operator: Any, *args: Any, **kwargs: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():  # noqa: SLF001 - what torch.library.register_autograd does
-        return operator(*args, **kwargs)
 
 
 def _register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Callable[..., Any]) -> None:

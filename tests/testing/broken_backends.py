@@ -63,6 +63,8 @@ def reference(name, *arguments):
 
 
 def by_block(per_block, block_size, count):
+    if len(per_block) != -(-count // block_size):
+        raise ValueError("There must be one entry for each block.")
     return np.repeat(per_block, min(block_size, max(count, 1)))[:count]
 
 

@@ -306,6 +306,9 @@ WRONG = {
     "long": 10**5000,
 }
 
+#: Kinds that every suite tries; the others are tried where slow tests run.
+FEW = ("text", "dict", "array", "object", "none", "nan", "negative", "long")
+
 
 def options(thing):
     """The parameters of a function or constructor."""
@@ -345,16 +348,16 @@ def test_every_public_function_is_in_the_table_or_left_out_for_a_reason():
     assert sorted(left - found) == []
 
 
-def faults(name, function, valid):
+def faults(name, function, valid, kinds):
     names = options(public()[name]) if name in public() else []
     for option in names:
         if option in ARRAYS or (option == "name" and "w" in names):
             continue
-        for kind, value in WRONG.items():
+        for kind in kinds:
             if option in LENGTHS and kind in ("infinite", "long"):
                 continue
             try:
-                function(**{**(valid() if callable(valid) else valid), option: value})
+                function(**{**(valid() if callable(valid) else valid), option: WRONG[kind]})
             except LQLoRAError as error:
                 try:
                     check_sentence(str(error), "")
@@ -399,12 +402,16 @@ def _threads():
     lq.backends.set_num_threads(None)
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [pytest.param(FEW, id="few"), pytest.param(sorted(WRONG.keys() - FEW), id="others", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", CALLS)
-def test_every_option_works_or_is_refused_in_our_words(name, tmp_path, monkeypatch):
+def test_every_option_works_or_is_refused_in_our_words(name, kinds, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a text is a path, too
     function, valid = CALLS[name]
     function(**(valid() if callable(valid) else valid))
-    assert list(faults(name, function, valid)) == []
+    assert list(faults(name, function, valid, kinds)) == []
 
 
 @pytest.mark.parametrize("shape", [(1.5, 2), (-1, 2), ("a", 2)])

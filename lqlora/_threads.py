@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 import re
 from typing import TYPE_CHECKING
@@ -52,13 +53,20 @@ def num_threads() -> int:
 
 
 def _from_environment() -> int | None:
+    for name in _VARIABLES:
+        count = _number(os.environ.get(name, ""))
+        if count:
+            return count
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _number(text: str) -> int:
+    """Return the number of threads that an environment variable says, or zero."""
     # OMP_NUM_THREADS may be a list such as "8,2" for nested parallel regions. Its first number is for the outermost
     # ones. What is not a number of threads is ignored, and so are numbers that a kernel's 32 bits cannot hold.
-    for name in _VARIABLES:
-        text = os.environ.get(name, "").partition(",")[0].strip()
-        if re.fullmatch(r"[0-9]{1,9}", text) and int(text) > 0:
-            return int(text)
-    return None
+    first = text.partition(",")[0].strip()
+    return int(first) if re.fullmatch(r"[0-9]{1,9}", first) else 0
 
 
 def set_num_threads(count: int | None) -> None:

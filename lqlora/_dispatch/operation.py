@@ -33,7 +33,17 @@ if TYPE_CHECKING:
 
     Maker: TypeAlias = Callable[[tuple[int, ...], Any, Array], Array]
 
-__all__ = ["Operation", "Selection", "empty", "forced", "op", "prefer_maker", "prefer_pieces", "preferred_piece"]
+__all__ = [
+    "Operation",
+    "Selection",
+    "empty",
+    "forced",
+    "op",
+    "passes_over",
+    "prefer_maker",
+    "prefer_pieces",
+    "preferred_piece",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,6 +103,23 @@ def forced(implementation: str | None = None, *, without: str | Collection[str] 
         yield
     finally:
         _passed_over.reset(token)
+
+
+def passes_over(backend: str) -> bool:
+    """Return whether :func:`forced` passes over a backend in this context.
+
+    Parameters
+    ----------
+    backend : str
+        Name of the backend, such as ``"native"``.
+
+    Returns
+    -------
+    bool
+        True in a block that runs references only, too.
+    """
+    passed_over = _passed_over.get()
+    return passed_over is None or backend in passed_over
 
 
 @dataclass(frozen=True)

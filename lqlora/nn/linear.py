@@ -163,12 +163,13 @@ class LQLinear(nn.Module):
         kind = x.device.type
         if is_autocast(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        weight, bias = self.quantized.operands, self.bias
         y: torch.Tensor
         if self.dropout and self.training:
-            y = linear_with_dropout(x, self.quantized.operands, self.lora_A, self.lora_B, self.scaling, self.dropout)
+            y = linear_with_dropout(x, weight, self.lora_A, self.lora_B, self.scaling, self.dropout)
         else:
-            y = torch.ops.lqlora.linear(x, *self.quantized.operands, self.lora_A, self.lora_B, self.scaling)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+            y = torch.ops.lqlora.linear(x, *weight, self.lora_A, self.lora_B, self.scaling)
+        return y if bias is None else y + bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show shape, rank and scaling, and dropout if there is any."""

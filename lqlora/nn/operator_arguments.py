@@ -8,22 +8,33 @@ is spelled beside it, level by level, so that a saved graph needs nothing else.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
 from lqlora._annotations import annotated
+from lqlora.backends.cpu.linear import planned_linear
 from lqlora.codebooks import codebook_from_text, codebook_to_text
 from lqlora.errors import FormatError, InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.formats import BlockFormat, codebook_name
 from lqlora.quantized.array import nest, require_quantized
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["Operands", "check_tensors", "from_operands", "operands", "read_format", "stored_tensors"]
+__all__ = [
+    "Description",
+    "Operands",
+    "check_tensors",
+    "described",
+    "from_operands",
+    "operands",
+    "read_format",
+    "stored_tensors",
+]
 
 #: Dtype and shape of each stored tensor, by name and in order.
 Stored: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -124,11 +135,26 @@ def from_operands(
     >>> lq.dequantize(from_operands(tensors, "nf4/4:float32", (4, 4))).equal(torch.eye(4))
     True
     """
-    shape = tuple(shape)
+    return described(tensors, fmt, shape, codebook).array(tensors)
+
+
+def described(tensors: Sequence[torch.Tensor], fmt: str, shape: Sequence[int], codebook: str | None) -> Description:
+    """Return what the text and the shape of operands describe, and check the tensors against it.
+
+    Parameters
+    ----------
+    tensors, fmt, shape, codebook
+        As for :func:`from_operands`, which says what is raised.
+
+    Returns
+    -------
+    Description
+        Planned once for each text and shape.
+    """
     batch_dims = tensors[0].dim() - 1 if tensors and isinstance(tensors[0], torch.Tensor) else 0
-    known, stored = _description(fmt, codebook, shape, batch_dims)
-    check_tensors(tensors, stored, fmt)
-    return nest(dict(zip(stored, tensors, strict=True)), known, shape, batch_dims)
+    found = _description(fmt, codebook, tuple(shape), batch_dims)
+    check_tensors(tensors, found.stored, fmt)
+    return found
 
 
 def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) -> Stored:
@@ -161,13 +187,55 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
     return {name: (getattr(torch, dtype), own) for name, (dtype, own) in stored.items()}
 
 
+@dataclass(frozen=True, eq=False)
+class Description:
+    """What the text and the shape of operands describe.
+
+    Parameters
+    ----------
+    format : BlockFormat
+        The format.
+    shape : tuple of int
+        Shape of the dense array.
+    batch_dims : int
+        Number of leading dimensions that count the arrays of a stack.
+    stored : dict of str to tuple of torch.dtype and tuple of int
+        Dtypes and shapes of the tensors.
+    """
+
+    format: BlockFormat
+    shape: tuple[int, ...]
+    batch_dims: int
+    stored: Stored
+
+    def array(self, tensors: Sequence[torch.Tensor]) -> QuantizedArray:
+        """Return the quantized array of tensors that fit.
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor
+            Tensors that :func:`described` has checked.
+
+        Returns
+        -------
+        QuantizedArray
+            Shares the tensors.
+        """
+        return nest(dict(zip(self.stored, tensors, strict=True)), self.format, self.shape, self.batch_dims)
+
+    @functools.cached_property
+    def linear(self) -> Callable[..., torch.Tensor | None] | None:
+        """Result of :func:`lqlora.backends.cpu.linear.planned_linear` for a matrix, which is planned at first use."""
+        return planned_linear(self.format, self.shape) if len(self.shape) == 2 and not self.batch_dims else None
+
+
 @functools.lru_cache(maxsize=4096)
-def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_dims: int) -> tuple[BlockFormat, Stored]:
-    """Return the format and the stored tensors that operands describe. Results are cached."""
+def _description(fmt: str, codebook: str | None, shape: tuple[int, ...], batch_dims: int) -> Description:
+    """Return what operands describe. Results are cached."""
     # The keys of the cache must be integers. Shapes of a tracing compiler are symbols, which stand for one graph only, so
     # fake implementations call read_format and stored_tensors themselves.
     known = read_format(fmt, codebook)
-    return known, stored_tensors(known, shape, batch_dims)
+    return Description(known, shape, batch_dims, stored_tensors(known, shape, batch_dims))
 
 
 def check_tensors(tensors: Sequence[torch.Tensor], expected: Stored, fmt: str) -> None:

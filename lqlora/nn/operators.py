@@ -13,13 +13,13 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional
 
 from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
-from lqlora.nn.operator_arguments import check_tensors, from_operands, read_format, stored_tensors
+from lqlora.nn.operator_arguments import check_tensors, described, from_operands, read_format, stored_tensors
 from lqlora.quantized import dequantize, quantize
 from lqlora.quantized.quantization import multiply
 
@@ -267,11 +267,17 @@ def _matmul_autograd(
     *,
     adjoint: bool = False,
 ) -> Tensor:
-    if (x.requires_grad and torch.is_grad_enabled()) or unpack_dual(x).tangent is not None:
+    if (x.requires_grad and torch.is_grad_enabled()) or _have_tangents(x):
         y: Tensor = _Matmul.apply(x, (fmt, shape, codebook), adjoint, *weight)  # type: ignore[no-untyped-call]
     else:
         y = below_autograd(torch.ops.lqlora.matmul, x, weight, fmt, shape, codebook, adjoint=adjoint)
     return y
+
+
+def _have_tangents(*tensors: Tensor) -> bool:
+    """Return whether one of the tensors has a tangent of forward-mode differentiation."""
+    # Outside of dual_level() the level is -1, and no tensor has a tangent.
+    return forward_ad._current_level >= 0 and any(unpack_dual(t).tangent is not None for t in tensors)  # noqa: SLF001 - unpack_dual() reads it too
 
 
 def _linear(
@@ -284,9 +290,13 @@ def _linear(
     lora_B: Tensor,
     scaling: float,
 ) -> Tensor:
-    q = from_operands(weight, fmt, shape, codebook)
+    own = described(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=False)
     _check_factors(x, shape, lora_A, lora_B)
+    planned = None if own.linear is None else own.linear(x, weight, lora_A, lora_B, scaling)
+    if planned is not None:
+        return planned
+    q = own.array(weight)
     with as_given(x):
         y = multiply(x, q)
         if x.dtype == lora_A.dtype == lora_B.dtype and x.dtype in _WIDE and x.is_cpu:
@@ -342,9 +352,7 @@ def _linear_autograd(
 ) -> Tensor:
     """Use torch's products if a gradient is needed: they save fewer tensors than a custom autograd function."""
     given = x, lora_A, lora_B
-    if (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or any(
-        unpack_dual(t).tangent is not None for t in given
-    ):
+    if (torch.is_grad_enabled() and any(t.requires_grad for t in given)) or _have_tangents(*given):
         y = _matmul_autograd(x, weight, fmt, shape, codebook)
         _check_factors(x, shape, lora_A, lora_B)
         inner, outer = lora_A.to(x.dtype), lora_B.to(x.dtype)

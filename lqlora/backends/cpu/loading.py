@@ -15,7 +15,7 @@ from lqlora.errors import InvalidArgumentError, MissingDependencyError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["instruction_sets", "kernel", "loaded", "status", "using"]
+__all__ = ["WORTH_THREADS", "function", "instruction_sets", "kernel", "loaded", "status", "using"]
 
 _FOLDER = Path(__file__).parent / "kernels"
 
@@ -24,7 +24,7 @@ _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes
 
 #: Entries below which a kernel always runs on one thread: twice ``kWorthAThread`` of ``ranges.h``. Below it the number
 #: of threads is not looked up, because that takes longer than a small kernel.
-_WORTH_THREADS = 1 << 18
+WORTH_THREADS = 1 << 18
 
 
 @functools.cache
@@ -97,11 +97,9 @@ def kernel(name: str, parameters: str) -> Callable[..., None]:
     ...     kernel("pack", "pilp")(2, np.array([1, 2], dtype=np.uint8), 4, 2, packed)
     ...     assert packed.tolist() == [33]
     """
-    library = loaded()
-    if library is None:
+    if loaded() is None:
         return _refuse
-    function = getattr(library, f"lqlora_{name}")
-    function.argtypes, function.restype = (*(_TYPES[letter] for letter in parameters), ctypes.c_int32), None
+    run = function(name, parameters)
     pointers = tuple(index for index, letter in enumerate(parameters) if letter == "p")
 
     def call(entries: int, *arguments: Any) -> None:
@@ -113,9 +111,39 @@ def kernel(name: str, parameters: str) -> Callable[..., None]:
                 given[index] = array.__array_interface__["data"][0]
         # ctypes releases the interpreter lock here. Kernels keep no state but the chosen instruction set, so several
         # threads may call them at once.
-        function(*given, 1 if entries < _WORTH_THREADS else num_threads())
+        run(*given, 1 if entries < WORTH_THREADS else num_threads())
 
     return call
+
+
+def function(name: str, parameters: str) -> Callable[..., None]:
+    """Return an exported function of the library, which takes addresses.
+
+    Parameters
+    ----------
+    name : str
+        The function ``lqlora_NAME``.
+    parameters : str
+        Letters of its parameters, as for :func:`kernel`, without the number of threads.
+
+    Returns
+    -------
+    callable
+        The function. Its last argument is the number of threads.
+
+    Raises
+    ------
+    MissingDependencyError
+        If the library cannot be used.
+    AttributeError
+        If the library has no such function.
+    """
+    library = loaded()
+    if library is None:
+        _refuse()
+    found: Callable[..., None] = getattr(library, f"lqlora_{name}")
+    found.argtypes, found.restype = (*(_TYPES[letter] for letter in parameters), ctypes.c_int32), None  # type: ignore[attr-defined]
+    return found
 
 
 def _refuse(*_: object) -> None:

@@ -51,6 +51,20 @@ struct Product {
     float* out;
 };
 
+// The product of a few rows with low-rank factors: `narrow = scaling * x @ lora_A.T`, and `out += narrow @ lora_B.T`.
+struct LowRank {
+    const float* x;
+    int64_t x_rows;
+    int64_t rows;
+    int64_t columns;
+    const float* lora_A;
+    const float* lora_B;
+    int64_t rank;
+    float scaling;
+    float* narrow;
+    float* out;
+};
+
 // Rows of floats, each already divided by a first scale. The search finds the factor of that scale with the least
 // error.
 struct Search {
@@ -122,4 +136,6 @@ struct Kernels {
                        double* below);
     void (*multiply)(const Product*, int64_t first, int64_t last);
     void (*cross)(const Crossing*, int64_t first, int64_t last);
+    void (*to_rank)(const LowRank*);
+    void (*add_from_rank)(const LowRank*, int64_t first, int64_t last);
 };

@@ -169,6 +169,38 @@ LQLORA_EXPORT void lqlora_multiply(const float* x, int64_t x_rows, int64_t rows,
               [&](int64_t first, int64_t last) { kernels().multiply(&product, first, last); });
 }
 
+// A product with a quantized weight and with low-rank factors in one call: below a thousand rows and columns, calls take as
+// long as their work. If `scale_codes` is not null, scales are decoded first, from their codes and second-level `scales`.
+LQLORA_EXPORT void lqlora_linear(const float* x, int64_t x_rows, int64_t rows, int64_t columns, const uint8_t* packed,
+                                 const float* scales, const float* levels, int32_t level_count, int32_t bits,
+                                 int64_t block, const uint8_t* scale_codes, const float* scale_levels,
+                                 int32_t scale_level_count, int32_t scale_bits, int64_t scale_block,
+                                 const float* offset, const float* lora_A, const float* lora_B, int64_t rank,
+                                 double scaling, float* out, int32_t threads) {
+    const int64_t count = rows * columns, blocks = (count + block - 1) / block;
+    std::vector<float> decoded(static_cast<size_t>(scale_codes ? blocks : 0));
+    if (scale_codes) {
+        const Decoding decoding{scale_codes, scales, nullptr, scale_levels, scale_level_count, scale_bits, blocks,
+                                scale_block, decoded.data(), FLOAT32};
+        in_ranges(blocks, 64, blocks, threads,
+                  [&](int64_t first, int64_t last) { kernels().decode(&decoding, first, last); });
+        // The sum is rounded to float32 by itself, as the format prescribes.
+        if (offset)
+            for (float& scale : decoded) scale += *offset;
+        scales = decoded.data();
+    }
+    const Decoding matrix{packed, scales, nullptr, levels, level_count, bits, count, block, nullptr, FLOAT32};
+    const Product product{matrix, x, x_rows, rows, columns, out};
+    std::vector<float> narrow(static_cast<size_t>(x_rows * rank));
+    const LowRank low_rank{x, x_rows, rows, columns, lora_A, lora_B, rank, static_cast<float>(scaling), narrow.data(),
+                           out};
+    kernels().to_rank(&low_rank);
+    in_ranges(rows, 1, count, threads, [&](int64_t first, int64_t last) {
+        kernels().multiply(&product, first, last);
+        kernels().add_from_rank(&low_rank, first, last);
+    });
+}
+
 LQLORA_EXPORT void lqlora_cross(const void* source, void* target, int64_t rows, int64_t columns, int64_t source_step,
                                 int64_t target_step, int32_t width, int32_t threads) {
     const Crossing crossing{source, target, columns, source_step, target_step, width};

@@ -127,4 +127,32 @@ void multiply(const Product* product, int64_t first, int64_t last) {
     }
 }
 
+void to_rank(const LowRank* product) {
+    for (int64_t m = 0; m < product->x_rows; ++m)
+        for (int64_t r = 0; r < product->rank; ++r)
+            product->narrow[m * product->rank + r] =
+                product->scaling * dot(product->x + m * product->columns, product->lora_A + r * product->columns,
+                                       product->columns);
+}
+
+// Number of partial sums of a product with a row of `lora_B`, which is short.
+constexpr int kShortSums = 8;
+
+void add_from_rank(const LowRank* product, int64_t first, int64_t last) {
+    const int64_t rank = product->rank, whole = rank - rank % kShortSums;
+    for (int64_t m = 0; m < product->x_rows; ++m) {
+        const float* narrow = product->narrow + m * rank;
+        for (int64_t row = first; row < last; ++row) {
+            const float* outer = product->lora_B + row * rank;
+            float sums[kShortSums] = {};
+            for (int64_t i = 0; i < whole; i += kShortSums)
+                for (int k = 0; k < kShortSums; ++k) sums[k] += narrow[i + k] * outer[i + k];
+            for (int64_t i = whole; i < rank; ++i) sums[i - whole] += narrow[i] * outer[i];
+            for (int half = kShortSums / 2; half; half /= 2)
+                for (int k = 0; k < half; ++k) sums[k] += sums[half + k];
+            product->out[m * product->rows + row] += sums[0];
+        }
+    }
+}
+
 }  // namespace

@@ -113,6 +113,8 @@ def load_llama(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     # Assigning also separates tied parameters, so ties are made afterwards.
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
+    # Calibration and training need no cache of keys and values, but generate() would compute all of them for each token.
+    model.generation_config.use_cache = True
     model.to_empty(device="cpu")
     _restore_rotary(transformers, model, config)
     state = {name: torch.from_numpy(load()) for name, load in llama.loaders().items()}

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["planned_linear"]
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+#: Numbers of the dtypes in ``kernels.h``.
+_NUMBER = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 
 
 def planned_linear(fmt: BlockFormat, shape: tuple[int, int]) -> Callable[..., torch.Tensor | None] | None:
@@ -50,29 +51,29 @@ def planned_linear(fmt: BlockFormat, shape: tuple[int, int]) -> Callable[..., to
     (rows, columns), addresses = shape, _addresses(fmt, shape)
     if loaded() is None or addresses is None or columns % 8:
         return None
-    run, is_small = function("linear", "plllpppiilppiilpppldp"), rows * columns < WORTH_THREADS
+    run, is_small = function("linear", "pilllpppiilppiilpppildp"), rows * columns < WORTH_THREADS
 
     def linear(
         x: torch.Tensor, stored: Sequence[torch.Tensor], lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
         count = x.numel() // columns
-        if not 0 < count <= FEW_ROWS or x.dtype not in _FLOATS or not x.is_cpu or passes_over("native"):
+        if not 0 < count <= FEW_ROWS or not x.is_cpu or passes_over("native"):
             return None
-        if not lora_A.dtype == lora_B.dtype == torch.float32:
+        dtype, factor_dtype = _NUMBER.get(x.dtype), _NUMBER.get(lora_A.dtype)
+        if dtype is None or factor_dtype is None or lora_A.dtype != lora_B.dtype:
             return None
-        wide = x.float()
-        for tensor in (wide, lora_A, lora_B, *stored):
+        for tensor in (x, lora_A, lora_B, *stored):
             # The kernel reads memory as it lies, without signs that torch turns when it reads.
             if not tensor.is_contiguous() or tensor.is_neg():
                 return None
-        y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
-        # Sums in the order of `lqlora_linear` in library.cpp. The kernel releases the interpreter lock, and the arguments
-        # of this call keep all memory alive.
+        y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+        # Addresses keep nothing alive, but the arguments of this call do.
         run(
-            wide.data_ptr(), count, rows, columns, *addresses(stored),
-            lora_A.data_ptr(), lora_B.data_ptr(), lora_A.shape[0], scaling, y.data_ptr(), 1 if is_small else num_threads(),
+            x.data_ptr(), dtype, count, rows, columns, *addresses(stored),
+            lora_A.data_ptr(), lora_B.data_ptr(), factor_dtype, lora_A.shape[0], scaling, y.data_ptr(),
+            1 if is_small else num_threads(),
         )  # fmt: skip
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        return y
 
     return linear
 

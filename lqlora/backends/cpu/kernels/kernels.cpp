@@ -24,4 +24,4 @@
 extern "C" const Kernels LQLORA_NAME(LQLORA_ISA);
 const Kernels LQLORA_NAME(LQLORA_ISA) = {LQLORA_STRING(LQLORA_ISA), absmax, extremes, encode, decode, pack, unpack,
                                          row_sums, search, rounding_errors, level_maxima,
-                                         level_sums, multiply, cross, to_rank, add_from_rank};
+                                         level_sums, multiply, cross, widen, narrow, to_rank, add_from_rank};

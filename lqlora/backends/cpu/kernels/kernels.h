@@ -136,6 +136,8 @@ struct Kernels {
                        double* below);
     void (*multiply)(const Product*, int64_t first, int64_t last);
     void (*cross)(const Crossing*, int64_t first, int64_t last);
+    void (*widen)(const uint16_t* values, int32_t dtype, int64_t count, float* wide);
+    void (*narrow)(const float* values, int32_t dtype, int64_t count, uint16_t* stored);
     void (*to_rank)(const LowRank*);
     void (*add_from_rank)(const LowRank*, int64_t first, int64_t last);
 };

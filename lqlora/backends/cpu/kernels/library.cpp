@@ -51,6 +51,19 @@ const Kernels* chosen = nullptr;
 
 const Kernels& kernels() { return chosen ? *chosen : *available().back(); }
 
+// Numbers as floats: where they lie, or widened copies.
+struct Wide {
+    Wide(const void* given, int32_t dtype, int64_t count) : values(static_cast<const float*>(given)) {
+        if (dtype == FLOAT32) return;
+        copies.resize(static_cast<size_t>(count));
+        kernels().widen(static_cast<const uint16_t*>(given), dtype, count, copies.data());
+        values = copies.data();
+    }
+
+    std::vector<float> copies;
+    const float* values;
+};
+
 }  // namespace
 
 // The hash of the sources that this library was compiled from. loading.py refuses the library if the sources changed
@@ -170,13 +183,14 @@ LQLORA_EXPORT void lqlora_multiply(const float* x, int64_t x_rows, int64_t rows,
 }
 
 // A product with a quantized weight and with low-rank factors in one call: below a thousand rows and columns, calls take as
-// long as their work. If `scale_codes` is not null, scales are decoded first, from their codes and second-level `scales`.
-LQLORA_EXPORT void lqlora_linear(const float* x, int64_t x_rows, int64_t rows, int64_t columns, const uint8_t* packed,
-                                 const float* scales, const float* levels, int32_t level_count, int32_t bits,
-                                 int64_t block, const uint8_t* scale_codes, const float* scale_levels,
+// long as their work. Numbers of 16 bits are widened first, and the results are rounded once. If `scale_codes` is not
+// null, scales are decoded first, from their codes and second-level `scales`.
+LQLORA_EXPORT void lqlora_linear(const void* x, int32_t dtype, int64_t x_rows, int64_t rows, int64_t columns,
+                                 const uint8_t* packed, const float* scales, const float* levels, int32_t level_count,
+                                 int32_t bits, int64_t block, const uint8_t* scale_codes, const float* scale_levels,
                                  int32_t scale_level_count, int32_t scale_bits, int64_t scale_block,
-                                 const float* offset, const float* lora_A, const float* lora_B, int64_t rank,
-                                 double scaling, float* out, int32_t threads) {
+                                 const float* offset, const void* lora_A, const void* lora_B, int32_t factor_dtype,
+                                 int64_t rank, double scaling, void* out, int32_t threads) {
     const int64_t count = rows * columns, blocks = (count + block - 1) / block;
     std::vector<float> decoded(static_cast<size_t>(scale_codes ? blocks : 0));
     if (scale_codes) {
@@ -189,16 +203,21 @@ LQLORA_EXPORT void lqlora_linear(const float* x, int64_t x_rows, int64_t rows, i
             for (float& scale : decoded) scale += *offset;
         scales = decoded.data();
     }
+    const Wide inputs(x, dtype, x_rows * columns);
+    const Wide inner(lora_A, factor_dtype, rank * columns), outer(lora_B, factor_dtype, rows * rank);
+    std::vector<float> sums(static_cast<size_t>(dtype == FLOAT32 ? 0 : x_rows * rows));
+    float* results = dtype == FLOAT32 ? static_cast<float*>(out) : sums.data();
     const Decoding matrix{packed, scales, nullptr, levels, level_count, bits, count, block, nullptr, FLOAT32};
-    const Product product{matrix, x, x_rows, rows, columns, out};
+    const Product product{matrix, inputs.values, x_rows, rows, columns, results};
     std::vector<float> narrow(static_cast<size_t>(x_rows * rank));
-    const LowRank low_rank{x, x_rows, rows, columns, lora_A, lora_B, rank, static_cast<float>(scaling), narrow.data(),
-                           out};
+    const LowRank low_rank{inputs.values, x_rows, rows, columns, inner.values, outer.values, rank,
+                           static_cast<float>(scaling), narrow.data(), results};
     kernels().to_rank(&low_rank);
     in_ranges(rows, 1, count, threads, [&](int64_t first, int64_t last) {
         kernels().multiply(&product, first, last);
         kernels().add_from_rank(&low_rank, first, last);
     });
+    if (dtype != FLOAT32) kernels().narrow(results, dtype, x_rows * rows, static_cast<uint16_t*>(out));
 }
 
 LQLORA_EXPORT void lqlora_cross(const void* source, void* target, int64_t rows, int64_t columns, int64_t source_step,

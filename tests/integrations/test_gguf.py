@@ -58,6 +58,14 @@ def test_the_forward_pass_is_that_of_a_model_built_from_the_same_weights(written
         torch.testing.assert_close(logits, other(ids).logits, rtol=0, atol=0)
 
 
+def test_generation_computes_keys_and_values_once(loaded):
+    lengths, model = [], loaded[0]
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    model.generate(torch.arange(5)[None], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    hook.remove()
+    assert lengths == [5, 1, 1]
+
+
 def test_the_architecture_is_that_of_the_file(loaded):
     config = loaded[0].config
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (2, 32, 64)

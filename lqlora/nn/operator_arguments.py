@@ -189,7 +189,7 @@ def stored_tensors(fmt: BlockFormat, shape: Sequence[int], batch_dims: int = 0) 
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """What the text and the shape of operands describe.
+    """Format, shape and stored tensors that the text and the shape of operands describe.
 
     Parameters
     ----------

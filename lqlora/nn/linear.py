@@ -54,10 +54,24 @@ class LQLinear(nn.Module):
         If the shapes of the factors do not fit the weight, ``scaling`` is not a finite number, or ``dropout`` is not a
         number from 0 to below 1.
 
+    Notes
+    -----
+    Where no gradient is needed, one compiled call on a CPU multiplies a few rows by both parts. It adds in another order than
+    torch, so results may differ in the last bit from those of the same rows in training.
+
     References
     ----------
     LQ-LoRA, arXiv 2311.12023, section 3; QLoRA, arXiv 2305.14314, equation 5.
     """
+
+    out_features: int
+    in_features: int
+    scaling: float
+    dropout: float
+    quantized: QuantizedWeight
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -82,16 +96,18 @@ class LQLinear(nn.Module):
             raise InvalidArgumentError(
                 f"lora_B and lora_A must have shapes ({rows}, rank) and (rank, {columns}), got {shapes[0]} and {shapes[1]}."
             )
-        self.out_features, self.in_features = rows, columns
-        self.scaling = float(scaling)
-        self.dropout = float(dropout)
-        self.quantized = QuantizedWeight(quantized)
+        # Assigned to a module, each attribute passes two __setattr__, which takes as long as to copy a small factor.
+        plain = {"out_features": rows, "in_features": columns, "scaling": float(scaling), "dropout": float(dropout)}
+        vars(self).update(plain)
+        self.add_module("quantized", QuantizedWeight(quantized))
         # Copies, in float32: an optimizer changes parameters in place, and a decomposition must keep its factors. Small steps
         # would vanish in a half precision, so the factors stay float32 under autocast; the operator rounds them in each call.
         # The bias is frozen, so it may share the memory of the given one.
-        self.lora_A = nn.Parameter(ops.convert(lora_A, torch).to(torch.float32, copy=True))
-        self.lora_B = nn.Parameter(ops.convert(lora_B, torch).to(torch.float32, copy=True))
-        self.bias = None if bias is None else nn.Parameter(ops.convert(bias, torch), requires_grad=False)
+        for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+            self.register_parameter(name, nn.Parameter(ops.convert(factor, torch).to(torch.float32, copy=True)))
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(ops.convert(bias, torch), requires_grad=False)
+        )
 
     @classmethod
     @annotated

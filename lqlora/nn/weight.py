@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lqlora._typing import Array
+    from lqlora.formats import BlockFormat
 
 __all__ = ["QuantizedWeight"]
 
@@ -51,22 +52,35 @@ class QuantizedWeight(nn.Module):
     are part of the format.
     """
 
+    dtype: torch.dtype
+    format: BlockFormat
+    shape: torch.Size
+    _spelling: tuple[str, tuple[int, ...], str | None]
+    _stored: tuple[str, ...]
+
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__()
         require_quantized(quantized, "quantized")
-        self.dtype = torch.float32
-        self.format = quantized.format
-        self.shape = torch.Size(quantized.shape)
-        self._spelling = str(quantized.format), tuple(quantized.shape), codebook_to_text(quantized.format.codebook)
+        fmt, shape = quantized.format, quantized.shape
+        # Assigned to a module, each attribute passes __setattr__, which takes as long as to copy a small array.
+        vars(self).update(
+            dtype=torch.float32,
+            format=fmt,
+            shape=torch.Size(shape),
+            _spelling=(str(fmt), tuple(shape), codebook_to_text(fmt.codebook)),
+            _stored=("codes", "scales", *(name for name in _OPTIONAL if getattr(quantized, name) is not None)),
+        )
         self.register_buffer("codes", _copied(quantized.packed))
         if isinstance(quantized.scales, QuantizedArray):
-            self.scales = QuantizedWeight(quantized.scales)
+            self.add_module("scales", QuantizedWeight(quantized.scales))
         else:
             self.register_buffer("scales", _copied(quantized.scales))
         for name in _OPTIONAL:
             array = getattr(quantized, name)
-            self.register_buffer(name, None if array is None else _copied(array))
-        self._stored = "codes", "scales", *(name for name in _OPTIONAL if getattr(quantized, name) is not None)
+            if array is None:
+                self._buffers[name] = None
+            else:
+                self.register_buffer(name, _copied(array))
 
     @property
     def array(self) -> QuantizedArray:

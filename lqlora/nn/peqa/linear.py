@@ -52,7 +52,7 @@ class ScaledWeight(QuantizedWeight):
     The scales stay float32 when the module is moved to another dtype: steps of training would vanish in a half precision.
     """
 
-    scales: nn.Parameter  # type: ignore[assignment]
+    scales: nn.Parameter
 
     def __init__(self, quantized: QuantizedArray) -> None:
         super().__init__(with_plain_scales(quantized))

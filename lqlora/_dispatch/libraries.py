@@ -269,7 +269,7 @@ def namespace(*arrays: Array, dtypes: Dtypes = NUMBERS, what: str | None = None)
         library = LIBRARY_OF[type(array)]
         if library is None:
             raise _refusal(array, None, dtypes, what)
-        entry = ENTRY_OF.get(type(array)) or _new_entry(array, library)
+        entry = ENTRY_OF.get(type(array)) or new_entry(array, library)
         if not taken[entry.at][entry.facts(array)]:
             _require_one_home(arrays)
             raise _refusal(array, library, dtypes, what)
@@ -282,7 +282,21 @@ def namespace(*arrays: Array, dtypes: Dtypes = NUMBERS, what: str | None = None)
     return xp
 
 
-def _new_entry(array: Array, library: str) -> _Entry:
+def new_entry(array: Array, library: str) -> _Entry:
+    """Keep and return the entry of the class of an array.
+
+    Parameters
+    ----------
+    array : array
+        Array of any library.
+    library : str
+        Name of the library.
+
+    Returns
+    -------
+    tuple
+        Its namespace, and how its dtype is looked up.
+    """
     entry = ENTRY_OF[type(array)] = _Entry(array_api_compat.array_namespace(array), *facts_of(library))
     return entry
 

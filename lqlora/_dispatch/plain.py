@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from lqlora._dispatch.kinds import NUMBERS, Dtypes, fault_of, is_native
-from lqlora._dispatch.libraries import ENTRY_OF, LIBRARY_OF, PLAIN_LIBRARY_OF
+from lqlora._dispatch.libraries import ENTRY_OF, LIBRARY_OF, PLAIN_LIBRARY_OF, new_entry
 from lqlora.errors import InvalidArgumentError, UnsupportedArrayError
 
 if TYPE_CHECKING:
@@ -47,10 +47,11 @@ def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
     >>> plain_array(np.ones(2, dtype=">f4"), "w").dtype.isnative
     True
     """
-    entry = ENTRY_OF.get(type(value))
-    if entry is None or PLAIN_LIBRARY_OF[type(value)] is None or not dtypes.taken[entry.at][entry.facts(value)]:
+    library = PLAIN_LIBRARY_OF[type(value)]
+    if library is None:
         return _converted(value, name, dtypes)
-    if LIBRARY_OF[type(value)] == "torch" and _stands_for_another(value):
+    entry = ENTRY_OF.get(type(value)) or new_entry(value, library)
+    if not dtypes.taken[entry.at][entry.facts(value)] or (library == "torch" and _stands_for_another(value)):
         return _converted(value, name, dtypes)
     return value
 

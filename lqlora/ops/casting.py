@@ -219,12 +219,14 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     array = plain_array(array, "array", STORABLE)
     if xp is np and device is None:
         return _on_host(array)
-    own = namespace(array, dtypes=STORABLE)
-    if array_library(array) != "numpy" and _plain_name(own) == _plain_name(xp):
-        return _moved(array, device)
+    host = array if type(array) is np.ndarray else None
+    if host is None:
+        if _plain_name(namespace(array, dtypes=STORABLE)) == _plain_name(xp):
+            return _moved(array, device)
+        host = _on_host(array)
     # torch and NumPy share no bfloat16 dtype: NumPy's is an extension of ml_dtypes. Its bits cross as uint16 and are
     # reinterpreted there. A detour over float32 would keep the values, but perhaps not the bits of a NaN.
-    host, is_bfloat16 = _on_host(array), dtype_name(array) == "bfloat16"
+    is_bfloat16 = host.dtype == ml_dtypes.bfloat16
     if xp.__name__.rpartition(".")[2] == "torch":
         import torch  # noqa: PLC0415 - the caller passed torch, or a wrapper of it, so it is imported already
 

@@ -232,6 +232,12 @@ class Layout:
         """Return the block of each weight of a range, as int64 on the device of ``like``."""
         xp = namespace(like)
         numbers = xp.arange(weights.start, weights.stop, dtype=xp.int64, device=device_of(like))
+        return self.blocks_at(numbers)
+
+    def blocks_at(self, numbers: Array) -> Array:
+        """Return the block of each weight, given the numbers of the weights as int64."""
+        if self.is_even:
+            return numbers // self.block_size
         # Each line ends its last block, so that i // block_size is wrong after a ragged line. Weight i lies in line
         # i // length, before which there are blocks_per_line blocks each, at position i % length.
         lines = numbers // self.length

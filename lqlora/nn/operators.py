@@ -1,4 +1,4 @@
-"""Torch operators ``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul`` and ``.linear``.
+"""Torch operators ``torch.ops.lqlora.quantize``, ``.dequantize``, ``.matmul``, ``.linear`` and ``.embedding``.
 
 Each operator is one node of a graph, so a compiler does not trace its inside. Importing :mod:`lqlora.nn` registers them.
 They run :func:`lqlora.quantize` and the functions like it, which choose the fastest implementation for their arrays.
@@ -21,6 +21,7 @@ from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn.operator_arguments import check_tensors, described, from_operands, read_format, stored_tensors
 from lqlora.quantized import dequantize, quantize
+from lqlora.quantized._rows import decode_rows
 from lqlora.quantized.quantization import multiply
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from lqlora.formats import BlockFormat
     from lqlora.nn.operator_arguments import Operands
-    from lqlora.quantized import Fit
+    from lqlora.quantized import Fit, QuantizedArray
 
     Tensor: TypeAlias = torch.Tensor
 
@@ -42,7 +43,11 @@ _HAVE_AUTOCAST = frozenset(
 
 _FLOATS = {getattr(torch, name): name for name in ("float16", "bfloat16", "float32", "float64")}
 _WIDE = (torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
 _NO_CONTEXT = nullcontext()
+
+#: The transposed product decodes a weight of more entries a few rows at a time, this many entries in one step.
+_LARGE, _STEP = 2**24, 2**22
 
 # Lengths are SymInt, because a compiler may trace a model for shapes that it does not know yet. Format and codebook are
 # strings, which a graph holds as constants.
@@ -55,6 +60,7 @@ for _schema in (
         "linear(Tensor x, Tensor[] weight, str fmt, SymInt[] shape, str? codebook, Tensor lora_A, Tensor lora_B, float scaling)"
         " -> Tensor"
     ),
+    "embedding(Tensor ids, Tensor[] weight, str fmt, SymInt[] shape, str? codebook=None, *, ScalarType dtype=float) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -187,9 +193,63 @@ def _matmul(
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=adjoint)
     with as_given(x):
-        y: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T) if adjoint else multiply(x, q)
+        y: Tensor = _adjoint_product(x, q) if adjoint else multiply(x, q)
     # The fake implementation promises a contiguous result, and compiled code reads the result by those strides.
     return y.contiguous()
+
+
+def _adjoint_product(x: Tensor, q: QuantizedArray) -> Tensor:
+    """Return ``x @ dequantize(q)``. The dense matrix of a large weight, such as an output embedding, never exists."""
+    rows, columns = q.shape
+    if rows * columns <= _LARGE or q.format.axis in (0, -2):
+        dense: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T)
+        return dense
+    flat, step, dtype = x.reshape(-1, rows), max(1, _STEP // columns), ops.factor_dtype(x)
+    # Partial products are summed in at least float32.
+    total = torch.zeros((len(flat), columns), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for start in range(0, rows, step):
+        index = torch.arange(start, min(start + step, rows), device=x.device)
+        total += ops.matmul_dense(flat[:, start : start + step], decode_rows(q, index, dtype).T)
+    return total.to(x.dtype).reshape(*x.shape[:-1], columns)
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    q = from_operands(weight, fmt, shape, codebook)
+    _check_ids(ids, weight, shape)
+    rows: Tensor = decode_rows(q, ids.reshape(-1).to(torch.int64), _name_of(dtype, "dtype"))
+    return rows.reshape(*ids.shape, shape[1])
+
+
+def _embedding_fake(
+    ids: Tensor,
+    weight: Sequence[Tensor],
+    fmt: str,
+    shape: Sequence[int],
+    codebook: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    _check_fake(weight, fmt, shape, codebook)
+    _check_ids(ids, weight, shape)
+    _name_of(dtype, "dtype")
+    return weight[0].new_empty((*ids.shape, shape[1]), dtype=dtype)
+
+
+def _check_ids(ids: Tensor, weight: Sequence[Tensor], shape: Sequence[int]) -> None:
+    if ids.dtype not in _INTEGERS:
+        raise UnsupportedArrayError(f"ids must be int32 or int64, got {ids.dtype}.")
+    if len(shape) != 2 or weight[0].dim() != 1:
+        raise InvalidArgumentError(f"weight must be a matrix, got shape {tuple(shape)}.")
+    if ids.device != weight[0].device:
+        raise MixedArraysError(f"ids and weight must be on one device, got {ids.device} and {weight[0].device}. Move one.")
 
 
 def _matmul_fake(
@@ -393,6 +453,7 @@ for _name, _kernel, _fake, _autograd in (
     ("dequantize", _dequantize, _dequantize_fake, _without_gradient(torch.ops.lqlora.dequantize)),
     ("matmul", _matmul, _matmul_fake, _matmul_autograd),
     ("linear", _linear, _linear_fake, _linear_autograd),
+    ("embedding", _embedding, _embedding_fake, _without_gradient(torch.ops.lqlora.embedding)),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     _library.impl(_name, _autograd, "Autograd")

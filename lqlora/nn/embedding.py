@@ -1,0 +1,205 @@
+"""Quantized embeddings: a frozen table of which single rows are decoded, and output embeddings that share it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import torch
+from torch import nn
+
+from lqlora._annotations import annotated
+from lqlora._options import require_number
+from lqlora.errors import InvalidArgumentError
+from lqlora.nn.operators import is_autocast
+from lqlora.nn.tensor import QuantizedTensor
+from lqlora.nn.weight import QuantizedWeight
+from lqlora.quantized.array import require_quantized
+
+if TYPE_CHECKING:
+    from lqlora.quantized import QuantizedArray
+
+__all__ = ["QuantizedEmbedding", "QuantizedHead", "quantized_tables"]
+
+
+class _TableModule(nn.Module):
+    """Module with a quantized table, which is a submodule or belongs to another module."""
+
+    quantized: QuantizedWeight
+
+    def __init__(self, quantized: QuantizedArray | QuantizedWeight) -> None:
+        super().__init__()
+        if isinstance(quantized, QuantizedWeight):
+            # Not registered as a submodule: it moves, is counted and saved with its owner, once. Copies of a model share the
+            # copied table in the same way, because deepcopy copies each object once.
+            vars(self)["quantized"] = quantized
+        else:
+            require_quantized(quantized, "quantized")
+            self.quantized = QuantizedWeight(quantized)
+        shape = self.quantized.shape
+        if len(shape) != 2 or len(self.quantized.array.batch_shape):
+            raise InvalidArgumentError(f"quantized must be a matrix, got shape {tuple(shape)}.")
+
+    @property
+    def weight(self) -> QuantizedTensor:
+        """Table as a tensor that is never dense, frozen. Its dtype is that of the embeddings that are looked up."""
+        found = QuantizedTensor(self.quantized.operands, dtype=self.quantized.dtype)
+        # Functions of transformers that tie weights ask for a parameter.
+        found._is_param = True  # type: ignore[attr-defined]  # noqa: SLF001 - what isinstance(found, nn.Parameter) reads
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, but not another weight, as programs do that tie or resize embeddings."""
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not isinstance(value, QuantizedTensor) or value.operands.tensors[0] is not self.quantized.codes:
+            raise InvalidArgumentError(
+                "weight of a quantized embedding must not be replaced, tied or resized. Call dequantize_model first, or leave the "
+                "embedding dense."
+            )
+
+    def reset_parameters(self) -> NoReturn:
+        """Raise: a quantized table cannot be drawn anew, as that of ``torch.nn.Embedding``."""
+        raise InvalidArgumentError(
+            "reset_parameters must not be called on a quantized embedding, whose codes are fixed. Initialize the model before "
+            "quantize_model, or leave the embedding dense."
+        )
+
+
+class QuantizedEmbedding(_TableModule):
+    """Frozen quantized table in the place of ``torch.nn.Embedding``. Only the rows that are looked up are decoded.
+
+    Parameters
+    ----------
+    quantized : QuantizedArray of shape (num_embeddings, embedding_dim), or QuantizedWeight
+        The table. Blocks follow its rows. A :class:`QuantizedWeight` belongs to another module, which the table is shared with.
+    padding_idx : int, optional
+        Row for padding, kept for code that asks for it. The table is frozen, so it changes nothing.
+    scale : float or Tensor, default 1.0
+        Number that rows are multiplied by, as in the embeddings of Gemma. A tensor is rounded to the dtype of the rows first.
+
+    Attributes
+    ----------
+    quantized : QuantizedWeight
+        The table as a module of buffers.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``quantized`` is not a matrix, or has blocks along its columns.
+
+    Examples
+    --------
+    >>> import torch, lqlora as lq
+    >>> table = lq.quantize(torch.eye(4, 8), lq.BlockFormat.parse("nf4/8:float32"))
+    >>> QuantizedEmbedding(table)(torch.tensor([[3, 0]])).argmax(dim=-1)
+    tensor([[3, 0]])
+    """
+
+    @annotated
+    def __init__(
+        self,
+        quantized: QuantizedArray | QuantizedWeight,
+        padding_idx: int | None = None,
+        scale: float | torch.Tensor = 1.0,
+    ) -> None:
+        super().__init__(quantized)
+        if self.quantized.format.axis in (0, -2):
+            raise InvalidArgumentError(
+                f"quantized must have blocks along its rows, got format {self.quantized.format}. Quantize without an axis, or along -1."
+            )
+        self.num_embeddings, self.embedding_dim = self.quantized.shape
+        self.padding_idx = padding_idx
+        if isinstance(scale, torch.Tensor):
+            self.register_buffer("scale", scale, persistent=False)
+        else:
+            require_number(scale, "scale", "finite", math.isfinite)
+            self.scale = scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look rows up.
+
+        Parameters
+        ----------
+        ids : Tensor of int32 or int64, any shape
+            Rows, from 0 to below ``num_embeddings``.
+
+        Returns
+        -------
+        Tensor, shape (*ids.shape, embedding_dim)
+            Decoded rows in the dtype of the dense table, or in the last one that the module was cast to.
+        """
+        table = self.quantized
+        rows = cast("torch.Tensor", torch.ops.lqlora.embedding(ids, *table.operands, dtype=table.dtype))
+        if isinstance(self.scale, torch.Tensor):
+            return rows * self.scale.to(rows.dtype)
+        return rows if self.scale == 1 else rows * self.scale
+
+    def extra_repr(self) -> str:
+        """Show the shape, and padding and scale if there are any."""
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        text += "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return text if isinstance(self.scale, float) and self.scale == 1 else f"{text}, scale={float(self.scale)}"
+
+
+class QuantizedHead(_TableModule):
+    """Output embedding that shares the table of a :class:`QuantizedEmbedding`: ``y = x @ table.T + bias``.
+
+    Parameters
+    ----------
+    quantized : QuantizedWeight of shape (out_features, in_features)
+        Table of the embedding, which owns it.
+    bias : Tensor of shape (out_features,), optional
+        Frozen bias.
+    """
+
+    @annotated
+    def __init__(self, quantized: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+        super().__init__(quantized)
+        self.out_features, self.in_features = self.quantized.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply the last axis of the input by the table.
+
+        Parameters
+        ----------
+        x : Tensor, shape (..., in_features)
+            Floating-point input.
+
+        Returns
+        -------
+        Tensor, shape (..., out_features)
+            Outputs in the dtype of ``x``, or in the dtype of autocast if it is on. Gradients reach ``x``.
+        """
+        kind = x.device.type
+        if is_autocast(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        y: torch.Tensor = torch.ops.lqlora.matmul(x, *self.quantized.operands)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the shape."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, shared with an embedding"
+
+
+def quantized_tables(model: nn.Module) -> dict[str, dict[str, QuantizedEmbedding | QuantizedHead]]:
+    """Return the modules of each quantized table, by the name of the embedding that owns it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that is not wrapped.
+
+    Returns
+    -------
+    dict of str to dict of str to QuantizedEmbedding or QuantizedHead
+        Modules in the order of the model, the owner first. A module with several names is listed under the first.
+    """
+    modules = {name: own for name, own in model.named_modules() if isinstance(own, QuantizedEmbedding | QuantizedHead)}
+    owners = {own.quantized: name for name, own in modules.items() if "quantized" in own._modules}  # noqa: SLF001 - of torch
+    found = {name: {name: modules[name]} for name in owners.values()}
+    for name, own in modules.items():
+        if owners.get(own.quantized, name) != name:
+            found[owners[own.quantized]][name] = own
+    return found

@@ -14,6 +14,7 @@ from lqlora.nn.adapters import (  # noqa: E402 - after the check
     set_factors,
     using_factors,
 )
+from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead  # noqa: E402 - after the check
 from lqlora.nn.linear import LQLinear  # noqa: E402
 from lqlora.nn.merging import RequantizedLayer, dequantize_model, merged_weight, requantize_model  # noqa: E402
 from lqlora.nn.model import quantize_model, weight_arrays  # noqa: E402 - after the check
@@ -29,7 +30,7 @@ from lqlora.nn.peqa.tasks import (  # noqa: E402
     set_scales,
     using_scales,
 )
-from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer  # noqa: E402
+from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer, QuantizedTable  # noqa: E402
 from lqlora.nn.selection import select_linears  # noqa: E402
 from lqlora.nn.state import load_model, save_model  # noqa: E402
 from lqlora.nn.statistics.fisher import collect_fisher  # noqa: E402
@@ -45,7 +46,10 @@ __all__ = [
     "Operands",
     "PEQALinear",
     "QuantizationReport",
+    "QuantizedEmbedding",
+    "QuantizedHead",
     "QuantizedLayer",
+    "QuantizedTable",
     "QuantizedTensor",
     "QuantizedWeight",
     "RequantizedLayer",

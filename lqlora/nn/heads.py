@@ -51,11 +51,12 @@ class Heads:
 
     Attributes
     ----------
-    outputs : set of torch.nn.Module
-        Output embeddings of models of transformers.
+    inputs, outputs : set of torch.nn.Module
+        Input and output embeddings of models of transformers.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.inputs: set[nn.Module] = set()
         self.outputs: set[nn.Module] = set()
         self._trains: dict[str, bool] = {}
         for name, module in modules.items():
@@ -100,9 +101,11 @@ class Heads:
 
     def _add_beside_body(self, name: str, module: nn.Module) -> None:
         """Add the heads of one model of transformers."""
-        output = _output_embedding(module)
+        output = _embedding(module, "get_output_embeddings")
         if output is not None:
             self.outputs.add(output)
+        if (embedding := _embedding(module, "get_input_embeddings")) is not None:
+            self.inputs.add(embedding)
         children = module._modules  # noqa: SLF001 - of torch
         body = children.get(cast("str", module.base_model_prefix))
         for key, child in children.items():
@@ -117,10 +120,10 @@ def _is_pretrained(module: nn.Module) -> bool:
     return isinstance(getattr(type(module), "base_model_prefix", None), str)
 
 
-def _output_embedding(module: nn.Module) -> nn.Module | None:
-    """Return the output embedding of a model of transformers, or None."""
+def _embedding(module: nn.Module, getter: str) -> nn.Module | None:
+    """Return an embedding of a model of transformers, or None."""
     try:
-        found = module.get_output_embeddings()  # type: ignore[operator]
+        found = getattr(module, getter)()
     except Exception:  # noqa: BLE001 - code of others, which may need what this model lacks
         return None
     return found if isinstance(found, nn.Module) else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["computes_product_alone", "has_more_than_weight_and_bias", "is_linear_map", "matrix_of"]
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["computes_product_alone", "has_more_than_weight_and_bias", "is_linear_map", "matrix_of", "offers_more"]
 
 #: What a class of linear layers may define. Other methods may use the weight in other ways.
 _HARMLESS = frozenset({"__init__", "__repr__", "extra_repr", "forward", "reset_parameters"})
@@ -55,13 +58,15 @@ def matrix_of(layer: nn.Module) -> torch.Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.T
 
 
-def has_more_than_weight_and_bias(layer: nn.Module) -> bool:
+def has_more_than_weight_and_bias(layer: nn.Module, buffers: Collection[str] = ()) -> bool:
     """Return whether a layer has further tensors, or hooks that change what is saved and loaded.
 
     Parameters
     ----------
     layer : torch.nn.Module
-        Linear layer.
+        Linear layer or embedding.
+    buffers : collection of str
+        Buffers that do not count.
 
     Returns
     -------
@@ -72,7 +77,8 @@ def has_more_than_weight_and_bias(layer: nn.Module) -> bool:
     own = vars(layer)
     return bool(
         own["_parameters"].keys() - {"weight", "bias"}
-        or any(own.get(kind) for kind in ("_buffers", "_modules", *hooks))
+        or own["_buffers"].keys() - {*buffers}
+        or any(own.get(kind) for kind in ("_modules", *hooks))
     )
 
 
@@ -93,7 +99,7 @@ def computes_product_alone(layer: nn.Module) -> bool:
     """
     if type(layer) is nn.Linear:
         return True
-    if any(_is_further(name, value) for cls in _own_classes(layer) for name, value in vars(cls).items()):
+    if offers_more(layer, nn.Linear if isinstance(layer, nn.Linear) else nn.Module):
         return False
     mode = layer.training
     try:
@@ -105,10 +111,23 @@ def computes_product_alone(layer: nn.Module) -> bool:
         layer.training = mode
 
 
-def _own_classes(layer: nn.Module) -> list[type]:
-    """Return the classes between that of a layer and the one of torch that it is derived from."""
+def offers_more(layer: nn.Module, base: type) -> bool:
+    """Return whether the class of a layer has methods or properties that may use the weight in other ways than ``forward``.
+
+    Parameters
+    ----------
+    layer : torch.nn.Module
+        Any module.
+    base : type
+        Class of torch that it is derived from.
+
+    Returns
+    -------
+    bool
+        True if a class between both has one.
+    """
     classes = type(layer).__mro__
-    return list(classes[: classes.index(nn.Linear if isinstance(layer, nn.Linear) else nn.Module)])
+    return any(_is_further(name, value) for cls in classes[: classes.index(base)] for name, value in vars(cls).items())
 
 
 def _is_further(name: str, value: object) -> bool:

@@ -20,10 +20,14 @@ from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
+from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead
+from lqlora.nn.embedding_tables import EmbeddingTable, choose_tables, scale_of
 from lqlora.nn.linear import LQLinear, require_dropout
 from lqlora.nn.linear_maps import matrix_of
-from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer
+from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer, QuantizedTable
 from lqlora.nn.selection import LinearMaps, refuse_distributed
+from lqlora.quantized import quantize
+from lqlora.quantized._rows import decode_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Iterable
@@ -31,11 +35,15 @@ if TYPE_CHECKING:
 
     from lqlora._patterns import Pattern, Patterns
     from lqlora.checkpoint import StoredMatrix
+    from lqlora.quantized import Fit, QuantizedArray
     from lqlora.weighting import AbstractWeighting
 
 __all__ = ["quantize_model", "weight_arrays"]
 
 _log = logging.getLogger("lqlora")
+
+#: Entries of a table that are compared with their decoded values together.
+_ROWS_AT_ONCE = 2**20
 
 #: Entries of a module that hold its hooks of the forward and the backward pass, by the names that torch gives them.
 _HOOKS = (
@@ -70,7 +78,11 @@ def weight_arrays(layers: Mapping[str, nn.Module]) -> dict[str, Callable[[], Any
 
 
 def _weight_array(layer: nn.Module) -> Any:
-    matrix = matrix_of(layer)
+    return _fast_array(matrix_of(layer))
+
+
+def _fast_array(matrix: torch.Tensor) -> Any:
+    """Return a matrix in the library that computes fastest on its device."""
     if matrix.device.type != "cpu":
         return matrix
     return (matrix.float() if matrix.dtype == torch.bfloat16 else matrix).numpy()
@@ -88,6 +100,7 @@ def quantize_model(
     weighting: Mapping[Pattern, AbstractWeighting] | Callable[[str], AbstractWeighting | None] | None = None,
     scaling: float | Mapping[Pattern, float] | Callable[[str], float] = 1.0,
     dropout: float = 0.0,
+    embeddings: BlockFormat | Mapping[Pattern, BlockFormat] | None = None,
     seed: int = 0,
     executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -119,6 +132,10 @@ def quantize_model(
         Factor of the low-rank part, see :func:`lqlora.decompose`. Layers that no pattern matches have 1.
     dropout : float, default 0.0
         Probability of dropout before the low-rank parts, in training only, see :class:`LQLinear`. It is not stored in files.
+    embeddings : BlockFormat, or mapping of pattern to BlockFormat, optional
+        Format of the embeddings of tokens, or formats of embeddings by name. They become :class:`QuantizedEmbedding`, without
+        factors. An output embedding that is tied to one uses the same table, unless ``include`` selects it. By default
+        embeddings stay dense.
     seed : int, default 0
         See :func:`lqlora.decompose`.
     executor, progress : Executor and callable, optional
@@ -134,7 +151,8 @@ def quantize_model(
     Raises
     ------
     InvalidArgumentError
-        If no layer is selected, a pattern matches nothing or only layers that cannot be quantized, or a layer has no rank.
+        If no layer is selected, a pattern matches nothing or only layers that cannot be quantized, a layer has no rank, or no
+        embedding that was asked for can be quantized.
     NonFiniteError
         If a weight holds NaN or infinity. In this case the model is unchanged.
 
@@ -154,6 +172,7 @@ def quantize_model(
     ranks = _ranks(layers, rank, formats.ranks if isinstance(formats, Plan) else {})
     scalings = _values(scaling, layers, "scaling") if _is_by_name(scaling) else dict.fromkeys(layers, scaling)
     weightings = {} if weighting is None else _values(weighting, layers, "weighting")
+    tables = {} if embeddings is None else choose_tables(maps, embeddings, {*layers.values()})
     items = [
         (name, load, by_name[name], ranks[name], weightings.get(name), scalings.get(name, 1.0))
         for name, load in weight_arrays(layers).items()
@@ -162,6 +181,7 @@ def quantize_model(
     found: list[Any] = map_matrices(
         functools.partial(_decompose_one, options={**options, "seed": seed}), items, executor, progress, _report_one
     )
+    quantized = {name: _quantize_table(name, own, fmt) for name, (own, fmt) in tables.items()}
     before = sum(tensor.nbytes for tensor in _first_tensors(maps.model).values())
     numbers: dict[str, QuantizedLayer] = {}
     replacements: dict[nn.Module, nn.Module] = {}
@@ -173,9 +193,78 @@ def quantize_model(
             (_, decomposition, seconds), found[index] = found[index], None
             numbers[name] = _numbers(decomposition, rank=ranks[name], seconds=seconds, dense=matrix_of(layer).nbytes)
             replacements[layer] = quantized_layer(decomposition, layer, dropout)
+        for name, (own, _) in tables.items():
+            replacements |= table_modules(own, quantized[name][0])
         maps.split_stacks(replacements)
         replace_modules(maps.model, replacements)
-        return _report(maps, numbers, before)
+        return _report(maps, numbers, {name: own for name, (_, own) in quantized.items()}, before)
+
+
+def _quantize_table(name: str, table: EmbeddingTable, fmt: BlockFormat) -> tuple[QuantizedArray, QuantizedTable]:
+    """Quantize the table of an embedding as well as its format allows."""
+    start = time.perf_counter()
+    fit: Fit = "scale" if fmt.levels == "codebook" else "levels+scale"
+    dense = table.weight.detach()
+    found = quantize(_fast_array(dense), fmt, fit=fit, name=f"weight of {name!r}")
+    numbers = QuantizedTable(
+        fmt,
+        (dense.shape[0], dense.shape[1]),
+        (*table.embeddings, *table.heads),
+        _table_error(found.to(torch), dense),
+        found.nbytes,
+        dense.nbytes,
+        time.perf_counter() - start,
+    )
+    if _log.isEnabledFor(logging.INFO):
+        values = fmt, numbers.relative_error, numbers.seconds
+        _log.info("%s: %s, embedding, relative error %.4f, %.2f s", printable(name), *values)
+    return found, numbers
+
+
+def _table_error(found: QuantizedArray, dense: torch.Tensor) -> float:
+    """Return the relative error of a quantized table, from some rows at a time."""
+    step = max(1, _ROWS_AT_ONCE // max(1, dense.shape[1]))
+    error = norm = 0.0
+    for start in range(0, len(dense), step):
+        part = dense[start : start + step].double()
+        index = torch.arange(start, start + len(part), device=dense.device)
+        error += float((decode_rows(found, index, "float64") - part).square().sum())
+        norm += float(part.square().sum())
+    return (error / norm) ** 0.5 if norm else 0.0
+
+
+def table_modules(table: EmbeddingTable, quantized: QuantizedArray) -> dict[nn.Module, nn.Module]:
+    """Return the modules that replace those of a table.
+
+    Parameters
+    ----------
+    table : EmbeddingTable
+        The dense table and its modules.
+    quantized : QuantizedArray
+        The quantized table.
+
+    Returns
+    -------
+    dict of torch.nn.Module to torch.nn.Module
+        New modules by the old ones, on the device of the table. The first embedding owns the quantized table.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    given: Any = quantized
+    for old in table.embeddings.values():
+        scale = scale_of(old)
+        new = QuantizedEmbedding(given, cast("int | None", old.padding_idx), 1.0 if scale is None else scale)
+        given, found[old] = new.quantized, new
+    given.dtype = table.weight.dtype
+    given.to(table.weight.device)
+    for old in table.heads.values():
+        found[old] = head = QuantizedHead(given)
+        if old.bias is not None:
+            # The same parameter, so that it stays shared with other modules.
+            head.bias = cast("nn.Parameter", old.bias)
+            head.bias.requires_grad = False
+    for old, own in found.items():
+        move_attributes(own, old)
+    return found
 
 
 def _is_by_name(value: object) -> bool:
@@ -310,14 +399,17 @@ def move_attributes(new: nn.Module, old: nn.Module, without: Collection[str] = (
     own.update({key: given[key] for key in given.keys() - own.keys() - {"_compiled_call_impl", *without}})
 
 
-def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -> QuantizationReport:
+def _report(
+    maps: LinearMaps, numbers: dict[str, QuantizedLayer], tables: dict[str, QuantizedTable], before: int
+) -> QuantizationReport:
     """Return the report of a model whose layers were just replaced."""
     state = _first_tensors(maps.model)
-    for name in _keys_inside(state, numbers):
+    of_tables = {name for table in tables.values() for name in table.modules}
+    for name in _keys_inside(state, {*numbers, *of_tables}):
         del state[name]
     left: dict[str, list[str]] = {}
     for name in maps.layers:
-        if name not in numbers:
+        if name not in numbers and name not in of_tables:
             left.setdefault(maps.group_of(f"{name}.weight"), []).append(name)
     tensors: dict[str, list[torch.Tensor]] = {}
     for name, tensor in state.items():
@@ -332,7 +424,8 @@ def _report(maps: LinearMaps, numbers: dict[str, QuantizedLayer], before: int) -
         for group in {**left, **tensors}
     }
     trainable = sum(parameter.numel() for parameter in maps.model.parameters() if parameter.requires_grad)
-    return QuantizationReport(numbers, dense, {name: t.nbytes for name, t in state.items()}, trainable, before)
+    kept = {name: tensor.nbytes for name, tensor in state.items()}
+    return QuantizationReport(numbers, dense, kept, trainable, before, tables)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -418,7 +511,7 @@ def quantized_layers(model: nn.Module) -> dict[str, LQLinear]:
 
 
 def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:
-    """Return the names of a state dict's entries that belong to quantized layers, without biases.
+    """Return the names of a state dict's entries that belong to quantized layers and embeddings, without biases.
 
     Parameters
     ----------
@@ -433,7 +526,8 @@ def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:
         Some of the keys. A layer with several names has keys under each of them.
     """
     # The names are compared: a state dict of each layer would be made a second time.
-    layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, LQLinear)}
+    kinds = LQLinear, QuantizedEmbedding, QuantizedHead
+    layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kinds)}
     return _keys_inside(state, layers)
 
 

@@ -205,11 +205,13 @@ def _adjoint_product(x: Tensor, q: QuantizedArray) -> Tensor:
         dense: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T)
         return dense
     flat, step, dtype = x.reshape(-1, rows), max(1, _STEP // columns), ops.factor_dtype(x)
-    # Partial products are summed in at least float32.
-    total = torch.zeros((len(flat), columns), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    # Partial products are summed in at least float32. In host memory they are not rounded before.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros((len(flat), columns), dtype=wide, device=x.device)
     for start in range(0, rows, step):
         index = torch.arange(start, min(start + step, rows), device=x.device)
-        total += ops.matmul_dense(flat[:, start : start + step], decode_rows(q, index, dtype).T)
+        part = flat[:, start : start + step].to(wide if x.is_cpu else x.dtype)
+        total += ops.matmul_dense(part, decode_rows(q, index, dtype).T)
     return total.to(x.dtype).reshape(*x.shape[:-1], columns)
 
 
@@ -249,7 +251,9 @@ def _check_ids(ids: Tensor, weight: Sequence[Tensor], shape: Sequence[int]) -> N
     if len(shape) != 2 or weight[0].dim() != 1:
         raise InvalidArgumentError(f"weight must be a matrix, got shape {tuple(shape)}.")
     if ids.device != weight[0].device:
-        raise MixedArraysError(f"ids and weight must be on one device, got {ids.device} and {weight[0].device}. Move one.")
+        raise MixedArraysError(
+            f"ids and weight must be on one device, got {ids.device} and {weight[0].device}. Move one."
+        )
 
 
 def _matmul_fake(

@@ -13,7 +13,7 @@ from lqlora._printable import printable
 if TYPE_CHECKING:
     from lqlora.formats import BlockFormat
 
-__all__ = ["DensePart", "QuantizationReport", "QuantizedLayer"]
+__all__ = ["DensePart", "QuantizationReport", "QuantizedLayer", "QuantizedTable"]
 
 #: Most groups of dense parameters that the text of a report lists.
 _MOST_GROUPS = 7
@@ -68,6 +68,42 @@ class QuantizedLayer:
 
 
 @dataclass(frozen=True)
+class QuantizedTable:
+    """Numbers of the table of one embedding that :func:`quantize_model` replaced.
+
+    Parameters
+    ----------
+    format : BlockFormat
+        Format of the table.
+    shape : tuple of int
+        Shape (num_embeddings, embedding_dim).
+    modules : tuple of str
+        Modules that use the table: embeddings, and output embeddings that are tied to them.
+    relative_error : float
+        Relative Frobenius norm of the error.
+    nbytes : int
+        Bytes of the quantized table, scales and padding included.
+    dense_bytes : int
+        Bytes of the dense table before.
+    seconds : float
+        Wall time of the quantization. It is not compared.
+    """
+
+    format: BlockFormat
+    shape: tuple[int, int]
+    modules: tuple[str, ...]
+    relative_error: float
+    nbytes: int
+    dense_bytes: int
+    seconds: float = field(compare=False)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of the table."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
 class DensePart:
     """Parameters and buffers that were left dense for one reason.
 
@@ -105,6 +141,8 @@ class QuantizationReport:
         Number of entries of parameters that require gradients.
     bytes_before : int
         Bytes of the whole model before the conversion.
+    tables : dict of str to QuantizedTable
+        Numbers of each quantized embedding by name.
     """
 
     layers: dict[str, QuantizedLayer]
@@ -112,15 +150,16 @@ class QuantizationReport:
     kept: dict[str, int]
     trainable: int
     bytes_before: int
+    tables: dict[str, QuantizedTable] = field(default_factory=dict)
 
     @property
     def storage_bits(self) -> int:
-        """Exact number of bits of the quantized parts, scales and padding included."""
+        """Exact number of bits of the quantized parts of the layers, scales and padding included. Embeddings are not counted."""
         return 8 * sum(layer.nbytes for layer in self.layers.values())
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight of the quantized parts, scales and padding included. Low-rank factors are not counted."""
+        """Bits per weight of the layers, scales and padding included. Low-rank factors and embeddings are not counted."""
         return self.storage_bits / sum(layer.size for layer in self.layers.values())
 
     @property
@@ -129,18 +168,29 @@ class QuantizationReport:
         return sum(layer.factor_bytes for layer in self.layers.values())
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of the quantized embeddings, scales and padding included."""
+        return sum(table.nbytes for table in self.tables.values())
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of the whole model: quantized parts, low-rank factors, and everything that was not replaced."""
-        return self.storage_bits // 8 + self.factor_bytes + sum(self.kept.values())
+        return self.storage_bits // 8 + self.table_bytes + self.factor_bytes + sum(self.kept.values())
 
     def __str__(self) -> str:
         layers = self.layers.values()
         quantized = sum(layer.size for layer in layers)
-        total, total_bytes = quantized + sum(part.size for part in self.dense.values()), self.total_bytes
+        tables = self.tables.values()
+        in_tables, total_bytes = sum(table.size for table in tables), self.total_bytes
+        total = quantized + in_tables + sum(part.size for part in self.dense.values())
         rows = [("quantized", f"{len(layers):,} layers", quantized, self.storage_bits // 8)]
+        if tables:
+            formats = _counts(Counter(str(table.format) for table in tables), "tables")
+            rows.append((f"embeddings: {formats}", _tables(len(tables)), in_tables, self.table_bytes))
         parts = sorted(self.dense.items(), key=lambda item: -item[1].nbytes)
-        rows += [(f"dense: {reason}", _layers(part), part.size, part.nbytes) for reason, part in parts[:_MOST_GROUPS]]
-        if rest := [part for _, part in parts[_MOST_GROUPS:]]:
+        most = _MOST_GROUPS - bool(tables)
+        rows += [(f"dense: {reason}", _layers(part), part.size, part.nbytes) for reason, part in parts[:most]]
+        if rest := [part for _, part in parts[most:]]:
             merged = DensePart(
                 tuple(name for part in rest for name in part.layers),
                 sum(part.size for part in rest),
@@ -177,11 +227,15 @@ def _layers(part: DensePart) -> str:
     return f"{count} (shared)" if count and not part.size else count
 
 
-def _counts(counter: Counter[str] | Counter[int]) -> str:
+def _tables(count: int) -> str:
+    return f"{count:,} table{'s' * (count != 1)}"
+
+
+def _counts(counter: Counter[str] | Counter[int], what: str = "layers") -> str:
     """Return the most frequent values with their numbers of layers."""
     if len(counter) == 1:
         return str(next(iter(counter)))
-    listed = ", ".join(f"{value} ({count:,} layers)" for value, count in counter.most_common(3))
+    listed = ", ".join(f"{value} ({count:,} {what})" for value, count in counter.most_common(3))
     return listed + (f" and {len(counter) - 3} others" if len(counter) > 3 else "")
 
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from lqlora._annotations import annotated
 from lqlora._patterns import as_patterns, list_names, predicate_of_any, shown_patterns
 from lqlora.errors import InvalidArgumentError
+from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead
 from lqlora.nn.experts import ExpertMatrix, find_stacks, split_stacks
 from lqlora.nn.heads import Heads, names_above
 from lqlora.nn.holders import find_holders
@@ -172,13 +173,18 @@ class LinearMaps:
         several names is listed under the first.
     stacks : list of ExpertStack
         Arrays of experts.
+    modules : dict of str to torch.nn.Module
+        All modules of the model, each under its first name.
+    dense_tables : dict of str to DenseReason
+        Embeddings that were to be quantized and cannot be, as far as that was asked for.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrapped(model)
-        self._modules = dict(self.model.named_modules())
-        self.layers = {name: m for name, m in self._modules.items() if is_linear_map(m)}
-        self.stacks = find_stacks(self._modules)
+        self.modules = dict(self.model.named_modules())
+        self.dense_tables: dict[str, DenseReason] = {}
+        self.layers = {name: m for name, m in self.modules.items() if is_linear_map(m)}
+        self.stacks = find_stacks(self.modules)
         for stack in self.stacks:
             self.layers |= stack.matrices
 
@@ -193,16 +199,36 @@ class LinearMaps:
         return {name: reason for name in self.layers if (reason := self._fault(name))}
 
     @functools.cached_property
-    def _heads(self) -> Heads:
-        return Heads(self._modules)
+    def heads(self) -> Heads:
+        """Input and output embeddings, and heads."""
+        return Heads(self.modules)
 
     @functools.cached_property
     def _held(self) -> dict[nn.Module, str]:
-        return find_holders(self._modules, self.layers.values())
+        return find_holders(self.modules, self.layers.values())
 
     @functools.cached_property
     def _shared(self) -> dict[nn.Module, str]:
-        return _shared_weights(self._modules)
+        return _shared_weights(self._uses)
+
+    @functools.cached_property
+    def _uses(self) -> dict[Any, list[tuple[nn.Module, str]]]:
+        return _uses(self.modules)
+
+    def uses_of(self, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+        """Return the modules that have a parameter, or another one in the same memory, with its name in each.
+
+        Parameters
+        ----------
+        parameter : torch.nn.Parameter
+            Parameter of the model.
+
+        Returns
+        -------
+        list of (torch.nn.Module, str)
+            Uses in the order of the model.
+        """
+        return self._uses[_memory(parameter)]
 
     def choose(
         self, include: Patterns | None = None, exclude: Patterns = (), parameter: str = "include"
@@ -279,10 +305,11 @@ class LinearMaps:
             Group of the layer that the tensor belongs to, or the kind of the tensor.
         """
         owner, _, own = parameter.rpartition(".")
-        if reason := self.faults.get(owner) or self.roles.get(owner):
+        if reason := self.faults.get(owner) or self.roles.get(owner) or self.dense_tables.get(owner):
             return reason.group
-        module = self._modules.get(owner)
-        before = any(isinstance(self._modules.get(above), LQLinear) for above, _ in names_above(parameter))
+        module = self.modules.get(owner)
+        quantized = LQLinear, QuantizedEmbedding, QuantizedHead
+        before = any(isinstance(self.modules.get(above), quantized) for above, _ in names_above(parameter))
         groups = {
             "layers that were quantized before": before,
             _ADAPTER.group: self._is_adapter(parameter),
@@ -290,7 +317,7 @@ class LinearMaps:
             "embeddings": isinstance(module, nn.Embedding),
             "experts stored as one array": _is_expert_stack(parameter, module, own),
             _ROUTER.group: self._is_router(owner),
-            _HEAD.group: self._heads.is_head(parameter),
+            _HEAD.group: self.heads.is_head(parameter),
         }
         return next((group for group, applies in groups.items() if applies), "norms, biases and others")
 
@@ -302,10 +329,10 @@ class LinearMaps:
         """
         if self._adapted:
             return
-        for name, module in self._modules.items():
+        for name, module in self.modules.items():
             if not isinstance(module, LQLinear | ScaledWeight):
                 for key, parameter in module.named_parameters(recurse=False):
-                    if not self._heads.trains(f"{name}.{key}"):
+                    if not self.heads.trains(f"{name}.{key}"):
                         parameter.requires_grad_(requires_grad=False)
 
     def refuse_fault(self, name: str, parameter: str) -> None:
@@ -348,9 +375,9 @@ class LinearMaps:
     def _role(self, name: str) -> DenseReason | None:
         """Return why a layer is left dense by default, or None if it belongs to the body."""
         layer = self.layers[name]
-        if layer in self._heads.outputs:
+        if layer in self.heads.outputs:
             return _OUTPUT
-        if self._heads.is_head(name):
+        if self.heads.is_head(name):
             return _HEAD
         if name.rpartition(".")[2] == "lm_head":
             return _OUTPUT
@@ -363,25 +390,50 @@ class LinearMaps:
     def _fault(self, name: str) -> DenseReason | None:
         """Return why a layer cannot be quantized, or None if it can."""
         layer = self.layers[name]
+        if reason := self.common_fault(name, layer, self._held):
+            return reason
+        return None if isinstance(layer, ExpertMatrix) or computes_product_alone(layer) else _CLASS
+
+    def common_fault(
+        self, name: str, layer: nn.Module, held: Mapping[nn.Module, str], buffers: Collection[str] = ()
+    ) -> DenseReason | None:
+        """Return why a layer of any class cannot be quantized, or None.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        layer : torch.nn.Module
+            Linear layer or embedding.
+        held : mapping of torch.nn.Module to str
+            Layers that attributes hold beside the tree of modules, see :func:`find_holders`.
+        buffers : collection of str
+            Buffers that the layer may have.
+
+        Returns
+        -------
+        DenseReason or None
+            The first reason that applies.
+        """
         if self._is_adapter(name):
             return _ADAPTER
         if "forward" in vars(layer):
             return _FORWARD
         if reason := _weight_fault(layer):
             return reason
-        if has_more_than_weight_and_bias(layer):
+        if has_more_than_weight_and_bias(layer, buffers):
             return _TENSORS
-        if holder := self._held.get(layer):
+        if holder := held.get(layer):
             return DenseReason(
                 "layers held elsewhere",
                 f"is also held by {holder}, which conversion would not change. Look the layer up when you call it",
             )
-        return None if isinstance(layer, ExpertMatrix) or computes_product_alone(layer) else _CLASS
+        return None
 
     @functools.cached_property
     def _adapted(self) -> dict[str, bool]:
         """Modules that hold a layer and its adapters, with whether the layer is ``base_layer``."""
-        children = {name: module._modules for name, module in self._modules.items()}  # noqa: SLF001
+        children = {name: module._modules for name, module in self.modules.items()}  # noqa: SLF001
         return {
             name: "base_layer" in own
             for name, own in children.items()
@@ -398,11 +450,11 @@ class LinearMaps:
     def _is_router(self, name: str) -> bool:
         """Return whether a module chooses experts."""
         parts = name.split(".")
-        if "router" in parts or (name and "Router" in type(self._modules.get(name)).__name__):
+        if "router" in parts or (name and "Router" in type(self.modules.get(name)).__name__):
             return True
         if parts[-1] not in _ROUTERS:
             return False
-        near = [self._modules[above] for above, _ in list(names_above(name))[:2]]
+        near = [self.modules[above] for above, _ in list(names_above(name))[:2]]
         return any("expert" in key for module in near for key in (*module._modules.keys(), *module._parameters.keys()))  # noqa: SLF001
 
 
@@ -432,16 +484,23 @@ def _is_expert_stack(name: str, module: nn.Module | None, key: str) -> bool:
     )
 
 
-def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
-    """Return the modules whose weight is a parameter of another module too, with the other name."""
+def _uses(modules: Mapping[str, nn.Module]) -> dict[Any, list[tuple[nn.Module, str]]]:
+    """Return the modules that have each parameter, with its name in each."""
     uses: dict[Any, list[tuple[nn.Module, str]]] = {}
     for name, module in modules.items():
         for key, parameter in module._parameters.items():  # noqa: SLF001 - named_parameters leaves out second names
-            if parameter is None:
-                continue
-            # Two parameters may share memory. Subclasses of tensors and tensors without memory are known by identity.
-            memory = (parameter.device, parameter.data_ptr()) if _has_memory(parameter) else id(parameter)
-            uses.setdefault(memory, []).append((module, f"{name}.{key}"))
+            if parameter is not None:
+                uses.setdefault(_memory(parameter), []).append((module, f"{name}.{key}"))
+    return uses
+
+
+def _memory(parameter: nn.Parameter) -> Any:
+    # Two parameters may share memory. Subclasses of tensors and tensors without memory are known by identity.
+    return (parameter.device, parameter.data_ptr()) if _has_memory(parameter) else id(parameter)
+
+
+def _shared_weights(uses: Mapping[Any, Sequence[tuple[nn.Module, str]]]) -> dict[nn.Module, str]:
+    """Return the modules whose weight is a parameter of another module too, with the other name."""
     shared: dict[nn.Module, str] = {}
     for own in uses.values():
         for module, name in own if len(own) > 1 else ():

@@ -1,0 +1,205 @@
+"""Embeddings of a model that can be quantized: which by default, and what shares their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from lqlora._patterns import values_by_name
+from lqlora._printable import printable
+from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat
+from lqlora.nn.holders import find_holders
+from lqlora.nn.linear_maps import offers_more
+from lqlora.nn.selection import DenseReason
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from lqlora.nn.selection import LinearMaps
+
+__all__ = ["EmbeddingTable", "choose_tables", "embedding_tables", "scale_of"]
+
+_MAX_NORM = DenseReason(
+    "embeddings with max_norm", "has max_norm, so each call changes its table. Set max_norm to None first"
+)
+_CLASS = DenseReason(
+    "embeddings of other classes", "is of a class that does not look rows up and multiply them by one number alone"
+)
+
+#: Attributes of every embedding of torch, which are not numbers that rows are multiplied by.
+_USUAL = frozenset(vars(nn.Embedding(1, 1, device="meta")))
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Weight of an embedding, and the modules that use it.
+
+    Parameters
+    ----------
+    weight : torch.nn.Parameter
+        The table, of shape (num_embeddings, embedding_dim).
+    embeddings : dict of str to torch.nn.Module
+        Embeddings that look rows up, by name. The first one gives the table its name.
+    heads : dict of str to torch.nn.Module
+        Linear layers that multiply by it.
+    fault : DenseReason, optional
+        Reason why the table cannot be quantized.
+    """
+
+    weight: nn.Parameter
+    embeddings: dict[str, nn.Module]
+    heads: dict[str, nn.Module]
+    fault: DenseReason | None
+
+
+def embedding_tables(maps: LinearMaps, without: Collection[nn.Module] = ()) -> dict[str, EmbeddingTable]:
+    """Return the tables of a model by the first name of an embedding.
+
+    Parameters
+    ----------
+    maps : LinearMaps
+        Modules of the model.
+    without : collection of torch.nn.Module
+        Linear layers that get weights of their own and share no table any more.
+
+    Returns
+    -------
+    dict of str to EmbeddingTable
+        Tables in the order of the model.
+    """
+    names = {own: name for name, own in maps.modules.items()}
+    embeddings = {name: own for name, own in maps.modules.items() if isinstance(own, nn.Embedding)}
+    held = find_holders(maps.modules, embeddings.values())
+    found: dict[str, EmbeddingTable] = {}
+    seen: set[nn.Module] = set()
+    for name, own in embeddings.items():
+        if own in seen:
+            continue
+        weight = own._parameters.get("weight")  # noqa: SLF001 - of torch; a computed weight is an attribute alone
+        uses = [(own, f"{name}.weight")] if weight is None else maps.uses_of(weight)
+        uses = [(user, place) for user, place in uses if user not in without]
+        tied = {names[user]: user for user, _ in uses if isinstance(user, nn.Embedding)}
+        heads = {
+            names[user]: user for user, _ in uses if isinstance(user, nn.Linear) and names[user] not in maps.faults
+        }
+        others = [place for user, place in uses if user not in tied.values() and user not in heads.values()]
+        fault = next((reason for key, one in tied.items() if (reason := _fault(maps, key, one, held))), None)
+        if others:
+            fault = DenseReason(
+                "shared weights", f"shares its weight with {others[0]!r}, which cannot use a quantized table"
+            )
+        seen.update(cast("Any", tied.values()))
+        found[name] = EmbeddingTable(cast("nn.Parameter", weight), tied, heads, fault)
+    return found
+
+
+def _fault(maps: LinearMaps, name: str, embedding: nn.Module, held: Mapping[nn.Module, str]) -> DenseReason | None:
+    """Return why an embedding cannot be quantized, or None if it can."""
+    buffers = embedding._buffers  # noqa: SLF001 - of torch
+    numbers = {key for key, own in buffers.items() if own is not None and own.ndim == 0}
+    if reason := maps.common_fault(name, embedding, held, numbers - embedding.state_dict().keys()):
+        return reason
+    if embedding.max_norm is not None:
+        return _MAX_NORM
+    return _CLASS if scale_of(embedding) is None else None
+
+
+def scale_of(embedding: nn.Module) -> float | torch.Tensor | None:
+    """Return the number that an embedding multiplies its rows by, or None if it computes something else.
+
+    Numbers among the buffers and attributes are tried out on some rows, in training and in evaluation.
+
+    Parameters
+    ----------
+    embedding : torch.nn.Module
+        Embedding with a table in memory.
+
+    Returns
+    -------
+    float, Tensor of shape (), or None
+        A tensor is rounded to the dtype of the table before the product.
+    """
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    if offers_more(embedding, nn.Embedding):
+        return None
+    given = [own.detach().clone() for own in embedding._buffers.values() if own is not None]  # noqa: SLF001 - of torch
+    given += [own for key, own in vars(embedding).items() if key not in _USUAL and type(own) in (int, float)]
+    mode = embedding.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return next((own for own in [*given, 1.0] if _is_lookup(embedding, own)), None)
+    except Exception:  # noqa: BLE001 - code of others; whatever it raises, it does not take any input
+        return None
+    finally:
+        embedding.training = mode
+
+
+def _is_lookup(embedding: nn.Module, scale: float | torch.Tensor) -> bool:
+    weight = cast("nn.Parameter", embedding.weight)
+    factor = scale.to(weight) if isinstance(scale, torch.Tensor) else scale
+    last = len(weight) - 1
+    for embedding.training in (True, False):
+        for ids in (torch.tensor([[0, last]]), torch.tensor([last // 2, last // 3, last])):
+            own = ids.to(weight.device)
+            if not torch.equal(type(embedding).forward(embedding, own), weight[own] * factor):
+                return False
+    return True
+
+
+def choose_tables(
+    maps: LinearMaps, formats: Any, without: Collection[nn.Module]
+) -> dict[str, tuple[EmbeddingTable, BlockFormat]]:
+    """Return the tables to quantize with their formats, and note in ``maps`` which ones stay dense for a reason.
+
+    Parameters
+    ----------
+    maps : LinearMaps
+        Modules of the model.
+    formats : BlockFormat, or mapping of pattern to BlockFormat
+        One format for the embeddings of tokens, or formats of embeddings by name.
+    without : collection of torch.nn.Module
+        Linear layers that get weights of their own.
+
+    Returns
+    -------
+    dict of str to tuple of EmbeddingTable and BlockFormat
+        Tables in the order of the model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no table is selected, one cannot be quantized, or a format does not fit.
+    """
+    tables = embedding_tables(maps, without)
+    if not tables:
+        raise InvalidArgumentError("embeddings must be None for a model without torch.nn.Embedding, got formats.")
+    if isinstance(formats, BlockFormat):
+        tokens = {name for name, own in tables.items() if not maps.heads.inputs.isdisjoint(own.embeddings.values())}
+        by_name = dict.fromkeys(tokens or tables, formats)
+        maps.dense_tables = {
+            key: own.fault for name, own in tables.items() if name in by_name and own.fault for key in own.embeddings
+        }
+        usable = {name: fmt for name, fmt in by_name.items() if not tables[name].fault}
+    else:
+        if not isinstance(formats, Mapping) or not formats:
+            raise InvalidArgumentError(
+                f"embeddings must be a BlockFormat or a mapping of names or patterns to formats, got {formats!r:.80}."
+            )
+        by_name = usable = values_by_name(formats, [*tables], parameter="embeddings", what="embedding")
+    for name in [] if usable and not isinstance(formats, Mapping) else by_name:
+        if reason := tables[name].fault:
+            raise InvalidArgumentError(
+                f"embeddings must name embeddings that can be quantized, but {printable(name)!r} {reason.sentence}."
+            )
+    for name, fmt in usable.items():
+        if not isinstance(fmt, BlockFormat) or fmt.axis in (0, -2):
+            raise InvalidArgumentError(
+                f"embeddings must give {printable(name)!r} a BlockFormat with blocks along rows, got {fmt!s:.80}."
+            )
+    return {name: (own, usable[name]) for name, own in tables.items() if name in usable}

@@ -45,7 +45,7 @@ class _TableModule(nn.Module):
         """Table as a tensor that is never dense, frozen. Its dtype is that of the embeddings that are looked up."""
         found = QuantizedTensor(self.quantized.operands, dtype=self.quantized.dtype)
         # Functions of transformers that tie weights ask for a parameter.
-        found._is_param = True  # type: ignore[attr-defined]  # noqa: SLF001 - what isinstance(found, nn.Parameter) reads
+        found._is_param = True  # noqa: SLF001 - what isinstance(found, nn.Parameter) reads
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -116,6 +116,11 @@ class QuantizedEmbedding(_TableModule):
             require_number(scale, "scale", "finite", math.isfinite)
             self.scale = scale
 
+    @property
+    def is_scaled(self) -> bool:
+        """True if rows are multiplied by a number."""
+        return isinstance(self.scale, torch.Tensor) or self.scale != 1
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look rows up.
 
@@ -133,13 +138,13 @@ class QuantizedEmbedding(_TableModule):
         rows = cast("torch.Tensor", torch.ops.lqlora.embedding(ids, *table.operands, dtype=table.dtype))
         if isinstance(self.scale, torch.Tensor):
             return rows * self.scale.to(rows.dtype)
-        return rows if self.scale == 1 else rows * self.scale
+        return rows * self.scale if self.is_scaled else rows
 
     def extra_repr(self) -> str:
         """Show the shape, and padding and scale if there are any."""
         text = f"{self.num_embeddings}, {self.embedding_dim}"
         text += "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return text if isinstance(self.scale, float) and self.scale == 1 else f"{text}, scale={float(self.scale)}"
+        return f"{text}, scale={float(self.scale)}" if self.is_scaled else text
 
 
 class QuantizedHead(_TableModule):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lqlora.nn.selection import LinearMaps
 
-__all__ = ["EmbeddingTable", "choose_tables", "embedding_tables", "scale_of"]
+__all__ = ["EmbeddingTable", "choose_tables", "embedding_fault", "scale_of"]
 
 _MAX_NORM = DenseReason(
     "embeddings with max_norm", "has max_norm, so each call changes its table. Set max_norm to None first"
@@ -52,29 +52,15 @@ class EmbeddingTable:
     """
 
     weight: nn.Parameter
-    embeddings: dict[str, nn.Module]
-    heads: dict[str, nn.Module]
+    embeddings: dict[str, nn.Embedding]
+    heads: dict[str, nn.Linear]
     fault: DenseReason | None
 
 
-def embedding_tables(maps: LinearMaps, without: Collection[nn.Module] = ()) -> dict[str, EmbeddingTable]:
-    """Return the tables of a model by the first name of an embedding.
-
-    Parameters
-    ----------
-    maps : LinearMaps
-        Modules of the model.
-    without : collection of torch.nn.Module
-        Linear layers that get weights of their own and share no table any more.
-
-    Returns
-    -------
-    dict of str to EmbeddingTable
-        Tables in the order of the model.
-    """
+def _tables(maps: LinearMaps, without: Collection[nn.Module]) -> dict[str, EmbeddingTable]:
+    """Return the tables of a model by the first name of an embedding. Some linear layers share none of them any more."""
     names = {own: name for name, own in maps.modules.items()}
     embeddings = {name: own for name, own in maps.modules.items() if isinstance(own, nn.Embedding)}
-    held = find_holders(maps.modules, embeddings.values())
     found: dict[str, EmbeddingTable] = {}
     seen: set[nn.Module] = set()
     for name, own in embeddings.items():
@@ -88,7 +74,7 @@ def embedding_tables(maps: LinearMaps, without: Collection[nn.Module] = ()) -> d
             names[user]: user for user, _ in uses if isinstance(user, nn.Linear) and names[user] not in maps.faults
         }
         others = [place for user, place in uses if user not in tied.values() and user not in heads.values()]
-        fault = next((reason for key, one in tied.items() if (reason := _fault(maps, key, one, held))), None)
+        fault = next((reason for key, one in tied.items() if (reason := embedding_fault(maps, key, one))), None)
         if others:
             fault = DenseReason(
                 "shared weights", f"shares its weight with {others[0]!r}, which cannot use a quantized table"
@@ -98,8 +84,24 @@ def embedding_tables(maps: LinearMaps, without: Collection[nn.Module] = ()) -> d
     return found
 
 
-def _fault(maps: LinearMaps, name: str, embedding: nn.Module, held: Mapping[nn.Module, str]) -> DenseReason | None:
-    """Return why an embedding cannot be quantized, or None if it can."""
+def embedding_fault(maps: LinearMaps, name: str, embedding: nn.Embedding) -> DenseReason | None:
+    """Return why an embedding cannot be quantized, or None if it can.
+
+    Parameters
+    ----------
+    maps : LinearMaps
+        Modules of the model.
+    name : str
+        Name of the embedding.
+    embedding : torch.nn.Embedding
+        The embedding, also of a derived class.
+
+    Returns
+    -------
+    DenseReason or None
+        The first reason that applies.
+    """
+    held = find_holders(maps.modules, [embedding])
     buffers = embedding._buffers  # noqa: SLF001 - of torch
     numbers = {key for key, own in buffers.items() if own is not None and own.ndim == 0}
     if reason := maps.common_fault(name, embedding, held, numbers - embedding.state_dict().keys()):
@@ -128,7 +130,7 @@ def scale_of(embedding: nn.Module) -> float | torch.Tensor | None:
         return 1.0
     if offers_more(embedding, nn.Embedding):
         return None
-    given = [own.detach().clone() for own in embedding._buffers.values() if own is not None]  # noqa: SLF001 - of torch
+    given: list[Any] = [own.detach().clone() for own in embedding._buffers.values() if own is not None]  # noqa: SLF001 - of torch
     given += [own for key, own in vars(embedding).items() if key not in _USUAL and type(own) in (int, float)]
     mode = embedding.training
     try:
@@ -176,7 +178,7 @@ def choose_tables(
     InvalidArgumentError
         If no table is selected, one cannot be quantized, or a format does not fit.
     """
-    tables = embedding_tables(maps, without)
+    tables = _tables(maps, without)
     if not tables:
         raise InvalidArgumentError("embeddings must be None for a model without torch.nn.Embedding, got formats.")
     if isinstance(formats, BlockFormat):

@@ -17,6 +17,7 @@ from lqlora._printable import printable
 from lqlora._warnings import warn
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.nn.embedding import QuantizedHead, quantized_tables
 from lqlora.nn.experts import join_dense
 from lqlora.nn.holders import find_holders
 from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
@@ -123,10 +124,11 @@ def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
 @annotated
 @torch.inference_mode(mode=False)  # the new layers may train
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace each :class:`LQLinear` of a model by a dense ``torch.nn.Linear`` that computes the same, in place.
+    """Replace the quantized layers and embeddings of a model by dense ones that compute the same, in place.
 
     This merges the factors. Use it to export a fine-tuned model to programs that do not know quantized layers. A
-    transposed ``Conv1D`` of GPT-2 and derived classes do not come back: they become ``torch.nn.Linear``, too.
+    transposed ``Conv1D`` of GPT-2 and derived classes do not come back: they become ``torch.nn.Linear``, too. Embeddings that
+    multiply their rows by a number become a class derived from ``torch.nn.Embedding`` that does.
 
     Parameters
     ----------
@@ -134,7 +136,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
         A model with quantized layers. It is changed only after every dense matrix was computed.
     dtype : torch.dtype, optional
         Dtype of the weights and biases of the new layers. The default is the dtype of the layer's bias, or else the one that
-        most parameters of the rest of the model have. So a 16-bit model stays one, and every model runs as before.
+        most parameters of the rest of the model have. So a 16-bit model stays one, and every model runs as before. Embeddings
+        keep the dtype of their rows.
 
     Raises
     ------
@@ -157,6 +160,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
         layer: _dense_layer(layer, dtype or (usual if layer.bias is None else layer.bias.dtype), repr(printable(name)))
         for name, layer in layers.items()
     }
+    replacements |= _dense_tables(model, dtype)
     replace_modules(model, replacements)
     join_dense(model)
 
@@ -164,18 +168,22 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
 def _replaceable(model: nn.Module) -> dict[str, LQLinear]:
     """Return the quantized layers of a model, or raise if replacing one would change what the model computes."""
     layers = quantized_layers(model)
+    _require_replaceable(model, layers, {"lora_A", "lora_B", "bias"})
+    return layers
+
+
+def _require_replaceable(model: nn.Module, layers: Mapping[str, nn.Module], parameters: set[str]) -> None:
     held = find_holders(dict(model.named_modules()), layers.values())
     for name, layer in layers.items():
         if "forward" in vars(layer):
             fault = "has a forward method of its own, which goes on with the quantized layer. Remove it first"
-        elif further := layer._parameters.keys() - {"lora_A", "lora_B", "bias"}:  # noqa: SLF001 - of torch
+        elif further := layer._parameters.keys() - parameters:  # noqa: SLF001 - of torch
             fault = f"computes its factors from {printable(list_names(sorted(further)))}. Make them parameters first"
         elif layer in held:
             fault = f"is also held by {held[layer]}, which would keep the quantized layer. Look the layer up when you call it"
         else:
             continue
         raise InvalidArgumentError(f"model must have layers that can be replaced, but {printable(name)!r} {fault}.")
-    return layers
 
 
 def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
@@ -186,6 +194,53 @@ def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
         kept = layer.bias.dtype == dtype
         found.bias = layer.bias if kept else nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     move_attributes(found, layer, without=_OF_FACTORS)
+    return found
+
+
+class _ScaledEmbedding(nn.Embedding):
+    """Embedding that multiplies its rows by a number."""
+
+    def __init__(self, *args: Any, scale: float | torch.Tensor, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if isinstance(scale, torch.Tensor):
+            self.register_buffer("scale", scale, persistent=False)
+        else:
+            self.scale = scale
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(ids)
+        return rows * (self.scale.to(rows.dtype) if isinstance(self.scale, torch.Tensor) else self.scale)
+
+
+def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module, nn.Module]:
+    """Return the dense modules that replace quantized embeddings and their output embeddings. They stay tied."""
+    found: dict[nn.Module, nn.Module] = {}
+    tables = quantized_tables(model)
+    _require_replaceable(model, {name: own for modules in tables.values() for name, own in modules.items()}, {"bias"})
+    for name, modules in tables.items():
+        table = modules[name].quantized
+        if table.device.type == "meta":
+            raise InvalidArgumentError(
+                f"{printable(name)!r} must hold values, but is on the meta device. Load it first."
+            )
+        weight = nn.Parameter(table.dequantize(dtype or table.dtype), requires_grad=False)
+        if not bool(weight.isfinite().all()):
+            raise NonFiniteError(
+                f"{printable(name)!r} must have entries that {weight.dtype} holds. Choose another dtype."
+            )
+        for own in modules.values():
+            new: nn.Embedding | nn.Linear
+            rows, columns = weight.shape
+            if isinstance(own, QuantizedHead):
+                new = nn.Linear(own.in_features, own.out_features, bias=False, device="meta")
+                new.register_parameter("bias", own.bias)
+            elif own.is_scaled:
+                new = _ScaledEmbedding(rows, columns, own.padding_idx, scale=own.scale, device="meta")
+            else:
+                new = nn.Embedding(rows, columns, own.padding_idx, device="meta")
+            move_attributes(new, own, without={"quantized", "scale"})
+            new.weight = weight
+            found[own] = new
     return found
 
 

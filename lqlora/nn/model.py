@@ -252,16 +252,15 @@ def table_modules(table: EmbeddingTable, quantized: QuantizedArray) -> dict[nn.M
     given: Any = quantized
     for old in table.embeddings.values():
         scale = scale_of(old)
-        new = QuantizedEmbedding(given, cast("int | None", old.padding_idx), 1.0 if scale is None else scale)
+        new = QuantizedEmbedding(given, old.padding_idx, 1.0 if scale is None else scale)
         given, found[old] = new.quantized, new
     given.dtype = table.weight.dtype
     given.to(table.weight.device)
-    for old in table.heads.values():
-        found[old] = head = QuantizedHead(given)
-        if old.bias is not None:
+    for layer in table.heads.values():
+        found[layer] = head = QuantizedHead(given)
+        if layer.bias is not None:
             # The same parameter, so that it stays shared with other modules.
-            head.bias = cast("nn.Parameter", old.bias)
-            head.bias.requires_grad = False
+            head.bias = layer.bias.requires_grad_(requires_grad=False)
     for old, own in found.items():
         move_attributes(own, old)
     return found

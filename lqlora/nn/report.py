@@ -185,8 +185,8 @@ class QuantizationReport:
         total = quantized + in_tables + sum(part.size for part in self.dense.values())
         rows = [("quantized", f"{len(layers):,} layers", quantized, self.storage_bits // 8)]
         if tables:
-            formats = _counts(Counter(str(table.format) for table in tables), "tables")
-            rows.append((f"embeddings: {formats}", _tables(len(tables)), in_tables, self.table_bytes))
+            of_tables = _counts(Counter(str(table.format) for table in tables), "tables")
+            rows.append((f"embeddings: {of_tables}", _tables(len(tables)), in_tables, self.table_bytes))
         parts = sorted(self.dense.items(), key=lambda item: -item[1].nbytes)
         most = _MOST_GROUPS - bool(tables)
         rows += [(f"dense: {reason}", _layers(part), part.size, part.nbytes) for reason, part in parts[:most]]

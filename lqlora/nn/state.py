@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from lqlora import ops
 from lqlora._annotations import annotated
@@ -14,8 +15,17 @@ from lqlora._printable import printable
 from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.nn.embedding import quantized_tables
+from lqlora.nn.embedding_tables import EmbeddingTable, embedding_fault
 from lqlora.nn.linear_maps import matrix_of
-from lqlora.nn.model import first_names, quantized_keys, quantized_layer, quantized_layers, replace_modules
+from lqlora.nn.model import (
+    first_names,
+    quantized_keys,
+    quantized_layer,
+    quantized_layers,
+    replace_modules,
+    table_modules,
+)
 from lqlora.nn.selection import LinearMaps, unwrapped
 from lqlora.nn.sharding import is_sharded, whole, write_once
 
@@ -23,11 +33,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from torch import nn
+    from lqlora.quantized import QuantizedArray
 
 __all__ = ["load_model", "save_model"]
 
-#: Key of the metadata under which :func:`save_model` keeps the ties: the other names of tensors that are stored once.
+#: Key of the metadata under which :func:`save_model` keeps the ties: the other names of tensors and tables that are stored once.
 _TIED = "tied"
 
 
@@ -69,16 +79,25 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         )
         for name, layer in layers.items()
     }
+    tables = quantized_tables(model)
+    matrices |= {name: _without_factors(own[name].quantized.array) for name, own in tables.items()}
     own = quantized_keys(model, state)
     state = {name: tensor for name, tensor in state.items() if name not in own}
     first = first_names(state)
     tensors = {name: whole(tensor) for name, tensor in state.items() if first[name] == name}
     tied = {name: origin for name, origin in first.items() if origin != name}
+    tied |= {other: name for name, modules in tables.items() for other in modules if other != name}
     content = path, matrices, tensors, {**(metadata or {}), _TIED: tied}
     if has_shards:
         write_once(save, *content)
     else:
         save(*content)
+
+
+def _without_factors(table: QuantizedArray) -> StoredMatrix:
+    """Return a table as a file stores it: as a matrix of rank 0."""
+    rows, columns = table.shape
+    return StoredMatrix(table, torch.empty(0, columns), torch.empty(rows, 0))
 
 
 def _require_storable(state: Mapping[str, Any]) -> None:
@@ -103,7 +122,8 @@ def _require_storable(state: Mapping[str, Any]) -> None:
 def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     """Load a file of :func:`save_model` into a model of the same architecture, in place.
 
-    Linear layers that are matrices of the file are replaced by :class:`LQLinear`. Other tensors are copied into those of
+    Linear layers that are matrices of the file are replaced by :class:`LQLinear`, and embeddings by
+    :class:`QuantizedEmbedding`, with the output embeddings that use their tables. Other tensors are copied into those of
     the model, so that ties of the model stay. Gradients are switched off as :func:`quantize_model` does.
 
     Parameters
@@ -129,13 +149,16 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     maps = LinearMaps(model)
     model = maps.model
     linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
-    tied = _ties(path, content)
+    ties = _ties(path, content)
+    tied = {name: origin for name, origin in ties.items() if origin in content.tensors}
+    sharing = {name: origin for name, origin in ties.items() if name not in tied}
+    tables = _tables(maps, content, sharing)
     state = {name: own for name, own in model.state_dict(keep_vars=True).items() if isinstance(own, torch.Tensor)}
     for stack in maps.stacks:
         if not linears.keys().isdisjoint(stack.matrices):
             del state[stack.name]
             state |= {f"{name}.weight": own.weight for name, own in stack.matrices.items() if name not in linears}
-    _check_fit(path, state, maps, linears, content, tied)
+    _check_fit(path, state, maps, linears, tables, content, tied, sharing)
     maps.freeze()
     # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
     # last: they take over the biases that were just filled.
@@ -145,10 +168,32 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
             state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
     replacements: dict[nn.Module, nn.Module] = {}
     for name, matrix in content.matrices.items():
-        replacements[linears[name]] = quantized_layer(matrix, linears[name])
+        if name in tables:
+            replacements |= table_modules(tables[name], matrix.quantized)
+        else:
+            replacements[linears[name]] = quantized_layer(matrix, linears[name])
     maps.split_stacks(replacements)
     replace_modules(model, replacements)
     return content
+
+
+def _tables(maps: LinearMaps, content: Checkpoint, sharing: Mapping[str, str]) -> dict[str, EmbeddingTable]:
+    """Return the embeddings of a model that are matrices of a file, with the modules that the file ties to them."""
+    found: dict[str, EmbeddingTable] = {}
+    for name in content.matrices:
+        embedding = maps.modules.get(name)
+        if isinstance(embedding, nn.Embedding):
+            modules = {name: embedding} | {
+                other: maps.modules[other]
+                for other, origin in sharing.items()
+                if origin == name and isinstance(maps.modules.get(other), nn.Embedding | nn.Linear)
+            }
+            embeddings = {key: own for key, own in modules.items() if isinstance(own, nn.Embedding)}
+            heads = {key: own for key, own in modules.items() if isinstance(own, nn.Linear)}
+            faults = (embedding_fault(maps, key, own) for key, own in embeddings.items())
+            fault = next(filter(None, [*faults, *(maps.faults.get(key) for key in heads)]), None)
+            found[name] = EmbeddingTable(cast("nn.Parameter", embedding.weight), embeddings, heads, fault)
+    return found
 
 
 def _can_hold(dtype: torch.dtype, given: torch.Tensor) -> bool:
@@ -167,13 +212,15 @@ def _can_hold(dtype: torch.dtype, given: torch.Tensor) -> bool:
 
 
 def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
-    """Return a dict from other names of tied tensors to the names under which they are stored."""
+    """Return a dict from other names of tied tensors and tables to the names under which they are stored."""
     reader = Reader(f"{path} is damaged or inconsistent", CheckpointError)
     place = f"metadata.{_TIED}"
     tied = reader.convert(content.metadata.get(_TIED, {}), dict[Text, Text], place)
     for name, origin in tied.items():
-        if origin not in content.tensors:
-            raise reader.fault(place + key_step(name), f"must name a tensor of the file, got {shown(origin)}.")
+        if origin not in content.tensors and origin not in content.matrices:
+            raise reader.fault(
+                place + key_step(name), f"must name a tensor or matrix of the file, got {shown(origin)}."
+            )
     return tied
 
 
@@ -182,21 +229,27 @@ def _check_fit(
     state: Mapping[str, torch.Tensor],
     maps: LinearMaps,
     linears: Mapping[str, nn.Module],
+    tables: Mapping[str, EmbeddingTable],
     content: Checkpoint,
     tied: Mapping[str, str],
+    sharing: Mapping[str, str],
 ) -> None:
     """Raise unless the file and the state of the model have the same names, shapes and, as far as needed, ties."""
     # A layer of the file stands for the weight of a linear layer, under each name of the layer. Another module that shares
     # the weight, such as an embedding, keeps it.
-    layers = set(linears.values())
+    of_tables = {key: own for table in tables.values() for key, own in (table.embeddings | table.heads).items()}
+    layers = {*linears.values(), *of_tables.values()}
     replaced = {
         f"{name}.weight" for name, module in maps.model.named_modules(remove_duplicate=False) if module in layers
     }
     expected = {name: tuple(t.shape) for name, t in state.items() if name not in replaced}
     stored = {name: tuple(content.tensors[tied.get(name, name)].shape) for name in [*content.tensors, *tied]}
     expected |= {name: tuple(matrix_of(layer).shape) for name, layer in linears.items()}
+    expected |= {name: tuple(cast("torch.Tensor", own.weight).shape) for name, own in of_tables.items()}
     stored |= {name: matrix.quantized.shape for name, matrix in content.matrices.items()}
+    stored |= {name: content.matrices[table].quantized.shape for name, table in sharing.items()}
     faults = [f"{name!r} {maps.faults[name].sentence}" for name in linears if name in maps.faults]
+    faults += [f"{name!r} {own.fault.sentence}" for name, own in tables.items() if own.fault]
     faults += [f"{name!r} is not in the file" for name in expected if name not in stored]
     faults += [f"{name!r} is not in the model, or not of that kind" for name in stored if name not in expected]
     faults += [

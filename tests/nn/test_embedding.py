@@ -1,0 +1,487 @@
+"""Quantized embeddings: looked-up rows, tied output embeddings, conversion, files, and what others do to them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+
+import lqlora as lq
+from lqlora.errors import CheckpointError, InvalidArgumentError, MixedArraysError, NonFiniteError, UnsupportedArrayError
+from tests.requirements import require_module
+
+torch = require_module("torch")
+from torch import nn  # noqa: E402 - needs torch
+
+from lqlora.nn import (  # noqa: E402
+    LQLinear,
+    QuantizedEmbedding,
+    QuantizedHead,
+    QuantizedTensor,
+    QuantizedWeight,
+    dequantize_model,
+    load_model,
+    operands,
+    quantize_model,
+    requantize_model,
+    save_model,
+)
+from lqlora.nn import operators as nn_operators  # noqa: E402
+from tests.nn.structures import WIDTH, WORDS, Words  # noqa: E402
+
+NF4, DOUBLE = lq.BlockFormat.parse("nf4/8:float32"), lq.BlockFormat.parse("nf3/8:u8/16:float16")
+IDS = torch.tensor([[0, 3, 10], [7, 7, 1]])
+
+
+def _table(fmt=DOUBLE, rows=WORDS, columns=WIDTH):
+    return lq.quantize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)), fmt)
+
+
+class GemmaLike(nn.Embedding):
+    """Rounds its factor to the dtype of the weight, as Gemma does."""
+
+    def __init__(self, *args, scale=3.3):
+        super().__init__(*args)
+        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class BartLike(nn.Embedding):
+    embed_scale = 1.0
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 2)
+
+
+class Counting(nn.Embedding):
+    def counted(self):
+        return len(self.weight)
+
+
+def _bart_like(*args):
+    embedding = BartLike(*args)
+    embedding.embed_scale = 2.7
+    return embedding
+
+
+def _words(embedding=nn.Embedding, *, tied=True, bias=False, head="lm_head", dtype=torch.float32):
+    torch.manual_seed(0)
+    model = Words(head, tied=False, bias=bias)
+    model.embed = embedding(WORDS, WIDTH)
+    if tied:
+        getattr(model, head).weight = model.embed.weight
+    return model.to(dtype)
+
+
+def _quantized(model, embeddings=DOUBLE, **options):
+    report = quantize_model(model, NF4, rank=2, embeddings=embeddings, max_iter=1, **options)
+    return model, report
+
+
+class TestLookups:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rows_have_the_bits_of_the_decoded_table(self, dtype):
+        q = _table()
+        layer = QuantizedEmbedding(q).to(dtype)
+        assert torch.equal(layer(IDS), lq.dequantize(q)[IDS].to(dtype))
+        assert torch.equal(layer(IDS[0].int()), layer(IDS[0]))
+        assert layer(IDS[:0]).shape == (0, 3, WIDTH)
+        assert layer(IDS[0, 0]).shape == (WIDTH,)
+
+    def test_a_table_is_never_decoded_as_a_whole(self, monkeypatch):
+        layer = QuantizedEmbedding(_table())
+        monkeypatch.setattr(nn_operators, "dequantize", None)
+        assert layer(IDS).shape == (2, 3, WIDTH)
+
+    def test_scale_and_padding(self):
+        q = _table()
+        layer = QuantizedEmbedding(q, padding_idx=1, scale=0.5)
+        assert torch.equal(layer(IDS), 0.5 * lq.dequantize(q)[IDS])
+        assert (layer.padding_idx, layer.num_embeddings, layer.embedding_dim) == (1, WORDS, WIDTH)
+        assert repr(layer).startswith("QuantizedEmbedding(\n  11, 8, padding_idx=1, scale=0.5\n")
+
+    @pytest.mark.parametrize(
+        ("ids", "error", "match"),
+        [
+            (torch.tensor([WORDS]), InvalidArgumentError, "from 0 to 10, got 11"),
+            (torch.tensor([-1]), InvalidArgumentError, "got -1"),
+            (torch.tensor([1.0]), UnsupportedArrayError, "ids must be int32 or int64"),
+            (torch.tensor([1], device="meta"), MixedArraysError, "one device"),
+        ],
+    )
+    def test_wrong_ids_are_refused(self, ids, error, match):
+        with pytest.raises(error, match=match):
+            QuantizedEmbedding(_table())(ids)
+
+    def test_wrong_tables_are_refused(self):
+        with pytest.raises(InvalidArgumentError, match="blocks along its rows"):
+            QuantizedEmbedding(_table(lq.BlockFormat.parse("nf4/8@0:float32")))
+        with pytest.raises(InvalidArgumentError, match="must be a matrix"):
+            QuantizedEmbedding(lq.quantize(torch.ones(4), NF4))
+        with pytest.raises(InvalidArgumentError, match="QuantizedArray"):
+            QuantizedEmbedding(torch.ones(4, 4))
+        with pytest.raises(InvalidArgumentError, match="weight must be a matrix"):
+            torch.ops.lqlora.embedding(IDS, *operands(lq.quantize(torch.ones(4), NF4)))
+
+    @pytest.mark.parametrize("text", ["nf3/8:u8/16:float16", "affine4/7:float16", "nf2+fit2/8@-1:float32"])
+    @pytest.mark.slow
+    def test_opcheck(self, text):
+        q = _table(lq.BlockFormat.parse(text))
+        torch.library.opcheck(torch.ops.lqlora.embedding.default, (IDS, *operands(q)), {"dtype": torch.bfloat16})
+
+    @pytest.mark.slow
+    def test_compiled_models(self):
+        torch._dynamo.reset()
+        model, _ = _quantized(_words())
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(IDS), model(IDS))
+
+    def test_the_weight_is_a_quantized_tensor(self):
+        layer = QuantizedEmbedding(_table())
+        weight = layer.weight
+        assert isinstance(weight, QuantizedTensor)
+        assert not weight.requires_grad
+        assert torch.equal(weight.dequantize()[IDS], layer(IDS))
+        assert torch.equal(weight[:2].dequantize(), layer(torch.tensor([0, 1])))
+
+
+class TestTransposedProduct:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    def test_a_large_table_is_decoded_in_steps(self, monkeypatch, dtype):
+        q = _table(rows=50, columns=24)
+        x = torch.randn(3, 2, 50).to(dtype)
+        expected = torch.ops.lqlora.matmul(x, *operands(q), adjoint=True)
+        monkeypatch.setattr(nn_operators, "_LARGE", 100)
+        monkeypatch.setattr(nn_operators, "_STEP", 170)  # 7 rows
+        monkeypatch.setattr(nn_operators, "dequantize", None)
+        found = torch.ops.lqlora.matmul(x, *operands(q), adjoint=True)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected)
+
+
+class TestConversion:
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_a_tied_head_uses_the_table(self, bias):
+        dense = _words(bias=bias)
+        model, report = _quantized(copy.deepcopy(dense))
+        assert isinstance(model.embed, QuantizedEmbedding)
+        assert isinstance(model.lm_head, QuantizedHead)
+        assert model.lm_head.quantized is model.embed.quantized
+        table = lq.dequantize(lq.quantize(dense.embed.weight.detach(), DOUBLE, fit="scale"))
+        assert torch.equal(model.embed(IDS), table[IDS])
+        x = torch.randn(2, WIDTH, requires_grad=True)
+        y = model.lm_head(x)
+        expected = nn.functional.linear(x, table, dense.lm_head.bias)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(own.square().sum(), x)[0] for own in (y, expected)))
+        assert report.tables["embed"].modules == ("embed", "lm_head")
+
+    def test_an_untied_head_stays_dense_unless_it_is_chosen(self):
+        model, report = _quantized(_words(tied=False))
+        assert type(model.lm_head) is nn.Linear
+        assert report.tables["embed"].modules == ("embed",)
+        model, _ = _quantized(_words(tied=False), include=["up", "lm_head"])
+        assert isinstance(model.lm_head, LQLinear)
+
+    def test_a_tied_head_that_is_chosen_gets_a_weight_of_its_own(self):
+        model, report = _quantized(_words(), include=["up", "lm_head"])
+        assert isinstance(model.lm_head, LQLinear)
+        assert isinstance(model.embed, QuantizedEmbedding)
+        assert report.tables["embed"].modules == ("embed",)
+
+    def test_only_factors_train_and_nothing_dense_is_left(self):
+        model, _ = _quantized(_words())
+        model(IDS).square().sum().backward()
+        trained = {name for name, own in model.named_parameters() if own.grad is not None}
+        assert trained == {"up.lora_A", "up.lora_B"}
+        assert not [own for own in (*model.parameters(), *model.buffers()) if own.shape == (WORDS, WIDTH)]
+
+    def test_embeddings_stay_dense_by_default(self):
+        model, report = _quantized(_words(), None)
+        assert type(model.embed) is nn.Embedding
+        assert report.tables == {}
+        assert report.table_bytes == 0
+
+    def test_the_report_counts_every_byte_once(self):
+        model, report = _quantized(_words())
+        state = {id(own): own for own in model.state_dict(keep_vars=True).values()}
+        assert report.total_bytes == sum(own.nbytes for own in state.values())
+        assert report.table_bytes == model.embed.quantized.array.nbytes
+        table = report.tables["embed"]
+        assert (table.shape, table.format, table.size) == ((WORDS, WIDTH), DOUBLE, WORDS * WIDTH)
+        dense = _words().embed.weight.detach()
+        error = torch.linalg.norm(model.embed.quantized.dequantize() - dense) / torch.linalg.norm(dense)
+        assert table.relative_error == pytest.approx(float(error))
+        assert "embeddings: nf3/8:u8/16:float16" in str(report)
+        assert "1 table " in str(report)
+        assert not any(part.layers for part in report.dense.values())
+
+    def test_a_table_of_zeros_has_no_error(self):
+        model = _words(tied=False)
+        nn.init.zeros_(model.embed.weight)
+        assert _quantized(model, NF4)[1].tables["embed"].relative_error == 0
+
+    def test_a_finished_table_is_logged(self, caplog):
+        with caplog.at_level(logging.INFO, "lqlora"):
+            _quantized(_words())
+        assert "embed: nf3/8:u8/16:float16, embedding, relative error" in caplog.text
+
+    def test_names_choose_embeddings(self):
+        model = nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Embedding(4, WIDTH))
+        _, report = _quantized(model, {"2": NF4})
+        assert list(report.tables) == ["2"]
+        assert type(model[0]) is nn.Embedding
+        assert _quantized(copy.deepcopy(_words()), {"embed": NF4})[1].tables["embed"].format == NF4
+
+    @pytest.mark.parametrize("make", [GemmaLike, _bart_like])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_embeddings_that_multiply_their_rows(self, make, dtype):
+        dense = _words(make, dtype=dtype)
+        model, _ = _quantized(copy.deepcopy(dense))
+        other = copy.deepcopy(dense)
+        other.embed.weight = nn.Parameter(model.embed.quantized.dequantize(dtype))
+        assert isinstance(model.embed, QuantizedEmbedding)
+        assert torch.equal(model.embed(IDS), other.embed(IDS))
+        assert torch.equal(model.bfloat16().embed(IDS), other.bfloat16().embed(IDS))
+        assert list(model.embed.state_dict()) == [f"quantized.{key}" for key in model.embed.quantized.state_dict()]
+        dequantize_model(model)
+        assert torch.equal(model.embed(IDS), other.embed(IDS))
+        assert model.lm_head.weight is model.embed.weight
+
+    def test_hooks_and_attributes_move(self):
+        model = _words()
+        model.embed.register_forward_hook(lambda _, __, y: 2 * y)
+        model.embed.mark = 5
+        _quantized(model)
+        assert torch.equal(model.embed(IDS), 2 * model.embed.quantized.dequantize()[IDS])
+        assert model.embed.mark == 5
+
+    def test_several_embeddings_share_a_table(self):
+        model = nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Embedding(WORDS, WIDTH))
+        model[2].weight = model[0].weight
+        _, report = _quantized(model)
+        assert model[2].quantized is model[0].quantized
+        assert report.tables["0"].modules == ("0", "2")
+        assert torch.equal(model[2](IDS), model[0](IDS))
+
+    def test_a_second_conversion_keeps_the_table(self):
+        model = nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+        _quantized(model, include="1")
+        report = quantize_model(model, NF4, rank=1)
+        assert isinstance(model[0], QuantizedEmbedding)
+        assert "layers that were quantized before" in report.dense
+
+    def test_a_model_without_dense_embeddings(self):
+        with pytest.raises(InvalidArgumentError, match="embeddings must be None"):
+            _quantized(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+
+
+def _max_norm():
+    return _words(lambda *shape: nn.Embedding(*shape, max_norm=1.0))
+
+
+def _own_forward():
+    model = _words()
+    plain = model.embed.forward
+    model.embed.forward = lambda ids: 2 * plain(ids)
+    return model
+
+
+def _held():
+    model = _words()
+    model.others = [model.embed]
+    return model
+
+
+def _read_elsewhere():
+    model = _words(tied=False)
+    model.table = model.embed.weight
+    return model
+
+
+def _half_integers():
+    model = _words(tied=False)
+    model.embed.weight = nn.Parameter(model.embed.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return model
+
+
+def _meta():
+    model = _words(tied=False)
+    model.embed.to("meta")
+    return model
+
+
+FAULTS = {
+    "max_norm": (_max_norm, "has max_norm"),
+    "another class": (lambda: _words(Shifted), "is of a class"),
+    "further method": (lambda: _words(Counting), "is of a class"),
+    "own forward": (_own_forward, "forward method of its own"),
+    "held": (_held, "is also held by attribute 'others'"),
+    "read elsewhere": (_read_elsewhere, "shares its weight with '.table'"),
+    "8 bits": (_half_integers, "not a plain matrix"),
+    "meta": (_meta, "on the meta device"),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("make", [own[0] for own in FAULTS.values()], ids=FAULTS)
+    def test_an_embedding_that_cannot_be_quantized(self, make, request):
+        match = FAULTS[request.node.callspec.id][1]
+        for embeddings in (NF4, {"embed": NF4}):
+            model = make()
+            with pytest.raises(InvalidArgumentError, match=match):
+                _quantized(model, embeddings)
+            assert type(model.up) is nn.Linear
+
+    def test_one_of_several_stays_dense_and_is_reported(self):
+        model = nn.Sequential(nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH), Shifted(WORDS + 2, WIDTH))
+        _, report = _quantized(model)
+        assert list(report.tables) == ["0"]
+        assert report.dense["embeddings of other classes"].size == (WORDS + 2) * WIDTH
+
+    @pytest.mark.parametrize("embeddings", [3, {}, "nf4", {"embed": "nf4/8"}, lq.BlockFormat.parse("nf4/8@0:float32")])
+    def test_options_of_another_kind(self, embeddings):
+        with pytest.raises(InvalidArgumentError, match="embeddings"):
+            _quantized(_words(), embeddings)
+
+    def test_a_name_that_matches_nothing(self):
+        with pytest.raises(InvalidArgumentError, match="embeddings"):
+            _quantized(_words(), {"nothing": NF4})
+
+    def test_values_that_are_not_finite(self):
+        model = _words()
+        with torch.no_grad():
+            model.embed.weight[3, 3] = torch.nan
+        with pytest.raises(NonFiniteError, match="weight of 'embed'"):
+            _quantized(model)
+        assert type(model.up) is nn.Linear
+
+    def test_another_weight(self):
+        model, _ = _quantized(_words())
+        for module in (model.embed, model.lm_head):
+            with pytest.raises(InvalidArgumentError, match="weight of a quantized embedding"):
+                module.weight = nn.Parameter(torch.randn(WORDS, WIDTH))
+            with pytest.raises(InvalidArgumentError, match="reset_parameters"):
+                module.reset_parameters()
+        model.lm_head.weight = model.embed.weight  # tied already
+
+
+class TestState:
+    def test_copies_keep_the_shared_table(self):
+        model, _ = _quantized(_words(bias=True))
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - of this test
+            assert again.lm_head.quantized is again.embed.quantized
+            assert again.embed.quantized is not model.embed.quantized
+            assert torch.equal(again(IDS), model(IDS))
+
+    def test_a_state_dict_has_the_table_once(self):
+        model, _ = _quantized(_words())
+        state = model.state_dict()
+        assert {name for name in state if name.startswith(("embed", "lm_head"))} == {
+            f"embed.quantized.{name}" for name in ("codes", "scales.codes", "scales.scales", "scales.offset")
+        }
+        other, _ = _quantized(Words("lm_head", tied=True))
+        assert not torch.equal(other(IDS), model(IDS))
+        other.load_state_dict(state)
+        assert torch.equal(other(IDS), model(IDS))
+
+    def test_casts_change_the_rows_and_not_the_table(self):
+        model, _ = _quantized(_words())
+        before = [own.clone() for own in model.embed.quantized.operands.tensors]
+        rows = model.embed(IDS)
+        model.bfloat16()
+        assert torch.equal(model.embed(IDS), rows.bfloat16())
+        assert all(map(torch.equal, before, model.lm_head.quantized.operands.tensors))
+        assert model(IDS).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.float()(IDS).dtype == torch.bfloat16
+
+
+class TestFiles:
+    @pytest.mark.parametrize("options", [{}, {"bias": True}, {"tied": False}], ids=str)
+    @pytest.mark.parametrize("make", [nn.Embedding, GemmaLike])
+    def test_a_loaded_model_has_the_same_bits(self, tmp_path, make, options):
+        model, _ = _quantized(_words(make, **options))
+        save_model(tmp_path / "m", model)
+        fresh = _words(make, **options)
+        content = load_model(tmp_path / "m", fresh)
+        assert torch.equal(fresh(IDS), model(IDS))
+        assert {name: own.tolist() for name, own in fresh.state_dict().items()} == {
+            name: own.tolist() for name, own in model.state_dict().items()
+        }
+        assert set(content.matrices) == {"embed", "up"}
+        assert {name for name, own in fresh.named_parameters() if own.requires_grad} == {"up.lora_A", "up.lora_B"}
+        save_model(tmp_path / "again", fresh)
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "m").read_bytes()
+
+    def test_a_tied_file_fits_a_model_without_ties(self, tmp_path):
+        model, _ = _quantized(_words())
+        save_model(tmp_path / "m", model)
+        fresh = _words(tied=False)
+        load_model(tmp_path / "m", fresh)
+        assert fresh.lm_head.quantized is fresh.embed.quantized
+        assert torch.equal(fresh(IDS), model(IDS))
+
+    @pytest.mark.parametrize(
+        ("make", "match"),
+        [
+            (lambda: _words(head="project"), "'project.weight' is not in the file"),
+            (lambda: _words(Shifted), "'embed' is of a class"),
+            (lambda: _words(lambda rows, columns: nn.Embedding(rows + 1, columns)), "'embed' is .12, 8. in the model"),
+            (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), "'0.weight' is not in the file"),
+        ],
+    )
+    def test_another_model_is_refused_and_unchanged(self, tmp_path, make, match):
+        model, _ = _quantized(_words())
+        save_model(tmp_path / "m", model)
+        fresh = make()
+        with pytest.raises(CheckpointError, match=match):
+            load_model(tmp_path / "m", fresh)
+        assert not any(isinstance(own, LQLinear | QuantizedEmbedding) for own in fresh.modules())
+
+
+class TestDenseAgain:
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_the_model_computes_the_same_and_is_tied(self, bias):
+        model, _ = _quantized(_words(bias=bias))
+        before = model(IDS)
+        dequantize_model(model)
+        assert type(model.embed) is nn.Embedding
+        assert type(model.lm_head) is nn.Linear
+        assert model.lm_head.weight is model.embed.weight
+        torch.testing.assert_close(model(IDS), before)
+        assert not any(own.requires_grad for own in model.parameters())
+
+    def test_another_dtype(self):
+        model, _ = _quantized(_words())
+        dequantize_model(model, torch.float16)
+        assert model.embed.weight.dtype == torch.float16
+
+    def test_requantization_keeps_the_table(self):
+        model, _ = _quantized(_words())
+        rows = model.embed(IDS)
+        requantize_model(model)
+        assert torch.equal(model.embed(IDS), rows)
+
+    def test_a_held_module_and_lost_values_are_refused(self):
+        model, _ = _quantized(_words(), NF4)
+        model.others = [model.embed]
+        with pytest.raises(InvalidArgumentError, match="'embed' is also held"):
+            dequantize_model(model)
+        del model.others
+        model.embed.quantized.scales.fill_(1e6)
+        with pytest.raises(NonFiniteError, match="'embed'"):
+            dequantize_model(model, torch.float16)
+        model.embed.to("meta")
+        with pytest.raises(InvalidArgumentError, match="'embed' must hold values"):
+            dequantize_model(model)
+        assert isinstance(model.embed.quantized, QuantizedWeight)

@@ -35,7 +35,7 @@ RECORDS = {
 }  # fmt: skip
 
 #: Called by torch, which checks their arguments itself.
-OF_TORCH = {"LQLinear.forward", "PEQALinear.forward"}
+OF_TORCH = {"LQLinear.forward", "PEQALinear.forward", "QuantizedEmbedding.forward", "QuantizedHead.forward"}
 
 _ARRAYS = re.compile(r"\bArray\b|NDArray|torch\.Tensor|npt\.ArrayLike")
 
@@ -218,6 +218,7 @@ CALLS = {
     **{
         name: ({"w": W, "gram": GRAM}, partial(getattr(lq.initializers, name), **_INITIALIZE)) for name in ("cloq", "qera")
     },
+    "QuantizedHead": ({"bias": W[:, 0].copy()}, lambda bias: lq.nn.QuantizedHead(lq.nn.QuantizedWeight(Q), bias).bias),
     "LQLinear": ({"lora_A": LORA_A, "lora_B": LORA_B, "bias": W[:, 0].copy()}, _layer),
     "PEQALinear": (
         {"bias": W[:, 0].copy()},
@@ -282,7 +283,7 @@ CALLS = {
 #: Functions that move entries, and take dtypes that lqlora does not compute with.
 MOVES = {
     "Codebook", "convert", "copy_across", "from_blocks", "pick", "put_flat", "save", "stored_bytes", "take_flat", "to_blocks", "LQLinear",
-    "LQLinear.from_decomposition", "PEQALinear", "PEQALinear.from_decomposition",
+    "LQLinear.from_decomposition", "PEQALinear", "PEQALinear.from_decomposition", "QuantizedHead",
 }  # fmt: skip
 
 #: Functions that describe an array without its entries.

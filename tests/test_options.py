@@ -41,11 +41,12 @@ LEFT_OUT = {
     "holds what lqlora puts into it": {
         "Availability", "BitsandbytesWeight", "Capability", "Checkpoint", "Configuration", "Decomposition", "DecompositionStack",
         "DensePart", "Factors", "Finding", "Grid", "Kind", "License", "LimitUse", "LowRankStep", "MeasuredNorm", "Operands", "ParetoPoint",
-        "Plan", "PlannedMatrix", "QuantizationReport", "QuantizedArray", "QuantizedLayer", "RawResult", "Reduced", "Report",
+        "Plan", "PlannedMatrix", "QuantizationReport", "QuantizedArray", "QuantizedLayer", "QuantizedTable", "RawResult", "Reduced", "Report",
         "RequantizedLayer", "Scales", "Selection", "Solution", "Split", "StoredMatrix", "StoredRow",
     },
     "is called by lqlora, with arguments that are checked": {
-        "CostStore.append", "Limit.in_bits", "LQLinear.forward", "PEQALinear.forward", "Reduced.assignment", "Reduced.chosen", "Reduced.vector",
+        "CostStore.append", "Limit.in_bits", "LQLinear.forward", "PEQALinear.forward", "QuantizedEmbedding.forward",
+        "QuantizedHead.forward", "Reduced.assignment", "Reduced.chosen", "Reduced.vector",
         "StoredRow.joined", "check_work", "reduce_problem", "select", "relative_gap",
         "Elementwise.low_rank", "Elementwise.measured", "Elementwise.squared_norm", "ScaledWeighting.low_rank", "ScaledWeighting.measured",
         "ScaledWeighting.squared_norm",
@@ -235,6 +236,8 @@ CALLS = {
     "QuantizedTensor": (nn.QuantizedTensor, {
         "weight": OPERANDS, "lora_A": torch.from_numpy(LORA_A), "lora_B": torch.from_numpy(LORA_B),
     }),
+    "QuantizedEmbedding": (nn.QuantizedEmbedding, {"quantized": Q, "padding_idx": 0, "scale": 2.0}),
+    "QuantizedHead": (nn.QuantizedHead, {"quantized": nn.QuantizedWeight(Q)}),
     "QuantizedWeight": (nn.QuantizedWeight, {"quantized": Q}),
     "QuantizedWeight.dequantize": (nn.QuantizedWeight(Q).dequantize, {}),
     "combine_scales": (nn.combine_scales, lambda: {"start": nn.scales(scaled()), "tasks": {"a": nn.scales(scaled())}, "weights": {"a": 1.0}}),
@@ -249,7 +252,10 @@ CALLS = {
     "load_adapter": (load_adapter, saved_adapter),
     "save_adapter": (save_adapter, lambda: {"folder": "adapter", "model": converted()}),
     "operands": (nn.operands, {"quantized": Q.to(torch)}),
-    "quantize_model": (nn.quantize_model, lambda: {"model": dense(), "formats": FORMAT, "rank": 1, "max_iter": 1}),
+    "quantize_model": (
+        nn.quantize_model,
+        lambda: {"model": torch.nn.Sequential(torch.nn.Embedding(4, 16), *dense()), "formats": FORMAT, "rank": 1, "max_iter": 1, "embeddings": FORMAT},
+    ),
     "requantize_model": (nn.requantize_model, lambda: {"model": converted(), "originals": {"0": W}}),
     "save_factors": (nn.save_factors, lambda: {"path": "new.safetensors", "model": converted()}),
     "save_model": (nn.save_model, lambda: {"path": "new.safetensors", "model": converted()}),

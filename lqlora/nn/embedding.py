@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from torch import nn
 
+from lqlora import ops
 from lqlora._annotations import annotated
+from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._options import require_number
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operators import is_autocast
@@ -19,7 +21,7 @@ from lqlora.quantized.array import require_quantized
 if TYPE_CHECKING:
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["QuantizedEmbedding", "QuantizedHead", "quantized_tables"]
+__all__ = ["QuantizedEmbedding", "QuantizedHead", "quantized_tables", "scaled"]
 
 
 class _TableModule(nn.Module):
@@ -75,8 +77,10 @@ class QuantizedEmbedding(_TableModule):
         The table. Blocks follow its rows. A :class:`QuantizedWeight` belongs to another module, which the table is shared with.
     padding_idx : int, optional
         Row for padding, kept for code that asks for it. The table is frozen, so it changes nothing.
-    scale : float or Tensor, default 1.0
-        Number that rows are multiplied by, as in the embeddings of Gemma. A tensor is rounded to the dtype of the rows first.
+    scale : float, default 1.0
+        Number that rows are multiplied by, as in the embeddings of Gemma and BART.
+    rounds_scale : bool, default False
+        Whether ``scale`` is rounded to the dtype of the rows before the product, as Gemma does.
 
     Attributes
     ----------
@@ -101,7 +105,9 @@ class QuantizedEmbedding(_TableModule):
         self,
         quantized: QuantizedArray | QuantizedWeight,
         padding_idx: int | None = None,
-        scale: float | torch.Tensor = 1.0,
+        scale: float = 1.0,
+        *,
+        rounds_scale: bool = False,
     ) -> None:
         super().__init__(quantized)
         if self.quantized.format.axis in (0, -2):
@@ -110,16 +116,8 @@ class QuantizedEmbedding(_TableModule):
             )
         self.num_embeddings, self.embedding_dim = self.quantized.shape
         self.padding_idx = padding_idx
-        if isinstance(scale, torch.Tensor):
-            self.register_buffer("scale", scale, persistent=False)
-        else:
-            require_number(scale, "scale", "finite", math.isfinite)
-            self.scale = scale
-
-    @property
-    def is_scaled(self) -> bool:
-        """True if rows are multiplied by a number."""
-        return isinstance(self.scale, torch.Tensor) or self.scale != 1
+        require_number(scale, "scale", "finite", math.isfinite)
+        self.scale, self.rounds_scale = float(scale), rounds_scale
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look rows up.
@@ -136,15 +134,36 @@ class QuantizedEmbedding(_TableModule):
         """
         table = self.quantized
         rows = cast("torch.Tensor", torch.ops.lqlora.embedding(ids, *table.operands, dtype=table.dtype))
-        if isinstance(self.scale, torch.Tensor):
-            return rows * self.scale.to(rows.dtype)
-        return rows * self.scale if self.is_scaled else rows
+        return scaled(rows, self.scale, rounds_scale=self.rounds_scale)
 
     def extra_repr(self) -> str:
         """Show the shape, and padding and scale if there are any."""
         text = f"{self.num_embeddings}, {self.embedding_dim}"
         text += "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
-        return f"{text}, scale={float(self.scale)}" if self.is_scaled else text
+        return text if self.scale == 1 else f"{text}, scale={self.scale}"
+
+
+def scaled(rows: torch.Tensor, scale: float, *, rounds_scale: bool) -> torch.Tensor:
+    """Return rows times a number.
+
+    Parameters
+    ----------
+    rows : Tensor
+        Rows that were looked up.
+    scale : float
+        The number.
+    rounds_scale : bool
+        Whether the number is rounded to the dtype of the rows first.
+
+    Returns
+    -------
+    Tensor
+        Products in the dtype of the rows.
+    """
+    if scale == 1:
+        return rows
+    # The arithmetic of 16-bit tensors takes a number in float32, and a tensor without axes in its own dtype.
+    return rows * (rows.new_full((), scale) if rounds_scale else scale)
 
 
 class QuantizedHead(_TableModule):
@@ -162,6 +181,8 @@ class QuantizedHead(_TableModule):
     def __init__(self, quantized: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__(quantized)
         self.out_features, self.in_features = self.quantized.shape
+        if bias is not None:
+            bias = ops.convert(plain_array(bias, "bias", STORABLE_FLOATS), torch)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from lqlora._patterns import values_by_name
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
+from lqlora.nn.embedding import scaled
 from lqlora.nn.holders import find_holders
 from lqlora.nn.linear_maps import offers_more
 from lqlora.nn.selection import DenseReason
@@ -111,7 +112,7 @@ def embedding_fault(maps: LinearMaps, name: str, embedding: nn.Embedding) -> Den
     return _CLASS if scale_of(embedding) is None else None
 
 
-def scale_of(embedding: nn.Module) -> float | torch.Tensor | None:
+def scale_of(embedding: nn.Embedding) -> tuple[float, bool] | None:
     """Return the number that an embedding multiplies its rows by, or None if it computes something else.
 
     Numbers among the buffers and attributes are tried out on some rows, in training and in evaluation.
@@ -123,33 +124,34 @@ def scale_of(embedding: nn.Module) -> float | torch.Tensor | None:
 
     Returns
     -------
-    float, Tensor of shape (), or None
-        A tensor is rounded to the dtype of the table before the product.
+    (float, bool) or None
+        The number, and whether it is rounded to the dtype of the rows before the product.
     """
     if type(embedding) is nn.Embedding:
-        return 1.0
+        return 1.0, False
     if offers_more(embedding, nn.Embedding):
         return None
-    given: list[Any] = [own.detach().clone() for own in embedding._buffers.values() if own is not None]  # noqa: SLF001 - of torch
-    given += [own for key, own in vars(embedding).items() if key not in _USUAL and type(own) in (int, float)]
+    given = [(float(own), True) for own in embedding._buffers.values() if own is not None]  # noqa: SLF001 - of torch
+    given += [(own, False) for key, own in vars(embedding).items() if key not in _USUAL and type(own) in (int, float)]
     mode = embedding.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return next((own for own in [*given, 1.0] if _is_lookup(embedding, own)), None)
+            return next((own for own in [*given, (1.0, False)] if _is_lookup(embedding, *own)), None)
     except Exception:  # noqa: BLE001 - code of others; whatever it raises, it does not take any input
         return None
     finally:
         embedding.training = mode
 
 
-def _is_lookup(embedding: nn.Module, scale: float | torch.Tensor) -> bool:
-    weight = cast("nn.Parameter", embedding.weight)
-    factor = scale.to(weight) if isinstance(scale, torch.Tensor) else scale
+def _is_lookup(embedding: nn.Embedding, scale: float, rounds_scale: bool) -> bool:  # noqa: FBT001 - of a pair
+    weight = embedding.weight
     last = len(weight) - 1
     for embedding.training in (True, False):
         for ids in (torch.tensor([[0, last]]), torch.tensor([last // 2, last // 3, last])):
             own = ids.to(weight.device)
-            if not torch.equal(type(embedding).forward(embedding, own), weight[own] * factor):
+            if not torch.equal(
+                type(embedding).forward(embedding, own), scaled(weight[own], scale, rounds_scale=rounds_scale)
+            ):
                 return False
     return True
 

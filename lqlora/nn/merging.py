@@ -17,7 +17,7 @@ from lqlora._printable import printable
 from lqlora._warnings import warn
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.nn.embedding import QuantizedHead, quantized_tables
+from lqlora.nn.embedding import QuantizedHead, quantized_tables, scaled
 from lqlora.nn.experts import join_dense
 from lqlora.nn.holders import find_holders
 from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
@@ -38,6 +38,9 @@ _CHUNK_ON_HOST, _CHUNK = 2**16, 2**24
 
 #: Attributes of a quantized layer that a dense one does not have.
 _OF_FACTORS = frozenset({"dropout", "scaling", "train_factors"})
+
+#: Attributes of a module with a quantized table that a dense one does not have.
+_OF_TABLES = frozenset({"quantized", "rounds_scale", "scale"})
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -200,16 +203,11 @@ def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
 class _ScaledEmbedding(nn.Embedding):
     """Embedding that multiplies its rows by a number."""
 
-    def __init__(self, *args: Any, scale: float | torch.Tensor, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        if isinstance(scale, torch.Tensor):
-            self.register_buffer("scale", scale, persistent=False)
-        else:
-            self.scale = scale
+    scale: float
+    rounds_scale: bool
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = super().forward(ids)
-        return rows * (self.scale.to(rows.dtype) if isinstance(self.scale, torch.Tensor) else self.scale)
+        return scaled(super().forward(ids), self.scale, rounds_scale=self.rounds_scale)
 
 
 def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module, nn.Module]:
@@ -234,11 +232,10 @@ def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module
             if isinstance(own, QuantizedHead):
                 new = nn.Linear(own.in_features, own.out_features, bias=False, device="meta")
                 new.register_parameter("bias", own.bias)
-            elif own.is_scaled:
-                new = _ScaledEmbedding(rows, columns, own.padding_idx, scale=own.scale, device="meta")
             else:
-                new = nn.Embedding(rows, columns, own.padding_idx, device="meta")
-            move_attributes(new, own, without={"quantized", "scale"})
+                kind = nn.Embedding if own.scale == 1 else _ScaledEmbedding
+                new = kind(rows, columns, own.padding_idx, device="meta")
+            move_attributes(new, own, without=_OF_TABLES if type(new) is not _ScaledEmbedding else {"quantized"})
             new.weight = weight
             found[own] = new
     return found

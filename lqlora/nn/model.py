@@ -251,8 +251,8 @@ def table_modules(table: EmbeddingTable, quantized: QuantizedArray) -> dict[nn.M
     found: dict[nn.Module, nn.Module] = {}
     given: Any = quantized
     for old in table.embeddings.values():
-        scale = scale_of(old)
-        new = QuantizedEmbedding(given, old.padding_idx, 1.0 if scale is None else scale)
+        scale, rounds_scale = scale_of(old) or (1.0, False)
+        new = QuantizedEmbedding(given, old.padding_idx, scale, rounds_scale=rounds_scale)
         given, found[old] = new.quantized, new
     given.dtype = table.weight.dtype
     given.to(table.weight.device)
@@ -260,9 +260,10 @@ def table_modules(table: EmbeddingTable, quantized: QuantizedArray) -> dict[nn.M
         found[layer] = head = QuantizedHead(given)
         if layer.bias is not None:
             # The same parameter, so that it stays shared with other modules.
-            head.bias = layer.bias.requires_grad_(requires_grad=False)
-    for old, own in found.items():
-        move_attributes(own, old)
+            head.bias = layer.bias
+            head.bias.requires_grad = False
+    for dense, own in found.items():
+        move_attributes(own, dense)
     return found
 
 

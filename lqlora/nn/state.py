@@ -245,7 +245,7 @@ def _check_fit(
     expected = {name: tuple(t.shape) for name, t in state.items() if name not in replaced}
     stored = {name: tuple(content.tensors[tied.get(name, name)].shape) for name in [*content.tensors, *tied]}
     expected |= {name: tuple(matrix_of(layer).shape) for name, layer in linears.items()}
-    expected |= {name: tuple(cast("torch.Tensor", own.weight).shape) for name, own in of_tables.items()}
+    expected |= {name: tuple(own.weight.shape) for name, own in of_tables.items()}
     stored |= {name: matrix.quantized.shape for name, matrix in content.matrices.items()}
     stored |= {name: content.matrices[table].quantized.shape for name, table in sharing.items()}
     faults = [f"{name!r} {maps.faults[name].sentence}" for name in linears if name in maps.faults]

@@ -378,7 +378,7 @@ class TestRefusals:
 class TestState:
     def test_copies_keep_the_shared_table(self):
         model, _ = _quantized(_words(bias=True))
-        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - of this test
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert again.lm_head.quantized is again.embed.quantized
             assert again.embed.quantized is not model.embed.quantized
             assert torch.equal(again(IDS), model(IDS))

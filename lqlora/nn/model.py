@@ -134,8 +134,8 @@ def quantize_model(
         Probability of dropout before the low-rank parts, in training only, see :class:`LQLinear`. It is not stored in files.
     embeddings : BlockFormat, or mapping of pattern to BlockFormat, optional
         Format of the embeddings of tokens, or formats of embeddings by name. They become :class:`QuantizedEmbedding`, without
-        factors. An output embedding that is tied to one uses the same table, unless ``include`` selects it. By default
-        embeddings stay dense.
+        factors and with the ``fit`` of the options. An output embedding that is tied to one uses the same table, unless
+        ``include`` selects it. By default embeddings stay dense.
     seed : int, default 0
         See :func:`lqlora.decompose`.
     executor, progress : Executor and callable, optional
@@ -181,7 +181,8 @@ def quantize_model(
     found: list[Any] = map_matrices(
         functools.partial(_decompose_one, options={**options, "seed": seed}), items, executor, progress, _report_one
     )
-    quantized = {name: _quantize_table(name, own, fmt) for name, (own, fmt) in tables.items()}
+    fit = options.get("fit", "absmax")
+    quantized = {name: _quantize_table(name, own, fmt, fit) for name, (own, fmt) in tables.items()}
     before = sum(tensor.nbytes for tensor in _first_tensors(maps.model).values())
     numbers: dict[str, QuantizedLayer] = {}
     replacements: dict[nn.Module, nn.Module] = {}
@@ -200,14 +201,15 @@ def quantize_model(
         return _report(maps, numbers, {name: own for name, (_, own) in quantized.items()}, before)
 
 
-def _quantize_table(name: str, table: EmbeddingTable, fmt: BlockFormat) -> tuple[QuantizedArray, QuantizedTable]:
-    """Quantize the table of an embedding as well as its format allows."""
+def _quantize_table(
+    name: str, table: EmbeddingTable, fmt: BlockFormat, fit: Fit
+) -> tuple[QuantizedArray, QuantizedTable]:
+    """Quantize the table of an embedding."""
     start = time.perf_counter()
-    fit: Fit = "scale" if fmt.levels == "codebook" else "levels+scale"
     dense = table.weight.detach()
     found = quantize(_fast_array(dense), fmt, fit=fit, name=f"weight of {name!r}")
     numbers = QuantizedTable(
-        fmt,
+        found.format,
         (dense.shape[0], dense.shape[1]),
         (*table.embeddings, *table.heads),
         _table_error(found.to(torch), dense),
@@ -216,7 +218,7 @@ def _quantize_table(name: str, table: EmbeddingTable, fmt: BlockFormat) -> tuple
         time.perf_counter() - start,
     )
     if _log.isEnabledFor(logging.INFO):
-        values = fmt, numbers.relative_error, numbers.seconds
+        values = found.format, numbers.relative_error, numbers.seconds
         _log.info("%s: %s, embedding, relative error %.4f, %.2f s", printable(name), *values)
     return found, numbers
 

@@ -176,7 +176,7 @@ class TestConversion:
         assert isinstance(model.embed, QuantizedEmbedding)
         assert isinstance(model.lm_head, QuantizedHead)
         assert model.lm_head.quantized is model.embed.quantized
-        table = lq.dequantize(lq.quantize(dense.embed.weight.detach(), DOUBLE, fit="scale"))
+        table = lq.dequantize(lq.quantize(dense.embed.weight.detach(), DOUBLE))
         assert torch.equal(model.embed(IDS), table[IDS])
         x = torch.randn(2, WIDTH, requires_grad=True)
         y = model.lm_head(x)
@@ -256,6 +256,13 @@ class TestConversion:
         dequantize_model(model)
         assert torch.equal(model.embed(IDS), other.embed(IDS))
         assert model.lm_head.weight is model.embed.weight
+
+    def test_the_fit_is_that_of_the_layers(self):
+        dense = _words().embed.weight.detach()
+        model, report = _quantized(_words(), fit="levels+scale")
+        expected = lq.quantize(dense, DOUBLE, fit="levels+scale")
+        assert torch.equal(model.embed(IDS), lq.dequantize(expected)[IDS])
+        assert report.tables["embed"].format == expected.format
 
     def test_hooks_and_attributes_move(self):
         model = _words()
@@ -368,7 +375,7 @@ class TestRefusals:
     def test_another_weight(self):
         model, _ = _quantized(_words())
         for module in (model.embed, model.lm_head):
-            with pytest.raises(InvalidArgumentError, match="weight of a quantized embedding"):
+            with pytest.raises(InvalidArgumentError, match="weight of a quantized"):
                 module.weight = nn.Parameter(torch.randn(WORDS, WIDTH))
             with pytest.raises(InvalidArgumentError, match="reset_parameters"):
                 module.reset_parameters()

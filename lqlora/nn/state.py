@@ -224,6 +224,15 @@ def _ties(path: str | os.PathLike[str], content: Checkpoint) -> dict[str, str]:
     return tied
 
 
+def _table_fault(matrix: StoredMatrix) -> str | None:
+    """Return why a matrix of a file cannot be the table of an embedding, or None."""
+    if matrix.lora_A.shape[0]:
+        return "has low-rank factors in the file, and is an embedding in the model"
+    if matrix.quantized.format.axis in (0, -2):
+        return "has blocks along its columns in the file, and is an embedding in the model"
+    return None
+
+
 def _check_fit(
     path: str | os.PathLike[str],
     state: Mapping[str, torch.Tensor],
@@ -250,6 +259,12 @@ def _check_fit(
     stored |= {name: content.matrices[table].quantized.shape for name, table in sharing.items()}
     faults = [f"{name!r} {maps.faults[name].sentence}" for name in linears if name in maps.faults]
     faults += [f"{name!r} {own.fault.sentence}" for name, own in tables.items() if own.fault]
+    faults += [f"{name!r} {fault}" for name in tables if (fault := _table_fault(content.matrices[name]))]
+    faults += [
+        f"{name!r} uses the table of {origin!r} in the file, and no such module is in the model"
+        for name, origin in sharing.items()
+        if name not in of_tables
+    ]
     faults += [f"{name!r} is not in the file" for name in expected if name not in stored]
     faults += [f"{name!r} is not in the model, or not of that kind" for name in stored if name not in expected]
     faults += [

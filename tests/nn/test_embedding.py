@@ -441,10 +441,10 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("make", "match"),
         [
-            (lambda: _words(head="project"), "'project.weight' is not in the file"),
+            (lambda: _words(head="project"), "'lm_head' uses the table of 'embed'"),
             (lambda: _words(Shifted), "'embed' is of a class"),
             (lambda: _words(lambda rows, columns: nn.Embedding(rows + 1, columns)), "'embed' is .12, 8. in the model"),
-            (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), "'0.weight' is not in the file"),
+            (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), "'lm_head' uses the table of 'embed'"),
         ],
     )
     def test_another_model_is_refused_and_unchanged(self, tmp_path, make, match):
@@ -454,6 +454,31 @@ class TestFiles:
         with pytest.raises(CheckpointError, match=match):
             load_model(tmp_path / "m", fresh)
         assert not any(isinstance(own, LQLinear | QuantizedEmbedding) for own in fresh.modules())
+
+    @pytest.mark.parametrize(
+        ("matrix", "tied", "match"),
+        [
+            (lq.decompose(torch.ones(WORDS, WIDTH), NF4, 1), {}, "'embed' has low-rank factors"),
+            (lq.BlockFormat.parse("nf4/8@0:float32"), {}, "'embed' has blocks along its columns"),
+            (NF4, {"up.bias": "embed"}, "'up.bias' uses the table of 'embed'"),
+            (NF4, {"lm_head.weight": "up"}, "'lm_head.weight' uses the table of 'up'"),
+        ],
+        ids=["factors", "columns", "a bias", "another matrix"],
+    )
+    def test_files_of_another_kind_are_refused(self, tmp_path, matrix, tied, match):
+        model, _ = _quantized(_words(tied=False))
+        save_model(tmp_path / "m", model)
+        content = lq.load(tmp_path / "m")
+        if isinstance(matrix, lq.BlockFormat):
+            table = lq.quantize(torch.ones(WORDS, WIDTH), matrix)
+            matrix = lq.checkpoint.StoredMatrix(table, torch.empty(0, WIDTH), torch.empty(WORDS, 0))
+        tensors = {name: own for name, own in content.tensors.items() if name not in tied}
+        lq.save(tmp_path / "m", {**content.matrices, "embed": matrix}, tensors, {"tied": tied})
+        fresh = _words(tied=False)
+        with pytest.raises(CheckpointError, match=match):
+            load_model(tmp_path / "m", fresh)
+        assert type(fresh.embed) is nn.Embedding
+        assert fresh.up.weight.requires_grad
 
 
 class TestDenseAgain:

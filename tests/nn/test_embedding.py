@@ -446,6 +446,7 @@ class TestFiles:
             (lambda: _words(lambda rows, columns: nn.Embedding(rows + 1, columns)), "'embed' is .12, 8. in the model"),
             (lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)), "'lm_head' uses the table of 'embed'"),
         ],
+        ids=["another head", "another class", "another shape", "no embedding"],
     )
     def test_another_model_is_refused_and_unchanged(self, tmp_path, make, match):
         model, _ = _quantized(_words())

@@ -383,6 +383,22 @@ def _bmm(left: Any, right: Any) -> Any:
 # Selections.
 
 
+def _embedding(
+    ids: Any,
+    weight: Any,
+    *,
+    padding_idx: Any = None,  # noqa: ARG001 - changes the gradient of the weight, which is frozen; the next ones too
+    max_norm: Any = None,
+    norm_type: Any = None,  # noqa: ARG001
+    scale_grad_by_freq: Any = None,  # noqa: ARG001
+    sparse: Any = None,  # noqa: ARG001
+) -> Any:
+    """Return rows of a matrix without factors."""
+    if not _is_matrix(weight) or weight.is_transposed or weight.factors is not None or max_norm is not None:
+        return NotImplemented
+    return torch.ops.lqlora.embedding(ids, *weight.operands, dtype=weight.dtype)
+
+
 def _matrix_of_stack(tensor: QuantizedTensor, index: int) -> QuantizedTensor:
     weight = operands(tensor.array[index])
     return _rebuilt(tensor, weight, None if tensor.factors is None else [own[index] for own in tensor.factors])
@@ -497,6 +513,7 @@ def _switched(tensor: Any, requires_grad: bool = True) -> Any:  # noqa: FBT001, 
 #: What runs above autograd.
 _ABOVE: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
+    functional.embedding: _embedding,
     torch.Tensor.__getitem__: _getitem,
     **dict.fromkeys([torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__], _matmul),
     torch.Tensor.__rmatmul__: lambda right, left: _matmul(left, right),

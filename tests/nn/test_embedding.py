@@ -154,7 +154,7 @@ class TestLookups:
         assert torch.equal(nn.functional.embedding(IDS, weight), layer(IDS))
         assert torch.equal(nn.functional.embedding(IDS, weight, 3), layer(IDS))
         for wrong in (layer.weight.T, LQLinear(_table(), torch.ones(1, WIDTH), torch.ones(WORDS, 1)).weight):
-            with pytest.raises(InvalidArgumentError, match="must not be called with a QuantizedTensor"):
+            with pytest.raises(InvalidArgumentError, match="QuantizedTensor"):
                 nn.functional.embedding(IDS, wrong)
         assert torch.equal(weight[:2].dequantize(), layer(torch.tensor([0, 1])))
 

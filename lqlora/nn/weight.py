@@ -92,7 +92,16 @@ class QuantizedWeight(nn.Module):
     @property
     def operands(self) -> Operands:
         """Arguments of ``torch.ops.lqlora.matmul`` and ``.dequantize`` that share the buffers."""
-        return Operands(self._tensors(), *self._spelling)
+        return Operands(self._current(), *self._spelling)
+
+    def forward(self) -> list[torch.Tensor]:
+        """Return the buffers in the order of :meth:`lqlora.QuantizedArray.to_arrays`, for programs that hook into this."""
+        return self._tensors()
+
+    def _current(self) -> list[torch.Tensor]:
+        """Return the buffers; those of a module whose ``forward`` was replaced may be there only while it runs."""
+        # accelerate loads the tensors of a module in a forward method of its own, and leaves meta tensors behind.
+        return self() if "forward" in self.__dict__ else self._tensors()
 
     def _tensors(self) -> list[torch.Tensor]:
         """Return the buffers in the order of :meth:`lqlora.QuantizedArray.to_arrays`."""
@@ -103,7 +112,7 @@ class QuantizedWeight(nn.Module):
             if array is None:
                 array = getattr(self, name)
             if isinstance(array, QuantizedWeight):
-                found += array._tensors()  # noqa: SLF001 - of this class
+                found += array._current()  # noqa: SLF001 - of this class
             else:
                 found.append(array)
         return found

@@ -68,7 +68,7 @@ class ScaledWeight(QuantizedWeight):
     @property
     def scaled_operands(self) -> tuple[Any, ...]:
         """Arguments of ``torch.ops.lqlora.scaled_matmul`` behind the input: scales, frozen tensors, and their description."""
-        codes, scales, *others = self._tensors()
+        codes, scales, *others = self._current()
         return scales, [codes, *others], *self._spelling
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads and writes
+import ml_dtypes  # teaches NumPy the bfloat16 that safetensors reads and writes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -18,10 +19,20 @@ from lqlora.errors import CheckpointError
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
+    from pathlib import Path
 
     from lqlora._documents import Reader
 
 __all__ = ["digest", "read_container", "read_document", "write_container"]
+
+#: Dtypes of NumPy by their names in safetensors files.
+_DTYPES = {
+    "BOOL": np.bool_,
+    **{f"{kind[0].upper()}{bits}": np.dtype(f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    "BF16": ml_dtypes.bfloat16,
+    "C64": np.complex64,
+}
 
 
 def digest(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> str:
@@ -75,7 +86,9 @@ def write_container(path: str | os.PathLike[str], arrays: dict[str, Any], key: s
         save_file(arrays, beside, metadata={key: header})
 
 
-def read_container(path: str | os.PathLike[str], key: str, writer: str) -> tuple[dict[str, Any], str]:
+def read_container(
+    path: str | os.PathLike[str], key: str, writer: str, *, mapped: bool = False
+) -> tuple[dict[str, Any], str]:
     """Return the tensors of a file, and the text of its document, which is not checked.
 
     Parameters
@@ -86,6 +99,8 @@ def read_container(path: str | os.PathLike[str], key: str, writer: str) -> tuple
         Key of the document in the metadata of the file.
     writer : str
         Function that writes such files, for the error if there is no document.
+    mapped : bool, default False
+        Map the file into memory instead of reading it. What is written to such arrays is not written to the file.
 
     Returns
     -------
@@ -101,7 +116,9 @@ def read_container(path: str | os.PathLike[str], key: str, writer: str) -> tuple
     try:
         with safe_open(own, framework="numpy") as file:
             text = (file.metadata() or {}).get(key)
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            arrays = {} if mapped else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        if mapped:
+            arrays = _mapped(own)
     # safetensors raises AttributeError and TypeError for a dtype that NumPy does not have, and NumPy ValueError for more
     # than 64 dimensions.
     except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
@@ -112,6 +129,23 @@ def read_container(path: str | os.PathLike[str], key: str, writer: str) -> tuple
             shortened(f"{path} is a safetensors file that {writer} did not write: it has no {key!r} metadata.")
         )
     return arrays, text
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """Return the tensors of a file that safetensors has checked, as views of its pages."""
+    with path.open("rb") as file:
+        # Copy on write: arrays that nobody may write to would not become tensors of torch.
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(pages[:8], "little")
+    arrays: dict[str, Any] = {}
+    for name, own in json.loads(pages[8:start]).items():
+        if name != "__metadata__":
+            if own["dtype"] not in _DTYPES:
+                raise TypeError(f"NumPy has no dtype {own['dtype']}")
+            begin, end = own["data_offsets"]
+            flat = np.frombuffer(pages, np.uint8, end - begin, start + begin) if end > begin else np.empty(0, np.uint8)
+            arrays[name] = flat.view(_DTYPES[own["dtype"]]).reshape(own["shape"])
+    return arrays
 
 
 def read_document(

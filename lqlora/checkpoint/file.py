@@ -263,7 +263,7 @@ def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 @annotated
 @collection_paused()
-def load(path: str | os.PathLike[str]) -> Checkpoint:
+def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
     """Read a checkpoint, and check every length, dtype and code before anything is decoded.
 
     The fingerprint is not compared: :func:`verify` does that.
@@ -272,6 +272,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     ----------
     path : path-like
         File written by :func:`save`.
+    mapped : bool, default False
+        Map the file into memory instead of reading it. Then the operating system reads pages when they are used, and drops
+        them when memory is short. Do not change the file while arrays of it are in use; writers of this library replace it.
 
     Returns
     -------
@@ -283,7 +286,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     CheckpointError
         If the file is missing, truncated, not a checkpoint of this library, or contradicts itself.
     """
-    arrays, content, _ = _read(path)
+    arrays, content, _ = _read(path, mapped=mapped)
     return _assemble(path, arrays, content)
 
 
@@ -300,11 +303,11 @@ def _reader(path: str | os.PathLike[str]) -> Reader:
     return Reader(f"{path} is damaged or inconsistent", CheckpointError)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Content, dict[str, Any]]:
+def _read(path: str | os.PathLike[str], *, mapped: bool = False) -> tuple[dict[str, Any], Content, dict[str, Any]]:
     """Return the tensors of a file, its JSON document, and the same as plain values, from which the hash is computed."""
     from lqlora.checkpoint._schema import Content, Version  # noqa: PLC0415 - imports msgspec
 
-    arrays, text = read_container(path, _KEY, "lqlora.save")
+    arrays, text = read_container(path, _KEY, "lqlora.save", mapped=mapped)
     reader = _reader(path)
     plain = reader.parse(text)
     if (spec := reader.convert(plain, Version).spec) != _SPEC:

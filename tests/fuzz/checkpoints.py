@@ -235,7 +235,11 @@ class Checkpoints:
         path = folder / f"model{self._count % 2}.safetensors"
         path.unlink(missing_ok=True)
         path.write_bytes(data)
-        readers: dict[str, Callable[[], Any]] = {"load": lambda: lq.load(path), "verify": lambda: lq.verify(path)}
+        readers: dict[str, Callable[[], Any]] = {
+            "load": lambda: lq.load(path),
+            "load mapped": lambda: lq.load(path, mapped=True),
+            "verify": lambda: lq.verify(path),
+        }
         if '"tied' in original.document:
             readers["load_model"] = lambda: lq.nn.load_model(path, _model())
         judge = functools.partial(_judge, folder, data, original, hashed, self._count % 10 == 0)

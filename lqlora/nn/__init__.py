@@ -18,6 +18,7 @@ from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead  # noqa: E402 
 from lqlora.nn.linear import LQLinear  # noqa: E402
 from lqlora.nn.merging import RequantizedLayer, dequantize_model, merged_weight, requantize_model  # noqa: E402
 from lqlora.nn.model import quantize_model, weight_arrays  # noqa: E402 - after the check
+from lqlora.nn.offload import offload_model, onload_model  # noqa: E402
 from lqlora.nn.operator_arguments import Operands, from_operands, operands  # noqa: E402
 from lqlora.nn.peqa.conversion import freeze_scales, peqa_model, train_scales  # noqa: E402
 from lqlora.nn.peqa.linear import PEQALinear  # noqa: E402
@@ -67,6 +68,8 @@ __all__ = [
     "load_model",
     "load_scales",
     "merged_weight",
+    "offload_model",
+    "onload_model",
     "operands",
     "peqa_model",
     "quantize_model",

@@ -11,6 +11,7 @@ from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._documents import Reader, Text, key_step
 from lqlora._messages import shortened, shown
+from lqlora._patterns import select
 from lqlora._printable import printable
 from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
@@ -26,6 +27,7 @@ from lqlora.nn.model import (
     replace_modules,
     table_modules,
 )
+from lqlora.nn.offload import Prefetcher, offload_weight
 from lqlora.nn.selection import LinearMaps, unwrapped
 from lqlora.nn.sharding import is_sharded, whole, write_once
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lqlora.quantized import QuantizedArray
+
+    from lqlora._patterns import Patterns
 
 __all__ = ["load_model", "save_model"]
 
@@ -119,7 +123,7 @@ def _require_storable(state: Mapping[str, Any]) -> None:
 @annotated
 @torch.inference_mode(mode=False)  # the new layers train
 @collection_paused()
-def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
+def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patterns | None = None) -> Checkpoint:
     """Load a file of :func:`save_model` into a model of the same architecture, in place.
 
     Linear layers that are matrices of the file are replaced by :class:`LQLinear`, and embeddings by
@@ -132,6 +136,9 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
         File to read.
     model : torch.nn.Module
         A model with plain linear layers, of any values. It is changed only after the file was checked against it.
+    offload : patterns, optional
+        Matrices of the file, by name or pattern as in :func:`select_linears`, whose codes and scales stay in the file, mapped
+        into memory as :func:`offload_model` does. ``"*"`` means all. Tables of embeddings are loaded all the same.
 
     Returns
     -------
@@ -143,9 +150,10 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
     CheckpointError
         If the file is damaged, or does not fit the model: a layer or tensor is missing, left over or of another shape.
     """
-    content = load(path)
+    content = load(path, mapped=offload is not None)
     if not content.matrices:
         raise CheckpointError(shortened(f"{path} holds no quantized matrix, so save_model did not write it."))
+    names = [] if offload is None else select(list(content.matrices), offload, what="matrix", where=f" of {path}")
     maps = LinearMaps(model)
     model = maps.model
     linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
@@ -167,11 +175,14 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> Checkpoint:
         with torch.inference_mode(mode=state[name].is_inference()), torch.no_grad():
             state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
     replacements: dict[nn.Module, nn.Module] = {}
+    offloaded, prefetcher = frozenset(names), Prefetcher()
     for name, matrix in content.matrices.items():
         if name in tables:
             replacements |= table_modules(tables[name], matrix.quantized)
-        else:
-            replacements[linears[name]] = quantized_layer(matrix, linears[name])
+            continue
+        replacements[linears[name]] = new = quantized_layer(matrix, linears[name])
+        if name in offloaded:
+            offload_weight(new.quantized, matrix.quantized.to_arrays(), prefetcher)
     maps.split_stacks(replacements)
     replace_modules(model, replacements)
     return content

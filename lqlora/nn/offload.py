@@ -1,0 +1,444 @@
+"""Offloading: codes and scales of chosen layers in mapped files or pinned host memory, fetched for each product.
+
+A buffer of an offloaded weight is an ordinary tensor in host memory, so that states, copies and files are made of it as ever.
+Operators get an :class:`OffloadedTensor` in its place, which is on the device of the layer and has no memory there. Autograd saves
+this tensor. So the backward pass fetches the weight again, and between the passes nothing of it is on the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import mmap
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from lqlora import ops
+from lqlora._annotations import annotated
+from lqlora._messages import shortened
+from lqlora._patterns import list_names, select
+from lqlora._printable import printable
+from lqlora.checkpoint import StoredMatrix, load, save
+from lqlora.errors import InvalidArgumentError
+from lqlora.nn.model import quantized_layers
+from lqlora.nn.peqa.linear import ScaledWeight
+from lqlora.nn.selection import unwrapped
+from lqlora.nn.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+
+    from lqlora._patterns import Patterns
+    from lqlora.nn.linear import LQLinear
+    from lqlora.quantized import QuantizedArray
+
+__all__ = ["OffloadedTensor", "OffloadedWeight", "Prefetcher", "offload_model", "offload_weight", "onload_model"]
+
+#: Bytes that one call asks the kernel to read ahead. Linux cuts a request at the read-ahead size of the disk, which is 128 KiB or more.
+_READ_AHEAD = 1 << 17
+
+#: Pairs of weights whose successor is remembered. Models of many experts have a new order in each pass.
+_PAIRS = 1 << 14
+
+
+class OffloadedTensor(torch.Tensor):
+    """Tensor of an offloaded weight: it shows a device, and operators get a copy that is fetched to this device.
+
+    Parameters
+    ----------
+    fetch : Fetch
+        Access to all tensors of the weight.
+    position : int
+        Which of them this one is.
+    """
+
+    fetch: Fetch
+    position: int
+
+    @staticmethod
+    def __new__(cls, fetch: Fetch, position: int) -> OffloadedTensor:  # noqa: PYI034 - torch makes the instance
+        """Return the tensor, which has no memory."""
+        host = fetch.hosts[position]
+        found: OffloadedTensor = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - what torch documents for subclasses
+            cls, host.shape, dtype=host.dtype, device=fetch.place
+        )
+        found.fetch, found.position = fetch, position
+        return found
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 - documented for subclasses
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # torch types no argument
+        """Show shape, dtype and device."""
+        return f"OffloadedTensor({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # torch types it as a function
+        cls, func: Any, _: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation on fetched tensors. All tensors of a weight are fetched at once."""
+        if func._schema.is_mutable and isinstance(args[0], OffloadedTensor):  # noqa: SLF001 - has no public name
+            raise InvalidArgumentError(f"{func} must not change an offloaded tensor. Call onload_model first.")
+        fetched: dict[int, list[torch.Tensor]] = {}
+
+        def here(value: Any) -> Any:
+            if isinstance(value, OffloadedTensor):
+                key = id(value.fetch)
+                if key not in fetched:
+                    fetched[key] = value.fetch.prefetcher.fetch(value.fetch)
+                return fetched[key][value.position]
+            return [here(own) for own in value] if isinstance(value, list | tuple) else value
+
+        return func(*map(here, args), **{name: here(own) for name, own in (kwargs or {}).items()})
+
+
+class Fetch(NamedTuple):
+    """Access to the tensors of an offloaded weight as they are now.
+
+    Parameters
+    ----------
+    hosts : list of Tensor
+        Tensors in host memory.
+    place : torch.device
+        Device of the products.
+    weight : weak reference to OffloadedWeight
+        The weight, for the next prefetch of it.
+    prefetcher : Prefetcher
+        Shared by the layers that were offloaded together.
+    """
+
+    hosts: list[torch.Tensor]
+    place: torch.device
+    weight: weakref.ref[OffloadedWeight]
+    prefetcher: Prefetcher
+
+
+class _Copy(NamedTuple):
+    """Copy of a weight that is on its way to a device."""
+
+    hosts: list[torch.Tensor]
+    tensors: list[torch.Tensor]
+    arrival: torch.cuda.Event
+
+
+class Prefetcher:
+    """Fetches weights, and starts to fetch the one that followed the last time.
+
+    A weight follows the two before it, because the order is reversed in the backward pass: ``a, b, c`` are followed by ``c, b, a``,
+    and what follows ``b`` depends on the weight before it. Wrong guesses cost time and nothing else, so threads need no lock.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, int] = (0, 0)
+        self._next: dict[tuple[int, int], weakref.ref[OffloadedWeight]] = {}
+        self._on_its_way: dict[int, _Copy] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __reduce__(self) -> tuple[type[Prefetcher], tuple[()]]:
+        """Return a new one for copies of the model, which learns the order of their weights."""
+        return Prefetcher, ()
+
+    def fetch(self, wanted: Fetch) -> list[torch.Tensor]:
+        """Return the tensors of a weight on its device.
+
+        Parameters
+        ----------
+        wanted : Fetch
+            The weight.
+
+        Returns
+        -------
+        list of Tensor
+            Tensors that the current stream may read. On a CPU they are those in host memory.
+        """
+        found = self._arrived(wanted)
+        if len(self._next) >= _PAIRS:
+            self._next.clear()
+        key = id(wanted.weight)  # weak references to one object are one object
+        self._next[self._last] = wanted.weight
+        self._last = last = self._last[1], key
+        following = self._next.get(last)
+        if following is not None and following is not wanted.weight and (weight := following()) is not None:
+            self._start(weight.fetch_now())
+        return found
+
+    def forget(self) -> None:
+        """Drop what was prefetched, before host memory is changed."""
+        for copy in self._on_its_way.values():
+            copy.arrival.synchronize()
+        self._on_its_way = {}
+
+    def _arrived(self, wanted: Fetch) -> list[torch.Tensor]:
+        copy = self._on_its_way.pop(id(wanted.weight), None)
+        if copy is None or any(map(_is_other, copy.hosts, wanted.hosts)) or copy.tensors[0].device != wanted.place:
+            return [host.to(wanted.place, non_blocking=True) for host in wanted.hosts]
+        stream = torch.cuda.current_stream(wanted.place)
+        stream.wait_event(copy.arrival)
+        for tensor in copy.tensors:
+            # It was allocated in the side stream: its memory must not be used again before this stream has read it.
+            tensor.record_stream(stream)
+        return copy.tensors
+
+    def _start(self, wanted: Fetch) -> None:
+        # A copy from memory that is not pinned would make the host wait, so the pages of a file are only read ahead.
+        if wanted.place.type == "cuda" and all(host.is_pinned() for host in wanted.hosts):
+            if wanted.place not in self._streams:
+                self._streams[wanted.place] = torch.cuda.Stream(wanted.place)
+            with torch.cuda.stream(self._streams[wanted.place]):
+                tensors = [host.to(wanted.place, non_blocking=True) for host in wanted.hosts]
+                arrival = self._streams[wanted.place].record_event()
+            # One weight at a time is on its way: a wrong guess is dropped here.
+            self._on_its_way = {id(wanted.weight): _Copy(wanted.hosts, tensors, arrival)}
+        else:
+            for host in wanted.hosts:
+                _read_ahead(host)
+
+
+def _is_other(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first is not second
+
+
+class OffloadedWeight(QuantizedWeight):
+    """Quantized array whose buffers stay in host memory, and are fetched for each product.
+
+    :func:`offload_model` makes one of a :class:`QuantizedWeight` by a change of its class, as ``fully_shard`` of torch does.
+
+    Attributes
+    ----------
+    place : torch.device
+        Device of the products.
+    prefetcher : Prefetcher
+        Shared by the layers that were offloaded together.
+    """
+
+    place: torch.device
+    prefetcher: Prefetcher
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the products."""
+        return self.place
+
+    def fetch_now(self) -> Fetch:
+        """Return access to the buffers as they are now."""
+        hosts = [own for own in super()._tensors() if not isinstance(own, nn.Parameter)]
+        return Fetch(hosts, self.place, weakref.ref(self), self.prefetcher)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        stored = super()._tensors()
+        if torch.compiler.is_compiling():
+            # A graph has the copy as a node, and its compiler decides what is kept for the backward pass.
+            return [own.to(self.place) for own in stored]
+        fetch = self.fetch_now()
+        offloaded = iter([OffloadedTensor(fetch, position) for position in range(len(fetch.hosts))])
+        return [own if isinstance(own, nn.Parameter) else next(offloaded) for own in stored]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> OffloadedWeight:  # noqa: FBT001, FBT002 - torch's signature
+        buffers = {id(own) for own in self.buffers()}
+        self.prefetcher.forget()
+        self.place = fn(torch.empty(0, dtype=self.dtype, device=self.place)).device
+        super()._apply(lambda tensor: tensor if id(tensor) in buffers else fn(tensor), recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
+        # A page that is written to is a page in memory. Codes that are equal already are not written again.
+        same = {}
+        for name, own in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if own is not None and given is not None and _is_same(own, given):
+                same[prefix + name] = own
+        self.prefetcher.forget()
+        if self.place.type == "cuda":
+            torch.cuda.synchronize(self.place)  # copies of earlier products may still read the host memory
+        super()._load_from_state_dict({**state_dict, **same}, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        """Show shape, format, and that the array is offloaded."""
+        return f"{super().extra_repr()}, offloaded"
+
+
+class OffloadedScaledWeight(OffloadedWeight, ScaledWeight):
+    """The same for an array whose scales train: they stay on the device."""
+
+    @property
+    def array(self) -> QuantizedArray:
+        """Quantized array in host memory, which shares the codes."""
+        own = super().array
+        return dataclasses.replace(own, scales=cast("torch.Tensor", own.scales).to(self.codes.device))
+
+
+@annotated
+@torch.inference_mode(mode=False)  # the buffers stay in use outside of it
+def offload_model(
+    model: nn.Module, path: str | os.PathLike[str] | None = None, include: Patterns = "*", exclude: Patterns = ()
+) -> list[str]:
+    """Keep codes and scales of quantized layers in a file or in pinned host memory, and fetch them for each product, in place.
+
+    Results and gradients stay the same, bit for bit. Factors, biases, and scales that train stay on the device. The weight that is
+    used next is prefetched; the order is learned in the first pass, backward passes included. :func:`onload_model` is the inverse.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model with quantized layers.
+    path : path-like, optional
+        Checkpoint to map into memory. If there is none, it is written, with the codes and scales alone. A file that exists must hold
+        the same codes and scales, such as one of :func:`save_model` of this model. The operating system reads its pages when they are
+        used, and drops them when memory is short. Without a path the layers must be on a CUDA device, and their codes and
+        scales move to pinned host memory.
+    include, exclude : patterns
+        Quantized layers, by name or pattern as in :func:`select_linears`. By default all.
+
+    Returns
+    -------
+    list of str
+        Names of the layers, in the order of the model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the model has no quantized layer or is one itself, no layer is selected, a layer holds no values, a layer is not on a
+        CUDA device and ``path`` is missing, or the file holds something else.
+    CheckpointError
+        If the file cannot be written, or is damaged.
+
+    Notes
+    -----
+    Do not change the file while it is mapped. Writers of this library replace files, which leaves a mapped one as it is. A deep copy of
+    the model has its codes in memory. What ``load_state_dict`` loads is in memory too, unless it is equal.
+
+    Call this after ``model.to(device)``: later moves change where products are computed, and leave the codes on the host.
+
+    Examples
+    --------
+    >>> import os, tempfile, torch, lqlora as lq
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 4))
+    >>> report = lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/64:float32"), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     offload_model(model, os.path.join(folder, "codes.safetensors"))
+    ...     onload_model(model)
+    ['0', '1']
+    """
+    layers = quantized_layers(unwrapped(model))
+    names = select(list(layers), include, exclude, what="quantized layer")
+    chosen = {name: layers[name] for name in names}
+    for name, layer in chosen.items():
+        device = layer.quantized.device.type
+        if "meta" in (device, layer.quantized.array.packed.device.type):
+            raise InvalidArgumentError(
+                f"model must hold values, but {printable(name)!r} is on the meta device. Load it first."
+            )
+        if path is None and device != "cuda":
+            raise InvalidArgumentError(
+                f"path must be given for layers that are not on a CUDA device, such as {printable(name)!r}, which is on {device}."
+            )
+    stored: dict[str, dict[str, Any]] = {}
+    if path is not None:
+        if not Path(path).exists():
+            save(path, {name: _without_factors(layer) for name, layer in chosen.items()})
+        stored = {name: own.quantized.to_arrays() for name, own in load(path, mapped=True).matrices.items()}
+        _check_same(path, chosen, stored)
+    prefetcher = Prefetcher()
+    for name, layer in chosen.items():
+        hosts = stored.get(name) or {key: own.cpu().pin_memory() for key, own in layer.quantized.named_buffers()}
+        offload_weight(layer.quantized, hosts, prefetcher)
+    return names
+
+
+@annotated
+@torch.inference_mode(mode=False)  # the buffers stay in use outside of it
+def onload_model(model: nn.Module) -> None:
+    """Bring the codes and scales of offloaded layers back into memory, on the devices of the layers, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model. Layers that are not offloaded stay as they are.
+    """
+    for module in list(unwrapped(model).modules()):
+        if isinstance(module, OffloadedWeight):
+            weight: Any = module
+            weight.__class__ = ScaledWeight if isinstance(weight, ScaledWeight) else QuantizedWeight
+            for inner in module.modules():
+                for name, host in inner.named_buffers(recurse=False):
+                    setattr(inner, name, host.to(weight.place, copy=True))
+            del weight.prefetcher, weight.place
+
+
+def offload_weight(weight: QuantizedWeight, hosts: Mapping[str, Any], prefetcher: Prefetcher) -> None:
+    """Make a weight use arrays in host memory that are equal to those it has.
+
+    Parameters
+    ----------
+    weight : QuantizedWeight
+        Weight to change; its device remains that of the products.
+    hosts : mapping of str to array
+        Arrays by the name of the buffer, of NumPy or torch.
+    prefetcher : Prefetcher
+        Shared by the layers that are offloaded together.
+    """
+    own: Any = weight
+    place = weight.device
+    for name, _ in list(weight.named_buffers()):
+        owner, _, key = name.rpartition(".")
+        setattr(weight.get_submodule(owner), key, ops.convert(hosts[name], torch))
+    own.__class__ = OffloadedScaledWeight if isinstance(weight, ScaledWeight) else OffloadedWeight
+    own.place, own.prefetcher = place, prefetcher
+
+
+def _without_factors(layer: LQLinear) -> StoredMatrix:
+    rows, columns = layer.out_features, layer.in_features
+    return StoredMatrix(layer.quantized.array, torch.empty(0, columns), torch.empty(rows, 0))
+
+
+def _check_same(
+    path: str | os.PathLike[str], layers: Mapping[str, LQLinear], stored: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Raise unless a file has the buffers of layers."""
+    for name, layer in layers.items():
+        own = dict(layer.quantized.named_buffers())
+        if name not in stored:
+            fault = f"has no matrix {printable(name)!r}, only {printable(list_names(stored, 2))}"
+        elif not all(
+            key in stored[name] and _is_same(tensor, ops.convert(stored[name][key], torch))
+            for key, tensor in own.items()
+        ):
+            fault = f"has other codes or scales for {printable(name)!r}"
+        else:
+            continue
+        raise InvalidArgumentError(
+            shortened(f"path must be a new file, or have the codes and scales of the model, but {path} {fault}.")
+        )
+
+
+def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors have the same bytes."""
+    if first.dtype != second.dtype or first.shape != second.shape or second.is_meta:
+        return False
+    return torch.equal(*(own.detach().cpu().reshape(-1).view(torch.uint8) for own in (first, second)))
+
+
+def _read_ahead(tensor: torch.Tensor) -> None:
+    """Let the operating system read the pages of a mapped tensor, without waiting for them."""
+    if _advise is not None:
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        end = tensor.data_ptr() + tensor.nbytes
+        for address in range(start, end, _READ_AHEAD):
+            _advise(address, min(_READ_AHEAD, end - address), mmap.MADV_WILLNEED)
+
+
+def _advise_function() -> Callable[[int, int, int], int] | None:
+    """Return madvise of the C library; None where there is none, and pages are read when they are used."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return None
+    # Not the method of mmap: arrays of NumPy and tensors of torch do not give it away. It changes nothing in memory of other kinds.
+    found: Any = ctypes.CDLL(None).madvise
+    found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return cast("Callable[[int, int, int], int]", found)
+
+
+_advise = _advise_function()

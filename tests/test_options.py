@@ -229,6 +229,8 @@ CALLS = {
     "from_operands": (nn.from_operands, {"tensors": [*map(torch.from_numpy, Q.to_arrays().values())], "fmt": str(FORMAT), "shape": (8, 16)}),
     "load_factors": (nn.load_factors, saved_factors),
     "load_model": (nn.load_model, saved_model),
+    "offload_model": (nn.offload_model, lambda: {"model": converted(), "path": "codes.safetensors"}),
+    "onload_model": (nn.onload_model, lambda: {"model": converted()}),
     "merged_weight": (nn.merged_weight, lambda: {"layer": converted()[0]}),
     "LQLinear": (nn.LQLinear, {"quantized": Q, "lora_A": LORA_A, "lora_B": LORA_B}),
     "LQLinear.from_decomposition": (nn.LQLinear.from_decomposition, {"decomposition": DECOMPOSED}),

@@ -163,6 +163,7 @@ def _moved(kind: Any, layer: LQLinear) -> Any:
     """Return a layer of another class with the weight, factors, bias, hooks and attributes of a layer."""
     new = kind(layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, None, layer.dropout)
     new.quantized.dtype = layer.quantized.dtype
+    new.quantized.to(layer.quantized.device)  # the array of an offloaded weight is in host memory
     # The same parameters, so that an optimizer and modules that share them go on with them.
     new.lora_A, new.lora_B, new.bias = layer.lora_A, layer.lora_B, layer.bias
     move_attributes(new, layer, without={"train_factors"})

@@ -25,13 +25,20 @@ from lqlora.nn.selection import unwrapped
 from lqlora.quantized import dequantize, quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Collection, Container, Mapping
 
     from lqlora.formats import BlockFormat
     from lqlora.nn.linear import LQLinear
     from lqlora.quantized import Fit, QuantizedArray
 
-__all__ = ["RequantizedLayer", "dequantize_model", "merged_weight", "requantize_model", "usual_dtype"]
+__all__ = [
+    "RequantizedLayer",
+    "dequantize_model",
+    "merged_weight",
+    "requantize_model",
+    "require_replaceable",
+    "usual_dtype",
+]
 
 #: Entries of a matrix that are summed in float64 together: in host memory as many as a cache holds, on devices more.
 _CHUNK_ON_HOST, _CHUNK = 2**16, 2**24
@@ -104,7 +111,7 @@ def merged_weight(layer: LQLinear, dtype: torch.dtype = torch.float32) -> torch.
 def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
     if dtype not in _FLOATS:
         raise InvalidArgumentError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r:.80}.")
-    if layer.quantized.device.type == "meta":
+    if layer.quantized.device.type == "meta" or layer.lora_A.is_meta or layer.lora_B.is_meta:
         raise InvalidArgumentError(f"{name} must hold values, but is on the meta device. Load the model first.")
     dense = layer.quantized.dequantize()
     wide = torch.float32 if dense.device.type == "mps" else torch.float64  # that device has no float64
@@ -171,11 +178,33 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
 def _replaceable(model: nn.Module) -> dict[str, LQLinear]:
     """Return the quantized layers of a model, or raise if replacing one would change what the model computes."""
     layers = quantized_layers(model)
-    _require_replaceable(model, layers, {"lora_A", "lora_B", "bias"})
+    require_replaceable(model, layers)
     return layers
 
 
-def _require_replaceable(model: nn.Module, layers: Mapping[str, nn.Module], parameters: set[str]) -> None:
+#: Parameters of a quantized layer that it does not compute.
+_PARAMETERS = frozenset({"lora_A", "lora_B", "bias"})
+
+
+def require_replaceable(
+    model: nn.Module, layers: Mapping[str, nn.Module], parameters: Collection[str] = _PARAMETERS
+) -> None:
+    """Raise if replacing a layer would change what the model computes.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model that is not wrapped.
+    layers : mapping of str to torch.nn.Module
+        Quantized layers to replace.
+    parameters : collection of str, optional
+        Parameters that the layers have if nothing computes them.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a layer has a forward method of its own, computes its factors, or is held by something that is not a module.
+    """
     held = find_holders(dict(model.named_modules()), layers.values())
     for name, layer in layers.items():
         if "forward" in vars(layer):
@@ -214,7 +243,7 @@ def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module
     """Return the dense modules that replace quantized embeddings and their output embeddings. They stay tied."""
     found: dict[nn.Module, nn.Module] = {}
     tables = quantized_tables(model)
-    _require_replaceable(model, {name: own for modules in tables.values() for name, own in modules.items()}, {"bias"})
+    require_replaceable(model, {name: own for modules in tables.values() for name, own in modules.items()}, {"bias"})
     for name, modules in tables.items():
         table = modules[name].quantized
         if table.device.type == "meta":

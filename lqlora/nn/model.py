@@ -500,7 +500,7 @@ def quantized_layers(model: nn.Module) -> dict[str, LQLinear]:
     Raises
     ------
     InvalidArgumentError
-        If the model has no quantized layer, or is one itself.
+        If the model has no quantized layer, is one itself, or another library has taken away the values of a layer.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
     if not layers:
@@ -509,6 +509,14 @@ def quantized_layers(model: nn.Module) -> dict[str, LQLinear]:
         raise InvalidArgumentError(
             "model must contain its quantized layers, but is one itself. Wrap it in torch.nn.Sequential."
         )
+    for name, layer in layers.items():
+        # accelerate brings tensors back for the time of a forward method that it sets. Until then they are meta tensors.
+        own = [module for module in layer.modules() if "forward" in vars(module)]
+        if any(tensor.is_meta for module in own for tensor in module.state_dict(keep_vars=True).values()):
+            raise InvalidArgumentError(
+                f"model must hold its values, but those of {printable(name)!r} are on the meta device and come with hooks of another "
+                "library. Remove the hooks, for example with accelerate.hooks.remove_hook_from_submodules."
+            )
     return layers
 
 

@@ -268,7 +268,7 @@ class OffloadedScaledWeight(OffloadedWeight, ScaledWeight):
     def array(self) -> QuantizedArray:
         """Quantized array in host memory, which shares the codes."""
         own = super().array
-        return dataclasses.replace(own, scales=cast("torch.Tensor", own.scales).to(self.codes.device))
+        return dataclasses.replace(own, scales=own.scales.to(own.packed.device))
 
 
 @annotated
@@ -358,7 +358,14 @@ def onload_model(model: nn.Module) -> None:
     ----------
     model : torch.nn.Module
         Any model. Layers that are not offloaded stay as they are.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If another library has taken away the values of a layer.
     """
+    if any(isinstance(module, OffloadedWeight) for module in model.modules()):
+        quantized_layers(unwrapped(model))  # which refuses layers without values
     for module in list(unwrapped(model).modules()):
         if isinstance(module, OffloadedWeight):
             weight: Any = module

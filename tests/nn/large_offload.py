@@ -1,4 +1,4 @@
-"""Load a large model from a mapped file, train a step, and print the anonymous memory: run by test_offload in a process."""
+"""Load a large model from a mapped file, train a step, and record the anonymous memory: run by test_offload in a process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     found["trained"] = anonymous() - before
     lq.nn.onload_model(model)
     found["onloaded"] = anonymous() - before
-    print(json.dumps({name: own / 2**20 for name, own in found.items()}))
+    (folder / "memory.json").write_text(json.dumps({name: own / 2**20 for name, own in found.items()}))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,9 @@ class TestResults:
         else:
             _assert_same(_results(model, call), expected)
 
-    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+    @pytest.mark.parametrize(
+        "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+    )
     def test_contexts(self, tmp_path, context):
         x = torch.randn(5, WIDTH)
         with context():
@@ -184,7 +186,9 @@ class TestMemory:
 
     def test_the_next_weight_is_prefetched_in_both_directions(self, tmp_path, monkeypatch):
         model = _offloaded(tmp_path)
-        names = {own.data_ptr(): int(name[0]) for name, own in model.named_buffers() if name.endswith("quantized.codes")}
+        names = {
+            own.data_ptr(): int(name[0]) for name, own in model.named_buffers() if name.endswith("quantized.codes")
+        }
         events = []
         fetch = module.Prefetcher.fetch
 
@@ -225,10 +229,8 @@ class TestMemory:
     @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
     def test_a_model_of_hundreds_of_megabytes(self, tmp_path):
         code = Path(__file__).with_name("large_offload.py")
-        found = subprocess.run(
-            [sys.executable, str(code), str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
-        )
-        numbers = json.loads(found.stdout)
+        subprocess.run([sys.executable, str(code), str(tmp_path)], check=True, timeout=300)
+        numbers = json.loads((tmp_path / "memory.json").read_text())
         assert numbers["codes"] > 250
         # Anonymous memory: what the kernel cannot drop. A layer is copied once while it is loaded.
         for name in ("loaded", "trained"):
@@ -397,7 +399,9 @@ class TestAccelerate:
             accelerate.disk_offload(model, tmp_path, device, **options)
         else:
             places = {"0": "cpu", "1": "disk", "2": "cpu", "3": "disk"}
-            accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True, **options)
+            accelerate.dispatch_model(
+                model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True, **options
+            )
         assert any(own.is_meta for own in model.parameters())
         assert any(own.is_meta for own in model.buffers()) == buffers
         x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -408,6 +412,48 @@ class TestAccelerate:
         with pytest.raises(InvalidArgumentError, match="meta device"):
             save_model(tmp_path / "model", model)
         remove_hook_from_submodules(model)
+        _assert_same(_results(model), expected)
+
+    @pytest.mark.parametrize("buffers", [False, True])
+    def test_functions_that_need_the_values_are_refused(self, tmp_path, buffers):
+        accelerate = require_module("accelerate")
+        start = lq.nn.factors(_model())
+        for call in (
+            lq.nn.factors,
+            lambda own: lq.nn.set_factors(own, start),
+            lambda own: lq.nn.using_factors(own, start).__enter__(),
+            lambda own: lq.nn.save_factors(tmp_path / "factors", own),
+            lq.nn.train_scales,
+            lq.nn.dequantize_model,
+            lambda own: lq.nn.merged_weight(own[0]),
+            lambda own: offload_model(own, tmp_path / "codes"),
+        ):
+            model = accelerate.cpu_offload(_model(), torch.device("cpu"), offload_buffers=buffers)
+            with pytest.raises(InvalidArgumentError, match="meta device"):
+                call(model)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("convert", [lq.nn.train_scales, lq.nn.freeze_scales, lq.nn.requantize_model])
+    def test_hooked_layers_are_not_replaced(self, convert):
+        from_hooks = require_module("accelerate").hooks
+        model = _model(kind="scales" if convert is lq.nn.freeze_scales else "factors")
+        from_hooks.add_hook_to_module(model[1], from_hooks.ModelHook())
+        with pytest.raises(InvalidArgumentError, match="'1' has a forward method of its own"):
+            convert(model)
+
+    def test_a_model_that_was_offloaded_before(self, tmp_path):
+        accelerate = require_module("accelerate")
+        from accelerate.hooks import remove_hook_from_submodules
+
+        expected, model = _results(_model()), _offloaded(tmp_path)
+        accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
+        for _ in range(2):
+            assert torch.equal(model(x), expected[0])
+        with pytest.raises(InvalidArgumentError, match="meta device"):
+            onload_model(model)
+        remove_hook_from_submodules(model)
+        onload_model(model)
         _assert_same(_results(model), expected)
 
 
@@ -461,4 +507,6 @@ class TestDevices:
 
 def _large_layer():
     w = torch.randn(1024, 1024)
-    return lq.nn.LQLinear(lq.quantize(w, lq.BlockFormat.parse("nf4/64:float32")), torch.zeros(1, 1024), torch.zeros(1024, 1))
+    return lq.nn.LQLinear(
+        lq.quantize(w, lq.BlockFormat.parse("nf4/64:float32")), torch.zeros(1, 1024), torch.zeros(1024, 1)
+    )

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("kind", ["replicas", "replicas and buffers", "shard"])
+@pytest.mark.parametrize(
+    "kind", ["replicas", "replicas and buffers", "shards", "offloaded replicas", "offloaded shards"]
+)
 def test_two_processes_train_and_save_as_one_does(kind, tmp_path):
     command = [sys.executable, "-m", "tests.nn.two_processes", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

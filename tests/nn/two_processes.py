@@ -23,12 +23,17 @@ def main(folder: Path, rank: int, kind: str) -> None:
     lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/16:u8/16:float32"), rank=4)
     alone = copy.deepcopy(model)
     sent: list[int] = []
-    if kind == "shard":
+    if "shards" in kind:
         for layer in (model[0], model[2]):
             fully_shard(layer)
         trained = fully_shard(model)
-    else:
-        trained = DistributedDataParallel(model, forward_sync_buffers=kind == "replicas and buffers")
+    if "offloaded" in kind:
+        lq.nn.offload_model(model, folder / "codes.safetensors")
+    if "replicas" in kind:
+        # What is mapped from one file is the same in all processes, and need not be sent once.
+        trained = DistributedDataParallel(
+            model, forward_sync_buffers="buffers" in kind, init_sync="offloaded" not in kind
+        )
         plain = distributed._broadcast_coalesced
         distributed._broadcast_coalesced = lambda group, tensors, *rest: (
             sent.append(sum(tensor.nbytes for tensor in tensors)),

@@ -10,6 +10,7 @@ from lqlora._patterns import list_names, select
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear import LQLinear
+from lqlora.nn.merging import require_replaceable
 from lqlora.nn.model import move_attributes, quantize_model, quantized_layers, replace_modules
 from lqlora.nn.peqa.linear import PEQALinear
 from lqlora.nn.selection import refuse_distributed, unwrapped
@@ -137,12 +138,14 @@ def train_scales(
     Raises
     ------
     InvalidArgumentError
-        If the model has no quantized layer or is one itself, or no layer is selected.
+        If the model has no quantized layer or is one itself, no layer is selected, or a layer cannot be replaced, such as one with
+        a forward method of its own.
     """
     refuse_distributed(model)
     model = unwrapped(model)
     layers = quantized_layers(model)
     names = select(list(layers), include, exclude, what="quantized layer")
+    require_replaceable(model, {name: layers[name] for name in names if not isinstance(layers[name], PEQALinear)})
     _replace(model, {name: layers[name] for name in names}, train_factors=train_factors)
     return names
 
@@ -185,11 +188,13 @@ def freeze_scales(model: nn.Module) -> None:
     Raises
     ------
     InvalidArgumentError
-        If the model has no such layer or is one itself, or a scale is negative and its format has no sign for scales.
+        If the model has no such layer or is one itself, a scale is negative and its format has no sign for scales, or a layer
+        cannot be replaced.
     """
     refuse_distributed(model)
     model = unwrapped(model)
     layers = peqa_layers(model)
+    require_replaceable(model, layers)
     for name, layer in layers.items():
         scales = layer.quantized.scales.detach()
         if layer.quantized.format.codebook.normalization != "signed" and scales.numel() and bool((scales < 0).any()):

@@ -207,6 +207,11 @@ class OffloadedWeight(QuantizedWeight):
 
     :func:`offload_model` makes one of a :class:`QuantizedWeight` by a change of its class, as ``fully_shard`` of torch does.
 
+    Parameters
+    ----------
+    quantized : QuantizedArray
+        See :class:`QuantizedWeight`.
+
     Attributes
     ----------
     place : torch.device
@@ -224,7 +229,13 @@ class OffloadedWeight(QuantizedWeight):
         return self.place
 
     def fetch_now(self) -> Fetch:
-        """Return access to the buffers as they are now."""
+        """Return access to the buffers as they are now.
+
+        Returns
+        -------
+        Fetch
+            Tensors in host memory, and how to fetch them. Parameters are not among them.
+        """
         hosts = [own for own in super()._tensors() if not isinstance(own, nn.Parameter)]
         return Fetch(hosts, self.place, weakref.ref(self), self.prefetcher)
 

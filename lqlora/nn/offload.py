@@ -81,7 +81,7 @@ class OffloadedTensor(torch.Tensor):
         cls, func: Any, _: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation on fetched tensors. All tensors of a weight are fetched at once."""
-        if func._schema.is_mutable and isinstance(args[0], OffloadedTensor):  # noqa: SLF001 - has no public name
+        if func._schema.is_mutable and isinstance(next(iter(args), None), OffloadedTensor):  # noqa: SLF001 - has no public name
             raise InvalidArgumentError(f"{func} must not change an offloaded tensor. Call onload_model first.")
         fetched: dict[int, list[torch.Tensor]] = {}
 
@@ -162,8 +162,10 @@ class Prefetcher:
         self._next[self._last] = wanted.weight
         self._last = last = self._last[1], key
         following = self._next.get(last)
-        if following is not None and following is not wanted.weight and (weight := following()) is not None:
-            self._start(weight.fetch_now())
+        if following is not None and following is not wanted.weight:
+            weight = following()
+            if isinstance(weight, OffloadedWeight):  # it may be gone, or in memory again
+                self._start(weight.fetch_now())
         return found
 
     def forget(self) -> None:
@@ -375,16 +377,21 @@ def onload_model(model: nn.Module) -> None:
     InvalidArgumentError
         If another library has taken away the values of a layer.
     """
-    if any(isinstance(module, OffloadedWeight) for module in model.modules()):
-        quantized_layers(unwrapped(model))  # which refuses layers without values
-    for module in list(unwrapped(model).modules()):
-        if isinstance(module, OffloadedWeight):
-            weight: Any = module
-            weight.__class__ = ScaledWeight if isinstance(weight, ScaledWeight) else QuantizedWeight
-            for inner in module.modules():
-                for name, host in inner.named_buffers(recurse=False):
-                    setattr(inner, name, host.to(weight.place, copy=True))
-            del weight.prefetcher, weight.place
+    offloaded: dict[str, Any] = {
+        name: own for name, own in unwrapped(model).named_modules() if isinstance(own, OffloadedWeight)
+    }
+    for name, weight in offloaded.items():
+        if any(own.is_meta for own in weight.buffers()):
+            raise InvalidArgumentError(
+                f"model must hold its values, but those of {printable(name)!r} are on the meta device. Remove the hooks that took "
+                "them away."
+            )
+    for weight in offloaded.values():
+        weight.__class__ = ScaledWeight if isinstance(weight, ScaledWeight) else QuantizedWeight
+        for inner in weight.modules():
+            for name, host in inner.named_buffers(recurse=False):
+                setattr(inner, name, host.to(weight.place, copy=True))
+        del weight.prefetcher, weight.place
 
 
 def offload_weight(weight: QuantizedWeight, hosts: Mapping[str, Any], prefetcher: Prefetcher) -> None:
@@ -442,7 +449,7 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def _read_ahead(tensor: torch.Tensor) -> None:
     """Let the operating system read the pages of a mapped tensor, without waiting for them."""
-    if _advise is not None:
+    if _advise is not None and tensor.is_cpu:
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         end = tensor.data_ptr() + tensor.nbytes
         for address in range(start, end, _READ_AHEAD):

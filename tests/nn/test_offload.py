@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -34,6 +35,11 @@ def _dense():
 
 
 def _model(fmt=FORMATS[0], kind="factors"):
+    return copy.deepcopy(_made(fmt, kind))
+
+
+@functools.cache
+def _made(fmt, kind):
     model = _dense()
     fit = "levels+scale" if "+fit" in fmt else "absmax"
     if kind == "scales":
@@ -375,6 +381,16 @@ class TestModules:
             assert repr(model) == repr(expected)
             _assert_same(_results(model), _results(expected))
             onload_model(model)
+
+    def test_a_part_of_a_model_is_brought_back(self, tmp_path):
+        model, expected = _offloaded(tmp_path), _results(_model())
+        for run in _twice(model):
+            _assert_same(run(), expected)
+        onload_model(model[2])
+        onload_model(model[:1])
+        assert [isinstance(layer.quantized, OffloadedWeight) for layer in model] == [False, True, False, True]
+        for run in _twice(model):
+            _assert_same(run(), expected)
 
     def test_what_would_change_a_copy_is_refused(self, tmp_path):
         tensor = _offloaded(tmp_path)[0].quantized.operands.tensors[0]

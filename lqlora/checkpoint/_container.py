@@ -144,7 +144,9 @@ def _mapped(path: Path) -> dict[str, Any]:
                 raise TypeError(f"NumPy has no dtype {own['dtype']}")
             begin, end = own["data_offsets"]
             flat = np.frombuffer(pages, np.uint8, end - begin, start + begin) if end > begin else np.empty(0, np.uint8)
-            arrays[name] = flat.view(_DTYPES[own["dtype"]]).reshape(own["shape"])
+            array = flat.view(_DTYPES[own["dtype"]]).reshape(own["shape"])
+            # Files of other writers may begin numbers anywhere, and kernels read whole numbers.
+            arrays[name] = array if array.flags.aligned else array.copy()
     return arrays
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def _replace_tensors(file, change) -> None:
 
 
 def _assert_refused(file) -> None:
-    for read in (lq.load, lq.verify):
+    for read in (lq.load, lq.verify, functools.partial(lq.load, mapped=True)):
         with pytest.raises(CheckpointError):
             read(file)
 
@@ -153,10 +154,27 @@ class TestRoundTrip:
     def test_plain_tensors_come_back_bit_for_bit(self, tmp_path, tensor):
         lq.save(tmp_path / "t", {}, {"x": tensor})
         assert _same_array(lq.verify(tmp_path / "t").tensors["x"], tensor)
+        assert _same_array(lq.load(tmp_path / "t", mapped=True).tensors["x"], tensor)
 
     def test_a_tensor_in_foreign_byte_order_keeps_its_values(self, tmp_path):
         lq.save(tmp_path / "t", {}, {"x": np.arange(4, dtype=">f4")})
         np.testing.assert_array_equal(lq.verify(tmp_path / "t").tensors["x"], np.arange(4))
+
+    @pytest.mark.parametrize("padding", range(5))
+    def test_a_mapped_file_has_the_same_content(self, path, padding):
+        header, data = _parts(path)
+        text = json.dumps(header).encode() + b" " * padding  # numbers may begin at any byte
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+        before, read, mapped = path.read_bytes(), lq.load(path), lq.load(path, mapped=True)
+        assert mapped.metadata == read.metadata
+        assert list(mapped.tensors) == list(read.tensors)
+        assert list(mapped.matrices) == list(read.matrices)
+        for name, matrix in mapped.matrices.items():
+            _assert_same_matrix(matrix, read.matrices[name])
+            for array in matrix.quantized.to_arrays().values():
+                assert array.flags.aligned
+                array[...] = 0
+        assert path.read_bytes() == before
 
     def test_metadata_comes_back(self, path):
         assert lq.load(path).metadata == {"seed": 3}

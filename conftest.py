@@ -20,6 +20,10 @@ _NEED_TORCH = (
     "tests/data/*",
     "tests/fuzz/adapters.py",
     "tests/integrations/tiny_models.py",
+    "tests/nn/large_offload.py",
+    "tests/nn/offloading.py",
+    "tests/nn/structures.py",
+    "tests/nn/two_processes.py",
     "tests/test_docstrings.py",
     "tests/tiny_gguf.py",
 )

@@ -1,9 +1,8 @@
-"""Offloaded layers: the results of layers in memory to the bit, little memory, and hooks of accelerate."""
+"""Offloaded layers: the results of layers in memory to the bit, and little memory."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import os
 import pickle
@@ -24,64 +23,28 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402 - needs torch
 from lqlora.nn import load_model, offload_model, onload_model, save_model  # noqa: E402
 from lqlora.nn import offload as module  # noqa: E402
 from lqlora.nn.offload import OffloadedTensor, OffloadedWeight  # noqa: E402
-
-FORMATS = ["nf4/16:u8/16:float32", "nf2+fit/8:float16", "affine3/16@-1:bfloat16", "nf3/16@0:float32"]
-WIDTH = 32
-
-
-def _dense():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)])
-
-
-def _model(fmt=FORMATS[0], kind="factors"):
-    return copy.deepcopy(_made(fmt, kind))
-
-
-@functools.cache
-def _made(fmt, kind):
-    model = _dense()
-    fit = "levels+scale" if "+fit" in fmt else "absmax"
-    if kind == "scales":
-        lq.nn.peqa_model(model, lq.BlockFormat.parse(fmt), fit=fit)
-    else:
-        lq.nn.quantize_model(model, lq.BlockFormat.parse(fmt), rank=2, fit=fit, max_iter=1)
-    if kind == "both":
-        lq.nn.train_scales(model, train_factors=True)
-    return model
-
-
-def _results(model, call=None):
-    x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    y = (call or model)(x)
-    gradients = torch.autograd.grad(y.square().sum(), [x, *(p for p in model.parameters() if p.requires_grad)])
-    return y.detach(), *gradients
-
-
-def _assert_same(found, expected):
-    assert len(found) == len(expected)
-    assert all(map(torch.equal, found, expected))
+from tests.nn.offloading import FORMATS, WIDTH, assert_same, dense, make_model, results  # noqa: E402
 
 
 def _offloaded(tmp_path, *args):
-    model = _model(*args)
+    model = make_model(*args)
     offload_model(model, tmp_path / "codes.safetensors")
     return model
 
 
 def _twice(model):
     """Twice, since the second time weights were prefetched."""
-    return [lambda: _results(model), lambda: _results(model)]
+    return [lambda: results(model), lambda: results(model)]
 
 
 class TestResults:
     @pytest.mark.parametrize("fmt", FORMATS)
     @pytest.mark.parametrize("kind", ["factors", "scales", "both"])
     def test_outputs_and_gradients_are_those_of_layers_in_memory(self, tmp_path, fmt, kind):
-        expected = _results(_model(fmt, kind))
+        expected = results(make_model(fmt, kind))
         model = _offloaded(tmp_path, fmt, kind)
         for run in _twice(model):
-            _assert_same(run(), expected)
+            assert_same(run(), expected)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_activation_checkpointing(self, tmp_path, reentrant):
@@ -93,7 +56,7 @@ class TestResults:
             y.square().sum().backward()
             return x.grad, *(p.grad for p in model.parameters() if p.requires_grad)
 
-        _assert_same(gradients(_offloaded(tmp_path)), gradients(_model()))
+        assert_same(gradients(_offloaded(tmp_path)), gradients(make_model()))
 
     @pytest.mark.parametrize(
         "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
@@ -101,13 +64,13 @@ class TestResults:
     def test_contexts(self, tmp_path, context):
         x = torch.randn(5, WIDTH)
         with context():
-            expected = _model()(x)
+            expected = make_model()(x)
             found = _offloaded(tmp_path)(x)
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
 
     def test_the_weight_as_a_tensor(self, tmp_path):
-        layer, own = _model()[0], _offloaded(tmp_path)[0]
+        layer, own = make_model()[0], _offloaded(tmp_path)[0]
         x = torch.randn(5, WIDTH)
         for call in (
             lambda m: torch.nn.functional.linear(x, m.weight, m.bias),
@@ -127,27 +90,27 @@ class TestResults:
             (first,) = torch.autograd.grad(torch.tanh(model(x)).sum(), x, create_graph=True)
             return torch.autograd.grad(first.square().sum(), x)
 
-        _assert_same(call(_offloaded(tmp_path)), call(_model()))
+        assert_same(call(_offloaded(tmp_path)), call(make_model()))
 
     @pytest.mark.slow
     def test_compiled_models(self, tmp_path):
         model = _offloaded(tmp_path)
         torch.compiler.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for found, expected in zip(_results(model, compiled), _results(_model()), strict=True):
+        for found, expected in zip(results(model, compiled), results(make_model()), strict=True):
             torch.testing.assert_close(found, expected)
 
     def test_threads(self, tmp_path):
         model, found = _offloaded(tmp_path), []
-        expected = _results(_model())
-        threads = [threading.Thread(target=lambda: found.extend(_results(model) for _ in range(5))) for _ in range(4)]
+        expected = results(make_model())
+        threads = [threading.Thread(target=lambda: found.extend(results(model) for _ in range(5))) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert len(found) == 20
         for own in found:
-            _assert_same(own, expected)
+            assert_same(own, expected)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -171,7 +134,7 @@ class TestMemory:
     def test_autograd_keeps_no_copy(self, tmp_path):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda own: saved.append(own) or own, lambda own: own):
-            _results(_offloaded(tmp_path))
+            results(_offloaded(tmp_path))
         codes = [own for own in saved if own.dtype == torch.uint8]
         assert codes
         assert all(isinstance(own, OffloadedTensor) for own in codes)
@@ -205,7 +168,7 @@ class TestMemory:
         monkeypatch.setattr(module, "_read_ahead", read_ahead)
         for _ in range(3):
             del events[:]
-            _results(model)
+            results(model)
         # Each weight is read ahead when the one before it is fetched. The last one forward is the first one backward.
         forward = ["fetch 0", "read 1", "fetch 1", "read 2", "fetch 2", "read 3", "fetch 3"]
         backward = ["fetch 3", "read 2", "fetch 2", "read 1", "fetch 1", "read 0", "fetch 0"]
@@ -216,7 +179,7 @@ class TestMemory:
         before = [own.clone() for own in model.buffers()]
         for own in [*model.buffers(), torch.ones(3), torch.empty(0)]:
             module._read_ahead(own)
-        _assert_same([*model.buffers()], before)
+        assert_same([*model.buffers()], before)
 
     def test_the_order_of_many_experts_takes_bounded_memory(self, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "_PAIRS", 5)
@@ -241,7 +204,7 @@ class TestMemory:
 
 class TestFiles:
     def test_a_new_file_holds_codes_and_scales_alone(self, tmp_path):
-        model = _model()
+        model = make_model()
         assert offload_model(model, tmp_path / "codes", include="1", exclude="0") == ["1"]
         content = lq.verify(tmp_path / "codes")
         assert list(content.matrices) == ["1"]
@@ -251,20 +214,20 @@ class TestFiles:
         assert kinds == [False, True, False, False]
 
     def test_a_file_of_the_model_is_used_as_it_is(self, tmp_path):
-        model = _model()
+        model = make_model()
         save_model(tmp_path / "model", model)
-        before, expected = (tmp_path / "model").read_bytes(), _results(model)
+        before, expected = (tmp_path / "model").read_bytes(), results(model)
         offload_model(model, tmp_path / "model")
         offload_model(model, tmp_path / "model")
-        _assert_same(_results(model), expected)
+        assert_same(results(model), expected)
         assert (tmp_path / "model").read_bytes() == before
         save_model(tmp_path / "model", model)  # replaces the file whose pages are in use
         assert (tmp_path / "model").read_bytes() == before
-        _assert_same(_results(model), expected)
+        assert_same(results(model), expected)
 
     @pytest.mark.parametrize("change", ["scales", "codes", "names", "no checkpoint"])
     def test_a_file_of_another_model_is_refused_and_kept(self, tmp_path, change):
-        model, path = _model(), tmp_path / "model"
+        model, path = make_model(), tmp_path / "model"
         if change == "scales":
             model[1].quantized.scales.scales.mul_(2)
         elif change == "codes":
@@ -277,56 +240,56 @@ class TestFiles:
         before = path.read_bytes()
         error = CheckpointError if change == "no checkpoint" else InvalidArgumentError
         with pytest.raises(error, match=str(path)):
-            offload_model(own := _model(), path)
+            offload_model(own := make_model(), path)
         assert path.read_bytes() == before
-        _assert_same(_results(own), _results(_model()))
+        assert_same(results(own), results(make_model()))
 
     def test_a_folder_that_does_not_exist(self, tmp_path):
         with pytest.raises(CheckpointError, match="none"):
-            offload_model(_model(), tmp_path / "none" / "codes")
+            offload_model(make_model(), tmp_path / "none" / "codes")
 
     def test_host_memory_is_for_layers_on_a_device(self):
         with pytest.raises(InvalidArgumentError, match=r"^path must be given .*'0'"):
-            offload_model(_model())
+            offload_model(make_model())
 
     def test_layers_on_the_meta_device(self, tmp_path):
         with pytest.raises(InvalidArgumentError, match="meta"):
-            offload_model(_model().to("meta"), tmp_path / "codes")
+            offload_model(make_model().to("meta"), tmp_path / "codes")
         assert not list(tmp_path.iterdir())
 
     def test_patterns_that_select_nothing(self, tmp_path):
         with pytest.raises(InvalidArgumentError, match="include"):
-            offload_model(_model(), tmp_path / "codes", include="q_proj")
+            offload_model(make_model(), tmp_path / "codes", include="q_proj")
 
     @pytest.mark.parametrize("kind", ["factors", "both"])
     def test_a_file_is_loaded_without_being_read(self, tmp_path, kind):
-        model = _model(kind=kind)
-        expected = _results(model)
+        model = make_model(kind=kind)
+        expected = results(model)
         save_model(tmp_path / "model", model)
-        fresh = _dense()
+        fresh = dense()
         content = load_model(tmp_path / "model", fresh, offload=["0", "2"])
         assert [isinstance(layer.quantized, OffloadedWeight) for layer in fresh] == [True, False, True, False]
-        _assert_same(_results(fresh)[:2], expected[:2])
+        assert_same(results(fresh)[:2], expected[:2])
         assert set(content.matrices) == {"0", "1", "2", "3"}
         with pytest.raises(LQLoRAError, match="no_such"):
-            load_model(tmp_path / "model", _dense(), offload="no_such")
+            load_model(tmp_path / "model", dense(), offload="no_such")
 
 
 class TestModules:
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))])
     def test_copies_have_memory_of_their_own(self, tmp_path, copied):
-        model, expected = _offloaded(tmp_path), _results(_model())
-        _results(model)
+        model, expected = _offloaded(tmp_path), results(make_model())
+        results(model)
         other = copied(model)
         other[0].quantized.codes.bitwise_not_()
-        _assert_same(_results(model), expected)
+        assert_same(results(model), expected)
         other[0].quantized.codes.bitwise_not_()
-        _assert_same(_results(other), expected)
+        assert_same(results(other), expected)
         assert other[0].quantized.prefetcher is other[1].quantized.prefetcher
         assert other[0].quantized.prefetcher is not model[0].quantized.prefetcher
 
     def test_states_are_those_of_layers_in_memory(self, tmp_path):
-        model, other = _offloaded(tmp_path), _model()
+        model, other = _offloaded(tmp_path), make_model()
         state, expected = model.state_dict(), other.state_dict()
         assert list(state) == list(expected)
         assert all(type(own) is torch.Tensor and torch.equal(own, expected[name]) for name, own in state.items())
@@ -338,21 +301,21 @@ class TestModules:
     def test_a_state_that_is_equal_leaves_the_pages(self, tmp_path, assign):
         model = _offloaded(tmp_path)
         before = [own.quantized.codes.data_ptr() for own in model]
-        model.load_state_dict(_model().state_dict(), assign=assign)
+        model.load_state_dict(make_model().state_dict(), assign=assign)
         assert [own.quantized.codes.data_ptr() for own in model] == before
-        _assert_same(_results(model), _results(_model()))
+        assert_same(results(model), results(make_model()))
 
     def test_another_state_is_loaded_and_does_not_reach_the_file(self, tmp_path):
-        model, other = _offloaded(tmp_path), _model()
+        model, other = _offloaded(tmp_path), make_model()
         before = (tmp_path / "codes.safetensors").read_bytes()
         for layer in other:
             layer.quantized.codes.bitwise_not_()
         model.load_state_dict(other.state_dict())
-        _assert_same(_results(model), _results(other))
+        assert_same(results(model), results(other))
         assert (tmp_path / "codes.safetensors").read_bytes() == before
 
     def test_casts_change_no_scale(self, tmp_path):
-        model, other = _offloaded(tmp_path).to(torch.bfloat16), _model().to(torch.bfloat16)
+        model, other = _offloaded(tmp_path).to(torch.bfloat16), make_model().to(torch.bfloat16)
         x = torch.randn(3, WIDTH, dtype=torch.bfloat16)
         assert torch.equal(model(x), other(x))
         assert model[0].weight.dtype == torch.bfloat16
@@ -360,32 +323,32 @@ class TestModules:
 
     def test_other_conversions(self, tmp_path):
         for convert in (lq.nn.dequantize_model, lq.nn.train_scales):
-            model, other = _offloaded(tmp_path), _model()
+            model, other = _offloaded(tmp_path), make_model()
             convert(model)
             convert(other)
-            _assert_same(_results(model), _results(other))
+            assert_same(results(model), results(other))
 
     def test_onload_brings_everything_back(self, tmp_path):
         for kind in ("factors", "scales"):
-            model = _model(kind=kind)
+            model = make_model(kind=kind)
             offload_model(model, tmp_path / kind)
             onload_model(model)
             (tmp_path / kind).write_bytes(b"")
-            expected = _model(kind=kind)
+            expected = make_model(kind=kind)
             assert [type(own) for own in model.modules()] == [type(own) for own in expected.modules()]
             assert repr(model) == repr(expected)
-            _assert_same(_results(model), _results(expected))
+            assert_same(results(model), results(expected))
             onload_model(model)
 
     def test_a_part_of_a_model_is_brought_back(self, tmp_path):
-        model, expected = _offloaded(tmp_path), _results(_model())
+        model, expected = _offloaded(tmp_path), results(make_model())
         for run in _twice(model):
-            _assert_same(run(), expected)
+            assert_same(run(), expected)
         onload_model(model[2])
         onload_model(model[:1])
         assert [isinstance(layer.quantized, OffloadedWeight) for layer in model] == [False, True, False, True]
         for run in _twice(model):
-            _assert_same(run(), expected)
+            assert_same(run(), expected)
 
     def test_what_would_change_a_copy_is_refused(self, tmp_path):
         tensor = _offloaded(tmp_path)[0].quantized.operands.tensors[0]
@@ -394,101 +357,27 @@ class TestModules:
         assert "OffloadedTensor" in repr(tensor)
 
 
-class TestAccelerate:
-    @pytest.mark.parametrize("kind", ["factors", "scales", "both"])
-    @pytest.mark.parametrize("buffers", [False, True])
-    @pytest.mark.parametrize("way", ["cpu", "disk", "map"])
-    def test_hooks_bring_the_tensors_of_quantized_layers(self, tmp_path, way, buffers, kind):
-        accelerate = require_module("accelerate")
-        from accelerate.hooks import remove_hook_from_submodules
-
-        model, expected = _model(kind=kind), _results(_model(kind=kind))
-        device, options = torch.device("cpu"), {"offload_buffers": buffers}
-        if way == "cpu":
-            accelerate.cpu_offload(model, device, **options)
-        elif way == "disk":
-            accelerate.disk_offload(model, tmp_path, device, **options)
-        else:
-            places = {"0": "cpu", "1": "disk", "2": "cpu", "3": "disk"}
-            accelerate.dispatch_model(
-                model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True, **options
-            )
-        assert any(own.is_meta for own in model.parameters())
-        assert any(own.is_meta for own in model.buffers()) == buffers
-        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        y = model(x)
-        assert torch.equal(y, expected[0])
-        (gradient,) = torch.autograd.grad(y.square().sum(), x)
-        assert torch.equal(gradient, expected[1])
-        with pytest.raises(InvalidArgumentError, match="meta device"):
-            save_model(tmp_path / "model", model)
-        remove_hook_from_submodules(model)
-        _assert_same(_results(model), expected)
-
-    @pytest.mark.parametrize("buffers", [False, True])
-    def test_functions_that_need_the_values_are_refused(self, tmp_path, buffers):
-        accelerate = require_module("accelerate")
-        start = lq.nn.factors(_model())
-        for call in (
-            lq.nn.factors,
-            lambda own: lq.nn.set_factors(own, start),
-            lambda own: lq.nn.using_factors(own, start).__enter__(),
-            lambda own: lq.nn.save_factors(tmp_path / "factors", own),
-            lq.nn.train_scales,
-            lq.nn.dequantize_model,
-            lambda own: lq.nn.merged_weight(own[0]),
-            lambda own: offload_model(own, tmp_path / "codes"),
-        ):
-            model = accelerate.cpu_offload(_model(), torch.device("cpu"), offload_buffers=buffers)
-            with pytest.raises(InvalidArgumentError, match="meta device"):
-                call(model)
-        assert not list(tmp_path.iterdir())
-
-    @pytest.mark.parametrize("convert", [lq.nn.train_scales, lq.nn.freeze_scales, lq.nn.requantize_model])
-    def test_hooked_layers_are_not_replaced(self, convert):
-        from_hooks = require_module("accelerate").hooks
-        model = _model(kind="scales" if convert is lq.nn.freeze_scales else "factors")
-        from_hooks.add_hook_to_module(model[1], from_hooks.ModelHook())
-        with pytest.raises(InvalidArgumentError, match="'1' has a forward"):
-            convert(model)
-
-    def test_a_model_that_was_offloaded_before(self, tmp_path):
-        accelerate = require_module("accelerate")
-        from accelerate.hooks import remove_hook_from_submodules
-
-        expected, model = _results(_model()), _offloaded(tmp_path)
-        accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=True)
-        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
-        for _ in range(2):
-            assert torch.equal(model(x), expected[0])
-        with pytest.raises(InvalidArgumentError, match="meta device"):
-            onload_model(model)
-        remove_hook_from_submodules(model)
-        onload_model(model)
-        _assert_same(_results(model), expected)
-
-
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda_torch")
 class TestDevices:
     @pytest.mark.parametrize("kind", ["factors", "scales", "both"])
     @pytest.mark.parametrize("to_file", [False, True])
     def test_outputs_and_gradients_are_those_of_layers_on_the_device(self, tmp_path, kind, to_file):
-        model, other = _model(kind=kind).to("cuda"), _model(kind=kind).to("cuda")
+        model, other = make_model(kind=kind).to("cuda"), make_model(kind=kind).to("cuda")
         assert offload_model(model, tmp_path / "codes" if to_file else None) == ["0", "1", "2", "3"]
         assert all(own.device.type == "cpu" and own.is_pinned() != to_file for own in model.buffers())
         assert all(own.is_cuda for own in model.parameters())
         x = torch.randn(5, WIDTH, device="cuda")
         for _ in range(3):
-            results = []
+            both = []
             for own in (model, other):
                 rows = x.clone().requires_grad_()
                 y = own(rows)
                 trained = [p for p in own.parameters() if p.requires_grad]
-                results.append([y, *torch.autograd.grad(y.square().sum(), [rows, *trained])])
-            _assert_same(*results)
+                both.append([y, *torch.autograd.grad(y.square().sum(), [rows, *trained])])
+            assert_same(*both)
         assert torch.equal(lq.nn.merged_weight(model[0]), lq.nn.merged_weight(other[0]))
-        _assert_same([*model.to("cpu").state_dict().values()], [*other.to("cpu").state_dict().values()])
+        assert_same([*model.to("cpu").state_dict().values()], [*other.to("cpu").state_dict().values()])
 
     def test_codes_are_not_on_the_device_between_the_passes(self):
         model = torch.nn.Sequential(*[_large_layer() for _ in range(8)]).to("cuda")
@@ -505,7 +394,7 @@ class TestDevices:
         assert all(own.is_cuda for own in model.buffers())
 
     def test_host_memory_that_is_overwritten(self):
-        model, other = _model().to("cuda"), _model()
+        model, other = make_model().to("cuda"), make_model()
         offload_model(model)
         x = torch.ones(3, WIDTH, device="cuda")
         model(x)

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from lqlora.quantized import QuantizedArray
-
     from lqlora._patterns import Patterns
+    from lqlora.quantized import QuantizedArray
 
 __all__ = ["load_model", "save_model"]
 

@@ -48,6 +48,8 @@ class Experts(nn.ModuleList):
         super().__init__(matrices)
         self.config = config
 
+    # As torch.compiler.disable, which would import the compiler with this module: it cannot read an index that is a tensor.
+    @torch._disable_dynamo  # noqa: SLF001
     def __getitem__(self, index: Any) -> Any:
         """Return the weight of an expert: dense, or a :class:`QuantizedTensor`."""
         return self._modules[str(range(len(self))[int(index)])].weight

@@ -176,7 +176,10 @@ class QuantizedTensor(torch.Tensor):
         weight = Operands(tensors[:-2] if has_factors else tensors, fmt, shape, codebook)
         return _wrapped(weight, factors, scaling, dtype, is_transposed=is_transposed)
 
+    # Compilers trace a function that uses the tensor. Where they leave one out, this must not be traced on its own: it makes
+    # tensors in two steps, and a trace breaks between them.
     @classmethod
+    @torch._disable_dynamo  # noqa: SLF001 - as torch.compiler.disable, which would import the compiler with this module
     def __torch_function__(
         cls, func: Callable[..., Any], _: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -43,8 +43,8 @@ __all__ = [
 #: Entries of a matrix that are summed in float64 together: in host memory as many as a cache holds, on devices more.
 _CHUNK_ON_HOST, _CHUNK = 2**16, 2**24
 
-#: Attributes of a quantized layer that a dense one does not have.
-_OF_FACTORS = frozenset({"dropout", "scaling", "train_factors"})
+#: Attributes of a quantized layer that a dense one does not have, or that are set when it is made.
+_OF_FACTORS = frozenset({"dropout", "in_features", "out_features", "scaling", "train_factors", "transposed_class"})
 
 #: Attributes of a module with a quantized table that a dense one does not have.
 _OF_TABLES = frozenset({"quantized", "rounds_scale", "scale"})
@@ -136,9 +136,10 @@ def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace the quantized layers and embeddings of a model by dense ones that compute the same, in place.
 
-    This merges the factors. Use it to export a fine-tuned model to programs that do not know quantized layers. A
-    transposed ``Conv1D`` of GPT-2 and derived classes do not come back: they become ``torch.nn.Linear``, too. Embeddings that
-    multiply their rows by a number become a class derived from ``torch.nn.Embedding`` that does.
+    This merges the factors. Use it to export a fine-tuned model to programs that do not know quantized layers. A layer
+    becomes ``torch.nn.Linear``, also if its class was derived from it, or a transposed ``Conv1D`` of GPT-2 if it was one.
+    So the state of the model has the names and shapes that it had before it was quantized. Embeddings that multiply their
+    rows by a number become a class derived from ``torch.nn.Embedding`` that does.
 
     Parameters
     ----------
@@ -218,9 +219,17 @@ def require_replaceable(
         raise InvalidArgumentError(f"model must have layers that can be replaced, but {printable(name)!r} {fault}.")
 
 
-def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Linear:
-    found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    found.weight = nn.Parameter(_merged(layer, dtype, name), requires_grad=False)
+def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Module:
+    transposed: type[nn.Module] | None = getattr(layer, "transposed_class", None)
+    matrix = _merged(layer, dtype, name)
+    found: Any
+    if transposed is None:
+        found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    else:
+        found = transposed.__new__(transposed)  # without random values; its attributes are those of the quantized layer
+        nn.Module.__init__(found)
+        matrix = matrix.T.contiguous()
+    found.weight = nn.Parameter(matrix, requires_grad=False)
     if layer.bias is not None:
         # A bias that keeps its dtype is the same parameter, so that it stays shared with other modules.
         kept = layer.bias.dtype == dtype

@@ -380,6 +380,8 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module, drop
     if bias is not None:
         bias.requires_grad = False
         found.bias = bias
+    if not isinstance(layer, nn.Linear | LQLinear):
+        found.transposed_class = type(layer)  # what dequantize_model makes again
     move_attributes(found, layer)
     return found
 

@@ -1,232 +1,48 @@
-"""Selection, training and files of tiny random models of transformers, by architecture."""
+"""Tiny random models of transformers, by architecture: each cell of the table in the documentation, and further models."""
 
 from __future__ import annotations
-
-import copy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import lqlora as lq
-from tests.requirements import import_quietly, require_module
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.requirements import require_module
 
 torch = require_module("torch")
-transformers = require_module("transformers")
+require_module("transformers")
 
 from lqlora.nn import LQLinear, load_model, quantize_model, save_model, select_linears  # noqa: E402 - needs torch
-
-pytestmark = pytest.mark.slow
+from tests.nn.architecture_checks import COLUMNS, ROWS, outcome, read  # noqa: E402
+from tests.nn.architectures import ARCHITECTURES  # noqa: E402
 
 NF8 = lq.BlockFormat.parse("nf8/16:float32")
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-WORDS = {**SIZES, "vocab_size": 99, "pad_token_id": 0}
-LLAMA = {**WORDS, "num_key_value_heads": 2}
-T5 = {
-    "d_model": 32,
-    "d_ff": 64,
-    "d_kv": 8,
-    "num_layers": 2,
-    "num_heads": 4,
-    "vocab_size": 99,
-    "decoder_start_token_id": 0,
-}
-QWEN_EXPERTS = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-IMAGES = {**SIZES, "image_size": 16, "patch_size": 8}
-CLIP = {"text_config": WORDS, "vision_config": IMAGES, "projection_dim": 16}
-WHISPER = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
-    "vocab_size": 99,
-    "max_source_positions": 20,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-}
 
 
-def _words() -> dict[str, Any]:
-    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
-    ids[:, -1] = 1  # the end of a sequence, for heads of T5
-    return {"input_ids": ids}
+@pytest.mark.sampled(15)
+@pytest.mark.filterwarnings("ignore")  # of transformers and of compilers
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "column", [pytest.param(column, marks=[pytest.mark.slow] if column == "compile" else []) for column in COLUMNS]
+)
+def test_each_cell_of_the_table_is_as_recorded(row, column, tmp_path):
+    # If it is not: python -m tests.nn.architecture_checks
+    assert outcome(row, column, tmp_path) == read()["rows"][row]["outcomes"][column]
 
 
-def _both() -> dict[str, Any]:
-    return {**_words(), "decoder_input_ids": _words()["input_ids"]}
+def test_the_record_is_of_the_present_table():
+    content = read()
+    assert list(content["columns"]) == list(COLUMNS)
+    assert {row: own["model"] for row, own in content["rows"].items()} == {
+        row: ARCHITECTURES[name].model for row, name in ROWS.items()
+    }
+    assert all(own["outcomes"].keys() == COLUMNS.keys() for own in content["rows"].values())
 
 
-def _image() -> dict[str, Any]:
-    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
-
-
-def _sound() -> dict[str, Any]:
-    sound = torch.randn(2, 80, 40, generator=torch.Generator().manual_seed(1))
-    return {"input_features": sound, "decoder_input_ids": _words()["input_ids"]}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Class and settings of a model, the number of layers taken, those left dense by group, and the heads that train."""
-
-    model: str
-    config: str
-    settings: dict[str, Any]
-    taken: int
-    left: dict[str, list[str]]
-    trains: tuple[str, ...] = ()
-    inputs: Callable[[], dict[str, Any]] = _words
-
-    def make(self, seed: int = 0):
-        import_quietly("transformers")
-        torch.manual_seed(seed)
-        settings = copy.deepcopy(self.settings)  # a configuration takes parts out of nested ones
-        return getattr(transformers, self.model)(getattr(transformers, self.config)(**settings)).eval()
-
-    def run(self, model):
-        output = model(**self.inputs())
-        return next(
-            getattr(output, name) for name in ("logits", "start_logits", "logits_per_image") if hasattr(output, name)
-        )
-
-
-HEAD = {"output embeddings": ["lm_head"]}
-ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "LlamaConfig", LLAMA, 14, HEAD),
-    "tied llama": Architecture("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "tie_word_embeddings": True}, 14, HEAD),
-    "llama classifier": Architecture(
-        "LlamaForSequenceClassification", "LlamaConfig", LLAMA, 14, {"heads": ["score"]}, ("score",)
-    ),
-    "qwen2": Architecture("Qwen2ForCausalLM", "Qwen2Config", LLAMA, 14, HEAD),
-    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", {**LLAMA, "head_dim": 8}, 14, HEAD),
-    "mixtral": Architecture("MixtralForCausalLM", "MixtralConfig", {**LLAMA, "num_local_experts": 4}, 24, HEAD),
-    "qwen2 experts": Architecture(
-        "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
-        {**QWEN_EXPERTS, "shared_expert_intermediate_size": 16},
-        30,
-        {"routers": [f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)], **HEAD},
-    ),
-    "qwen3 experts": Architecture("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**QWEN_EXPERTS, "head_dim": 8}, 24, HEAD),
-    "gpt-oss": Architecture(
-        "GptOssForCausalLM", "GptOssConfig", {**LLAMA, "head_dim": 8, "num_local_experts": 4}, 24, HEAD
-    ),
-    "gpt2": Architecture(
-        "GPT2LMHeadModel", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}, 8, HEAD
-    ),
-    "falcon": Architecture(
-        "FalconForCausalLM",
-        "FalconConfig",
-        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99},
-        8,
-        HEAD,
-    ),
-    "bloom": Architecture(
-        "BloomForCausalLM",
-        "BloomConfig",
-        {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99},
-        8,
-        HEAD,
-    ),
-    "mamba": Architecture(
-        "MambaForCausalLM",
-        "MambaConfig",
-        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "state_size": 4},
-        8,
-        HEAD,
-    ),
-    "bert": Architecture(
-        "BertForMaskedLM",
-        "BertConfig",
-        WORDS,
-        12,
-        {"heads": ["cls.predictions.transform.dense"], "output embeddings": ["cls.predictions.decoder"]},
-    ),
-    "bert classifier": Architecture(
-        "BertForSequenceClassification", "BertConfig", WORDS, 13, {"heads": ["classifier"]}, ("classifier",)
-    ),
-    "bert answers": Architecture(
-        "BertForQuestionAnswering", "BertConfig", WORDS, 12, {"heads": ["qa_outputs"]}, ("qa_outputs",)
-    ),
-    "roberta classifier": Architecture(
-        "RobertaForSequenceClassification",
-        "RobertaConfig",
-        WORDS,
-        12,
-        {"heads": ["classifier.dense", "classifier.out_proj"]},
-        ("classifier",),
-    ),
-    "deberta classifier": Architecture(
-        "DebertaV2ForSequenceClassification",
-        "DebertaV2Config",
-        {**WORDS, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-        16,
-        {"heads": ["pooler.dense", "classifier"]},
-        ("pooler", "classifier"),
-    ),
-    "t5": Architecture("T5ForConditionalGeneration", "T5Config", T5, 32, HEAD, inputs=_both),
-    "t5 classifier": Architecture(
-        "T5ForSequenceClassification",
-        "T5Config",
-        T5,
-        32,
-        {"heads": ["classification_head.dense", "classification_head.out_proj"]},
-        ("classification_head",),
-    ),
-    "switch": Architecture(
-        "SwitchTransformersForConditionalGeneration",
-        "SwitchTransformersConfig",
-        {
-            **T5,
-            "num_decoder_layers": 2,
-            "num_sparse_encoder_layers": 1,
-            "num_sparse_decoder_layers": 1,
-            "num_experts": 4,
-        },
-        44,
-        {
-            "routers": [
-                "encoder.block.1.layer.1.mlp.router.classifier",
-                "decoder.block.1.layer.2.mlp.router.classifier",
-            ],
-            **HEAD,
-        },
-        inputs=_both,
-    ),
-    "vit": Architecture(
-        "ViTForImageClassification",
-        "ViTConfig",
-        IMAGES,
-        12,
-        {"heads": ["classifier"]},
-        ("classifier",),
-        inputs=_image,
-    ),
-    "clip": Architecture("CLIPModel", "CLIPConfig", CLIP, 26, {}, inputs=lambda: {**_words(), **_image()}),
-    "whisper": Architecture(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        WHISPER,
-        16,
-        {"output embeddings": ["proj_out"]},
-        inputs=_sound,
-    ),
-}
-
-
-@pytest.fixture(params=ARCHITECTURES, ids=str)
+@pytest.fixture(params=[name for name in ARCHITECTURES if name not in ROWS.values()])
 def architecture(request):
     return ARCHITECTURES[request.param]
 
 
+@pytest.mark.slow
 def test_conversion_training_and_files(architecture, tmp_path):
     model = architecture.make()
     linears = select_linears(model)
@@ -256,6 +72,7 @@ def test_conversion_training_and_files(architecture, tmp_path):
         assert torch.equal(architecture.run(fresh), architecture.run(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied llama", "bert", "gpt2"])
 def test_a_tied_output_embedding_that_was_asked_for_is_saved_and_loaded(name, tmp_path):
     architecture = ARCHITECTURES[name]
@@ -271,6 +88,7 @@ def test_a_tied_output_embedding_that_was_asked_for_is_saved_and_loaded(name, tm
         assert torch.equal(architecture.run(fresh), architecture.run(model))
 
 
+@pytest.mark.slow
 def test_layers_of_a_model_in_half_precision():
     model = ARCHITECTURES["falcon"].make().bfloat16()
     assert len(select_linears(model)) == ARCHITECTURES["falcon"].taken

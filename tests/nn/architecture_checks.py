@@ -305,7 +305,7 @@ def is_copied(architecture: Architecture, _: Path) -> None:
 
 
 def is_compiled(architecture: Architecture, _: Path) -> None:
-    """A compiled model of one layer has the outputs and gradients of the dense model in float64.
+    """A compiled model of one layer, without a cache, has the outputs and gradients of the dense model in float64.
 
     Where experts are chosen, the blocks are compiled one by one.
     """
@@ -313,6 +313,7 @@ def is_compiled(architecture: Architecture, _: Path) -> None:
     architecture = architecture.shallow()
     model = quantized(architecture)
     reference = Reference(architecture, model)
+    model.config.use_cache = False
     torch.compiler.reset()
     if "experts" in " ".join(layers_of(model)):
         # The eager experts of transformers, dense ones too, end a graph. Each module around them would be traced twice.

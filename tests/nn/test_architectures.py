@@ -17,7 +17,7 @@ from tests.nn.architectures import ARCHITECTURES  # noqa: E402
 NF8 = lq.BlockFormat.parse("nf8/16:float32")
 
 
-@pytest.mark.sampled(15)
+@pytest.mark.sampled(10)
 @pytest.mark.filterwarnings("ignore")  # of transformers and of compilers
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize(

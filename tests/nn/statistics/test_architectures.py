@@ -15,7 +15,7 @@ from torch.nn.functional import pad  # noqa: E402 - needs torch
 
 from lqlora.nn import collect_fisher, collect_gram, collect_kronecker  # noqa: E402
 from tests.nn.statistics.layouts import assert_close, by_example  # noqa: E402
-from tests.nn.test_architectures import ARCHITECTURES  # noqa: E402
+from tests.nn.architectures import ARCHITECTURES  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -48,12 +48,17 @@ def _labels(name):
     "name",
     [
         "llama",
+        "tied llama",
         "llama classifier",
+        "qwen2",
+        "qwen3",
         "mixtral",
         "qwen2 experts",
+        "qwen3 experts",
         "gpt2",
         "falcon",
         "bloom",
+        "mamba",
         "bert",
         "bert classifier",
         "roberta classifier",
@@ -87,3 +92,15 @@ def test_padded_batches_have_the_statistics_of_their_examples(name):
             loss=lambda m, parts: torch.stack([m(**part).loss for part in parts]),
         )
         assert_close(together, {layer: fisher[layer] for layer in found})
+
+
+@pytest.mark.parametrize("name", ["vit", "whisper"])
+def test_batches_without_padding_have_the_statistics_of_their_examples(name):
+    architecture = ARCHITECTURES[name]
+    model, inputs = architecture.make().double(), architecture.batch(torch.float64)
+    batch = {**inputs, "labels": torch.tensor([0, 1]) if name == "vit" else inputs["decoder_input_ids"]}
+    examples = [{key: values[i : i + 1] for key, values in batch.items()} for i in range(2)]
+    fisher, kronecker = by_example(model, [lambda m, own=own: m(**own).loss for own in examples])
+    assert_close(collect_fisher(model, [batch]), fisher)
+    assert_close(collect_kronecker(model, [batch]), kronecker)
+    assert_close(collect_gram(model, [batch]), {layer: gram for layer, (_, gram) in kronecker.items()})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,7 +50,7 @@ class Experts(nn.ModuleList):
         self.config = config
 
     # As torch.compiler.disable, which would import the compiler with this module: it cannot read an index that is a tensor.
-    @torch._disable_dynamo  # noqa: SLF001
+    @_disable_dynamo
     def __getitem__(self, index: Any) -> Any:
         """Return the weight of an expert: dense, or a :class:`QuantizedTensor`."""
         return self._modules[str(range(len(self))[int(index)])].weight

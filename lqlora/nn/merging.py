@@ -222,7 +222,7 @@ def require_replaceable(
 def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Module:
     transposed: type[nn.Module] | None = getattr(layer, "transposed_class", None)
     matrix = _merged(layer, dtype, name)
-    found: Any
+    found: nn.Module
     if transposed is None:
         found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     else:

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.autograd import Function
 from torch.nn import functional
 
@@ -177,9 +178,9 @@ class QuantizedTensor(torch.Tensor):
         return _wrapped(weight, factors, scaling, dtype, is_transposed=is_transposed)
 
     # Compilers trace a function that uses the tensor. Where they leave one out, this must not be traced on its own: it makes
-    # tensors in two steps, and a trace breaks between them.
+    # tensors in two steps, and a trace breaks between them. torch.compiler.disable would import the compiler with this module.
     @classmethod
-    @torch._disable_dynamo  # noqa: SLF001 - as torch.compiler.disable, which would import the compiler with this module
+    @_disable_dynamo
     def __torch_function__(
         cls, func: Callable[..., Any], _: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import datetime as dt
-import functools
 import importlib.metadata
 import json
 import tempfile
@@ -441,7 +440,7 @@ def record() -> None:
         with tempfile.TemporaryDirectory() as folder:
             outcomes = {column: outcome(row, column, Path(folder)) for column in COLUMNS}
         content["rows"][row] = {"model": ARCHITECTURES[name].model, "outcomes": outcomes}
-        print(row, *outcomes.values(), sep=" | ", flush=True)
+        print(row, *outcomes.values(), sep=" | ", flush=True)  # noqa: T201 - a program
     RECORD.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -89,9 +89,7 @@ class Architecture:
 
     def shallow(self) -> Architecture:
         """Return the architecture with one layer, or one of the encoder and one of the decoder."""
-        counts = {
-            "num_hidden_layers": 1, "n_layer": 1, "num_layers": 1, "num_local_experts": 2, "num_experts": 2
-        }
+        counts = {"num_hidden_layers": 1, "n_layer": 1, "num_layers": 1, "num_local_experts": 2, "num_experts": 2}
         return replace(self, settings={key: counts.get(key, value) for key, value in self.settings.items()})
 
     def batch(self, dtype: Any = None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from lqlora.nn import (  # noqa: E402
     requantize_model,
     save_model,
     select_linears,
+    train_scales,
     weight_arrays,
 )
 from tests.nn.structures import STRUCTURES, Words  # noqa: E402
@@ -113,7 +114,9 @@ class TestDequantizeModel:
             dequantize_model(model)
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
         assert not any(isinstance(module, LQLinear) for module in model.modules())
-        assert all(type(model.get_submodule(name)) is nn.Linear for name in structure.taken)
+        for name in structure.taken:
+            first = type(structure.make().get_submodule(name))
+            assert type(model.get_submodule(name)) is (nn.Linear if issubclass(first, nn.Linear) else first)
 
     def test_heads_keep_training_and_the_body_is_frozen(self, structure):
         model = _trained(structure)
@@ -173,6 +176,24 @@ class TestDequantizeModel:
         dequantize_model(model)
         fresh.load_state_dict(model.state_dict())
         quantize_model(model, NF4, rank=1)
+
+    @pytest.mark.parametrize("change", [requantize_model, train_scales, None], ids=["requantized", "scales", "loaded"])
+    def test_transposed_layers_come_back(self, change, tmp_path):
+        structure = STRUCTURES["transposed"]
+        model, fresh = structure.make(), structure.make(seed=1)
+        quantize_model(model, NF4, rank=2)
+        if change is None:
+            save_model(tmp_path / "m", model)
+            model = structure.make(seed=1)
+            load_model(tmp_path / "m", model)
+        else:
+            change(model)
+        expected = model(structure.inputs())
+        dequantize_model(model)
+        assert vars(model.part).keys() == vars(fresh.part).keys()
+        fresh.load_state_dict(model.state_dict())
+        for own in (model, fresh):
+            torch.testing.assert_close(own(structure.inputs()), expected, rtol=1e-4, atol=1e-4)
 
     def test_an_error_leaves_the_model_unchanged(self):
         model = _trained(STRUCTURES["plain"])

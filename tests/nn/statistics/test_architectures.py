@@ -14,8 +14,8 @@ require_module("transformers")
 from torch.nn.functional import pad  # noqa: E402 - needs torch
 
 from lqlora.nn import collect_fisher, collect_gram, collect_kronecker  # noqa: E402
-from tests.nn.statistics.layouts import assert_close, by_example  # noqa: E402
 from tests.nn.architectures import ARCHITECTURES  # noqa: E402
+from tests.nn.statistics.layouts import assert_close, by_example  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -381,7 +381,7 @@ def generates(architecture: Architecture, _: Path) -> None:
 
 
 def merges(architecture: Architecture, _: Path) -> None:
-    """Dense layers of the classes before hold the sums of both parts. A dense model that loads their state computes the same."""
+    """Dense layers hold the sums of both parts, and a dense model that loads their state computes the same."""
     model, fresh = quantized(architecture), architecture.make(seed=1)
     reference = Reference(architecture, model)
     dequantize_model(model)
@@ -421,6 +421,11 @@ def outcome(row: str, column: str, folder: Path) -> str:
     return RIGHT
 
 
+def descriptions() -> dict[str, str]:
+    """Return the first line of each check."""
+    return {column: str(check.__doc__).partition("\n")[0] for column, check in COLUMNS.items()}
+
+
 def read() -> dict[str, Any]:
     """Return the record."""
     content: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
@@ -433,7 +438,7 @@ def record() -> None:
     content: dict[str, Any] = {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in ("lqlora", "torch", "transformers")},
-        "columns": {column: str(check.__doc__).partition("\n")[0] for column, check in COLUMNS.items()},
+        "columns": descriptions(),
         "rows": {},
     }
     for row, name in ROWS.items():

@@ -11,7 +11,7 @@ torch = require_module("torch")
 require_module("transformers")
 
 from lqlora.nn import LQLinear, load_model, quantize_model, save_model, select_linears  # noqa: E402 - needs torch
-from tests.nn.architecture_checks import COLUMNS, ROWS, outcome, read  # noqa: E402
+from tests.nn.architecture_checks import COLUMNS, ROWS, descriptions, outcome, read  # noqa: E402
 from tests.nn.architectures import ARCHITECTURES  # noqa: E402
 
 NF8 = lq.BlockFormat.parse("nf8/16:float32")
@@ -30,7 +30,7 @@ def test_each_cell_of_the_table_is_as_recorded(row, column, tmp_path):
 
 def test_the_record_is_of_the_present_table():
     content = read()
-    assert list(content["columns"]) == list(COLUMNS)
+    assert content["columns"] == descriptions()
     assert {row: own["model"] for row, own in content["rows"].items()} == {
         row: ARCHITECTURES[name].model for row, name in ROWS.items()
     }

@@ -180,7 +180,7 @@ def error(found, expected, floor: float = 1e-3) -> float:
     if not isinstance(expected, dict):
         found, expected = {"": found}, {"": expected}
     assert found.keys() == expected.keys()
-    assert all(found[name].shape == own.shape for name, own in expected.items())
+    assert all(found[name].shape == own.shape and found[name].isfinite().all() for name, own in expected.items())
     with torch.no_grad():
         sizes = {name: float(own.abs().max()) for name, own in expected.items()}
         least = floor * max(sizes.values())
@@ -201,8 +201,10 @@ def converts(architecture: Architecture, _: Path) -> None:
     for name, layer in layers.items():
         matrix = dense_matrix(dense, name)
         expected = lq.decompose(matrix.numpy(), FORMAT, min(4, *matrix.shape), max_iter=1)
-        own = LQLinear.from_decomposition(expected).state_dict()
-        assert all(torch.equal(found, own[key]) for key, found in layer.state_dict().items() if key in own)
+        found = layer.state_dict()
+        assert all(
+            torch.equal(found[key], own) for key, own in LQLinear.from_decomposition(expected).state_dict().items()
+        )
     heads = {name for name in trainable(model) if any(name.startswith(f"{head}.") for head in architecture.trains)}
     assert trainable(model).keys() == heads | {f"{name}.lora_{x}" for name in layers for x in "AB"}
 

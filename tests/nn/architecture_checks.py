@@ -54,7 +54,7 @@ ROWS = {
 RIGHT, NOT_APPLICABLE = "right", "does not apply"
 
 #: One architecture for each way in which models multiply by a weight: for them the backward pass is traced, too.
-WITH_BACKWARD = ("llama", "mixtral", "gpt2", "mamba")
+WITH_BACKWARD = ("llama", "mixtral", "mamba")
 
 #: Low bits and a low rank, so that no check succeeds with the original weights.
 FORMAT = lq.BlockFormat.parse("nf3/16:float32")

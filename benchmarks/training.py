@@ -1,11 +1,14 @@
 """Forward and backward passes of layers that train, against dense frozen layers with factors of the same rank.
 
 Run by ``scripts/bench`` on one thread. Prints CPU milliseconds, medians of runs that took turns, and ratios within a run.
+If bitsandbytes and PEFT are installed, a last row of each group is theirs.
 """
 
 import copy
+import importlib.util
 import statistics
 import time
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +17,8 @@ from torch.nn import functional
 
 import lqlora as lq
 
-RUNS = 7
+#: Processors without units for bfloat16 take half a minute for a dense pass of 256 rows.
+RUNS = {torch.float32: 7, torch.bfloat16: 3}
 SIZE, RANK = 4096, 16
 EXPERTS, TOKENS, WIDTH, INNER = 8, 256, 1024, 2048
 NF4 = "nf4/64:float32"
@@ -40,12 +44,26 @@ class Dense(nn.Module):
 def milliseconds(modules, *inputs):
     """Return the median time of a forward and backward pass of each module."""
     found = [[] for _ in modules]
-    for _ in range(RUNS):
+    for _ in range(RUNS[inputs[0].dtype]):
         for module, times in zip(modules, found, strict=True):
             start = time.process_time()
             module(*inputs).float().square().sum().backward()
             times.append(1e3 * (time.process_time() - start))
     return [statistics.median(times) for times in found]
+
+
+def peers(weight, dtype):
+    """Return the layer of bitsandbytes with the factors of PEFT, by name, if both are installed."""
+    if not all(map(importlib.util.find_spec, ("bitsandbytes", "peft"))):
+        return {}
+    import bitsandbytes as bnb
+    import peft
+
+    layer = bnb.nn.Linear4bit(SIZE, SIZE, bias=False, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, compress_statistics=False, quant_type="nf4")
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["base"], init_lora_weights=False)
+    adapted = peft.get_peft_model(nn.Sequential(OrderedDict(base=layer.to("cpu"))), config)
+    return {f"nf4, blocks of 64, bitsandbytes {bnb.__version__} and PEFT {peft.__version__}": adapted}
 
 
 def linear_rows():
@@ -56,6 +74,7 @@ def linear_rows():
         quantized = {text: lq.quantize(weight, lq.BlockFormat.parse(text)) for text in FORMATS}
         layers = {text: lq.nn.LQLinear(q, *factors) for text, q in quantized.items()}
         layers |= {f"{NF4}, scales train": lq.nn.PEQALinear(quantized[NF4])}
+        layers |= peers(weight, dtype)
         for rows in (16, 256):
             x = torch.randn(rows, SIZE, dtype=dtype, requires_grad=True)
             base, *others = milliseconds([dense, *layers.values()], x)

@@ -315,7 +315,7 @@ WRONG = {
 }
 
 #: Kinds that every suite tries; the others are tried where slow tests run.
-FEW = ("text", "dict", "array", "object", "none", "nan", "negative", "long")
+FEW = ("text", "array", "object", "none", "nan", "long")
 
 
 def options(thing):

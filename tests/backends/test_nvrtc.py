@@ -54,6 +54,7 @@ def check(architecture: int, module: str, names: list[str]) -> None:
     assert not re.search(r"\.approx|\.ftz|\bdiv\.full", found.ptx)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("module", SAMPLE)
 @pytest.mark.parametrize("architecture", [75, 90])
 def test_a_sample_of_the_kernels_compiles(architecture, module):

@@ -19,6 +19,7 @@ from tests.arguments import (
     REFUSED,
     SAME,
     TABLES,
+    Doubling,
     calls,
     public_functions,
     torch_kinds,
@@ -146,6 +147,13 @@ def test_arrays_of_numpy(name):
     arrays = CALLS[name][0]
     refused = {} if name == "Codebook" else REFUSED
     assert all_faults(name, arrays, arrays, (SAME, NUMBERS, refused, OTHER if refused else OTHER | REFUSED)) == []
+
+
+@pytest.mark.parametrize("name", names_without("from_operands", *ops.__all__))
+def test_subclasses_with_arithmetic_of_their_own(name):
+    # Operations, which only lqlora calls, take arrays as they are.
+    arrays = CALLS[name][0]
+    assert all_faults(name, arrays, arrays, ({"own arithmetic": lambda a: a.view(Doubling)}, {}, {}, {})) == []
 
 
 @pytest.mark.parametrize("name", names_without("Codebook", "CostTable"))

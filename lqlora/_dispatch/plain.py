@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lqlora._dispatch.kinds import NUMBERS, Dtypes, fault_of, is_native
 from lqlora._dispatch.libraries import ENTRY_OF, LIBRARY_OF, PLAIN_LIBRARY_OF, new_entry
 from lqlora.errors import InvalidArgumentError, UnsupportedArrayError
@@ -47,10 +49,13 @@ def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
     >>> plain_array(np.ones(2, dtype=">f4"), "w").dtype.isnative
     True
     """
-    library = PLAIN_LIBRARY_OF[type(value)]
-    if library is None:
+    cls = type(value)
+    library = PLAIN_LIBRARY_OF[cls]
+    if library is None or (cls is not np.ndarray and library == "numpy"):
+        return _converted(value, name, dtypes)  # subclasses may redefine arithmetic, and scalars of NumPy are no arrays
+    if library == "torch" and cls is not sys.modules["torch"].Tensor:
         return _converted(value, name, dtypes)
-    entry = ENTRY_OF.get(type(value)) or new_entry(value, library)
+    entry = ENTRY_OF.get(cls) or new_entry(value, library)
     if not dtypes.taken[entry.at][entry.facts(value)] or (library == "torch" and _stands_for_another(value)):
         return _converted(value, name, dtypes)
     return value
@@ -64,9 +69,9 @@ def _stands_for_another(tensor: Any) -> bool:
 
 def _converted(value: Any, name: str, dtypes: Dtypes) -> Array:
     """Return an argument as a plain array, or raise."""
-    numpy, torch = sys.modules["numpy"], sys.modules.get("torch")
-    if isinstance(value, numpy.matrix) or (LIBRARY_OF[type(value)] == "numpy" and type(value) is not numpy.ndarray):
-        value = numpy.asarray(value)
+    torch = sys.modules.get("torch")
+    if isinstance(value, np.matrix) or (LIBRARY_OF[type(value)] == "numpy" and type(value) is not np.ndarray):
+        value = np.asarray(value)
     library = LIBRARY_OF[type(value)]
     if library == "numpy" and not is_native(value.dtype) and value.dtype.kind in "iufc":
         value = value.astype(value.dtype.newbyteorder("="))

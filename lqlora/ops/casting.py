@@ -219,11 +219,10 @@ def convert(array: Array, xp: Namespace, device: object = None) -> Array:
     array = plain_array(array, "array", STORABLE)
     if xp is np and device is None:
         return _on_host(array)
-    host = array if type(array) is np.ndarray else None
-    if host is None:
-        if _plain_name(namespace(array, dtypes=STORABLE)) == _plain_name(xp):
-            return _moved(array, device)
-        host = _on_host(array)
+    is_here = type(array) is np.ndarray
+    if not is_here and _plain_name(namespace(array, dtypes=STORABLE)) == _plain_name(xp):
+        return _moved(array, device)
+    host = array if is_here else _on_host(array)
     # torch and NumPy share no bfloat16 dtype: NumPy's is an extension of ml_dtypes. Its bits cross as uint16 and are
     # reinterpreted there. A detour over float32 would keep the values, but perhaps not the bits of a NaN.
     is_bfloat16 = host.dtype == ml_dtypes.bfloat16

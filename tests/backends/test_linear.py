@@ -107,10 +107,18 @@ def test_other_shapes_are_left_to_the_operations(shape):
     assert planned_linear(lq.BlockFormat.parse("nf4/4:float32"), shape) is None
 
 
+def freed(tensor):
+    """Take the memory of a tensor away, as ``fully_shard`` does."""
+    tensor.untyped_storage().resize_(tensor.nbytes // 2)
+    return tensor
+
+
 def other_rows():
     x = rows_of(2, 64)
     return {
         "strided": rows_of(64, 2).T,
+        "sparse": x.to_sparse(),
+        "without memory": freed(x.clone()),
         "negated": torch._neg_view(x),
         "double": x.double(),
         "many": rows_of(compiled.FEW_ROWS + 1, 64),
@@ -135,6 +143,14 @@ def test_weights_and_factors_that_are_strided_or_negated_are_left_to_the_operati
     if position:
         given[position] = torch._neg_view(given[position].contiguous())
         assert linear(x, given[:2], *given[2:], 1.0) is None
+
+
+@pytest.mark.parametrize("position", range(4), ids=["codes", "scales", "lora_A", "lora_B"])
+def test_weights_and_factors_without_memory_are_left_to_the_operations(position):
+    q, stored, a, b = weight("nf4/64:float32")
+    given = [*stored, a, b]
+    given[position] = freed(given[position].clone())
+    assert planned_linear(q.format, q.shape)(rows_of(2, 64), given[:2], *given[2:], 1.0) is None
 
 
 def test_factors_of_two_dtypes_are_left_to_the_operations():
@@ -162,6 +178,12 @@ def test_a_layer_of_few_rows_takes_it():
         assert torch.equal(layer(x), expected)
     with torch.inference_mode():
         assert torch.equal(layer(x), expected)
+
+
+def test_the_low_rank_part_is_scaled_last():
+    q, stored, a, b = weight("nf4/64:float32", rank=1)
+    linear, x = planned_linear(q.format, q.shape), torch.ones(1, 64)
+    assert linear(x, stored, 0 * a + 1e20, 0 * b + 1e-30, 1e18).isfinite().all()
 
 
 def test_numbers_that_overflow_and_nan_stay_in_their_rows():

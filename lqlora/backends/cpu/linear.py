@@ -63,8 +63,14 @@ def planned_linear(fmt: BlockFormat, shape: tuple[int, int]) -> Callable[..., to
         if dtype is None or factor_dtype is None or lora_A.dtype != lora_B.dtype:
             return None
         for tensor in (x, lora_A, lora_B, *stored):
-            # The kernel reads memory as it lies, without signs that torch turns when it reads.
-            if not tensor.is_contiguous() or tensor.is_neg():
+            # The kernel reads memory as it lies, without signs that torch turns when it reads. Memory may have been taken away
+            # from a tensor, as fully_shard and hooks of activations do.
+            if (
+                tensor.layout is not torch.strided
+                or not tensor.is_contiguous()
+                or tensor.is_neg()
+                or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+            ):
                 return None
         y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
         # Addresses keep nothing alive, but the arguments of this call do.

@@ -51,7 +51,7 @@ struct Product {
     float* out;
 };
 
-// The product of a few rows with low-rank factors: `narrow = scaling * x @ lora_A.T`, and `out += narrow @ lora_B.T`.
+// The product of a few rows with low-rank factors: `narrow = x @ lora_A.T`, and `out += scaling * narrow @ lora_B.T`.
 struct LowRank {
     const float* x;
     int64_t x_rows;

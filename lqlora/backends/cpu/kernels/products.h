@@ -131,8 +131,7 @@ void to_rank(const LowRank* product) {
     for (int64_t m = 0; m < product->x_rows; ++m)
         for (int64_t r = 0; r < product->rank; ++r)
             product->narrow[m * product->rank + r] =
-                product->scaling * dot(product->x + m * product->columns, product->lora_A + r * product->columns,
-                                       product->columns);
+                dot(product->x + m * product->columns, product->lora_A + r * product->columns, product->columns);
 }
 
 // Number of partial sums of a product with a row of `lora_B`, which is short.
@@ -150,7 +149,7 @@ void add_from_rank(const LowRank* product, int64_t first, int64_t last) {
             for (int64_t i = whole; i < rank; ++i) sums[i - whole] += narrow[i] * outer[i];
             for (int half = kShortSums / 2; half; half /= 2)
                 for (int k = 0; k < half; ++k) sums[k] += sums[half + k];
-            product->out[m * product->rows + row] += sums[0];
+            product->out[m * product->rows + row] += product->scaling * sums[0];
         }
     }
 }

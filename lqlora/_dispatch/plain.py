@@ -52,7 +52,9 @@ def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
     cls = type(value)
     library = PLAIN_LIBRARY_OF[cls]
     if library is None or (cls is not np.ndarray and library == "numpy"):
-        return _converted(value, name, dtypes)  # subclasses may redefine arithmetic, and scalars of NumPy are no arrays
+        return _converted(
+            value, name, dtypes
+        )  # a subclass may redefine arithmetic, and a scalar of NumPy is not an array
     if library == "torch" and cls is not sys.modules["torch"].Tensor:
         return _converted(value, name, dtypes)
     entry = ENTRY_OF.get(cls) or new_entry(value, library)

@@ -12,6 +12,7 @@ from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._options import require_number
+from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operators import is_autocast
 from lqlora.nn.tensor import QuantizedTensor
@@ -221,11 +222,22 @@ def quantized_tables(model: nn.Module) -> dict[str, dict[str, QuantizedEmbedding
     -------
     dict of str to dict of str to QuantizedEmbedding or QuantizedHead
         Modules in the order of the model, the owner first. A module with several names is listed under the first.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no module of the model owns the table of one of them.
     """
     modules = {name: own for name, own in model.named_modules() if isinstance(own, QuantizedEmbedding | QuantizedHead)}
     owners = {own.quantized: name for name, own in modules.items() if "quantized" in own._modules}  # noqa: SLF001 - of torch
     found = {name: {name: modules[name]} for name in owners.values()}
     for name, own in modules.items():
-        if owners.get(own.quantized, name) != name:
-            found[owners[own.quantized]][name] = own
+        owner = owners.get(own.quantized)
+        if owner is None:
+            raise InvalidArgumentError(
+                f"model must have the embedding that owns the quantized table of {printable(name)!r}, got none. Call "
+                "dequantize_model before you replace that embedding or take the model apart."
+            )
+        if owner != name:
+            found[owner][name] = own
     return found

@@ -153,7 +153,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     Raises
     ------
     InvalidArgumentError
-        If the model has no quantized layer, is one itself, or is on the meta device.
+        If the model has no quantized layer, is one itself, or is on the meta device, or if it has a quantized output embedding
+        without the embedding that owns its table.
     NonFiniteError
         If a sum holds NaN, or an entry that is beyond the range of the dtype. In this case the model is unchanged.
 

@@ -65,7 +65,8 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     ------
     InvalidArgumentError
         If the model has no quantized layer, or the metadata uses the reserved key, or an entry of the state dict cannot be
-        stored, such as one on the meta device.
+        stored, such as one on the meta device. Also if it has a quantized output embedding without the embedding that owns
+        its table.
     CheckpointError
         If the file cannot be written.
     """

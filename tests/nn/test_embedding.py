@@ -395,6 +395,15 @@ class TestState:
             assert again.embed.quantized is not model.embed.quantized
             assert torch.equal(again(IDS), model(IDS))
 
+    def test_a_head_without_the_owner_of_its_table(self, tmp_path):
+        model, _ = _quantized(_words())
+        model.embed = nn.Embedding(WORDS, WIDTH)
+        for use in (dequantize_model, lambda own: save_model(tmp_path / "m", own)):
+            with pytest.raises(InvalidArgumentError, match="owns the quantized table of 'lm_head', got none"):
+                use(model)
+        assert isinstance(model.up, LQLinear)
+        assert not list(tmp_path.iterdir())
+
     def test_a_state_dict_has_the_table_once(self):
         model, _ = _quantized(_words())
         state = model.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ from lqlora._printable import printable
 from lqlora._warnings import warn
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.nn.embedding import QuantizedHead, quantized_tables, scaled
+from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead, quantized_tables, scaled
 from lqlora.nn.experts import join_dense
 from lqlora.nn.holders import find_holders
+from lqlora.nn.linear import LQLinear
 from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import unwrapped
 from lqlora.quantized import dequantize, quantize
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Container, Mapping
 
     from lqlora.formats import BlockFormat
-    from lqlora.nn.linear import LQLinear
     from lqlora.quantized import Fit, QuantizedArray
 
 __all__ = [
@@ -147,8 +148,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
         A model with quantized layers. It is changed only after every dense matrix was computed.
     dtype : torch.dtype, optional
         Dtype of the weights and biases of the new layers. The default is the dtype of the layer's bias, or else the one that
-        most parameters of the rest of the model have. So a 16-bit model stays one, and every model runs as before. Embeddings
-        keep the dtype of their rows.
+        most parameters and quantized embeddings of the rest of the model have, or else the one that most layers had. So a
+        16-bit model stays one, and every model runs as before. Embeddings keep the dtype of their rows.
 
     Raises
     ------
@@ -166,7 +167,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     """
     model = unwrapped(model)
     layers = _replaceable(model)
-    usual = usual_dtype(model, {*layers.values()})
+    usual = usual_dtype(model)
     # All matrices are computed before the first layer is replaced, so that an error leaves the model as it was.
     replacements: dict[nn.Module, nn.Module] = {
         layer: _dense_layer(layer, dtype or (usual if layer.bias is None else layer.bias.dtype), repr(printable(name)))
@@ -280,28 +281,36 @@ def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module
     return found
 
 
-def usual_dtype(model: nn.Module, without: Container[nn.Module]) -> torch.dtype:
-    """Return the dtype of most floating-point entries of a model outside of some modules.
+def usual_dtype(model: nn.Module, without: Container[nn.Module] = ()) -> torch.dtype:
+    """Return the dtype of most floating-point entries of a model outside of quantized layers and of some modules.
+
+    Entries of quantized embeddings count as entries of the dtype of their rows. In a model without other entries, the dense
+    weights that quantized layers stand for decide.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model.
-    without : container of torch.nn.Module
-        Modules whose own parameters are not counted.
+    without : container of torch.nn.Module, optional
+        Further modules whose own parameters are not counted.
 
     Returns
     -------
     torch.dtype
         float32 if there is no such entry.
     """
-    sizes = Counter[torch.dtype]()
+    sizes, of_layers = Counter[torch.dtype](), Counter[torch.dtype]()
     for module in model.modules():
-        if module not in without:
+        if isinstance(module, LQLinear):
+            of_layers[module.quantized.dtype] += math.prod(module.quantized.shape)
+        elif module not in without:
+            if isinstance(module, QuantizedEmbedding):
+                sizes[module.quantized.dtype] += math.prod(module.quantized.shape)
             for parameter in module.parameters(recurse=False):
                 if parameter.dtype in _FLOATS:
                     sizes[parameter.dtype] += parameter.numel()
-    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+    counted = sizes or of_layers
+    return max(counted, key=counted.__getitem__, default=torch.float32)
 
 
 @annotated

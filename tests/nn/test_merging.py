@@ -171,6 +171,19 @@ class TestDequantizeModel:
         assert model.again is model.up
         assert model.lm_head.weight is not model.embed.weight
 
+    def test_a_16_bit_model_with_a_quantized_embedding_alone_beside_its_layers_stays_one(self):
+        model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16, bias=False)).bfloat16()
+        quantize_model(model, NF4, rank=2, max_iter=1, embeddings=NF4, include="1")
+        model[1].float()
+        dequantize_model(model)
+        assert {own.dtype for own in model.parameters()} == {torch.bfloat16}
+
+    def test_a_16_bit_model_of_quantized_layers_alone_stays_one(self):
+        model = nn.Sequential(nn.Linear(16, 16, bias=False)).bfloat16()
+        quantize_model(model, NF4, rank=2, max_iter=1)
+        dequantize_model(model)
+        assert model[0].weight.dtype == torch.bfloat16
+
     def test_the_state_is_that_of_a_dense_model(self):
         model, fresh = _trained(STRUCTURES["plain"]), STRUCTURES["plain"].make()
         dequantize_model(model)

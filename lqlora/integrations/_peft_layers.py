@@ -18,7 +18,7 @@ from lqlora._messages import shown
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn import LQLinear, merged_weight
 from lqlora.nn.linear_maps import is_linear_map
-from lqlora.nn.merging import usual_dtype
+from lqlora.nn.merging import dense_layer, usual_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,9 @@ __all__ = ["QuantizedIA3Linear", "QuantizedIA3Model", "QuantizedLoraLinear", "Qu
 
 #: Initializations that leave the weight below as it is. The others subtract a part of it, or read it as a parameter.
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+#: Attributes by which accelerate replaces the forward method of a layer, which would go on with the quantized one.
+_OF_CALLS = frozenset({"forward", "_hf_hook", "_old_forward"})
 
 
 class _DenseView(nn.Module):
@@ -115,10 +118,7 @@ class _MergingIntoDense:
             raise NonFiniteError(
                 f"adapters must give a merged weight that {self.merged_dtype} holds, got NaN or infinity from {shown(adapters)}."
             )
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.detach().to(self.merged_dtype), requires_grad=False)
+        dense = dense_layer(layer, weight, bias, without=_OF_CALLS)
         self._below = (layer,)
         self.base_layer = dense.train(layer.training)
         self.merged_adapters = adapters

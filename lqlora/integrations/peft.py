@@ -75,8 +75,8 @@ def register() -> None:
     ``get_peft_model`` freezes the model below, factors of :class:`lqlora.nn.LQLinear` included. Set ``requires_grad`` afterwards
     to train them, too, and keep them with :func:`lqlora.nn.save_factors`: ``save_pretrained`` writes only PEFT's adapters.
 
-    ``merge_adapter`` and ``merge_and_unload`` put a ``torch.nn.Linear`` in the place of each layer that has an adapter. It holds
-    the sum of all parts, in the dtype of the rest of the model. ``unmerge_adapter`` puts the quantized layer back, bit for bit.
+    ``merge_adapter`` and ``merge_and_unload`` put a ``torch.nn.Linear``, or the transposed ``Conv1D`` of GPT-2, in the place of
+    each layer that has an adapter. It holds the sum of all parts, in the dtype of the rest of the model. ``unmerge_adapter`` puts the quantized layer back, bit for bit.
     Starts that subtract a part of the weight, such as PiSSA, are refused.
     """
     require("peft", "peft", "lqlora.integrations.peft.register")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RequantizedLayer",
+    "dense_layer",
     "dequantize_model",
     "merged_weight",
     "requantize_model",
@@ -45,7 +46,7 @@ __all__ = [
 _CHUNK_ON_HOST, _CHUNK = 2**16, 2**24
 
 #: Attributes of a quantized layer that a dense one does not have, or that are set when it is made.
-_OF_FACTORS = frozenset({"dropout", "in_features", "out_features", "scaling", "train_factors", "transposed_class"})
+_OF_FACTORS = frozenset({"dropout", "scaling", "train_factors", "transposed_class"})
 
 #: Attributes of a module with a quantized table that a dense one does not have.
 _OF_TABLES = frozenset({"quantized", "rounds_scale", "scale"})
@@ -169,10 +170,10 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     layers = _replaceable(model)
     usual = usual_dtype(model)
     # All matrices are computed before the first layer is replaced, so that an error leaves the model as it was.
-    replacements: dict[nn.Module, nn.Module] = {
-        layer: _dense_layer(layer, dtype or (usual if layer.bias is None else layer.bias.dtype), repr(printable(name)))
-        for name, layer in layers.items()
-    }
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        own = dtype or (usual if layer.bias is None else layer.bias.dtype)
+        replacements[layer] = dense_layer(layer, _merged(layer, own, repr(printable(name))), layer.bias)
     replacements |= _dense_tables(model, dtype)
     replace_modules(model, replacements)
     join_dense(model)
@@ -221,22 +222,41 @@ def require_replaceable(
         raise InvalidArgumentError(f"model must have layers that can be replaced, but {printable(name)!r} {fault}.")
 
 
-def _dense_layer(layer: LQLinear, dtype: torch.dtype, name: str) -> nn.Module:
+def dense_layer(
+    layer: LQLinear, matrix: torch.Tensor, bias: torch.Tensor | None, without: Collection[str] = ()
+) -> nn.Module:
+    """Return the dense layer that replaces a quantized one.
+
+    Parameters
+    ----------
+    layer : LQLinear
+        Layer to replace. Its hooks and further attributes move.
+    matrix : Tensor of shape (out_features, in_features)
+        Weight of the new layer, also if its class stores the transposed one.
+    bias : Tensor of shape (out_features,), optional
+        Bias of the new layer, which gets the dtype of the matrix.
+    without : collection of str
+        Attributes to leave behind.
+
+    Returns
+    -------
+    torch.nn.Module
+        A frozen ``torch.nn.Linear``, or a transposed ``Conv1D`` of GPT-2 if the layer was one.
+    """
     transposed: type[nn.Module] | None = getattr(layer, "transposed_class", None)
-    matrix = _merged(layer, dtype, name)
     found: nn.Module
     if transposed is None:
-        found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        found = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta")
     else:
         found = transposed.__new__(transposed)  # without random values; its attributes are those of the quantized layer
         nn.Module.__init__(found)
         matrix = matrix.T.contiguous()
     found.weight = nn.Parameter(matrix, requires_grad=False)
-    if layer.bias is not None:
+    if bias is not None:
         # A bias that keeps its dtype is the same parameter, so that it stays shared with other modules.
-        kept = layer.bias.dtype == dtype
-        found.bias = layer.bias if kept else nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
-    move_attributes(found, layer, without=_OF_FACTORS)
+        kept = isinstance(bias, nn.Parameter) and bias.dtype == matrix.dtype
+        found.bias = bias if kept else nn.Parameter(bias.detach().to(matrix.dtype), requires_grad=False)
+    move_attributes(found, layer, without={*_OF_FACTORS, *without})
     return found
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional  # noqa: E402
 
 from lqlora.integrations.peft import load_adapter, register, save_adapter  # noqa: E402
 from tests.integrations.tiny_models import (  # noqa: E402
+    dense_gpt2,
     dense_nested_model,
     gpt2,
     llama,
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 register()
 
+NF4 = lq.BlockFormat.parse("nf4/16:float32")
 LORA = {"r": 3, "lora_alpha": 5}
 LLAMA = {"target_modules": ["q_proj", "down_proj"]}
 GPT2 = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
@@ -157,7 +159,24 @@ def test_merging_gives_dense_layers_with_the_same_outputs(name, kind):
     close(logits(merged), expected)
     assert not any("peft" in type(module).__module__ for module in merged.modules())
     end = "q_proj" if name == "llama" else "c_attn"
-    assert type(layer_of(merged, end)) is nn.Linear
+    assert type(layer_of(merged, end)).__name__ == ("Linear" if name == "llama" else "Conv1D")
+
+
+def test_a_merged_model_of_transposed_layers_has_the_state_of_a_dense_one():
+    model = gpt2(include=["*c_attn", "*c_proj"], max_iter=1)
+    # A square matrix would fit the wrong way round, too.
+    found = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"])).eval()
+    shake(found, "default")
+    merged, again = found.merge_and_unload(), dense_gpt2()
+    again.load_state_dict(merged.state_dict())
+    close(logits(again), logits(merged))
+
+
+def test_merging_uses_the_dtype_of_quantized_embeddings():
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)).bfloat16()
+    lq.nn.quantize_model(model, NF4, rank=2, max_iter=1, embeddings=NF4, include=["1", "2"])
+    merged = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["1"])).merge_and_unload()
+    assert merged[1].weight.dtype == torch.bfloat16
 
 
 def test_merging_uses_the_dtype_of_the_model():
@@ -176,7 +195,7 @@ def test_unmerging_brings_back_every_bit(kind):
     before, expected = bits(model), logits(model)
     model.merge_adapter()
     close(logits(model), expected)
-    assert type(layer_of(model, "c_attn").base_layer) is nn.Linear
+    assert type(layer_of(model, "c_attn").base_layer).__name__ == "Conv1D"
     with model.disable_adapter():  # unmerges, as PEFT has it
         assert not torch.equal(logits(model), expected)
     assert torch.equal(logits(model), expected)

@@ -28,7 +28,7 @@ from lqlora.nn import (  # noqa: E402
     train_scales,
     weight_arrays,
 )
-from tests.nn.structures import STRUCTURES, Words  # noqa: E402
+from tests.nn.structures import STRUCTURES, WIDTH, Conv1D, Sandwich, Words  # noqa: E402
 
 NF4 = lq.BlockFormat.parse("nf4/8:float32")
 FORMATS = ["nf4/8:float32", "nf3/7:bfloat16", "nf3/8:u8/16:float16", "affine4/8:float32", "nf2+fit/8:float16"]
@@ -190,6 +190,24 @@ class TestDequantizeModel:
         fresh.load_state_dict(model.state_dict())
         quantize_model(model, NF4, rank=1)
 
+    def test_a_transposed_layer_that_reads_its_sizes(self):
+        class Reading(Conv1D):
+            def __init__(self, nf, nx):
+                super().__init__(nf, nx)
+                self.out_features = nf
+                del self.nf
+
+            def forward(self, x):
+                return (x @ self.weight + self.bias).view(*x.shape[:-1], self.out_features)
+
+        Reading.__name__ = "Conv1D"
+        model = Sandwich(Reading(6, WIDTH))
+        quantize_model(model, NF4, rank=2, max_iter=1)
+        x = torch.randn(2, WIDTH)
+        expected = model(x)
+        dequantize_model(model)
+        torch.testing.assert_close(model(x), expected)
+
     @pytest.mark.parametrize("change", [requantize_model, train_scales, None], ids=["requantized", "scales", "loaded"])
     def test_transposed_layers_come_back(self, change, tmp_path):
         structure = STRUCTURES["transposed"]
@@ -203,7 +221,7 @@ class TestDequantizeModel:
             change(model)
         expected = model(structure.inputs())
         dequantize_model(model)
-        assert vars(model.part).keys() == vars(fresh.part).keys()
+        assert vars(model.part).keys() - {"in_features", "out_features"} == vars(fresh.part).keys()
         fresh.load_state_dict(model.state_dict())
         for own in (model, fresh):
             torch.testing.assert_close(own(structure.inputs()), expected, rtol=1e-4, atol=1e-4)

@@ -16,12 +16,12 @@ from torch import nn
 
 from lqlora._messages import shown
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.nn import LQLinear, merged_weight
+from lqlora.nn import LQLinear, QuantizedEmbedding, QuantizedHead, merged_weight
 from lqlora.nn.linear_maps import is_linear_map
 from lqlora.nn.merging import dense_layer, usual_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 __all__ = ["QuantizedIA3Linear", "QuantizedIA3Model", "QuantizedLoraLinear", "QuantizedLoraModel", "register_tuners"]
 
@@ -239,7 +239,10 @@ class QuantizedIA3Linear(_MergingIntoDense, IA3Linear):  # type: ignore[misc]
 
 
 class _Tuner:
-    """Shared part of the tuners: ``"all-linear"`` finds quantized layers, and merging uses the dtype of the model."""
+    """Shared part of the tuners: ``"all-linear"`` finds quantized layers, and merging uses the dtype of the model.
+
+    Quantized embeddings are refused among the modules to train.
+    """
 
     # Of PEFT's tuners.
     model: nn.Module
@@ -251,6 +254,7 @@ class _Tuner:
         targets = config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
             config.target_modules = _linear_names(model)
+        _require_trainable(model, config.modules_to_save or ())
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -274,6 +278,16 @@ class _Tuner:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)  # type: ignore[misc]
+
+
+def _require_trainable(model: nn.Module, modules_to_save: Collection[str]) -> None:
+    """Raise if PEFT would train copies of modules with a quantized table, which have no parameter to train."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedEmbedding | QuantizedHead) and name.endswith(tuple(modules_to_save)):
+            raise InvalidArgumentError(
+                f"modules_to_save must name modules that can train, but {shown(name)} has a quantized table, which is frozen. Pass "
+                "embeddings=None to quantize_model to train it."
+            )
 
 
 def _linear_names(model: nn.Module) -> set[str]:

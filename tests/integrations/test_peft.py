@@ -333,6 +333,16 @@ def test_other_starts_work(start):
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["0", "2"])
+def test_quantized_embeddings_among_modules_to_train_are_refused(name):
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.Linear(16, 8))
+    model[2].weight = model[0].weight
+    lq.nn.quantize_model(model, NF4, rank=2, max_iter=1, embeddings=NF4)
+    with pytest.raises(InvalidArgumentError, match=rf"modules_to_save .*{name}.*embeddings=None"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["1"], modules_to_save=[name]))
+    assert isinstance(model[0], lq.nn.QuantizedEmbedding)
+
+
 def test_other_methods_of_peft_refuse_quantized_layers():
     with pytest.raises(TypeError, match=r"LQLinear.* not supported"):
         peft.get_peft_model(llama(), peft.LoHaConfig(**LLAMA))

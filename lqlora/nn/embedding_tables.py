@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -115,12 +116,12 @@ def embedding_fault(maps: LinearMaps, name: str, embedding: nn.Embedding) -> Den
 def scale_of(embedding: nn.Embedding) -> tuple[float, bool] | None:
     """Return the number that an embedding multiplies its rows by, or None if it computes something else.
 
-    Numbers among the buffers and attributes are tried out on some rows, in training and in evaluation.
+    Numbers among the buffers and attributes are tried out on some rows of a random table, in training and in evaluation.
 
     Parameters
     ----------
-    embedding : torch.nn.Module
-        Embedding with a table in memory.
+    embedding : torch.nn.Embedding
+        Embedding with a table in memory, of any values.
 
     Returns
     -------
@@ -133,14 +134,23 @@ def scale_of(embedding: nn.Embedding) -> tuple[float, bool] | None:
         return None
     given = [(float(own), True) for own in embedding._buffers.values() if own is not None]  # noqa: SLF001 - of torch
     given += [(own, False) for key, own in vars(embedding).items() if key not in _USUAL and type(own) in (int, float)]
-    mode = embedding.training
     try:
+        probe = _with_random_rows(embedding)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return next((own for own in [*given, (1.0, False)] if _is_lookup(embedding, *own)), None)
+            return next((own for own in [*given, (1.0, False)] if _is_lookup(probe, *own)), None)
     except Exception:  # noqa: BLE001 - code of others; whatever it raises, it does not take any input
         return None
-    finally:
-        embedding.training = mode
+
+
+def _with_random_rows(embedding: nn.Embedding) -> nn.Embedding:
+    """Return a shallow copy of an embedding with another table: rows of zeros or NaN would not show the number."""
+    found = copy.copy(embedding)
+    rows, columns = embedding.weight.shape
+    # Row i holds the numbers from the i-th on. So rows differ, and a large table takes the memory of one row and one column.
+    numbers = torch.randn(rows + columns, generator=torch.Generator().manual_seed(0)).to(embedding.weight)
+    table = nn.Parameter(numbers.as_strided((rows, columns), (1, 1)), requires_grad=False)
+    found._parameters = {**embedding._parameters, "weight": table}  # noqa: SLF001 - of torch, which shares the dict
+    return found
 
 
 def _is_lookup(embedding: nn.Embedding, scale: float, rounds_scale: bool) -> bool:  # noqa: FBT001 - of a pair

@@ -444,6 +444,16 @@ class TestFiles:
         save_model(tmp_path / "again", fresh)
         assert (tmp_path / "again").read_bytes() == (tmp_path / "m").read_bytes()
 
+    @pytest.mark.parametrize("value", [0.0, float("nan")])
+    def test_the_values_of_the_model_do_not_matter(self, tmp_path, value):
+        model, _ = _quantized(_words(GemmaLike))
+        save_model(tmp_path / "m", model)
+        fresh = _words(GemmaLike)
+        nn.init.constant_(fresh.embed.weight, value)
+        load_model(tmp_path / "m", fresh)
+        assert (fresh.embed.scale, fresh.embed.rounds_scale) == (model.embed.scale, True)
+        assert torch.equal(fresh(IDS), model(IDS))
+
     def test_a_tied_file_fits_a_model_without_ties(self, tmp_path):
         model, _ = _quantized(_words())
         save_model(tmp_path / "m", model)

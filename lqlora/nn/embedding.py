@@ -11,7 +11,7 @@ from torch import nn
 from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
-from lqlora._options import require_number
+from lqlora._options import require_integer, require_number
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operators import is_autocast
@@ -22,7 +22,7 @@ from lqlora.quantized.array import require_quantized
 if TYPE_CHECKING:
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["QuantizedEmbedding", "QuantizedHead", "quantized_tables", "scaled"]
+__all__ = ["QuantizedEmbedding", "QuantizedHead", "ScaledEmbedding", "quantized_tables", "scaled"]
 
 
 class _TableModule(nn.Module):
@@ -77,7 +77,8 @@ class QuantizedEmbedding(_TableModule):
     quantized : QuantizedArray of shape (num_embeddings, embedding_dim), or QuantizedWeight
         The table. Blocks follow its rows. A :class:`QuantizedWeight` belongs to another module, which the table is shared with.
     padding_idx : int, optional
-        Row for padding, kept for code that asks for it. The table is frozen, so it changes nothing.
+        Row for padding, kept for code that asks for it, from 0 on. A negative one counts from the end. The table is frozen, so it
+        changes nothing.
     scale : float, default 1.0
         Number that rows are multiplied by, as in the embeddings of Gemma and BART.
     rounds_scale : bool, default False
@@ -91,7 +92,7 @@ class QuantizedEmbedding(_TableModule):
     Raises
     ------
     InvalidArgumentError
-        If ``quantized`` is not a matrix, or has blocks along its columns.
+        If ``quantized`` is not a matrix, or has blocks along its columns, or ``padding_idx`` is not one of its rows.
 
     Examples
     --------
@@ -116,6 +117,9 @@ class QuantizedEmbedding(_TableModule):
                 f"quantized must have blocks along its rows, got format {self.quantized.format}. Quantize without an axis, or along -1."
             )
         self.num_embeddings, self.embedding_dim = self.quantized.shape
+        if padding_idx is not None:
+            require_integer(padding_idx, "padding_idx", -self.num_embeddings, self.num_embeddings - 1)
+            padding_idx %= self.num_embeddings
         self.padding_idx = padding_idx
         require_number(scale, "scale", "finite", math.isfinite)
         self.scale, self.rounds_scale = float(scale), rounds_scale
@@ -167,6 +171,36 @@ def scaled(rows: torch.Tensor, scale: float, *, rounds_scale: bool) -> torch.Ten
     return rows * (rows.new_full((), scale) if rounds_scale else scale)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Dense embedding that multiplies its rows by a number, which :func:`dequantize_model` puts in the place of a quantized one.
+
+    Attributes
+    ----------
+    scale : float
+        Number that rows are multiplied by.
+    rounds_scale : bool
+        Whether ``scale`` is rounded to the dtype of the rows before the product.
+    """
+
+    scale: float
+    rounds_scale: bool
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look rows up.
+
+        Parameters
+        ----------
+        ids : Tensor of integers, any shape
+            Rows.
+
+        Returns
+        -------
+        Tensor, shape (*ids.shape, embedding_dim)
+            Rows times the number.
+        """
+        return scaled(super().forward(ids), self.scale, rounds_scale=self.rounds_scale)
+
+
 class QuantizedHead(_TableModule):
     """Output embedding that shares the table of a :class:`QuantizedEmbedding`: ``y = x @ table.T + bias``.
 
@@ -176,6 +210,11 @@ class QuantizedHead(_TableModule):
         Table of the embedding, which owns it.
     bias : Tensor of shape (out_features,), optional
         Frozen bias.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If ``quantized`` is not a matrix, or ``bias`` is of another shape.
     """
 
     @annotated
@@ -184,6 +223,8 @@ class QuantizedHead(_TableModule):
         self.out_features, self.in_features = self.quantized.shape
         if bias is not None:
             bias = ops.convert(plain_array(bias, "bias", STORABLE_FLOATS), torch)
+            if tuple(bias.shape) != (self.out_features,):
+                raise InvalidArgumentError(f"bias must have shape ({self.out_features},), got {tuple(bias.shape)}.")
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from lqlora._patterns import values_by_name
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
-from lqlora.nn.embedding import scaled
+from lqlora.nn.embedding import ScaledEmbedding, scaled
 from lqlora.nn.holders import find_holders
 from lqlora.nn.linear_maps import offers_more
 from lqlora.nn.selection import DenseReason
@@ -130,6 +130,8 @@ def scale_of(embedding: nn.Embedding) -> tuple[float, bool] | None:
     """
     if type(embedding) is nn.Embedding:
         return 1.0, False
+    if type(embedding) is ScaledEmbedding:
+        return embedding.scale, embedding.rounds_scale
     if offers_more(embedding, nn.Embedding):
         return None
     given = [(float(own), True) for own in embedding._buffers.values() if own is not None]  # noqa: SLF001 - of torch

@@ -18,7 +18,7 @@ from lqlora._printable import printable
 from lqlora._warnings import warn
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead, quantized_tables, scaled
+from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead, ScaledEmbedding, quantized_tables
 from lqlora.nn.experts import join_dense
 from lqlora.nn.holders import find_holders
 from lqlora.nn.linear import LQLinear
@@ -260,16 +260,6 @@ def dense_layer(
     return found
 
 
-class _ScaledEmbedding(nn.Embedding):
-    """Embedding that multiplies its rows by a number."""
-
-    scale: float
-    rounds_scale: bool
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return scaled(super().forward(ids), self.scale, rounds_scale=self.rounds_scale)
-
-
 def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module, nn.Module]:
     """Return the dense modules that replace quantized embeddings and their output embeddings. They stay tied."""
     found: dict[nn.Module, nn.Module] = {}
@@ -293,9 +283,9 @@ def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module
                 new = nn.Linear(own.in_features, own.out_features, bias=False, device="meta")
                 new.register_parameter("bias", own.bias)
             else:
-                kind = nn.Embedding if own.scale == 1 else _ScaledEmbedding
+                kind = nn.Embedding if own.scale == 1 else ScaledEmbedding
                 new = kind(rows, columns, own.padding_idx, device="meta")
-            move_attributes(new, own, without=_OF_TABLES if type(new) is not _ScaledEmbedding else {"quantized"})
+            move_attributes(new, own, without=_OF_TABLES if type(new) is not ScaledEmbedding else {"quantized"})
             new.weight = weight
             found[own] = new
     return found

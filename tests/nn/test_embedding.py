@@ -132,6 +132,16 @@ class TestLookups:
         with pytest.raises(InvalidArgumentError, match="weight must be a matrix"):
             torch.ops.lqlora.embedding(IDS, *operands(lq.quantize(torch.ones(4), NF4)))
 
+    def test_padding_and_biases_that_do_not_fit(self):
+        layer = QuantizedEmbedding(_table(), padding_idx=-1)
+        assert layer.padding_idx == nn.Embedding(WORDS, WIDTH, padding_idx=-1).padding_idx
+        for wrong in (WORDS, -WORDS - 1, 1.5):
+            with pytest.raises(InvalidArgumentError, match=f"padding_idx .*{wrong}"):
+                QuantizedEmbedding(_table(), padding_idx=wrong)
+        for size in (1, WORDS + 1):
+            with pytest.raises(InvalidArgumentError, match=rf"bias must have shape \(11,\), got \({size},\)"):
+                QuantizedHead(layer.quantized, torch.ones(size))
+
     @pytest.mark.parametrize("text", ["nf3/8:u8/16:float16", "affine4/7:float16", "nf2+fit2/8@-1:float32"])
     @pytest.mark.slow
     def test_opcheck(self, text):
@@ -261,6 +271,12 @@ class TestConversion:
         dequantize_model(model)
         assert torch.equal(model.embed(IDS), other.embed(IDS))
         assert model.lm_head.weight is model.embed.weight
+
+    def test_a_rounded_number_stays_one_after_a_second_conversion(self):
+        model, _ = _quantized(_words(GemmaLike))
+        dequantize_model(model)
+        _quantized(model, NF4)
+        assert (model.embed.scale, model.embed.rounds_scale) == (pytest.approx(3.3), True)
 
     def test_the_fit_is_that_of_the_layers(self):
         dense = _words().embed.weight.detach()

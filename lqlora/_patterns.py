@@ -212,7 +212,7 @@ class NameIndex:
         found = [row for name, row in self._row.items() if predicate(name)]
         if not found:
             raise InvalidArgumentError(
-                f"{parameter} must match a {self._what}, but {shown_patterns(pattern)} matches none of {len(self._row)} "
+                f"{parameter} must match {'an' if self._what[0] in 'aeiou' else 'a'} {self._what}, but {shown_patterns(pattern)} matches none of {len(self._row)} "
                 f"({list_names(self._row)})."
             )
         return found

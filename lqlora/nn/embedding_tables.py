@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from lqlora._patterns import values_by_name
+from lqlora._patterns import matches, values_by_name
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat
@@ -168,6 +168,19 @@ def _is_lookup(embedding: nn.Embedding, scale: float, rounds_scale: bool) -> boo
     return True
 
 
+def _require_first_names(formats: Mapping[Any, Any], tables: Mapping[str, EmbeddingTable]) -> None:
+    """Raise if a name selects no table, but a further module that shares one."""
+    for given in formats:
+        if isinstance(given, str) and not any(matches(name, given) for name in tables):
+            for name, table in tables.items():
+                for other in (*table.embeddings, *table.heads):
+                    if matches(other, given):
+                        raise InvalidArgumentError(
+                            f"embeddings must name the first embedding of a table, but {printable(other)!r} shares the table of "
+                            f"{printable(name)!r}. Name that one."
+                        )
+
+
 def choose_tables(
     maps: LinearMaps, formats: Any, without: Collection[nn.Module]
 ) -> dict[str, tuple[EmbeddingTable, BlockFormat]]:
@@ -207,6 +220,7 @@ def choose_tables(
             raise InvalidArgumentError(
                 f"embeddings must be a BlockFormat or a mapping of names or patterns to formats, got {formats!r:.80}."
             )
+        _require_first_names(formats, tables)
         by_name = usable = values_by_name(formats, [*tables], parameter="embeddings", what="embedding")
     for name in [] if usable and not isinstance(formats, Mapping) else by_name:
         if reason := tables[name].fault:

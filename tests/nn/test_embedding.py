@@ -382,8 +382,13 @@ class TestRefusals:
             _quantized(_words(), embeddings)
 
     def test_a_name_that_matches_nothing(self):
-        with pytest.raises(InvalidArgumentError, match="embeddings"):
+        with pytest.raises(InvalidArgumentError, match="embeddings must match an embedding, but 'nothing'"):
             _quantized(_words(), {"nothing": NF4})
+
+    def test_the_name_of_a_module_that_shares_a_table(self):
+        with pytest.raises(InvalidArgumentError, match="'lm_head' shares the table of 'embed'"):
+            _quantized(_words(), {"lm_head": NF4})
+        assert "embed" in _quantized(_words(), {"*": NF4})[1].tables
 
     def test_values_that_are_not_finite(self):
         model = _words()

@@ -174,16 +174,15 @@ def scaled(rows: torch.Tensor, scale: float, *, rounds_scale: bool) -> torch.Ten
 class ScaledEmbedding(nn.Embedding):
     """Dense embedding that multiplies its rows by a number, which :func:`dequantize_model` puts in the place of a quantized one.
 
-    Attributes
+    Parameters
     ----------
-    scale : float
-        Number that rows are multiplied by.
-    rounds_scale : bool
-        Whether ``scale`` is rounded to the dtype of the rows before the product.
+    quantized : QuantizedEmbedding
+        The quantized embedding. Its table is not decoded: the new weight is on the meta device.
     """
 
-    scale: float
-    rounds_scale: bool
+    def __init__(self, quantized: QuantizedEmbedding) -> None:
+        super().__init__(quantized.num_embeddings, quantized.embedding_dim, quantized.padding_idx, device="meta")
+        self.scale, self.rounds_scale = quantized.scale, quantized.rounds_scale
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look rows up.

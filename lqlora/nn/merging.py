@@ -278,14 +278,14 @@ def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module
             )
         for own in modules.values():
             new: nn.Embedding | nn.Linear
-            rows, columns = weight.shape
             if isinstance(own, QuantizedHead):
                 new = nn.Linear(own.in_features, own.out_features, bias=False, device="meta")
                 new.register_parameter("bias", own.bias)
+            elif own.scale == 1:
+                new = nn.Embedding(own.num_embeddings, own.embedding_dim, own.padding_idx, device="meta")
             else:
-                kind = nn.Embedding if own.scale == 1 else ScaledEmbedding
-                new = kind(rows, columns, own.padding_idx, device="meta")
-            move_attributes(new, own, without=_OF_TABLES if type(new) is not ScaledEmbedding else {"quantized"})
+                new = ScaledEmbedding(own)
+            move_attributes(new, own, without=_OF_TABLES)
             new.weight = weight
             found[own] = new
     return found

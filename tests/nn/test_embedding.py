@@ -382,11 +382,11 @@ class TestRefusals:
             _quantized(_words(), embeddings)
 
     def test_a_name_that_matches_nothing(self):
-        with pytest.raises(InvalidArgumentError, match="embeddings must match an embedding, but 'nothing'"):
+        with pytest.raises(InvalidArgumentError, match="an embedding, but 'nothing'"):
             _quantized(_words(), {"nothing": NF4})
 
     def test_the_name_of_a_module_that_shares_a_table(self):
-        with pytest.raises(InvalidArgumentError, match="'lm_head' shares the table of 'embed'"):
+        with pytest.raises(InvalidArgumentError, match=r"'lm_head' shares .*'embed'"):
             _quantized(_words(), {"lm_head": NF4})
         assert "embed" in _quantized(_words(), {"*": NF4})[1].tables
 
@@ -420,7 +420,7 @@ class TestState:
         model, _ = _quantized(_words())
         model.embed = nn.Embedding(WORDS, WIDTH)
         for use in (dequantize_model, lambda own: save_model(tmp_path / "m", own)):
-            with pytest.raises(InvalidArgumentError, match="owns the quantized table of 'lm_head', got none"):
+            with pytest.raises(InvalidArgumentError, match=r"owns .* 'lm_head', got none"):
                 use(model)
         assert isinstance(model.up, LQLinear)
         assert not list(tmp_path.iterdir())

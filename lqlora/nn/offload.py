@@ -89,6 +89,7 @@ class OffloadedTensor(torch.Tensor):
             if isinstance(value, OffloadedTensor):
                 key = id(value.fetch)
                 if key not in fetched:
+                    value.fetch.require_unchanged()
                     fetched[key] = value.fetch.prefetcher.fetch(value.fetch)
                 return fetched[key][value.position]
             return [here(own) for own in value] if isinstance(value, list | tuple) else value
@@ -109,18 +110,30 @@ class Fetch(NamedTuple):
         The weight, for the next prefetch of it.
     prefetcher : Prefetcher
         Shared by the layers that were offloaded together.
+    versions : list of int
+        How often torch has changed each tensor in place.
     """
 
     hosts: list[torch.Tensor]
     place: torch.device
     weight: weakref.ref[OffloadedWeight]
     prefetcher: Prefetcher
+    versions: list[int]
+
+    def require_unchanged(self) -> None:
+        """Raise if the tensors have changed since, as autograd does for tensors that it has saved."""
+        if self.versions != _versions(self.hosts):
+            raise InvalidArgumentError(
+                "codes and scales of an offloaded weight must not change while it is in use, and they were loaded or changed since "
+                "the forward pass. Run the forward pass again."
+            )
 
 
 class _Copy(NamedTuple):
     """Copy of a weight that is on its way to a device."""
 
     hosts: list[torch.Tensor]
+    versions: list[int]
     tensors: list[torch.Tensor]
     arrival: torch.cuda.Event
 
@@ -176,7 +189,12 @@ class Prefetcher:
 
     def _arrived(self, wanted: Fetch) -> list[torch.Tensor]:
         copy = self._on_its_way.pop(id(wanted.weight), None)
-        if copy is None or any(map(_is_other, copy.hosts, wanted.hosts)) or copy.tensors[0].device != wanted.place:
+        if (
+            copy is None
+            or any(map(_is_other, copy.hosts, wanted.hosts))
+            or copy.versions != wanted.versions
+            or copy.tensors[0].device != wanted.place
+        ):
             return [host.to(wanted.place, non_blocking=True) for host in wanted.hosts]
         stream = torch.cuda.current_stream(wanted.place)
         stream.wait_event(copy.arrival)
@@ -194,7 +212,7 @@ class Prefetcher:
                 tensors = [host.to(wanted.place, non_blocking=True) for host in wanted.hosts]
                 arrival = self._streams[wanted.place].record_event()
             # One weight at a time is on its way: a wrong guess is dropped here.
-            self._on_its_way = {id(wanted.weight): _Copy(wanted.hosts, tensors, arrival)}
+            self._on_its_way = {id(wanted.weight): _Copy(wanted.hosts, wanted.versions, tensors, arrival)}
         else:
             for host in wanted.hosts:
                 _read_ahead(host)
@@ -202,6 +220,11 @@ class Prefetcher:
 
 def _is_other(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first is not second
+
+
+def _versions(tensors: list[torch.Tensor]) -> list[int]:
+    """Return how often torch has changed tensors in place. It does not count changes of tensors made in inference mode."""
+    return [0 if own.is_inference() else own._version for own in tensors]  # noqa: SLF001 - has no public name
 
 
 class OffloadedWeight(QuantizedWeight):
@@ -239,7 +262,7 @@ class OffloadedWeight(QuantizedWeight):
             Tensors in host memory, and how to fetch them. Parameters are not among them.
         """
         hosts = [own for own in super()._tensors() if not isinstance(own, nn.Parameter)]
-        return Fetch(hosts, self.place, weakref.ref(self), self.prefetcher)
+        return Fetch(hosts, self.place, weakref.ref(self), self.prefetcher, _versions(hosts))
 
     def _tensors(self) -> list[torch.Tensor]:
         stored = super()._tensors()
@@ -258,16 +281,16 @@ class OffloadedWeight(QuantizedWeight):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *rest: Any) -> None:
-        # A page that is written to is a page in memory. Codes that are equal already are not written again.
-        same = {}
-        for name, own in self._buffers.items():
+        # A page that is written to is a page in memory. Arrays that are equal already are not written again. Those of scales
+        # that are quantized belong to a module inside, which torch gives the entries of the same dict.
+        for name, own in self.named_buffers():
             given = state_dict.get(prefix + name)
-            if own is not None and given is not None and _is_same(own, given):
-                same[prefix + name] = own
+            if given is not None and _is_same(own, given):
+                state_dict[prefix + name] = own
         self.prefetcher.forget()
         if self.place.type == "cuda":
             torch.cuda.synchronize(self.place)  # copies of earlier products may still read the host memory
-        super()._load_from_state_dict({**state_dict, **same}, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Show shape, format, and that the array is offloaded."""

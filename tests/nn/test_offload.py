@@ -305,6 +305,26 @@ class TestModules:
         assert [own.quantized.codes.data_ptr() for own in model] == before
         assert_same(results(model), results(make_model()))
 
+    @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+    def test_a_state_that_is_equal_dirties_no_page(self, tmp_path):
+        model = _offloaded(tmp_path)
+        model.load_state_dict(make_model().state_dict())
+        text = Path("/proc/self/smaps").read_text()
+        _, *parts = text.split(str(tmp_path))
+        assert parts
+        assert all(part.split("Private_Dirty:")[1].split()[0] == "0" for part in parts)
+
+    @pytest.mark.parametrize("part", ["codes", "scales.scales"])
+    def test_a_state_that_is_loaded_before_the_backward_pass_is_an_error(self, tmp_path, part):
+        model = _offloaded(tmp_path)
+        name = f"1.quantized.{part}"
+        x = torch.ones(1, WIDTH, requires_grad=True)
+        y = model(x).sum()
+        model.load_state_dict({name: model.state_dict()[name] + 1}, strict=False)
+        with pytest.raises(InvalidArgumentError, match="since the forward pass"):
+            y.backward()
+        model(x).sum().backward()
+
     def test_another_state_is_loaded_and_does_not_reach_the_file(self, tmp_path):
         model, other = _offloaded(tmp_path), make_model()
         before = (tmp_path / "codes.safetensors").read_bytes()

@@ -80,9 +80,18 @@ class OffloadedTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override] # torch types it as a function
         cls, func: Any, _: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation on fetched tensors. All tensors of a weight are fetched at once."""
-        if func._schema.is_mutable and isinstance(next(iter(args), None), OffloadedTensor):  # noqa: SLF001 - has no public name
-            raise InvalidArgumentError(f"{func} must not change an offloaded tensor. Call onload_model first.")
+        """Run an operation on fetched tensors. All tensors of a weight are fetched at once, and no result shares their memory."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:
+            return OffloadedTensor(args[0].fetch, args[0].position)
+        schema = func._schema  # noqa: SLF001 - has no public name
+        if schema.is_mutable:
+            given = [
+                *zip(schema.arguments, args, strict=False),
+                *((own, kwargs.get(own.name)) for own in schema.arguments),
+            ]
+            if any(_is_written(argument) and _has_offloaded(value) for argument, value in given):
+                raise InvalidArgumentError(f"{func} must not change an offloaded tensor. Call onload_model first.")
         fetched: dict[int, list[torch.Tensor]] = {}
 
         def here(value: Any) -> Any:
@@ -94,7 +103,18 @@ class OffloadedTensor(torch.Tensor):
                 return fetched[key][value.position]
             return [here(own) for own in value] if isinstance(value, list | tuple) else value
 
-        return func(*map(here, args), **{name: here(own) for name, own in (kwargs or {}).items()})
+        found = func(*map(here, args), **{name: here(own) for name, own in kwargs.items()})
+        if not schema.is_mutable and any(own.alias_info is not None for own in schema.returns):
+            return [own.clone() for own in found] if isinstance(found, list | tuple) else found.clone()
+        return found
+
+
+def _is_written(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _has_offloaded(value: Any) -> bool:
+    return isinstance(value, OffloadedTensor) or (isinstance(value, list | tuple) and any(map(_has_offloaded, value)))
 
 
 class Fetch(NamedTuple):

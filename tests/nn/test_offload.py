@@ -371,10 +371,27 @@ class TestModules:
             assert_same(run(), expected)
 
     def test_what_would_change_a_copy_is_refused(self, tmp_path):
-        tensor = _offloaded(tmp_path)[0].quantized.operands.tensors[0]
-        with pytest.raises(InvalidArgumentError, match="onload_model"):
-            tensor.zero_()
+        layer = _offloaded(tmp_path)[0]
+        tensor = layer.quantized.operands.tensors[0]
+        for change in (
+            tensor.zero_,
+            tensor.detach().zero_,
+            lambda: torch._foreach_add_([tensor], 1),
+            lambda: torch.add(torch.ones_like(tensor), 1, out=tensor),
+            lambda: torch.aminmax(tensor.clone(), out=(tensor, tensor)),
+        ):
+            with pytest.raises(InvalidArgumentError, match="onload_model"):
+                change()
         assert "OffloadedTensor" in repr(tensor)
+
+    def test_what_is_derived_from_a_copy_shares_no_memory(self, tmp_path):
+        layer = _offloaded(tmp_path)[0]
+        tensor, before = layer.quantized.operands.tensors[0], layer.quantized.codes.clone()
+        for derived in (tensor.view(-1), tensor.expand(2, -1)[0], *tensor.split(8)):
+            derived.zero_()
+        assert torch.equal(layer.quantized.codes, before)
+        assert torch.equal(tensor.view(4, -1), before.view(4, -1))
+        assert torch.equal(torch.add(tensor, 1, out=torch.empty_like(before)), before + 1)
 
 
 @pytest.mark.gpu

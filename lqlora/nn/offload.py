@@ -70,6 +70,12 @@ class OffloadedTensor(torch.Tensor):
         found.fetch, found.position = fetch, position
         return found
 
+    @property
+    def fetched(self) -> torch.Tensor:
+        """Ordinary tensor on the device. On a CPU it is the one in host memory."""
+        self.fetch.require_unchanged()
+        return self.fetch.hosts[self.position].to(self.fetch.place)
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 - documented for subclasses
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # torch types no argument

@@ -118,7 +118,7 @@ def from_operands(
     Returns
     -------
     QuantizedArray
-        Shares the tensors. Their number, dtypes, shapes and devices are checked. Their values are not: reading them would
+        Shares the tensors; those of an offloaded layer are fetched. Their number, dtypes, shapes and devices are checked. Their values are not: reading them would
         make a GPU wait in every call.
 
     Raises
@@ -135,6 +135,8 @@ def from_operands(
     >>> lq.dequantize(from_operands(tensors, "nf4/4:float32", (4, 4))).equal(torch.eye(4))
     True
     """
+    # Functions of arrays know torch.Tensor itself. An OffloadedTensor gives the tensor that it stands for.
+    tensors = [getattr(own, "fetched", own) for own in tensors]
     return described(tensors, fmt, shape, codebook).array(tensors)
 
 

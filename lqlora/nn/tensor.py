@@ -115,7 +115,7 @@ class QuantizedTensor(torch.Tensor):
 
     @property
     def array(self) -> QuantizedArray:
-        """Quantized part, not transposed. It shares the codes and scales."""
+        """Quantized part, not transposed. It shares the codes and scales, except those of offloaded layers on another device."""
         return from_operands(*self.operands)
 
     def dequantize(self) -> torch.Tensor:

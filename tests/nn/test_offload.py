@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402 - needs torch
 from lqlora.nn import load_model, offload_model, onload_model, save_model  # noqa: E402
 from lqlora.nn import offload as module  # noqa: E402
 from lqlora.nn.offload import OffloadedTensor, OffloadedWeight  # noqa: E402
+from lqlora.nn.operator_arguments import from_operands  # noqa: E402
 from tests.nn.offloading import FORMATS, WIDTH, assert_same, dense, make_model, results  # noqa: E402
 
 
@@ -78,6 +79,9 @@ class TestResults:
             lambda m: m.weight[3:9].dequantize(),
             lambda m: m.weight.clone().dequantize(),
             lambda m: lq.dequantize(m.quantized.array),
+            lambda m: lq.dequantize(m.weight.array),
+            lambda m: lq.dequantize(from_operands(*m.quantized.operands)),
+            lambda m: lq.matmul(x, m.weight.array),
             lambda m: m.quantized.dequantize(torch.bfloat16),
             lq.nn.merged_weight,
         ):

@@ -113,6 +113,7 @@ def select(
     *,
     what: str = "matrix",
     where: str = "",
+    parameter: str = "include",
 ) -> list[str]:
     """Return the names that one of ``include`` matches and none of ``exclude`` does.
 
@@ -129,6 +130,8 @@ def select(
         Noun for one of the names, such as ``"linear layer"``, for errors.
     where : str, optional
         Owner of the names, such as ``" of model.safetensors"``, for errors.
+    parameter : str, default "include"
+        Argument that ``include`` comes from, for errors.
 
     Returns
     -------
@@ -138,20 +141,20 @@ def select(
     Raises
     ------
     InvalidArgumentError
-        If no name is selected. The message gives the patterns and some of the names.
+        If no name is selected, or a pattern is not one. The message gives the patterns and some of the names.
 
     Examples
     --------
     >>> select(["layers.0.q", "layers.0.k", "lm_head"], "*", ["*.k", *OUTPUT_HEADS])
     ['layers.0.q']
     """
-    wanted, unwanted = as_patterns(include), as_patterns(exclude, "exclude")
+    wanted, unwanted = as_patterns(include, parameter), as_patterns(exclude, "exclude")
     is_wanted, is_unwanted = predicate_of_any(wanted, names), predicate_of_any(unwanted, names)
     found = [name for name in names if is_wanted(name) and not is_unwanted(name)]
     if not found:
         but = f" without exclude={shown_patterns(unwanted)}" if unwanted else ""
         raise InvalidArgumentError(
-            f"include must select a {what}{where}, but {shown_patterns(wanted)}{but} selects none of {len(names)} "
+            f"{parameter} must select a {what}{where}, but {shown_patterns(wanted)}{but} selects none of {len(names)} "
             f"({list_names(names)})."
         )
     return found

@@ -135,8 +135,10 @@ def from_operands(
     >>> lq.dequantize(from_operands(tensors, "nf4/4:float32", (4, 4))).equal(torch.eye(4))
     True
     """
-    # Functions of arrays know torch.Tensor itself. An OffloadedTensor gives the tensor that it stands for.
-    tensors = [getattr(own, "fetched", own) for own in tensors]
+    # Functions of arrays know torch.Tensor itself. An OffloadedTensor gives the tensor that it stands for. Operators come here
+    # in each call, so only the codes are asked: scales may be parameters, and codes are offloaded with the rest.
+    if tensors and hasattr(tensors[0], "fetched"):
+        tensors = [getattr(own, "fetched", own) for own in tensors]
     return described(tensors, fmt, shape, codebook).array(tensors)
 
 

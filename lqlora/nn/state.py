@@ -138,24 +138,28 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
         A model with plain linear layers, of any values. It is changed only after the file was checked against it.
     offload : patterns, optional
         Matrices of the file, by name or pattern as in :func:`select_linears`, whose codes and scales stay in the file, mapped
-        into memory as :func:`offload_model` does. ``"*"`` means all. Tables of embeddings are loaded all the same.
+        into memory as :func:`offload_model` does. ``"*"`` means all layers. Tables of embeddings are loaded into memory.
 
     Returns
     -------
     Checkpoint
-        The content of the file.
+        The content of the file. With ``offload`` its matrices share the memory of the offloaded layers, so what
+        ``load_state_dict`` writes into these layers is seen in both.
 
     Raises
     ------
+    InvalidArgumentError
+        If ``offload`` is no pattern, or selects no layer.
     CheckpointError
         If the file is damaged, or does not fit the model: a layer or tensor is missing, left over or of another shape.
     """
     content = load(path, mapped=offload is not None)
     if not content.matrices:
         raise CheckpointError(shortened(f"{path} holds no quantized matrix, so save_model did not write it."))
-    names = [] if offload is None else select(list(content.matrices), offload, what="matrix", where=f" of {path}")
     maps = LinearMaps(model)
     model = maps.model
+    layers = [name for name in content.matrices if not isinstance(maps.modules.get(name), nn.Embedding)]
+    names = [] if offload is None else select(layers, offload, what="layer", where=f" of {path}", parameter="offload")
     linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
     ties = _ties(path, content)
     tied = {name: origin for name, origin in ties.items() if origin in content.tensors}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import lqlora as lq
-from lqlora.errors import CheckpointError, InvalidArgumentError, LQLoRAError
+from lqlora.errors import CheckpointError, InvalidArgumentError
 from tests.requirements import require_module
 
 torch = require_module("torch")
@@ -275,8 +275,26 @@ class TestFiles:
         assert [isinstance(layer.quantized, OffloadedWeight) for layer in fresh] == [True, False, True, False]
         assert_same(results(fresh)[:2], expected[:2])
         assert set(content.matrices) == {"0", "1", "2", "3"}
-        with pytest.raises(LQLoRAError, match="no_such"):
-            load_model(tmp_path / "model", dense(), offload="no_such")
+
+    @pytest.mark.parametrize("offload", ["no_such", (), 5])
+    def test_patterns_of_a_file_that_select_nothing(self, tmp_path, offload):
+        save_model(tmp_path / "model", make_model())
+        with pytest.raises(InvalidArgumentError, match=r"^offload must"):
+            load_model(tmp_path / "model", dense(), offload=offload)
+
+    def test_tables_of_embeddings_are_not_offloaded(self, tmp_path):
+        def build():
+            return torch.nn.Sequential(torch.nn.Embedding(8, WIDTH), torch.nn.Linear(WIDTH, 8))
+
+        model, fmt = build(), lq.BlockFormat.parse(FORMATS[0])
+        lq.nn.quantize_model(model, fmt, rank=1, embeddings=fmt)
+        save_model(tmp_path / "model", model)
+        fresh = build()
+        load_model(tmp_path / "model", fresh, offload="*")
+        assert isinstance(fresh[1].quantized, OffloadedWeight)
+        assert not isinstance(fresh[0].quantized, OffloadedWeight)
+        with pytest.raises(InvalidArgumentError, match=r"^offload must select a layer"):
+            load_model(tmp_path / "model", build(), offload="0")
 
 
 class TestModules:

@@ -149,7 +149,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
     Raises
     ------
     InvalidArgumentError
-        If ``offload`` is no pattern, or selects no layer.
+        If ``offload`` is not a pattern, or selects no layer.
     CheckpointError
         If the file is damaged, or does not fit the model: a layer or tensor is missing, left over or of another shape.
     """

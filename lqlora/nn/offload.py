@@ -76,6 +76,10 @@ class OffloadedTensor(torch.Tensor):
         self.fetch.require_unchanged()
         return self.fetch.hosts[self.position].to(self.fetch.place)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return what pickle stores: an ordinary tensor."""
+        return self.fetched.__reduce_ex__(protocol)
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 - documented for subclasses
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override] # torch types no argument

@@ -82,6 +82,7 @@ class TestResults:
             lambda m: lq.dequantize(m.weight.array),
             lambda m: lq.dequantize(from_operands(*m.quantized.operands)),
             lambda m: lq.matmul(x, m.weight.array),
+            lambda m: pickle.loads(pickle.dumps(m.weight.detach())).dequantize(),
             lambda m: m.quantized.dequantize(torch.bfloat16),
             lq.nn.merged_weight,
         ):

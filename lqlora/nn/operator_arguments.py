@@ -147,13 +147,19 @@ def described(tensors: Sequence[torch.Tensor], fmt: str, shape: Sequence[int], c
 
     Parameters
     ----------
-    tensors, fmt, shape, codebook
-        As for :func:`from_operands`, which says what is raised.
+    tensors : sequence of Tensor
+        The stored arrays.
+    fmt : str
+        Spelling of the format.
+    shape : sequence of int
+        Shape of the dense array.
+    codebook : str or None
+        Spelling of the codebook.
 
     Returns
     -------
     Description
-        Planned once for each text and shape.
+        Planned once for each text and shape. What does not fit raises the errors of :func:`from_operands`.
     """
     batch_dims = tensors[0].dim() - 1 if tensors and isinstance(tensors[0], torch.Tensor) else 0
     found = _description(fmt, codebook, tuple(shape), batch_dims)

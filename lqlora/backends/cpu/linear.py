@@ -56,6 +56,7 @@ def planned_linear(fmt: BlockFormat, shape: tuple[int, int]) -> Callable[..., to
     def linear(
         x: torch.Tensor, stored: Sequence[torch.Tensor], lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
     ) -> torch.Tensor | None:
+        """Multiply a few rows, or return None."""
         count = x.numel() // columns
         if not 0 < count <= FEW_ROWS or not x.is_cpu or passes_over("native"):
             return None

@@ -201,9 +201,9 @@ class TestMemory:
         subprocess.run([sys.executable, str(code), str(tmp_path)], check=True, timeout=300)
         numbers = json.loads((tmp_path / "memory.json").read_text())
         assert numbers["codes"] > 250
-        # Anonymous memory: what the kernel cannot drop. A layer is copied once while it is loaded.
+        # Anonymous memory: what the kernel cannot drop. A layer or two are copied while they are loaded.
         for name in ("loaded", "trained"):
-            assert numbers[name] < numbers["codes"] / 3
+            assert numbers[name] < numbers["codes"] / 2
         assert numbers["onloaded"] > numbers["codes"]
 
 

@@ -134,7 +134,7 @@ class QuantizedEmbedding(_TableModule):
 
         Returns
         -------
-        Tensor, shape (*ids.shape, embedding_dim)
+        Tensor, shape (..., embedding_dim)
             Decoded rows in the dtype of the dense table, or in the last one that the module was cast to.
         """
         table = self.quantized
@@ -194,7 +194,7 @@ class ScaledEmbedding(nn.Embedding):
 
         Returns
         -------
-        Tensor, shape (*ids.shape, embedding_dim)
+        Tensor, shape (..., embedding_dim)
             Rows times the number.
         """
         return scaled(super().forward(ids), self.scale, rounds_scale=self.rounds_scale)

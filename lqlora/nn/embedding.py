@@ -14,7 +14,7 @@ from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._options import require_integer, require_number
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn.operators import is_autocast
+from lqlora.nn.operators import in_autocast_dtype
 from lqlora.nn.tensor import QuantizedTensor
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized.array import require_quantized
@@ -239,9 +239,7 @@ class QuantizedHead(_TableModule):
         Tensor, shape (..., out_features)
             Outputs in the dtype of ``x``, or in the dtype of autocast if it is on. Gradients reach ``x``.
         """
-        kind = x.device.type
-        if is_autocast(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = in_autocast_dtype(x)
         y: torch.Tensor = torch.ops.lqlora.matmul(x, *self.quantized.operands)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 

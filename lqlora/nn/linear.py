@@ -13,7 +13,7 @@ from lqlora._annotations import annotated
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._options import require_number
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn.operators import is_autocast, linear_with_dropout  # its module registers torch.ops.lqlora
+from lqlora.nn.operators import in_autocast_dtype, linear_with_dropout  # its module registers torch.ops.lqlora
 from lqlora.nn.tensor import QuantizedTensor
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized.array import require_quantized
@@ -176,9 +176,7 @@ class LQLinear(nn.Module):
         Tensor, shape (..., out_features)
             Outputs in the dtype of ``x``, or in the dtype of autocast if it is on.
         """
-        kind = x.device.type
-        if is_autocast(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = in_autocast_dtype(x)
         weight, bias = self.quantized.operands, self.bias
         y: torch.Tensor
         if self.dropout and self.training:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__ = ["as_given", "below_autograd", "is_autocast", "linear_with_dropout"]
+__all__ = ["as_given", "below_autograd", "in_autocast_dtype", "is_autocast", "linear_with_dropout"]
 
 #: Kinds of devices that have autocast; asking about others is an error.
 _HAVE_AUTOCAST = frozenset(
@@ -79,6 +79,23 @@ def is_autocast(kind: str) -> bool:
         False for kinds of devices without autocast.
     """
     return kind in _HAVE_AUTOCAST and torch.is_autocast_enabled(kind)
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """Return the input of a layer in the dtype of autocast, if autocast is on.
+
+    Parameters
+    ----------
+    x : Tensor
+        Input.
+
+    Returns
+    -------
+    Tensor
+        The input, or a cast one with its graph.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if is_autocast(kind) else x
 
 
 def linear_with_dropout(

@@ -13,7 +13,7 @@ from torch.nn import functional
 from lqlora._annotations import annotated
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.operator_arguments import Operands, from_operands, operands
-from lqlora.nn.operators import as_given, is_autocast
+from lqlora.nn.operators import as_given, in_autocast_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -291,8 +291,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _times(x: torch.Tensor, tensor: QuantizedTensor) -> torch.Tensor:
     """Return ``x @ tensor`` for a single matrix. Gradients reach the input and the factors."""
-    if is_autocast(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = in_autocast_dtype(x)
     if not tensor.is_transposed or _trains_scales(tensor):
         # x (Q + s B A) = x Q + s (x B) A. The operator's adjoint is the product with Q itself.
         y = _times_quantized(x, tensor)

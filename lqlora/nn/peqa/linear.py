@@ -12,7 +12,7 @@ from torch.nn import functional
 from lqlora._annotations import annotated
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.linear import LQLinear
-from lqlora.nn.operators import is_autocast
+from lqlora.nn.operators import in_autocast_dtype
 from lqlora.nn.peqa import operators  # noqa: F401 - registers torch.ops.lqlora.scaled_matmul
 from lqlora.nn.sharding import whole
 from lqlora.nn.weight import QuantizedWeight
@@ -163,9 +163,7 @@ class PEQALinear(LQLinear):
         Tensor, shape (..., out_features)
             Outputs in the dtype of ``x``, or in the dtype of autocast if it is on.
         """
-        kind = x.device.type
-        if is_autocast(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = in_autocast_dtype(x)
         y: torch.Tensor = torch.ops.lqlora.scaled_matmul(x, *self.quantized.scaled_operands)
         if self.rank:
             kept = functional.dropout(x, self.dropout, self.training) if self.dropout else x

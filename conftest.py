@@ -52,15 +52,36 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+#: Tests without coverage since the last one with it.
+_uncounted: list[str] = []
+
+
+def _forget_uncounted() -> None:
+    """Empty the caches of the modules that coverage is counted of, if tests without coverage may have filled them."""
+    if not _uncounted:
+        return
+    _uncounted.clear()
+    for name, module in list(sys.modules.items()):
+        if _COUNTED.match(name.replace(".", "/") + ("/" if hasattr(module, "__path__") else ".py")):
+            for function in list(vars(module).values()):
+                if callable(clear := getattr(function, "cache_clear", None)):
+                    clear()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Count coverage in the tests of what it is counted of only: a test takes twice as long while it is counted.
 
-    The marker no_cover of pytest-cov does that in one process, but not in those of pytest-xdist.
+    The marker no_cover of pytest-cov does that in one process, but not in those of pytest-xdist. What tests before a
+    counted one left in caches is forgotten, or the lines that computed it would never be counted.
     """
     tracer = sys.gettrace()
-    if not type(tracer).__module__.startswith("coverage") or _COUNTED.match(item.nodeid):
+    if not type(tracer).__module__.startswith("coverage"):
         return (yield)
+    if _COUNTED.match(item.nodeid):
+        _forget_uncounted()
+        return (yield)
+    _uncounted.append(item.nodeid)
     sys.settrace(None)
     try:
         return (yield)

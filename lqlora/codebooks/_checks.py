@@ -32,7 +32,7 @@ def cached(maxsize: int | None = None) -> Callable[[Callable[P, R]], Callable[P,
                 return function(*args, **kwargs)
             return kept(*args, **kwargs)
 
-        call.cache_info = kept.cache_info  # type: ignore[attr-defined]
+        call.cache_info, call.cache_clear = kept.cache_info, kept.cache_clear  # type: ignore[attr-defined]
         return call
 
     return decorate

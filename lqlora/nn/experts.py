@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.nn import functional
+
+from lqlora._printable import printable
+from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["ExpertMatrix", "ExpertStack", "Experts", "find_stacks", "join_dense", "split_stacks"]
+__all__ = ["ExpertMatrix", "ExpertStack", "Experts", "find_stacks", "join_dense", "split_for_a_while", "split_stacks"]
 
 
 class ExpertMatrix(nn.Linear):
-    """Matrix of one expert, a view of the array of all experts. Nobody calls it: its owner reads the weight.
+    """Matrix of one expert, a view of the array of all experts.
+
+    The owner of the array reads the weight and multiplies by it. While hooks of the forward pass are registered on the layer,
+    the product is a call of the layer, so that the hooks see its input and output.
 
     Parameters
     ----------
-    weight : Tensor, shape (m, n)
+    weight : Tensor, shape (out_features, in_features)
         The view.
     requires_grad : bool
         Whether the array trains.
@@ -43,17 +51,80 @@ class Experts(nn.ModuleList):
         One layer for each expert.
     config : object
         Configuration that the owner had.
+    is_transposed : bool
+        Whether the owner stores matrices of shape (in_features, out_features).
     """
 
-    def __init__(self, matrices: Iterable[nn.Module], config: Any) -> None:
+    def __init__(self, matrices: Iterable[nn.Module], config: Any, *, is_transposed: bool) -> None:
         super().__init__(matrices)
-        self.config = config
+        self.config, self.is_transposed = config, is_transposed
 
     # As torch.compiler.disable, which would import the compiler with this module: it cannot read an index that is a tensor.
     @_disable_dynamo
     def __getitem__(self, index: Any) -> Any:
         """Return the weight of an expert: dense, or a :class:`QuantizedTensor`."""
-        return self._modules[str(range(len(self))[int(index)])].weight
+        layer: Any = self._modules[str(range(len(self))[int(index)])]
+        weight = layer.weight
+        if isinstance(layer, ExpertMatrix) and layer._forward_hooks:  # noqa: SLF001 - no public function tells
+            weight = _watched(weight.detach(), layer, is_transposed=False)
+        return weight.mT if self.is_transposed else weight
+
+
+class _Watched(torch.Tensor):
+    """Weight of an expert while hooks watch its layer. A product with it is a call of the layer."""
+
+    layer: ExpertMatrix
+    is_transposed: bool
+
+    @classmethod
+    @_disable_dynamo
+    def __torch_function__(
+        cls, func: Callable[..., Any], _: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the layer for a product, and refuse functions that compute other tensors from the weight."""
+        if (found := _call_of_layer(func, args, kwargs or {})) is not None:
+            return found
+        own = next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, _Watched))
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - what torch documents for subclasses
+            found = func(*args, **(kwargs or {}))
+        if not isinstance(found, torch.Tensor):
+            return found  # such as the shape
+        layouts = [(own.shape, own.stride()), (own.shape[::-1], own.stride()[::-1])]
+        layout = (found.shape, found.stride())
+        if found.data_ptr() != own.data_ptr() or found.dtype != own.dtype or layout not in layouts:
+            raise InvalidArgumentError(
+                f"model must multiply by the matrices of experts while statistics are collected, but {_name_of(func)} makes a tensor "
+                f"of shape {tuple(found.shape)} from one of shape {tuple(own.shape)}. Exclude the experts."
+            )
+        return _watched(found, own.layer, is_transposed=own.is_transposed != (layout != layouts[0]))
+
+
+def _watched(weight: torch.Tensor, layer: ExpertMatrix, *, is_transposed: bool) -> _Watched:
+    found = weight.as_subclass(_Watched)
+    found.layer, found.is_transposed = layer, is_transposed
+    return found
+
+
+def _call_of_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the output of the layer for a function that multiplies rows by its weight, or None for other functions."""
+    is_linear = func is functional.linear
+    if not is_linear and func not in _PRODUCTS:
+        return None
+    given = dict(zip(("input", "weight" if is_linear else "other", "bias"), args, strict=False)) | kwargs
+    x, weight, bias = given["input"], given.get("weight", given.get("other", given.get("mat2"))), given.get("bias")
+    if isinstance(x, _Watched) or not isinstance(weight, _Watched) or weight.is_transposed == is_linear:
+        return None
+    y: torch.Tensor = weight.layer(x)
+    return y if bias is None else y + bias
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    # A property has the method __get__ of a descriptor.
+    return printable(getattr(getattr(func, "__self__", None), "__name__", "") or func.__name__)
+
+
+#: Products of rows with a matrix on their right.
+_PRODUCTS = frozenset({torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__})
 
 
 @dataclass(frozen=True)
@@ -70,12 +141,15 @@ class ExpertStack:
         Attribute of the owner.
     matrices : dict of str to ExpertMatrix
         One layer for each expert, by name: ``"experts.up_proj.0"``. They are not part of the model.
+    is_transposed : bool
+        Whether the array has matrices of shape (in_features, out_features), as in GPT-OSS.
     """
 
     name: str
     owner: nn.Module
     key: str
     matrices: dict[str, ExpertMatrix]
+    is_transposed: bool
 
 
 def find_stacks(modules: Mapping[str, nn.Module]) -> list[ExpertStack]:
@@ -95,14 +169,15 @@ def find_stacks(modules: Mapping[str, nn.Module]) -> list[ExpertStack]:
     for name, module in modules.items():
         if not _reads_one_by_one(module):
             continue
+        is_transposed = bool(getattr(module, "is_transposed", False))
         for key, array in module._parameters.items():  # noqa: SLF001 - named_parameters leaves out second names
             if array is not None and array.ndim == 3:
                 own = f"{name}.{key}" if name else key
                 matrices = {
-                    f"{own}.{index}": ExpertMatrix(array.detach()[index], requires_grad=array.requires_grad)
-                    for index in range(len(array))
+                    f"{own}.{index}": ExpertMatrix(matrix, requires_grad=array.requires_grad)
+                    for index, matrix in enumerate(array.detach().mT if is_transposed else array.detach())
                 }
-                found.append(ExpertStack(own, module, key, matrices))
+                found.append(ExpertStack(own, module, key, matrices, is_transposed))
     return found
 
 
@@ -132,10 +207,36 @@ def split_stacks(stacks: Iterable[ExpertStack]) -> None:
             matrix.weight.requires_grad_(requires_grad)
         before = next((own.config for own in owner.children() if isinstance(own, Experts)), owner.config)
         delattr(owner, stack.key)
-        owner.add_module(stack.key, Experts(stack.matrices.values(), before).train(owner.training))
+        experts = Experts(stack.matrices.values(), before, is_transposed=stack.is_transposed)
+        owner.add_module(stack.key, experts.train(owner.training))
         # The other implementations multiply by the whole array. The configuration of the model stays as it is.
         owner.config = copy.copy(before)
         owner.config._experts_implementation_internal = "eager"  # noqa: SLF001 - the public setter changes sub-configurations
+
+
+@contextmanager
+def split_for_a_while(stacks: Sequence[ExpertStack]) -> Iterator[None]:
+    """Replace arrays by lists of their matrices, so that hooks of the matrices see products; restore the arrays at the end.
+
+    Parameters
+    ----------
+    stacks : sequence of ExpertStack
+        Arrays of a model.
+    """
+    owners: dict[Any, tuple[dict[str, Any], Any]] = {}
+    for stack in stacks:
+        # The order of parameters is that of state_dict().
+        owners.setdefault(stack.owner, (dict(stack.owner._parameters), stack.owner.config))  # noqa: SLF001
+    try:
+        split_stacks(stacks)
+        yield
+    finally:
+        for stack in stacks:
+            stack.owner._modules.pop(stack.key, None)  # noqa: SLF001 - of torch
+        for owner, (parameters, config) in owners.items():
+            owner._parameters.clear()  # noqa: SLF001
+            owner._parameters.update(parameters)  # noqa: SLF001
+            owner.config = config
 
 
 def join_dense(model: nn.Module) -> None:
@@ -152,7 +253,8 @@ def join_dense(model: nn.Module) -> None:
             if isinstance(experts, Experts) and all(isinstance(own, nn.Linear) for own in experts.children()):
                 weights = [cast("nn.Linear", own).weight for own in experts.children()]
                 delattr(owner, key)
-                array = nn.Parameter(torch.stack([own.detach() for own in weights]), weights[0].requires_grad)
+                joined = torch.stack([own.detach().mT if experts.is_transposed else own.detach() for own in weights])
+                array = nn.Parameter(joined, weights[0].requires_grad)
                 owner.register_parameter(key, array)
                 if not any(isinstance(own, Experts) for own in owner.children()):
                     owner.config = experts.config

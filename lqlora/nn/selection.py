@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from lqlora._patterns import Pattern, Patterns
+    from lqlora.nn.experts import ExpertStack
 
 __all__ = ["DenseReason", "LinearMaps", "refuse_distributed", "select_linears", "unwrapped"]
 
@@ -289,7 +290,22 @@ class LinearMaps:
         layers : collection of torch.nn.Module
             The layers to replace.
         """
-        split_stacks(stack for stack in self.stacks if any(own in layers for own in stack.matrices.values()))
+        split_stacks(self.stacks_of(layers))
+
+    def stacks_of(self, layers: Collection[nn.Module]) -> list[ExpertStack]:
+        """Return the arrays of experts that some layers are matrices of.
+
+        Parameters
+        ----------
+        layers : collection of torch.nn.Module
+            Layers of the model.
+
+        Returns
+        -------
+        list of ExpertStack
+            Arrays in the order of the model.
+        """
+        return [stack for stack in self.stacks if any(own in layers for own in stack.matrices.values())]
 
     def group_of(self, parameter: str) -> str:
         """Return the group of a tensor that is left dense, for reports.

@@ -8,10 +8,10 @@ import torch
 
 from lqlora._annotations import annotated
 from lqlora.nn.linear_maps import matrix_of
+from lqlora.nn.selection import LinearMaps
 from lqlora.nn.statistics.gradients import OutputGradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
-    called_layers,
     living_layers,
     require_no_overflow,
     run_batches,
@@ -108,7 +108,8 @@ def collect_fisher(
     ----------
     LQ-LoRA, arXiv 2311.12023, section 3.2 (diagonal of the empirical Fisher information matrix).
     """
-    linears = called_layers(model, include, exclude)
+    maps = LinearMaps(model)
+    linears = maps.choose(include, exclude)
     squares = {name: _Squares(name, layer) for name, layer in linears.items()}
     hooks = {name: OutputGradients(name, own.add, keep_inputs=True) for name, own in squares.items()}
 
@@ -120,7 +121,7 @@ def collect_fisher(
                 own.check()
         return count
 
-    examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
+    examples = run_batches(model, maps, batches, step, linears, hooks, gradients=True, progress=progress)
     warn_of_underflow([name for name, own in squares.items() if own.is_lost()], "gradients of weights")
     living = living_layers({name: hook.is_alive for name, hook in hooks.items()}, "a gradient")
     return {name: squares[name].total.div_(examples) for name in living}

@@ -10,11 +10,11 @@ from torch.utils.weak import TensorWeakRef
 
 from lqlora._annotations import annotated
 from lqlora.nn.linear_maps import matrix_of
+from lqlora.nn.selection import LinearMaps
 from lqlora.nn.statistics.batches import parts_of, run_model
 from lqlora.nn.statistics.gradients import OutputGradients
 from lqlora.nn.statistics.hooks import (
     SMALLEST,
-    called_layers,
     input_of,
     living_layers,
     require_no_overflow,
@@ -108,7 +108,8 @@ def collect_gram(
     >>> lq.nn.collect_gram(model, [torch.tensor([[1.0, 2.0], [3.0, 0.0]])])["0"].tolist()
     [[5.0, 1.0], [1.0, 2.0]]
     """
-    linears = called_layers(model, include, exclude)
+    maps = LinearMaps(model)
+    linears = maps.choose(include, exclude)
     inputs = _Inputs()
     hooks = {name: _Forward(name, inputs) for name in linears}
 
@@ -119,7 +120,7 @@ def collect_gram(
             inputs.settle()
         return 1
 
-    run_batches(model, batches, step, linears, hooks, gradients=False, progress=progress)
+    run_batches(model, maps, batches, step, linears, hooks, gradients=False, progress=progress)
     means, lost = inputs.means(linears)
     warn_of_underflow(lost, "inputs")
     living_layers({name: name in means for name in linears}, "an input")
@@ -204,7 +205,8 @@ def collect_kronecker(
     >>> output.tolist(), inputs.tolist()
     ([[4.0]], [[5.0, 1.0], [1.0, 2.0]])
     """
-    linears = called_layers(model, include, exclude)
+    maps = LinearMaps(model)
+    linears = maps.choose(include, exclude)
     inputs = _Inputs()
     hooks = {name: _Both(name, inputs, matrix_of(layer).shape[0]) for name, layer in linears.items()}
 
@@ -220,7 +222,7 @@ def collect_kronecker(
     # mean of a product the product of the means, and A = E[x_t x_t^T] is the same for each row. What is left is
     #     E[sum_t g_t g_t^T] (x) A,
     # so gradients are divided by the number of examples, and inputs by the number of rows.
-    examples = run_batches(model, batches, step, linears, hooks, gradients=True, progress=progress)
+    examples = run_batches(model, maps, batches, step, linears, hooks, gradients=True, progress=progress)
     alive = {name: hook.is_alive for name, hook in hooks.items()}
     means, lost = inputs.means([name for name, own in alive.items() if own])
     warn_of_underflow(lost, "inputs")

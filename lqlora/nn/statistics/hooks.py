@@ -12,19 +12,17 @@ from lqlora._patterns import list_names
 from lqlora._printable import printable
 from lqlora._warnings import warn
 from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
-from lqlora.nn.experts import ExpertMatrix
-from lqlora.nn.selection import select_linears
+from lqlora.nn.experts import split_for_a_while
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
-    from lqlora._patterns import Patterns
+    from lqlora.nn.selection import LinearMaps
 
 __all__ = [
     "SMALLEST",
-    "called_layers",
     "input_of",
     "living_layers",
     "require_no_overflow",
@@ -38,38 +36,9 @@ __all__ = [
 SMALLEST = 2.0**-126
 
 
-def called_layers(model: nn.Module, include: Patterns | None, exclude: Patterns) -> dict[str, nn.Module]:
-    """Return the selected layers that a forward pass calls, so that hooks see their inputs.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Any model.
-    include, exclude : patterns
-        See :func:`select_linears`.
-
-    Returns
-    -------
-    dict of str to torch.nn.Module
-        Layers without matrices of experts, whose owner reads their weights.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If nothing is selected, or only matrices of experts.
-    """
-    selected = select_linears(model, include, exclude)
-    found = {name: layer for name, layer in selected.items() if not isinstance(layer, ExpertMatrix)}
-    if not found:
-        raise InvalidArgumentError(
-            f"include must select a layer that the model calls, but {list_names(selected)} are experts stored in one array, "
-            "of which no statistics are collected."
-        )
-    return found
-
-
 def run_batches(
     model: nn.Module,
+    maps: LinearMaps,
     batches: Iterable[Any],
     step: Callable[[Any, int], int],
     linears: Mapping[str, nn.Module],
@@ -80,13 +49,15 @@ def run_batches(
 ) -> int:
     """Run a step on every batch while hooks watch the linear layers, and return the total count.
 
-    The model is in evaluation mode meanwhile, and its parameters require no gradients. Afterwards its flags, modes and
-    hooks are as before, also after an exception.
+    The model is in evaluation mode meanwhile, and its parameters require no gradients. Experts that are stored in one array
+    are layers of their own. Afterwards arrays, flags, modes and hooks are as before, also after an exception.
 
     Parameters
     ----------
     model : torch.nn.Module
         Any model.
+    maps : LinearMaps
+        Linear layers of the model, which ``linears`` were chosen from.
     batches : iterable
         Arguments of ``step``.
     step : callable
@@ -113,7 +84,8 @@ def run_batches(
         If nothing was counted.
     """
     count = 0
-    with _frozen(model), _hooked(linears, hooks), torch.set_grad_enabled(gradients):
+    stacks = maps.stacks_of({*linears.values()})
+    with _frozen(model), split_for_a_while(stacks), _hooked(linears, hooks), torch.set_grad_enabled(gradients):
         for batch in batches:
             count += step(batch, count)
             if progress is not None:

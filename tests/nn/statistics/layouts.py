@@ -8,9 +8,11 @@ from tests.requirements import require_module
 
 torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
+from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from lqlora.nn import select_linears  # noqa: E402
+from lqlora.nn.experts import ExpertMatrix  # noqa: E402
 from lqlora.nn.linear_maps import matrix_of  # noqa: E402
 
 
@@ -97,15 +99,42 @@ def make(kind, seed: int = 0, dtype=torch.float64) -> nn.Module:
     return kind().to(dtype)
 
 
-class Watched:
-    """Copy of a model that keeps the inputs and outputs of its layers in forward passes with gradients."""
+class Watched(TorchFunctionMode):
+    """Copy of a model that keeps the inputs and outputs of its layers in forward passes with gradients.
+
+    Products with matrices of experts are known by the memory of the matrix.
+    """
 
     def __init__(self, model):
+        super().__init__()
         self.model = copy.deepcopy(model).eval()
         self.linears = select_linears(self.model)
         self.inputs, self.outputs = ({name: [] for name in self.linears} for _ in range(2))
+        self._experts = {}
         for name, layer in self.linears.items():
-            layer.register_forward_hook(self._hook(name), with_kwargs=True)
+            if isinstance(layer, ExpertMatrix):
+                self._experts[layer.weight.data_ptr()] = name
+            else:
+                layer.register_forward_hook(self._hook(name), with_kwargs=True)
+
+    def weight_of(self, name):
+        """Return a parameter, and how its gradient becomes that of the matrix."""
+        layer = self.linears[name]
+        if not isinstance(layer, ExpertMatrix):
+            return layer.weight, lambda grad: grad if isinstance(layer, nn.Linear) else grad.T
+        array, _, index = name.rpartition(".")
+        owner = self.model.get_submodule(array.rpartition(".")[0])
+        is_transposed = getattr(owner, "is_transposed", False)
+        return self.model.get_parameter(array), lambda grad: grad[int(index)].T if is_transposed else grad[int(index)]
+
+    def __torch_function__(self, func, _, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim == 2 and output is not None:
+            name = self._experts.get(args[1].data_ptr())
+            if name is not None:
+                self.inputs[name].append(args[0].detach().clone())
+                self.outputs[name].append(output)
+        return output
 
     def _hook(self, name):
         def hook(_, args, kwargs, output):
@@ -135,15 +164,17 @@ def by_example(model, losses_of_examples) -> tuple[dict, dict]:
     gram, counts = dict.fromkeys(watched.linears, 0), dict.fromkeys(watched.linears, 0)
     for loss_of in losses_of_examples:
         watched.clear()
-        loss = loss_of(watched.model).sum()
-        for name, layer in watched.linears.items():
+        with watched:
+            loss = loss_of(watched.model).sum()
+        for name in watched.linears:
             if not watched.outputs[name]:
                 continue
-            weight, *outputs = torch.autograd.grad(
-                loss, [layer.weight, *watched.outputs[name]], retain_graph=True, allow_unused=True
+            weight, of_matrix = watched.weight_of(name)
+            gradient, *outputs = torch.autograd.grad(
+                loss, [weight, *watched.outputs[name]], retain_graph=True, allow_unused=True
             )
-            if weight is not None:
-                fisher[name] += (weight if isinstance(layer, nn.Linear) else weight.T).square()
+            if gradient is not None:
+                fisher[name] += of_matrix(gradient).square()
             for x, g in zip(watched.inputs[name], outputs, strict=True):
                 outer[name] += 0 if g is None else rows(g).T @ rows(g)
                 gram[name] += rows(x).T @ rows(x)

@@ -55,6 +55,7 @@ def _labels(name):
         "mixtral",
         "qwen2 experts",
         "qwen3 experts",
+        "gpt-oss",
         "gpt2",
         "falcon",
         "bloom",

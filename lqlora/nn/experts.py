@@ -41,6 +41,21 @@ class ExpertMatrix(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=requires_grad)
         self.register_parameter("bias", None)
 
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in torch
+        """Return the product that the owner computes, which may cast the weight to the dtype of rows.
+
+        Parameters
+        ----------
+        input : Tensor, shape (..., in_features)
+            Rows.
+
+        Returns
+        -------
+        Tensor, shape (..., out_features)
+            Product.
+        """
+        return functional.linear(input, self.weight.to(input.dtype))
+
 
 class Experts(nn.ModuleList):
     """Matrices of the experts of one layer. An index gives the weight, as that of the array does.
@@ -91,7 +106,8 @@ class _Watched(torch.Tensor):
             return found  # such as the shape
         layouts = [(own.shape, own.stride()), (own.shape[::-1], own.stride()[::-1])]
         layout = (found.shape, found.stride())
-        if found.data_ptr() != own.data_ptr() or found.dtype != own.dtype or layout not in layouts:
+        is_same = found.data_ptr() == own.data_ptr() or (func in _CASTS and found.is_floating_point())
+        if not is_same or layout not in layouts:
             raise InvalidArgumentError(
                 f"model must multiply by the matrices of experts while statistics are collected, but {_name_of(func)} makes a tensor "
                 f"of shape {tuple(found.shape)} from one of shape {tuple(own.shape)}. Exclude the experts."
@@ -110,7 +126,7 @@ def _call_of_layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
     is_linear = func is functional.linear
     if not is_linear and func not in _PRODUCTS:
         return None
-    given = dict(zip(("input", "weight" if is_linear else "other", "bias"), args, strict=False)) | kwargs
+    given = {**dict(zip(("input", "weight" if is_linear else "other", "bias"), args, strict=False)), **kwargs}
     x, weight, bias = given["input"], given.get("weight", given.get("other", given.get("mat2"))), given.get("bias")
     if isinstance(x, _Watched) or not isinstance(weight, _Watched) or weight.is_transposed == is_linear:
         return None
@@ -122,6 +138,8 @@ def _name_of(func: Callable[..., Any]) -> str:
     # A property has the method __get__ of a descriptor.
     return printable(getattr(getattr(func, "__self__", None), "__name__", "") or func.__name__)
 
+
+_CASTS = frozenset({torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16})
 
 #: Products of rows with a matrix on their right.
 _PRODUCTS = frozenset({torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__})

@@ -108,7 +108,8 @@ def select_linears(model: nn.Module, include: Patterns | None = None, exclude: P
     output embedding.
 
     Experts of transformers that are stored as one array ``"experts.up_proj"`` are matrices ``"experts.up_proj.0"``,
-    ``"experts.up_proj.1"`` and so on. A pattern that matches the name of the array selects all of them.
+    ``"experts.up_proj.1"`` and so on, of shape (out_features, in_features). A pattern that matches the name of the array
+    selects all of them.
 
     Layers that cannot be quantized are never selected: adapters of other libraries, weights that are computed from other
     tensors, layers on the meta device, and layers that compute something else.

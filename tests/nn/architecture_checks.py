@@ -88,7 +88,8 @@ def dense_matrix(model, name: str, kind: str = "data"):
     """Return a matrix of a dense model, or its gradient, in shape (out_features, in_features): a view."""
     owner, _, last = name.rpartition(".")
     if last.isdigit() and isinstance(array := _attribute(model, owner), torch.nn.Parameter):  # all experts of a layer
-        return getattr(array, kind)[int(last)]
+        is_transposed = getattr(model.get_submodule(owner.rpartition(".")[0]), "is_transposed", False)
+        return getattr(array, kind)[int(last)].T if is_transposed else getattr(array, kind)[int(last)]
     layer = model.get_submodule(name)
     matrix = getattr(layer.weight, kind)
     return matrix if isinstance(layer, torch.nn.Linear) else matrix.T  # Conv1D of GPT-2

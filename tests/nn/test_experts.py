@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext as _nothing
 from functools import wraps
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from tests.requirements import require_module
 
 torch = require_module("torch")
@@ -19,12 +21,16 @@ from torch.nn import functional  # noqa: E402
 from lqlora.nn import (  # noqa: E402
     LQLinear,
     collect_fisher,
+    collect_gram,
+    collect_kronecker,
     dequantize_model,
     load_model,
     quantize_model,
     save_model,
     select_linears,
+    weight_arrays,
 )
+from tests.nn.statistics.layouts import assert_close, by_example  # noqa: E402
 
 NF8 = lq.BlockFormat.parse("nf8/8:float32")
 WIDTH, INNER, EXPERTS = 8, 16, 3
@@ -60,21 +66,42 @@ class Experts(nn.Module):
         return found
 
 
+class Transposed(nn.Module):
+    """Stores matrices of shape (in_features, out_features), as GPT-OSS does."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) / WIDTH**0.5)
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, INNER, WIDTH) / INNER**0.5)
+        self.down_proj_bias = nn.Parameter(torch.randn(EXPERTS, WIDTH))
+        self.config, self.is_concatenated, self.is_transposed = config, True, True
+
+    @_with_implementations
+    def forward(self, x, chosen):
+        found = torch.zeros_like(x)
+        for index in chosen.unique():
+            rows = chosen == index
+            inner = functional.relu(x[rows] @ self.up_proj[index].to(x.dtype))
+            found[rows] = torch.matmul(inner, self.down_proj[index]) + self.down_proj_bias[index]
+        return found
+
+
 class Model(nn.Module):
-    def __init__(self, seed=0):
+    def __init__(self, seed=0, experts=Experts):
         super().__init__()
         torch.manual_seed(seed)
         self.config = SimpleNamespace(_experts_implementation_internal="grouped_mm")
         self.inner = nn.Linear(WIDTH, WIDTH)
-        self.experts = Experts(self.config)
+        self.experts = experts(self.config)
 
     def forward(self, x):
-        return self.experts(self.inner(x), torch.arange(len(x)) % EXPERTS)
+        rows = self.inner(x).flatten(0, -2)  # of several examples, if x has three axes
+        return self.experts(rows, torch.arange(len(rows)) % EXPERTS).view(x.shape)
 
 
-@pytest.fixture
-def model():
-    return Model()
+@pytest.fixture(params=[Experts, Transposed])
+def model(request):
+    return Model(experts=request.param)
 
 
 def _eager(model, x):
@@ -93,7 +120,8 @@ class TestSelection:
         linears = select_linears(model)
         assert list(linears) == ["inner", *UP, *DOWN]
         assert linears[UP[1]].weight.data_ptr() == model.experts.up_proj[1].data_ptr()
-        assert list(model.state_dict()) == ["inner.weight", "inner.bias", "experts.up_proj", "experts.down_proj"]
+        assert {linears[name].weight.shape for name in UP} == {(INNER, WIDTH)}
+        assert list(model.state_dict())[:4] == ["inner.weight", "inner.bias", "experts.up_proj", "experts.down_proj"]
 
     @pytest.mark.parametrize(
         ("include", "expected"),
@@ -121,7 +149,9 @@ class TestConversion:
         for own in (model, dense):
             own(x).square().sum().backward()
         torch.testing.assert_close(model(x), dense(x))
-        for own, full in zip(model.experts.up_proj.children(), dense.experts.up_proj.grad, strict=True):
+        gradients = dense.experts.up_proj.grad
+        gradients = gradients.mT if hasattr(dense.experts, "is_transposed") else gradients
+        for own, full in zip(model.experts.up_proj.children(), gradients, strict=True):
             torch.testing.assert_close(own.lora_A.grad, own.lora_B.T @ full, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(own.lora_B.grad, full @ own.lora_A.T, rtol=1e-4, atol=1e-5)
 
@@ -176,7 +206,8 @@ class TestFiles:
     def test_a_file_restores_the_bits(self, model, tmp_path, include):
         quantize_model(model, NF8, rank=2, include=include)
         save_model(tmp_path / "m.safetensors", model)
-        fresh = Model(seed=1)
+        fresh = Model(seed=1, experts=type(model.experts))
+        fresh.load_state_dict({name: own for name, own in model.state_dict().items() if "bias" in name}, strict=False)
         load_model(tmp_path / "m.safetensors", fresh)
         assert torch.equal(fresh(_input()), model(_input()))
         assert list(fresh.state_dict()) == list(model.state_dict())
@@ -189,10 +220,86 @@ class TestFiles:
             assert hasattr(model.get_submodule(owner), key)
 
 
-def test_statistics_are_those_of_layers_that_are_called(model):
-    def loss(model, x):
-        return model(x).square().sum(1)
+def _loss(model, x):
+    return model(x).square().flatten(1).sum(1)
 
-    assert list(collect_fisher(model, [_input()], loss=loss)) == ["inner"]
-    with pytest.raises(InvalidArgumentError, match="include must select"):
-        collect_fisher(model, [_input()], loss=loss, include="up_proj")
+
+class TestStatistics:
+    @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+    def test_they_are_those_of_single_examples(self, model, implementation):
+        model = model.double()
+        model.config._experts_implementation_internal = implementation
+        x = torch.randn(4, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        # The expert of a row depends on its place in the batch. In batches of one example it would be another one.
+        batches = [x[:3], x[:1]]
+        eager = copy.deepcopy(model)
+        eager.experts.config._experts_implementation_internal = "eager"
+        losses = [lambda m, b=b, i=i: _loss(m, b)[i] for b in batches for i in range(len(b))]
+        fisher, kronecker = by_example(eager, losses)
+        assert list(fisher) == ["inner", *UP, *DOWN]
+        assert_close(collect_fisher(model, batches, loss=_loss), fisher)
+        found = collect_kronecker(model, batches, loss=_loss)
+        assert_close(
+            {name: own for name, (own, _) in found.items()}, {name: own for name, (own, _) in kronecker.items()}
+        )
+        grams = collect_gram(model, batches)
+        _, expected = by_example(eager, [lambda m, b=b: _loss(m, b).sum() for b in batches])
+        assert_close(grams, {name: own for name, (_, own) in expected.items()})
+        assert all(torch.equal(grams[name], own) for name, (_, own) in found.items())
+
+    def test_the_model_is_as_before(self, model):
+        arrays, state = dict(model.named_parameters()), list(model.state_dict())
+        model.experts.up_proj.requires_grad_(requires_grad=False)
+        config = model.experts.config
+
+        def failing(model, x):
+            raise RuntimeError
+
+        collect_fisher(model, [_input()], loss=_loss, include="*.1")
+        for loss in (_loss, failing):
+            with pytest.raises(RuntimeError) if loss is failing else _nothing():
+                collect_gram(model, [_input()], loss=loss)
+        assert list(model.state_dict()) == state
+        assert all(own is arrays[name] for name, own in model.named_parameters())
+        assert not model.experts.up_proj.requires_grad
+        assert model.experts.down_proj.requires_grad
+        assert model.experts.config is config
+        assert "experts.up_proj" not in dict(model.named_modules())
+
+    @pytest.mark.parametrize("collect", [collect_fisher, collect_gram, collect_kronecker])
+    def test_experts_without_a_token_are_listed_and_the_rest_kept(self, model, collect):
+        with pytest.warns(DeadLayerWarning, match=rf"2 of 7 layers.*{UP[2]}.*{DOWN[2]}"):
+            found = collect(model, [_input()[:2]], loss=_loss)
+        assert list(found) == ["inner", *UP[:2], *DOWN[:2]]
+
+    def test_quantize_model_weights_errors_with_them(self, model):
+        fisher = collect_fisher(model, [_input()], loss=_loss)
+        weightings = {name: lq.weighting.Elementwise(own.numpy()) for name, own in fisher.items()}
+        matrices = {name: load().copy() for name, load in weight_arrays(select_linears(model)).items()}
+        quantize_model(model, NF8, rank=1, weighting=weightings, max_iter=2)
+        for name in UP:
+            expected = lq.decompose(matrices[name], NF8, 1, weighting=weightings[name], max_iter=2)
+            np.testing.assert_array_equal(model.get_submodule(name).lora_A.detach(), expected.lora_A)
+
+    def test_dense_experts_of_a_converted_array_are_seen(self, model):
+        expected = collect_gram(model, [_input()])
+        quantize_model(model, NF8, rank=4, include=[UP[0], UP[2]])
+        found = collect_gram(model, [_input()])
+        assert list(found) == ["inner", UP[1], *DOWN]
+        torch.testing.assert_close(found[UP[1]], expected[UP[1]])
+
+    def test_a_matrix_may_be_cast_for_the_product(self):
+        model = Model(experts=Transposed)
+        expected = collect_fisher(model, [_input()], loss=_loss)
+        model.experts.up_proj = nn.Parameter(model.experts.up_proj.detach().double())
+        found = collect_fisher(model, [_input()], loss=_loss)
+        assert_close(found, {name: own.double() for name, own in expected.items()})
+
+    def test_other_uses_of_a_matrix_are_refused(self):
+        class Other(Experts):
+            @_with_implementations
+            def forward(self, x, chosen):
+                return functional.linear(x, self.up_proj[chosen[0]].abs()[:WIDTH])
+
+        with pytest.raises(InvalidArgumentError, match=r"^model .*abs.*\(16, 8\).*Exclude"):
+            collect_gram(Model(experts=Other), [_input()])

@@ -38,7 +38,7 @@ from lqlora._dispatch.operation import (
     preferred_piece,
 )
 from lqlora._dispatch.overrides import Override, Takes
-from lqlora._dispatch.plain import plain_array, require_writable
+from lqlora._dispatch.plain import plain_array, require_writable, requires_gradient
 
 __all__ = [
     "FLOATS",
@@ -69,4 +69,5 @@ __all__ = [
     "preferred_piece",
     "register_library",
     "require_writable",
+    "requires_gradient",
 ]

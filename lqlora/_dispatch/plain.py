@@ -14,7 +14,7 @@ from lqlora.errors import InvalidArgumentError, UnsupportedArrayError
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["plain_array", "require_writable"]
+__all__ = ["plain_array", "require_writable", "requires_gradient"]
 
 
 def plain_array(value: object, name: str, dtypes: Dtypes = NUMBERS) -> Array:
@@ -91,6 +91,22 @@ def _converted(value: Any, name: str, dtypes: Dtypes) -> Array:
     return value
 
 
+def requires_gradient(array: Array) -> bool:
+    """Return whether autograd records what is computed with an array.
+
+    Parameters
+    ----------
+    array : array
+        An array that :func:`namespace` accepts.
+
+    Returns
+    -------
+    bool
+        True for tensors of torch that require a gradient while gradients are recorded.
+    """
+    return getattr(array, "requires_grad", False) and sys.modules["torch"].is_grad_enabled()
+
+
 def require_writable(array: Array, name: str) -> None:
     """Raise unless an array can be written to, each entry by itself.
 
@@ -109,7 +125,7 @@ def require_writable(array: Array, name: str) -> None:
     library, reason = LIBRARY_OF[type(array)], ""
     if library == "numpy" and not array.flags.writeable:
         reason = "is read-only"
-    elif library == "torch" and array.requires_grad and sys.modules["torch"].is_grad_enabled():
+    elif requires_gradient(array):
         reason = "requires a gradient"
     elif library in ("numpy", "torch") and 0 not in array.shape:
         strides = array.strides if library == "numpy" else array.stride()

@@ -8,7 +8,16 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from lqlora import ops
-from lqlora._dispatch import FLOATS, device_of, dtype_name, empty, namespace, plain_array, require_writable
+from lqlora._dispatch import (
+    FLOATS,
+    device_of,
+    dtype_name,
+    empty,
+    namespace,
+    plain_array,
+    require_writable,
+    requires_gradient,
+)
 from lqlora._messages import given
 from lqlora._options import require_choice
 from lqlora._printable import printable
@@ -20,7 +29,7 @@ from lqlora.quantized._fits import FITS, Fit, assemble, choose
 from lqlora.quantized._layout import layout_of
 from lqlora.quantized._source import Source
 from lqlora.quantized._underflow import lost_blocks
-from lqlora.quantized.array import QuantizedArray, require_quantized
+from lqlora.quantized.array import QuantizedArray, require_quantized, stacked
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -254,23 +263,25 @@ def matmul(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, shape (..., n)
-        Inputs.
-    q : QuantizedArray of shape (m, n)
-        Quantized weight.
+        Inputs. For a stack the shape is (*batch, ..., rows, n).
+    q : QuantizedArray of shape (m, n), or a stack of shape (*batch, m, n)
+        Quantized weight, or one for each expert.
     lora_A, lora_B : array of the dtype of ``x`` or of float32, shape (rank, n) and (m, rank), optional
-        Low-rank factors, both or neither.
+        Low-rank factors, both or neither. For a stack they have its batch dimensions in front.
     scaling : float, default 1.0
         Factor of the low-rank part.
 
     Returns
     -------
     array of the dtype of ``x``, shape (..., m)
-        ``x @ dequantize(q).T + scaling * (x @ lora_A.T) @ lora_B.T``.
+        ``x @ dequantize(q).T + scaling * (x @ lora_A.T) @ lora_B.T``. Of a stack, each matrix multiplies its own rows, with
+        the result of a call for the matrix alone.
 
     Raises
     ------
     InvalidArgumentError
-        If only one factor is given, the weight is not a matrix, or the rows do not have its number of columns.
+        If only one factor is given, the weight is not a matrix or a stack of matrices, or the rows do not have its number of
+        columns and its batch dimensions.
     UnsupportedArrayError
         If ``x`` is not an array of a floating-point dtype.
 
@@ -285,6 +296,12 @@ def matmul(
     >>> q = lq.quantize(np.eye(4, dtype=np.float32), lq.BlockFormat(lq.NF4, 4))
     >>> lq.matmul(np.ones((1, 4), dtype=np.float32), q).tolist()
     [[1.0, 1.0, 1.0, 1.0]]
+
+    Two experts, each with one row:
+
+    >>> stack = lq.quantize(np.stack([np.eye(4), -np.eye(4)]), lq.BlockFormat(lq.NF4, 4), batch_dims=1)
+    >>> lq.matmul(np.ones((2, 1, 4), dtype=np.float32), stack).tolist()
+    [[[1.0, 1.0, 1.0, 1.0]], [[-1.0, -1.0, -1.0, -1.0]]]
     """
     if (lora_A is None) != (lora_B is None):
         given = "lora_B" if lora_A is None else "lora_A"
@@ -295,22 +312,46 @@ def matmul(
         lora_A, lora_B = plain_array(lora_A, "lora_A", FLOATS), plain_array(lora_B, "lora_B", FLOATS)
     namespace(x, q.packed, lora_A, lora_B)  # refuses arrays of two libraries or devices
     if len(q.shape) != 2 or q.batch_shape or not x.shape or x.shape[-1] != q.shape[1]:
-        raise InvalidArgumentError(
-            f"x must have as many columns as the weight, which must be a matrix, got shapes {tuple(x.shape)} "
-            f"and {q.shape}."
-        )
+        return _multiply_stack(x, q, lora_A, lora_B, scaling)
     if lora_A is not None:
         _check_factors(lora_A, lora_B, x, q.shape)
     y = multiply(x, q)
     return y if lora_A is None else ops.add_low_rank(y, x, lora_A, lora_B, scaling)
 
 
+def _multiply_stack(x: Array, q: QuantizedArray, lora_A: Array | None, lora_B: Array | None, scaling: float) -> Array:
+    """Return the products of a stack of matrices, each with its own rows."""
+    batch, shape = q.batch_shape, tuple(x.shape)
+    if len(q.shape) != len(batch) + 2:
+        raise InvalidArgumentError(
+            f"x must be multiplied by a matrix or a stack of matrices, got q of shape {q.shape}"
+            f"{f' with {len(batch)} batch dimensions' if batch else ''}."
+        )
+    if not shape or shape[-1] != q.shape[-1] or shape[: len(batch)] != batch or len(shape) < len(q.shape) * bool(batch):
+        own = "".join(f"{length}, " for length in batch)
+        raise InvalidArgumentError(
+            f"x must have as many columns as q, shape ({own}..., {'rows, ' if batch else ''}{q.shape[-1]}), got shape {shape}."
+        )
+    if lora_A is not None:
+        _check_factors(lora_A, lora_B, x, q.shape)
+    found = []
+    for index, part in zip(_indices(batch), q.unstack(), strict=True):
+        rows = x[(*index, ...)]
+        y = multiply(rows, part)
+        if lora_A is not None and lora_B is not None:
+            y = ops.add_low_rank(y, rows, lora_A[(*index, ...)], lora_B[(*index, ...)], scaling)
+        found.append(y)
+    return stacked(found, batch)
+
+
 def _check_factors(lora_A: Array, lora_B: Array, x: Array, shape: tuple[int, ...]) -> None:
     """Raise unless the factors of a product have the rank, the sides and the dtype that it takes."""
-    found, (rows, columns) = (tuple(lora_B.shape), tuple(lora_A.shape)), shape
-    if [len(own) for own in found] != [2, 2] or (found[0][0], found[1][1], found[0][1]) != (rows, columns, found[1][0]):
+    left, right = tuple(lora_B.shape), tuple(lora_A.shape)
+    *batch, rows, columns = shape
+    if not len(left) == len(right) == len(shape) or left[:-1] + right[-1:] != shape or right[:-1] != (*batch, left[-1]):
+        own = "".join(f"{length}, " for length in batch)
         raise InvalidArgumentError(
-            f"lora_B and lora_A must have shapes ({rows}, rank) and (rank, {columns}), got {found[0]} and {found[1]}."
+            f"lora_B and lora_A must have shapes ({own}{rows}, rank) and ({own}rank, {columns}), got {left} and {right}."
         )
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if dtype_name(factor) not in ("float32", dtype_name(x)):
@@ -339,8 +380,8 @@ def multiply(x: Array, q: QuantizedArray) -> Array:
     flat = x if len(lead) == 1 else xp.reshape(x, (prod(lead), columns))
     levels = host_levels(q.levels, layout.codebook)
     # Kernels decode whole rows of codes from one table. With levels by line, or blocks down the columns, the weight is
-    # decoded first.
-    if levels is None or q.offset is not None or not layout.follows_rows:
+    # decoded first, and so it is where autograd has to multiply by it again.
+    if levels is None or q.offset is not None or not layout.follows_rows or requires_gradient(x):
         dense = xp.empty(q.shape, dtype=ops.native_dtype(x, ops.factor_dtype(x)), device=device)
         decode_into(q, dense)
         y = ops.matmul_dense(flat, dense)

@@ -20,7 +20,7 @@ import lqlora as lq
 #: Processors without units for bfloat16 take half a minute for a dense pass of 256 rows.
 RUNS = {torch.float32: 7, torch.bfloat16: 3}
 SIZE, RANK = 4096, 16
-EXPERTS, TOKENS, WIDTH, INNER = 8, 256, 1024, 2048
+EXPERTS, TOKENS, FEW, WIDTH, INNER = 8, 256, 16, 1024, 2048
 NF4 = "nf4/64:float32"
 FORMATS = (NF4, "nf4/64:u8/256:float32", "nf3/64:float32")
 
@@ -126,13 +126,39 @@ class DenseExperts(Experts):
         return self._product(functional.silu(gate) * up, "down_proj", index)
 
 
+class GroupedExperts(Experts):
+    """The same with dense matrices and factors, as grouped products of all experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = nn.ParameterDict()
+        for key in ("gate_up_proj", "down_proj"):
+            _, rows, columns = getattr(self, key).shape
+            self.factors[f"{key}_A"] = nn.Parameter(torch.randn(EXPERTS, RANK, columns) / columns**0.5)
+            self.factors[f"{key}_B"] = nn.Parameter(torch.randn(EXPERTS, rows, RANK) / RANK**0.5)
+
+    def forward(self, x):
+        """Multiply rows that are sorted by expert, as they are here."""
+        ends = torch.arange(1, EXPERTS + 1, dtype=torch.int32) * (len(x) // EXPERTS)
+        gate, up = self._product(x, "gate_up_proj", ends).chunk(2, dim=-1)
+        return self._product(functional.silu(gate) * up, "down_proj", ends)
+
+    def _product(self, rows, key, ends):
+        lora_A, lora_B = (self.factors[f"{key}_{own}"].mT for own in "AB")
+        low_rank = functional.grouped_mm(functional.grouped_mm(rows, lora_A, offs=ends), lora_B, offs=ends)
+        return functional.grouped_mm(rows, getattr(self, key).mT, offs=ends) + low_rank
+
+
 def expert_rows():
     model = nn.Sequential(Experts())
     quantized = copy.deepcopy(model)
     lq.nn.quantize_model(quantized, lq.BlockFormat.parse(NF4), rank=RANK, max_iter=1)
-    x = torch.randn(EXPERTS * TOKENS, WIDTH, requires_grad=True)
-    base, own = milliseconds([DenseExperts(), quantized], x)
-    yield f"{EXPERTS} experts, {TOKENS} tokens each, {WIDTH} to {INNER}, float32", NF4, base, own
+    for tokens in (TOKENS, FEW):
+        x = torch.randn(EXPERTS * tokens, WIDTH, requires_grad=True)
+        looped, grouped, own = milliseconds([DenseExperts(), GroupedExperts(), quantized], x)
+        layer = f"{EXPERTS} experts, {tokens} tokens each, {WIDTH} to {INNER}, float32"
+        yield f"{layer}, against dense experts one by one", NF4, looped, own
+        yield f"{layer}, against dense grouped products", NF4, grouped, own
 
 
 def main():

@@ -17,6 +17,7 @@ from tests.requirements import require_module
 torch = require_module("torch")
 from torch import nn  # noqa: E402 - needs torch
 from torch.nn import functional  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from lqlora.nn import (  # noqa: E402
     LQLinear,
@@ -104,6 +105,16 @@ def model(request):
     return Model(experts=request.param)
 
 
+class _Products(TorchDispatchMode):
+    """Counts products with quantized matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, _, args=(), kwargs=None):
+        self.count += func in (torch.ops.lqlora.matmul.default, torch.ops.lqlora.linear.default)
+        return func(*args, **(kwargs or {}))
+
+
 def _eager(model, x):
     """Return the output of a dense model by the eager implementation."""
     other = copy.deepcopy(model)
@@ -154,6 +165,16 @@ class TestConversion:
         for own, full in zip(model.experts.up_proj.children(), gradients, strict=True):
             torch.testing.assert_close(own.lora_A.grad, own.lora_B.T @ full, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(own.lora_B.grad, full @ own.lora_A.T, rtol=1e-4, atol=1e-5)
+
+    def test_a_matrix_is_decoded_once_for_each_pass(self, model):
+        quantize_model(model, NF8, rank=2, include=["up_proj", "down_proj"])
+        x = _input().requires_grad_()
+        with _Products() as forward:
+            y = model(x)
+        with _Products() as backward:
+            y.square().sum().backward()
+        # Seven rows reach all experts, and more than one row reaches the first.
+        assert forward.count == backward.count == len(UP + DOWN)
 
     def test_the_original_is_near(self, model):
         x, expected = _input(), _eager(model, _input())

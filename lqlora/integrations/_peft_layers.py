@@ -16,7 +16,8 @@ from torch import nn
 
 from lqlora._messages import shown
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.nn import LQLinear, QuantizedEmbedding, QuantizedHead, merged_weight
+from lqlora.nn import LQLinear, QuantizedEmbedding, QuantizedHead, QuantizedTensor, merged_weight
+from lqlora.nn.experts import ExpertMatrix, Experts
 from lqlora.nn.linear_maps import is_linear_map
 from lqlora.nn.merging import dense_layer, usual_dtype
 
@@ -163,6 +164,26 @@ class QuantizedLoraLinear(_MergingIntoDense, LoraLinear):  # type: ignore[misc]
         """Variants of LoRA that work over a quantized layer."""
         return {(): None, ("use_dora",): _Dora}
 
+    @property
+    def expert_weight(self) -> torch.Tensor:
+        """Weight with the active adapters. The owner of the experts multiplies by it, and does not call the layer."""
+        if self._forward_pre_hooks:
+            raise InvalidArgumentError(
+                "adapter_names must not be passed to a model with adapters of experts, which see the tokens of all examples "
+                "together. Run the examples of each adapter by themselves."
+            )
+        layer: Any = self.base_layer
+        weight: torch.Tensor = layer.weight
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if self.merged or self.disable_adapters or not adapters:
+            return weight
+        # W = Q + s B A + sum_i s_i B_i A_i, and a sum of products is the product of the factors side by side.
+        lora_A = [layer.lora_A, *(self.lora_A[name].weight for name in adapters)]
+        lora_B = [layer.scaling * layer.lora_B, *(self.scaling[name] * self.lora_B[name].weight for name in adapters)]
+        dtype = layer.lora_A.dtype
+        left, right = (torch.cat([own.to(dtype) for own in parts], dim) for dim, parts in enumerate((lora_A, lora_B)))
+        return QuantizedTensor(layer.quantized.operands, left, right, dtype=weight.dtype)
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter, or replace one."""
         if config.init_lora_weights not in _INITIALIZATIONS:
@@ -273,11 +294,57 @@ class _Tuner:
             if isinstance(layer, _MergingIntoDense):
                 layer.merged_dtype = dtype
 
+    def _create_and_replace(
+        self,
+        config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter to a layer, or to each expert of an array that was quantized."""
+        pairs = [(target_name, target)] if not isinstance(target, Experts) else [*target.named_children()]
+        parent = target if isinstance(target, Experts) else parent
+        for name, layer in pairs:
+            if isinstance(parent, Experts):
+                _require_for_experts(config, layer)
+            super()._create_and_replace(config, adapter_name, layer, name, parent, current_key, **kwargs)  # type: ignore[misc]
+
+    def _inject_parameters(self, peft_config: Any, model: nn.Module, adapter_name: str, **kwargs: Any) -> list[str]:
+        """Add an adapter to parameters, and to arrays of experts that were parameters before they were quantized."""
+        ends = tuple(f".{name}" for name in peft_config.target_parameters)
+        arrays = {
+            name: own for name, own in model.named_modules() if isinstance(own, Experts) and f".{name}".endswith(ends)
+        }
+        for name, own in arrays.items():
+            self._create_and_replace(peft_config, adapter_name, own, name.rpartition(".")[2], model, current_key=name)
+        return [*arrays, *super()._inject_parameters(peft_config, model, adapter_name, **kwargs)]  # type: ignore[misc]
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, LQLinear):  # unloaded, and complete
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)  # type: ignore[misc]
+
+
+def _require_for_experts(config: Any, target: nn.Module) -> None:
+    """Raise if an adapter of an expert would do something else than to add a product of two factors to a quantized weight."""
+    if not isinstance(target, LQLinear | QuantizedLoraLinear):
+        raise InvalidArgumentError(
+            "target_modules and target_parameters must name experts that are quantized, all of an array, got a dense one. Quantize "
+            "it, too, or leave it out."
+        )
+    # DoRA scales a sum, dropout changes the rows of one part, and a bias is added to a product.
+    others = ("use_dora", "lora_dropout", "lora_bias", "alora_invocation_tokens")
+    wrong = next((name for name in others if getattr(config, name, None)), None)
+    if config.peft_type != PeftType.LORA or wrong:
+        seen = shown(config.peft_type.value) if wrong is None else f"{wrong}={shown(getattr(config, wrong))}"
+        raise InvalidArgumentError(
+            f"config must be of LoRA without dropout, bias and magnitudes for experts that are stored in one array, got {seen}. "
+            "Change it, or leave the experts out with exclude_modules."
+        )
 
 
 def _require_trainable(model: nn.Module, modules_to_save: Collection[str]) -> None:
@@ -302,7 +369,7 @@ def _linear_names(model: nn.Module) -> set[str]:
         for name, module in modules.items()
         if (
             isinstance(module, LQLinear)
-            or is_linear_map(module)
+            or (is_linear_map(module) and not isinstance(module, ExpertMatrix))
             or ("Linear" in type(module).__name__ and name in adapted)
         )
         and module not in inside

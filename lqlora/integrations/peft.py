@@ -78,6 +78,10 @@ def register() -> None:
     ``merge_adapter`` and ``merge_and_unload`` put a ``torch.nn.Linear``, or the transposed ``Conv1D`` of GPT-2, in the place of
     each layer that has an adapter. It holds the sum of all parts, in the dtype of the rest of the model. ``unmerge_adapter`` puts the quantized layer back, bit for bit.
     Starts that subtract a part of the weight, such as PiSSA, are refused, and quantized embeddings in ``modules_to_save``.
+
+    ``target_parameters`` of ``LoraConfig`` may name arrays of experts that were quantized, and ``target_modules`` may name them
+    or single experts. Each expert gets an adapter of its own. Such adapters are products of two factors: DoRA, dropout, IA3 and
+    batches with several adapters are refused for experts.
     """
     require("peft", "peft", "lqlora.integrations.peft.register")
     from lqlora.integrations._peft_layers import register_tuners  # noqa: PLC0415 - imports PEFT

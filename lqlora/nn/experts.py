@@ -79,7 +79,8 @@ class Experts(nn.ModuleList):
     def __getitem__(self, index: Any) -> Any:
         """Return the weight of an expert: dense, or a :class:`QuantizedTensor`."""
         layer: Any = self._modules[str(range(len(self))[int(index)])]
-        weight = layer.weight
+        # A layer of another library may add to the weight of the layer below.
+        weight = layer.expert_weight if hasattr(type(layer), "expert_weight") else layer.weight
         if isinstance(layer, ExpertMatrix) and layer._forward_hooks:  # noqa: SLF001 - no public function tells
             weight = _watched(weight.detach(), layer, is_transposed=False)
         return weight.mT if self.is_transposed else weight

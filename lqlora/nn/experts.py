@@ -98,22 +98,30 @@ class _Watched(torch.Tensor):
         cls, func: Callable[..., Any], _: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call the layer for a product, and refuse functions that compute other tensors from the weight."""
-        if (found := _call_of_layer(func, args, kwargs or {})) is not None:
+        kwargs = kwargs or {}
+        if (found := _call_of_layer(func, args, kwargs)) is not None:
             return found
-        own = next(x for x in (*args, *(kwargs or {}).values()) if isinstance(x, _Watched))
+        own = next(x for x in _entries((args, *kwargs.values())) if isinstance(x, _Watched))
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - what torch documents for subclasses
-            found = func(*args, **(kwargs or {}))
-        if not isinstance(found, torch.Tensor):
+            found = func(*args, **kwargs)
+        if not any(isinstance(x, torch.Tensor) for x in _entries([found])):
             return found  # such as the shape
+        # A view of all entries, or a cast of them, is known by its strides.
         layouts = [(own.shape, own.stride()), (own.shape[::-1], own.stride()[::-1])]
-        layout = (found.shape, found.stride())
-        is_same = found.data_ptr() == own.data_ptr() or (func in _CASTS and found.is_floating_point())
-        if not is_same or layout not in layouts:
-            raise InvalidArgumentError(
-                f"model must multiply by the matrices of experts while statistics are collected, but {_name_of(func)} makes a tensor "
-                f"of shape {tuple(found.shape)} from one of shape {tuple(own.shape)}. Exclude the experts."
-            )
-        return _watched(found, own.layer, is_transposed=own.is_transposed != (layout != layouts[0]))
+        is_whole = isinstance(found, torch.Tensor) and (found.shape, found.stride()) in layouts
+        if is_whole and (found.data_ptr() == own.data_ptr() or (func in _CASTS and found.is_floating_point())):
+            is_turned = (found.shape, found.stride()) != layouts[0]
+            return _watched(found, own.layer, is_transposed=own.is_transposed != is_turned)
+        raise InvalidArgumentError(
+            f"model must multiply rows by the matrices of experts while statistics are collected, but calls {_name_of(func)} with one "
+            f"of shape {tuple(own.shape)}. Exclude the experts."
+        )
+
+
+def _entries(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield values, and those of lists and tuples among them."""
+    for value in values:
+        yield from _entries(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _watched(weight: torch.Tensor, layer: ExpertMatrix, *, is_transposed: bool) -> _Watched:

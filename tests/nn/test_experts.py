@@ -316,11 +316,44 @@ class TestStatistics:
         found = collect_fisher(model, [_input()], loss=_loss)
         assert_close(found, {name: own.double() for name, own in expected.items()})
 
-    def test_other_uses_of_a_matrix_are_refused(self):
+    @pytest.mark.parametrize(
+        ("use", "name"),
+        [
+            (lambda x, w: functional.linear(x, w.abs()), "abs"),
+            (lambda x, w: functional.linear(x, w.chunk(2)[0]), "chunk"),
+            (lambda x, w: functional.linear(x, torch.cat([w, w])), "cat"),
+            (lambda x, w: torch.einsum("ti,oi->to", x, w), "einsum"),
+            (lambda x, w: x @ w[0], "__getitem__"),
+        ],
+        ids=lambda own: own if isinstance(own, str) else "",
+    )
+    def test_other_uses_of_a_matrix_are_refused(self, use, name):
         class Other(Experts):
             @_with_implementations
             def forward(self, x, chosen):
-                return functional.linear(x, self.up_proj[chosen[0]].abs()[:WIDTH])
+                return use(x, self.up_proj[chosen[0]])
 
-        with pytest.raises(InvalidArgumentError, match=r"^model .*abs.*\(16, 8\).*Exclude"):
+        with pytest.raises(InvalidArgumentError, match=rf"^model .* {name} .*\(16, 8\).*Exclude"):
             collect_gram(Model(experts=Other), [_input()])
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda x, w: x @ w.t(),
+            lambda x, w: torch.mm(x, mat2=w.transpose(0, 1)),
+            lambda x, w: functional.linear(x, weight=w, bias=torch.ones(len(w))),
+            lambda x, w: x.matmul(w.detach().mT.to(x.device)),
+        ],
+        ids=["t", "mm", "bias", "matmul"],
+    )
+    def test_products_are_written_in_several_ways(self, use):
+        class Other(Experts):
+            @_with_implementations
+            def forward(self, x, chosen):
+                return use(x, self.up_proj[chosen[0]])[:, :WIDTH]
+
+        model = Model(experts=Other)
+        with pytest.warns(DeadLayerWarning):
+            found = collect_gram(model, [_input()])
+        rows = model.inner(_input()).detach()
+        torch.testing.assert_close(found[UP[0]], rows.T @ rows / len(rows))

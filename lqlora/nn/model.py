@@ -132,6 +132,7 @@ def quantize_model(
         Factor of the low-rank part, see :func:`lqlora.decompose`. Layers that no pattern matches have 1.
     dropout : float, default 0.0
         Probability of dropout before the low-rank parts, in training only, see :class:`LQLinear`. It is not stored in files.
+        Experts that are stored in one array have none, because the model multiplies by their weights itself.
     embeddings : BlockFormat, or mapping of pattern to BlockFormat, optional
         Format of the embeddings of tokens, or formats of embeddings by name. They become :class:`QuantizedEmbedding`, without
         factors and with the ``fit`` of the options. An output embedding that is tied to one uses the same table, unless

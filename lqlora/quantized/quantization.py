@@ -379,9 +379,10 @@ def multiply(x: Array, q: QuantizedArray) -> Array:
     lead, (rows, columns) = tuple(x.shape[:-1]), q.shape
     flat = x if len(lead) == 1 else xp.reshape(x, (prod(lead), columns))
     levels = host_levels(q.levels, layout.codebook)
+    is_tracked = getattr(x, "requires_grad", False) and requires_gradient(x)
     # Kernels decode whole rows of codes from one table. With levels by line, or blocks down the columns, the weight is
     # decoded first, and so it is where autograd has to multiply by it again.
-    if levels is None or q.offset is not None or not layout.follows_rows or requires_gradient(x):
+    if levels is None or q.offset is not None or not layout.follows_rows or is_tracked:
         dense = xp.empty(q.shape, dtype=ops.native_dtype(x, ops.factor_dtype(x)), device=device)
         decode_into(q, dense)
         y = ops.matmul_dense(flat, dense)

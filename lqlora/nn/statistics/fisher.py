@@ -94,7 +94,8 @@ def collect_fisher(
     Layers may see the rows of a batch in any order: experts see some of the tokens, and other layers have the axis of
     tokens first. A second backward pass with weighted losses finds the example that each row belongs to. For batches of
     more than 16 examples there are two such passes. Where several examples depend on one row, as in layers of relative
-    positions, each example has a backward pass of its own. Batches of one example need one pass.
+    positions, each example has a backward pass of its own. Batches of one example need one pass. Experts that are stored in one
+    array run one by one meanwhile, and those that no token reaches are left out like other layers.
 
     A batch with padding runs in parts of examples with the same number of tokens. Results are those of the examples
     without padding, so ``attention_mask`` must keep tokens that follow each other. For a decoder the same holds for

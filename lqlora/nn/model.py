@@ -26,6 +26,7 @@ from lqlora.nn.linear import LQLinear, require_dropout
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer, QuantizedTable
 from lqlora.nn.selection import LinearMaps, refuse_distributed
+from lqlora.nn.sharding import keep_codes_local
 from lqlora.quantized import quantize
 from lqlora.quantized._rows import decode_rows
 
@@ -453,6 +454,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for name, child in list(parent._modules.items()):  # noqa: SLF001 - no public function lists both names
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+    keep_codes_local(model)
 
 
 def _first_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

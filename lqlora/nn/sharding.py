@@ -1,16 +1,72 @@
-"""Models whose parameters are shared out to several processes, as ``fully_shard`` does."""
+"""Models in several processes: replicas of ``DistributedDataParallel``, and parameters that ``fully_shard`` shares out."""
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+
+from lqlora.nn.weight import QuantizedWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["is_sharded", "whole", "write_once"]
+__all__ = ["is_sharded", "keep_codes_local", "whole", "write_once"]
+
+#: Attribute of a module in which ``DistributedDataParallel`` finds the names of tensors that it does not send.
+_NOT_SENT = "_ddp_params_and_buffers_to_ignore"
+
+#: What wrappers put before names that also forward the attribute: none, torch.compile, and PEFT.
+_PREFIXES = ("", "_orig_mod.", "base_model.model.")
+
+
+class _NotSent:
+    """Names of the codes and scales that a model has when the names are read.
+
+    Layers may be replaced later through a part of the model, and then train scales that were frozen. A list of names that
+    was made before would keep their gradients from being averaged.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model, which holds this object in an attribute.
+    others : tuple of str
+        Names that others have set.
+    """
+
+    def __init__(self, model: nn.Module, others: tuple[str, ...]) -> None:
+        self.others = others
+        self._model = weakref.ref(model)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.others
+        model = self._model()
+        if model is None:  # a shallow copy outlived its original
+            return
+        for owner, weight in model.named_modules():
+            if isinstance(weight, QuantizedWeight):
+                for key in dict(weight.named_buffers(recurse=False)):
+                    for prefix in _PREFIXES:
+                        yield f"{prefix}{owner}.{key}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles of a model hold one with the new model. Weak references cannot be pickled.
+        return type(self), (self._model(), self.others)
+
+
+def keep_codes_local(model: nn.Module) -> None:
+    """Let ``DistributedDataParallel`` send no codes and scales of a model: frozen, they stay the same in all processes.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The module that will be wrapped. Names of further tensors that others have set stay.
+    """
+    given = vars(model).get(_NOT_SENT, ())
+    if not isinstance(given, _NotSent):
+        setattr(model, _NOT_SENT, _NotSent(model, tuple(given)))
 
 
 def is_sharded(tensors: Iterable[torch.Tensor]) -> bool:

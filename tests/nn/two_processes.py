@@ -21,6 +21,7 @@ def main(folder: Path, rank: int, kind: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
     lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/16:u8/16:float32"), rank=4)
+    model.register_buffer("calls", torch.zeros(2), persistent=False)
     alone = copy.deepcopy(model)
     sent: list[int] = []
     if "shards" in kind:
@@ -30,15 +31,12 @@ def main(folder: Path, rank: int, kind: str) -> None:
     if "offloaded" in kind:
         lq.nn.offload_model(model, folder / "codes.safetensors")
     if "replicas" in kind:
-        # What is mapped from one file is the same in all processes, and need not be sent once.
-        trained = DistributedDataParallel(
-            model, forward_sync_buffers="buffers" in kind, init_sync="offloaded" not in kind
-        )
         plain = distributed._broadcast_coalesced
         distributed._broadcast_coalesced = lambda group, tensors, *rest: (
             sent.append(sum(tensor.nbytes for tensor in tensors)),
             plain(group, tensors, *rest),
         )
+        trained = DistributedDataParallel(model)
     losses = []
     optimizers = [
         torch.optim.AdamW([p for p in own.parameters() if p.requires_grad], lr=0.01) for own in (trained, alone)
@@ -60,7 +58,8 @@ def main(folder: Path, rank: int, kind: str) -> None:
     except lq.errors.CheckpointError as error:
         refused = str(error)
     lq.nn.save_model(folder / f"alone{rank}.safetensors", alone)
-    (folder / f"{rank}.json").write_text(json.dumps({"losses": losses, "sent": sent, "refused": refused}))
+    size = sum(parameter.nbytes for parameter in alone.parameters())
+    (folder / f"{rank}.json").write_text(json.dumps({"losses": losses, "sent": sent, "refused": refused, "parameters": size}))
     distributed.destroy_process_group()
 
 

@@ -33,6 +33,7 @@ from lqlora.nn.peqa.tasks import (  # noqa: E402
 )
 from lqlora.nn.report import DensePart, QuantizationReport, QuantizedLayer, QuantizedTable  # noqa: E402
 from lqlora.nn.selection import select_linears  # noqa: E402
+from lqlora.nn.shardable import make_shardable  # noqa: E402
 from lqlora.nn.state import load_model, save_model  # noqa: E402
 from lqlora.nn.statistics.fisher import collect_fisher  # noqa: E402
 from lqlora.nn.statistics.gram import collect_gram, collect_kronecker  # noqa: E402
@@ -67,6 +68,7 @@ __all__ = [
     "load_factors",
     "load_model",
     "load_scales",
+    "make_shardable",
     "merged_weight",
     "offload_model",
     "onload_model",

@@ -93,7 +93,7 @@ class OffloadedTensor(torch.Tensor):
         """Run an operation on fetched tensors. All tensors of a weight are fetched at once, and no result shares their memory."""
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            return OffloadedTensor(args[0].fetch, args[0].position)
+            return type(args[0])(args[0].fetch, args[0].position)
         schema = func._schema  # noqa: SLF001 - has no public name
         if schema.is_mutable:
             given = [
@@ -401,6 +401,11 @@ def offload_model(
         if path is None and device != "cuda":
             raise InvalidArgumentError(
                 f"path must be given for layers that are not on a CUDA device, such as {printable(name)!r}, which is on {device}."
+            )
+        if not dict(layer.quantized.named_buffers()):
+            raise InvalidArgumentError(
+                f"model must have codes that are buffers, but make_shardable made those of {printable(name)!r} parameters. Load the "
+                "model again."
             )
     stored: dict[str, dict[str, Any]] = {}
     if path is not None:

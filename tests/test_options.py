@@ -230,6 +230,7 @@ CALLS = {
     "load_factors": (nn.load_factors, saved_factors),
     "load_model": (nn.load_model, saved_model),
     "offload_model": (nn.offload_model, lambda: {"model": converted(), "path": "codes.safetensors"}),
+    "make_shardable": (nn.make_shardable, lambda: {"model": converted()}),
     "onload_model": (nn.onload_model, lambda: {"model": converted()}),
     "merged_weight": (nn.merged_weight, lambda: {"layer": converted()[0]}),
     "LQLinear": (nn.LQLinear, {"quantized": Q, "lora_A": LORA_A, "lora_B": LORA_B}),

@@ -24,6 +24,7 @@ from lqlora.nn.holders import find_holders
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.model import move_attributes, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import unwrapped
+from lqlora.nn.sharding import is_sharded
 from lqlora.quantized import dequantize, quantize
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def merged_weight(layer: LQLinear, dtype: torch.dtype = torch.float32) -> torch.
     Raises
     ------
     InvalidArgumentError
-        If the dtype is not a floating-point one, or the layer is on the meta device.
+        If the dtype is not a floating-point one, or the layer is on the meta device or shared out to several processes.
     NonFiniteError
         If an entry is NaN, infinite, or beyond the range of the dtype.
     """
@@ -115,6 +116,10 @@ def _merged(layer: LQLinear, dtype: torch.dtype, name: str) -> torch.Tensor:
         raise InvalidArgumentError(f"dtype must be torch.float16, bfloat16, float32 or float64, got {dtype!r:.80}.")
     if layer.quantized.device.type == "meta" or layer.lora_A.is_meta or layer.lora_B.is_meta:
         raise InvalidArgumentError(f"{name} must hold values, but is on the meta device. Load the model first.")
+    if is_sharded(layer.parameters()):
+        raise InvalidArgumentError(
+            f"{name} must be whole, but is shared out to several processes. Save the model, and load it in one process."
+        )
     dense = layer.quantized.dequantize()
     wide = torch.float32 if dense.device.type == "mps" else torch.float64  # that device has no float64
     found = torch.empty(dense.shape, dtype=dtype, device=dense.device)

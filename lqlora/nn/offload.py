@@ -37,7 +37,16 @@ if TYPE_CHECKING:
     from lqlora.nn.linear import LQLinear
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["OffloadedTensor", "OffloadedWeight", "Prefetcher", "offload_model", "offload_weight", "onload_model"]
+__all__ = [
+    "Fetch",
+    "OffloadedTensor",
+    "OffloadedWeight",
+    "Prefetcher",
+    "offload_model",
+    "offload_weight",
+    "onload_model",
+    "versions",
+]
 
 #: Bytes that one call asks the kernel to read ahead. Linux cuts a request at the read-ahead size of the disk, which is 128 KiB or more.
 _READ_AHEAD = 1 << 17
@@ -152,7 +161,7 @@ class Fetch(NamedTuple):
 
     def require_unchanged(self) -> None:
         """Raise if the tensors have changed since, as autograd does for tensors that it has saved."""
-        if self.versions != _versions(self.hosts):
+        if self.versions != versions(self.hosts):
             raise InvalidArgumentError(
                 "codes and scales of an offloaded weight must not change while it is in use, and they were loaded or changed since "
                 "the forward pass. Run the forward pass again."
@@ -252,8 +261,19 @@ def _is_other(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first is not second
 
 
-def _versions(tensors: list[torch.Tensor]) -> list[int]:
-    """Return how often torch has changed tensors in place. It does not count changes of tensors made in inference mode."""
+def versions(tensors: list[torch.Tensor]) -> list[int]:
+    """Return how often torch has changed tensors in place.
+
+    Parameters
+    ----------
+    tensors : list of Tensor
+        Tensors in memory.
+
+    Returns
+    -------
+    list of int
+        Numbers that grow with each change. Changes of tensors that were made in inference mode are not counted.
+    """
     return [0 if own.is_inference() else own._version for own in tensors]  # noqa: SLF001 - has no public name
 
 
@@ -292,7 +312,7 @@ class OffloadedWeight(QuantizedWeight):
             Tensors in host memory, and how to fetch them. Parameters are not among them.
         """
         hosts = [own for own in super()._tensors() if not isinstance(own, nn.Parameter)]
-        return Fetch(hosts, self.place, weakref.ref(self), self.prefetcher, _versions(hosts))
+        return Fetch(hosts, self.place, weakref.ref(self), self.prefetcher, versions(hosts))
 
     def _tensors(self) -> list[torch.Tensor]:
         stored = super()._tensors()

@@ -16,7 +16,7 @@ from lqlora._annotations import annotated
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.model import quantized_layers
-from lqlora.nn.offload import Fetch, OffloadedTensor, OffloadedWeight
+from lqlora.nn.offload import Fetch, OffloadedTensor, OffloadedWeight, versions
 from lqlora.nn.peqa.linear import ScaledWeight
 from lqlora.nn.selection import unwrapped
 from lqlora.nn.sharding import whole
@@ -25,13 +25,14 @@ from lqlora.quantized import QuantizedArray
 
 __all__ = ["ShardableWeight", "make_shardable"]
 
+
 class _Aliases:
     """Fetches tensors on a CPU as others that share their memory but not their storage."""
 
     def fetch(self, wanted: Fetch) -> list[torch.Tensor]:
         # fully_shard frees a storage after the forward pass and fills it again before the backward pass. torch cannot free one
         # that NumPy has seen, and kernels of the CPU see tensors as arrays of NumPy.
-        return [torch.from_dlpack(own) for own in wanted.hosts]
+        return [cast("Any", torch).from_dlpack(own) for own in wanted.hosts]
 
 
 class _AliasedTensor(OffloadedTensor):
@@ -61,9 +62,7 @@ class ShardableWeight(QuantizedWeight):
     def array(self) -> QuantizedArray:
         """Quantized array. If it is shared out, all processes must ask for it, and get the whole in host memory."""
         found = {name: self._gathered(name) for name in self._stored}
-        return QuantizedArray(
-            found.pop("codes"), found.pop("scales"), self.format, tuple(self.shape), **found
-        )
+        return QuantizedArray(found.pop("codes"), found.pop("scales"), self.format, tuple(self.shape), **found)
 
     def _gathered(self, name: str) -> Any:
         own = getattr(self, name)
@@ -74,7 +73,7 @@ class ShardableWeight(QuantizedWeight):
         return self._typed(name, found)
 
     def _typed(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        """Return the array that bytes stand for; scales that train are no bytes."""
+        """Return the array that bytes stand for; scales that train are arrays already."""
         if name not in self._kinds:
             return stored
         dtype, shape = self._kinds[name]
@@ -97,7 +96,7 @@ class ShardableWeight(QuantizedWeight):
         if self.device.type != "cpu" or torch.compiler.is_compiling():
             return found
         hosts = [own for own in found if not isinstance(own, nn.Parameter)]
-        fetch = Fetch(hosts, self.device, weakref.ref(self), cast("Any", _Aliases()), [own._version for own in hosts])
+        fetch = Fetch(hosts, self.device, cast("Any", weakref.ref(self)), cast("Any", _Aliases()), versions(hosts))
         aliased = iter([_AliasedTensor(fetch, position) for position in range(len(hosts))])
         return [own if isinstance(own, nn.Parameter) else next(aliased) for own in found]
 
@@ -153,9 +152,7 @@ def make_shardable(model: nn.Module) -> None:
         buffers = dict(weight.named_buffers(recurse=False))
         own: Any = weight
         own.__class__ = ShardableScaledWeight if isinstance(weight, ScaledWeight) else ShardableWeight
-        own._kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}
+        own._kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in buffers.items()}  # noqa: SLF001 - of this class
         for name, tensor in buffers.items():
             del weight._buffers[name]  # noqa: SLF001 - of torch
-            weight.register_parameter(
-                name, nn.Parameter(tensor.reshape(-1).view(torch.uint8), requires_grad=False)
-            )
+            weight.register_parameter(name, nn.Parameter(tensor.reshape(-1).view(torch.uint8), requires_grad=False))

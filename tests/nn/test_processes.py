@@ -18,34 +18,49 @@ if not torch.distributed.is_available():  # as in torch for some systems
     pytest.skip("torch has no distributed package", allow_module_level=True)
 
 from lqlora.nn import LQLinear, load_factors, load_model  # noqa: E402 - needs torch
+from tests.nn.two_processes import KINDS  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("kind", ["replicas", "shards", "offloaded replicas", "offloaded shards"])
-def test_two_processes_train_and_save_as_one_does(kind, tmp_path):
-    command = [sys.executable, "-m", "tests.nn.two_processes", str(tmp_path)]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folder with the results of two processes, which train each kind in turn: to start them takes the most time."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-m", "tests.nn.two_processes", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    both = [subprocess.Popen([*command, str(rank), kind], cwd=ROOT, env=environment) for rank in range(2)]
-    assert [own.wait(timeout=120) for own in both] == [0, 0]
+    both = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment) for rank in range(2)]
+    assert [own.wait(timeout=180) for own in both] == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_and_save_as_one_does(kind, folders):
+    folder = folders / kind
     for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        found = json.loads((folder / f"{rank}.json").read_text())
         for total, expected in found["losses"]:
             assert total == pytest.approx(expected, rel=1e-5)
         assert found["losses"][-1][1] < found["losses"][0][1]
-        assert "none" in found["refused"]
+        assert "none" in found["refused"][0]
         # The start sends the parameters and the buffer of two numbers, a forward pass that buffer: no codes and scales.
         assert found["sent"] == ([found["parameters"] + 8, 8, 8, 8] if "replicas" in kind else [])
+        assert found["here"] == (found["stored"] / 2 if "sharded" in kind else 0)
+        assert len(found["refused"]) == (2 if "shard" in kind else 1)
     models = [torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.ReLU(), torch.nn.Linear(48, 32)) for _ in range(2)]
     for name, model in zip(("model", "alone0"), models, strict=True):
-        load_model(tmp_path / f"{name}.safetensors", model)
+        load_model(folder / f"{name}.safetensors", model)
     for own, alone in zip(*(model.modules() for model in models), strict=True):
         if isinstance(own, LQLinear):
-            assert all(map(torch.equal, own.buffers(), alone.buffers()))
+            assert torch.equal(own.quantized.codes, alone.quantized.codes)
+            for one, other in zip(
+                own.quantized.array.to_arrays().values(), alone.quantized.array.to_arrays().values(), strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=0)
             torch.testing.assert_close(own.lora_B, alone.lora_B, rtol=1e-4, atol=1e-5)
     before = lq.nn.factors(models[0])
-    load_factors(tmp_path / "factors.safetensors", models[1])
+    load_factors(folder / "factors.safetensors", models[1])
     after = lq.nn.factors(models[1])
     assert all(torch.equal(before[name].lora_A, after[name].lora_A) for name in before)

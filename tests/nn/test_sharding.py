@@ -9,6 +9,7 @@ import weakref
 import pytest
 
 import lqlora as lq
+from lqlora.errors import InvalidArgumentError
 from tests.requirements import require_module
 
 torch = require_module("torch")
@@ -100,3 +101,67 @@ class TestReplicas:
         assert _not_sent(model) == ["1.bias", *_stored(model)[:4], "2.running_mean", *_stored(model)[4:]]
         lq.nn.dequantize_model(model)
         assert _not_sent(model) == ["1.bias", "2.running_mean"]
+
+
+class TestShardable:
+    def test_results_files_and_copies_stay_the_same(self, tmp_path):
+        model = _model().eval()
+        lq.nn.quantize_model(model, FORMAT, rank=2, embeddings=FORMAT)
+        other = copy.deepcopy(model)
+        lq.nn.make_shardable(other)
+        lq.nn.make_shardable(other)
+        assert _stored(other) == []
+        assert all(
+            own.dtype == torch.uint8 and own.ndim == 1
+            for name, own in other.named_parameters()
+            if ".quantized." in name
+        )
+        ids = torch.arange(5)
+        for own in (other, pickle.loads(pickle.dumps(other)), copy.deepcopy(other).to(torch.float32)):
+            assert _gradients(own, ids) == _gradients(model, ids)
+            assert torch.equal(own[1].weight.dequantize(), model[1].weight.dequantize())
+            assert torch.equal(lq.nn.merged_weight(own[1]), lq.nn.merged_weight(model[1]))
+        for name, own in (("one", model), ("two", other)):
+            lq.nn.save_model(tmp_path / name, own)
+        assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+        assert other.state_dict().keys() == model.state_dict().keys()
+        lq.nn.dequantize_model(other)
+        assert torch.equal(other[0].weight, model[0].weight.dequantize())
+
+    @pytest.mark.parametrize("fmt", ["nf4/16:float32", "affine4/16@-1:float16", "nf3/16:u8/16:bfloat16"])
+    def test_scales_that_train(self, fmt):
+        model = _model()
+        lq.nn.quantize_model(model, lq.BlockFormat.parse(fmt), rank=2)
+        lq.nn.train_scales(model, "1", train_factors=True)
+        other = copy.deepcopy(model)
+        lq.nn.make_shardable(other)
+        assert _gradients(other, torch.arange(5)) == _gradients(model, torch.arange(5))
+        lq.nn.freeze_scales(other)
+        assert torch.equal(lq.dequantize(other[1].quantized.array), lq.dequantize(model[1].quantized.array))
+
+    def test_storage_can_be_freed_after_the_pass(self):
+        model = _model()
+        lq.nn.quantize_model(model, FORMAT, rank=2)
+        lq.nn.make_shardable(model)
+        model(torch.arange(5)).sum().backward()
+        assert model[1].weight.array.packed.numpy().any()
+        assert all(own.untyped_storage().resizable() for name, own in model.named_parameters() if ".quantized." in name)
+
+    def test_offloaded_layers_are_refused_and_shardable_ones_not_offloaded(self, tmp_path):
+        model = _model()
+        with pytest.raises(InvalidArgumentError, match="quantized layer"):
+            lq.nn.make_shardable(model)
+        lq.nn.quantize_model(model, FORMAT, rank=2)
+        lq.nn.offload_model(model, tmp_path / "codes", "3")
+        with pytest.raises(InvalidArgumentError, match=r"'3.quantized'.*onload_model"):
+            lq.nn.make_shardable(model)
+        lq.nn.onload_model(model)
+        lq.nn.make_shardable(model)
+        with pytest.raises(InvalidArgumentError, match=r"make_shardable.*'1'"):
+            lq.nn.offload_model(model, tmp_path / "codes")
+
+
+def _gradients(model, ids):
+    y = model(ids)
+    trained = [own for own in model.parameters() if own.requires_grad]
+    return [own.tolist() for own in (y, *torch.autograd.grad(y.square().sum(), trained))]

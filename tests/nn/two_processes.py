@@ -1,4 +1,4 @@
-"""Train a quantized model in two processes and compare it with one: run by test_processes, once for each rank."""
+"""Train quantized models in two processes and compare them with one: run by test_processes, once for each rank."""
 
 from __future__ import annotations
 
@@ -14,29 +14,36 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lqlora as lq
 
+KINDS = ("replicas", "shards", "sharded codes", "offloaded replicas", "offloaded shards")
 
-def main(folder: Path, rank: int, kind: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+
+def wrapped(model: nn.Module, kind: str, folder: Path) -> nn.Module:
+    """Return a model that is spread over both processes."""
+    found = model
+    if "sharded" in kind:
+        lq.nn.make_shardable(model)
+    if "shard" in kind:
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        found = fully_shard(model)
+    if "offloaded" in kind:
+        lq.nn.offload_model(model, folder / "codes.safetensors")
+    return DistributedDataParallel(model) if "replicas" in kind else found
+
+
+def train(folder: Path, rank: int, kind: str) -> None:
+    """Train in both processes and alone, and record what was seen."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
     lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/16:u8/16:float32"), rank=4)
     model.register_buffer("calls", torch.zeros(2), persistent=False)
     alone = copy.deepcopy(model)
     sent: list[int] = []
-    if "shards" in kind:
-        for layer in (model[0], model[2]):
-            fully_shard(layer)
-        trained = fully_shard(model)
-    if "offloaded" in kind:
-        lq.nn.offload_model(model, folder / "codes.safetensors")
-    if "replicas" in kind:
-        plain = distributed._broadcast_coalesced
-        distributed._broadcast_coalesced = lambda group, tensors, *rest: (
-            sent.append(sum(tensor.nbytes for tensor in tensors)),
-            plain(group, tensors, *rest),
-        )
-        trained = DistributedDataParallel(model)
+    distributed._broadcast_coalesced = lambda group, tensors, *rest: (
+        sent.append(sum(tensor.nbytes for tensor in tensors)),
+        _broadcast(group, tensors, *rest),
+    )
+    trained = wrapped(model, kind, folder)
     losses = []
     optimizers = [
         torch.optim.AdamW([p for p in own.parameters() if p.requires_grad], lr=0.01) for own in (trained, alone)
@@ -52,16 +59,39 @@ def main(folder: Path, rank: int, kind: str) -> None:
         losses.append((total.item(), expected.item()))
     lq.nn.save_model(folder / "model.safetensors", trained)
     lq.nn.save_factors(folder / "factors.safetensors", trained)
-    refused = ""
-    try:
-        lq.nn.save_model(folder / "none" / "model.safetensors", trained)
-    except lq.errors.CheckpointError as error:
-        refused = str(error)
+    refused = []
+    for call in (
+        lambda: lq.nn.save_model(folder / "none" / "model.safetensors", trained),
+        lambda: lq.nn.merged_weight(model[0]),
+    ):
+        try:
+            call()
+        except lq.errors.LQLoRAError as error:
+            refused.append(str(error))
     lq.nn.save_model(folder / f"alone{rank}.safetensors", alone)
-    size = sum(parameter.nbytes for parameter in alone.parameters())
-    (folder / f"{rank}.json").write_text(json.dumps({"losses": losses, "sent": sent, "refused": refused, "parameters": size}))
+    of_codes = [p for name, p in model.named_parameters() if ".quantized." in name and not p.requires_grad]
+    numbers = {
+        "losses": losses,
+        "sent": sent,
+        "refused": refused,
+        "parameters": sum(parameter.nbytes for parameter in alone.parameters()),
+        "stored": sum(own.nbytes for own in alone.buffers()) - 8,
+        "here": sum(own.to_local().nbytes for own in of_codes),
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(numbers))
+
+
+def main(folder: Path, rank: int) -> None:
+    """Train each kind in a folder of its own."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    for kind in KINDS:
+        (folder / kind).mkdir(exist_ok=True)
+        train(folder / kind, rank, kind)
     distributed.destroy_process_group()
 
 
+_broadcast = distributed._broadcast_coalesced
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]))

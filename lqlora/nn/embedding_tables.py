@@ -121,7 +121,7 @@ def scale_of(embedding: nn.Embedding) -> tuple[float, bool] | None:
     Parameters
     ----------
     embedding : torch.nn.Embedding
-        Embedding with a table in memory, of any values.
+        Embedding, of any values, also on the meta device.
 
     Returns
     -------
@@ -148,8 +148,9 @@ def _with_random_rows(embedding: nn.Embedding) -> nn.Embedding:
     """Return a shallow copy of an embedding with another table: rows of zeros or NaN would not show the number."""
     found = copy.copy(embedding)
     rows, columns = embedding.weight.shape
+    place = torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
     # Row i holds the numbers from the i-th on. So rows differ, and a large table takes the memory of one row and one column.
-    numbers = torch.randn(rows + columns, generator=torch.Generator().manual_seed(0)).to(embedding.weight)
+    numbers = torch.randn(rows + columns, generator=torch.Generator().manual_seed(0)).to(place, embedding.weight.dtype)
     table = nn.Parameter(numbers.as_strided((rows, columns), (1, 1)), requires_grad=False)
     found._parameters = {**embedding._parameters, "weight": table}  # noqa: SLF001 - of torch, which shares the dict
     return found

@@ -90,7 +90,7 @@ def computes_product_alone(layer: nn.Module) -> bool:
     Parameters
     ----------
     layer : torch.nn.Module
-        Linear layer with a weight in memory.
+        Linear layer. On the meta device it is tried out with random parameters.
 
     Returns
     -------
@@ -101,14 +101,24 @@ def computes_product_alone(layer: nn.Module) -> bool:
         return True
     if offers_more(layer, nn.Linear if isinstance(layer, nn.Linear) else nn.Module):
         return False
-    mode = layer.training
+    mode, own = layer.training, layer._parameters  # noqa: SLF001 - of torch
+    given = dict(own)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            own.update({key: _random(parameter) for key, parameter in given.items()})
             return all(_is_product(layer, shape) for layer.training in (True, False) for shape in ((3,), (2, 1)))
     except Exception:  # noqa: BLE001 - code of others; whatever it raises, it does not take any input
         return False
     finally:
         layer.training = mode
+        own.update(given)
+
+
+def _random(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """Return a parameter in memory: the same one, or a random one in the place of one on the meta device."""
+    if parameter is None or not parameter.is_meta:
+        return parameter
+    return nn.Parameter(torch.randn(parameter.shape).to(parameter.dtype), requires_grad=False)
 
 
 def offers_more(layer: nn.Module, base: type) -> bool:

@@ -250,7 +250,7 @@ def table_modules(table: EmbeddingTable, quantized: QuantizedArray) -> dict[nn.M
     Returns
     -------
     dict of torch.nn.Module to torch.nn.Module
-        New modules by the old ones, on the device of the table. The first embedding owns the quantized table.
+        New modules by the old ones, on the device of the dense table, or of the quantized one if that is the meta device. The first embedding owns the quantized table.
     """
     found: dict[nn.Module, nn.Module] = {}
     given: Any = quantized
@@ -259,7 +259,8 @@ def table_modules(table: EmbeddingTable, quantized: QuantizedArray) -> dict[nn.M
         new = QuantizedEmbedding(given, old.padding_idx, scale, rounds_scale=rounds_scale)
         given, found[old] = new.quantized, new
     given.dtype = table.weight.dtype
-    given.to(table.weight.device)
+    if not table.weight.is_meta:
+        given.to(table.weight.device)
     for layer in table.heads.values():
         found[layer] = head = QuantizedHead(given)
         if layer.bias is not None:
@@ -371,13 +372,13 @@ def quantized_layer(matrix: Decomposition | StoredMatrix, layer: nn.Module, drop
     Returns
     -------
     LQLinear
-        Layer on the device of the old one, with its bias, hooks and further attributes. The bias is the same parameter, so
+        Layer on the device of the old one, or of the parts if that is the meta device, with its bias, hooks and further attributes. The bias is the same parameter, so
         that it stays shared with other modules that have it.
     """
     weight, bias = cast("nn.Parameter", layer.weight), cast("nn.Parameter | None", getattr(layer, "bias", None))
     found = LQLinear.from_decomposition(matrix, bias, dropout)
     found.quantized.dtype = weight.dtype
-    if found.lora_A.device != weight.device:
+    if found.lora_A.device != weight.device and not weight.is_meta:
         found.to(weight.device)
     if bias is not None:
         bias.requires_grad = False

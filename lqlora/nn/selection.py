@@ -167,6 +167,8 @@ class LinearMaps:
     ----------
     model : torch.nn.Module
         Any model, wrapped or not.
+    to_fill : bool, default False
+        Whether the weights come from a file, so that layers may be on the meta device.
 
     Attributes
     ----------
@@ -181,8 +183,9 @@ class LinearMaps:
         Embeddings that were to be quantized and cannot be, as far as that was asked for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, to_fill: bool = False) -> None:
         self.model = unwrapped(model)
+        self._to_fill = to_fill
         self.modules = dict(self.model.named_modules())
         self.dense_tables: dict[str, DenseReason] = {}
         self.layers = {name: m for name, m in self.modules.items() if is_linear_map(m)}
@@ -436,7 +439,7 @@ class LinearMaps:
             return _ADAPTER
         if "forward" in vars(layer):
             return _FORWARD
-        if reason := _weight_fault(layer):
+        if reason := _weight_fault(layer, to_fill=self._to_fill):
             return reason
         if has_more_than_weight_and_bias(layer, buffers):
             return _TENSORS
@@ -475,22 +478,26 @@ class LinearMaps:
         return any("expert" in key for module in near for key in (*module._modules.keys(), *module._parameters.keys()))  # noqa: SLF001
 
 
-def _weight_fault(layer: nn.Module) -> DenseReason | None:
-    """Return why the weight of a layer cannot be decomposed, or None."""
+def _weight_fault(layer: nn.Module, *, to_fill: bool) -> DenseReason | None:
+    """Return why the weight of a layer cannot be decomposed, or filled from a file, or None."""
     # A computed weight is an attribute, but no parameter of the layer.
     weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))  # noqa: SLF001 - of torch
     if weight is None or (bias is None and getattr(layer, "bias", None) is not None):
         return _COMPUTED
-    if weight.is_meta or (bias is not None and bias.is_meta):
+    if not to_fill and (weight.is_meta or (bias is not None and bias.is_meta)):
         return _META
-    plain = _has_memory(weight) and weight.dtype in _FLOATS and weight.ndim == 2
+    plain = _is_dense(weight) and weight.dtype in _FLOATS and weight.ndim == 2
     return None if plain else _DTYPE
+
+
+def _is_dense(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a plain dense tensor with entries."""
+    return type(parameter) is nn.Parameter and parameter.layout == torch.strided and parameter.numel() > 0
 
 
 def _has_memory(parameter: nn.Parameter) -> bool:
     """Return whether a parameter is a plain dense tensor with entries in memory."""
-    is_dense = type(parameter) is nn.Parameter and parameter.layout == torch.strided
-    return is_dense and not parameter.is_meta and parameter.numel() > 0
+    return _is_dense(parameter) and not parameter.is_meta
 
 
 def _is_expert_stack(name: str, module: nn.Module | None, key: str) -> bool:

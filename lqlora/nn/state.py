@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,10 +31,11 @@ from lqlora.nn.model import (
 from lqlora.nn.offload import Prefetcher, offload_weight
 from lqlora.nn.selection import LinearMaps, unwrapped
 from lqlora.nn.sharding import is_sharded, whole, write_once
+from lqlora.nn.skeletons import MetaTensors, with_computed_buffers
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from lqlora._patterns import Patterns
     from lqlora.quantized import QuantizedArray
@@ -130,6 +132,9 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
     :class:`QuantizedEmbedding`, with the output embeddings that use their tables. Other tensors are copied into those of
     the model, so that ties of the model stay. Gradients are switched off as :func:`quantize_model` does.
 
+    The model may be on the meta device, and so take no memory before it is loaded. It is in host memory afterwards, and no dense
+    weight of a quantized layer is ever made.
+
     Parameters
     ----------
     path : path-like
@@ -144,20 +149,29 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
     -------
     Checkpoint
         The content of the file. With ``offload`` its matrices share the memory of the offloaded layers, so what
-        ``load_state_dict`` writes into these layers is seen in both.
+        ``load_state_dict`` writes into these layers is seen in both. With ``offload``, and for a model on the meta device, it is
+        mapped into memory, as :func:`lqlora.load` does with ``mapped=True``.
 
     Raises
     ------
     InvalidArgumentError
         If ``offload`` is not a pattern, or selects no layer.
     CheckpointError
-        If the file is damaged, or does not fit the model: a layer or tensor is missing, left over or of another shape.
+        If the file is damaged, or does not fit the model: a layer or tensor is missing, left over or of another shape. Also if a
+        buffer that files do not store is on the meta device, and no method ``_init_weights``, as models of transformers have,
+        computes it.
     """
-    content = load(path, mapped=offload is not None)
+    on_meta = any(own.is_meta for own in (*model.parameters(), *model.buffers()))
+    content = load(path, mapped=offload is not None or on_meta)
     if not content.matrices:
         raise CheckpointError(shortened(f"{path} holds no quantized matrix, so save_model did not write it."))
-    maps = LinearMaps(model)
-    model = maps.model
+    with with_computed_buffers(unwrapped(model)) if on_meta else nullcontext():
+        _fill(path, LinearMaps(model, to_fill=True), content, offload)
+    return content
+
+
+def _fill(path: str | os.PathLike[str], maps: LinearMaps, content: Checkpoint, offload: Patterns | None) -> None:
+    """Check a file against a model, and load it."""
     layers = [name for name in content.matrices if not isinstance(maps.modules.get(name), nn.Embedding)]
     names = [] if offload is None else select(layers, offload, what="layer", where=f" of {path}", parameter="offload")
     linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
@@ -165,19 +179,27 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
     tied = {name: origin for name, origin in ties.items() if origin in content.tensors}
     sharing = {name: origin for name, origin in ties.items() if name not in tied}
     tables = _tables(maps, content, sharing)
-    state = {name: own for name, own in model.state_dict(keep_vars=True).items() if isinstance(own, torch.Tensor)}
+    state = {name: own for name, own in maps.model.state_dict(keep_vars=True).items() if isinstance(own, torch.Tensor)}
+    skeleton = MetaTensors(maps.modules | {name: own for stack in maps.stacks for name, own in stack.matrices.items()})
+    stored = {*state.values()}
     for stack in maps.stacks:
         if not linears.keys().isdisjoint(stack.matrices):
             del state[stack.name]
             state |= {f"{name}.weight": own.weight for name, own in stack.matrices.items() if name not in linears}
-    _check_fit(path, state, maps, linears, tables, content, tied, sharing)
+    stored |= {*state.values(), *(cast("torch.Tensor", own.weight) for own in linears.values())}
+    empty = [name for own, name in skeleton.names.items() if own not in stored]
+    _check_fit(path, state, maps, linears, tables, content, tied, sharing, empty=empty)
     maps.freeze()
     # Values are copied into the tensors of the model, which keeps their ties, dtypes and devices. Layers are replaced
     # last: they take over the biases that were just filled.
     for name in [*content.tensors, *tied]:
+        own, values = state[name], ops.convert(content.tensors[tied.get(name, name)], torch)
+        if own.is_meta:
+            skeleton.fill(own, values)
+            continue
         # Only inference mode may change tensors that were made in it.
-        with torch.inference_mode(mode=state[name].is_inference()), torch.no_grad():
-            state[name].copy_(ops.convert(content.tensors[tied.get(name, name)], torch))
+        with torch.inference_mode(mode=own.is_inference()), torch.no_grad():
+            own.copy_(values)
     replacements: dict[nn.Module, nn.Module] = {}
     offloaded, prefetcher = frozenset(names), Prefetcher()
     for name, matrix in content.matrices.items():
@@ -188,8 +210,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
         if name in offloaded:
             offload_weight(new.quantized, matrix.quantized.to_arrays(), prefetcher)
     maps.split_stacks(replacements)
-    replace_modules(model, replacements)
-    return content
+    replace_modules(maps.model, replacements)
 
 
 def _tables(maps: LinearMaps, content: Checkpoint, sharing: Mapping[str, str]) -> dict[str, EmbeddingTable]:
@@ -257,6 +278,8 @@ def _check_fit(
     content: Checkpoint,
     tied: Mapping[str, str],
     sharing: Mapping[str, str],
+    *,
+    empty: Collection[str],
 ) -> None:
     """Raise unless the file and the state of the model have the same names, shapes and, as far as needed, ties."""
     # A layer of the file stands for the weight of a linear layer, under each name of the layer. Another module that shares
@@ -293,7 +316,11 @@ def _check_fit(
         for name, tensor in content.tensors.items()
         if name in state and not _can_hold(state[name].dtype, ops.convert(tensor, torch))
     ]
-    faults += [f"{name!r} is on the meta device and holds no data" for name, t in state.items() if t.is_meta]
+    faults += [
+        f"{name!r} is on the meta device, and files do not store it. Give it its values, or build the model with "
+        "accelerate.init_empty_weights, which makes buffers as ever"
+        for name in empty
+    ]
     # A tie of the file that the model does not have is harmless: both tensors get the same values. The opposite is not:
     # of two stored tensors that are one in the model, the second would overwrite the first.
     first = first_names({name: state[name] for name in content.tensors if name in state})

@@ -361,12 +361,16 @@ def is_saved(architecture: Architecture, path: Path) -> None:
 
 
 def is_loaded(architecture: Architecture, path: Path) -> None:
-    """A model of other values has the same outputs and gradients, bit by bit, once the file is loaded."""
+    """A model of other values, and one on the meta device, have the same outputs, bit by bit, once the file is loaded; gradients too."""
     model, fresh = quantized(architecture), architecture.make(seed=1)
     save_model(path, model)
     load_model(path, fresh)
     assert torch.equal(architecture.run(fresh), architecture.run(model))
-    found, expected = gradients(fresh, architecture.run), gradients(model, architecture.run)
+    with torch.device("meta"):
+        skeleton = architecture.make(seed=1)
+    load_model(path, skeleton)
+    assert torch.equal(architecture.run(skeleton), architecture.run(model))
+    found, expected = gradients(skeleton, architecture.run), gradients(model, architecture.run)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], own) for name, own in expected.items())
 

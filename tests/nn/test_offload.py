@@ -205,6 +205,8 @@ class TestMemory:
         for name in ("loaded", "trained"):
             assert numbers[name] < numbers["codes"] / 2
         assert numbers["onloaded"] > numbers["codes"]
+        # The dense model would take 2 GB. A skeleton takes the codes and factors of the file, once.
+        assert numbers["codes"] * 0.9 < numbers["from meta"] < numbers["codes"] * 1.2
 
 
 class TestFiles:

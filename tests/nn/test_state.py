@@ -199,11 +199,6 @@ class TestSaving:
             assert (matrix.lora_B == other.lora_B).all()
 
 
-def test_a_model_on_the_meta_device_is_refused(path):
-    with pytest.raises(CheckpointError, match="meta device"):
-        load_model(path, Model().to("meta"))
-
-
 def test_a_layer_by_itself_is_refused(tmp_path):
     d = lq.decompose(torch.eye(8).numpy(), FORMAT, 1)
     with pytest.raises(InvalidArgumentError, match=r"model.*Sequential"):

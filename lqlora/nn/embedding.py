@@ -14,7 +14,7 @@ from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._options import require_integer, require_number
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
-from lqlora.nn.operators import in_autocast_dtype
+from lqlora.nn.operators import in_autocast_dtype, require_one_process
 from lqlora.nn.tensor import QuantizedTensor
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized.array import require_quantized
@@ -137,6 +137,8 @@ class QuantizedEmbedding(_TableModule):
         Tensor, shape (..., embedding_dim)
             Decoded rows in the dtype of the dense table, or in the last one that the module was cast to.
         """
+        if type(ids) is not torch.Tensor:
+            require_one_process(ids, "ids")
         table = self.quantized
         rows = cast("torch.Tensor", torch.ops.lqlora.embedding(ids, *table.operands, dtype=table.dtype))
         return scaled(rows, self.scale, rounds_scale=self.rounds_scale)

@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 
     Tensor: TypeAlias = torch.Tensor
 
-__all__ = ["as_given", "below_autograd", "in_autocast_dtype", "is_autocast", "linear_with_dropout"]
+__all__ = [
+    "as_given",
+    "below_autograd",
+    "in_autocast_dtype",
+    "is_autocast",
+    "linear_with_dropout",
+    "require_one_process",
+]
 
 #: Kinds of devices that have autocast; asking about others is an error.
 _HAVE_AUTOCAST = frozenset(
@@ -93,9 +100,38 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
     -------
     Tensor
         The input, or a cast one with its graph.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the input is spread over several processes.
     """
+    if type(x) is not torch.Tensor:
+        require_one_process(x, "x")
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if is_autocast(kind) else x
+
+
+def require_one_process(tensor: Tensor, name: str) -> None:
+    """Raise if a tensor is spread over several processes, as a DTensor of torch: operators of quantized weights do not take it.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Input of a layer.
+    name : str
+        Name of the argument.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is.
+    """
+    if hasattr(tensor, "full_tensor"):
+        raise InvalidArgumentError(
+            f"{name} of a quantized layer must be a tensor of one process, got a DTensor of shape {tuple(tensor.shape)}. Quantized layers have no "
+            "tensor parallelism. Pass its to_local() or full_tensor(), or leave the layer dense."
+        )
 
 
 def linear_with_dropout(

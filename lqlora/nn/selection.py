@@ -70,6 +70,10 @@ _COMPUTED = DenseReason(
 )
 _TENSORS = DenseReason("layers with further tensors", "has tensors or hooks of its state beside weight and bias")
 _META = DenseReason("layers on the meta device", "is on the meta device and holds no values. Load the model first")
+_SHARED_OUT = DenseReason(
+    "weights that are spread over processes",
+    "has a weight that is spread over processes, as fully_shard and parallelize_module do. Convert or load the model first",
+)
 _DTYPE = DenseReason(
     "weights of other kinds", "has a weight that is not a plain matrix of float16, bfloat16, float32 or float64"
 )
@@ -486,6 +490,8 @@ def _weight_fault(layer: nn.Module, *, to_fill: bool) -> DenseReason | None:
         return _COMPUTED
     if not to_fill and (weight.is_meta or (bias is not None and bias.is_meta)):
         return _META
+    if hasattr(weight, "full_tensor"):
+        return _SHARED_OUT
     plain = _is_dense(weight) and weight.dtype in _FLOATS and weight.ndim == 2
     return None if plain else _DTYPE
 

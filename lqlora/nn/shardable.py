@@ -136,7 +136,7 @@ def make_shardable(model: nn.Module) -> None:
     >>> report = lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/64:float32"), rank=2)
     >>> make_shardable(model)
     >>> {name: own.numel() for name, own in model.named_parameters() if own.dtype == torch.uint8}
-    {'0.quantized.codes': 256, '0.quantized.scales': 32, '1.quantized.codes': 16, '1.quantized.scales': 16}
+    {'0.quantized.codes': 256, '0.quantized.scales': 32, '1.quantized.codes': 16, '1.quantized.scales': 4}
     """
     model = unwrapped(model)
     quantized_layers(model)

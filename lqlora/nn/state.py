@@ -317,6 +317,11 @@ def _check_fit(
         if name in state and not _can_hold(state[name].dtype, ops.convert(tensor, torch))
     ]
     faults += [
+        f"{name!r} is spread over processes in the model. Load the file first"
+        for name, own in state.items()
+        if name in stored and hasattr(own, "full_tensor")
+    ]
+    faults += [
         f"{name!r} is on the meta device, and files do not store it. Give it its values, or build the model with "
         "accelerate.init_empty_weights, which makes buffers as ever"
         for name in empty

@@ -64,3 +64,19 @@ def test_two_processes_train_and_save_as_one_does(kind, folders):
     load_factors(folder / "factors.safetensors", models[1])
     after = lq.nn.factors(models[1])
     assert all(torch.equal(before[name].lora_A, after[name].lora_A) for name in before)
+
+
+def test_tensor_parallelism_is_refused(folders):
+    for rank in range(2):
+        found = json.loads((folders / f"refused{rank}.json").read_text())
+        # The sentence of torch, before anything is changed.
+        assert found.pop("parallelize").startswith("NotImplementedError: ColwiseParallel")
+        kinds = {name: message.partition(":")[0] for name, message in found.items()}
+        argument, file = "InvalidArgumentError", "CheckpointError"
+        assert kinds == {"quantize": argument, "load": file, "load others": file, "x": argument, "ids": argument}
+        for name in ("quantize", "load", "load others"):
+            assert "spread over processes" in found[name]
+        assert "'norm.weight'" in found["load others"]
+        for name in ("x", "ids"):
+            assert found[name].startswith(f"{argument}: {name} of a quantized layer")
+            assert "DTensor" in found[name]

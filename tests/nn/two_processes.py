@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lqlora as lq
@@ -81,6 +85,47 @@ def train(folder: Path, rank: int, kind: str) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(numbers))
 
 
+def refused(folder: Path) -> dict[str, str]:
+    """Return what is said about tensor parallelism."""
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    fmt = lq.BlockFormat.parse("nf4/16:u8/16:float32")
+
+    def model() -> nn.Module:
+        parts = {
+            "embed": nn.Embedding(16, 32),
+            "up": nn.Linear(32, 48),
+            "down": nn.Linear(48, 32),
+            "norm": nn.LayerNorm(32),
+        }
+        return nn.Sequential(OrderedDict(parts))
+
+    dense, quantized = parallelize_module(model(), mesh, plan), model()
+    lq.nn.quantize_model(quantized, fmt, rank=2, embeddings=fmt)
+    ids = torch.arange(4)
+    expected = quantized(ids)
+    lq.nn.save_model(folder / "quantized", quantized)
+    x = distribute_tensor(torch.ones(2, 32), mesh, [Replicate()])
+    calls = {
+        "parallelize": lambda: parallelize_module(quantized, mesh, plan),
+        "quantize": lambda: lq.nn.quantize_model(dense, fmt, rank=2),
+        "load": lambda: lq.nn.load_model(folder / "quantized", dense),
+        "load others": lambda: lq.nn.load_model(
+            folder / "quantized", parallelize_module(model(), mesh, {"norm": SequenceParallel()})
+        ),
+        "x": lambda: quantized.up(x),
+        "ids": lambda: quantized.embed(distribute_tensor(ids, mesh, [Replicate()])),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (lq.errors.LQLoRAError, NotImplementedError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    assert torch.equal(quantized(ids), expected)
+    return found
+
+
 def main(folder: Path, rank: int) -> None:
     """Train each kind in a folder of its own."""
     torch.set_num_threads(1)
@@ -88,6 +133,8 @@ def main(folder: Path, rank: int) -> None:
     for kind in KINDS:
         (folder / kind).mkdir(exist_ok=True)
         train(folder / kind, rank, kind)
+    (folder / f"refused{rank}").mkdir(exist_ok=True)
+    (folder / f"refused{rank}.json").write_text(json.dumps(refused(folder / f"refused{rank}")))
     distributed.destroy_process_group()
 
 

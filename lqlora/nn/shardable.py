@@ -19,7 +19,7 @@ from lqlora.nn.model import quantized_layers
 from lqlora.nn.offload import Fetch, OffloadedTensor, OffloadedWeight, versions
 from lqlora.nn.peqa.linear import ScaledWeight
 from lqlora.nn.selection import unwrapped
-from lqlora.nn.sharding import whole
+from lqlora.nn.sharding import unlocked, whole
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized import QuantizedArray
 
@@ -30,9 +30,7 @@ class _Aliases:
     """Fetches tensors on a CPU as others that share their memory but not their storage."""
 
     def fetch(self, wanted: Fetch) -> list[torch.Tensor]:
-        # fully_shard frees a storage after the forward pass and fills it again before the backward pass. torch cannot free one
-        # that NumPy has seen, and kernels of the CPU see tensors as arrays of NumPy.
-        return [cast("Any", torch).from_dlpack(own) for own in wanted.hosts]
+        return [unlocked(own) for own in wanted.hosts]
 
 
 class _AliasedTensor(OffloadedTensor):

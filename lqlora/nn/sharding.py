@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import distributed, nn
@@ -13,7 +13,7 @@ from lqlora.nn.weight import QuantizedWeight
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["is_sharded", "keep_codes_local", "whole", "write_once"]
+__all__ = ["is_sharded", "keep_codes_local", "unlocked", "whole", "write_once"]
 
 #: Attribute of a module in which ``DistributedDataParallel`` finds the names of tensors that it does not send.
 _NOT_SENT = "_ddp_params_and_buffers_to_ignore"
@@ -101,6 +101,28 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     if not hasattr(tensor, "full_tensor"):
         return tensor
     found: torch.Tensor = tensor.full_tensor()
+    return found
+
+
+def unlocked(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the same memory but another storage, for use in one operation.
+
+    ``fully_shard`` frees a storage after the forward pass and fills it again before the backward pass. torch cannot free one that
+    NumPy has seen, and kernels of the CPU see tensors as arrays of NumPy.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        A tensor that autograd does not follow.
+
+    Returns
+    -------
+    Tensor
+        The tensor itself if it is not on a CPU, or there is one process.
+    """
+    if not tensor.is_cpu or not distributed.is_available() or not distributed.is_initialized():
+        return tensor
+    found: torch.Tensor = cast("Any", torch).from_dlpack(tensor)
     return found
 
 

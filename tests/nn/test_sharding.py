@@ -139,14 +139,6 @@ class TestShardable:
         lq.nn.freeze_scales(other)
         assert torch.equal(lq.dequantize(other[1].quantized.array), lq.dequantize(model[1].quantized.array))
 
-    def test_storage_can_be_freed_after_the_pass(self):
-        model = _model()
-        lq.nn.quantize_model(model, FORMAT, rank=2)
-        lq.nn.make_shardable(model)
-        model(torch.arange(5)).sum().backward()
-        assert model[1].weight.array.packed.numpy().any()
-        assert all(own.untyped_storage().resizable() for name, own in model.named_parameters() if ".quantized." in name)
-
     def test_offloaded_layers_are_refused_and_shardable_ones_not_offloaded(self, tmp_path):
         model = _model()
         with pytest.raises(InvalidArgumentError, match="quantized layer"):

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lqlora as lq
 
-KINDS = ("replicas", "shards", "sharded codes", "offloaded replicas", "offloaded shards")
+KINDS = ("replicas", "shards", "sharded codes", "sharded scales", "offloaded replicas", "offloaded shards")
 
 
 def wrapped(model: nn.Module, kind: str, folder: Path) -> nn.Module:
@@ -40,6 +40,8 @@ def train(folder: Path, rank: int, kind: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
     lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/16:u8/16:float32"), rank=4)
+    if "scales" in kind:
+        lq.nn.train_scales(model, train_factors=True)
     model.register_buffer("calls", torch.zeros(2), persistent=False)
     alone = copy.deepcopy(model)
     sent: list[int] = []

@@ -18,6 +18,7 @@ from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn.operator_arguments import check_tensors, from_operands, read_format, stored_tensors
 from lqlora.nn.operators import as_given, below_autograd
+from lqlora.nn.sharding import unlocked
 from lqlora.quantized._decoding import host_levels, zero_point_codes
 from lqlora.quantized._layout import layout_of
 
@@ -61,7 +62,7 @@ def _scaled_matmul(
 ) -> Tensor:
     _check_product(x, scales, shape, adjoint=adjoint)
     if scales.dtype == torch.float32:
-        weight = [*frozen[:1], scales.detach(), *frozen[1:]]
+        weight = [*frozen[:1], unlocked(scales.detach()), *frozen[1:]]
         y: Tensor = torch.ops.lqlora.matmul(x, weight, fmt, shape, codebook, adjoint=adjoint)
         return y
     # No format stores float64 scales. They serve derivatives by differences, which float32 is too coarse for.

@@ -18,11 +18,12 @@ if not torch.distributed.is_available():  # as in torch for some systems
     pytest.skip("torch has no distributed package", allow_module_level=True)
 
 from lqlora.nn import LQLinear, load_factors, load_model  # noqa: E402 - needs torch
-from tests.nn.two_processes import KINDS  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+
+KINDS = ("replicas", "shards", "sharded codes", "sharded scales", "offloaded replicas", "offloaded shards")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-m", "tests.nn.two_processes", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    both = [subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment) for rank in range(2)]
-    assert [own.wait(timeout=180) for own in both] == [0, 0]
+    both = [subprocess.Popen([*command, str(rank), *KINDS], cwd=ROOT, env=environment) for rank in range(2)]
+    assert [own.wait(timeout=300) for own in both] == [0, 0]
     return folder
 
 

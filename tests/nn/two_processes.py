@@ -18,8 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lqlora as lq
 
-KINDS = ("replicas", "shards", "sharded codes", "sharded scales", "offloaded replicas", "offloaded shards")
-
 
 def wrapped(model: nn.Module, kind: str, folder: Path) -> nn.Module:
     """Return a model that is spread over both processes."""
@@ -128,11 +126,11 @@ def refused(folder: Path) -> dict[str, str]:
     return found
 
 
-def main(folder: Path, rank: int) -> None:
+def main(folder: Path, rank: int, kinds: list[str]) -> None:
     """Train each kind in a folder of its own."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    for kind in KINDS:
+    for kind in kinds:
         (folder / kind).mkdir(exist_ok=True)
         train(folder / kind, rank, kind)
     (folder / f"refused{rank}").mkdir(exist_ok=True)
@@ -143,4 +141,4 @@ def main(folder: Path, rank: int) -> None:
 _broadcast = distributed._broadcast_coalesced
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

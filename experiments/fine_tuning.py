@@ -7,92 +7,25 @@ a text of another kind that is never trained on. Runs take a quarter of an hour 
 """
 
 import argparse
-import datetime as dt
-import json
 import re
-import sys
 import time
 from pathlib import Path
 
 import torch
+from curves import METHODS, by_plan, converted, record, recorded, sizes, trained
 from smollm2 import collected
 
-import lqlora as lq
 from lqlora import nn, recipes
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
-from lqlora.weighting import Elementwise
 
 RECORD = Path(__file__).parents[1] / "docs" / "measurements" / "fine_tuning.json"
-SCALES = "u8/256:float32"
-NF3, NF4 = (lq.BlockFormat.parse(f"nf{bits}/64:{SCALES}") for bits in (3, 4))
-GRID = [lq.BlockFormat.parse(f"nf{bits}/{block}:{SCALES}") for bits in (2, 3, 4) for block in (16, 32, 64)]
-BUDGET = 2.75
-PARTS = 6  # measurements after the first
 FACTORS, SCALE_RATE = 5e-4, 5e-5  # learning rates
-
-
-def by_plan(layers, fishers, rank):
-    """Decompose as LQ-LoRA: formats by an integer program under a budget, errors weighted by Fisher information."""
-    weighting = {name: Elementwise(fisher, sweeps=0) for name, fisher in fishers.items()}
-    options = {"weighting": weighting, "fit": "levels+scale"}
-    table = lq.cost_table(layers, GRID, rank=rank, max_iter=1, **options)
-    plan = lq.allocate(table, bits_per_weight=BUDGET)
-    return {
-        name: lq.decompose(w, plan.formats[name], rank, weighting=weighting[name], fit="levels+scale", max_iter=4)
-        for name, w in layers.items()
-    }
-
-
-def by(initializer, fmt):
-    return lambda layers, _, rank: {name: initializer(w, fmt, rank) for name, w in layers.items()}
-
-
-def scales_of(fmt):
-    """Quantize to the scales with the least error, and let these train. There are no factors."""
-    return lambda layers, *_: {name: lq.decompose(w, fmt, 0, fit="scale", max_iter=1) for name, w in layers.items()}
-
-
-#: Functions that decompose all layers, and whether scales train instead of factors.
-METHODS = {
-    "QLoRA, 3 bits": (by(lq.initializers.qlora, NF3), False),
-    "LoftQ, 3 bits": (by(lq.initializers.loftq, NF3), False),
-    f"LQ-LoRA, {BUDGET} bits": (by_plan, False),
-    "PEQA, 4 bits": (scales_of(NF4), True),
-    "PEQA, 3 bits": (scales_of(NF3), True),
-}
-
-
-def converted(model, decompositions, *, scales_train):
-    """Replace the linear layers of a model by quantized ones."""
-    model.requires_grad_(requires_grad=False)
-    for name, decomposition in decompositions.items():
-        layer = (
-            nn.PEQALinear(decomposition.quantized) if scales_train else nn.LQLinear.from_decomposition(decomposition)
-        )
-        model.set_submodule(name, layer)
 
 
 def loss(model, sequences):
     """Return the mean loss of all predictions, in nats per token."""
     with torch.inference_mode():
         return sum(float(nn.causal_lm_loss(model, own[None]).sum()) for own in sequences) / len(sequences)
-
-
-def trained(model, sequences, rate, measure):
-    """Train as ``lq.recipes.fine_tune`` does, and measure at equal distances; return the measurements."""
-    parameters = [own for own in model.parameters() if own.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(sequences))
-    found = [measure(0)]
-    for step, sequence in enumerate(sequences, 1):
-        optimizer.zero_grad(set_to_none=True)
-        nn.causal_lm_loss(model, sequence[None]).mean().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % max(1, len(sequences) // PARTS) == 0:
-            found.append(measure(step))
-    return found
 
 
 def arguments():
@@ -109,16 +42,6 @@ def arguments():
     parser.add_argument("--cache", type=Path, help="folder that keeps Fisher information between runs")
     parser.add_argument("--record", type=Path, default=RECORD, help="file of the results")
     return parser.parse_args()
-
-
-def recorded(path, settings):
-    """Return the results so far, which must have the same settings."""
-    if not path.exists():
-        return {"date": dt.datetime.now(dt.UTC).date().isoformat(), "settings": settings, "full": None, "runs": {}}
-    found = json.loads(path.read_text())
-    if found["settings"] != settings:
-        sys.exit(f"{path} has other settings: {found['settings']}, not {settings}.")
-    return found
 
 
 def main():
@@ -147,8 +70,6 @@ def main():
             continue
         fishers = collected("fisher", fisher, calibration, options.cache) if decompose is by_plan else None
         decompositions = decompose(layers, fishers, options.rank)
-        size = sum(own.quantized.nbytes for own in decompositions.values())
-        factors = 0 if scales_train else 2 * sum(own.lora_A.size + own.lora_B.size for own in decompositions.values())
         for seed in missing:
             start = time.process_time()
             run, _ = load_llama(packaged_smollm2())
@@ -161,12 +82,19 @@ def main():
                 return found
 
             order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))[: options.steps]
-            curve = trained(run, training[order], SCALE_RATE if scales_train else FACTORS, measure)
+            groups = [
+                {
+                    "params": [own for own in run.parameters() if own.requires_grad],
+                    "lr": SCALE_RATE if scales_train else FACTORS,
+                }
+            ]
+            batches = training[order].split(1)
+            curve = trained(groups, batches, lambda batch, run=run: nn.causal_lm_loss(run, batch), measure)
             results["runs"][f"{name}, seed {seed}"] = {
-                "method": name, "bytes": size, "factor bytes in 16 bits": factors, "curve": curve,
+                "method": name, **sizes(decompositions, scales_train=scales_train), "curve": curve,
                 "cpu seconds": round(time.process_time() - start),
             }  # fmt: skip
-            options.record.write_text(json.dumps(results, indent=1) + "\n")
+            record(options.record, results)
 
 
 if __name__ == "__main__":

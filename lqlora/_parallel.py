@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import pickle
 import threading
-from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing
 from queue import SimpleQueue
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from lqlora._messages import given
-from lqlora._options import require_kind
 from lqlora._shared_settings import SharedSetting
 from lqlora._threads import cores, on_threads
 from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from concurrent.futures import Future
 
 __all__ = ["map_matrices"]
@@ -33,7 +31,7 @@ def map_matrices(
     function: Callable[[T], R],
     items: Sequence[T],
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    report: Callable[[int], None] | None = None,
     collect: Callable[[R], None] | None = None,
 ) -> list[R]:
     """Return the results of a function for all items, computed in parallel, in the order of the items.
@@ -46,8 +44,8 @@ def map_matrices(
         Arguments, one for each call.
     executor : concurrent.futures.Executor, optional
         Executor to run on. By default one thread for each core: NumPy releases the interpreter lock where it computes.
-    progress : callable, optional
-        Called in this thread with the number of finished items and the number of all items.
+    report : callable, optional
+        Called in this thread with the number of finished items, after each of them.
     collect : callable, optional
         Called in this thread with each result as soon as it is computed, so in an order that may differ between runs.
 
@@ -67,12 +65,10 @@ def map_matrices(
     BLAS uses one thread meanwhile. Its threads would compete with those of the pool for the cores (see
     ``benchmarks/decompose.py``), and one thread gives the same bits for every number of workers.
     """
-    if progress is not None:
-        require_kind(progress, "progress", Callable, "a function")  # type: ignore[arg-type]
     if executor is not None and not hasattr(executor, "submit"):
         raise InvalidArgumentError(f"executor must be an Executor of concurrent.futures, got {given(executor)}.")
     # A row is collected, and kept if the process dies, while slower items before it still run. Which of several failing
-    # items is reported depends on timing. `collect` and `progress` run in this thread only, so they need no lock.
+    # items is reported depends on timing. `collect` and `report` run in this thread only, so they need no lock.
     results: list[Any] = [None] * len(items)
     finished = _in_threads(function, items) if executor is None else _on_executor(executor, function, items)
     with _blas_on_one_thread(), closing(finished):
@@ -80,8 +76,8 @@ def map_matrices(
             results[index] = result
             if collect is not None:
                 collect(result)
-            if progress is not None:
-                progress(done, len(items))
+            if report is not None:
+                report(done)
     return results
 
 

@@ -17,7 +17,7 @@ from lqlora._optional import is_installed
 from tests.requirements import require_or_skip
 
 OPTIONAL = (
-    "torch", "cupy", "transformers", "gguf", "matplotlib", "peft", "rich", "typer", "hypothesis",
+    "torch", "cupy", "transformers", "gguf", "matplotlib", "peft", "rich", "tqdm", "typer", "hypothesis",
     "highspy", "msgspec", "cylp", "pyscipopt", "gurobipy", "ortools",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Output of the commands: results, tables, progress, warnings, logs and errors. No other module of lqlora prints.
+"""Output of the commands: results, tables, progress, warnings, logs and errors. Beside it only bars print.
 
 Names of matrices and files, and values of options, are printed as data. Nothing in them is read as markup. Characters that
 cannot be printed, or that the encoding of a stream lacks, are printed as escapes.
@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lqlora._printable import printable
+from lqlora._progress import Bar, bars_hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,8 +72,9 @@ def complain(message: str) -> None:
     """Print a line to standard error; if that fails, the command goes on."""
     if sys.stderr is not None:
         stream = _Forgiving(sys.stderr)
-        stream.write(f"{_shown(message, sys.stderr)}\n")
-        stream.flush()
+        with bars_hidden():
+            stream.write(f"{_shown(message, sys.stderr)}\n")
+            stream.flush()
 
 
 def complain_of(error: BaseException) -> None:
@@ -94,7 +96,7 @@ def flush() -> None:
 
 
 @contextmanager
-def stage(title: str) -> Iterator[Callable[[int, int], None]]:
+def stage(title: str) -> Iterator[Callable[[int, int | None], None]]:
     """Show the progress of a stage on standard error, and its time at the end.
 
     Yields
@@ -103,7 +105,7 @@ def stage(title: str) -> Iterator[Callable[[int, int], None]]:
         Call it with the number of steps done and the number of all.
     """
     start = time.perf_counter()
-    with _progress(title) as show:
+    with Bar(_shown(title, sys.stderr)) as show:
         yield show
     complain(f"{title}: {time.perf_counter() - start:.0f} s")
 
@@ -220,19 +222,3 @@ def _drawn(table: Table, console: Console) -> str | None:
     with console.capture() as captured:
         console.print(drawing)
     return captured.get()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    stream = None if sys.stderr is None else _Forgiving(sys.stderr)
-    if stream is None or not (console := _console(stream)).is_terminal:
-        yield lambda *_: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    name = TextColumn("{task.description}", markup=False)
-    with Progress(
-        name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-    ) as bar:
-        task = bar.add_task(_shown(title, sys.stderr), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

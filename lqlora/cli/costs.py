@@ -75,7 +75,7 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
             max_iter=options.max_iter,
             mode=options.mode,
             store=options.store,
-            progress=lambda done, total, _: show(done, total),  # the third is an estimate of the time left
+            progress=show,
         )
     files = {output: f"{table.to_json()}\n".encode()}
     write_outputs(files)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -15,6 +13,7 @@ from lqlora._annotations import annotated
 from lqlora._options import require_choice
 from lqlora._parallel import map_matrices
 from lqlora._patterns import list_names
+from lqlora._progress import reported
 from lqlora.costs._digests import configuration_key, settings_as_json, text_digest
 from lqlora.costs._rows import RowTask, cost_row
 from lqlora.costs.store import CostStore
@@ -55,7 +54,7 @@ def cost_table(
     seed: int = 0,
     store: str | os.PathLike[str] | None = None,
     executor: Executor | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: bool | Callable[[int, int], None] = True,
     **options: Any,
 ) -> CostTable:
     """Decompose every matrix in every format and rank, and return the table of errors and sizes.
@@ -95,9 +94,10 @@ def cost_table(
     executor : concurrent.futures.Executor, optional
         Executor with a task for each matrix; by default a thread for each core. Processes and other machines need
         matrices and callables that can be pickled. Only the calling process writes the store.
-    progress : callable, optional
-        Called with the number of finished matrices, the number of all, and the estimated seconds left. The estimate is
-        infinite until a matrix has been computed; rows from the store do not count as computed.
+    progress : bool or callable, default True
+        With True there is a bar with the time left, if standard error is a terminal and tqdm is installed. False is silence. A
+        function is called after each finished matrix with the number of finished matrices and the number of all. Matrices
+        whose costs are all in the store count as finished from the beginning.
     **options
         Further options of :func:`lqlora.decompose`, such as ``fit`` or ``quantizer``. The fast mode takes only
         ``clip_rank``.
@@ -141,7 +141,9 @@ def cost_table(
         work = functools.partial(
             cost_row, configurations=by_key, options=options, fast=mode == "fast", stored=str(store or "")
         )
-        rows = map_matrices(work, tasks, executor, collect=_Collector(len(tasks), progress, file, by_key).take)
+        complete = sum(by_key.keys() <= row.costs.keys() for row in known.values() if row.name in weights)
+        with reported(progress, "Cost table", len(tasks), "matrix", complete) as report:
+            rows = map_matrices(work, tasks, executor, collect=_Collector(report, complete, file).take)
         found = {row.name: {**known[row.name].costs, **row.costs} if row.name in known else row.costs for row in rows}
     shapes = tuple(row.shape for row in rows)
     sizes = _by_shape(shapes, lambda shape: [own.format.storage_bits(shape) for own in configurations])
@@ -219,35 +221,18 @@ def _settings(mode: str, options: Mapping[str, Any], keys: Iterable[str]) -> dic
 
 
 class _Collector:
-    """Receiver of finished rows, which appends them to the store and reports progress with the estimated time left."""
+    """Receiver of finished rows, which appends new costs to the store and reports how many rows are complete."""
 
-    def __init__(
-        self,
-        total: int,
-        progress: Callable[[int, int, float], None] | None,
-        store: CostStore | None,
-        by_key: Mapping[str, Configuration],
-    ) -> None:
-        known = {} if store is None else store.rows
-        self._total, self._progress, self._store = total, progress, store
-        self._complete = {name for name, row in known.items() if by_key.keys() <= row.costs.keys()}
-        self._count = self._computed = 0
-        self._start = time.monotonic()
+    def __init__(self, report: Callable[[int], None], complete: int, store: CostStore | None) -> None:
+        self._report, self._complete, self._store = report, complete, store
 
     def take(self, row: StoredRow) -> None:
-        """Append a row to the store if it has new costs, and report progress."""
-        self._count += 1
-        self._computed += bool(row.costs)
-        self._complete.discard(row.name)
-        if self._store is not None and row.costs:
-            self._store.append(row)
-        if self._progress is not None:
-            # Rows that the store holds completely take no time, so they are neither in the pace nor in what is left.
-            # The pace is the time since the start over the rows computed, so it includes that several are computed at
-            # once.
-            left = self._total - self._count - len(self._complete)
-            pace = (time.monotonic() - self._start) / self._computed if self._computed else math.inf
-            self._progress(self._count, self._total, left * pace if left else 0.0)
+        """Append a row to the store and report it, unless the store holds all of its costs."""
+        if row.costs:
+            if self._store is not None:
+                self._store.append(row)
+            self._complete += 1
+            self._report(self._complete)
 
 
 def _factor_bits(shape: tuple[int, ...], rank: int, fmt: BlockFormat | None, bits: int) -> int:

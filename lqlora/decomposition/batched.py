@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lqlora._annotations import annotated
 from lqlora._dispatch import FLOATS, namespace, plain_array
 from lqlora._parallel import map_matrices
+from lqlora._progress import reported
 from lqlora.decomposition.solver import decompose
 from lqlora.errors import InvalidArgumentError
 from lqlora.quantized import QuantizedArray, dequantize
@@ -74,7 +75,7 @@ def decompose_stack(
     *,
     weighting: AbstractWeighting | Sequence[AbstractWeighting | None] | None = None,
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] = True,
     name: str = "w",
     **options: Any,
 ) -> DecompositionStack:
@@ -93,7 +94,7 @@ def decompose_stack(
         Rank of each low-rank part.
     weighting : AbstractWeighting, or a sequence with one (or None) for each matrix, optional
         Norm of the residual, one for all matrices or one for each.
-    executor, progress : Executor and callable, optional
+    executor, progress : Executor, and bool or callable, optional
         Options as in :func:`lqlora.cost_table`.
     name : str, optional
         Name of the stack in error messages.
@@ -133,7 +134,9 @@ def decompose_stack(
             f"weighting must be one norm, or one for each of the {count} matrices of {name}, got {len(norms)}."
         )
     items = [(matrices[index, ...], norms[index], f"{name}[{index}]") for index in range(count)]
-    parts = map_matrices(partial(_decompose_one, fmt=fmt, rank=rank, options=options), items, executor, progress)
+    work = partial(_decompose_one, fmt=fmt, rank=rank, options=options)
+    with reported(progress, "Decomposing", count, "matrix") as report:
+        parts = map_matrices(work, items, executor, report)
     return DecompositionStack(
         QuantizedArray.stack([part.quantized for part in parts], batch_shape),
         xp.reshape(xp.stack([part.lora_A for part in parts]), (*batch_shape, *parts[0].lora_A.shape)),

@@ -15,6 +15,7 @@ from lqlora._annotations import annotated
 from lqlora._parallel import map_matrices
 from lqlora._patterns import values_by_name
 from lqlora._printable import printable
+from lqlora._progress import bars_hidden, reported
 from lqlora._shared_settings import collection_paused
 from lqlora.allocation import Plan
 from lqlora.decomposition import Decomposition, decompose
@@ -104,7 +105,7 @@ def quantize_model(
     embeddings: BlockFormat | Mapping[Pattern, BlockFormat] | None = None,
     seed: int = 0,
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] = True,
     **options: Any,
 ) -> QuantizationReport:
     """Replace linear layers by :class:`LQLinear`, in place, and freeze the rest of the body.
@@ -140,8 +141,10 @@ def quantize_model(
         ``include`` selects it. By default embeddings stay dense.
     seed : int, default 0
         See :func:`lqlora.decompose`.
-    executor, progress : Executor and callable, optional
+    executor : concurrent.futures.Executor, optional
         See :func:`lqlora.cost_table`.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts layers and embeddings.
     **options
         Further options of :func:`lqlora.decompose`, such as ``fit``, ``quantizer``, ``init`` or ``max_iter``.
 
@@ -180,11 +183,14 @@ def quantize_model(
         for name, load in weight_arrays(layers).items()
     ]
     # All layers are decomposed before the first one is replaced, so that an error leaves the model as it was.
-    found: list[Any] = map_matrices(
-        functools.partial(_decompose_one, options={**options, "seed": seed}), items, executor, progress, _report_one
-    )
-    fit = options.get("fit", "absmax")
-    quantized = {name: _quantize_table(name, own, fmt, fit) for name, (own, fmt) in tables.items()}
+    work = functools.partial(_decompose_one, options={**options, "seed": seed})
+    fit, quantized = options.get("fit", "absmax"), {}
+    with reported(progress, "Quantizing", len(items) + len(tables), "layer") as report:
+        found: list[Any] = map_matrices(work, items, executor, report, _log_layer)
+        for name, (own, fmt) in tables.items():
+            quantized[name] = _quantize_table(name, own, fmt, fit)
+            _log_table(name, quantized[name][1])
+            report(len(items) + len(quantized))
     before = sum(tensor.nbytes for tensor in _first_tensors(maps.model).values())
     numbers: dict[str, QuantizedLayer] = {}
     replacements: dict[nn.Module, nn.Module] = {}
@@ -219,10 +225,14 @@ def _quantize_table(
         dense.nbytes,
         time.perf_counter() - start,
     )
-    if _log.isEnabledFor(logging.INFO):
-        values = found.format, numbers.relative_error, numbers.seconds
-        _log.info("%s: %s, embedding, relative error %.4f, %.2f s", printable(name), *values)
     return found, numbers
+
+
+def _log_table(name: str, numbers: QuantizedTable) -> None:
+    if _log.isEnabledFor(logging.INFO):
+        values = numbers.format, numbers.relative_error, numbers.seconds
+        with bars_hidden():
+            _log.info("%s: %s, embedding, relative error %.4f, %.2f s", printable(name), *values)
 
 
 def _table_error(found: QuantizedArray, dense: torch.Tensor) -> float:
@@ -327,19 +337,12 @@ def _decompose_one(item: tuple[Any, ...], *, options: dict[str, Any]) -> tuple[s
     return name, found, time.perf_counter() - start
 
 
-def _report_one(result: tuple[str, Decomposition, float]) -> None:
-    """Log one finished layer."""
-    if not _log.isEnabledFor(logging.INFO):
-        return
-    name, found, seconds = result
-    _log.info(
-        "%s: %s, rank %d, relative error %.4f, %.2f s",
-        printable(name),
-        found.quantized.format,
-        found.rank,
-        found.relative_error,
-        seconds,
-    )
+def _log_layer(result: tuple[str, Decomposition, float]) -> None:
+    if _log.isEnabledFor(logging.INFO):
+        name, found, seconds = result
+        values = found.quantized.format, found.rank, found.relative_error, seconds
+        with bars_hidden():
+            _log.info("%s: %s, rank %d, relative error %.4f, %.2f s", printable(name), *values)
 
 
 def _numbers(found: Decomposition, *, rank: int, seconds: float, dense: int) -> QuantizedLayer:

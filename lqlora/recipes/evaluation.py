@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lqlora._progress import reported
 from lqlora.nn import causal_lm_loss
 from lqlora.recipes.text import check_sequences
 
@@ -21,7 +22,7 @@ def perplexity(
     sequences: torch.Tensor,
     *,
     batch_size: int = 2,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] = True,
 ) -> float:
     r"""Return the perplexity of a causal language model on token sequences.
 
@@ -37,8 +38,8 @@ def perplexity(
         Token ids, on the device of the model: see :func:`token_sequences`.
     batch_size : int, default 2
         Sequences per forward pass. Each pass dequantizes every weight, so larger batches are faster, and take more memory.
-    progress : callable, optional
-        Called after each batch with the number of sequences so far and the number of all.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts sequences.
 
     Returns
     -------
@@ -71,11 +72,10 @@ def perplexity(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), reported(progress, "Perplexity", len(sequences), "sequence") as report:
             for batch in sequences.split(batch_size):
                 losses += causal_lm_loss(model, batch).tolist()
-                if progress is not None:
-                    progress(len(losses), len(sequences))
+                report(len(losses))
     finally:
         for module, mode in modes:
             module.training = mode

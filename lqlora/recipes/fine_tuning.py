@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lqlora._progress import reported
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn import causal_lm_loss
 from lqlora.recipes.text import check_sequences
@@ -22,7 +23,7 @@ def fine_tune(
     *,
     learning_rate: float = 1e-3,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] = True,
 ) -> list[float]:
     """Train every parameter that requires a gradient, on each sequence once, in the order given.
 
@@ -41,8 +42,8 @@ def fine_tune(
         Learning rate of the first step.
     batch_size : int, default 1
         Sequences per step.
-    progress : callable, optional
-        Called after each step with the number of steps so far and the number of all.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts steps.
 
     Returns
     -------
@@ -79,17 +80,17 @@ def fine_tune(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
     losses: list[float] = []
-    for batch in batches:
-        # The mean over sequences, not the sum, keeps the size of gradients, and so the clipping, independent of the batch
-        # size. In a last batch that is shorter each sequence counts more.
-        loss = causal_lm_loss(model, batch).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if progress is not None:
-            progress(len(losses), len(batches))
+    with reported(progress, "Fine-tuning", len(batches), "step") as report:
+        for batch in batches:
+            # The mean over sequences, not the sum, keeps the size of gradients, and so the clipping, independent of the batch
+            # size. In a last batch that is shorter each sequence counts more.
+            loss = causal_lm_loss(model, batch).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            report(len(losses))
     optimizer.zero_grad(set_to_none=True)  # frees the gradients
     return losses

@@ -10,8 +10,8 @@ import pytest
 
 from tests.cli.running import run
 
-#: Sequences that rich writes for styles and progress bars, and carriage returns of these bars.
-RICH = re.compile(r"\x1b\[(?:0|[1-9](?:;[0-9;]+)?|[39][0-7]|38;5;\d+)?m|\x1b\[\?25[lh]|\x1b\[2K|\x1b\[1A|\r")
+#: Sequences that rich writes for styles, and what progress bars write in a line and erase.
+DRAWN = re.compile(r"\x1b\[(?:0|[1-9](?:;[0-9;]+)?|[39][0-7]|38;5;\d+)?m|[^\n]*\r")
 
 
 class Stream(io.TextIOWrapper):

@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import lqlora as lq
+from lqlora import _progress
 from lqlora._printable import printable
 from lqlora.reports.grouping import kind_and_layer
 from lqlora.reports.tables import Table
@@ -31,7 +32,7 @@ import typer.main  # noqa: E402
 from lqlora.cli import console  # noqa: E402
 from lqlora.cli.app import app  # noqa: E402
 from tests.cli.running import run  # noqa: E402
-from tests.cli.streams import RICH, Stream, run_in  # noqa: E402
+from tests.cli.streams import DRAWN, Stream, run_in  # noqa: E402
 
 #: Names of matrices that a terminal, rich or Markdown would obey.
 NAMES = [
@@ -104,8 +105,8 @@ def files(tmp_path_factory):
 
 
 def clean(stream, text: str) -> str:
-    """Return a text without what rich wrote for a terminal; what is left must be printable, or a line break."""
-    text = RICH.sub("", text) if stream[1] else text
+    """Return a text without what was drawn for a terminal; what is left must be printable, or a line break."""
+    text = DRAWN.sub("", text) if stream[1] else text
     assert {c for c in text if not c.isprintable()} <= {"\n"}
     return text
 
@@ -381,7 +382,7 @@ def test_a_table_of_many_rows_is_not_drawn(monkeypatch):
     assert stream.text() == f"{table.markdown()}\n"
 
 
-def test_only_the_console_prints():
+def test_only_the_console_and_progress_bars_print():
     prints = {"print", "echo", "secho", "Console", "StreamHandler", "basicConfig", "stdout", "stderr", "__stderr__"}
     word = re.compile(rf"\b({'|'.join(prints)})\b")
     found = set()
@@ -390,4 +391,4 @@ def test_only_the_console_prints():
         nodes = ast.walk(ast.parse(text)) if word.search(text) else ()
         if any(getattr(node, "id", getattr(node, "attr", None)) in prints for node in nodes):
             found.add(path)
-    assert found == {Path(console.__file__)}
+    assert found == {Path(console.__file__), Path(_progress.__file__)}

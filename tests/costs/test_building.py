@@ -80,13 +80,6 @@ class TestCostTable:
             found = lq.cost_table(few, FORMATS[:2], rank=1, executor=pool)
         assert same(found, lq.cost_table(few, FORMATS[:2], rank=1))
 
-    def test_progress_counts_matrices_and_estimates_what_is_left(self, weights):
-        seen = []
-        lq.cost_table(weights, FORMATS[:1], rank=0, progress=lambda done, total, left: seen.append((done, total, left)))
-        assert [own[:2] for own in seen] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-        assert all(0 < left < 60 for _, _, left in seen[:-1])
-        assert seen[-1][2] == 0
-
     def test_nan_names_the_matrix(self, weights):
         bad = weights["layers.0.up"].copy()
         bad[3, 5] = np.nan

@@ -47,11 +47,6 @@ class TestPerplexity:
         assert recipes.perplexity(model, tokens(4)) == recipes.perplexity(model, tokens(4))
         assert [module.training for module in model] == [True, True, False]
 
-    def test_progress_counts_sequences(self):
-        seen = []
-        recipes.perplexity(bigram_model(), tokens(5), progress=lambda done, total: seen.append((done, total)))
-        assert seen == [(2, 5), (4, 5), (5, 5)]
-
     @pytest.mark.parametrize("shape", [(0, 5), (3, 1), (5,)])
     def test_nothing_to_predict_is_refused(self, shape):
         with pytest.raises(InvalidArgumentError, match=r"sequences .*got \(\d"):
@@ -85,11 +80,6 @@ class TestFineTune:
         recipes.fine_tune(model, tokens(3))
         assert torch.equal(model[0].weight, before)
         assert all(parameter.grad is None for parameter in model.parameters())
-
-    def test_progress_counts_steps(self):
-        seen = []
-        recipes.fine_tune(bigram_model(), tokens(3), batch_size=2, progress=lambda *counts: seen.append(counts))
-        assert seen == [(1, 2), (2, 2)]
 
     def test_a_frozen_model_is_refused(self):
         with pytest.raises(InvalidArgumentError, match=r"model .*gradient"):

@@ -41,7 +41,7 @@ def peqa_model(
     weighting: Mapping[Pattern, AbstractWeighting] | Callable[[str], AbstractWeighting | None] | None = None,
     fit: Fit = "scale",
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] = True,
 ) -> QuantizationReport:
     """Replace linear layers by :class:`PEQALinear`, in place, and freeze the rest of the body.
 
@@ -61,7 +61,7 @@ def peqa_model(
         Norms in which the first scales are fitted, see :func:`quantize_model`.
     fit : {"absmax", "scale", "levels+scale"}
         Choice of the first scales, see :func:`lqlora.quantize`. The paper minimizes the squared error, as ``"scale"`` does.
-    executor, progress : Executor and callable, optional
+    executor, progress : Executor, and bool or callable, optional
         See :func:`lqlora.cost_table`.
 
     Returns

@@ -40,7 +40,7 @@ def collect_fisher(
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     include: Patterns | None = None,
     exclude: Patterns = (),
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int, int | None], None] = True,
 ) -> dict[str, torch.Tensor]:
     r"""Return the mean of the squared gradients of single examples, for the weights of linear layers.
 
@@ -59,8 +59,8 @@ def collect_fisher(
         other batches have :func:`causal_lm_loss`.
     include, exclude : patterns
         See :func:`select_linears`.
-    progress : callable, optional
-        Called after each batch with the number of examples so far.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts batches. The number of all is None if ``batches`` has no length.
 
     Returns
     -------
@@ -122,7 +122,9 @@ def collect_fisher(
                 own.check()
         return count
 
-    examples = run_batches(model, maps, batches, step, linears, hooks, gradients=True, progress=progress)
+    examples = run_batches(
+        model, maps, batches, step, linears, hooks, gradients=True, progress=progress, title="Fisher information"
+    )
     warn_of_underflow([name for name, own in squares.items() if own.is_lost()], "gradients of weights")
     living = living_layers({name: hook.is_alive for name, hook in hooks.items()}, "a gradient")
     return {name: squares[name].total.div_(examples) for name in living}

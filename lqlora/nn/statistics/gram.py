@@ -45,7 +45,7 @@ def collect_gram(
     loss: Callable[[nn.Module, Any], Any] | None = None,
     include: Patterns | None = None,
     exclude: Patterns = (),
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int, int | None], None] = True,
 ) -> dict[str, torch.Tensor]:
     r"""Return the second moments of the inputs of linear layers.
 
@@ -62,8 +62,8 @@ def collect_gram(
         ``loss(model, batch)`` runs the model on a batch, or on a part without padding. Its result is not used.
     include, exclude : patterns
         See :func:`select_linears`.
-    progress : callable, optional
-        Called after each batch with the number of batches so far.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts batches. The number of all is None if ``batches`` has no length.
 
     Returns
     -------
@@ -120,7 +120,7 @@ def collect_gram(
             inputs.settle()
         return 1
 
-    run_batches(model, maps, batches, step, linears, hooks, gradients=False, progress=progress)
+    run_batches(model, maps, batches, step, linears, hooks, gradients=False, progress=progress, title="Gram matrices")
     means, lost = inputs.means(linears)
     warn_of_underflow(lost, "inputs")
     living_layers({name: name in means for name in linears}, "an input")
@@ -136,7 +136,7 @@ def collect_kronecker(
     loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
     include: Patterns | None = None,
     exclude: Patterns = (),
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int, int | None], None] = True,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     r"""Return the two factors of a Kronecker product that approximates the Fisher information of each layer.
 
@@ -150,8 +150,8 @@ def collect_kronecker(
         See :func:`collect_fisher`.
     include, exclude : patterns
         See :func:`select_linears`.
-    progress : callable, optional
-        Called after each batch with the number of examples so far.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts batches. The number of all is None if ``batches`` has no length.
 
     Returns
     -------
@@ -222,7 +222,9 @@ def collect_kronecker(
     # mean of a product the product of the means, and A = E[x_t x_t^T] is the same for each row. What is left is
     #     E[sum_t g_t g_t^T] (x) A,
     # so gradients are divided by the number of examples, and inputs by the number of rows.
-    examples = run_batches(model, maps, batches, step, linears, hooks, gradients=True, progress=progress)
+    examples = run_batches(
+        model, maps, batches, step, linears, hooks, gradients=True, progress=progress, title="Kronecker factors"
+    )
     alive = {name: hook.is_alive for name, hook in hooks.items()}
     means, lost = inputs.means([name for name, own in alive.items() if own])
     warn_of_underflow(lost, "inputs")

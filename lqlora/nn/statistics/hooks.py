@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lqlora._patterns import list_names
 from lqlora._printable import printable
+from lqlora._progress import reported
 from lqlora._warnings import warn
 from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from lqlora.nn.experts import split_for_a_while
@@ -45,7 +46,8 @@ def run_batches(
     hooks: Mapping[str, Callable[..., Any]],
     *,
     gradients: bool,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int, int | None], None] = True,
+    title: str,
 ) -> int:
     """Run a step on every batch while hooks watch the linear layers, and return the total count.
 
@@ -70,8 +72,10 @@ def run_batches(
         unless None, replaces the output.
     gradients : bool
         Whether autograd records the steps, also if the caller has switched it off.
-    progress : callable, optional
-        Called with the count after each batch.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts batches.
+    title : str
+        Title of the bar.
 
     Returns
     -------
@@ -83,13 +87,19 @@ def run_batches(
     InvalidArgumentError
         If nothing was counted.
     """
-    count = 0
-    stacks = maps.stacks_of({*linears.values()})
-    with _frozen(model), split_for_a_while(stacks), _hooked(linears, hooks), torch.set_grad_enabled(gradients):
-        for batch in batches:
+    count, total = 0, None
+    with suppress(TypeError, NotImplementedError):  # data sets that are read from streams have a length that raises
+        total = len(batches)  # type: ignore[arg-type]
+    with (
+        reported(progress, title, total, "batch") as report,
+        _frozen(model),
+        split_for_a_while(maps.stacks_of({*linears.values()})),
+        _hooked(linears, hooks),
+        torch.set_grad_enabled(gradients),
+    ):
+        for done, batch in enumerate(batches, start=1):
             count += step(batch, count)
-            if progress is not None:
-                progress(count)
+            report(done)
     if count == 0:
         raise InvalidArgumentError(
             "batches must hold at least one batch with examples, got none. Was an iterator used up?"

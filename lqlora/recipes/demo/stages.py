@@ -42,10 +42,10 @@ _NAMES = ".lqlora-demo.json"
 
 #: A function of the title of a stage. It returns a context manager around the stage, which yields a callback for
 #: progress: it takes the number of steps done and the number of all.
-Stage: TypeAlias = "Callable[[str], AbstractContextManager[Callable[[int, int], None]]]"
+Stage: TypeAlias = "Callable[[str], AbstractContextManager[Callable[[int, int | None], None]]]"
 
 
-def _silent(_: str) -> AbstractContextManager[Callable[[int, int], None]]:
+def _silent(_: str) -> AbstractContextManager[Callable[[int, int | None], None]]:
     """Show no progress: the default :data:`Stage`."""
     return nullcontext(lambda *_: None)
 
@@ -191,9 +191,7 @@ def _measure(work: _Work, model: torch.nn.Module, name: str) -> float:
 def _fisher(work: _Work) -> dict[str, Elementwise]:
     sequences = work.split.calibration
     with work.stage("Fisher information") as progress:
-        found = nn.collect_fisher(
-            work.base, sequences.split(1), progress=lambda examples: progress(examples, len(sequences))
-        )
+        found = nn.collect_fisher(work.base, sequences.split(1), progress=progress)
     # sweeps=0 is the rank-one surrogate of the paper. With so few sequences the Fisher information of single weights
     # is too noisy: minimizing the elementwise norm itself (sweeps=1) gave a higher perplexity after fine-tuning.
     return {name: Elementwise(values.numpy(), sweeps=0) for name, values in found.items()}
@@ -210,7 +208,7 @@ def _plans(work: _Work, fisher: Mapping[str, Elementwise]) -> dict[str, Plan]:
             rank=settings.rank,
             weighting=fisher,
             seed=settings.seed,
-            progress=lambda done, total, _: progress(done, total),  # the third is an estimate of the time left
+            progress=progress,
         )
     plans = _solve(table, settings)
     for name, plan in plans.items():

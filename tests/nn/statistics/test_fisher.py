@@ -151,12 +151,6 @@ def test_half_precision_models_give_float32():
     assert {values.dtype for values in found.values()} == {torch.float32}
 
 
-def test_progress_counts_examples():
-    seen = []
-    collect_fisher(_mlp(), [torch.ones(2, 4), torch.ones(3, 4)], loss=squared, progress=seen.append)
-    assert seen == [2, 5]
-
-
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_switched_off(off):
     model, data = _mlp(), torch.randn(3, 4)

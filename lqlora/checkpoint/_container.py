@@ -12,18 +12,19 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lqlora import ops
 from lqlora._files import input_file, replace_file
 from lqlora._messages import shortened, shown
-from lqlora.errors import CheckpointError
+from lqlora.errors import CheckpointError, LQLoRAError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lqlora._documents import Reader
 
-__all__ = ["digest", "read_container", "read_document", "write_container"]
+__all__ = ["digest", "read_container", "read_document", "take_tensors", "write_container"]
 
 #: Dtypes of NumPy by their names in safetensors files.
 _DTYPES = {
@@ -195,3 +196,54 @@ def read_document(
     if not same:
         raise reader.fault("sha256", "must be the fingerprint of the content, which was changed after it was written.")
     return arrays, content, reader
+
+
+def take_tensors(
+    arrays: dict[str, Any], keys: Mapping[str, Sequence[str]], section: str, reader: Reader
+) -> dict[str, dict[str, Any]]:
+    """Return the tensors of each layer that a document describes, checked.
+
+    Parameters
+    ----------
+    arrays : dict of str to ndarray
+        Tensors of the file. All of them are taken out.
+    keys : mapping of str to sequence of str
+        Keys of the tensors of each layer: the tensor ``key`` of the layer ``m`` is ``m.key``.
+    section : str
+        Part of the document that describes the layers, for errors.
+    reader : Reader
+        Reader of the document.
+
+    Returns
+    -------
+    dict of str to dict of str to ndarray
+        Tensors by layer and key.
+
+    Raises
+    ------
+    LQLoRAError
+        The error of the reader, if a tensor is missing, left over or not finite, or low-rank factors do not fit.
+    """
+    from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, wanted in keys.items():
+        place = f"{section}{key_step(name)}"
+        try:
+            found[name] = own = {key: arrays.pop(f"{name}.{key}") for key in wanted}
+        except KeyError as error:
+            raise reader.fault(place, f"is described, but {shown(error.args[0])} is missing.") from None
+        if "lora_A" in own:
+            inner, outer = own["lora_A"], own["lora_B"]
+            if inner.ndim != 2 or outer.shape[1:] != inner.shape[:1]:
+                raise reader.fault(
+                    place, f"must have factors of shapes (rank, n) and (m, rank), got {inner.shape} and {outer.shape}."
+                )
+        try:
+            for key, array in own.items():
+                ops.require_finite(ops.widen(array, f"its {key}"), f"its {key}")
+        except LQLoRAError as error:
+            raise reader.fault(place, f": {error}") from None
+    if arrays:
+        raise reader.fault(section, f"must describe all tensors, but {shown(next(iter(arrays)))} is of none of them.")
+    return found

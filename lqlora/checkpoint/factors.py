@@ -14,11 +14,10 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
-from lqlora._messages import shown
 from lqlora._shared_settings import collection_paused
-from lqlora.checkpoint._container import digest, read_document, write_container
+from lqlora.checkpoint._container import digest, read_document, take_tensors, write_container
 from lqlora.checkpoint.file import quantized_arrays
-from lqlora.errors import InvalidArgumentError, LQLoRAError
+from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import os
@@ -129,7 +128,7 @@ def write_factors(
         rows[name] = {"scaling": float(matrix.scaling), "base": base_fingerprint(matrix.quantized)}
     # What a reader would refuse is refused before there is a file.
     reader = Reader("factors that could not be read again are not saved", InvalidArgumentError)
-    _take(dict(arrays), reader.convert(rows, dict[Text, FactorRow], "factors"), reader)
+    _stored(dict(arrays), reader.convert(rows, dict[Text, FactorRow], "factors"), reader)
     document: dict[str, Any] = {
         "spec": _SPEC,
         "factors": rows,
@@ -161,30 +160,13 @@ def read_factors(path: str | os.PathLike[str]) -> FactorFile:
     from lqlora.checkpoint._schema import FactorContent  # noqa: PLC0415 - imports msgspec
 
     arrays, content, reader = read_document(path, _KEY, "lqlora.nn.save_factors", _SPEC, FactorContent)
-    return FactorFile(_take(arrays, content.factors, reader), content.metadata)
+    return FactorFile(_stored(arrays, content.factors, reader), content.metadata)
 
 
-def _take(arrays: dict[str, Any], rows: Mapping[str, FactorRow], reader: Reader) -> dict[str, StoredFactors]:
-    """Remove the factors of all layers from the arrays, check them, and return them."""
-    from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
-
-    found = {}
-    for name, row in rows.items():
-        place = f"factors{key_step(name)}"
-        try:
-            inner, outer = (arrays.pop(f"{name}.{key}") for key in ("lora_A", "lora_B"))
-        except KeyError as error:
-            raise reader.fault(place, f"is described, but {shown(error.args[0])} is missing.") from None
-        if inner.ndim != 2 or outer.ndim != 2 or outer.shape[1] != len(inner):
-            raise reader.fault(
-                place, f"must have factors of shapes (rank, n) and (m, rank), got {inner.shape} and {outer.shape}."
-            )
-        try:
-            for key, array in (("lora_A", inner), ("lora_B", outer)):
-                ops.require_finite(ops.widen(array, f"its {key}"), f"its {key}")
-        except LQLoRAError as error:
-            raise reader.fault(place, f": {error}") from None
-        found[name] = StoredFactors(inner, outer, row.scaling, row.base)
-    if arrays:
-        raise reader.fault("factors", f"must describe all tensors, but {shown(next(iter(arrays)))} is of none of them.")
-    return found
+def _stored(arrays: dict[str, Any], rows: Mapping[str, FactorRow], reader: Reader) -> dict[str, StoredFactors]:
+    """Return the factors of all layers, checked."""
+    found = take_tensors(arrays, dict.fromkeys(rows, ("lora_A", "lora_B")), "factors", reader)
+    return {
+        name: StoredFactors(found[name]["lora_A"], found[name]["lora_B"], row.scaling, row.base)
+        for name, row in rows.items()
+    }

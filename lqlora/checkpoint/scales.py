@@ -17,9 +17,9 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import STORABLE_FLOATS, plain_array
 from lqlora._messages import shown
-from lqlora.checkpoint._container import digest, read_document, write_container
+from lqlora.checkpoint._container import digest, read_document, take_tensors, write_container
 from lqlora.checkpoint.file import quantized_arrays
-from lqlora.errors import InvalidArgumentError, LQLoRAError
+from lqlora.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     import os
@@ -148,7 +148,7 @@ def write_scales(
             arrays[f"{name}.{key}"] = np.asarray(array, order="C")
     # What a reader would refuse is refused before there is a file.
     reader = Reader("scales that could not be read again are not saved", InvalidArgumentError)
-    _take(dict(arrays), reader.convert(rows, dict[Text, ScaleRow], "scales"), reader)
+    _stored(dict(arrays), reader.convert(rows, dict[Text, ScaleRow], "scales"), reader)
     document: dict[str, Any] = {
         "spec": _SPEC,
         "scales": rows,
@@ -179,39 +179,24 @@ def read_scales(path: str | os.PathLike[str]) -> ScaleFile:
     from lqlora.checkpoint._schema import ScaleContent  # noqa: PLC0415 - imports msgspec
 
     arrays, content, reader = read_document(path, _KEY, "lqlora.nn.save_scales", _SPEC, ScaleContent)
-    return ScaleFile(_take(arrays, content.scales, reader), content.metadata)
+    return ScaleFile(_stored(arrays, content.scales, reader), content.metadata)
 
 
-def _take(arrays: dict[str, Any], rows: Mapping[str, ScaleRow], reader: Reader) -> dict[str, StoredScales]:
-    """Remove the scales of all layers from the arrays, check them, and return them."""
+def _stored(arrays: dict[str, Any], rows: Mapping[str, ScaleRow], reader: Reader) -> dict[str, StoredScales]:
+    """Return the scales of all layers, checked."""
     from msgspec import UNSET  # noqa: PLC0415 - imported when a file is read or written
 
     from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
 
+    keys = {name: ("scales",) if row.scaling is UNSET else ("scales", "lora_A", "lora_B") for name, row in rows.items()}
     found = {}
-    for name, row in rows.items():
-        place = f"scales{key_step(name)}"
-        keys = ("scales",) if row.scaling is UNSET else ("scales", "lora_A", "lora_B")
-        try:
-            own = {key: arrays.pop(f"{name}.{key}") for key in keys}
-        except KeyError as error:
-            raise reader.fault(place, f"is described, but {shown(error.args[0])} is missing.") from None
-        values = own["scales"]
-        if values.ndim != 1 or values.dtype != np.float32:
+    for name, own in take_tensors(arrays, keys, "scales", reader).items():
+        scales, *factors = own.values()
+        if scales.ndim != 1 or scales.dtype != np.float32:
             raise reader.fault(
-                place, f"must have float32 scales in one row, got {shown(str(values.dtype))} of shape {values.shape}."
+                f"scales{key_step(name)}",
+                f"must have float32 scales in one row, got {shown(str(scales.dtype))} of shape {scales.shape}.",
             )
-        factors = None if row.scaling is UNSET else (own["lora_A"], own["lora_B"], row.scaling)
-        if factors is not None and (factors[0].ndim != 2 or factors[1].shape[1:] != factors[0].shape[:1]):
-            shapes = f"{factors[0].shape} and {factors[1].shape}"
-            raise reader.fault(place, f"must have factors of shapes (rank, n) and (m, rank), got {shapes}.")
-        try:
-            for key, array in own.items():
-                what = "its row of scales" if key == "scales" else f"its {key}"
-                ops.require_finite(ops.widen(array, what), what)
-        except LQLoRAError as error:
-            raise reader.fault(place, f": {error}") from None
-        found[name] = StoredScales(values, row.base, factors)
-    if arrays:
-        raise reader.fault("scales", f"must describe all tensors, but {shown(next(iter(arrays)))} is of none of them.")
+        row = rows[name]
+        found[name] = StoredScales(scales, row.base, (*factors, row.scaling) if factors else None)
     return found

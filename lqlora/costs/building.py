@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,6 +19,7 @@ from lqlora.costs.store import CostStore
 from lqlora.costs.table import Configuration, CostTable
 from lqlora.errors import InvalidArgumentError
 from lqlora.formats import BlockFormat, float_bits
+from lqlora.quantized.quantization import with_fitted_levels
 
 if TYPE_CHECKING:
     import os
@@ -165,13 +165,10 @@ def _by_shape(
 
 def _as_stored(formats: Sequence[BlockFormat], options: Mapping[str, Any]) -> list[BlockFormat]:
     """Return the formats of the results. Formats with fitted levels also store the levels, which takes bits."""
-    # The same change of the format as in `quantize`. Without it, sizes would leave out the levels that are stored.
+    # Otherwise sizes would leave out the levels that are stored.
     if options.get("fit") != "levels+scale":
         return list(formats)
-    return [
-        replace(fmt, levels="matrix") if isinstance(fmt, BlockFormat) and fmt.levels == "codebook" else fmt
-        for fmt in formats
-    ]
+    return [with_fitted_levels(fmt) if isinstance(fmt, BlockFormat) else fmt for fmt in formats]
 
 
 def _configurations(

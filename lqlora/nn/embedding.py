@@ -20,6 +20,8 @@ from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lqlora.quantized import QuantizedArray
 
 __all__ = ["QuantizedEmbedding", "QuantizedHead", "ScaledEmbedding", "quantized_tables", "scaled"]
@@ -250,13 +252,17 @@ class QuantizedHead(_TableModule):
         return f"in_features={self.in_features}, out_features={self.out_features}, shared with an embedding"
 
 
-def quantized_tables(model: nn.Module) -> dict[str, dict[str, QuantizedEmbedding | QuantizedHead]]:
+def quantized_tables(
+    model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None
+) -> dict[str, dict[str, QuantizedEmbedding | QuantizedHead]]:
     """Return the modules of each quantized table, by the name of the embedding that owns it.
 
     Parameters
     ----------
     model : torch.nn.Module
         A model that is not wrapped.
+    modules : iterable of (str, torch.nn.Module), optional
+        Its modules under all of their names, if the caller has them.
 
     Returns
     -------
@@ -268,10 +274,13 @@ def quantized_tables(model: nn.Module) -> dict[str, dict[str, QuantizedEmbedding
     InvalidArgumentError
         If no module of the model owns the table of one of them.
     """
-    modules = {name: own for name, own in model.named_modules() if isinstance(own, QuantizedEmbedding | QuantizedHead)}
-    owners = {own.quantized: name for name, own in modules.items() if "quantized" in own._modules}  # noqa: SLF001 - of torch
-    found = {name: {name: modules[name]} for name in owners.values()}
-    for name, own in modules.items():
+    names: dict[QuantizedEmbedding | QuantizedHead, str] = {}
+    for name, module in model.named_modules() if modules is None else modules:
+        if isinstance(module, QuantizedEmbedding | QuantizedHead):
+            names.setdefault(module, name)
+    owners = {own.quantized: name for own, name in names.items() if "quantized" in own._modules}  # noqa: SLF001 - of torch
+    found = {name: {name: own} for own, name in names.items() if "quantized" in own._modules}  # noqa: SLF001
+    for own, name in names.items():
         owner = owners.get(own.quantized)
         if owner is None:
             raise InvalidArgumentError(

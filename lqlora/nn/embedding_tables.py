@@ -12,12 +12,13 @@ from torch import nn
 
 from lqlora._patterns import matches, values_by_name
 from lqlora._printable import printable
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.formats import BlockFormat
-from lqlora.nn.embedding import ScaledEmbedding, scaled
+from lqlora.nn.embedding import QuantizedEmbedding, ScaledEmbedding, scaled
 from lqlora.nn.holders import find_holders
 from lqlora.nn.linear_maps import offers_more
 from lqlora.nn.selection import DenseReason
+from lqlora.quantized.quantization import with_fitted_levels
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -183,7 +184,7 @@ def _require_first_names(formats: Mapping[Any, Any], tables: Mapping[str, Embedd
 
 
 def choose_tables(
-    maps: LinearMaps, formats: Any, without: Collection[nn.Module]
+    maps: LinearMaps, formats: Any, without: Collection[nn.Module], *, fits_levels: bool
 ) -> dict[str, tuple[EmbeddingTable, BlockFormat]]:
     """Return the tables to quantize with their formats, and note in ``maps`` which ones stay dense for a reason.
 
@@ -195,6 +196,8 @@ def choose_tables(
         One format for the embeddings of tokens, or formats of embeddings by name.
     without : collection of torch.nn.Module
         Linear layers that get weights of their own.
+    fits_levels : bool
+        Whether levels are fitted to the tables.
 
     Returns
     -------
@@ -208,7 +211,11 @@ def choose_tables(
     """
     tables = _tables(maps, without)
     if not tables:
-        raise InvalidArgumentError("embeddings must be None for a model without torch.nn.Embedding, got formats.")
+        before = any(isinstance(own, QuantizedEmbedding) for own in maps.modules.values())
+        raise InvalidArgumentError(
+            "embeddings must be None for a model without torch.nn.Embedding, got formats."
+            + " Its embeddings are quantized already." * before
+        )
     if isinstance(formats, BlockFormat):
         tokens = {name for name, own in tables.items() if not maps.heads.inputs.isdisjoint(own.embeddings.values())}
         by_name = dict.fromkeys(tokens or tables, formats)
@@ -233,4 +240,10 @@ def choose_tables(
             raise InvalidArgumentError(
                 f"embeddings must give {printable(name)!r} a BlockFormat with blocks along rows, got {fmt!s:.80}."
             )
+        try:
+            _ = with_fitted_levels(fmt) if fits_levels else fmt
+        except FormatError as error:
+            raise InvalidArgumentError(
+                f"embeddings must give {printable(name)!r} a format whose levels can be fitted, got {fmt!s:.80}: {error}"
+            ) from None
     return {name: (own, usable[name]) for name, own in tables.items() if name in usable}

@@ -52,6 +52,9 @@ _OF_FACTORS = frozenset({"dropout", "scaling", "train_factors", "transposed_clas
 #: Attributes of a module with a quantized table that a dense one does not have.
 _OF_TABLES = frozenset({"quantized", "rounds_scale", "scale"})
 
+#: Options of ``torch.nn.Embedding`` that a quantized one does not use.
+_OF_EMBEDDINGS = frozenset({"max_norm", "norm_type", "scale_grad_by_freq", "sparse"})
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -146,7 +149,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
     This merges the factors. Use it to export a fine-tuned model to programs that do not know quantized layers. A layer
     becomes ``torch.nn.Linear``, also if its class was derived from it, or a transposed ``Conv1D`` of GPT-2 if it was one.
     So the state of the model has the names and shapes that it had before it was quantized. Embeddings that multiply their
-    rows by a number become a class derived from ``torch.nn.Embedding`` that does.
+    rows by a number become a class derived from ``torch.nn.Embedding`` that does. All keep options such as ``sparse`` and ``padding_idx``.
 
     Parameters
     ----------
@@ -286,10 +289,14 @@ def _dense_tables(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module
             if isinstance(own, QuantizedHead):
                 new = nn.Linear(own.in_features, own.out_features, bias=False, device="meta")
                 new.register_parameter("bias", own.bias)
-            elif own.scale == 1:
-                new = nn.Embedding(own.num_embeddings, own.embedding_dim, own.padding_idx, device="meta")
             else:
-                new = ScaledEmbedding(own)
+                new = (
+                    nn.Embedding(own.num_embeddings, own.embedding_dim, own.padding_idx, device="meta")
+                    if own.scale == 1
+                    else ScaledEmbedding(own)
+                )
+                # The attributes of the dense embedding moved to the quantized one. Those of torch have values here already.
+                vars(new).update({key: vars(own)[key] for key in _OF_EMBEDDINGS & vars(own).keys()})
             move_attributes(new, own, without=_OF_TABLES)
             new.weight = weight
             found[own] = new

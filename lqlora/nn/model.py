@@ -30,6 +30,7 @@ from lqlora.nn.selection import LinearMaps, refuse_distributed
 from lqlora.nn.sharding import keep_codes_local
 from lqlora.quantized import quantize
 from lqlora.quantized._rows import decode_rows
+from lqlora.quantized.quantization import with_fitted_levels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Iterable
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["quantize_model", "weight_arrays"]
 
 _log = logging.getLogger("lqlora")
+
+#: Classes that replace dense layers and embeddings.
+QUANTIZED = LQLinear, QuantizedEmbedding, QuantizedHead
 
 #: Entries of a table that are compared with their decoded values together.
 _ROWS_AT_ONCE = 2**20
@@ -138,7 +142,8 @@ def quantize_model(
     embeddings : BlockFormat, or mapping of pattern to BlockFormat, optional
         Format of the embeddings of tokens, or formats of embeddings by name. They become :class:`QuantizedEmbedding`, without
         factors and with the ``fit`` of the options. An output embedding that is tied to one uses the same table, unless
-        ``include`` selects it. By default embeddings stay dense.
+        ``include`` selects it. By default embeddings stay dense. A model whose linear layers are quantized already takes them
+        with one format for ``formats`` and no ``include``: that format is not used then.
     seed : int, default 0
         See :func:`lqlora.decompose`.
     executor : concurrent.futures.Executor, optional
@@ -156,7 +161,7 @@ def quantize_model(
     Raises
     ------
     InvalidArgumentError
-        If no layer is selected, a pattern matches nothing or only layers that cannot be quantized, a layer has no rank, or no
+        If neither a layer nor an embedding is selected, a pattern matches nothing or only layers that cannot be quantized, a layer has no rank, or no
         embedding that was asked for can be quantized.
     NonFiniteError
         If a weight holds NaN or infinity. In this case the model is unchanged.
@@ -168,7 +173,11 @@ def quantize_model(
     require_dropout(dropout)
     refuse_distributed(model)
     maps = LinearMaps(model)
-    by_name = _formats(maps, formats, include, exclude)
+    fit, fits_levels = options.get("fit", "absmax"), options.get("fit") == "levels+scale"
+    is_for_tables = embeddings is not None and include is None and isinstance(formats, BlockFormat)
+    by_name = {} if is_for_tables and maps.are_converted else _formats(maps, formats, include, exclude)
+    for fmt in {*by_name.values()} if fits_levels else ():
+        with_fitted_levels(fmt)  # a format that stores no levels is found before the work
     layers = {name: layer for name, layer in maps.layers.items() if name in by_name}
     if "" in layers:
         raise InvalidArgumentError(
@@ -177,14 +186,14 @@ def quantize_model(
     ranks = _ranks(layers, rank, formats.ranks if isinstance(formats, Plan) else {})
     scalings = _values(scaling, layers, "scaling") if _is_by_name(scaling) else dict.fromkeys(layers, scaling)
     weightings = {} if weighting is None else _values(weighting, layers, "weighting")
-    tables = {} if embeddings is None else choose_tables(maps, embeddings, {*layers.values()})
+    tables = {} if embeddings is None else choose_tables(maps, embeddings, {*layers.values()}, fits_levels=fits_levels)
     items = [
         (name, load, by_name[name], ranks[name], weightings.get(name), scalings.get(name, 1.0))
         for name, load in weight_arrays(layers).items()
     ]
     # All layers are decomposed before the first one is replaced, so that an error leaves the model as it was.
     work = functools.partial(_decompose_one, options={**options, "seed": seed})
-    fit, quantized = options.get("fit", "absmax"), {}
+    quantized = {}
     with reported(progress, "Quantizing", len(items) + len(tables), "layer") as report:
         found: list[Any] = map_matrices(work, items, executor, report, _log_layer)
         for name, (own, fmt) in tables.items():
@@ -415,7 +424,7 @@ def _report(
     """Return the report of a model whose layers were just replaced."""
     state = _first_tensors(maps.model)
     of_tables = {name for table in tables.values() for name in table.modules}
-    for name in _keys_inside(state, {*numbers, *of_tables}):
+    for name in keys_inside(state, {*numbers, *of_tables}):
         del state[name]
     left: dict[str, list[str]] = {}
     for name in maps.layers:
@@ -493,13 +502,15 @@ def first_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
-def quantized_layers(model: nn.Module) -> dict[str, LQLinear]:
+def quantized_layers(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] | None = None) -> dict[str, LQLinear]:
     """Return the quantized layers of a model by name.
 
     Parameters
     ----------
     model : torch.nn.Module
         A model that is not wrapped.
+    modules : iterable of (str, torch.nn.Module), optional
+        Its modules under all of their names, if the caller has them.
 
     Returns
     -------
@@ -511,7 +522,11 @@ def quantized_layers(model: nn.Module) -> dict[str, LQLinear]:
     InvalidArgumentError
         If the model has no quantized layer, is one itself, or another library has taken away the values of a layer.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LQLinear)}
+    names: dict[LQLinear, str] = {}
+    for name, module in model.named_modules() if modules is None else modules:
+        if isinstance(module, LQLinear):
+            names.setdefault(module, name)
+    layers = {name: layer for layer, name in names.items()}
     if not layers:
         raise InvalidArgumentError("model must have a quantized layer, got none. Call quantize_model first.")
     if "" in layers:
@@ -529,29 +544,21 @@ def quantized_layers(model: nn.Module) -> dict[str, LQLinear]:
     return layers
 
 
-def quantized_keys(model: nn.Module, state: Iterable[str]) -> set[str]:
-    """Return the names of a state dict's entries that belong to quantized layers and embeddings, without biases.
+def keys_inside(state: Iterable[str], layers: Container[str]) -> set[str]:
+    """Return the names of a state dict's entries that belong to some modules, without biases.
 
     Parameters
     ----------
-    model : torch.nn.Module
-        Any model.
     state : iterable of str
         Keys of ``model.state_dict()``.
+    layers : container of str
+        Names of the modules. A module with several names has keys under each of them.
 
     Returns
     -------
     set of str
-        Some of the keys. A layer with several names has keys under each of them.
+        Some of the keys.
     """
-    # The names are compared: a state dict of each layer would be made a second time.
-    kinds = LQLinear, QuantizedEmbedding, QuantizedHead
-    layers = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kinds)}
-    return _keys_inside(state, layers)
-
-
-def _keys_inside(state: Iterable[str], layers: Container[str]) -> set[str]:
-    """Return the keys that belong to layers of these names, without biases."""
     found = set()
     for key in state:
         owner, _, own = key.rpartition(".")

@@ -20,10 +20,11 @@ from torch import nn
 from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._messages import shortened
-from lqlora._patterns import list_names, select
+from lqlora._patterns import as_patterns, list_names, matches, select, shown_patterns
 from lqlora._printable import printable
 from lqlora.checkpoint import StoredMatrix, load, save
 from lqlora.errors import InvalidArgumentError
+from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead
 from lqlora.nn.model import quantized_layers
 from lqlora.nn.peqa.linear import ScaledWeight
 from lqlora.nn.selection import unwrapped
@@ -31,7 +32,7 @@ from lqlora.nn.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from lqlora._patterns import Patterns
     from lqlora.nn.linear import LQLinear
@@ -45,6 +46,7 @@ __all__ = [
     "offload_model",
     "offload_weight",
     "onload_model",
+    "select_offloaded",
     "versions",
 ]
 
@@ -387,7 +389,7 @@ def offload_model(
     Raises
     ------
     InvalidArgumentError
-        If the model has no quantized layer or is one itself, no layer is selected, a layer holds no values, a layer is not on a
+        If the model has no quantized layer or is one itself, no layer or the table of an embedding is selected, a layer holds no values, a layer is not on a
         CUDA device and ``path`` is missing, or the file holds something else.
     CheckpointError
         If the file cannot be written, or is damaged.
@@ -410,7 +412,10 @@ def offload_model(
     ['0', '1']
     """
     layers = quantized_layers(unwrapped(model))
-    names = select(list(layers), include, exclude, what="quantized layer")
+    tables = [
+        name for name, own in unwrapped(model).named_modules() if isinstance(own, QuantizedEmbedding | QuantizedHead)
+    ]
+    names = select_offloaded(list(layers), tables, include, exclude)
     chosen = {name: layers[name] for name in names}
     for name, layer in chosen.items():
         device = layer.quantized.device.type
@@ -470,6 +475,43 @@ def onload_model(model: nn.Module) -> None:
             for name, host in inner.named_buffers(recurse=False):
                 setattr(inner, name, host.to(weight.place, copy=True))
         del weight.prefetcher, weight.place
+
+
+def select_offloaded(
+    layers: Collection[str], tables: Collection[str], include: Patterns, exclude: Patterns = (), **described: str
+) -> list[str]:
+    """Return the names of layers to offload. Tables of embeddings stay in memory: single rows of them are decoded.
+
+    Parameters
+    ----------
+    layers : collection of str
+        Names of quantized layers.
+    tables : collection of str
+        Names of modules with quantized tables.
+    include, exclude : patterns
+        Patterns of names. One that matches layers and tables stands for the layers.
+    **described : str
+        Options ``where`` and ``parameter`` of :func:`lqlora._patterns.select`.
+
+    Returns
+    -------
+    list of str
+        Selected names, in the order of ``layers``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no layer is selected, or a pattern matches tables alone.
+    """
+    parameter = described.get("parameter", "include")
+    for pattern in as_patterns(include, parameter):
+        wanted = [name for name in tables if matches(name, pattern)]
+        if wanted and not any(matches(name, pattern) for name in layers):
+            raise InvalidArgumentError(
+                f"{parameter} must select quantized linear layers, but {shown_patterns(pattern)} selects {printable(wanted[0])!r}, which "
+                "uses the table of an embedding. Tables stay in memory: leave it out."
+            )
+    return select(layers, include, exclude, what="quantized layer", **described)
 
 
 def offload_weight(weight: QuantizedWeight, hosts: Mapping[str, Any], prefetcher: Prefetcher) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
@@ -159,8 +160,11 @@ class QuantizationReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight of the layers, scales and padding included. Low-rank factors and embeddings are not counted."""
-        return self.storage_bits / sum(layer.size for layer in self.layers.values())
+        """Bits per weight of the layers, scales and padding included. Low-rank factors and embeddings are not counted.
+
+        It is NaN if only embeddings were quantized.
+        """
+        return self.storage_bits / sum(layer.size for layer in self.layers.values()) if self.layers else math.nan
 
     @property
     def factor_bytes(self) -> int:
@@ -183,12 +187,12 @@ class QuantizationReport:
         tables = self.tables.values()
         in_tables, total_bytes = sum(table.size for table in tables), self.total_bytes
         total = quantized + in_tables + sum(part.size for part in self.dense.values())
-        rows = [("quantized", f"{len(layers):,} layers", quantized, self.storage_bits // 8)]
+        rows = [("quantized", _number(len(layers), "layer"), quantized, self.storage_bits // 8)] if layers else []
         if tables:
-            of_tables = _counts(Counter(str(table.format) for table in tables), "tables")
-            rows.append((f"embeddings: {of_tables}", _tables(len(tables)), in_tables, self.table_bytes))
+            of_tables = _counts(Counter(str(table.format) for table in tables), "table")
+            rows.append((f"embeddings: {of_tables}", _number(len(tables), "table"), in_tables, self.table_bytes))
         parts = sorted(self.dense.items(), key=lambda item: -item[1].nbytes)
-        most = _MOST_GROUPS - bool(tables)
+        most = _MOST_GROUPS - bool(tables and layers)
         rows += [(f"dense: {reason}", _layers(part), part.size, part.nbytes) for reason, part in parts[:most]]
         if rest := [part for _, part in parts[most:]]:
             merged = DensePart(
@@ -202,15 +206,16 @@ class QuantizationReport:
             f"{what:<40} {count:>18} {size:>13,} parameters {size / total:>7.1%} {_megabytes(nbytes):>11} {nbytes / total_bytes:>7.1%}"
             for what, count, size, nbytes in rows
         ]
-        formats = Counter(str(layer.format) for layer in layers)
-        ranks = Counter(layer.rank for layer in layers)
-        worst = max(self.layers, key=lambda name: self.layers[name].relative_error)
-        median = statistics.median(layer.relative_error for layer in layers)
-        lines += [
-            f"low-rank factors: rank {_counts(ranks)}, {_megabytes(self.factor_bytes)} ({self.factor_bytes / total_bytes:.1%})",
-            f"formats: {_counts(formats)}, {self.bits_per_weight:.2f} bits per weight",
-            f"relative error: median {median:.3g}, largest {self.layers[worst].relative_error:.3g} ({printable(worst)})",
-        ]
+        if layers:
+            formats = Counter(str(layer.format) for layer in layers)
+            ranks = Counter(layer.rank for layer in layers)
+            worst = max(self.layers, key=lambda name: self.layers[name].relative_error)
+            median = statistics.median(layer.relative_error for layer in layers)
+            lines += [
+                f"low-rank factors: rank {_counts(ranks)}, {_megabytes(self.factor_bytes)} ({self.factor_bytes / total_bytes:.1%})",
+                f"formats: {_counts(formats)}, {self.bits_per_weight:.2f} bits per weight",
+                f"relative error: median {median:.3g}, largest {self.layers[worst].relative_error:.3g} ({printable(worst)})",
+            ]
         if clipped := [name for name, layer in self.layers.items() if layer.clipped_from is not None]:
             lines.append(f"rank clipped to the smaller side of the matrix: {printable(list_names(clipped, 3))}")
         beside = sum(part.trainable for part in self.dense.values())
@@ -223,19 +228,19 @@ class QuantizationReport:
 
 def _layers(part: DensePart) -> str:
     """Return the number of layers of a part, if it has any. Their parameters may be counted in another part."""
-    count = f"{len(part.layers):,} layer{'s' * (len(part.layers) != 1)}" if part.layers else ""
+    count = _number(len(part.layers), "layer") if part.layers else ""
     return f"{count} (shared)" if count and not part.size else count
 
 
-def _tables(count: int) -> str:
-    return f"{count:,} table{'s' * (count != 1)}"
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _counts(counter: Counter[str] | Counter[int], what: str = "layers") -> str:
+def _counts(counter: Counter[str] | Counter[int], what: str = "layer") -> str:
     """Return the most frequent values with their numbers of layers."""
     if len(counter) == 1:
         return str(next(iter(counter)))
-    listed = ", ".join(f"{value} ({count:,} {what})" for value, count in counter.most_common(3))
+    listed = ", ".join(f"{value} ({_number(count, what)})" for value, count in counter.most_common(3))
     return listed + (f" and {len(counter) - 3} others" if len(counter) > 3 else "")
 
 

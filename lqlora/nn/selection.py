@@ -208,6 +208,16 @@ class LinearMaps:
         return {name: reason for name in self.layers if (reason := self._fault(name))}
 
     @functools.cached_property
+    def _before(self) -> int:
+        """Number of layers that were quantized before."""
+        return sum(isinstance(own, LQLinear) for own in self.modules.values())
+
+    @property
+    def are_converted(self) -> bool:
+        """Whether layers were quantized before, and none is left that would be by default."""
+        return self._before > 0 and self.layers.keys() <= self.roles.keys() | self.faults.keys()
+
+    @functools.cached_property
     def heads(self) -> Heads:
         """Input and output embeddings, and heads."""
         return Heads(self.modules)
@@ -384,16 +394,17 @@ class LinearMaps:
     ) -> NoReturn:
         but = f" without exclude={shown_patterns(exclude)}" if exclude else ""
         left = {**self.faults, **self.roles}
+        before = f" {self._before} linear layers are quantized already." * (self._before > 0)
         if include is not None or not left:
             what = "it" if include is None else shown_patterns(include)
             raise InvalidArgumentError(
                 f"{parameter} must select a linear layer of the model, but {what}{but} selects none of {len(self.layers)} "
-                f"({list_names(self.layers)})."
+                f"({list_names(self.layers)}).{before}"
             )
         name, reason = next(iter(left.items()))
         raise InvalidArgumentError(
             f"{parameter} must name a linear layer of the model, because all {len(self.layers)}{but} are left dense by default, "
-            f"such as {name!r}, which {reason.sentence}."
+            f"such as {name!r}, which {reason.sentence}.{before}"
         )
 
     def _role(self, name: str) -> DenseReason | None:

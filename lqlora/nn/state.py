@@ -12,7 +12,6 @@ from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._documents import Reader, Text, key_step
 from lqlora._messages import shortened, shown
-from lqlora._patterns import select
 from lqlora._printable import printable
 from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
@@ -21,14 +20,15 @@ from lqlora.nn.embedding import quantized_tables
 from lqlora.nn.embedding_tables import EmbeddingTable, embedding_fault
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.model import (
+    QUANTIZED,
     first_names,
-    quantized_keys,
+    keys_inside,
     quantized_layer,
     quantized_layers,
     replace_modules,
     table_modules,
 )
-from lqlora.nn.offload import Prefetcher, offload_weight
+from lqlora.nn.offload import Prefetcher, offload_weight, select_offloaded
 from lqlora.nn.selection import LinearMaps, unwrapped
 from lqlora.nn.sharding import is_sharded, whole, write_once
 from lqlora.nn.skeletons import MetaTensors, with_computed_buffers
@@ -73,7 +73,9 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         If the file cannot be written.
     """
     model = unwrapped(model)
-    layers = quantized_layers(model)
+    # One walk finds all: a model may have thousands of modules.
+    modules = [own for own in model.named_modules(remove_duplicate=False) if isinstance(own[1], QUANTIZED)]
+    layers = quantized_layers(model, modules)
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     state = model.state_dict(keep_vars=True)
@@ -85,9 +87,9 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         )
         for name, layer in layers.items()
     }
-    tables = quantized_tables(model)
+    tables = quantized_tables(model, modules)
     matrices |= {name: _without_factors(own[name].quantized.array) for name, own in tables.items()}
-    own = quantized_keys(model, state)
+    own = keys_inside(state, {name for name, _ in modules})
     state = {name: tensor for name, tensor in state.items() if name not in own}
     first = first_names(state)
     tensors = {name: whole(tensor) for name, tensor in state.items() if first[name] == name}
@@ -143,7 +145,8 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
         A model with plain linear layers, of any values. It is changed only after the file was checked against it.
     offload : patterns, optional
         Matrices of the file, by name or pattern as in :func:`select_linears`, whose codes and scales stay in the file, mapped
-        into memory as :func:`offload_model` does. ``"*"`` means all layers. Tables of embeddings are loaded into memory.
+        into memory as :func:`offload_model` does. ``"*"`` means all layers. Tables of embeddings are loaded into memory, and a
+        pattern that selects nothing else is refused.
 
     Returns
     -------
@@ -155,7 +158,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
     Raises
     ------
     InvalidArgumentError
-        If ``offload`` is not a pattern, or selects no layer.
+        If ``offload`` is not a pattern, or selects no layer or a table alone.
     CheckpointError
         If the file is damaged, or does not fit the model: a layer or tensor is missing, left over or of another shape. Also if a
         buffer that files do not store is on the meta device, and no method ``_init_weights``, as models of transformers have,
@@ -173,7 +176,10 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
 def _fill(path: str | os.PathLike[str], maps: LinearMaps, content: Checkpoint, offload: Patterns | None) -> None:
     """Check a file against a model, and load it."""
     layers = [name for name in content.matrices if not isinstance(maps.modules.get(name), nn.Embedding)]
-    names = [] if offload is None else select(layers, offload, what="layer", where=f" of {path}", parameter="offload")
+    embedded = [name for name in content.matrices if isinstance(maps.modules.get(name), nn.Embedding)]
+    names = (
+        [] if offload is None else select_offloaded(layers, embedded, offload, where=f" of {path}", parameter="offload")
+    )
     linears = {name: module for name, module in maps.layers.items() if name in content.matrices}
     ties = _ties(path, content)
     tied = {name: origin for name, origin in ties.items() if origin in content.tensors}

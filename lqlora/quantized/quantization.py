@@ -124,8 +124,8 @@ def quantize(
             f"fmt must be a BlockFormat, such as BlockFormat.parse('nf4/64:float32'), got {given(fmt)}."
         )
     require_choice(fit, "fit", FITS)
-    if fit == "levels+scale" and fmt.levels == "codebook":
-        fmt = replace(fmt, levels="matrix")
+    if fit == "levels+scale":
+        fmt = with_fitted_levels(fmt)
     importance = None if weights is None else _checked_importance(weights, w, fit)
     if not isinstance(batch_dims, int) or not 0 <= batch_dims <= len(w.shape):
         raise InvalidArgumentError(
@@ -149,6 +149,27 @@ def quantize(
         source = Source(w[(*index, ...)], own, fmt, f"{name}[{', '.join(map(str, index))}]", near)
         parts.append(_quantize_one(source, fit, check_finite=check_finite))
     return QuantizedArray.stack(parts, batch_shape)
+
+
+def with_fitted_levels(fmt: BlockFormat) -> BlockFormat:
+    """Return the format of an array that is quantized with ``fit="levels+scale"``.
+
+    Parameters
+    ----------
+    fmt : BlockFormat
+        Format that was asked for.
+
+    Returns
+    -------
+    BlockFormat
+        The same with one set of levels for the array, unless it stores levels already.
+
+    Raises
+    ------
+    FormatError
+        If levels of the codebook cannot be fitted.
+    """
+    return replace(fmt, levels="matrix") if fmt.levels == "codebook" else fmt
 
 
 def _checked_importance(weights: Array, w: Array, fit: str) -> Array:

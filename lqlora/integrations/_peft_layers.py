@@ -1,11 +1,13 @@
-"""Layers of PEFT over quantized layers, and the tuners that choose them: LoRA, DoRA and IA3."""
+"""PEFT over quantized models: layers of LoRA, DoRA and IA3, the tuners that choose them, and prompts over quantized embeddings."""
 
 from __future__ import annotations
 
+import functools
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType
 from peft.tuners import ia3, lora
 from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.lora.dora import DoraLinearLayer
@@ -22,7 +24,7 @@ from lqlora.nn.linear_maps import is_linear_map
 from lqlora.nn.merging import dense_layer, usual_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 __all__ = ["QuantizedIA3Linear", "QuantizedIA3Model", "QuantizedLoraLinear", "QuantizedLoraModel", "register_tuners"]
 
@@ -399,7 +401,42 @@ class QuantizedIA3Model(_Tuner, ia3.IA3Model):  # type: ignore[misc]
         return found
 
 
+@contextmanager
+def _listed_embedding(model: nn.Module) -> Iterator[None]:
+    """List the table of a quantized input embedding among the parameters of a model, where PEFT looks for it by its size."""
+    try:
+        embedding = cast("Any", model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if not isinstance(embedding, QuantizedEmbedding):
+        yield
+        return
+    # One number that is expanded: PEFT reads the shape, and the device and dtype of the model from its first parameter. The
+    # class has a property of this name, so ``embedding.weight`` stays the quantized table.
+    table = embedding.quantized
+    number = torch.empty((1, 1), device=table.device, dtype=table.dtype).expand(table.shape)
+    parameters = embedding._parameters  # noqa: SLF001 - of torch; register_parameter refuses names of properties
+    parameters["weight"] = nn.Parameter(number, requires_grad=False)
+    try:
+        yield
+    finally:
+        del parameters["weight"]
+
+
+def _finding_embeddings(setup: Callable[[PeftModel, str], None]) -> Callable[[PeftModel, str], None]:
+    """Return PEFT's method that makes the encoder of prompts, as one that finds quantized embeddings, too."""
+
+    @functools.wraps(setup)
+    def _setup(self: PeftModel, adapter_name: str) -> None:
+        with _listed_embedding(self.base_model):
+            setup(self, adapter_name)
+
+    return _setup
+
+
 def register_tuners() -> None:
-    """Put the tuners into PEFT's table of them."""
+    """Put the tuners into PEFT's table of them, and let its prompts find quantized embeddings."""
+    if PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] is not QuantizedLoraModel:
+        PeftModel._setup_prompt_encoder = _finding_embeddings(PeftModel._setup_prompt_encoder)  # noqa: SLF001 - has no other entrance
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = QuantizedLoraModel
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.IA3] = QuantizedIA3Model

@@ -1,6 +1,6 @@
 """PEFT on top of quantized models, and low-rank factors as adapter folders of PEFT.
 
-:func:`register` lets PEFT put LoRA, DoRA and IA3 over :class:`lqlora.nn.LQLinear`. :func:`save_adapter` and
+:func:`register` lets PEFT put LoRA, DoRA and IA3 over :class:`lqlora.nn.LQLinear`, and prompts before quantized embeddings. :func:`save_adapter` and
 :func:`load_adapter` write and read the folders of PEFT's ``save_pretrained``, and work without PEFT.
 """
 
@@ -60,7 +60,7 @@ _SPECIAL, _ESCAPED = re.compile(r"[\\*+?()\[\]{}|^$]"), re.compile(r"\\(\W)")
 
 
 def register() -> None:
-    """Let PEFT put LoRA, DoRA and IA3 over quantized layers.
+    """Let PEFT put LoRA, DoRA and IA3 over quantized layers, and prompts before quantized embeddings.
 
     Call it once in a process, before ``get_peft_model``, ``PeftModel.from_pretrained`` or a trainer that takes a
     configuration of PEFT. Calls after the first change nothing. Models without quantized layers work as before.

@@ -394,7 +394,7 @@ class LinearMaps:
     ) -> NoReturn:
         but = f" without exclude={shown_patterns(exclude)}" if exclude else ""
         left = {**self.faults, **self.roles}
-        before = f" {self._before} linear layers are quantized already." * (self._before > 0)
+        before = f" Linear layers that are quantized already: {self._before}." * (self._before > 0)
         if include is not None or not left:
             what = "it" if include is None else shown_patterns(include)
             raise InvalidArgumentError(

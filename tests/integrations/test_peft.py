@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -346,6 +347,33 @@ def test_quantized_embeddings_among_modules_to_train_are_refused(name):
 def test_other_methods_of_peft_refuse_quantized_layers():
     with pytest.raises(TypeError, match=r"LQLinear.* not supported"):
         peft.get_peft_model(llama(), peft.LoHaConfig(**LLAMA))
+
+
+PROMPTS = {
+    "sampled": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"),
+    "random": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "encoded": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_before_a_quantized_embedding(kind, tmp_path):
+    # As many rows as a factor has, which PEFT would take for the embedding.
+    make = functools.partial(llama, rank=4, embeddings=NF4, max_iter=1)
+    below, dense = make(), make()
+    lq.nn.dequantize_model(dense)
+    torch.manual_seed(3)
+    found = peft.get_peft_model(below, PROMPTS[kind]())
+    torch.manual_seed(3)
+    expected = peft.get_peft_model(dense, PROMPTS[kind]())
+    assert found.word_embeddings is below.get_input_embeddings()
+    assert not [name for name, _ in found.named_parameters() if name.endswith("embed_tokens.weight")]
+    close(loss(found), loss(expected))
+    close(gradients(found), gradients(expected))
+    found.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make(), tmp_path)
+    assert torch.equal(logits(again.eval()), logits(found.eval()))
 
 
 def test_preparation_for_training_changes_no_code_and_no_scale():

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 
 import pytest
 
 import lqlora as lq
-from lqlora.errors import CheckpointError, InvalidArgumentError, MixedArraysError, NonFiniteError, UnsupportedArrayError
+from lqlora.errors import (
+    CheckpointError,
+    InvalidArgumentError,
+    LQLoRAError,
+    MixedArraysError,
+    NonFiniteError,
+    UnsupportedArrayError,
+)
 from tests.requirements import require_module
 
 torch = require_module("torch")
@@ -311,6 +319,63 @@ class TestConversion:
     def test_a_model_without_dense_embeddings(self):
         with pytest.raises(InvalidArgumentError, match="embeddings must be None"):
             _quantized(nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_embeddings_are_quantized_after_all_layers(self, tied):
+        together, _ = _quantized(_words(tied=tied))
+        model, _ = _quantized(_words(tied=tied), None)
+        factors = dict(model.up.named_parameters())
+        report = quantize_model(model, NF4, embeddings=DOUBLE)
+        assert torch.equal(model(IDS), together(IDS))
+        assert {name: own.requires_grad for name, own in factors.items()} == {
+            "lora_A": True,
+            "lora_B": True,
+            "bias": False,
+        }
+        assert model.up.lora_A is factors["lora_A"]
+        assert (report.layers, list(report.tables)) == ({}, ["embed"])
+        assert math.isnan(report.bits_per_weight)
+        text = str(report)
+        assert "embeddings: nf3/8:u8/16:float16" in text
+        assert "dense: layers that were quantized before" in text
+        assert "1 table " in text
+        assert "relative error" not in text
+
+    def test_what_is_left_to_quantize_after_a_conversion_is_said(self):
+        model, _ = _quantized(_words(), None)
+        with pytest.raises(InvalidArgumentError, match="quantized already: 1"):
+            quantize_model(model, NF4, rank=1)
+        with pytest.raises(InvalidArgumentError, match=r"'up' selects none .*quantized already"):
+            quantize_model(model, {"up": NF4}, rank=1, embeddings=NF4)
+        quantize_model(model, NF4, embeddings=NF4)
+        with pytest.raises(InvalidArgumentError, match=r"embeddings must be None .*quantized already"):
+            quantize_model(model, NF4, embeddings=NF4)
+
+    @pytest.mark.parametrize("which", ["formats", "embeddings"])
+    def test_formats_without_levels_to_fit_are_refused_before_the_work(self, which, monkeypatch):
+        affine, model = lq.BlockFormat.parse("affine4/8:float32"), _words()
+        monkeypatch.setattr("lqlora.nn.model.map_matrices", None)
+        with pytest.raises(LQLoRAError, match=r"affine4.* cannot be fitted") as error:
+            quantize_model(model, **{"formats": NF4, "embeddings": NF4, which: affine}, rank=1, fit="levels+scale")
+        assert ("'embed'" in str(error.value)) == (which == "embeddings")
+
+    @pytest.mark.parametrize("make", [nn.Embedding, GemmaLike])
+    def test_options_of_the_dense_embedding_come_back(self, make, tmp_path):
+        def build():
+            model = _words(make)
+            model.embed.padding_idx, model.embed.sparse, model.embed.norm_type = 3, True, 1.0
+            model.embed.scale_grad_by_freq = True
+            return model
+
+        before = build().embed
+        model, _ = _quantized(build())
+        save_model(tmp_path / "model", model)
+        loaded = build()
+        load_model(tmp_path / "model", loaded)
+        for own in (model, loaded):
+            dequantize_model(own)
+            for key in before.__constants__:
+                assert getattr(own.embed, key) == getattr(before, key), key
 
 
 def _max_norm():

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -296,8 +297,13 @@ class TestFiles:
         load_model(tmp_path / "model", fresh, offload="*")
         assert isinstance(fresh[1].quantized, OffloadedWeight)
         assert not isinstance(fresh[0].quantized, OffloadedWeight)
-        with pytest.raises(InvalidArgumentError, match=r"^offload must select a layer"):
-            load_model(tmp_path / "model", build(), offload="0")
+        for patterns in ("0", ["1", "0"], ["*", "0"]):
+            with pytest.raises(InvalidArgumentError, match=r"^offload must .*'0'.*embedding"):
+                load_model(tmp_path / "model", build(), offload=patterns)
+            with pytest.raises(InvalidArgumentError, match=r"^include must .*'0'.*embedding"):
+                lq.nn.offload_model(model, tmp_path / "codes", include=patterns)
+        assert not (tmp_path / "codes").exists()
+        assert lq.nn.offload_model(model, tmp_path / "codes", include=re.compile(".")) == ["1"]
 
 
 class TestModules:

@@ -324,6 +324,15 @@ class TestByPattern:
 
 
 class TestReport:
+    def test_one_of_something_has_no_plural(self):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+        formats = {"0": NF4, "*": lq.BlockFormat.parse("nf3/4:float32")}
+        text = str(quantize_model(model, formats, rank={"0": 1, "*": 2}))
+        assert "3 layers " in text
+        assert "rank 2 (2 layers), 1 (1 layer)," in text
+        assert re.search(r"formats: .* \(2 layers\), .* \(1 layer\),", text)
+        assert re.search(r"quantized +1 layer ", str(quantize_model(nn.Sequential(nn.Linear(8, 8)), NF4, rank=1)))
+
     def test_the_text_has_shares_that_sum_to_the_whole(self, structure):
         model = structure.make()
         before = sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())

@@ -84,6 +84,19 @@ def test_the_calls_for_each_matrix_stay_few(tmp_path):
     assert all(number > 10 for number in found.values())
 
 
+def test_a_model_is_saved_in_one_walk_over_its_modules(tmp_path, monkeypatch):
+    own, walked, walk = model(3), [], torch.nn.Module.named_modules
+    nn.quantize_model(own, FORMAT, rank=4)
+
+    def counted(self, *args, **kwargs):
+        walked.append(self)
+        return walk(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    nn.save_model(tmp_path / "model", own)
+    assert walked.count(own) == 1
+
+
 class TestPausedCollection:
     def test_the_collector_is_off_inside_and_as_before_afterwards(self):
         assert gc.isenabled()

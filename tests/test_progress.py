@@ -233,6 +233,10 @@ def test_lines_of_the_log_and_of_the_commands_stay_whole(terminal, monkeypatch, 
         nn.quantize_model(dense(), FORMAT, rank=1)
     assert sorted(line.split(":")[0] for line in terminal.screen()) == ["0", "1"]
     terminal.written = ""
+    with caplog.at_level(logging.INFO, "lqlora"):
+        lq.cost_table({"a\x1b": W}, [FORMAT, lq.BlockFormat.parse("nf2/16:float32")], rank=1)
+    assert terminal.screen() == [r"a\x1b: 2 costs, 1 of 1 matrices"]
+    terminal.written = ""
     with Bar("Reading"):
         with bars_hidden():
             terminal.write("a line\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,7 +13,8 @@ from lqlora._annotations import annotated
 from lqlora._options import require_choice
 from lqlora._parallel import map_matrices
 from lqlora._patterns import list_names
-from lqlora._progress import reported
+from lqlora._printable import printable
+from lqlora._progress import bars_hidden, reported
 from lqlora.costs._digests import configuration_key, settings_as_json, text_digest
 from lqlora.costs._rows import RowTask, cost_row
 from lqlora.costs.store import CostStore
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from lqlora.weighting import AbstractWeighting
 
 __all__ = ["Mode", "cost_table"]
+
+_log = logging.getLogger("lqlora")
 
 Mode: TypeAlias = Literal["exact", "fast"]
 
@@ -97,7 +101,8 @@ def cost_table(
     progress : bool or callable, default True
         With True there is a bar with the time left, if standard error is a terminal and tqdm is installed. False is silence. A
         function is called after each finished matrix with the number of finished matrices and the number of all. Matrices
-        whose costs are all in the store count as finished from the beginning.
+        whose costs are all in the store count as finished from the beginning. The logger ``lqlora`` gets a line for each
+        computed matrix at level INFO.
     **options
         Further options of :func:`lqlora.decompose`, such as ``fit`` or ``quantizer``. The fast mode takes only
         ``clip_rank``.
@@ -143,7 +148,7 @@ def cost_table(
         )
         complete = sum(by_key.keys() <= row.costs.keys() for row in known.values() if row.name in weights)
         with reported(progress, "Cost table", len(tasks), "matrix", complete) as report:
-            rows = map_matrices(work, tasks, executor, collect=_Collector(report, complete, file).take)
+            rows = map_matrices(work, tasks, executor, collect=_Collector(report, complete, len(tasks), file).take)
         found = {row.name: {**known[row.name].costs, **row.costs} if row.name in known else row.costs for row in rows}
     shapes = tuple(row.shape for row in rows)
     sizes = _by_shape(shapes, lambda shape: [own.format.storage_bits(shape) for own in configurations])
@@ -220,8 +225,8 @@ def _settings(mode: str, options: Mapping[str, Any], keys: Iterable[str]) -> dic
 class _Collector:
     """Receiver of finished rows, which appends new costs to the store and reports how many rows are complete."""
 
-    def __init__(self, report: Callable[[int], None], complete: int, store: CostStore | None) -> None:
-        self._report, self._complete, self._store = report, complete, store
+    def __init__(self, report: Callable[[int], None], complete: int, total: int, store: CostStore | None) -> None:
+        self._report, self._complete, self._total, self._store = report, complete, total, store
 
     def take(self, row: StoredRow) -> None:
         """Append a row to the store and report it, unless the store holds all of its costs."""
@@ -229,6 +234,10 @@ class _Collector:
             if self._store is not None:
                 self._store.append(row)
             self._complete += 1
+            if _log.isEnabledFor(logging.INFO):
+                values = printable(row.name), len(row.costs), self._complete, self._total
+                with bars_hidden():
+                    _log.info("%s: %d costs, %d of %d matrices", *values)
             self._report(self._complete)
 
 

@@ -214,7 +214,7 @@ class LinearMaps:
 
     @property
     def are_converted(self) -> bool:
-        """Whether layers were quantized before, and none is left that would be by default."""
+        """True if layers were quantized before, and none is left that would be by default."""
         return self._before > 0 and self.layers.keys() <= self.roles.keys() | self.faults.keys()
 
     @functools.cached_property

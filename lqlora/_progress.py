@@ -110,7 +110,7 @@ class Bar:
         """
         if self._line is not None:
             self._line.initial = self._line.n = done
-            self._line.unit = unit
+            self._line.unit = f" {unit}"  # after a number
             self(done, total)
             self._try(lambda line: line.refresh())
 

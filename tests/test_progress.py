@@ -216,7 +216,7 @@ def test_the_number_of_batches_may_be_unknown(terminal):
     nn.collect_gram(dense(), Stream(), progress=lambda *own: seen.append(own))
     assert seen == [(1, None), (2, None)]
     nn.collect_gram(dense(), Stream())
-    assert "Gram matrices: 2batch [00:" in terminal.written
+    assert "Gram matrices: 2 batch [00:" in terminal.written
     assert terminal.screen() == []
 
 

@@ -262,7 +262,7 @@ def quantized_tables(
     model : torch.nn.Module
         A model that is not wrapped.
     modules : iterable of (str, torch.nn.Module), optional
-        Its modules under all of their names, if the caller has them.
+        Names and modules to look through, if the caller has listed them. By default all of the model.
 
     Returns
     -------

@@ -161,8 +161,8 @@ def quantize_model(
     Raises
     ------
     InvalidArgumentError
-        If neither a layer nor an embedding is selected, a pattern matches nothing or only layers that cannot be quantized, a layer has no rank, or no
-        embedding that was asked for can be quantized.
+        If neither a layer nor an embedding is selected, a pattern matches nothing or only layers that cannot be quantized, a
+        layer has no rank, or no embedding that was asked for can be quantized.
     NonFiniteError
         If a weight holds NaN or infinity. In this case the model is unchanged.
 
@@ -510,7 +510,7 @@ def quantized_layers(model: nn.Module, modules: Iterable[tuple[str, nn.Module]] 
     model : torch.nn.Module
         A model that is not wrapped.
     modules : iterable of (str, torch.nn.Module), optional
-        Its modules under all of their names, if the caller has them.
+        Names and modules to look through, if the caller has listed them. By default all of the model.
 
     Returns
     -------

@@ -131,7 +131,7 @@ def errors(layers, found):
     return float(np.sqrt(total[0] / total[1])), float(np.sqrt(np.mean(outputs)))
 
 
-def row(title, configuration, model, layers, evaluation, full):
+def row(title, configuration, model, layers, texts, full):
     start = time.process_time()
     found = configuration(layers)
     seconds = time.process_time() - start
@@ -139,18 +139,20 @@ def row(title, configuration, model, layers, evaluation, full):
     with torch.no_grad():
         for layer, one in zip(layers, found, strict=True):
             linears[layer.name].weight.copy_(torch.from_numpy(one.dense))
-    measured = recipes.perplexity(model, evaluation)
+    measured, *others = (recipes.perplexity(model, text) for text in texts)
     size = sum(layer.weight.size for layer in layers)
     bits, factor_bits = sum(one.bits for one in found) / size, sum(one.factor_bits for one in found) / size
     weight_error, output_error = errors(layers, found)
     cells = (f"{bits:.4f}", f"{factor_bits:.3f}", f"{measured:.5g}", f"{measured / full:.4g}")
-    return (title, *cells, f"{weight_error:.4f}", f"{output_error:.4f}", f"{seconds:.0f}")
+    second = [f"{own:.5g}" for own in others]
+    return (title, *cells, *second, f"{weight_error:.4f}", f"{output_error:.4f}", f"{seconds:.0f}")
 
 
 def arguments(parser):
     """Read the options, among them those of the texts."""
     parser.add_argument("--text", type=Path, help="evaluate on the beginning of this file")
     parser.add_argument("--calibration-text", type=Path, help="calibrate on the beginning of this file, another one")
+    parser.add_argument("--second-text", type=Path, help="evaluate on the beginning of this file too, of another kind")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was computed between runs")
     options = parser.parse_args()
     if (options.text is None) != (options.calibration_text is None) or (
@@ -168,7 +170,10 @@ def prepared(options, *, gradients):
 
     model, tokenizer = load_llama(packaged_smollm2())
     calibration, evaluation = token_sequences(tokenizer, options.text, options.calibration_text)
-    full = recipes.perplexity(model, evaluation)
+    texts = [evaluation]
+    if options.second_text is not None:
+        texts.append(recipes.token_sequences(tokenizer, recipes.read_text(options.second_text), LENGTH)[:EVALUATION])
+    full, *others = (recipes.perplexity(model, text) for text in texts)
     layers = known_layers(model, calibration, options.cache, gradients)
     print(f"SmolLM2-135M, {len(layers)} matrices, {sum(layer.weight.size for layer in layers):,} weights;")
     print(
@@ -176,12 +181,15 @@ def prepared(options, *, gradients):
     )
     predictions = evaluation.numel() - len(evaluation)
     print(f"evaluation by {predictions:,} predictions on {options.text or 'other parts of it'};")
-    print(f"full precision: perplexity {full:.5g}\n")
-    print("| configuration | bits per weight | factors | perplexity | ratio | weight error | output error | CPU s |")
-    print("|" + "---|" * 8, flush=True)
+    print(f"full precision: perplexity {full:.5g}" + "".join(f", second text {own:.5g}" for own in others) + "\n")
+    second = "second text | " if others else ""
+    print(
+        f"| configuration | bits per weight | factors | perplexity | ratio | {second}weight error | output error | CPU s |"
+    )
+    print("|" + "---|" * (8 + len(others)), flush=True)
 
     def measure(title, configuration):
-        cells = row(title, configuration, model, layers, evaluation, full)
+        cells = row(title, configuration, model, layers, texts, full)
         print("| " + " | ".join(cells) + " |", flush=True)
         return cells
 

@@ -238,9 +238,10 @@ class BlockFormat(_Record):
             raise FormatError(f"levels must be 'codebook', 'matrix' or an int of at least 1, got {given(self.levels)}.")
         if self.levels != "matrix" and self.axis is None:
             raise FormatError(f"levels={self.levels} counts lines and needs an axis: pass axis=-1 to count rows.")
-        if self.codebook.normalization == "affine":
+        if self.codebook.normalization in ("affine", "rms"):
+            kind = "integers" if self.codebook.normalization == "affine" else "those of states"
             raise FormatError(
-                f"levels of {self.codebook.name} are integers and cannot be fitted, got levels={self.levels!r}. "
+                f"levels of {self.codebook.name} are {kind} and cannot be fitted, got levels={self.levels!r}. "
                 "Choose another codebook."
             )
 

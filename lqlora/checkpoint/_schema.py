@@ -7,7 +7,7 @@ from typing import Any
 from msgspec import UNSET, Struct, UnsetType
 
 from lqlora._documents import Length, Number, Text
-from lqlora.codebooks import Normalization
+from lqlora.codebooks.codebook import StoredNormalization
 
 __all__ = ["Content", "FactorContent", "FactorRow", "Matrix", "ScaleContent", "ScaleRow", "Version"]
 
@@ -24,7 +24,7 @@ class Matrix(Struct, frozen=True):
     format: Text
     shape: tuple[Length, Length]
     scaling: Number
-    normalization: Normalization | UnsetType = UNSET
+    normalization: StoredNormalization | UnsetType = UNSET
 
 
 class Content(Struct, frozen=True):

@@ -456,8 +456,11 @@ def _stored_format(row: Matrix, levels: Any) -> BlockFormat:
         return BlockFormat.parse(row.format)
     if levels.dtype != np.float32:
         raise FormatError(f"levels of a codebook must be stored as float32, got {levels.dtype}.")
-    if not isinstance(row.normalization, str):
-        raise FormatError("normalization must be given for a codebook whose levels are stored, but is missing.")
+    if not isinstance(row.normalization, str) or row.normalization == "rms":
+        raise FormatError(
+            "normalization must be 'absmax', 'signed' or 'affine' for a codebook whose levels are stored, got "
+            f"{row.normalization if isinstance(row.normalization, str) else 'nothing'}."
+        )
     return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))
 
 

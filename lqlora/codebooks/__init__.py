@@ -24,6 +24,7 @@ from lqlora.codebooks.normal import NF4, normal_float
 from lqlora.codebooks.optimal import block_optimal
 from lqlora.codebooks.small_floats import FP4_BNB, fp4, small_float
 from lqlora.codebooks.student import student_float
+from lqlora.codebooks.trellis import Trellis, trellis
 
 __all__ = [
     "AF4",
@@ -31,6 +32,7 @@ __all__ = [
     "NF4",
     "Codebook",
     "Normalization",
+    "Trellis",
     "abnormal_float",
     "affine",
     "block_optimal",
@@ -47,5 +49,6 @@ __all__ = [
     "normal_float",
     "small_float",
     "student_float",
+    "trellis",
     "uniform",
 ]

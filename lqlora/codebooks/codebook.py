@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array
 
-__all__ = ["Codebook", "Normalization", "cell_boundaries"]
+__all__ = ["Codebook", "Normalization", "StoredNormalization", "cell_boundaries"]
 
 #: Rule that maps the entries of a block to the range of the levels before they are rounded.
 Normalization: TypeAlias = Literal["absmax", "signed", "affine"]
+#: The same, and the root mean square of a block, which the codebooks of trellis codes have.
+StoredNormalization: TypeAlias = Literal["absmax", "signed", "affine", "rms"]
 
 _MAX_LEVELS = 256
 
@@ -78,7 +80,7 @@ class Codebook:
 
     levels: npt.NDArray[np.float32]
     name: str = "custom"
-    normalization: Normalization = "absmax"
+    normalization: StoredNormalization = "absmax"
     boundaries: npt.NDArray[np.float32] = field(init=False, repr=False)
 
     def __init__(

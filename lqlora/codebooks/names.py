@@ -16,6 +16,7 @@ from lqlora.codebooks.normal import normal_float
 from lqlora.codebooks.optimal import block_optimal
 from lqlora.codebooks.small_floats import FP4_BNB, fp4, small_float
 from lqlora.codebooks.student import student_float
+from lqlora.codebooks.trellis import trellis
 from lqlora.errors import FormatError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ _FAMILIES = (
     ),
     _Family("sf2…sf8", f"sf{_DIGIT}", student_float),
     _Family("sf{bits}-{degrees of freedom}", f"sf{_DIGIT}-{_NUMBER}", student_float),
+    _Family("tcq1…tcq4", f"tcq{_DIGIT}", trellis),
+    _Family("tcq{bits}-{state bits}", f"tcq{_DIGIT}-{_NUMBER}", trellis),
 )
 
 
@@ -83,7 +86,7 @@ def by_name(name: str) -> Codebook:
     name : str
         Name that a function of ``lqlora.codebooks`` gives to its result: ``nf4``, ``int8``, ``uint8``, ``affine4``,
         ``e2m1``, ``fp4``, ``fp4-bnb``, ``dynamic8``, ``udynamic8``, ``log8``, ``af4``, ``af4-128``, ``bof4-64``,
-        ``bof4s-64``, ``sf4``, ``sf4-3``, …
+        ``bof4s-64``, ``sf4``, ``sf4-3``, ``tcq2``, ``tcq2-12``, …
 
     Returns
     -------

@@ -30,7 +30,7 @@ from lqlora.ops.coding import (
 )
 from lqlora.ops.finite import is_finite, power_of_four, require_finite, sum_of_squares
 from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_svd
-from lqlora.ops.matmul import add_low_rank, factor_dtype, matmul_dense, matmul_packed
+from lqlora.ops.matmul import add_low_rank, factor_dtype, matmul_dense, matmul_packed, matmul_trellis
 from lqlora.ops.moments import symmetric_moment
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.rounding import rounding_errors, wide_errors
@@ -38,10 +38,13 @@ from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared
 from lqlora.ops.slices import copy_across, put_flat, take_flat
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
 from lqlora.ops.tables import pick, table_beside
+from lqlora.ops.trellis import SEQUENCE, PackedTrellis, decode_trellis, encode_trellis, trellis_codes, trellis_values
 
 __all__ = [
+    "SEQUENCE",
     "LowRank",
     "PackedBlocks",
+    "PackedTrellis",
     "add_low_rank",
     "best_ratios",
     "bin_sums",
@@ -51,10 +54,12 @@ __all__ = [
     "convert",
     "copy_across",
     "decode",
+    "decode_trellis",
     "dtype_name",
     "encode",
     "encode_by_absmax",
     "encode_packed",
+    "encode_trellis",
     "exact_svd",
     "factor_dtype",
     "from_blocks",
@@ -66,6 +71,7 @@ __all__ = [
     "low_rank_product",
     "matmul_dense",
     "matmul_packed",
+    "matmul_trellis",
     "native_dtype",
     "nearest_codes",
     "nearest_codes_by_row",
@@ -89,6 +95,8 @@ __all__ = [
     "table_beside",
     "take_flat",
     "to_blocks",
+    "trellis_codes",
+    "trellis_values",
     "unpack_codes",
     "values_by_row",
     "wide_errors",

@@ -5,14 +5,21 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lqlora._dispatch import FLOATS, device_of, dtype_name, fitting, is_on_host, namespace, op, require_writable
 from lqlora.ops.casting import native_dtype, storage_cast
 from lqlora.ops.coding import PackedBlocks, decode
+from lqlora.ops.packing import packed_size
+from lqlora.ops.trellis import PackedTrellis, decode_trellis
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lqlora._dispatch.examples import ProductProblem
     from lqlora._typing import Array
 
-__all__ = ["add_low_rank", "factor_dtype", "matmul_dense", "matmul_packed"]
+__all__ = ["add_low_rank", "factor_dtype", "matmul_dense", "matmul_packed", "matmul_trellis"]
 
 #: Weights that are decoded at a time: 2 MiB of float32, which stay in the cache until they are multiplied, and 8 MiB for
 #: many rows, since BLAS multiplies these faster by a wider matrix. On a device 128 MiB, which most weights fit into.
@@ -58,22 +65,97 @@ def matmul_packed(x: Array, stored: PackedBlocks, out: Array) -> Array:
     [[-2.0, 2.0]]
     """
     packed, scales, zero_points, _, bits, block_size = stored
-    xp = namespace(x, packed, scales, zero_points, out)
+    namespace(x, packed, scales, zero_points, out)
     rows, columns = out.shape[1], x.shape[1]
     stored.require_fit(rows * columns)
     require_writable(out, "out")
+
+    def decode_rows(first: int, last: int, tile: Array) -> None:
+        codes, blocks = _within(first * columns, last * columns, bits, block_size)
+        zeros = None if zero_points is None else zero_points[blocks]
+        decode(stored._replace(packed=packed[codes], scales=scales[blocks], zero_points=zeros), tile)
+
+    return _multiply_tiles(x, out, _rows_per_tile(rows, columns, block_size, _tile_size(x)), decode_rows)
+
+
+def _multiply_tiles(x: Array, out: Array, step: int, decode_rows: Callable[[int, int, Array], None]) -> Array:
+    """Write the product of rows and a matrix that is decoded a few rows at a time."""
     # Decoding a tile costs one pass over its codes, whatever the number of rows of x. The tile is reused, so the
     # workspace is bounded by its size, and a large matrix never exists decoded as a whole.
-    step = _rows_per_tile(rows, columns, block_size, _tile_size(x))
+    xp, rows, columns = namespace(x), out.shape[1], x.shape[1]
     tile = xp.empty((step * columns,), dtype=native_dtype(x, factor_dtype(x)), device=device_of(x))
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        codes, blocks = _within(first * columns, last * columns, bits, block_size)
-        zeros = None if zero_points is None else zero_points[blocks]
         own = tile[: (last - first) * columns]
-        decode(stored._replace(packed=packed[codes], scales=scales[blocks], zero_points=zeros), own)
+        decode_rows(first, last, own)
         out[:, first:last] = matmul_dense(x, xp.reshape(own, (last - first, columns)))
     return out
+
+
+def _trellis_product(problem: ProductProblem) -> tuple[Array, PackedTrellis, Array]:
+    """Return example arguments of a product, whose levels are small integers."""
+    x, y, bits = problem.x, problem.y, min(problem.bits, 3)
+    count = x.shape[1] * y.shape[1]
+    levels = (np.arange(4**bits) % 7 - 3).astype(np.float32)
+    packed = problem.packed[: packed_size(count, bits)]
+    return x, PackedTrellis(packed, problem.scales, levels, bits, problem.block_size, count), y
+
+
+@op(products=_trellis_product, record=("stored", PackedTrellis))
+def matmul_trellis(x: Array, stored: PackedTrellis, out: Array) -> Array:
+    """Write the product of rows and a matrix in trellis codes, decoding a few rows of the matrix at a time.
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64, shape (m, k)
+        Rows of inputs.
+    stored : PackedTrellis
+        A matrix of shape (n, k), row by row. Its lines are the rows of the matrix, or the whole matrix is one line.
+        Under other lines it is decoded as a whole.
+    out : array of the dtype of ``x``, shape (m, n)
+        Array that is written.
+
+    Returns
+    -------
+    array, shape (m, n)
+        ``out``, which holds ``x @ w.T``, as :func:`matmul_dense` multiplies. The library decides the order of additions.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the arrays do not hold a matrix of that shape, or ``out`` cannot be written to.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> levels = np.array([-1.5, -0.5, 0.5, 1.5], dtype=np.float32)
+    >>> stored = PackedTrellis(np.array([3], dtype=np.uint8), np.ones(1, dtype=np.float32), levels, 1, 64, 3)
+    >>> x, out = np.array([[1, 2, 4]], dtype=np.float32), np.empty((1, 1), dtype=np.float32)
+    >>> matmul_trellis(x, stored, out).tolist()
+    [[1.5]]
+    """
+    packed, scales, _, bits, block_size, length = stored
+    namespace(x, packed, scales, out)
+    rows, columns = out.shape[1], x.shape[1]
+    stored.require_fit(rows * columns)
+    require_writable(out, "out")
+    step, blocks_of_row = rows, 0
+    if length == columns:
+        step, blocks_of_row = _rows_per_tile(rows, columns, 1, _tile_size(x)), -(-columns // block_size)
+    elif length == rows * columns:
+        step = _rows_per_tile(rows, columns, block_size, _tile_size(x))
+
+    def decode_rows(first: int, last: int, tile: Array) -> None:
+        if last - first == rows:
+            decode_trellis(stored, tile)
+            return
+        codes, blocks = _within(first * columns, last * columns, bits, block_size)
+        if blocks_of_row:
+            blocks = slice(first * blocks_of_row, last * blocks_of_row)
+        own = columns if blocks_of_row else (last - first) * columns
+        decode_trellis(stored._replace(packed=packed[codes], scales=scales[blocks], length=own), tile)
+
+    return _multiply_tiles(x, out, max(1, step), decode_rows)
 
 
 @fitting

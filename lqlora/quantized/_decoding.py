@@ -13,14 +13,18 @@ import numpy as np
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
 from lqlora.formats import ScaleFormat
-from lqlora.quantized._layout import Layout, blocks_last, in_shape, layout_of
+from lqlora.quantized._layout import Layout, blocks_last, in_shape, layout_of, piece_size
+from lqlora.quantized._trellis import decode_piece
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy.typing as npt
 
     from lqlora._typing import Array
     from lqlora.codebooks import Codebook
     from lqlora.formats import BlockFormat
+    from lqlora.quantized._layout import Piece
 
 __all__ = ["decode_flat", "decode_into", "decode_scales", "host_levels", "read_only", "unpacked", "zero_point_codes"]
 
@@ -124,8 +128,10 @@ def _decode_pieces(layout: Layout, stored: _Stored, out: Array) -> None:
     own = out.dtype if stored.offset is None and dtype in ("float16", "bfloat16") else xp.float32
     in_place = out.dtype == own and ops.is_contiguous(target)
     dense = xp.reshape(target, (-1,)) if in_place else None
-    for piece in layout.pieces(target, streams=in_place):
-        weights, _ = piece
+    pieces: Iterable[Piece]
+    pieces = layout.aligned_blocks(piece_size(target)) if layout.is_trellis else layout.pieces(target, streams=in_place)
+    for piece in pieces:
+        weights, blocks = piece
         if dense is None:
             flat = xp.empty((weights.stop - weights.start,), dtype=own, device=device_of(stored.packed))
         else:
@@ -133,7 +139,9 @@ def _decode_pieces(layout: Layout, stored: _Stored, out: Array) -> None:
         # An affine code decodes to (c - z) s. The difference of two codes is an integer below 256, exact in float32, so
         # there is one rounding here too.
         packed = stored.packed[layout.bytes_of(weights)]
-        if table is None:
+        if layout.is_trellis and blocks is not None:
+            decode_piece(layout, stored.packed, stored.scales, (weights, blocks), flat)
+        elif table is None:
             _decode_by_set(layout, packed, stored.scales, stored.levels, weights, flat)
         else:
             scales, zeros, size = layout.scales_of(stored.scales, stored.zero_points, piece)

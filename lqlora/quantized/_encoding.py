@@ -9,6 +9,7 @@ from lqlora._dispatch import device_of, namespace
 from lqlora.codebooks.codebook import cell_boundaries
 from lqlora.quantized._decoding import host_levels, read_only
 from lqlora.quantized._layout import Layout, stream_size
+from lqlora.quantized._trellis import encode_sequences
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -20,6 +21,8 @@ def encode_codes(
     dense: Array, layout: Layout, scales: Array, zero_points: Array | None = None, levels: Array | None = None
 ) -> Array:
     """Return the packed codes of the levels nearest to an array, under its scales as they decode.
+
+    In a trellis format, these are the sequences of least squared error.
 
     Parameters
     ----------
@@ -39,6 +42,8 @@ def encode_codes(
     array of uint8
         Packed codes.
     """
+    if layout.is_trellis:
+        return encode_sequences(dense, layout, scales)
     table = host_levels(levels, layout.codebook)
     if table is None:
         boundaries = ops.boundaries_by_set(levels)

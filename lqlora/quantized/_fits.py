@@ -28,6 +28,7 @@ from lqlora.quantized._layout import piece_size
 from lqlora.quantized._scales import code_neighbors, require_in_range, store_scales, with_codes
 from lqlora.quantized._search import Rounding, best_ratios, fit_levels, ratio_grid
 from lqlora.quantized._statistics import block_statistics
+from lqlora.quantized._trellis import decode_piece, encode_sequences, scale_ratios, values_of_rows
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array
     from lqlora.formats import BlockFormat
+    from lqlora.quantized._layout import Layout
     from lqlora.quantized._source import Source
 
 __all__ = ["QUIET", "SEARCH_SHARE", "Choice", "Fit", "assemble", "by_absmax", "choose", "rounded_rows"]
@@ -119,7 +121,10 @@ def assemble(source: Source, choice: Choice, levels: Array | None = None) -> Qua
         return QuantizedArray(choice.packed, choice.stored, fmt, tuple(source.array.shape))
     if fmt.levels != "codebook" and levels is None:
         levels = _codebook_levels(source)
-    packed = encode_codes(source.dense, source.layout, choice.decoded, zeros, levels)
+    if source.layout.is_trellis:
+        packed = encode_sequences(source.dense, source.layout, choice.decoded, source.importance_in_block_order)
+    else:
+        packed = encode_codes(source.dense, source.layout, choice.decoded, zeros, levels)
     packed_zeros = None if zeros is None else ops.pack_codes(zeros, fmt.bits)
     return QuantizedArray(packed, choice.stored, fmt, tuple(source.array.shape), None, packed_zeros, levels)
 
@@ -132,6 +137,8 @@ def _codebook_levels(source: Source) -> Array:
 
 def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     """Choose for each block the best of its absmax scale and the scales that a search finds."""
+    if source.layout.is_trellis:
+        return _by_least_squares(source, first)
     wanted = _search(source, statistic, first, None)
     if isinstance(first.stored, QuantizedArray):
         # With second-level scale t and offset o fixed, each scale is one of the values t l + o, whatever the other blocks
@@ -143,6 +150,57 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     scales = source.fmt.scales
     choices = [Choice(own, decode_scales(own, scales), zeros) for own in others for zeros in _shifts(first, source.fmt)]
     return _best(source, [first, *choices], None)
+
+
+def _by_least_squares(source: Source, first: Choice) -> Choice:
+    """Choose for each block the better of two scales: the first, and the one of least squares for the codes under it."""
+    # A search over a grid of scales would encode each block as often, and encoding is nearly all of the work. The first
+    # scale is close: for normal weights the least-squares scale lowers the error by about a hundredth.
+    fmt, layout, importance = source.fmt, source.layout, source.importance_in_block_order
+    xp = namespace(first.decoded)
+    packed, wanted, errors = _measured(source, first.decoded, importance)
+    if importance is not None:
+        # The search closes a sequence by a rule of thumb. So codes that ignore importance may be better by chance.
+        plain, _, other = _measured(source, first.decoded, None)
+        packed, errors = _taken(layout, other < errors, plain, packed), xp.where(other < errors, other, errors)
+    stored = (
+        code_neighbors(first.stored, wanted)[0]
+        if isinstance(first.stored, QuantizedArray)
+        else ops.storage_cast(wanted, str(fmt.scales))
+    )
+    second = Choice(stored, decode_scales(stored, fmt.scales), None)
+    usable = xp.where(xp.isfinite(second.decoded) & (second.decoded >= 0), second.decoded, first.decoded)
+    refined, _, other = _measured(source, usable, importance)
+    wins = other < errors
+    codes = xp.where(wins, _codes(second), _codes(first))
+    chosen = with_codes(first.stored, codes) if isinstance(first.stored, QuantizedArray) else codes
+    return Choice(chosen, xp.where(wins, second.decoded, first.decoded), None, _taken(layout, wins, refined, packed))
+
+
+def _taken(layout: Layout, wins: Array, packed: Array, other: Array) -> Array:
+    """Return the packed codes of some blocks, and those of another array for the rest."""
+    xp = namespace(packed)
+    by_weight = ops.pick(xp.astype(wins, xp.uint8), layout.block_of(slice(0, layout.count), packed))
+    pair = [ops.unpack_codes(own, layout.bits, layout.count) for own in (packed, other)]
+    return ops.pack_codes(xp.where(by_weight == 1, *pair), layout.bits)
+
+
+def _measured(source: Source, scales: Array, importance: Array | None) -> tuple[Array, Array, Array]:
+    """Return the codes under some scales, the least-squares scale of each block for these codes, and its squared error."""
+    xp, layout = namespace(scales), source.layout
+    packed = encode_sequences(source.dense, layout, scales, importance)
+    ones, wanted, errors = xp.ones_like(scales), [], []
+    for weights, blocks in layout.aligned_blocks(piece_size(scales) // SEARCH_SHARE):
+        flat = xp.empty((weights.stop - weights.start,), dtype=xp.float32, device=device_of(scales))
+        decode_piece(layout, packed, ones, (weights, blocks), flat)
+        rows, values = source.read(weights), layout.as_blocks(flat)
+        own = rows.exact_importance()
+        wanted.append(scale_ratios(rows.entries, values, own))
+        with QUIET():
+            errors.append(ops.wide_errors(rows.entries, own, values * scales[blocks][:, None]))
+    if not wanted:
+        return packed, scales, scales
+    return packed, xp.concat(wanted), xp.concat(errors)
 
 
 def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
@@ -354,5 +412,8 @@ def rounded_rows(source: Source, choice: Choice, levels: Array | None, blocks: s
 def _rounded(rows: Array, rounding: Rounding, choice: Choice, blocks: slice) -> Array:
     # float32(level * scale), in this order, is what decoding computes. The error is of exactly these values.
     xp, scales = namespace(rows), choice.decoded[blocks]
+    if rounding.trellis is not None:
+        normalized = ops.normalize(rows, xp.astype(scales, rows.dtype))
+        return values_of_rows(normalized, rounding.trellis.levels, rounding.trellis.bits) * scales[:, None]
     zeros = None if choice.zero_points is None else xp.astype(choice.zero_points[blocks], xp.float32)[:, None]
     return rounding.nearest(ops.normalize(rows, xp.astype(scales, rows.dtype)), zeros) * scales[:, None]

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import gcd
 from typing import TYPE_CHECKING, TypeAlias
 
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace, preferred_piece
+from lqlora.codebooks import Trellis
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -99,6 +101,11 @@ class Layout:
     def bits(self) -> int:
         """Bits of a code."""
         return self.codebook.bits
+
+    @cached_property
+    def is_trellis(self) -> bool:
+        """True if codes depend on their neighbors."""
+        return isinstance(self.codebook, Trellis)
 
     @cached_property
     def widest(self) -> float:
@@ -192,6 +199,17 @@ class Layout:
         only = slice(0, 1) if self.blocks == 1 else None
         for start in range(0, self.count, limit):
             yield slice(start, min(start + limit, self.count)), only
+
+    def aligned_blocks(self, limit: int) -> Iterator[tuple[slice, slice]]:
+        """Yield ranges of weights and of blocks as :meth:`whole_blocks`, each of which begins where a byte does."""
+        if not self.count:
+            return
+        size, factor = (self.block_size, 1) if self.is_even else (self.length, self.blocks_per_line)
+        unit, steps = 8 // gcd(8, size), -(-self.count // size)
+        step = max(1, limit // (unit * size)) * unit
+        for first in range(0, steps, step):
+            last = min(first + step, steps)
+            yield slice(first * size, min(last * size, self.count)), slice(first * factor, last * factor)
 
     def line_pieces(self, limit: int) -> Iterator[Piece]:
         """Yield pieces of whole lines. The number of lines in a piece is a multiple of eight, except in the last."""

@@ -77,6 +77,9 @@ def _decode(q: QuantizedArray, layout: Layout, index: Array, out: Array) -> None
         packed = xp.reshape(ops.pick(xp.reshape(q.packed, (q.shape[0], -1)), index), (-1,))
     else:
         packed = ops.pack_codes(_codes_at(q.packed, layout.bits, _runs(index * columns, columns, 1)), layout.bits)
+    if layout.is_trellis:
+        _decode_sequences(q, layout, index, out)
+        return
     table = host_levels(q.levels, layout.codebook)
     if table is not None:
         ops.decode(ops.PackedBlocks(packed, scales, zeros, table, layout.bits, size), out)
@@ -86,6 +89,33 @@ def _decode(q: QuantizedArray, layout: Layout, index: Array, out: Array) -> None
     values = ops.values_by_row(codes, q.levels, lines // (layout.lines_per_set or 1))
     values = xp.reshape(xp.reshape(values, (-1, size)) * scales[:, None], (-1,))
     out[...] = values if out.dtype == values.dtype else ops.storage_cast(values, ops.dtype_name(out))
+
+
+def _decode_sequences(q: QuantizedArray, layout: Layout, index: Array, out: Array) -> None:
+    """Write rows of a trellis format into a flat array."""
+    columns, size = q.shape[1], layout.block_size
+    if columns % size == 0 or not layout.is_even:  # each row begins a block
+        per_row = -(-columns // size)
+        numbers, blocks = _runs(index * columns, columns, 1), _runs(index * per_row, per_row, 1)
+        _decode_whole(q, layout, (numbers, blocks, columns), out)
+        return
+    # Blocks cross the ends of rows: those that a row has a part of are decoded whole.
+    xp = namespace(out)
+    for row in range(index.shape[0]):
+        first = int(index[row]) * columns
+        start, stop = first // size * size, min(-(-(first + columns) // size) * size, layout.count)
+        numbers = xp.arange(start, stop, dtype=index.dtype, device=device_of(index))
+        flat = xp.empty(numbers.shape, dtype=out.dtype, device=device_of(out))
+        _decode_whole(q, layout, (numbers, numbers[::size] // size, stop - start), flat)
+        out[row * columns : (row + 1) * columns] = flat[first - start : first - start + columns]
+
+
+def _decode_whole(q: QuantizedArray, layout: Layout, which: tuple[Array, Array, int], out: Array) -> None:
+    """Write the weights of whole blocks, given their positions, the numbers of the blocks and the length of lines of them."""
+    numbers, blocks, length = which
+    packed = ops.pack_codes(_codes_at(q.packed, layout.bits, numbers), layout.bits)
+    scales, levels = _scales_at(q.scales, q.format.scales, blocks), layout.codebook.levels
+    ops.decode_trellis(ops.PackedTrellis(packed, scales, levels, layout.bits, layout.block_size, length), out)
 
 
 def _runs(starts: Array, length: int, step: int) -> Array:

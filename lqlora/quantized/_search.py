@@ -24,6 +24,7 @@ import numpy as np
 
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
+from lqlora.codebooks import Trellis
 from lqlora.codebooks.codebook import cell_boundaries
 from lqlora.ops.search import nearest_values
 from lqlora.quantized._decoding import host_levels, read_only
@@ -70,6 +71,8 @@ class Rounding:
         Boundaries by set.
     sets : array of int64, shape (m,), optional
         The set of each row.
+    trellis : Trellis, optional
+        Codebook of a trellis format, which has neither table nor sets: rows are searched, not rounded.
     """
 
     table: npt.NDArray[np.float32] | None
@@ -77,10 +80,13 @@ class Rounding:
     levels: Array | None = None
     cells: Array | None = None
     sets: Array | None = None
+    trellis: Trellis | None = None
 
     @classmethod
     def of(cls, codebook: Codebook, levels: Array | None, sets: Array | None) -> Rounding:
         """Return the rounding to fitted levels, or to those of the codebook if there are none."""
+        if isinstance(codebook, Trellis):
+            return cls(None, trellis=codebook)
         table = host_levels(levels, codebook)
         if table is None:
             return cls(None, None, levels, ops.boundaries_by_set(levels), sets)

@@ -57,6 +57,11 @@ class Source:
         dense = blocks_last(self.array, self.layout.axis)
         self.dense = ops.take_flat(dense, 0, self.layout.count) if self.layout.whole else dense
 
+    @property
+    def importance_in_block_order(self) -> Array | None:
+        """The importance as :attr:`dense` has the weights."""
+        return None if self.importance is None else blocks_last(self.importance, self.layout.axis)
+
     def pieces(self, limit: int) -> Iterator[tuple[slice, Rows]]:
         """Yield the range of blocks of each piece, and these blocks."""
         for entries, blocks in self.layout.whole_blocks(limit):
@@ -71,7 +76,7 @@ class Source:
         mask = None if is_whole else layout.as_blocks(namespace(flat).ones_like(flat))
         if self.importance is None:
             return Rows(rows, None, mask)
-        importance = blocks_last(self.importance, layout.axis)
+        importance = self.importance_in_block_order
         return Rows(rows, layout.as_blocks(ops.widen(ops.take_flat(importance, entries.start, entries.stop))), mask)
 
     def sets_of(self, blocks: slice) -> Array | None:

@@ -22,9 +22,12 @@ def block_statistics(source: Source) -> tuple[Array, Array | None]:
     """Return the exact scale of each block, and for an affine format also the minimum of each block.
 
     With the largest level ``L`` of the codebook, the scale is ``max |w| / L``, or for a signed codebook the entry of
-    largest magnitude over ``L``, or for an affine one ``(max w - min w) / L``.
+    largest magnitude over ``L``, or for an affine one ``(max w - min w) / L``. For trellis codes it is the root mean
+    square.
     """
     xp, layout, dense = namespace(source.array), source.layout, source.dense
+    if layout.codebook.normalization == "rms":
+        return _root_mean_squares(source), None
     affine = layout.codebook.normalization == "affine"
     if layout.whole:
         found = [_extremes(source, slice(0, layout.count), layout.count)]
@@ -49,6 +52,25 @@ def block_statistics(source: Source) -> tuple[Array, Array | None]:
             # An array of one number, not the number: a library may multiply by the reciprocal of a number.
             high = high / xp.full((1,), layout.widest, dtype=high.dtype, device=device_of(high))
     return high, low if affine else None
+
+
+def _root_mean_squares(source: Source) -> Array:
+    """Return the root mean square of each block, in the dtype of wide weights."""
+    xp, layout, device = namespace(source.array), source.layout, device_of(source.array)
+    wide, found = ops.widen(ops.take_flat(source.dense, 0, 0)).dtype, []
+    # Squares of float32 neither overflow nor vanish in float64. The order of the sum is fixed, and quotient and root are
+    # rounded correctly, so the bytes are the same on every library.
+    sizes = np.minimum(
+        np.arange(layout.block_size, layout.length + layout.block_size, layout.block_size), layout.length
+    )
+    sizes = np.diff(sizes, prepend=0)
+    for entries, blocks in layout.whole_blocks(piece_size(source.dense)):
+        flat = ops.take_flat(source.dense, entries.start, entries.stop)
+        rows = xp.astype(layout.as_blocks(ops.widen(flat)), xp.float64)
+        own = xp.asarray(sizes[np.arange(blocks.start, blocks.stop) % len(sizes)].astype(np.float64), device=device)
+        with np.errstate(over="ignore", invalid="ignore"):  # a scale that is not finite is refused when it is stored
+            found.append(xp.astype(xp.sqrt(ops.row_sums(rows * rows) / own), wide))
+    return xp.concat(found) if found else xp.zeros((0,), dtype=wide, device=device)
 
 
 def _extremes(source: Source, entries: slice, limit: int) -> tuple[Array, Array]:

@@ -18,6 +18,7 @@ from lqlora.quantized._decoding import decode_scales, zero_point_codes
 from lqlora.quantized._layout import in_shape, layout_of
 from lqlora.quantized._search import Rounding
 from lqlora.quantized._source import Source
+from lqlora.quantized._trellis import column_values
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -177,6 +178,8 @@ class _Grid:
         Levels.
     sets : array of int64, shape (n, m), optional
         Set of levels of each weight, where there are several.
+    block_size : int
+        Weights of a block, along the columns in a trellis format.
     """
 
     scales: Array
@@ -184,6 +187,7 @@ class _Grid:
     zeros: Array | None
     rounding: Rounding
     sets: Array | None
+    block_size: int
 
     @classmethod
     def of(cls, w: Array, q: QuantizedArray, system: System) -> _Grid:
@@ -194,18 +198,25 @@ class _Grid:
         def by_weight(values: Array) -> Array:
             return _ordered(in_shape(ops.pick(values, blocks), fmt.axis, q.shape), system)
 
+        if layout.is_trellis and fmt.axis not in (0, -2):
+            raise InvalidArgumentError(
+                f"fmt must have its blocks along the columns for error feedback with trellis codes, got {fmt}. Write the block "
+                f"size as {fmt.block_size}@0."
+            )
         zeros, sets, rounding = zero_point_codes(q), None, Rounding.of(fmt.codebook, q.levels, None)
         if zeros is not None:
             zeros = by_weight(xp.astype(zeros, xp.float32))
-        if rounding.table is None:
+        if rounding.table is None and rounding.trellis is None:
             sets = by_weight(Source(w, None, fmt, "").sets_of(slice(0, layout.blocks)))
         scales = by_weight(decode_scales(q.scales, fmt.scales))
         # x / inf = 0: all weights of a block without a scale get the code nearest to zero, and decode to zero.
         divisors = xp.astype(xp.where(scales != 0, scales, xp.full_like(scales, float("inf"))), w.dtype)
-        return cls(scales, divisors, zeros, rounding, sets)
+        return cls(scales, divisors, zeros, rounding, sets, layout.block_size)
 
     def nearest(self, column: int, target: Array) -> Array:
         """Return a column rounded to exactly the values that its codes will decode to."""
+        if self.rounding.trellis is not None:
+            return column_values(target, self.scales[column, :], self.rounding.trellis, self.block_size)
         zeros = None if self.zeros is None else self.zeros[column, :]
         normalized = target / self.divisors[column, :]
         if self.sets is None:

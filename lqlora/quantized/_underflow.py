@@ -54,9 +54,17 @@ def lost_blocks(source: Source, statistic: Array, choice: Choice, levels: Array 
     # Rounding to the nearest level is monotone, and the level zero is nearest on an interval around zero. If the entry of
     # largest magnitude leaves it, the block is kept. If it stays, entries of the other sign may still leave an uneven
     # interval, so a suspicion is settled by decoding the weights.
+    xp, count = namespace(statistic), 0
+    if source.layout.is_trellis:
+        lost = choice.decoded == 0  # the levels of a sequence are not all zero
+        if not bool(xp.any(lost)):
+            return 0
+        kinds = [
+            xp.any(rows.entries != 0, axis=1) & lost[blocks] for blocks, rows in source.pieces(piece_size(statistic))
+        ]
+        return sum(int(xp.count_nonzero(own)) for own in kinds)
     if not _may_lose(source.layout, statistic, choice, levels):
         return 0
-    xp, count = namespace(statistic), 0
     for blocks, rows in source.pieces(piece_size(statistic) // SEARCH_SHARE):
         kept = xp.any(rounded_rows(source, choice, levels, blocks, rows.entries) != 0, axis=1)
         count += int(xp.count_nonzero(xp.any(rows.entries != 0, axis=1) & ~kept))

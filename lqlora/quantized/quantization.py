@@ -403,16 +403,17 @@ def multiply(x: Array, q: QuantizedArray) -> Array:
     is_tracked = getattr(x, "requires_grad", False) and requires_gradient(x)
     # Kernels decode whole rows of codes from one table. With levels by line, or blocks down the columns, the weight is
     # decoded first, and so it is where autograd has to multiply by it again.
-    if levels is None or q.offset is not None or not layout.follows_rows or is_tracked:
+    follows_rows = layout.axis not in (0, -2) if layout.is_trellis else layout.follows_rows
+    if levels is None or q.offset is not None or not follows_rows or is_tracked:
         dense = xp.empty(q.shape, dtype=ops.native_dtype(x, ops.factor_dtype(x)), device=device)
         decode_into(q, dense)
         y = ops.matmul_dense(flat, dense)
     else:
-        out, scales = (
-            xp.empty((flat.shape[0], rows), dtype=x.dtype, device=device),
-            decode_scales(q.scales, q.format.scales),
-        )
-        zeros = zero_point_codes(q)
-        stored = ops.PackedBlocks(q.packed, scales, zeros, levels, layout.bits, layout.block_size)
-        y = ops.matmul_packed(flat, stored, out)
+        out = xp.empty((flat.shape[0], rows), dtype=x.dtype, device=device)
+        scales, coding = decode_scales(q.scales, q.format.scales), (layout.bits, layout.block_size)
+        if layout.is_trellis:
+            length = rows * columns if layout.is_even else columns
+            y = ops.matmul_trellis(flat, ops.PackedTrellis(q.packed, scales, levels, *coding, length), out)
+        else:
+            y = ops.matmul_packed(flat, ops.PackedBlocks(q.packed, scales, zero_point_codes(q), levels, *coding), out)
     return y if len(lead) == 1 else xp.reshape(y, (*lead, rows))

@@ -26,6 +26,7 @@ __all__ = [
     "ALL_CODEBOOKS",
     "HARD",
     "LAYOUTS",
+    "TRELLISES",
     "block_weights",
     "codebooks",
     "formats",
@@ -43,6 +44,9 @@ HARD = tuple(
     float(np.float32(x))
     for x in (0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, -1e-30, 0.5, -1.0, 1.0, 3e38, -3.4028235e38)
 )
+
+#: Codebooks of trellis codes with few states. Their levels are not rounded to, so they are not among :data:`ALL_CODEBOOKS`.
+TRELLISES = tuple(by_name(name) for name in ("tcq1-4", "tcq2-4", "tcq2-7", "tcq3-8", "tcq4-8"))
 
 #: Memory layouts of :func:`lay_out`.
 LAYOUTS = ("contiguous", "transposed", "every second", "reversed")
@@ -392,7 +396,7 @@ def formats(
     depth : int, default 2
         Largest depth of double quantization.
     codebooks : sequence of Codebook, optional
-        Codebooks to draw from; :data:`ALL_CODEBOOKS` by default.
+        Codebooks to draw from; :data:`ALL_CODEBOOKS` and :data:`TRELLISES` by default.
     axes : sequence of int or None, default (None,)
         Axes of the blocks to draw from.
     fitted : bool, default False
@@ -410,12 +414,12 @@ def formats(
     True
     """
     # ALL_CODEBOOKS is not a default of the signature, because Hypothesis would print every level of every codebook.
-    codebook = draw(st.sampled_from(ALL_CODEBOOKS if codebooks is None else codebooks))
+    codebook = draw(st.sampled_from((*ALL_CODEBOOKS, *TRELLISES) if codebooks is None else codebooks))
     signed = codebook.normalization == "signed"
     scales: Any = draw(st.sampled_from(dtypes) | scale_formats(dtypes, depth, signed=signed))
     axis = draw(st.sampled_from(axes))
     sharing: list[Any] = ["codebook"]
-    if fitted and codebook.normalization != "affine":
+    if fitted and codebook.normalization not in ("affine", "rms"):
         sharing = ["matrix", *([] if axis is None else [1, 2, 3, 4])]
     return BlockFormat(codebook, draw(st.integers(1, 70)), scales, axis, draw(st.sampled_from(sharing)))
 

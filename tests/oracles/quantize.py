@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from lqlora.codebooks import Trellis
 from lqlora.formats import ScaleFormat
+from tests.oracles import trellis
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,6 +140,8 @@ def statistic(block: np.ndarray, fmt: BlockFormat) -> Any:
         return (high - low) / block.dtype.type(len(levels) - 1)
     if fmt.codebook.normalization == "signed":
         return signed_maximum(block) / block.dtype.type(levels[-1])
+    if fmt.codebook.normalization == "rms":
+        return np.sqrt(halved_sum([float(value) ** 2 for value in block]) / len(block))
     return absmax(block) / block.dtype.type(absmax(levels))
 
 
@@ -216,6 +220,10 @@ def codes_of(
         table = fmt.codebook.levels if levels is None else levels[set_of(line, fmt)]
         scale = block.dtype.type(scales[index])
         zero = block.dtype.type(0 if zero_points is None else zero_points[index])
+        if isinstance(fmt.codebook, Trellis):
+            quotients = block / scale if scale != 0 else block * 0
+            codes += [code for own in trellis.sequences_of(quotients) for code in trellis.codes_of(own, fmt.codebook)]
+            continue
         for value in block:
             quotient = value / scale if scale != 0 else block.dtype.type(0)
             codes += [nearest(float(quotient + zero), table)]
@@ -237,6 +245,11 @@ def decode(
     for index, (block, line) in enumerate(places(np.empty(shape, dtype=np.int8), fmt)):
         table = fmt.codebook.levels if levels is None else levels[set_of(line, fmt)]
         zero = np.float32(0 if zero_points is None else zero_points[index])
+        if isinstance(fmt.codebook, Trellis):
+            own = list(itertools.islice(remaining, len(block)))
+            units = [unit for part in trellis.sequences_of(own) for unit in trellis.values_of(part, fmt.codebook)]
+            values += [unit * np.float32(scales[index]) for unit in units]
+            continue
         values += [(table[next(remaining)] - zero) * np.float32(scales[index]) for _ in block]
     return dense_of(values, shape, fmt.axis)
 

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWarning"),
 ]
 
-FITTED = [text for text in KINDS if not text.startswith("affine")]
+FITTED = [text for text in KINDS if not text.startswith(("affine", "tcq"))]
 SMALL = [book for book in ALL_CODEBOOKS if book.bits <= 4]
 
 

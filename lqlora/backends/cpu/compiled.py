@@ -19,19 +19,20 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.ops.blocks import block_absmax, block_extremes
 from lqlora.ops.casting import storage_cast
 from lqlora.ops.coding import PackedBlocks, decode, encode, encode_by_absmax, encode_packed, nearest_codes
-from lqlora.ops.matmul import matmul_packed
+from lqlora.ops.matmul import matmul_packed, matmul_trellis
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
 from lqlora.ops.rounding import rounding_errors
 from lqlora.ops.search import best_ratios
 from lqlora.ops.slices import copy_across
 from lqlora.ops.sums import level_sums, row_sums, unit_of
+from lqlora.ops.trellis import PackedTrellis, decode_trellis, encode_trellis
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
 
-__all__ = ["FEW_ROWS", "PIECE"]
+__all__ = ["FEW_ROWS", "PIECE", "begins_rows"]
 
 _FLOATS = ("float32", "float64", "float16", "bfloat16")
 _BITS = tuple(range(1, 9))
@@ -308,14 +309,24 @@ _MULTIPLY = kernel("multiply", "plllppppiilp")
 )
 def products_of_few(x: npt.NDArray[Any], stored: PackedBlocks, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Decode and multiply in registers; if blocks do not fill these, multiply stretches of a row in the cache."""
+    rows, sums = _operands(x, out)
+    count = rows.shape[1] * out.shape[1]
+    size = min(stored.block_size, max(1, count))
+    _MULTIPLY(count, rows, rows.shape[0], out.shape[1], rows.shape[1], *_codes(stored), size, sums)
+    return _rounded(sums, out)
+
+
+def _operands(x: Any, out: Any) -> tuple[Any, Any]:
+    """Return rows of inputs, and an array for results, as a kernel of products takes them."""
     rows = np.asarray(x, dtype=np.float32)
     # The kernel clears an entry of the result before it reads the inputs, so the two must not overlap. Results of 16
     # bits are summed in float32 and rounded once.
     in_place = out.dtype == np.float32 and not np.may_share_memory(out, rows)
-    sums = out if in_place else np.empty(out.shape, dtype=np.float32)
-    count = rows.shape[1] * out.shape[1]
-    size = min(stored.block_size, max(1, count))
-    _MULTIPLY(count, rows, rows.shape[0], out.shape[1], rows.shape[1], *_codes(stored), size, sums)
+    return rows, out if in_place else np.empty(out.shape, dtype=np.float32)
+
+
+def _rounded(sums: Any, out: Any) -> Any:
+    """Return the results of a product, written to ``out`` unless they are there already."""
     if sums is not out:
         out[...] = storage_cast(sums, out.dtype.name)
     return out
@@ -495,3 +506,148 @@ def summed_by_level(
     units = [unit_of(largest, rows.size) if largest else 1.0 for largest in maxima.tolist()]
     _LEVEL_SUMS(rows.size, *given, codes, sets, *rows.shape, size, count, *units, sums[0], sums[1])
     return sums[0] * units[0], sums[1] * units[1]
+
+
+#: Bits of trellis codes that the kernels take.
+_TRELLIS_BITS = (1, 2, 3, 4)
+
+
+def _is_trellis(levels: Any, bits: int, count: int, block_size: int, length: int) -> bool:
+    """Return whether there are weights, which fill whole lines, and as many levels as a state of the kernels can have."""
+    states = len(levels)
+    # The kernels look a level up by the bits of a state, without a check.
+    is_table = (
+        levels.dtype == np.float32 and levels.ndim == 1 and 4**bits <= states <= 2**16 and not states & states - 1
+    )
+    return bool(is_table and count and block_size >= 1 and length >= 1 and count % length == 0)
+
+
+def _trellis(levels: Any, bits: int, count: int, block_size: int, length: int) -> tuple[Any, ...]:
+    """Return a trellis as arguments of a kernel."""
+    return np.ascontiguousarray(levels), len(levels).bit_length() - 1, bits, count, length, min(block_size, length)
+
+
+def _has_paths(flat: Any, scales: Any, importance: Any, levels: Any, bits: int, block_size: int, length: int) -> bool:
+    if scales.dtype != _WIDE[flat.dtype] or not _is_trellis(levels, bits, flat.size, block_size, length):
+        return False
+    blocks = flat.size // length * -(-length // block_size)
+    return scales.shape == (blocks,) and (importance is None or importance.shape == flat.shape)
+
+
+_ENCODE_TRELLIS = kernel("encode_trellis", "pipppiilllp")
+
+
+@_native(
+    encode_trellis,
+    Takes(
+        {"flat": _FLOATS, "scales": ("float32", "float64"), "importance": ("float32", None)},
+        bits=_TRELLIS_BITS,
+        contiguous=("flat", "scales", "importance"),
+        condition=_has_paths,
+        sentence="whole lines, with a scale of the dtype of the arithmetic for each block",
+    ),
+)
+def trellis_codes_of(
+    flat: npt.NDArray[Any],
+    scales: npt.NDArray[Any],
+    importance: npt.NDArray[np.float32] | None,
+    levels: npt.NDArray[np.float32],
+    bits: int,
+    block_size: int,
+    length: int,
+) -> npt.NDArray[np.uint8]:
+    """Search eight sequences at once, each in a lane of the registers."""
+    count = flat.size
+    codes = np.empty(count, dtype=np.uint8)
+    table, state_bits, *sizes = _trellis(levels, bits, count, block_size, length)
+    given = flat, _NUMBER[flat.dtype], scales, importance, table
+    _ENCODE_TRELLIS(count << state_bits, *given, state_bits, *sizes, codes)
+    return packed(codes, bits)
+
+
+def _is_whole_trellis(stored: PackedTrellis, out: Any) -> bool:
+    return out.ndim == 1 and _fits_trellis(stored, out.size) and out.flags.writeable
+
+
+def _fits_trellis(stored: PackedTrellis, count: int) -> bool:
+    own, scales, levels, bits, block_size, length = stored
+    if not _is_trellis(levels, bits, count, block_size, length):
+        return False
+    blocks = count // length * -(-length // block_size)
+    return own.shape == (packed_size(count, bits),) and scales.shape == (blocks,)
+
+
+_DECODE_TRELLIS = kernel("decode_trellis", "pppiilllpi")
+
+
+@_native(
+    decode_trellis,
+    Takes(
+        {"packed": ("uint8",), "scales": ("float32",), "out": ("float32", "float16", "bfloat16")},
+        bits=_TRELLIS_BITS,
+        contiguous=("packed", "scales", "out"),
+        condition=_is_whole_trellis,
+        sentence="a scale for each block, as many bytes as the codes take, and a result that may be written",
+    ),
+)
+def trellis_values_of(stored: PackedTrellis, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Shift states out of words, look them up or compute their levels, multiply and round."""
+    count = out.size
+    trellis = _trellis(stored.levels, stored.bits, count, stored.block_size, stored.length)
+    _DECODE_TRELLIS(count, stored.packed, stored.scales, *trellis, out, _NUMBER[out.dtype])
+    return out
+
+
+def _are_few_for_trellis(x: Any, stored: PackedTrellis, out: Any) -> bool:
+    if x.ndim != 2 or out.ndim != 2 or not x.shape[0] == out.shape[0] <= FEW_ROWS or x.dtype != out.dtype:
+        return False
+    count = out.shape[1] * x.shape[1]
+    return bool(out.flags.writeable and _fits_trellis(stored, count) and begins_rows(stored, count, x.shape[1]))
+
+
+def begins_rows(stored: PackedTrellis, count: int, columns: int) -> bool:
+    """Return whether each row of a matrix begins with a line, or with a block of the only line.
+
+    Parameters
+    ----------
+    stored : PackedTrellis
+        The matrix.
+    count : int
+        Number of weights.
+    columns : int
+        Number of columns.
+
+    Returns
+    -------
+    bool
+        False if a sequence continues from one row to the next.
+    """
+    return stored.length == columns or (stored.length == count and columns % max(1, stored.block_size) == 0)
+
+
+_MULTIPLY_TRELLIS = kernel("multiply_trellis", "plllpppiillp")
+
+
+@_native(
+    matmul_trellis,
+    Takes(
+        {
+            "x": ("float32", "float16", "bfloat16"),
+            "packed": ("uint8",),
+            "scales": ("float32",),
+            "out": ("float32", "float16", "bfloat16"),
+        },
+        bits=_TRELLIS_BITS,
+        contiguous=("x", "packed", "scales", "out"),
+        condition=_are_few_for_trellis,
+        sentence=f"up to {FEW_ROWS} rows, a matrix whose rows begin with a block, and results that may be written",
+    ),
+)
+def trellis_products_of_few(x: npt.NDArray[Any], stored: PackedTrellis, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Decode stretches of a row into the cache, and multiply them there."""
+    rows, sums = _operands(x, out)
+    count = rows.shape[1] * out.shape[1]
+    table, state_bits, bits, _, *sizes = _trellis(stored.levels, stored.bits, count, stored.block_size, stored.length)
+    shape = rows.shape[0], out.shape[1], rows.shape[1]
+    _MULTIPLY_TRELLIS(count, rows, *shape, stored.packed, stored.scales, table, state_bits, bits, *sizes, sums)
+    return _rounded(sums, out)

@@ -90,7 +90,12 @@ def _addresses(fmt: BlockFormat, shape: tuple[int, int]) -> Callable[[Sequence[t
     layout, at = layout_of(fmt, shape), {name: index for index, name in enumerate(fmt.stored_arrays(shape))}
     has_one_set = "levels" not in at or fmt.level_sets(shape) == 1
     dtype = fmt.scales.dtype if isinstance(fmt.scales, ScaleFormat) else fmt.scales
-    if not (layout.follows_rows and layout.count and has_one_set) or "zero_points" in at or dtype != "float32":
+    if (
+        not (layout.follows_rows and layout.count and has_one_set)
+        or layout.is_trellis
+        or "zero_points" in at
+        or dtype != "float32"
+    ):
         return None
     # Names of stored arrays, or the addresses of constant tables, which live as long as the format.
     table: int | None = None if "levels" in at else fmt.codebook.levels.ctypes.data

@@ -36,7 +36,18 @@ _STRICTER = {
             x.ndim == out.ndim == 2 and x.shape[0] <= compiled.FEW_ROWS and x.shape[1] % 8 == 0 and x.dtype == out.dtype
         ),
         sentence=f"up to {compiled.FEW_ROWS} rows of a multiple of eight entries, and results of their dtype",
-    )
+    ),
+    ops.matmul_trellis: Takes(
+        {},
+        contiguous=("x", "out"),
+        condition=lambda x, stored, out: (
+            x.ndim == out.ndim == 2
+            and x.shape[0] <= compiled.FEW_ROWS
+            and x.dtype == out.dtype
+            and compiled.begins_rows(stored, x.shape[1] * out.shape[1], x.shape[1])
+        ),
+        sentence=f"up to {compiled.FEW_ROWS} rows, a matrix whose rows begin with a block, and results of their dtype",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ Importing :mod:`lqlora.nn` registers the operators.
 
 from __future__ import annotations
 
+from math import gcd, lcm
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from lqlora.nn.operators import as_given, below_autograd
 from lqlora.nn.sharding import unlocked
 from lqlora.quantized._decoding import host_levels, zero_point_codes
 from lqlora.quantized._layout import layout_of
+from lqlora.quantized._trellis import decode_piece
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -154,8 +156,10 @@ def _units(q: QuantizedArray) -> Iterator[tuple[slice, slice, Tensor]]:
     layout, (count, length) = layout_of(q.format, q.shape), _lines(q)
     table = host_levels(q.levels, layout.codebook)
     zeros = zero_point_codes(q)
-    # Eight rows begin where a byte of the packed codes does, whatever the length of a row.
-    step = 8 * max(1, (_CHUNK_ON_HOST if q.packed.is_cpu else _CHUNK) // 8 // max(1, length))
+    # Eight rows begin where a byte of the packed codes does, whatever the length of a row. Trellis codes are decoded block by
+    # block, so that as many rows are taken as are whole blocks.
+    unit = lcm(8, layout.block_size // gcd(layout.block_size, length)) if layout.is_trellis and layout.is_even else 8
+    step = unit * max(1, (_CHUNK_ON_HOST if q.packed.is_cpu else _CHUNK) // unit // max(1, length))
     for first in range(0, count if length else 0, step):
         part = slice(first, min(first + step, count))
         flat = _unit_weights(q, layout, table, slice(first * length, part.stop * length))
@@ -168,8 +172,15 @@ def _units(q: QuantizedArray) -> Iterator[tuple[slice, slice, Tensor]]:
 def _unit_weights(q: QuantizedArray, layout: Layout, table: Any, weights: slice) -> Tensor:
     """Return the levels of a range of codes in block order, which begins with a whole byte."""
     packed, count = q.packed[layout.bytes_of(weights)], weights.stop - weights.start
-    if table is not None:
+    if layout.is_trellis or table is not None:
         flat = torch.empty(count, dtype=torch.float32, device=packed.device)
+    if layout.is_trellis:
+        lines = count // layout.length
+        blocks = -(-count // layout.block_size) if layout.is_even else lines * layout.blocks_per_line
+        ones = torch.ones(blocks, dtype=torch.float32, device=packed.device)
+        decode_piece(layout, q.packed, ones, (weights, slice(0, blocks)), flat)
+        return flat
+    if table is not None:
         one = torch.ones(1, dtype=torch.float32, device=packed.device)
         ops.decode(ops.PackedBlocks(packed, one, None, table, layout.bits, count), flat)
         return flat

@@ -15,6 +15,8 @@
 #include "rounding.h"
 #include "search.h"
 #include "sums.h"
+#include "trellis.h"
+#include "trellis_search.h"
 
 #define LQLORA_JOIN(a, b) a##b
 #define LQLORA_NAME(isa) LQLORA_JOIN(lqlora_kernels_, isa)
@@ -24,4 +26,5 @@
 extern "C" const Kernels LQLORA_NAME(LQLORA_ISA);
 const Kernels LQLORA_NAME(LQLORA_ISA) = {LQLORA_STRING(LQLORA_ISA), absmax, extremes, encode, decode, pack, unpack,
                                          row_sums, search, rounding_errors, level_maxima,
-                                         level_sums, multiply, cross, widen, narrow, to_rank, add_from_rank};
+                                         level_sums, multiply, cross, widen, narrow, to_rank, add_from_rank,
+                                         encode_trellis, decode_trellis, multiply_trellis};

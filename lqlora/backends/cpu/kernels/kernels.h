@@ -119,7 +119,47 @@ struct Crossing {
     int32_t width;
 };
 
-// Each function works on a range of blocks, of weights (from a multiple of eight) or of rows.
+// An array in trellis codes. Each line of `length` weights is cut into blocks of `block`, and each block into sequences
+// of at most kSequence. The state of a weight has `state_bits` bits, of which its code is the highest `bits`.
+struct Trellis {
+    const float* levels;  // of the states
+    int32_t state_bits;
+    int32_t bits;
+    int64_t count;
+    int64_t length;
+    int64_t block;
+};
+
+// Scales are of float, of double for values of double. Codes are bytes.
+struct TrellisEncoding {
+    Trellis trellis;
+    const void* values;
+    int32_t dtype;
+    const void* scales;
+    const float* importance;  // factors of the squared errors, or null
+    uint8_t* codes;
+};
+
+struct TrellisDecoding {
+    Trellis trellis;
+    const uint8_t* packed;
+    const float* scales;
+    void* out;
+    int32_t dtype;
+};
+
+// A few rows times a matrix in trellis codes, whose rows begin with a sequence. Otherwise as Product.
+struct TrellisProduct {
+    TrellisDecoding matrix;
+    const float* x;
+    int64_t x_rows;
+    int64_t rows;
+    int64_t columns;
+    float* out;
+};
+
+// Each function works on a range of blocks, of weights (from a multiple of eight), of sequences
+// or of rows.
 struct Kernels {
     const char* name;
     void (*absmax)(const Blocks*, int64_t first, int64_t last, void* out);
@@ -140,4 +180,7 @@ struct Kernels {
     void (*narrow)(const float* values, int32_t dtype, int64_t count, uint16_t* stored);
     void (*to_rank)(const LowRank*);
     void (*add_from_rank)(const LowRank*, int64_t first, int64_t last);
+    void (*encode_trellis)(const TrellisEncoding*, int64_t first, int64_t last);
+    void (*decode_trellis)(const TrellisDecoding*, int64_t first, int64_t last);
+    void (*multiply_trellis)(const TrellisProduct*, int64_t first, int64_t last);
 };

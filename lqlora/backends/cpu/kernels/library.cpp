@@ -1,6 +1,7 @@
 // The functions that Python calls. They choose the instruction set once, and distribute work over threads in ranges.
 #include "kernels.h"
 #include "ranges.h"
+#include "sequences.h"
 
 #include <cstring>
 #include <mutex>
@@ -218,6 +219,36 @@ LQLORA_EXPORT void lqlora_linear(const void* x, int32_t dtype, int64_t x_rows, i
         kernels().add_from_rank(&low_rank, first, last);
     });
     if (dtype != FLOAT32) kernels().narrow(results, dtype, x_rows * rows, static_cast<uint16_t*>(out));
+}
+
+// The work of a search is a visit of every state for each weight.
+LQLORA_EXPORT void lqlora_encode_trellis(const void* values, int32_t dtype, const void* scales, const float* importance,
+                                         const float* levels, int32_t state_bits, int32_t bits, int64_t count,
+                                         int64_t length, int64_t block, uint8_t* codes, int32_t threads) {
+    const TrellisEncoding encoding{{levels, state_bits, bits, count, length, block}, values, dtype, scales, importance,
+                                   codes};
+    in_ranges(sequence_count(encoding.trellis), kSequencesAtOnce, count << state_bits, threads,
+              [&](int64_t first, int64_t last) { kernels().encode_trellis(&encoding, first, last); },
+              4 * threads);  // each range allocates its own sums
+}
+
+LQLORA_EXPORT void lqlora_decode_trellis(const uint8_t* packed, const float* scales, const float* levels,
+                                         int32_t state_bits, int32_t bits, int64_t count, int64_t length, int64_t block,
+                                         void* out, int32_t dtype, int32_t threads) {
+    const TrellisDecoding decoding{{levels, state_bits, bits, count, length, block}, packed, scales, out, dtype};
+    in_ranges(sequence_count(decoding.trellis), 1, count, threads,
+              [&](int64_t first, int64_t last) { kernels().decode_trellis(&decoding, first, last); });
+}
+
+LQLORA_EXPORT void lqlora_multiply_trellis(const float* x, int64_t x_rows, int64_t rows, int64_t columns,
+                                           const uint8_t* packed, const float* scales, const float* levels,
+                                           int32_t state_bits, int32_t bits, int64_t length, int64_t block, float* out,
+                                           int32_t threads) {
+    const TrellisDecoding matrix{{levels, state_bits, bits, rows * columns, length, block}, packed, scales, nullptr,
+                                 FLOAT32};
+    const TrellisProduct product{matrix, x, x_rows, rows, columns, out};
+    in_ranges(rows, 1, rows * columns, threads,
+              [&](int64_t first, int64_t last) { kernels().multiply_trellis(&product, first, last); });
 }
 
 LQLORA_EXPORT void lqlora_cross(const void* source, void* target, int64_t rows, int64_t columns, int64_t source_step,

@@ -1,0 +1,53 @@
+"""Perplexity of SmolLM2-135M in trellis codes beside scalar codes of the same storage, before any fine-tuning.
+
+Scales of both take 8 bits for 64 weights. Rows are named by bits and rank; ``experiments/smollm2.py`` says what is measured.
+``--only REGEX`` chooses rows, ``--only .`` all of them.
+"""
+
+import argparse
+import re
+
+from perplexity import each, fed_back, gram, quantized
+from smollm2 import arguments, decomposed, prepared
+
+import lqlora as lq
+
+SCALES = "u8/256:float32"
+ITERATIONS = 6
+
+
+def rows_of(bits):
+    """Return the configurations of one number of bits."""
+    scalar, trellis, down = (
+        lq.BlockFormat.parse(f"{book}{bits}/{block}:{SCALES}")
+        for book, block in (("nf", "64"), ("tcq", "64"), ("tcq", "64@0"))
+    )
+    rows = {
+        f"{bits} bits, scalar, error feedback": each(fed_back, scalar, fit="levels+scale"),
+        f"{bits} bits, trellis, nearest": each(quantized, trellis, fit="scale"),
+        f"{bits} bits, trellis, error feedback": each(fed_back, down, rounds=2, sweeps=1),
+    }
+    for rank in (16, 64):
+        common = {"rank": rank, "weighting": gram, "max_iter": ITERATIONS, "rtol": 0.0}
+        rows[f"{bits} bits, rank {rank}, scalar"] = each(decomposed, scalar, fit="levels+scale", **common)
+        rows[f"{bits} bits, rank {rank}, trellis"] = each(decomposed, trellis, **common)
+    return rows
+
+
+CONFIGURATIONS = {title: make for bits in (2, 3, 4) for title, make in rows_of(bits).items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", type=re.compile, default=re.compile("2 bits.*trellis"), help="rows whose name it is found in"
+    )
+    options = arguments(parser)
+    _, measure, _ = prepared(options, gradients=False)
+    for title, configuration in CONFIGURATIONS.items():
+        if options.only.search(title):
+            measure(title, configuration)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Trellis codes: levels of the states of a bit-shift trellis, for codes that depend on their neighbors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lqlora.codebooks._checks import cached, require_integer
+from lqlora.codebooks.codebook import Codebook
+from lqlora.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["Trellis", "trellis"]
+
+#: Bits of a state where the name does not say them.
+_STATE_BITS = 10
+
+#: Factors of the levels, by bits of a code, that minimize the error on normal weights divided by their root mean square.
+_SPREAD = {1: 0.88, 2: 1.04, 3: 1.08, 4: 1.12}
+
+
+class Trellis(Codebook):
+    """Levels of the states of a trellis, in the order of the states. Made by :func:`trellis`.
+
+    A code adds its bits to the state of the weight before it, and the new state chooses the level. So a level is not
+    found by rounding: there are no boundaries, and the nearest sequence is searched. The scale of a block is its root
+    mean square.
+
+    Parameters
+    ----------
+    bits : int
+        Bits of a code, 1 to 4.
+    state_bits : int
+        Bits of a state, from twice ``bits`` to 16.
+
+    Attributes
+    ----------
+    levels : ndarray of float32, shape (2**state_bits,)
+        Level of each state, read-only.
+    boundaries : ndarray of float32, shape (0,)
+        Empty.
+
+    Examples
+    --------
+    >>> trellis(2).levels.shape, len(trellis(2)), trellis(2).normalization
+    ((1024,), 4, 'rms')
+    """
+
+    state_bits: int
+
+    def __init__(self, bits: int, state_bits: int) -> None:
+        levels, boundaries = _computed_levels(bits, state_bits), np.zeros(0, dtype=np.float32)
+        levels.flags.writeable = boundaries.flags.writeable = False
+        name = f"tcq{bits}" if state_bits == _STATE_BITS else f"tcq{bits}-{state_bits}"
+        attributes = {"levels": levels, "name": name, "normalization": "rms", "boundaries": boundaries}
+        for attribute, value in {**attributes, "state_bits": state_bits, "_bits": bits}.items():
+            object.__setattr__(self, attribute, value)
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return self._bits  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def widest(self) -> float:
+        """One: the root mean square of a block is its scale."""
+        return 1.0
+
+    def __len__(self) -> int:
+        """Return the number of codes, ``2**bits``."""
+        return int(2**self.bits)
+
+    def _identity(self) -> tuple[bytes, str]:
+        return self.levels.tobytes(), f"rms, {self.bits} bits"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the two numbers."""
+        return trellis, (self.bits, self.state_bits)
+
+
+def _computed_levels(bits: int, state_bits: int) -> npt.NDArray[np.float32]:
+    # A linear congruential step scatters the states; the sum of the four bytes of the result is nearly normal, with mean 510
+    # and standard deviation 147.8. The sum is an integer below 2^11, so that level = float32(sum - 510) * factor is one
+    # rounding, which kernels can compute instead of reading a table.
+    states = np.arange(2**state_bits, dtype=np.uint64)
+    mixed = (states * 34038481 + 76625530) % 2**32
+    total = sum((mixed >> np.uint64(shift) & np.uint64(255)).astype(np.int64) for shift in (0, 8, 16, 24))
+    centered = (np.asarray(total) - 510).astype(np.float32)
+    levels: npt.NDArray[np.float32] = centered * np.float32(_SPREAD[bits] / 147.8)
+    return levels
+
+
+@cached(64)
+def trellis(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
+    """Return the codebook of trellis-coded quantization.
+
+    Parameters
+    ----------
+    bits : int
+        Bits of a code, 1 to 4.
+    state_bits : int, default 10
+        Bits of a state, from twice ``bits`` to 16. Each one more doubles the time of quantization and lowers the error a
+        little. Decoding takes the same time for all.
+
+    Returns
+    -------
+    Trellis
+        Codebook of ``2**state_bits`` computed levels, named ``tcq{bits}`` for states of 10 bits, else
+        ``tcq{bits}-{state_bits}``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is out of range.
+
+    Notes
+    -----
+    Mean squared error on normal weights with 64 of them a scale, of variance 1: at 10 bits of state 0.29, 0.078, 0.021
+    and 0.0054 for 1 to 4 bits, at 12 bits 0.075 and 0.019 for 2 and 3. Fitted scalar levels leave 0.117, 0.034 and 0.0095 at 2 to 4 bits.
+
+    References
+    ----------
+    QTIP, arXiv 2406.11235, section 3.1 (bit-shift trellis) and algorithm 1 (the computed code 1MAD). The factors of the
+    levels are ours.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> w = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    >>> q = lq.quantize(w, lq.BlockFormat(trellis(2), 64))
+    >>> str(q.format), bool(np.mean((lq.dequantize(q) - w) ** 2) < 0.09)
+    ('tcq2/64:float32', True)
+    """
+    require_integer("bits", bits, 1, 4, "trellis codes")
+    require_integer("state_bits", state_bits, 4, 16, "trellis codes")
+    if state_bits < 2 * bits:
+        raise InvalidArgumentError(
+            f"state_bits must be at least twice the bits of a code, got {state_bits} for {bits}."
+        )
+    return Trellis(bits, state_bits)

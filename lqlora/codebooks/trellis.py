@@ -34,7 +34,12 @@ class Trellis(Codebook):
     bits : int
         Bits of a code, 1 to 4.
     state_bits : int
-        Bits of a state, from twice ``bits`` to 16.
+        Bits of a state, 4 to 16 and at least twice ``bits``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is out of range.
 
     Attributes
     ----------
@@ -52,6 +57,12 @@ class Trellis(Codebook):
     state_bits: int
 
     def __init__(self, bits: int, state_bits: int) -> None:
+        require_integer("bits", bits, 1, 4, "trellis codes")
+        require_integer("state_bits", state_bits, 4, 16, "trellis codes")
+        if state_bits < 2 * bits:
+            raise InvalidArgumentError(
+                f"state_bits must be at least twice the bits of a code, got {state_bits} for {bits}."
+            )
         levels, boundaries = _computed_levels(bits, state_bits), np.zeros(0, dtype=np.float32)
         levels.flags.writeable = boundaries.flags.writeable = False
         name = f"tcq{bits}" if state_bits == _STATE_BITS else f"tcq{bits}-{state_bits}"
@@ -102,7 +113,7 @@ def trellis(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     bits : int
         Bits of a code, 1 to 4.
     state_bits : int, default 10
-        Bits of a state, from twice ``bits`` to 16. Each one more doubles the time of quantization and lowers the error a
+        Bits of a state, 4 to 16 and at least twice ``bits``. Each one more doubles the time of quantization and lowers the error a
         little. Decoding takes the same time for all.
 
     Returns
@@ -134,10 +145,4 @@ def trellis(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     >>> str(q.format), bool(np.mean((lq.dequantize(q) - w) ** 2) < 0.09)
     ('tcq2/64:float32', True)
     """
-    require_integer("bits", bits, 1, 4, "trellis codes")
-    require_integer("state_bits", state_bits, 4, 16, "trellis codes")
-    if state_bits < 2 * bits:
-        raise InvalidArgumentError(
-            f"state_bits must be at least twice the bits of a code, got {state_bits} for {bits}."
-        )
     return Trellis(bits, state_bits)

@@ -100,6 +100,12 @@ def test_error_feedback_follows_columns(fast_xp):
         gptq(w, BlockFormat.parse("tcq2-6/16:float32"), gram)
 
 
+def test_inputs_that_have_nothing_to_do_with_each_other_give_nearest_rounding(fast_xp):
+    w, fmt = normal(12, 20), BlockFormat.parse("tcq2-6/5@0:u8/8:float32")
+    q = gptq(on(fast_xp, w), fmt, on(fast_xp, 3 * np.eye(20)), fit="scale")
+    assert restored(q).tolist() == restored(quantize(w, fmt, fit="scale")).tolist()
+
+
 def test_stacks_and_float64_and_strides():
     fmt, w = BlockFormat.parse("tcq2-6/16:float32"), normal(3, 8, 16)
     stack = quantize(w, fmt, batch_dims=1)

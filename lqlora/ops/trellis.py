@@ -62,6 +62,7 @@ def _groups(count: int, block_size: int, length: int) -> tuple[tuple[_Group, ...
     """Return the sequences of an array by length, and the place of each weight among them if that is not its own."""
     # Lines of `length` weights are cut into blocks, and blocks into sequences. There are at most three lengths: whole
     # sequences, the rest of a long block, and the rest of a line.
+    block_size = min(block_size, max(1, length))  # any Python integer
     firsts = np.arange(0, length, block_size)
     cuts = [np.arange(first, min(first + block_size, length), SEQUENCE) for first in firsts.tolist()]
     within = np.concatenate(cuts) if cuts else np.zeros(0, dtype=np.int64)

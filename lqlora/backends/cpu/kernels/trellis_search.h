@@ -79,6 +79,10 @@ void write_targets(const TrellisEncoding& encoding, const Sequence& sequence, fl
 // Weights on either side of the seam that the state at the seam is chosen by.
 constexpr int64_t kContext = 32;
 
+// Sums of all steps are kept up to this number, to decide on the way back which state was best. More of them would leave
+// the caches, so that it is faster to mark each decision when it is made.
+constexpr int64_t kMostSums = int64_t{1} << 22;
+
 // The search of sequences of one size. Of a state s, the bits s >> kBits stay in the next one. Let best[p] be the least
 // error of all paths after which the bits p stay. With kept = 2^(state bits - kBits), the next state holds p = s % kept
 // and the new code s / kept, so that
@@ -90,19 +94,21 @@ struct Paths {
     static constexpr int kMarks = kWidth - 1;
 
     const TrellisEncoding& encoding;
-    const int64_t kept, size, around;
+    const int64_t kept, size, around, steps;
     const bool is_short;  // a state would see codes more than once
-    int64_t choices;
-    Buffer<float> targets, importance, best, next, values;
+    const bool keeps_sums;
+    const int64_t choices;
+    Buffer<float> targets, importance, sums, values;
     Buffer<uint8_t> marks;
-    Buffer<int64_t> after;
 
     Paths(const TrellisEncoding& own, int64_t own_size)
         : encoding(own), kept(int64_t{1} << (own.trellis.state_bits - kBits)), size(own_size),
-          around(size < 2 ? 1 : least(size / 2, kContext)), is_short(size * kBits < own.trellis.state_bits - kBits),
+          around(size < 2 ? 1 : least(size / 2, kContext)), steps(size > 2 * around ? size : 2 * around),
+          is_short(size * kBits < own.trellis.state_bits - kBits),
+          keeps_sums(!is_short && (steps + 1) * kept * kTogether <= kMostSums),
           choices(is_short ? int64_t{1} << size * kBits : 0), targets(size * kTogether), importance(size * kTogether),
-          best(kept * kTogether), next(kept * kTogether), values(choices * size),
-          marks(is_short ? 0 : (size > 2 * around ? size : 2 * around) * kept * kMarks), after(kTogether) {
+          sums(is_short ? 0 : (keeps_sums ? steps + 1 : 2) * kept * kTogether), values(choices * size),
+          marks(is_short || keeps_sums ? 0 : steps * kept * kMarks) {
         for (int64_t choice = 0; choice < choices; ++choice) {
             // The codes again and again, from bit 0 on. A window may begin in any of the copies.
             uint64_t stream = 0;
@@ -127,54 +133,74 @@ struct Paths {
             for (int lane = 0; lane < count; ++lane) enumerate(lane, encoding.codes + sequences[lane].at);
             return;
         }
-        for (int64_t i = 0; i < kept * kTogether; ++i) best.data[i] = 0;
-        for (int64_t t = 0; t < 2 * around; ++t) step(t < around ? size - around + t : t - around, t, t >= around);
+        // From the best open path around the seam take the bits that stay at the seam. Begin and end with these.
+        int64_t at_seam[kTogether];
+        for (int64_t i = 0; i < kept * kTogether; ++i) best(0)[i] = 0;
+        for (int64_t t = 0; t < 2 * around; ++t) step(near_seam(t), t, t >= around);
         for (int lane = 0; lane < kTogether; ++lane) {
-            int64_t from = 0;
+            const float* last = best(2 * around) + lane;
+            int64_t stay = 0;
             for (int64_t p = 1; p < kept; ++p)
-                if (best.data[p * kTogether + lane] < best.data[from * kTogether + lane]) from = p;
-            for (int64_t t = 2 * around - 1; t >= around; --t) from = state_before(from, t, lane) % kept;
-            after.data[lane] = from;
+                if (last[p * kTogether] < last[stay * kTogether]) stay = p;
+            for (int64_t t = 2 * around - 1; t >= around; --t) stay = state_before(stay, near_seam(t), t, lane) % kept;
+            at_seam[lane] = stay;
         }
-        for (int64_t i = 0; i < kept * kTogether; ++i) best.data[i] = std::numeric_limits<float>::infinity();
-        for (int lane = 0; lane < kTogether; ++lane) best.data[after.data[lane] * kTogether + lane] = 0;
+        for (int64_t i = 0; i < kept * kTogether; ++i) best(0)[i] = std::numeric_limits<float>::infinity();
+        for (int lane = 0; lane < kTogether; ++lane) best(0)[at_seam[lane] * kTogether + lane] = 0;
         for (int64_t t = 0; t < size; ++t) step(t, t, true);
         for (int lane = 0; lane < count; ++lane) {
             uint8_t* codes = encoding.codes + sequences[lane].at;
-            int64_t from = after.data[lane];
+            int64_t stay = at_seam[lane];
             for (int64_t t = size - 1; t >= 0; --t) {
-                const int64_t state = state_before(from, t, lane);
+                const int64_t state = state_before(stay, t, t, lane);
                 codes[t] = static_cast<uint8_t>(state / kept);
-                from = state % kept;
+                stay = state % kept;
             }
         }
     }
 
 private:
-    // The state of step t on the best path after which some bits stay.
-    int64_t state_before(int64_t stay, int64_t t, int lane) const {
-        const uint8_t* own = marks.data + (t * kept + stay) * kMarks;
-        int j = kMarks;
-        while (j > 0 && !(own[j - 1] >> lane & 1)) --j;
-        return stay * kWidth + j;
+    int64_t near_seam(int64_t t) const { return t < around ? size - around + t : t - around; }
+
+    float* best(int64_t t) const { return sums.data + (keeps_sums ? t : t & 1) * kept * kTogether; }
+
+    // The state of step t, which is that of weight `at`, on the best path after which some bits stay.
+    int64_t state_before(int64_t stay, int64_t at, int64_t t, int lane) const {
+        int found = 0;
+        if (!keeps_sums) {
+            const uint8_t* own = marks.data + (t * kept + stay) * kMarks;
+            for (int j = 1; j < kWidth; ++j)
+                if (own[j - 1] >> lane & 1) found = j;
+            return stay * kWidth + found;
+        }
+        const int64_t first = stay * kWidth;
+        const float* before = best(t) + first % kept * kTogether + lane;  // kept is a multiple of the width
+        float least_sum = 0;
+        for (int j = 0; j < kWidth; ++j) {
+            const float gap = targets.data[at * kTogether + lane] - encoding.trellis.levels[first + j];
+            const float square = gap * gap;
+            const float error = encoding.importance ? importance.data[at * kTogether + lane] * square : square;
+            const float sum = before[j * kTogether] + error;
+            if (j && !(sum < least_sum)) continue;
+            found = j;
+            least_sum = sum;
+        }
+        return first + found;
     }
 
     void step(int64_t at, int64_t t, bool keeps) {
-        uint8_t* own = keeps ? marks.data + t * kept * kMarks : nullptr;
-        if (encoding.importance) keeps ? take<true, true>(at, own) : take<true, false>(at, own);
-        else keeps ? take<false, true>(at, own) : take<false, false>(at, own);
-        float* const before = best.data;
-        best.data = next.data;
-        next.data = before;
+        uint8_t* own = keeps && !keeps_sums ? marks.data + t * kept * kMarks : nullptr;
+        if (encoding.importance) own ? take<true, true>(at, t, own) : take<true, false>(at, t, own);
+        else own ? take<false, true>(at, t, own) : take<false, false>(at, t, own);
     }
 
-    template <bool kWeighs, bool kKeeps>
-    void take(int64_t at, uint8_t* own) {
+    template <bool kWeighs, bool kMarksLeast>
+    void take(int64_t at, int64_t t, uint8_t* own) {
         using Register = Together::Register;
         const Register target = Together::load(targets.data + at * kTogether);
         const Register weight = kWeighs ? Together::load(importance.data + at * kTogether) : Register{};
-        const float *levels = encoding.trellis.levels, *before = best.data;
-        float* now = next.data;
+        const float *levels = encoding.trellis.levels, *before = best(t);
+        float* now = best(t + 1);
         // States whose lowest bits agree begin with the same sums.
         const int64_t apart = kept / kWidth;
         for (int64_t r = 0; r < apart; ++r) {
@@ -185,7 +211,8 @@ private:
                 Register least_sum = from[0] + error<kWeighs>(target, weight, reached[0]);
                 for (int j = 1; j < kWidth; ++j) {
                     const Register sum = from[j] + error<kWeighs>(target, weight, reached[j]);
-                    if constexpr (kKeeps) own[q * kMarks + j - 1] = static_cast<uint8_t>(Together::are_less(sum, least_sum));
+                    if constexpr (kMarksLeast)
+                        own[q * kMarks + j - 1] = static_cast<uint8_t>(Together::are_less(sum, least_sum));
                     least_sum = Together::smaller(sum, least_sum);
                 }
                 Together::store(now + q * kTogether, least_sum);

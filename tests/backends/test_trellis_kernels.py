@@ -28,11 +28,11 @@ SHAPES = [
 ]
 
 
-def computed_levels(state_bits, unit=np.float32(1.04 / 147.8)):
+def computed_levels(state_bits):
     """Levels that are multiples of a unit: the sums of the bytes of a product of the state, minus 510."""
     mixed = (np.arange(2**state_bits, dtype=np.uint64) * 34038481 + 76625530) % 2**32
     sums = sum((mixed >> shift & 255).astype(np.int64) for shift in (0, 8, 16, 24))
-    return (sums - 510).astype(np.float32) * unit
+    return (sums - 510).astype(np.float32) * np.float32(1.04 / 147.8)
 
 
 def levels_of(state_bits, kind):
@@ -209,7 +209,8 @@ class TestWhatIsLeftToTheReference:
     def test_lines_and_blocks_that_do_not_fit(self, length, block_size):
         assert self.chosen(np.zeros(16, np.float32), 2, length, block_size) == "reference"
 
-    def test_strided_levels_are_copied(self, isa):
+    @pytest.mark.usefixtures("isa")
+    def test_strided_levels_are_copied(self):
         levels = levels_of(5, "table")[::2]
         arguments = self.W, self.SCALES, None, levels, 2, 64, 64
         same(ran(ops.encode_trellis, *arguments), ops.encode_trellis.reference(*arguments))

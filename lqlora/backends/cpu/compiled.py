@@ -316,7 +316,7 @@ def products_of_few(x: npt.NDArray[Any], stored: PackedBlocks, out: npt.NDArray[
     return _rounded(sums, out)
 
 
-def _operands(x: Any, out: Any) -> tuple[Any, Any]:
+def _operands(x: npt.NDArray[Any], out: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return rows of inputs, and an array for results, as a kernel of products takes them."""
     rows = np.asarray(x, dtype=np.float32)
     # The kernel clears an entry of the result before it reads the inputs, so the two must not overlap. Results of 16
@@ -325,7 +325,7 @@ def _operands(x: Any, out: Any) -> tuple[Any, Any]:
     return rows, out if in_place else np.empty(out.shape, dtype=np.float32)
 
 
-def _rounded(sums: Any, out: Any) -> Any:
+def _rounded(sums: npt.NDArray[Any], out: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the results of a product, written to ``out`` unless they are there already."""
     if sums is not out:
         out[...] = storage_cast(sums, out.dtype.name)
@@ -531,7 +531,7 @@ def _has_paths(flat: Any, scales: Any, importance: Any, levels: Any, bits: int, 
     if scales.dtype != _WIDE[flat.dtype] or not _is_trellis(levels, bits, flat.size, block_size, length):
         return False
     blocks = flat.size // length * -(-length // block_size)
-    return scales.shape == (blocks,) and (importance is None or importance.shape == flat.shape)
+    return bool(scales.shape == (blocks,) and (importance is None or importance.shape == flat.shape))
 
 
 _ENCODE_TRELLIS = kernel("encode_trellis", "pipppiilllp")
@@ -562,11 +562,12 @@ def trellis_codes_of(
     table, state_bits, *sizes = _trellis(levels, bits, count, block_size, length)
     given = flat, _NUMBER[flat.dtype], scales, importance, table
     _ENCODE_TRELLIS(count << state_bits, *given, state_bits, *sizes, codes)
-    return packed(codes, bits)
+    found: npt.NDArray[np.uint8] = packed(codes, bits)
+    return found
 
 
 def _is_whole_trellis(stored: PackedTrellis, out: Any) -> bool:
-    return out.ndim == 1 and _fits_trellis(stored, out.size) and out.flags.writeable
+    return bool(out.ndim == 1 and _fits_trellis(stored, out.size) and out.flags.writeable)
 
 
 def _fits_trellis(stored: PackedTrellis, count: int) -> bool:
@@ -574,7 +575,7 @@ def _fits_trellis(stored: PackedTrellis, count: int) -> bool:
     if not _is_trellis(levels, bits, count, block_size, length):
         return False
     blocks = count // length * -(-length // block_size)
-    return own.shape == (packed_size(count, bits),) and scales.shape == (blocks,)
+    return bool(own.shape == (packed_size(count, bits),) and scales.shape == (blocks,))
 
 
 _DECODE_TRELLIS = kernel("decode_trellis", "pppiilllpi")

@@ -96,6 +96,20 @@ def products(weight):
             yield text, batch, f"{fused:.1f}", f"{dense:.1f}", f"{fused / dense:.2f}", f"{memory:.1f}"
 
 
+def trellis(weight):
+    """Yield rows of trellis formats beside a scalar format of two bits, whose quantize rounds and does not search."""
+    x = np.random.default_rng(0).standard_normal((1, SHAPE[1]), dtype=np.float32)
+    dense, target, scalar = median_ms(lambda: x @ weight.T), np.zeros_like(weight), None
+    for text in ("nf2/64:float32", "tcq2/64:float32", "tcq2-12/64:float32", "tcq3/64:float32", "tcq4/64:float32"):
+        fmt = lq.BlockFormat.parse(text)
+        start = time.process_time()
+        q = lq.quantize(weight, fmt)
+        encoding = time.process_time() - start
+        decoding, row = median_ms(lambda q=q: lq.dequantize(q, out=target)), median_ms(lambda q=q: lq.matmul(x, q))
+        scalar = scalar or decoding
+        yield text, f"{encoding:.2f}", f"{decoding:.1f}", f"{decoding / scalar:.2f}", f"{row:.1f}", f"{row / dense:.2f}"
+
+
 def threads(weight):
     """Yield rows of this library, and of reading and of writing as much memory, which no number of threads can beat."""
     target = np.zeros_like(weight)
@@ -172,6 +186,15 @@ def operations():
             f"level_sums, {bits} bits",
             lambda g=grid, b=book, k=known: lq.ops.level_sums(values, None, *k, g, sets, len(b), 1),
         )
+    # The reference of the search takes a millisecond for a few weights.
+    few, table, one = flat[:4096], lq.BlockFormat.parse("tcq2/64:float32").codebook.levels, scales[:64]
+    packed, out = np.zeros(PIECE // 4, np.uint8), np.empty_like(flat)
+    stored = lq.ops.PackedTrellis(packed, scales, table, 2, 64, PIECE)
+    yield (
+        "encode_trellis, 2 bits, 4096 weights",
+        lambda: lq.ops.encode_trellis(few, one, None, table, 2, 64, len(few)),
+    )
+    yield "decode_trellis, 2 bits", lambda: lq.ops.decode_trellis(stored, out)
     for count in (4, 16, 256):
         bins, terms = rng.integers(0, count, PIECE), rng.standard_normal(PIECE)
         yield f"bin_sums, {count} bins", lambda t=terms, b=bins, c=count: lq.ops.bin_sums(t, b, c)
@@ -210,6 +233,11 @@ def main():
         "Rows times a 4096 x 4096 weight, float32, one thread, CPU time; memory beside input and output",
         ("format", "rows", "lq.matmul, ms", "dense, ms", "times dense", "memory, MiB"),
         products(weight),
+    )
+    record.table(
+        "Trellis codes, 4096 x 4096 float32, one thread, CPU time; one row times the weight beside a dense float32 weight",
+        ("format", "quantize, s", "dequantize, ms", "times nf2", "row times weight, ms", "times dense"),
+        trellis(weight),
     )
     record.table(
         "Arrays of 64 MiB, wall time",

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lqlora as lq
 from lqlora import ops
 from lqlora._threads import on_threads
 from lqlora.backends.cpu import compiled, loading
@@ -67,6 +68,10 @@ def test_codes_of_many_states(isa, bits, state_bits, line):
     w, scales = weights_of("float32", line, 1, 64)
     arguments = (w, scales, None, computed_levels(state_bits), bits, 64, line)
     same(ran(ops.encode_trellis, *arguments), ops.encode_trellis.reference(*arguments))
+
+
+def test_the_code_that_kernels_compute_is_that_of_the_formats():
+    same(lq.BlockFormat.parse("tcq2/64:float32").codebook.levels, computed_levels(10))
 
 
 @pytest.mark.slow

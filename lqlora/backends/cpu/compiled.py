@@ -645,7 +645,7 @@ _MULTIPLY_TRELLIS = kernel("multiply_trellis", "plllpppiillp")
     ),
 )
 def trellis_products_of_few(x: npt.NDArray[Any], stored: PackedTrellis, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Decode stretches of a row into the cache, and multiply them there."""
+    """Decode and multiply in registers; more than three rows, or short blocks, in the cache."""
     rows, sums = _operands(x, out)
     count = rows.shape[1] * out.shape[1]
     table, state_bits, bits, _, *sizes = _trellis(stored.levels, stored.bits, count, stored.block_size, stored.length)

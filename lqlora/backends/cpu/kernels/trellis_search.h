@@ -79,8 +79,8 @@ void write_targets(const TrellisEncoding& encoding, const Sequence& sequence, fl
 // Weights on either side of the seam that the state at the seam is chosen by.
 constexpr int64_t kContext = 32;
 
-// Sums of all steps are kept up to this number, to decide on the way back which state was best. More of them would leave
-// the caches, so that it is faster to mark each decision when it is made.
+// Sums of all steps are kept up to this number, to decide on the way back which state was best: that is faster than to
+// mark each decision when it is made, as is done where the sums would take more memory than this.
 constexpr int64_t kMostSums = int64_t{1} << 22;
 
 // The search of sequences of one size. Of a state s, the bits s >> kBits stay in the next one. Let best[p] be the least

@@ -19,7 +19,7 @@ from torch import nn
 from lqlora._messages import shown
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn import LQLinear, QuantizedEmbedding, QuantizedHead, QuantizedTensor, merged_weight
-from lqlora.nn.experts import ExpertMatrix, Experts
+from lqlora.nn.experts import ExpertMatrix, Experts, join_dense
 from lqlora.nn.linear_maps import is_linear_map
 from lqlora.nn.merging import dense_layer, usual_dtype
 
@@ -179,6 +179,8 @@ class QuantizedLoraLinear(_MergingIntoDense, LoraLinear):  # type: ignore[misc]
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if self.merged or self.disable_adapters or not adapters:
             return weight
+        if not isinstance(layer, LQLinear):  # dequantized below its adapters
+            return weight + sum(self.get_delta_weight(name).to(weight) for name in adapters)
         # W = Q + s B A + sum_i s_i B_i A_i, and a sum of products is the product of the factors side by side.
         lora_A = [layer.lora_A, *(self.lora_A[name].weight for name in adapters)]
         lora_B = [layer.scaling * layer.lora_B, *(self.scaling[name] * self.lora_B[name].weight for name in adapters)]
@@ -287,7 +289,9 @@ class _Tuner:
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         self._choose_dtype()
-        return super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[misc]
+        found = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[misc]
+        join_dense(self.model)  # the arrays that transformers saves and loads
+        return found
 
     def _choose_dtype(self) -> None:
         adapted = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]

@@ -81,7 +81,7 @@ class Experts(nn.ModuleList):
         layer: Any = self._modules[str(range(len(self))[int(index)])]
         # A layer of another library may add to the weight of the layer below.
         weight = layer.expert_weight if hasattr(type(layer), "expert_weight") else layer.weight
-        if isinstance(layer, ExpertMatrix) and layer._forward_hooks:  # noqa: SLF001 - no public function tells
+        if isinstance(layer, nn.Linear) and layer._forward_hooks:  # noqa: SLF001 - no public function tells
             weight = _watched(weight.detach(), layer, is_transposed=False)
         return weight.mT if self.is_transposed else weight
 
@@ -89,7 +89,7 @@ class Experts(nn.ModuleList):
 class _Watched(torch.Tensor):
     """Weight of an expert while hooks watch its layer. A product with it is a call of the layer."""
 
-    layer: ExpertMatrix
+    layer: nn.Linear
     is_transposed: bool
 
     @classmethod
@@ -124,7 +124,7 @@ def _entries(values: Iterable[Any]) -> Iterator[Any]:
         yield from _entries(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _watched(weight: torch.Tensor, layer: ExpertMatrix, *, is_transposed: bool) -> _Watched:
+def _watched(weight: torch.Tensor, layer: nn.Linear, *, is_transposed: bool) -> _Watched:
     found = weight.as_subclass(_Watched)
     found.layer, found.is_transposed = layer, is_transposed
     return found

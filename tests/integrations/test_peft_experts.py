@@ -123,6 +123,26 @@ def test_saved_adapters_come_back_bit_for_bit(targets, tmp_path):
     assert torch.equal(_logits(again), _logits(model))
 
 
+def test_merged_experts_are_arrays_again():
+    """So transformers finds them in a saved model, and collectors see their products."""
+    model = _adapted("parameters").merge_and_unload()
+    expected = _dense("mixtral").state_dict()
+    assert {name for name in model.state_dict() if "experts" in name} == {n for n in expected if "experts" in n}
+    assert "model.layers.0.mlp.experts.down_proj.3" in lq.nn.collect_gram(model, [_tokens()], include="experts.down_proj")
+
+
+def test_experts_that_were_merged_alone_are_seen_by_collectors():
+    model = _adapted("some").merge_and_unload()
+    assert list(lq.nn.collect_gram(model, [_tokens()], include="gate_up_proj.0"))
+
+
+def test_adapters_stay_over_experts_that_are_dequantized():
+    model = _adapted("parameters")
+    expected = _logits(model)
+    lq.nn.dequantize_model(model)
+    torch.testing.assert_close(_logits(model), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [({"use_dora": True}, "use_dora"), ({"lora_dropout": 0.1}, "lora_dropout"), ({"lora_bias": True}, "lora_bias")],

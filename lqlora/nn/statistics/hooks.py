@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lqlora.errors import DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from lqlora.nn.experts import split_for_a_while
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
@@ -85,8 +86,10 @@ def run_batches(
     Raises
     ------
     InvalidArgumentError
-        If nothing was counted.
+        If nothing was counted, or ``batches`` is a mapping, which is one batch.
     """
+    if isinstance(batches, Mapping):
+        raise InvalidArgumentError("batches must be several batches, such as a list of mappings, got one mapping. Pass [batch].")
     count, total = 0, None
     with suppress(TypeError, NotImplementedError):  # data sets that are read from streams have a length that raises
         total = len(batches)  # type: ignore[arg-type]

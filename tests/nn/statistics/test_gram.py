@@ -326,6 +326,10 @@ class TestBoth:
         with pytest.raises(InvalidArgumentError, match="batches"):
             collect(MODELS["mlp"](), [])
 
+    def test_one_mapping_is_no_list_of_batches(self, collect):
+        with pytest.raises(InvalidArgumentError, match=r"^batches .*\[batch\]"):
+            collect(MODELS["mlp"](), {"input": torch.ones(1, 4)})
+
     def test_inputs_that_are_not_finite_are_refused_by_name(self, collect):
         for bad in (float("nan"), float("inf"), 1e30):
             model = nn.Sequential(nn.Tanh(), nn.Linear(4, 3), nn.Threshold(1e9, bad), nn.Linear(3, 2))

@@ -128,7 +128,9 @@ def test_merged_experts_are_arrays_again():
     model = _adapted("parameters").merge_and_unload()
     expected = _dense("mixtral").state_dict()
     assert {name for name in model.state_dict() if "experts" in name} == {n for n in expected if "experts" in n}
-    assert "model.layers.0.mlp.experts.down_proj.3" in lq.nn.collect_gram(model, [_tokens()], include="experts.down_proj")
+    assert "model.layers.0.mlp.experts.down_proj.3" in lq.nn.collect_gram(
+        model, [_tokens()], include="experts.down_proj"
+    )
 
 
 def test_experts_that_were_merged_alone_are_seen_by_collectors():

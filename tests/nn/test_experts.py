@@ -194,6 +194,14 @@ class TestConversion:
         torch.testing.assert_close(model(_input()), expected, rtol=0.05, atol=0.05)
         assert isinstance(model.experts.down_proj, nn.Parameter)
 
+    def test_models_that_were_made_in_inference_mode(self):
+        with torch.inference_mode():
+            model = Model()
+        with pytest.raises(InvalidArgumentError, match="inference_mode"):
+            collect_gram(model, [_input()])
+        quantize_model(model, NF8, rank=1)
+        model(_input()).sum().backward()
+
     def test_the_configuration_of_the_model_stays(self, model):
         quantize_model(model, NF8, rank=1)
         assert model.config._experts_implementation_internal == "grouped_mm"

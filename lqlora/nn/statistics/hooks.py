@@ -89,7 +89,9 @@ def run_batches(
         If nothing was counted, or ``batches`` is a mapping, which is one batch.
     """
     if isinstance(batches, Mapping):
-        raise InvalidArgumentError("batches must be several batches, such as a list of mappings, got one mapping. Pass [batch].")
+        raise InvalidArgumentError(
+            "batches must be several batches, such as a list of mappings, got one mapping. Pass [batch]."
+        )
     count, total = 0, None
     with suppress(TypeError, NotImplementedError):  # data sets that are read from streams have a length that raises
         total = len(batches)  # type: ignore[arg-type]

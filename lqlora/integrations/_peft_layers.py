@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ from lqlora.nn.linear_maps import is_linear_map
 from lqlora.nn.merging import dense_layer, usual_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["QuantizedIA3Linear", "QuantizedIA3Model", "QuantizedLoraLinear", "QuantizedLoraModel", "register_tuners"]
 
@@ -155,7 +156,9 @@ class QuantizedLoraLinear(_MergingIntoDense, LoraLinear):  # type: ignore[misc]
         self, base_layer: LQLinear, adapter_name: str, config: Any, r: int = 0, lora_alpha: int = 1, **kwargs: Any
     ) -> None:
         nn.Module.__init__(self)
-        lora.LoraLayer.__init__(self, base_layer, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # PEFT warns of classes that it does not know
+            lora.LoraLayer.__init__(self, base_layer, **kwargs)
         # A quantized layer is (out_features, in_features), also where the model stored the transposed matrix.
         self.fan_in_fan_out = self.is_target_conv_1d_layer = False
         self._active_adapter = adapter_name
@@ -279,7 +282,7 @@ class _Tuner:
         targets = config.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
             config.target_modules = _linear_names(model)
-        _require_trainable(model, config.modules_to_save or ())
+        _require_trainable(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -353,14 +356,22 @@ def _require_for_experts(config: Any, target: nn.Module) -> None:
         )
 
 
-def _require_trainable(model: nn.Module, modules_to_save: Collection[str]) -> None:
-    """Raise if PEFT would train copies of modules with a quantized table, which have no parameter to train."""
+def _require_trainable(model: nn.Module, config: Any) -> None:
+    """Raise if PEFT would train copies of modules with a quantized table, or rows of them, which have no parameter to train."""
+    tokens = getattr(config, "trainable_token_indices", None)
+    names = {
+        "modules_to_save": tuple(config.modules_to_save or ()),
+        "trainable_token_indices": tuple(tokens) if isinstance(tokens, dict) else (),
+    }
+    embedding = _input_embedding(model) if isinstance(tokens, list) else None
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizedEmbedding | QuantizedHead) and name.endswith(tuple(modules_to_save)):
-            raise InvalidArgumentError(
-                f"modules_to_save must name modules that can train, but {shown(name)} has a quantized table, which is frozen. Pass "
-                "embeddings=None to quantize_model to train it."
-            )
+        if isinstance(module, QuantizedEmbedding | QuantizedHead):
+            wrong = next((option for option, ends in names.items() if name.endswith(ends)), None)
+            if wrong or module is embedding:
+                raise InvalidArgumentError(
+                    f"{wrong or 'trainable_token_indices'} must name modules that can train, but {shown(name)} has a quantized table, "
+                    "which is frozen. Pass embeddings=None to quantize_model to train it."
+                )
 
 
 def _linear_names(model: nn.Module) -> set[str]:
@@ -405,13 +416,18 @@ class QuantizedIA3Model(_Tuner, ia3.IA3Model):  # type: ignore[misc]
         return found
 
 
+def _input_embedding(model: nn.Module) -> Any:
+    """Return the module of the input embedding, or None if the model has none or does not tell."""
+    try:
+        return cast("Any", model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 @contextmanager
 def _listed_embedding(model: nn.Module) -> Iterator[None]:
     """List the table of a quantized input embedding among the parameters of a model, where PEFT looks for it by its size."""
-    try:
-        embedding = cast("Any", model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embedding = None
+    embedding = _input_embedding(model)
     if not isinstance(embedding, QuantizedEmbedding):
         yield
         return

@@ -200,7 +200,9 @@ def find_stacks(modules: Mapping[str, nn.Module]) -> list[ExpertStack]:
         for key, array in module._parameters.items():  # noqa: SLF001 - named_parameters leaves out second names
             if array is not None and array.ndim == 3:
                 own = f"{name}.{key}" if name else key
-                requires_grad = array.requires_grad and not array.is_inference()  # whose views torch does not let require one
+                requires_grad = (
+                    array.requires_grad and not array.is_inference()
+                )  # whose views torch does not let require one
                 matrices = {
                     f"{own}.{index}": ExpertMatrix(matrix, requires_grad=requires_grad)
                     for index, matrix in enumerate(array.detach().mT if is_transposed else array.detach())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 
 import pytest
 
@@ -342,6 +343,20 @@ def test_quantized_embeddings_among_modules_to_train_are_refused(name):
     with pytest.raises(InvalidArgumentError, match=rf"modules_to_save .*{name}.*embeddings=None"):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["1"], modules_to_save=[name]))
     assert isinstance(model[0], lq.nn.QuantizedEmbedding)
+
+
+@pytest.mark.parametrize("rows", [[1], {"embed_tokens": [1]}])
+def test_rows_of_quantized_embeddings_to_train_are_refused(rows):
+    model = llama()
+    lq.nn.quantize_model(model, NF4, embeddings=NF4)
+    with pytest.raises(InvalidArgumentError, match=r"trainable_token_indices .*embed_tokens.*embeddings=None"):
+        peft.get_peft_model(model, peft.LoraConfig(**LLAMA, trainable_token_indices=rows))
+
+
+def test_quantized_layers_are_no_cause_for_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Unsupported layer type")
+        peft.get_peft_model(llama(), peft.LoraConfig(**LLAMA))
 
 
 def test_other_methods_of_peft_refuse_quantized_layers():

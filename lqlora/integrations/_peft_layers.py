@@ -183,7 +183,7 @@ class QuantizedLoraLinear(_MergingIntoDense, LoraLinear):  # type: ignore[misc]
         if self.merged or self.disable_adapters or not adapters:
             return weight
         if not isinstance(layer, LQLinear):  # dequantized below its adapters
-            return weight + sum(self.get_delta_weight(name).to(weight) for name in adapters)
+            return torch.stack([weight, *(self.get_delta_weight(name).to(weight) for name in adapters)]).sum(dim=0)
         # W = Q + s B A + sum_i s_i B_i A_i, and a sum of products is the product of the factors side by side.
         lora_A = [layer.lora_A, *(self.lora_A[name].weight for name in adapters)]
         lora_B = [layer.scaling * layer.lora_B, *(self.scaling[name] * self.lora_B[name].weight for name in adapters)]

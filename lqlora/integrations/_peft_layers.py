@@ -113,7 +113,12 @@ class _MergingIntoDense:
         new = check_adapters_to_merge(self, adapter_names)
         if not new:
             return
-        layer = self._below[0] if self._below else cast("LQLinear", self.base_layer)
+        layer = self._below[0] if self._below else self.base_layer
+        if not isinstance(layer, LQLinear):
+            raise InvalidArgumentError(
+                f"adapters must be merged before dequantize_model, but {shown(new)} is over a layer that is dense now. Call unload, and "
+                "load the adapters again over the dense model."
+            )
         adapters = [*self.merged_adapters, *new]
         with torch.no_grad():
             weight, bias = self._merge_into(merged_weight(layer), layer.bias, adapters)

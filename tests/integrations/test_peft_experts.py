@@ -143,6 +143,8 @@ def test_adapters_stay_over_experts_that_are_dequantized():
     expected = _logits(model)
     lq.nn.dequantize_model(model)
     torch.testing.assert_close(_logits(model), expected, rtol=1e-3, atol=1e-4)
+    with pytest.raises(InvalidArgumentError, match=r"^adapters .*dequantize_model"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize(

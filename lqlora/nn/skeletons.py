@@ -119,9 +119,17 @@ def with_computed_buffers(model: nn.Module) -> Iterator[None]:
 def _computed(
     found: MetaTensors, initialize: Any, module: nn.Module, buffers: Iterable[torch.Tensor]
 ) -> dict[torch.Tensor, torch.Tensor]:
-    """Return the buffers of a module that a function computes."""
+    """Return the buffers of a module that a function computes. Other buffers keep their values."""
     results: list[dict[torch.Tensor, torch.Tensor]] = []
+    given = [
+        (own._buffers, key, tensor)  # noqa: SLF001 - of torch
+        for own in module.modules()
+        for key, tensor in own._buffers.items()  # noqa: SLF001
+        if tensor is not None and not tensor.is_meta
+    ]
     try:
+        for held, key, tensor in given:
+            held[key] = tensor.clone()  # the function would write into it
         # What is not computed keeps the number that it was filled with.
         for number in (0, 1):
             new = {old: torch.full_like(old, number, device="cpu") for old in buffers}
@@ -135,5 +143,7 @@ def _computed(
     finally:
         for old in buffers:
             found.put(old, old)
+        for held, key, tensor in given:
+            held[key] = tensor
     first, second = results
     return {old: own for old, own in first.items() if torch.equal(own, second[old])}

@@ -194,6 +194,16 @@ def test_buffers_that_nobody_computes_are_named(tmp_path, change):
     assert torch.equal(skeleton(IDS), _quantized()(IDS))
 
 
+def test_buffers_that_have_values_keep_them(tmp_path):
+    save_model(tmp_path / "model", _quantized())
+    skeleton = _skeleton()
+    skeleton.mask = given = torch.zeros(5, 1, dtype=torch.bool)
+    load_model(tmp_path / "model", skeleton)
+    assert skeleton.mask is given
+    assert not given.any()
+    assert torch.equal(skeleton.angles, Model().angles)
+
+
 def test_other_tensors_on_the_meta_device_are_named(tmp_path):
     save_model(tmp_path / "model", _quantized())
     skeleton = _skeleton()

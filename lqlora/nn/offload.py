@@ -165,7 +165,7 @@ class Fetch(NamedTuple):
         """Raise if the tensors have changed since, as autograd does for tensors that it has saved."""
         if self.versions != versions(self.hosts):
             raise InvalidArgumentError(
-                "codes and scales of an offloaded weight must not change while it is in use, and they were loaded or changed since "
+                "codes and scales of a quantized layer must not change while it is in use, and they were loaded or changed since "
                 "the forward pass. Run the forward pass again."
             )
 

@@ -161,7 +161,10 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         # torch would round other numbers to codes, and assign=True would change the dtypes that the format prescribes.
         is_assigned = local_metadata.get("assign_to_params_buffers", False)
-        for name, own in self._buffers.items():
+        frozen = {
+            name: own for name, own in self._parameters.items() if own is not None and not own.is_floating_point()
+        }
+        for name, own in {**self._buffers, **frozen}.items():
             given = state_dict.get(prefix + name)
             if own is None or given is None or given.dtype == own.dtype:
                 continue

@@ -157,3 +157,13 @@ def _gradients(model, ids):
     y = model(ids)
     trained = [own for own in model.parameters() if own.requires_grad]
     return [own.tolist() for own in (y, *torch.autograd.grad(y.square().sum(), trained))]
+
+
+def test_entries_of_another_dtype_are_not_rounded_to_codes():
+    model = _model()
+    lq.nn.quantize_model(model, FORMAT, rank=2)
+    lq.nn.make_shardable(model)
+    state = model.state_dict()
+    state["1.quantized.codes"] = state["1.quantized.codes"] + 0.4
+    with pytest.raises(RuntimeError, match=r"1\.quantized\.codes must be torch\.uint8"):
+        model.load_state_dict(state)

@@ -169,6 +169,9 @@ def quantize_model(
     Notes
     -----
     In a mapping from patterns, the name of a layer is preferred to patterns, and of several patterns the first one holds.
+
+    ``DistributedDataParallel`` does not send codes and scales. So the weights must be the same in all processes before this is called,
+    and weights that were drawn without a seed are not. No error is raised then, and each process trains another model.
     """
     require_dropout(dropout)
     refuse_distributed(model)

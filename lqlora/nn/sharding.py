@@ -18,8 +18,8 @@ __all__ = ["is_sharded", "keep_codes_local", "unlocked", "whole", "write_once"]
 #: Attribute of a module in which ``DistributedDataParallel`` finds the names of tensors that it does not send.
 _NOT_SENT = "_ddp_params_and_buffers_to_ignore"
 
-#: What wrappers put before names that also forward the attribute: none, torch.compile, and PEFT.
-_PREFIXES = ("", "_orig_mod.", "base_model.model.")
+#: What wrappers put before names that also forward the attribute: PEFT, with prompts alone as well, and torch.compile around any.
+_PREFIXES = tuple(outer + inner for outer in ("", "_orig_mod.") for inner in ("", "base_model.model.", "base_model."))
 
 
 class _NotSent:

@@ -82,7 +82,8 @@ class TestReplicas:
     def test_wrappers_that_forward_attributes(self):
         model = _model()
         lq.nn.quantize_model(model, FORMAT, rank=2)
-        for wrapped in _Forwarding("_orig_mod", model), _Forwarding("base_model", _Forwarding("model", model)):
+        adapted = _Forwarding("base_model", model), _Forwarding("base_model", _Forwarding("model", model))
+        for wrapped in (*adapted, *(_Forwarding("_orig_mod", own) for own in (model, *adapted))):
             assert _not_sent(wrapped) == _stored(wrapped)
             assert len(_stored(wrapped)) == 8
 

@@ -36,17 +36,17 @@ class Trellis(Codebook):
     state_bits : int
         Bits of a state, 4 to 16 and at least twice ``bits``.
 
-    Raises
-    ------
-    InvalidArgumentError
-        If a number is out of range.
-
     Attributes
     ----------
     levels : ndarray of float32, shape (2**state_bits,)
         Level of each state, read-only.
     boundaries : ndarray of float32, shape (0,)
         Empty.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a number is out of range.
 
     Examples
     --------

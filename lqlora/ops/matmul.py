@@ -71,6 +71,7 @@ def matmul_packed(x: Array, stored: PackedBlocks, out: Array) -> Array:
     require_writable(out, "out")
 
     def decode_rows(first: int, last: int, tile: Array) -> None:
+        """Decode a range of rows into a flat array."""
         codes, blocks = _within(first * columns, last * columns, bits, block_size)
         zeros = None if zero_points is None else zero_points[blocks]
         decode(stored._replace(packed=packed[codes], scales=scales[blocks], zero_points=zeros), tile)
@@ -146,6 +147,7 @@ def matmul_trellis(x: Array, stored: PackedTrellis, out: Array) -> Array:
         step = _rows_per_tile(rows, columns, block_size, _tile_size(x))
 
     def decode_rows(first: int, last: int, tile: Array) -> None:
+        """Decode a range of rows into a flat array."""
         if last - first == rows:
             decode_trellis(stored, tile)
             return

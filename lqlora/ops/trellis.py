@@ -235,7 +235,8 @@ def encode_trellis(
     Notes
     -----
     The Viterbi algorithm finds the best path through ``2**L`` states in about ``2**L`` steps a weight. The state in which
-    the circle is closed is taken from the best open path around the seam, and the second search starts and ends there.
+    the circle is closed is taken from the best open path around the seam, and the second search starts and ends there. Of a
+    sequence of at most ``L`` bits that state would leave no choice, so all its codes are tried.
 
     References
     ----------
@@ -390,7 +391,7 @@ def trellis_codes(rows: Array, importance: Array | None, levels: npt.NDArray[np.
     targets = xp.astype(xp.clip(rows, -_FARTHEST, _FARTHEST), xp.float32)
     weights = None if importance is None else xp.astype(importance, xp.float32)
     count, step = rows.shape[1], max(1, _SUMS // len(levels))
-    search = _enumerate if count * bits < len(levels).bit_length() - 1 - bits else _close
+    search = _enumerate if count * bits <= len(levels).bit_length() - 1 else _close
     found = [
         search(
             targets[i : min(i + step, rows.shape[0]), :],
@@ -413,7 +414,7 @@ def _errors(targets: Array, importance: Array | None, values: Array) -> Array:
 
 
 def _enumerate(targets: Array, importance: Array | None, levels: npt.NDArray[np.float32], bits: int) -> Array:
-    """Return the best codes of sequences so short that a state sees them more than once: try all."""
+    """Return the best codes of sequences of as many bits as a state or fewer: try all."""
     xp, count = namespace(targets), targets.shape[1]
     numbers = np.arange(2 ** (bits * count))[:, None]
     choices = xp.asarray(

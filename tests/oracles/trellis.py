@@ -38,7 +38,7 @@ def codes_of(targets: np.ndarray, book: Trellis) -> list[int]:
     """Return the codes of a sequence of normalized weights."""
     targets = np.clip(targets, -_FARTHEST, _FARTHEST).astype(np.float32)
     count, kept = len(targets), book.state_bits - book.bits
-    if count * book.bits < kept:
+    if count * book.bits <= book.state_bits:
         choices = [own[::-1] for own in itertools.product(range(len(book)), repeat=count)]
         return list(min(choices, key=lambda own: _error(targets, own, book)))
     around = max(1, min(count // 2, _CONTEXT))

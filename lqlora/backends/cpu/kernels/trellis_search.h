@@ -95,7 +95,7 @@ struct Paths {
 
     const TrellisEncoding& encoding;
     const int64_t kept, size, around, steps;
-    const bool is_short;  // a state would see codes more than once
+    const bool is_short;  // the bits that stay at the seam would leave little choice or none
     const bool keeps_sums;
     const int64_t choices;
     Buffer<float> targets, importance, sums, values;
@@ -104,7 +104,7 @@ struct Paths {
     Paths(const TrellisEncoding& own, int64_t own_size)
         : encoding(own), kept(int64_t{1} << (own.trellis.state_bits - kBits)), size(own_size),
           around(size < 2 ? 1 : least(size / 2, kContext)), steps(size > 2 * around ? size : 2 * around),
-          is_short(size * kBits < own.trellis.state_bits - kBits),
+          is_short(size * kBits <= own.trellis.state_bits),
           keeps_sums(!is_short && (steps + 1) * kept * kTogether <= kMostSums),
           choices(is_short ? int64_t{1} << size * kBits : 0), targets(size * kTogether), importance(size * kTogether),
           sums(is_short ? 0 : (keeps_sums ? steps + 1 : 2) * kept * kTogether), values(choices * size),

@@ -33,7 +33,15 @@ def least_error(row, book, importance=1.0):
 
 
 @pytest.mark.parametrize(
-    ("book", "count"), [(trellis(1, 4), 11), (trellis(2, 4), 5), (trellis(2, 5), 5), (trellis(1, 10), 8), (trellis(2), 4), (trellis(4), 2)]
+    ("book", "count"),
+    [
+        (trellis(1, 4), 11),
+        (trellis(2, 4), 5),
+        (trellis(2, 5), 5),
+        (trellis(1, 10), 8),
+        (trellis(2), 4),
+        (trellis(4), 2),
+    ],
 )
 def test_sequences_are_nearly_the_best_of_all(book, count):
     rows = normal(12, count)

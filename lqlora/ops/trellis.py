@@ -440,11 +440,11 @@ def _first_minimum(sums: Array) -> Array:
 def _close(targets: Array, importance: Array | None, levels: npt.NDArray[np.float32], bits: int) -> Array:
     """Return the codes of the best path from the state at the seam back to itself."""
     xp, count, table = namespace(targets), targets.shape[1], table_beside(levels, targets)
-    around = max(1, min(count // 2, _CONTEXT))
-    seam = [None if own is None else xp.concat([own[:, count - around :], own[:, :around]], axis=1)
-            for own in (targets, importance)]  # fmt: skip
+    # A short circle is walked around more than once.
+    around = xp.asarray(np.arange(-_CONTEXT, _CONTEXT) % count, device=device_of(targets))
+    seam = [None if own is None else pick(own, around, axis=1) for own in (targets, importance)]
     _, survivors = _best_path(seam[0], seam[1], table, bits, None)
-    start = survivors[around - 1]
+    start = survivors[_CONTEXT - 1]
     return _best_path(targets, importance, table, bits, start)[0]
 
 

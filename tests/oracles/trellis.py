@@ -41,9 +41,8 @@ def codes_of(targets: np.ndarray, book: Trellis) -> list[int]:
     if count * book.bits <= book.state_bits:
         choices = [own[::-1] for own in itertools.product(range(len(book)), repeat=count)]
         return list(min(choices, key=lambda own: _error(targets, own, book)))
-    around = max(1, min(count // 2, _CONTEXT))
-    seam = _path(np.concatenate([targets[count - around :], targets[:around]]), book, None)
-    return [state >> kept for state in _path(targets, book, seam[around - 1] >> book.bits)]
+    seam = _path(np.array([targets[index % count] for index in range(-_CONTEXT, _CONTEXT)]), book, None)
+    return [state >> kept for state in _path(targets, book, seam[_CONTEXT - 1] >> book.bits)]
 
 
 def _error(targets: np.ndarray, codes: Sequence[int], book: Trellis) -> np.float32:

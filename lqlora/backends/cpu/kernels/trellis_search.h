@@ -103,7 +103,7 @@ struct Paths {
 
     Paths(const TrellisEncoding& own, int64_t own_size)
         : encoding(own), kept(int64_t{1} << (own.trellis.state_bits - kBits)), size(own_size),
-          around(size < 2 ? 1 : least(size / 2, kContext)), steps(size > 2 * around ? size : 2 * around),
+          around(kContext), steps(size > 2 * around ? size : 2 * around),
           is_short(size * kBits <= own.trellis.state_bits),
           keeps_sums(!is_short && (steps + 1) * kept * kTogether <= kMostSums),
           choices(is_short ? int64_t{1} << size * kBits : 0), targets(size * kTogether), importance(size * kTogether),
@@ -160,7 +160,8 @@ struct Paths {
     }
 
 private:
-    int64_t near_seam(int64_t t) const { return t < around ? size - around + t : t - around; }
+    // A short circle is walked around more than once.
+    int64_t near_seam(int64_t t) const { return (t - around + size * kContext) % size; }
 
     float* best(int64_t t) const { return sums.data + (keeps_sums ? t : t & 1) * kept * kTogether; }
 

@@ -133,7 +133,7 @@ def trellis(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     and 0.0054 for 1 to 4 bits, at 12 bits 0.075 and 0.019 for 2 and 3. Fitted scalar levels leave 0.117, 0.034 and 0.0095 at 2 to 4 bits.
 
     Short blocks lose this gain, since few sequences close the circle: the error of 2 bits is 0.08 with 32 weights a scale,
-    about 0.1 with 16 and 0.2 with 8. A block of one weight has only ``2**bits`` levels, and for 1 bit none near to it. A
+    0.09 with 16 and 0.17 with 8. A block of one weight has only ``2**bits`` levels, and for 1 bit none near to it. A
     block at the end of a line is as short as what is left of the line, so choose a block size that divides its length.
 
     References

@@ -31,7 +31,7 @@ MODULES = (
 #: Classes that hold what they are given, and compute nothing.
 RECORDS = {
     "BitsandbytesWeight", "Checkpoint", "Factors", "Decomposition", "DecompositionStack", "LowRank", "LowRankStep", "Operands",
-    "PackedBlocks", "QuantizedArray", "Scales", "StoredMatrix", "AbstractWeighting", "ScaledWeighting", "Quantizer",
+    "PackedBlocks", "PackedTrellis", "QuantizedArray", "Scales", "StoredMatrix", "AbstractWeighting", "ScaledWeighting", "Quantizer",
 }  # fmt: skip
 
 #: Called by torch, which checks their arguments itself.

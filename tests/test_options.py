@@ -187,7 +187,7 @@ CALLS = {
     "dynamic8": (lq.dynamic8, {}),
     "normal_float": (lq.normal_float, {"bits": 4}),
     "Trellis": (lq.codebooks.Trellis, {"bits": 2, "state_bits": 8}),
-    "trellis": (lq.codebooks.trellis, {"bits": 2, "state_bits": 8}),
+    "trellis_code": (lq.codebooks.trellis_code, {"bits": 2, "state_bits": 8}),
     "student_float": (lq.student_float, {"bits": 4}),
     "affine": (lq.affine, {"bits": 4}),
     "uniform": (lq.uniform, {"bits": 4}),

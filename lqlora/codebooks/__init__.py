@@ -24,7 +24,7 @@ from lqlora.codebooks.normal import NF4, normal_float
 from lqlora.codebooks.optimal import block_optimal
 from lqlora.codebooks.small_floats import FP4_BNB, fp4, small_float
 from lqlora.codebooks.student import student_float
-from lqlora.codebooks.trellis import Trellis, trellis
+from lqlora.codebooks.trellis import Trellis, trellis_code
 
 __all__ = [
     "AF4",
@@ -49,6 +49,6 @@ __all__ = [
     "normal_float",
     "small_float",
     "student_float",
-    "trellis",
+    "trellis_code",
     "uniform",
 ]

@@ -16,7 +16,7 @@ from lqlora.codebooks.normal import normal_float
 from lqlora.codebooks.optimal import block_optimal
 from lqlora.codebooks.small_floats import FP4_BNB, fp4, small_float
 from lqlora.codebooks.student import student_float
-from lqlora.codebooks.trellis import trellis
+from lqlora.codebooks.trellis import trellis_code
 from lqlora.errors import FormatError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ _FAMILIES = (
     ),
     _Family("sf2…sf8", f"sf{_DIGIT}", student_float),
     _Family("sf{bits}-{degrees of freedom}", f"sf{_DIGIT}-{_NUMBER}", student_float),
-    _Family("tcq1…tcq4", f"tcq{_DIGIT}", trellis),
-    _Family("tcq{bits}-{state bits}", f"tcq{_DIGIT}-{_NUMBER}", trellis),
+    _Family("tcq1…tcq4", f"tcq{_DIGIT}", trellis_code),
+    _Family("tcq{bits}-{state bits}", f"tcq{_DIGIT}-{_NUMBER}", trellis_code),
 )
 
 

@@ -13,7 +13,7 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["Trellis", "trellis"]
+__all__ = ["Trellis", "trellis_code"]
 
 #: Bits of a state where the name does not say them.
 _STATE_BITS = 10
@@ -23,7 +23,7 @@ _SPREAD = {1: 0.88, 2: 1.04, 3: 1.08, 4: 1.12}
 
 
 class Trellis(Codebook):
-    """Levels of the states of a trellis, in the order of the states. Made by :func:`trellis`.
+    """Levels of the states of a trellis, in the order of the states. Made by :func:`trellis_code`.
 
     A code adds its bits to the state of the weight before it, and the new state chooses the level. So a level is not
     found by rounding: there are no boundaries, and the nearest sequence is searched. The scale of a block is its root
@@ -50,7 +50,7 @@ class Trellis(Codebook):
 
     Examples
     --------
-    >>> trellis(2).levels.shape, len(trellis(2)), trellis(2).normalization
+    >>> trellis_code(2).levels.shape, len(trellis_code(2)), trellis_code(2).normalization
     ((1024,), 4, 'rms')
     """
 
@@ -89,7 +89,7 @@ class Trellis(Codebook):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the two numbers."""
-        return trellis, (self.bits, self.state_bits)
+        return trellis_code, (self.bits, self.state_bits)
 
 
 def _computed_levels(bits: int, state_bits: int) -> npt.NDArray[np.float32]:
@@ -105,7 +105,7 @@ def _computed_levels(bits: int, state_bits: int) -> npt.NDArray[np.float32]:
 
 
 @cached(64)
-def trellis(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
+def trellis_code(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     """Return the codebook of trellis-coded quantization.
 
     Parameters
@@ -145,7 +145,7 @@ def trellis(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     --------
     >>> import numpy as np, lqlora as lq
     >>> w = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
-    >>> q = lq.quantize(w, lq.BlockFormat(trellis(2), 64))
+    >>> q = lq.quantize(w, lq.BlockFormat(trellis_code(2), 64))
     >>> str(q.format), bool(np.mean((lq.dequantize(q) - w) ** 2) < 0.09)
     ('tcq2/64:float32', True)
     """

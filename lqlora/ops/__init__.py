@@ -38,7 +38,7 @@ from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared
 from lqlora.ops.slices import copy_across, put_flat, take_flat
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
 from lqlora.ops.tables import pick, table_beside
-from lqlora.ops.trellis import SEQUENCE, PackedTrellis, decode_trellis, encode_trellis, trellis_codes, trellis_values
+from lqlora.ops.trellis import SEQUENCE, PackedTrellis, decode_trellis, encode_trellis
 
 __all__ = [
     "SEQUENCE",
@@ -95,8 +95,6 @@ __all__ = [
     "table_beside",
     "take_flat",
     "to_blocks",
-    "trellis_codes",
-    "trellis_values",
     "unpack_codes",
     "values_by_row",
     "wide_errors",

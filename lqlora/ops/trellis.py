@@ -144,14 +144,24 @@ class PackedTrellis(NamedTuple):
         InvalidArgumentError
             If the numbers of bytes or scales differ, the levels are not a power of two, or lines do not divide the weights.
         """
-        packed, scales, levels, bits, _, _ = self
-        _require_trellis(levels, bits)
+        packed, scales, bits = self.packed, self.scales, self.bits
+        _require_trellis(self.levels, bits)
         blocks = _blocks(count, self.block_size, self.length)
         if packed.shape != (packed_size(count, bits),) or scales.shape != (blocks,):
             raise InvalidArgumentError(
                 f"stored must hold {count} codes of {bits} bits and {blocks} scales, got packed and scales of shapes "
                 f"{tuple(packed.shape)} and {tuple(scales.shape)}."
             )
+
+    def table(self) -> npt.NDArray[np.float32]:
+        """Return the levels in the dtype and byte order that kernels and look-ups take.
+
+        Returns
+        -------
+        ndarray of float32, shape (2**L,)
+            The levels.
+        """
+        return np.ascontiguousarray(self.levels, dtype=np.float32)
 
 
 def _require_trellis(levels: npt.NDArray[np.float32], bits: int) -> None:
@@ -304,10 +314,11 @@ def decode_trellis(stored: PackedTrellis, out: Array) -> Array:
     >>> decode_trellis(PackedTrellis(packed, scales, levels, 1, 64, 3), np.empty(3, dtype=np.float32)).tolist()
     [0.5, 1.5, -0.5]
     """
-    packed, scales, levels, bits, block_size, length = stored
+    packed, scales, _, bits, block_size, length = stored
     xp, count = namespace(packed, scales, out), math.prod(out.shape)
     stored.require_fit(count)
     require_writable(out, "out")
+    levels = stored.table()
     groups, places = _groups(count, block_size, length)
     if not groups:
         return out

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.codebooks import Trellis, by_name, is_standard, trellis
+from lqlora.codebooks import Trellis, by_name, is_standard, trellis_code
 from lqlora.errors import FormatError, InvalidArgumentError
 
 
@@ -17,7 +17,7 @@ from lqlora.errors import FormatError, InvalidArgumentError
 def test_names_say_the_bits(name, bits, state_bits):
     book = by_name(name)
     assert isinstance(book, Trellis)
-    assert book == trellis(bits, state_bits)
+    assert book == trellis_code(bits, state_bits)
     assert (book.bits, book.state_bits, book.name) == (bits, state_bits, name)
     assert (len(book), book.levels.shape, book.boundaries.shape) == (2**bits, (2**state_bits,), (0,))
     assert (book.normalization, book.widest) == ("rms", 1.0)
@@ -27,20 +27,20 @@ def test_names_say_the_bits(name, bits, state_bits):
 def test_levels_are_the_computed_code_of_qtip():
     # One state by hand: 1 * 34038481 + 76625530 = 110664011 = 0x0698994B, whose bytes sum to 6 + 152 + 153 + 75.
     level = np.float32(6 + 152 + 153 + 75 - 510) * np.float32(1.04 / 147.8)
-    assert trellis(2).levels[1] == level
+    assert trellis_code(2).levels[1] == level
     for state_bits in (8, 12, 16):
-        levels = trellis(2, state_bits).levels.astype(np.float64) / 1.04
+        levels = trellis_code(2, state_bits).levels.astype(np.float64) / 1.04
         assert abs(levels.mean()) < 0.1
         assert levels.std() == pytest.approx(1, abs=0.05)
 
 
 def test_two_of_the_same_numbers_are_equal():
-    book = trellis(2)
+    book = trellis_code(2)
     assert pickle.loads(pickle.dumps(book)) == book
     assert copy.deepcopy(book) == book
     assert Trellis(2, 10) == book
     assert hash(Trellis(2, 10)) == hash(book)
-    assert trellis(1, 8) != trellis(2, 8)
+    assert trellis_code(1, 8) != trellis_code(2, 8)
     assert not book.levels.flags.writeable
 
 
@@ -49,9 +49,9 @@ def test_two_of_the_same_numbers_are_equal():
 )
 def test_numbers_out_of_range_are_refused(arguments, words):
     with pytest.raises(InvalidArgumentError, match=words):
-        trellis(*arguments)
+        trellis_code(*arguments)
 
 
 def test_levels_of_states_are_not_fitted():
     with pytest.raises(FormatError, match="those of states"):
-        lq.BlockFormat(trellis(2), 64, levels="matrix")
+        lq.BlockFormat(trellis_code(2), 64, levels="matrix")

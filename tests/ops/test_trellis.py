@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lqlora.codebooks import trellis
+from lqlora.codebooks import trellis_code
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops import (
     SEQUENCE,
@@ -13,10 +13,9 @@ from lqlora.ops import (
     decode_trellis,
     encode_trellis,
     matmul_trellis,
-    trellis_codes,
-    trellis_values,
     unpack_codes,
 )
+from lqlora.ops.trellis import trellis_codes, trellis_values
 from tests.oracles import trellis as oracle
 from tests.strategies import host, on
 
@@ -35,12 +34,12 @@ def least_error(row, book, importance=1.0):
 @pytest.mark.parametrize(
     ("book", "count"),
     [
-        (trellis(1, 4), 11),
-        (trellis(2, 4), 5),
-        (trellis(2, 5), 5),
-        (trellis(1, 10), 8),
-        (trellis(2), 4),
-        (trellis(4), 2),
+        (trellis_code(1, 4), 11),
+        (trellis_code(2, 4), 5),
+        (trellis_code(2, 5), 5),
+        (trellis_code(1, 10), 8),
+        (trellis_code(2), 4),
+        (trellis_code(4), 2),
     ],
 )
 def test_sequences_are_nearly_the_best_of_all(book, count):
@@ -55,7 +54,9 @@ def test_sequences_are_nearly_the_best_of_all(book, count):
         np.testing.assert_allclose(errors, best, rtol=1e-5)
 
 
-@pytest.mark.parametrize("book", [trellis(1, 4), trellis(2, 5), trellis(3, 8)], ids=lambda book: book.name)
+@pytest.mark.parametrize(
+    "book", [trellis_code(1, 4), trellis_code(2, 5), trellis_code(3, 8)], ids=lambda book: book.name
+)
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_states_are_windows_of_the_circular_stream(xp, book, count):
     codes = np.random.default_rng(0).integers(0, len(book), (4, count)).astype(np.uint8)
@@ -63,7 +64,9 @@ def test_states_are_windows_of_the_circular_stream(xp, book, count):
     assert found.tolist() == [[float(value) for value in oracle.values_of(row.tolist(), book)] for row in codes]
 
 
-@pytest.mark.parametrize("book", [trellis(1, 4), trellis(2, 5), trellis(3, 8)], ids=lambda book: book.name)
+@pytest.mark.parametrize(
+    "book", [trellis_code(1, 4), trellis_code(2, 5), trellis_code(3, 8)], ids=lambda book: book.name
+)
 @pytest.mark.parametrize("count", [1, 2, 9, 70, SEQUENCE])
 def test_codes_equal_the_oracle(xp, book, count):
     rows = normal(2, count) * np.float32(1.5)
@@ -73,7 +76,7 @@ def test_codes_equal_the_oracle(xp, book, count):
 
 @pytest.mark.parametrize(("length", "block_size"), [(130, 64), (70, 7), (600, 600), (300, 260), (64, 64)])
 def test_each_sequence_is_coded_by_itself(xp, length, block_size):
-    book = trellis(2, 5)
+    book = trellis_code(2, 5)
     flat, per_line = normal(2 * length), -(-length // block_size)
     scales = np.abs(normal(2 * per_line, seed=1)) + np.float32(0.5)
     options = book.levels, book.bits, block_size, length
@@ -96,7 +99,7 @@ def test_each_sequence_is_coded_by_itself(xp, length, block_size):
 
 
 def test_what_is_important_has_less_error(xp):
-    book, rows = trellis(2, 6), normal(40, 32)
+    book, rows = trellis_code(2, 6), normal(40, 32)
     importance = np.where(np.arange(32) < 8, 20, 1).astype(np.float32) * np.ones_like(rows)
     errors = []
     for own in (None, on(xp, importance)):
@@ -108,7 +111,7 @@ def test_what_is_important_has_less_error(xp):
 
 
 def test_the_importance_of_a_short_sequence_counts(xp):
-    book, rows = trellis(1, 10), normal(6, 8)
+    book, rows = trellis_code(1, 10), normal(6, 8)
     importance = np.random.default_rng(1).random((6, 8)).astype(np.float32)
     codes = trellis_codes(on(xp, rows), on(xp, importance), book.levels, book.bits)
     found = host(trellis_values(codes, book.levels, book.bits)).astype(np.float64)
@@ -119,7 +122,7 @@ def test_the_importance_of_a_short_sequence_counts(xp):
 
 
 def test_a_block_without_a_scale_becomes_zeros(xp):
-    book, scales = trellis(2), np.array([0.0, 1.0], dtype=np.float32)
+    book, scales = trellis_code(2), np.array([0.0, 1.0], dtype=np.float32)
     packed = encode_trellis(on(xp, normal(32)), on(xp, scales), None, book.levels, 2, 16, 32)
     stored = PackedTrellis(packed, on(xp, scales), book.levels, 2, 16, 32)
     decoded = host(decode_trellis(stored, on(xp, np.ones(32, dtype=np.float32))))
@@ -128,7 +131,7 @@ def test_a_block_without_a_scale_becomes_zeros(xp):
 
 
 def test_nothing_becomes_nothing(xp):
-    book, none = trellis(2), on(xp, np.zeros(0, dtype=np.float32))
+    book, none = trellis_code(2), on(xp, np.zeros(0, dtype=np.float32))
     assert encode_trellis(none, none, None, book.levels, 2, 16, 0).shape == (0,)
     assert trellis_codes(on(xp, np.zeros((0, 5), dtype=np.float32)), None, book.levels, 2).shape == (0, 5)
     packed = on(xp, np.zeros(0, dtype=np.uint8))
@@ -136,7 +139,7 @@ def test_nothing_becomes_nothing(xp):
 
 
 def test_far_weights_do_not_overflow(xp):
-    book = trellis(2)
+    book = trellis_code(2)
     rows = np.array([[3e38, -3e38, 1e30, 0, 1, -1, 2, 3]], dtype=np.float32)
     codes = trellis_codes(on(xp, rows), None, book.levels, 2)
     found = host(trellis_values(codes, book.levels, 2))
@@ -156,7 +159,7 @@ def test_far_weights_do_not_overflow(xp):
     ],
 )
 def test_wrong_shapes_are_refused(changes, words):
-    given = {"flat": normal(32), "scales": np.ones(2, np.float32), "importance": None, "levels": trellis(2, 5).levels,
+    given = {"flat": normal(32), "scales": np.ones(2, np.float32), "importance": None, "levels": trellis_code(2, 5).levels,
              "bits": 2, "block_size": 16, "length": 32}  # fmt: skip
     encode_trellis(**given)
     with pytest.raises(InvalidArgumentError, match=words):
@@ -164,7 +167,7 @@ def test_wrong_shapes_are_refused(changes, words):
 
 
 def test_stored_arrays_of_another_size_are_refused():
-    stored = PackedTrellis(np.zeros(8, np.uint8), np.ones(2, np.float32), trellis(2, 5).levels, 2, 16, 32)
+    stored = PackedTrellis(np.zeros(8, np.uint8), np.ones(2, np.float32), trellis_code(2, 5).levels, 2, 16, 32)
     decode_trellis(stored, np.empty(32, np.float32))
     for changes in ({"packed": np.zeros(7, np.uint8)}, {"scales": np.ones(1, np.float32)}):
         with pytest.raises(InvalidArgumentError, match="stored must hold"):

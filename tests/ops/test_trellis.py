@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+import lqlora as lq
 from lqlora.codebooks import trellis_code
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops import (
@@ -172,3 +173,17 @@ def test_stored_arrays_of_another_size_are_refused():
     for changes in ({"packed": np.zeros(7, np.uint8)}, {"scales": np.ones(1, np.float32)}):
         with pytest.raises(InvalidArgumentError, match="stored must hold"):
             decode_trellis(stored._replace(**changes), np.empty(32, np.float32))
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(65, "rows"), (64, "whole"), (64, "pairs of rows")])
+def test_large_matrices_are_decoded_a_few_rows_at_a_time(columns, lines):
+    book, rows, rng = trellis_code(2, 5), 10_000, np.random.default_rng(0)
+    length = {"rows": columns, "whole": rows * columns, "pairs of rows": 2 * columns}[lines]
+    packed = rng.integers(0, 256, rows * columns // 4).astype(np.uint8)
+    scales = rng.random(rows * columns // length * -(-length // 64)).astype(np.float32)
+    stored = PackedTrellis(packed, scales, book.levels, 2, 64, length)
+    dense = decode_trellis(stored, np.empty(rows * columns, dtype=np.float32)).reshape(rows, columns)
+    x = normal(2, columns)
+    with lq.forced("reference"):
+        found = matmul_trellis(x, stored, np.empty((2, rows), dtype=np.float32))
+    np.testing.assert_allclose(found, x @ dense.T, rtol=1e-4, atol=1e-4)

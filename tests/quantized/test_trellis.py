@@ -9,6 +9,7 @@ import lqlora as lq
 from lqlora import BlockFormat, dequantize, gptq, quantize
 from lqlora.errors import FormatError, InvalidArgumentError, NonFiniteError, ScaleUnderflowWarning
 from lqlora.quantized._rows import decode_rows
+from lqlora.quantized.rounding_sample import RoundingSample
 from tests.quantized.cases import normal, restored
 from tests.strategies import host, on
 
@@ -104,6 +105,13 @@ def test_inputs_that_have_nothing_to_do_with_each_other_give_nearest_rounding(fa
     w, fmt = normal(12, 20), BlockFormat.parse("tcq2-6/5@0:u8/8:float32")
     q = gptq(on(fast_xp, w), fmt, on(fast_xp, 3 * np.eye(20)), fit="scale")
     assert restored(q).tolist() == restored(quantize(w, fmt, fit="scale")).tolist()
+
+
+@pytest.mark.parametrize("text", ["tcq2-6/16:float32", "tcq2-4/300:float32"])
+def test_a_sample_estimates_the_error(text):
+    w, fmt = normal(30, 80), BlockFormat.parse(text)
+    estimate = RoundingSample(w, fmt).rounded(fmt).squared_error
+    assert estimate == pytest.approx(np.sum((restored(quantize(w, fmt)) - w) ** 2), rel=1e-4)
 
 
 def test_stacks_and_float64_and_strides():

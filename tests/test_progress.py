@@ -257,7 +257,8 @@ def test_an_interrupt_erases_the_bar(terminal):
 @pytest.mark.slow
 def test_a_signal_leaves_a_real_terminal_whole():
     code = """
-import time, numpy as np, lqlora as lq
+import signal, time, numpy as np, lqlora as lq
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background, it is ignored
 def load():
     time.sleep(0.3)
     return np.ones((8, 16), np.float32)

@@ -79,7 +79,9 @@ def test_most_blocks_of_normal_weights_gain(fast_xp, text, weighted):
     own, other = (np.array(block_errors(w, q, importance)) for q in (fitted, plain))
     # With few codes of scales, the neighbors of the first choice are seldom better.
     assert (own < other).mean() > (0.4 if isinstance(fmt.scales, str) else 0.1)
-    assert own.sum() < (0.99 if isinstance(fmt.scales, str) else 0.999) * other.sum()
+    # The first scale of a long block of trellis codes is close to the best.
+    gain = 0.995 if fmt.codebook.normalization == "rms" else 0.99
+    assert own.sum() < (gain if isinstance(fmt.scales, str) else 0.999) * other.sum()
 
 
 @pytest.mark.parametrize("scales", SCALES)

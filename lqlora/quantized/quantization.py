@@ -284,8 +284,8 @@ def matmul(
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, shape (..., n)
-        Inputs. For a stack the shape is (*batch, ..., rows, n).
-    q : QuantizedArray of shape (m, n), or a stack of shape (*batch, m, n)
+        Inputs. For a stack the shape is (batch, ..., rows, n), where batch stands for its batch dimensions.
+    q : QuantizedArray of shape (m, n), or a stack of shape (batch, m, n)
         Quantized weight, or one for each expert.
     lora_A, lora_B : array of the dtype of ``x`` or of float32, shape (rank, n) and (m, rank), optional
         Low-rank factors, both or neither. For a stack they have its batch dimensions in front.

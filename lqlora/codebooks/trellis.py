@@ -130,7 +130,8 @@ def trellis_code(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     Notes
     -----
     Mean squared error on normal weights with 64 of them a scale, of variance 1: at 10 bits of state 0.29, 0.078, 0.021
-    and 0.0054 for 1 to 4 bits, at 12 bits 0.075 and 0.019 for 2 and 3. Fitted scalar levels leave 0.117, 0.034 and 0.0095 at 2 to 4 bits.
+    and 0.0054 for 1 to 4 bits, at 12 bits 0.075 and 0.019 for 2 and 3. The
+    best scalar levels leave 0.117, 0.035 and 0.0095 at 2 to 4 bits (Max, 1960).
 
     Short blocks lose this gain, since few sequences close the circle: the error of 2 bits is 0.08 with 32 weights a scale,
     0.09 with 16 and 0.17 with 8. A block of one weight has only ``2**bits`` levels, and for 1 bit none near to it. A

@@ -46,21 +46,13 @@ def encode_sequences(dense: Array, layout: Layout, scales: Array, importance: Ar
     packed = xp.zeros((ops.packed_size(layout.count, layout.bits),), dtype=xp.uint8, device=device_of(dense))
     for weights, blocks in layout.aligned_blocks(piece_size(dense)):
         flat = ops.take_flat(dense, weights.start, weights.stop)
-        own = None if importance is None else _relative(ops.take_flat(importance, weights.start, weights.stop))
+        own = None
+        if importance is not None:
+            own = xp.astype(ops.widen(ops.take_flat(importance, weights.start, weights.stop)), xp.float32, copy=False)
         packed[layout.bytes_of(weights)] = ops.encode_trellis(
             flat, scales[blocks], own, layout.codebook.levels, layout.bits, layout.block_size, _length(layout, weights)
         )
     return packed
-
-
-def _relative(importance: Array) -> Array:
-    """Return importance divided by its largest value, as float32; all ones if it is zero."""
-    xp = namespace(importance)
-    wide = ops.widen(importance)
-    largest = xp.max(wide)
-    if not float(largest):
-        return xp.ones_like(wide, dtype=xp.float32)
-    return xp.astype(wide / largest, xp.float32)
 
 
 def _length(layout: Layout, weights: slice) -> int:

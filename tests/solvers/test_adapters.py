@@ -91,6 +91,15 @@ def test_a_time_limit_gives_a_valid_bound_with_or_without_an_incumbent(solver):
         assert evaluate(problem, reduced.assignment(raw.x))[2] == []
 
 
+def test_no_time_limit_makes_a_problem_infeasible(solver):
+    problem = larger_problem(0, 60, 24)
+    reduced = reduce_problem(problem)
+    for limit in np.geomspace(5e-4, 1e-2, 12):  # from before the first phase of a solver to after its preprocessing
+        raw = registry.find(solver).solve(reduced, SolveOptions(time_limit=float(limit), rel_gap=0.0))
+        assert raw.stopped in (StopReason.TIME_LIMIT, StopReason.GAP), limit
+        assert raw.bound < np.inf, limit
+
+
 def test_the_solution_names_solver_version_and_message(solver):
     found = solve(Problem([[1.0]], [[1]], budgets=[Budget(upper=1)]), solver)
     assert (found.solver.split("+")[0], found.stopped) == (solver, StopReason.GAP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import process_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,11 +75,16 @@ def solve(reduced: Reduced, options: SolveOptions) -> RawResult:
     solver.numberThreads = 0 if options.threads == 1 else options.threads  # 0 selects the search without threads
     if options.time_limit is not None:
         solver.maximumSeconds = float(options.time_limit)
+    start = process_time()
     solver.solve()
+    elapsed = process_time() - start
     word = str(solver.status)
     if word not in _STOPPED:
         raise SolverError(f"solver 'cbc' failed: {word}.")
     if _STOPPED[word] is StopReason.INFEASIBLE:
+        if options.time_limit is not None and elapsed >= options.time_limit:
+            # Trap: a limit that falls into CBC's preprocessing also ends with "problem proven infeasible".
+            return RawResult(None, -np.inf, word, StopReason.TIME_LIMIT)
         return RawResult(None, np.inf, word, StopReason.INFEASIBLE)
     holds = solver.objectiveValue < _NO_OBJECTIVE
     x = np.array(solver.primalVariableSolution, dtype=np.float64) if holds else None

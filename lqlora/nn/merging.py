@@ -215,7 +215,8 @@ def require_replaceable(
     Raises
     ------
     InvalidArgumentError
-        If a layer has a forward method of its own, computes its factors, or is held by something that is not a module.
+        If a layer has a forward method of its own, computes its factors, is held by something that is not a module, or is
+        shared out to several processes.
     """
     held = find_holders(dict(model.named_modules()), layers.values())
     for name, layer in layers.items():
@@ -225,6 +226,8 @@ def require_replaceable(
             fault = f"computes its factors from {printable(list_names(sorted(further)))}. Make them parameters first"
         elif layer in held:
             fault = f"is also held by {held[layer]}, which would keep the quantized layer. Look the layer up when you call it"
+        elif is_sharded(layer.parameters()):
+            fault = "is shared out to several processes. Convert the model before fully_shard"
         else:
             continue
         raise InvalidArgumentError(f"model must have layers that can be replaced, but {printable(name)!r} {fault}.")

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lqlora._annotations import annotated
 from lqlora._patterns import as_patterns, list_names, predicate_of_any, shown_patterns
+from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead
 from lqlora.nn.experts import ExpertMatrix, find_stacks, split_stacks
@@ -158,6 +160,15 @@ def refuse_distributed(model: nn.Module) -> None:
         )
 
 
+def _refuse_lazy(modules: Mapping[str, nn.Module]) -> None:
+    """Raise if a module has no parameters before its first call, as ``torch.nn.LazyLinear``."""
+    for name, module in modules.items():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise InvalidArgumentError(
+                f"model must have all its parameters, but {printable(name)!r} makes its own in its first call. Call the model once first."
+            )
+
+
 def _inner(model: nn.Module) -> nn.Module | None:
     """Return the model directly inside a wrapper, or None."""
     children = model._modules  # noqa: SLF001 - a compiled model forwards other attributes to the model inside
@@ -191,6 +202,7 @@ class LinearMaps:
         self.model = unwrapped(model)
         self._to_fill = to_fill
         self.modules = dict(self.model.named_modules())
+        _refuse_lazy(self.modules)
         self.dense_tables: dict[str, DenseReason] = {}
         self.layers = {name: m for name, m in self.modules.items() if is_linear_map(m)}
         self.stacks = find_stacks(self.modules)
@@ -228,7 +240,14 @@ class LinearMaps:
 
     @functools.cached_property
     def _shared(self) -> dict[nn.Module, str]:
-        return _shared_weights(self._uses)
+        arrays = ((stack, self._uses[_memory(getattr(stack.owner, stack.key))]) for stack in self.stacks)
+        experts = {
+            matrix: next(other for _, other in uses if other != stack.name)
+            for stack, uses in arrays
+            if len(uses) > 1
+            for matrix in stack.matrices.values()
+        }
+        return _shared_weights(self._uses) | experts
 
     @functools.cached_property
     def _uses(self) -> dict[Any, list[tuple[nn.Module, str]]]:
@@ -339,7 +358,8 @@ class LinearMaps:
             Group of the layer that the tensor belongs to, or the kind of the tensor.
         """
         owner, _, own = parameter.rpartition(".")
-        if reason := self.faults.get(owner) or self.roles.get(owner) or self.dense_tables.get(owner):
+        of_layer = self.faults.get(owner) or self.roles.get(owner) or self.dense_tables.get(owner)
+        if reason := of_layer or self.roles.get(f"{parameter}.0"):  # an array of experts has the role of its matrices
             return reason.group
         module = self.modules.get(owner)
         quantized = LQLinear, QuantizedEmbedding, QuantizedHead

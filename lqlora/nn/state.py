@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lqlora import ops
 from lqlora._annotations import annotated
@@ -113,6 +114,8 @@ def _require_storable(state: Mapping[str, Any]) -> None:
     for name, own in state.items():
         if not isinstance(own, torch.Tensor) or name.endswith("_extra_state"):
             fault = "is extra state of a module, which files do not store. Save it beside the file"
+        elif is_lazy(own):
+            fault = "is made by the first call of its module. Call the model once"
         elif own.is_meta:
             fault = "is on the meta device and holds no values. Load it first"
         elif own.layout != torch.strided:

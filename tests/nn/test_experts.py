@@ -142,6 +142,15 @@ class TestSelection:
         assert list(select_linears(model, include)) == expected
         assert set(select_linears(model, exclude=include)) == {"inner", *UP, *DOWN} - set(expected)
 
+    def test_experts_in_an_array_that_two_modules_share_are_left_dense(self, model):
+        model.other = type(model.experts)(model.config)
+        model.other.up_proj = model.experts.up_proj
+        other = [f"other.down_proj.{index}" for index in range(EXPERTS)]
+        assert list(select_linears(model)) == ["inner", *DOWN, *other]
+        report = quantize_model(model, NF8, rank=1)
+        assert report.dense["shared weights"].size == model.experts.up_proj.numel()
+        assert model.other.up_proj is model.experts.up_proj
+
     def test_experts_of_unknown_classes_are_left_dense(self, model):
         del model.experts.is_concatenated
         assert list(select_linears(model)) == ["inner"]

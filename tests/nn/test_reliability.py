@@ -314,6 +314,26 @@ def test_a_layer_whose_bias_holds_no_values_is_left_dense():
     assert list(select_linears(model)) == ["up"]
 
 
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("step", ["quantize", "gram", "fisher", "load", "save"])
+def test_modules_without_parameters_before_their_first_call_are_refused_by_name(step, tmp_path):
+    steps = {
+        "quantize": lambda model: quantize_model(model, NF4, rank=2),
+        "gram": lambda model: collect_gram(model, [torch.zeros(2, WIDTH)]),
+        "fisher": lambda model: collect_fisher(model, [torch.zeros(2, WIDTH)], loss=squared),
+        "load": lambda model: load_model(tmp_path / "model", model),
+        "save": lambda model: save_model(tmp_path / "other", model),
+    }
+    model = _plain()
+    save_model(tmp_path / "model", model)
+    model.lazy = nn.LazyLinear(3)
+    with pytest.raises(InvalidArgumentError, match=r"'lazy.*call"):
+        steps[step](model)
+    model.lazy(torch.zeros(2, WIDTH))
+    if step in ("quantize", "save"):
+        steps[step](model)
+
+
 def _plain(seed=0):
     torch.manual_seed(seed)
     model = Sandwich(linear())

@@ -168,3 +168,22 @@ def test_entries_of_another_dtype_are_not_rounded_to_codes():
     state["1.quantized.codes"] = state["1.quantized.codes"] + 0.4
     with pytest.raises(RuntimeError, match=r"1\.quantized\.codes must be torch\.uint8"):
         model.load_state_dict(state)
+
+
+@pytest.fixture
+def one_process():
+    """Group of one process, in which ``fully_shard`` works as in several."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("convert", [lq.nn.train_scales, lq.nn.dequantize_model, lq.nn.requantize_model])
+@pytest.mark.usefixtures("one_process")
+def test_layers_that_are_shared_out_are_not_converted(convert):
+    model = _model()
+    lq.nn.quantize_model(model, FORMAT, rank=2)
+    lq.nn.make_shardable(model)
+    torch.distributed.fsdp.fully_shard(model)
+    with pytest.raises(InvalidArgumentError, match=r"'1' .*shared out to several processes"):
+        convert(model)

@@ -52,6 +52,15 @@ class FactorContent(Struct, frozen=True):
     sha256: Text
 
 
+class RunContent(Struct, frozen=True):
+    """The document of a file of an interrupted run."""
+
+    spec: int
+    run: Text
+    metadata: dict[str, Any]
+    sha256: Text
+
+
 class ScaleRow(Struct, frozen=True):
     """Description of the scales of one layer. A scaling means that the file has the factors of the layer."""
 

@@ -14,6 +14,8 @@ from lqlora.nn.adapters import (  # noqa: E402 - after the check
     set_factors,
     using_factors,
 )
+from lqlora.nn.distillation.teacher import TeacherOutputs, collect_outputs  # noqa: E402
+from lqlora.nn.distillation.training import DistillationReport, distill  # noqa: E402
 from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead  # noqa: E402 - after the check
 from lqlora.nn.linear import LQLinear  # noqa: E402
 from lqlora.nn.merging import RequantizedLayer, dequantize_model, merged_weight, requantize_model  # noqa: E402
@@ -43,6 +45,7 @@ from lqlora.nn.weight import QuantizedWeight  # noqa: E402
 
 __all__ = [
     "DensePart",
+    "DistillationReport",
     "Factors",
     "LQLinear",
     "Operands",
@@ -56,12 +59,15 @@ __all__ = [
     "QuantizedWeight",
     "RequantizedLayer",
     "Scales",
+    "TeacherOutputs",
     "causal_lm_loss",
     "collect_fisher",
     "collect_gram",
     "collect_kronecker",
+    "collect_outputs",
     "combine_scales",
     "dequantize_model",
+    "distill",
     "factors",
     "freeze_scales",
     "from_operands",

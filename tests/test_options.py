@@ -40,9 +40,9 @@ MODULES = (
 LEFT_OUT = {
     "holds what lqlora puts into it": {
         "Availability", "BitsandbytesWeight", "Capability", "Checkpoint", "Configuration", "Decomposition", "DecompositionStack",
-        "DensePart", "Factors", "Finding", "Grid", "Kind", "License", "LimitUse", "LowRankStep", "MeasuredNorm", "Operands", "ParetoPoint",
+        "DensePart", "DistillationReport", "Factors", "Finding", "Grid", "Kind", "License", "LimitUse", "LowRankStep", "MeasuredNorm", "Operands", "ParetoPoint",
         "Plan", "PlannedMatrix", "QuantizationReport", "QuantizedArray", "QuantizedLayer", "QuantizedTable", "RawResult", "Reduced", "Report",
-        "RequantizedLayer", "Scales", "Selection", "Solution", "Split", "StoredMatrix", "StoredRow",
+        "RequantizedLayer", "Scales", "Selection", "Solution", "Split", "StoredMatrix", "StoredRow", "TeacherOutputs",
     },
     "is called by lqlora, with arguments that are checked": {
         "CostStore.append", "Limit.in_bits", "LQLinear.forward", "PEQALinear.forward", "QuantizedEmbedding.forward",
@@ -114,6 +114,12 @@ def saved_scales():
 def saved_adapter():
     save_adapter("adapter", converted())
     return {"folder": "adapter", "model": converted()}
+
+
+def distilling():
+    model = dense()
+    nn.quantize_model(model, FORMAT, rank=1)
+    return {"model": model, "teacher": dense(), "batches": ROWS}
 
 
 def stores():
@@ -226,6 +232,8 @@ CALLS = {
     },
     "pareto_points": (lq.reports.pareto_points, {"plans": [PLAN]}),
     **{name: (getattr(nn, name), collecting) for name in ("collect_fisher", "collect_gram", "collect_kronecker")},
+    "collect_outputs": (nn.collect_outputs, lambda: {"teacher": dense(), "batches": ROWS}),
+    "distill": (nn.distill, distilling),
     "dequantize_model": (nn.dequantize_model, lambda: {"model": converted()}),
     "factors": (nn.factors, lambda: {"model": converted()}),
     "from_operands": (nn.from_operands, {"tensors": [*map(torch.from_numpy, Q.to_arrays().values())], "fmt": str(FORMAT), "shape": (8, 16)}),
@@ -286,7 +294,7 @@ CALLS = {
 
 #: Arrays have a table of their own, in tests/test_arguments.py. Batches are passed to functions of the caller.
 ARRAYS = {
-    "batches", "sequences", "w", "x", "gram", "out", "weights", "levels", "lora_A", "lora_B", "bias", "row", "col", "fisher", "output_gram", "input_gram",
+    "batches", "held_out", "sequences", "w", "x", "gram", "out", "weights", "levels", "lora_A", "lora_B", "bias", "row", "col", "fisher", "output_gram", "input_gram",
 }  # fmt: skip
 
 #: Options that say how long to go on.

@@ -40,6 +40,7 @@ def _batches(count, start=0):
     return [torch.randint(WORDS, (2, 6), generator=torch.Generator().manual_seed(start + i)) for i in range(count)]
 
 
+@torch.no_grad()
 def _mean_divergence(model, teacher, batches):
     """Return the mean divergence over positions in float64, from all logits."""
     p, q = (

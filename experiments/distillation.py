@@ -7,6 +7,7 @@ Bits of the rows count all stored arrays. Factors are counted with 16 bits.
 """
 
 import argparse
+import math
 import re
 import time
 
@@ -29,7 +30,7 @@ def configurations():
     rows = {}
     for bits in (2, 3, 4):
         for rank in (0, 16, 64):
-            rows[f"{bits} bits, rank {rank}, trellis"] = lq.BlockFormat.parse(f"tcq{bits}/64:{SCALES}"), rank, "absmax"
+            rows[f"{bits} bits, rank {rank}, trellis"] = lq.BlockFormat.parse(f"tcq{bits}/64:{SCALES}"), rank, "scale"
             rows[f"{bits} bits, rank {rank}, scalar"] = (
                 lq.BlockFormat.parse(f"nf{bits}/64:{SCALES}"), rank, "levels+scale",
             )  # fmt: skip
@@ -51,7 +52,7 @@ def converted(model, decompositions):
     model.requires_grad_(requires_grad=False)
     for name, own in decompositions.items():
         model.set_submodule(name, lq.nn.LQLinear.from_decomposition(own))
-    size = sum(own.quantized.size for own in decompositions.values())
+    size = sum(math.prod(own.quantized.shape) for own in decompositions.values())
     bits = sum(8 * own.quantized.nbytes for own in decompositions.values()) / size
     return bits, sum(16 * (own.lora_A.size + own.lora_B.size) for own in decompositions.values()) / size
 
@@ -108,7 +109,7 @@ def main():
         distilling = time.process_time() - start
         if not rank:  # the scales take 32 bits now
             arrays = [own.quantized.array for own in model.modules() if isinstance(own, lq.nn.PEQALinear)]
-            bits = sum(8 * own.nbytes for own in arrays) / sum(own.size for own in arrays)
+            bits = sum(8 * own.nbytes for own in arrays) / sum(math.prod(own.shape) for own in arrays)
         after = [recipes.perplexity(model, text) for text in texts]
         cells = [f"{value:.5g}" for pair in zip(before, after, strict=True) for value in pair]
         found = report.held_out[0], report.held_out[report.best_step]

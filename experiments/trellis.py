@@ -30,7 +30,7 @@ def rows_of(bits):
     for rank in (16, 64):
         common = {"rank": rank, "weighting": gram, "max_iter": ITERATIONS, "rtol": 0.0}
         rows[f"{bits} bits, rank {rank}, scalar"] = each(decomposed, scalar, fit="levels+scale", **common)
-        rows[f"{bits} bits, rank {rank}, trellis"] = each(decomposed, trellis, **common)
+        rows[f"{bits} bits, rank {rank}, trellis"] = each(decomposed, trellis, fit="scale", **common)
     return rows
 
 

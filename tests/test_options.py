@@ -122,6 +122,19 @@ def distilling():
     return {"model": model, "teacher": dense(), "batches": ROWS}
 
 
+class InBlocks(torch.nn.Module):
+    """Model whose body is a list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(16, 16)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def stores():
     for name in ("one.json", "two.json"):
         lq.cost_table({name: W}, [FORMAT], rank=1, store=name)
@@ -265,6 +278,7 @@ CALLS = {
     "load_adapter": (load_adapter, saved_adapter),
     "save_adapter": (save_adapter, lambda: {"folder": "adapter", "model": converted()}),
     "operands": (nn.operands, {"quantized": Q.to(torch)}),
+    "quantize_blocks": (nn.quantize_blocks, lambda: {"model": InBlocks(), "formats": FORMAT, "batches": ROWS, "rank": 1, "max_iter": 1}),
     "quantize_model": (
         nn.quantize_model,
         lambda: {"model": torch.nn.Sequential(torch.nn.Embedding(4, 16), *dense()), "formats": FORMAT, "rank": 1, "max_iter": 1, "embeddings": FORMAT},

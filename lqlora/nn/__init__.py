@@ -14,6 +14,7 @@ from lqlora.nn.adapters import (  # noqa: E402 - after the check
     set_factors,
     using_factors,
 )
+from lqlora.nn.blocks import quantize_blocks  # noqa: E402
 from lqlora.nn.distillation.teacher import TeacherOutputs, collect_outputs  # noqa: E402
 from lqlora.nn.distillation.training import DistillationReport, distill  # noqa: E402
 from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead  # noqa: E402 - after the check
@@ -80,6 +81,7 @@ __all__ = [
     "onload_model",
     "operands",
     "peqa_model",
+    "quantize_blocks",
     "quantize_model",
     "requantize_model",
     "save_factors",

@@ -84,11 +84,22 @@ def weight_arrays(layers: Mapping[str, nn.Module]) -> dict[str, Callable[[], Any
 
 
 def _weight_array(layer: nn.Module) -> Any:
-    return _fast_array(matrix_of(layer))
+    return fast_array(matrix_of(layer))
 
 
-def _fast_array(matrix: torch.Tensor) -> Any:
-    """Return a matrix in the library that computes fastest on its device."""
+def fast_array(matrix: torch.Tensor) -> Any:
+    """Return a matrix in the library that computes fastest on its device.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Matrix of any dtype.
+
+    Returns
+    -------
+    array
+        A view for NumPy in host memory, and the tensor itself on a device.
+    """
     if matrix.device.type != "cpu":
         return matrix
     return (matrix.float() if matrix.dtype == torch.bfloat16 else matrix).numpy()
@@ -178,7 +189,7 @@ def quantize_model(
     maps = LinearMaps(model)
     fit, fits_levels = options.get("fit", "absmax"), options.get("fit") == "levels+scale"
     is_for_tables = embeddings is not None and include is None and isinstance(formats, BlockFormat)
-    by_name = {} if is_for_tables and maps.are_converted else _formats(maps, formats, include, exclude)
+    by_name = {} if is_for_tables and maps.are_converted else formats_by_name(maps, formats, include, exclude)
     for fmt in {*by_name.values()} if fits_levels else ():
         with_fitted_levels(fmt)  # a format that stores no levels is found before the work
     layers = {name: layer for name, layer in maps.layers.items() if name in by_name}
@@ -186,7 +197,7 @@ def quantize_model(
         raise InvalidArgumentError(
             "model must contain its linear layers, but is one itself. Wrap it in torch.nn.Sequential."
         )
-    ranks = _ranks(layers, rank, formats.ranks if isinstance(formats, Plan) else {})
+    ranks = ranks_by_name(layers, rank, formats.ranks if isinstance(formats, Plan) else {})
     scalings = _values(scaling, layers, "scaling") if _is_by_name(scaling) else dict.fromkeys(layers, scaling)
     weightings = {} if weighting is None else _values(weighting, layers, "weighting")
     tables = {} if embeddings is None else choose_tables(maps, embeddings, {*layers.values()}, fits_levels=fits_levels)
@@ -203,7 +214,7 @@ def quantize_model(
             quantized[name] = _quantize_table(name, own, fmt, fit)
             _log_table(name, quantized[name][1])
             report(len(items) + len(quantized))
-    before = sum(tensor.nbytes for tensor in _first_tensors(maps.model).values())
+    before = bytes_of(maps.model)
     numbers: dict[str, QuantizedLayer] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     with collection_paused():
@@ -218,7 +229,7 @@ def quantize_model(
             replacements |= table_modules(own, quantized[name][0])
         maps.split_stacks(replacements)
         replace_modules(maps.model, replacements)
-        return _report(maps, numbers, {name: own for name, (_, own) in quantized.items()}, before)
+        return report_of(maps, numbers, {name: own for name, (_, own) in quantized.items()}, before)
 
 
 def _quantize_table(
@@ -227,7 +238,7 @@ def _quantize_table(
     """Quantize the table of an embedding."""
     start = time.perf_counter()
     dense = table.weight.detach()
-    found = quantize(_fast_array(dense), fmt, fit=fit, name=f"weight of {name!r}")
+    found = quantize(fast_array(dense), fmt, fit=fit, name=f"weight of {name!r}")
     numbers = QuantizedTable(
         found.format,
         (dense.shape[0], dense.shape[1]),
@@ -307,8 +318,28 @@ def _values(given: Any, layers: Iterable[str], parameter: str) -> dict[str, Any]
     return values_by_name(given, [*layers], parameter=parameter, what="layer that is quantized")
 
 
-def _formats(maps: LinearMaps, formats: Any, include: Patterns | None, exclude: Patterns) -> dict[str, BlockFormat]:
-    """Return the format of each layer to replace."""
+def formats_by_name(
+    maps: LinearMaps, formats: Any, include: Patterns | None, exclude: Patterns
+) -> dict[str, BlockFormat]:
+    """Return the format of each layer to replace.
+
+    Parameters
+    ----------
+    maps : LinearMaps
+        Linear layers of the model.
+    formats, include, exclude : object and patterns
+        See :func:`quantize_model`.
+
+    Returns
+    -------
+    dict of str to BlockFormat
+        Formats in the order of the model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no layer is selected, or a format is not one.
+    """
     if isinstance(formats, BlockFormat):
         return dict.fromkeys(maps.choose(include, exclude), formats)
     by_name = formats.formats if isinstance(formats, Plan) else formats
@@ -327,8 +358,28 @@ def _formats(maps: LinearMaps, formats: Any, include: Patterns | None, exclude: 
     return found
 
 
-def _ranks(layers: Mapping[str, nn.Module], rank: Any, planned: Mapping[str, int | None]) -> dict[str, int]:
-    """Return the rank of each layer that was asked for."""
+def ranks_by_name(layers: Mapping[str, Any], rank: Any, planned: Mapping[str, int | None]) -> dict[str, int]:
+    """Return the rank of each layer that was asked for.
+
+    Parameters
+    ----------
+    layers : mapping of str to object
+        Layers by name.
+    rank : object
+        See :func:`quantize_model`.
+    planned : mapping of str to int
+        Ranks of a plan.
+
+    Returns
+    -------
+    dict of str to int
+        Ranks, before they are clipped.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a layer has no rank.
+    """
     if rank is None:
         found = dict(planned)
     else:
@@ -421,10 +472,27 @@ def move_attributes(new: nn.Module, old: nn.Module, without: Collection[str] = (
     own.update({key: given[key] for key in given.keys() - own.keys() - {"_compiled_call_impl", *without}})
 
 
-def _report(
+def report_of(
     maps: LinearMaps, numbers: dict[str, QuantizedLayer], tables: dict[str, QuantizedTable], before: int
 ) -> QuantizationReport:
-    """Return the report of a model whose layers were just replaced."""
+    """Return the report of a model whose layers were just replaced.
+
+    Parameters
+    ----------
+    maps : LinearMaps
+        Linear layers of the model.
+    numbers : dict of str to QuantizedLayer
+        Numbers of the new layers.
+    tables : dict of str to QuantizedTable
+        Numbers of the new embeddings.
+    before : int
+        Bytes of the model before.
+
+    Returns
+    -------
+    QuantizationReport
+        The report.
+    """
     state = _first_tensors(maps.model)
     of_tables = {name for table in tables.values() for name in table.modules}
     for name in keys_inside(state, {*numbers, *of_tables}):
@@ -471,6 +539,22 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
     keep_codes_local(model)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Return the bytes of the parameters and persistent buffers of a model. Tied ones count once.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    return sum(tensor.nbytes for tensor in _first_tensors(model).values())
 
 
 def _first_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -263,14 +263,16 @@ def _recorded(
             raise InvalidArgumentError(
                 f"model must pass hidden states as the first argument of the blocks of {printable(path)!r}, got {type(call.hidden).__name__}."
             )
-        found[-1][position] = call if position == 0 else call.with_hidden(call.hidden.new_empty(0))
+        found[-1][position] = (
+            call.with_hidden(call.hidden.clone()) if position == 0 else call.with_hidden(call.hidden.new_empty(0))
+        )
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         last[:] = [_output(output)]
 
     positions = {block: position for position, block in enumerate(blocks)}
     handles = [own for block in blocks for own in (
-        block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after),
+        block.register_forward_pre_hook(before, with_kwargs=True, prepend=True), block.register_forward_hook(after),
     )]  # fmt: skip
     try:
         for batch in batches:
@@ -296,7 +298,8 @@ def _without_cache(value: Any) -> Any:
 
 
 def _run(block: nn.Module, call: _Call) -> Any:
-    return block(*call.args, **call.kwargs)
+    own = call.with_hidden(call.hidden.clone())  # a block may change its input in place
+    return block(*own.args, **own.kwargs)
 
 
 def _output(output: Any) -> Any:

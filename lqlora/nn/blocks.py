@@ -22,6 +22,7 @@ from lqlora.nn.model import bytes_of, fast_array, formats_by_name, quantize_mode
 from lqlora.nn.selection import LinearMaps, refuse_distributed
 from lqlora.nn.statistics.batches import parts_of, run_model
 from lqlora.nn.statistics.gram import collect_gram
+from lqlora.nn.undoing import unchanged_on_error
 from lqlora.weighting import InputGram
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def quantize_blocks(
     Parameters
     ----------
     model : torch.nn.Module
-        A model whose body is a list of blocks that run one after another, as models of transformers have it. It is changed block by
-        block: after an error the blocks before it are quantized.
+        A model whose body is a list of blocks that run one after another, as models of transformers have it. After an error or an
+        interrupt it is as it was before. For this its dense weights stay in memory until the end.
     formats : BlockFormat, mapping of pattern to BlockFormat, callable, or Plan
         See :func:`quantize_model`. Layers outside the blocks stay dense.
     batches : iterable
@@ -151,7 +152,7 @@ def quantize_blocks(
     inside = [[name for name in by_name if name.startswith(f"{path}.{key}.")] for key in items]
     before = bytes_of(root)
     numbers: dict[str, QuantizedLayer] = {}
-    with _evaluated(root):
+    with _evaluated(root), unchanged_on_error(root):
         calls = _recorded(root, path, list(items.values()), batches)
         hidden = [one[0].hidden for one in calls]
         with reported(progress, "Quantizing", len(items), "block") as report:

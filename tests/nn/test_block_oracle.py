@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting import InputGram
 from tests.nn.architectures import ARCHITECTURES
 from tests.requirements import require_module
@@ -159,6 +159,41 @@ def unchanged(model, before):
     return after.keys() == before.keys() and all(
         torch.equal(after[k][0].nan_to_num(), before[k][0].nan_to_num()) and after[k][1] == before[k][1] for k in before
     )
+
+
+def test_a_bad_rank_of_the_last_block():
+    model = Body()
+    before = state(model)
+    with pytest.raises(InvalidArgumentError, match="rank"):
+        quantize_blocks(model, NF2, BATCHES, rank={"layers.2.down": -1, "*": 2}, progress=False)
+    assert unchanged(model, before)
+
+
+def test_non_finite_weight_of_the_last_block():
+    model = Body()
+    with torch.no_grad():
+        model.layers[2].down.weight[0, 0] = float("nan")
+    before = state(model)
+    with pytest.raises(NonFiniteError):
+        quantize_blocks(model, NF2, BATCHES, rank=2, progress=False)
+    assert unchanged(model, before)
+
+
+def test_interrupt_in_the_second_block():
+    model = Body()
+    handle = model.layers[0].up.register_forward_hook(lambda *_: None)
+    before = state(model)
+
+    def stop(done, _):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_blocks(model, NF2, BATCHES, rank=2, progress=stop)
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
+    assert unchanged(model, before)
+    handle.remove()  # it still belongs to the restored module
+    assert not model.layers[0].up._forward_hooks
 
 
 class Reversed(Body):

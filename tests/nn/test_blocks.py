@@ -228,11 +228,11 @@ class TestRefusals:
 
     def test_lists_that_are_not_clear(self):
         model = torch.nn.ModuleDict({"a": Model(), "b": Model()})
-        with pytest.raises(InvalidArgumentError, match=r"blocks must be given, because a\.blocks, b\.blocks hold 6"):
+        with pytest.raises(InvalidArgumentError, match=r"blocks must.*a\.blocks, b\.blocks hold 6"):
             quantize_blocks(model, NF2, _rows(), rank=0, progress=False)
         with pytest.raises(InvalidArgumentError, match=r"blocks must be the name .*'c'"):
             quantize_blocks(model, NF2, _rows(), rank=0, blocks="c", progress=False)
-        with pytest.raises(InvalidArgumentError, match="include must select a layer inside of a list of blocks"):
+        with pytest.raises(InvalidArgumentError, match=r"include must .* list of blocks"):
             quantize_blocks(Model(), NF2, _rows(), rank=0, include="first", progress=False)
 
     @pytest.mark.parametrize(

@@ -304,12 +304,12 @@ class TestRefusals:
     def test_a_loss_that_is_not_finite_leaves_the_best_state(self):
         teacher, model = _models()
         before = factors(model)["1"].lora_A
-        with pytest.raises(NonFiniteError, match="loss must be finite, got nan at step"):
+        with pytest.raises(NonFiniteError, match=r"loss must be.*nan at step"):
             distill(model, teacher, _batches(8), learning_rate=1e38, progress=False)
         assert torch.equal(factors(model)["1"].lora_A, before)
 
     def test_logits_of_a_teacher_that_are_not_finite(self):
-        with pytest.raises(NonFiniteError, match="teacher must return finite logits, got NaN or infinity in batch 0"):
+        with pytest.raises(NonFiniteError, match=r"teacher must.*finite.*batch 0"):
             collect_outputs(lambda_model([[math.nan, 0.0]]), [torch.zeros(1, 1)], progress=False)
 
     @pytest.mark.parametrize(
@@ -332,24 +332,20 @@ class TestRefusals:
 
     def test_batches_and_teachers_that_do_not_fit(self):
         teacher, model = _models()
-        with pytest.raises(InvalidArgumentError, match="batches must hold at least one batch"):
+        with pytest.raises(InvalidArgumentError, match=r"batches must.*one batch"):
             distill(model, teacher, [], progress=False)
         outputs = collect_outputs(teacher, _batches(1), progress=False)
-        with pytest.raises(InvalidArgumentError, match=r"held_out must be batches that the teacher has seen.*batch 0"):
+        with pytest.raises(InvalidArgumentError, match=r"held_out must be.*batch 0"):
             distill(model, outputs, _batches(1), held_out=_batches(1, 50), progress=False)
-        with pytest.raises(
-            InvalidArgumentError, match=r"temperature must be that of the outputs of the teacher, 1\.0, got 2"
-        ):
+        with pytest.raises(InvalidArgumentError, match=r"temperature must be.*1\.0, got 2"):
             distill(model, outputs, _batches(1), temperature=2.0, progress=False)
         wide = torch.nn.Sequential(torch.nn.Embedding(WORDS, 32), torch.nn.Linear(32, WORDS + 1))
-        with pytest.raises(
-            InvalidArgumentError, match=r"teacher must have the positions and classes of the model, \(12, 40\)"
-        ):
+        with pytest.raises(InvalidArgumentError, match=r"teacher must have.*\(12, 40\)"):
             distill(model, wide, _batches(1), progress=False)
 
     def test_models_without_factors(self):
         teacher, model = _models(rank=0)
-        with pytest.raises(InvalidArgumentError, match=r"model must have low-rank factors .* 2 quantized layers is 0"):
+        with pytest.raises(InvalidArgumentError, match=r"model must have.* 2 quantized layers is 0"):
             distill(model, teacher, _batches(1), progress=False)
-        with pytest.raises(InvalidArgumentError, match="model must have a quantized layer"):
+        with pytest.raises(InvalidArgumentError, match=r"model must.*a quantized layer"):
             distill(teacher, teacher, _batches(1), progress=False)

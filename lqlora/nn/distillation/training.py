@@ -343,7 +343,7 @@ class _Run:
 
     @property
     def _is_stopped(self) -> bool:
-        """Whether the last measurements are no better than the best one."""
+        """True if the last measurements are no better than the best one."""
         return sum(step > self.best_step for step in self.held_out) >= self._patience
 
     def train(self, order: Sequence[str], every: int, file: RunFile | None, progress: Any) -> None:

@@ -188,6 +188,40 @@ class TestTraining:
         assert half.losses == pytest.approx(wide.losses, rel=0.1)
         assert half.losses != wide.losses
 
+    def test_signed_scales_keep_their_signs(self):
+        teacher, model = _models(0, lq.BlockFormat.parse("bof4s-16/16:float32"))
+        before = model[1].quantized.array.scales
+        assert bool((torch.as_tensor(before) < 0).any())
+        distill(model, teacher, _batches(2), train=("scales",), scale_learning_rate=1e-6, progress=False)
+        torch.testing.assert_close(model[1].quantized.scales.detach(), torch.as_tensor(before), rtol=1e-4, atol=1e-6)
+
+    def test_scales_of_zero_are_the_least(self):
+        teacher, model = _models(0)
+        distill(model, teacher, _batches(6), train=("scales",), scale_learning_rate=2.0, progress=False)
+        assert float(model[1].quantized.scales.detach().min()) == 0
+        freeze_scales(model)
+
+    def test_inference_mode_of_the_caller(self):
+        teacher, model = _models()
+        other = copy.deepcopy(model)
+        expected = distill(other, teacher, _batches(2), progress=False).losses
+        with torch.inference_mode():
+            assert distill(model, teacher, _batches(2), progress=False).losses == expected
+
+    def test_factors_that_layers_share_train_once(self):
+        class Unused(torch.nn.Sequential):
+            def forward(self, x):
+                return super().forward(x) if not hasattr(self, "twin") else torch.nn.Sequential(*list(self)[:4])(x)
+
+        teacher, model = _models()
+        model = Unused(*model)
+        other = copy.deepcopy(model)
+        model.twin = copy.deepcopy(model[1])
+        model.twin.lora_A, model.twin.lora_B = model[1].lora_A, model[1].lora_B
+        found, expected = (distill(own, teacher, _batches(2), progress=False) for own in (model, other))
+        assert found.trainable == expected.trainable
+        assert found.losses == expected.losses
+
     def test_experts_train(self):
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -88,6 +89,7 @@ class DistillationReport:
 
 
 @annotated
+@torch.inference_mode(mode=False)  # gradients are needed
 def distill(
     model: nn.Module,
     teacher: nn.Module | TeacherOutputs,
@@ -123,7 +125,7 @@ def distill(
         Other batches. The model gets the state that has the least divergence on them, which may be the first one.
     train : sequence of {"factors", "scales"}, default ("factors",)
         What trains. With ``"scales"`` each quantized layer becomes a :class:`PEQALinear`, as by :func:`train_scales`, and stays one. Its
-        scales take 32 bits each from then on. They are kept at 0 or above.
+        scales take 32 bits each from then on. They are kept at 0 or above, unless the format has signed scales.
     learning_rate : float, default 2e-4
         Largest learning rate of factors.
     scale_learning_rate : float, default 1e-3
@@ -276,14 +278,18 @@ def _only_training(
     if "scales" in train:
         train_scales(model, train_factors="factors" in train)
     layers = quantized_layers(model).values()
-    low_rank = (
-        [own for layer in layers if layer.rank for own in (layer.lora_A, layer.lora_B)] if "factors" in train else []
-    )
-    scales = [own.quantized.scales for own in layers if isinstance(own, PEQALinear)] if "scales" in train else []
+    # Layers may share parameters, which an optimizer takes once.
+    low_rank: dict[torch.Tensor, None] = {}
+    scales: dict[torch.Tensor, None] = {}
+    for layer in layers:
+        if "factors" in train and layer.rank:
+            low_rank |= dict.fromkeys((layer.lora_A, layer.lora_B))
+        if "scales" in train and isinstance(layer, PEQALinear):
+            scales[layer.quantized.scales] = None
     before = [(own, own.requires_grad, own.grad) for own in model.parameters()]
     groups = (
-        [{"params": low_rank, "unit": 1.0}] if low_rank else [],
-        [{"params": [own], "unit": max(float(own.detach().mean()), SMALLEST)} for own in scales if own.numel()],
+        [{"params": [*low_rank], "unit": 1.0}] if low_rank else [],
+        [{"params": [own], "unit": max(float(own.detach().abs().mean()), SMALLEST)} for own in scales if own.numel()],
     )
     try:
         model.requires_grad_(requires_grad=False)
@@ -303,6 +309,16 @@ class _Student:
         self, model: nn.Module, teacher: TeacherOutputs, batches: Mapping[str, Any], dtype: torch.dtype | None
     ) -> None:
         self.model, self._teacher, self._batches, self._dtype = model, teacher, batches, dtype
+
+    @functools.cached_property
+    def unsigned_scales(self) -> list[torch.Tensor]:
+        """Scales that train, of formats that have no sign for them."""
+        layers = (own for own in self.model.modules() if isinstance(own, PEQALinear))
+        return [
+            own.quantized.scales
+            for own in layers
+            if own.quantized.scales.requires_grad and own.quantized.format.codebook.normalization != "signed"
+        ]
 
     def divergences(self, key: str) -> Iterator[torch.Tensor]:
         """Yield the divergences of the parts of a batch. Their sum is the mean over all positions."""
@@ -393,9 +409,8 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimizer.step()
         with torch.no_grad():
-            for layer in quantized_layers(self._student.model).values():
-                if isinstance(layer, PEQALinear) and layer.quantized.scales.requires_grad:
-                    layer.quantized.scales.clamp_(min=0)  # formats have no sign for scales
+            for scales in self._student.unsigned_scales:
+                scales.clamp_(min=0)
         self.losses.append(loss)
 
     def _measure(self) -> None:

@@ -32,6 +32,7 @@ MODULES = (
 RECORDS = {
     "BitsandbytesWeight", "Checkpoint", "Factors", "Decomposition", "DecompositionStack", "LowRank", "LowRankStep", "Operands",
     "PackedBlocks", "PackedTrellis", "QuantizedArray", "Scales", "StoredMatrix", "AbstractWeighting", "ScaledWeighting", "Quantizer",
+    "TeacherOutputs",
 }  # fmt: skip
 
 #: Called by torch, which checks their arguments itself.

@@ -49,6 +49,25 @@ def collecting():
     return {"model": dense(), "batches": [torch.ones(2, 16)] * 3, "loss": lambda model, batch: model(batch).sum(-1)}
 
 
+class InBlocks(torch.nn.Module):
+    """Model whose body is a list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(16, 16)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def distilling():
+    model, batches = dense(), list(torch.eye(16).view(4, 4, 16))[:3]
+    nn.quantize_model(model, FORMAT, rank=1, progress=False)
+    return {"model": model, "teacher": nn.collect_outputs(dense(), batches, progress=False), "batches": batches}
+
+
 TOKENS = torch.arange(12).remainder(9).view(3, 4)
 
 #: Functions with arguments, the title and unit of the bar, and what a function of the caller sees.
@@ -56,11 +75,17 @@ CALLS = {
     "collect_fisher": (nn.collect_fisher, collecting, "Fisher information", "batch", [1, 2, 3]),
     "collect_gram": (nn.collect_gram, collecting, "Gram matrices", "batch", [1, 2, 3]),
     "collect_kronecker": (nn.collect_kronecker, collecting, "Kronecker factors", "batch", [1, 2, 3]),
+    "collect_outputs": (nn.collect_outputs, lambda: {"teacher": dense(), "batches": [torch.ones(2, 16)] * 3}, "Teacher", "batch", [1, 2, 3]),
     "cost_table": (lq.cost_table, lambda: {"weights": {"a": W, "b": W}, "formats": [FORMAT], "rank": 1}, "Cost table", "matrix", [1, 2]),
     "decompose_stack": (lq.decompose_stack, lambda: {"w": np.stack([W, W]), "fmt": FORMAT, "rank": 1}, "Decomposing", "matrix", [1, 2]),
+    "distill": (nn.distill, distilling, "Distilling", "step", [1, 2, 3]),
     "fine_tune": (recipes.fine_tune, lambda: {"model": language_model(), "sequences": TOKENS, "batch_size": 2}, "Fine-tuning", "step", [1, 2]),
     "peqa_model": (nn.peqa_model, lambda: {"model": dense(), "formats": FORMAT}, "Quantizing", "layer", [1, 2]),
     "perplexity": (recipes.perplexity, lambda: {"model": language_model(), "sequences": TOKENS}, "Perplexity", "sequence", [2, 3]),
+    "quantize_blocks": (
+        nn.quantize_blocks, lambda: {"model": InBlocks(), "formats": FORMAT, "batches": [torch.ones(2, 16)], "rank": 1},
+        "Quantizing", "block", [1, 2],
+    ),
     "quantize_model": (
         nn.quantize_model,
         lambda: {"model": torch.nn.Sequential(torch.nn.Embedding(4, 16), *dense()), "formats": FORMAT, "rank": 1, "embeddings": FORMAT},

@@ -310,6 +310,9 @@ class TestBreaks:
         ):
             with pytest.raises(CheckpointError, match="another run"):
                 distill(model, teacher, batches, **options, checkpoint=tmp_path / "run", progress=False)
+        few = collect_outputs(teacher, _batches(2), top_k=5, progress=False)
+        with pytest.raises(CheckpointError, match="another run"):
+            distill(model, few, _batches(2), checkpoint=tmp_path / "run", progress=False)
         _, other = _models(rank=3)
         with pytest.raises(CheckpointError, match="another run"):
             distill(other, teacher, _batches(2), checkpoint=tmp_path / "run", progress=False)
@@ -341,6 +344,14 @@ class TestRefusals:
         with pytest.raises(NonFiniteError, match=r"loss must be.*nan at step"):
             distill(model, teacher, _batches(8), learning_rate=1e38, progress=False)
         assert torch.equal(factors(model)["1"].lora_A, before)
+
+    def test_a_gradient_that_is_not_finite_leaves_the_best_state(self):
+        teacher, model = _models()
+        before = factors(model)["1"].lora_B
+        model[1].lora_B.register_hook(lambda own: own * math.inf)
+        with pytest.raises(NonFiniteError, match=r"gradient of the loss must be.*(nan|inf) at step 0"):
+            distill(model, teacher, _batches(1), progress=False)
+        assert torch.equal(factors(model)["1"].lora_B, before)
 
     def test_logits_of_a_teacher_that_are_not_finite(self):
         with pytest.raises(NonFiniteError, match=r"teacher must.*finite.*batch 0"):

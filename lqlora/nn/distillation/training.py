@@ -142,9 +142,10 @@ def distill(
         Dtype of autocast, ``torch.bfloat16`` or ``torch.float16``. By default there is no autocast. float16 has no scaling of the loss.
     checkpoint : path-like, optional
         File from which the run goes on, if it exists, and where it is kept. A call with the same model, batches and options goes on
-        to the same result as a run without a break. The file stays at the end, and then the call returns at once.
+        to the same result as a run without a break. The file stays at the end, and then the call returns at once. Another run is
+        told by its codes, batches, options, and the classes kept of the teacher. The values of factors and teacher are not compared.
     progress : bool or callable, default True
-        See :func:`lqlora.cost_table`. It counts steps.
+        See :func:`lqlora.cost_table`. It counts steps. A bar counts the batches of a teacher first.
 
     Returns
     -------
@@ -190,7 +191,7 @@ def distill(
     model = unwrapped(model)
     _require_trainable(model, train)
     if not isinstance(teacher, TeacherOutputs):
-        teacher = collect_outputs(teacher, [*steps, *tests], temperature=temperature, progress=progress)
+        teacher = collect_outputs(teacher, [*steps, *tests], temperature=temperature, progress=progress is True)
     if teacher.temperature != temperature:
         raise InvalidArgumentError(
             f"temperature must be that of the outputs of the teacher, {teacher.temperature}, got {given(temperature)}."
@@ -206,9 +207,8 @@ def distill(
         file = None
         if checkpoint is not None:
             options = [*train, learning_rate, scale_learning_rate, temperature, evaluate_every, patience, str(dtype)]
-            file = RunFile(
-                checkpoint, fingerprint(_identity(model) | {"options": options, "order": [*order, *test_keys]})
-            )
+            settings = {"options": options, "order": [*order, *test_keys], "teacher": _kept_shapes(teacher, order)}
+            file = RunFile(checkpoint, fingerprint(_identity(model) | settings))
         run.train(order, evaluate_every, file, progress)
     return DistillationReport(run.losses, run.held_out, run.best_step, run.trainable, run.seconds)
 
@@ -265,6 +265,14 @@ def _identity(model: nn.Module) -> dict[str, Any]:
         found[f"{name}.codes"] = array.codes
         found[f"{name}.format"] = f"{array.format} {array.shape} rank {layer.rank}"
     return found
+
+
+def _kept_shapes(teacher: TeacherOutputs, keys: Sequence[str]) -> list[Any]:
+    """Return the number of classes and the shapes of what is kept of a teacher.
+
+    The values have no part: those of a teacher that ran again may differ in the last bit, and must not end a run.
+    """
+    return [teacher.classes, *(tuple(values.shape) for key in keys for values, _ in teacher.batches[key])]
 
 
 @contextmanager
@@ -401,12 +409,13 @@ class _Run:
         for own in self._student.divergences(key):
             loss += float(own.detach())
             own.backward()
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"loss must be finite, got {loss} at step {step}, counted from 0. Lower learning_rate, or leave out dtype. The model has "
-                f"its state after step {self.best_step}."
-            )
-        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
+        for what, value in {"loss": loss, "gradient of the loss": norm}.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{what} must be finite, got {value} at step {step}, counted from 0. Lower learning_rate, or leave out dtype. The "
+                    f"model has its state after step {self.best_step}."
+                )
         self._optimizer.step()
         with torch.no_grad():
             for scales in self._student.unsigned_scales:

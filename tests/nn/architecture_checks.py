@@ -257,7 +257,9 @@ def checkpoints_activations(architecture: Architecture, _: Path) -> None:
     for reentrant in (False, True):
         calls.clear()
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
-        assert error(gradients(model, architecture.run), plain) < 1e-6
+        # The reentrant way runs first without gradients, where a layer is one operator that adds in another order. Small gradients
+        # of biases are sums of large ones that cancel.
+        assert error(gradients(model, architecture.run), plain, floor=0.1) < 1e-5
         assert len(calls) > 1.5 * once
 
 

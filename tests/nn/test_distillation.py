@@ -17,7 +17,7 @@ from tests.requirements import require_module
 torch = require_module("torch")
 
 from lqlora.nn import PEQALinear, collect_outputs, distill, factors, freeze_scales, quantize_model, save_model  # noqa: E402
-from lqlora.nn.distillation.teacher import divergence  # noqa: E402
+from lqlora.nn.distillation.teacher import divergence, fingerprint  # noqa: E402
 from tests.nn.statistics.models import tiny_llama, tokens  # noqa: E402
 
 NF2 = lq.BlockFormat.parse("nf2/16:u8/16:float32")
@@ -241,8 +241,65 @@ class TestTraining:
         assert str(report).startswith("distilled: 400 parameters, 2 steps, ")
         assert len(str(report).splitlines()) == 3
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_factors_in_half_precision_train_in_float32(self, dtype, tmp_path):
+        teacher, model = _models()
+        teacher, model = teacher.to(dtype), model.to(dtype)
+        before = factors(model)["1"].lora_A
+        options = {"learning_rate": 2e-3, "checkpoint": tmp_path / "run", "progress": False}
+        report = distill(model, teacher, _batches(12), held_out=_batches(2, 50), **options)
+        after = factors(model)["1"].lora_A
+        assert after.dtype == dtype
+        assert bool(after.isfinite().all())
+        assert float((after != before).float().mean()) > 0.5
+        assert report.best_step > 0
+
+    def test_averages_of_batch_normalization_stay(self):
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(16, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Linear(32, 8)
+        teacher = torch.nn.Sequential(*layers)
+        model = copy.deepcopy(teacher).train()
+        quantize_model(model, NF2, rank=2)
+        before = {name: own.clone() for name, own in model[1].state_dict().items()}
+        distill(model, teacher, [torch.randn(9, 16)], progress=False)
+        assert all(torch.equal(own, before[name]) for name, own in model[1].state_dict().items())
+        assert model[1].training
+
+    def test_held_out_batches_of_several_lengths_count_by_position(self):
+        teacher, model = _models()
+        tests = [*_batches(1, 50), torch.randint(WORDS, (5, 11), generator=torch.Generator().manual_seed(3))]
+        report = distill(model, teacher, _batches(1), held_out=tests, progress=False)
+        with torch.no_grad():
+            p, q = (torch.cat([own(x).flatten(0, -2) for x in tests]) for own in (teacher, model))
+        if report.best_step:
+            p, q = torch.log_softmax(p, -1), torch.log_softmax(q, -1)
+            expected = float((p.exp() * (p - q)).sum(-1).mean())
+            assert report.held_out[report.best_step] == pytest.approx(expected, rel=1e-3)
+
+
+class Branching(torch.nn.Module):
+    """Uses one of two layers, by the first word of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.a, self.b = (
+            torch.nn.Embedding(WORDS, 32),
+            torch.nn.Linear(32, WORDS),
+            torch.nn.Linear(32, WORDS),
+        )
+
+    def forward(self, x):
+        return (self.a if int(x.flatten()[0]) % 2 else self.b)(self.table(x))
+
 
 class TestEarlyStopping:
+    def test_a_run_that_changes_nothing_stops(self):
+        teacher, model = _models()
+        options = {"learning_rate": 1e-30, "evaluate_every": 2, "progress": False}
+        report = distill(model, teacher, _batches(20), held_out=_batches(1, 50), **options)
+        assert (len(report.losses), report.best_step) == (6, 0)
+
     def test_the_best_state_is_kept_and_patience_ends_the_run(self):
         teacher, model = _models()
         before = factors(model)
@@ -286,6 +343,24 @@ class TestBreaks:
             assert found.held_out == expected.held_out
             assert found.best_step == expected.best_step
             assert all(torch.equal(own, whole.state_dict()[name]) for name, own in fresh.state_dict().items())
+
+    def test_layers_that_some_steps_do_not_use(self, tmp_path):
+        teacher = Branching()
+        model = copy.deepcopy(teacher)
+        quantize_model(model, NF2, rank=2, include=["a", "b"])
+        whole, broken = copy.deepcopy(model), copy.deepcopy(model)
+        options = {"evaluate_every": 3, "learning_rate": 1e-2}
+        expected = distill(whole, teacher, _batches(12), **options, progress=False)
+
+        def interrupt(done, _):
+            if done == 7:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            distill(broken, teacher, _batches(12), **options, checkpoint=tmp_path / "run", progress=interrupt)
+        found = distill(model, teacher, _batches(12), **options, checkpoint=tmp_path / "run", progress=False)
+        assert found.losses == expected.losses
+        assert all(torch.equal(own, whole.state_dict()[name]) for name, own in model.state_dict().items())
 
     def test_an_interrupted_model_has_its_best_state(self):
         teacher, model = _models()
@@ -352,6 +427,47 @@ class TestRefusals:
         with pytest.raises(NonFiniteError, match=r"gradient of the loss must be.*(nan|inf) at step 0"):
             distill(model, teacher, _batches(1), progress=False)
         assert torch.equal(factors(model)["1"].lora_B, before)
+
+    @pytest.mark.parametrize("held_out", [False, True])
+    def test_a_late_loss_that_is_not_finite_leaves_a_late_state(self, held_out):
+        teacher, model = _models()
+        calls = []
+
+        def spoil(_, __, output):
+            calls.append(1)
+            return output * math.nan if len(calls) > 6 else output
+
+        outputs = collect_outputs(teacher, [*_batches(9), *_batches(1, 50)], progress=False)
+        before = factors(model)["1"].lora_B
+        model.register_forward_hook(spoil)
+        tests = _batches(1, 50) if held_out else []
+        options = {"learning_rate": 1e-2, "evaluate_every": 2, "progress": False}
+        with pytest.raises(NonFiniteError, match=r"must be finite, got nan.* state after step [2-6]"):
+            distill(model, outputs, _batches(9), held_out=tests, **options)
+        assert not torch.equal(factors(model)["1"].lora_B, before)
+
+    def test_the_teacher_is_not_the_model(self):
+        _, model = _models()
+        with pytest.raises(InvalidArgumentError, match=r"teacher must be another"):
+            distill(model, model, _batches(1), progress=False)
+
+    def test_models_with_one_class(self):
+        teacher = torch.nn.Sequential(torch.nn.Linear(16, 1))
+        with pytest.raises(InvalidArgumentError, match="at least 2 classes"):
+            collect_outputs(teacher, [torch.randn(3, 16)], progress=False)
+
+    def test_nested_batches_are_told_apart(self):
+        first = {"x": [torch.zeros(2000)]}
+        second = {"x": [torch.zeros(2000).index_fill(0, torch.tensor([1000]), 1)]}
+        assert fingerprint(first) != fingerprint(second)
+
+    def test_a_folder_that_does_not_exist_is_found_before_the_work(self, tmp_path):
+        teacher, model = _models()
+        calls = []
+        teacher.register_forward_hook(lambda *_: calls.append(1))
+        with pytest.raises(CheckpointError):
+            distill(model, teacher, _batches(2), checkpoint=tmp_path / "none" / "run", progress=False)
+        assert not calls
 
     def test_logits_of_a_teacher_that_are_not_finite(self):
         with pytest.raises(NonFiniteError, match=r"teacher must.*finite.*batch 0"):

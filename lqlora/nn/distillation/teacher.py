@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lqlora._annotations import annotated
@@ -110,16 +111,15 @@ def collect_outputs(
     if top_k is not None:
         require_integer(top_k, "top_k", 1)
     require_number(temperature, "temperature", "above 0 and finite", lambda own: 0 < own < math.inf)
-    if isinstance(batches, Mapping):
-        raise InvalidArgumentError(
-            "batches must be several batches, such as a list of mappings, got one mapping. Pass [batch]."
-        )
+    temperature = float(temperature)
+    if isinstance(batches, Mapping | torch.Tensor):
+        raise InvalidArgumentError("batches must be several batches, such as a list, got one. Pass [batch].")
     total = None
     with suppress(TypeError, NotImplementedError):
         total = len(batches)  # type: ignore[arg-type]
     found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     classes = 0
-    with evaluation_mode(teacher), torch.inference_mode(), reported(progress, "Teacher", total, "batch") as report:
+    with evaluation_mode(teacher), torch.no_grad(), reported(progress, "Teacher", total, "batch") as report:
         for done, batch in enumerate(batches, start=1):
             key = fingerprint(batch)
             if key not in found:
@@ -131,6 +131,10 @@ def collect_outputs(
                             f"teacher must return finite logits, got NaN or infinity in batch {done - 1}, counted from 0."
                         )
                     classes = logits.shape[-1]
+                    if classes == 1:
+                        raise InvalidArgumentError(
+                            "teacher must have at least 2 classes, got logits of 1, such as those of a regression."
+                        )
                     found[key].append(_kept(logits, top_k))
             report(done)
     if not found:
@@ -250,14 +254,24 @@ def fingerprint(batch: Any) -> str:
         Hexadecimal digits.
     """
     total = hashlib.sha256()
-    for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]:
-        if isinstance(value, torch.Tensor):
-            array = value.detach().cpu().contiguous()
-            total.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
-            total.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            total.update(f"{name}={value!r};".encode())
+    _add(total, "", batch)
     return total.hexdigest()
+
+
+def _add(total: Any, name: str, value: Any) -> None:
+    """Add a value to a hash. The text of a container or a large array would leave entries out."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        array = value.detach().cpu().contiguous()
+        total.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
+        total.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping | list | tuple):
+        total.update(f"{name}[{len(value)}];".encode())
+        for key, own in sorted(value.items()) if isinstance(value, Mapping) else enumerate(value):
+            _add(total, str(key), own)
+    else:
+        total.update(f"{name}={value!r};".encode())
 
 
 def require_outputs(outputs: TeacherOutputs, batches: Sequence[Any], what: str) -> list[str]:

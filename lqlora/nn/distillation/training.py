@@ -1,60 +1,43 @@
-"""Distillation of low-rank factors and scales: the training loop with early stopping, and its report."""
+"""Distillation of low-rank factors and scales: options, and the report."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
-import time
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lqlora._annotations import annotated
+from lqlora._files import check_writable
 from lqlora._messages import given
 from lqlora._options import require_choice, require_integer, require_number
-from lqlora._progress import reported
-from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.errors import InvalidArgumentError
+from lqlora.nn.distillation.run import Run, Student, only_training
 from lqlora.nn.distillation.run_file import RunFile
 from lqlora.nn.distillation.teacher import (
     TeacherOutputs,
     collect_outputs,
-    divergence,
-    evaluation_mode,
     fingerprint,
-    logits_of,
     require_outputs,
 )
 from lqlora.nn.model import quantized_layers
-from lqlora.nn.peqa.conversion import train_scales
-from lqlora.nn.peqa.linear import PEQALinear
 from lqlora.nn.selection import unwrapped
 from lqlora.nn.sharding import is_sharded
-from lqlora.nn.statistics.batches import parts_of
-from lqlora.nn.statistics.hooks import SMALLEST
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
-
-    from torch import nn
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["DistillationReport", "distill"]
-
-#: Steps in which the learning rate rises.
-_WARM_UP = 2
-
-#: Averages that the optimizer keeps of each parameter.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 #: What can train.
 _PARTS = ("factors", "scales")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DistillationReport:
     """Course of a distillation. Printing it sums it up.
 
@@ -118,14 +101,16 @@ def distill(
     model : torch.nn.Module
         A model with quantized layers, in the mode it is to train in. All that does not train is frozen for the time of the call.
     teacher : torch.nn.Module or TeacherOutputs
-        The dense model, or its outputs for all batches from :func:`collect_outputs`.
+        The dense model, or its outputs for all batches from :func:`collect_outputs`. Their probabilities are those of one class of
+        several (softmax).
     batches : iterable
         Batches as :func:`collect_gram` takes them. Each is one step. Padding is cut.
     held_out : iterable, optional
         Other batches. The model gets the state that has the least divergence on them, which may be the first one.
     train : sequence of {"factors", "scales"}, default ("factors",)
         What trains. With ``"scales"`` each quantized layer becomes a :class:`PEQALinear`, as by :func:`train_scales`, and stays one. Its
-        scales take 32 bits each from then on. They are kept at 0 or above, unless the format has signed scales.
+        scales take 32 bits each from then on. They are kept at 0 or above, unless the format has signed scales. Without ``"factors"``
+        the factors are frozen afterwards, as by :func:`train_scales`.
     learning_rate : float, default 2e-4
         Largest learning rate of factors.
     scale_learning_rate : float, default 1e-3
@@ -160,7 +145,8 @@ def distill(
     CheckpointError
         If the file is damaged, or belongs to another run.
     NonFiniteError
-        If a loss is NaN or infinite. The model then has its best state so far.
+        If a loss or a gradient is NaN or infinite. The model then has its best state so far, or without held-out batches the last one whose
+        loss was finite.
 
     Notes
     -----
@@ -185,11 +171,19 @@ def distill(
     True
     """
     _require_options(train, learning_rate, scale_learning_rate, temperature, epochs, evaluate_every, patience, dtype)
+    learning_rate, scale_learning_rate, temperature = map(float, (learning_rate, scale_learning_rate, temperature))
     steps, tests = _as_list(batches, "batches"), _as_list(held_out, "held_out")
     if not steps:
         raise InvalidArgumentError("batches must hold at least one batch, got none. Was an iterator used up?")
     model = unwrapped(model)
     _require_trainable(model, train)
+    if isinstance(teacher, nn.Module) and not set(quantized_layers(model).values()).isdisjoint(teacher.modules()):
+        raise InvalidArgumentError(
+            "teacher must be another model than the one that trains, but has the same quantized layers. Call collect_outputs before "
+            "quantize_model, or quantize a copy."
+        )
+    if checkpoint is not None:
+        check_writable(checkpoint)
     if not isinstance(teacher, TeacherOutputs):
         teacher = collect_outputs(teacher, [*steps, *tests], temperature=temperature, progress=progress is True)
     if teacher.temperature != temperature:
@@ -197,19 +191,24 @@ def distill(
             f"temperature must be that of the outputs of the teacher, {teacher.temperature}, got {given(temperature)}."
         )
     keys, test_keys = require_outputs(teacher, steps, "batches"), require_outputs(teacher, tests, "held_out")
-    student = _Student(model, teacher, dict(zip([*keys, *test_keys], [*steps, *tests], strict=True)), dtype)
+    student = Student(model, teacher, dict(zip([*keys, *test_keys], [*steps, *tests], strict=True)), dtype)
     order = keys * epochs
-    with _only_training(model, train) as groups:
+    file = stored = None
+    if checkpoint is not None:
+        numbers = [learning_rate, scale_learning_rate, temperature, int(evaluate_every), int(patience)]
+        settings = {
+            "options": [*sorted(set(train)), *numbers, str(dtype)],
+            "order": [*order, *test_keys],
+            "teacher": _kept_shapes(teacher, order),
+        }
+        file = RunFile(checkpoint, fingerprint(_identity(model, train) | settings))
+        stored = file.read()  # refused before layers are replaced
+    with only_training(model, train) as groups:
         for group, rate in zip(groups, (learning_rate, scale_learning_rate), strict=True):
             for own in group:
                 own["lr"] = rate * own.pop("unit")
-        run = _Run(student, [own for group in groups for own in group], test_keys, patience)
-        file = None
-        if checkpoint is not None:
-            options = [*train, learning_rate, scale_learning_rate, temperature, evaluate_every, patience, str(dtype)]
-            settings = {"options": options, "order": [*order, *test_keys], "teacher": _kept_shapes(teacher, order)}
-            file = RunFile(checkpoint, fingerprint(_identity(model) | settings))
-        run.train(order, evaluate_every, file, progress)
+        run = Run(student, [own for group in groups for own in group], test_keys, patience)
+        run.train(order, evaluate_every, file, stored, progress)
     return DistillationReport(run.losses, run.held_out, run.best_step, run.trainable, run.seconds)
 
 
@@ -257,13 +256,14 @@ def _require_trainable(model: nn.Module, train: Sequence[str]) -> None:
         )
 
 
-def _identity(model: nn.Module) -> dict[str, Any]:
+def _identity(model: nn.Module, train: Sequence[str]) -> dict[str, Any]:
     """Return what does not change in a run: shapes of factors, formats and codes of quantized layers."""
     found: dict[str, Any] = {}
     for name, layer in quantized_layers(model).items():
         array = layer.quantized.array
         found[f"{name}.codes"] = array.codes
-        found[f"{name}.format"] = f"{array.format} {array.shape} rank {layer.rank}"
+        fmt = dataclasses.replace(array.format, scales="float32") if "scales" in train else array.format
+        found[f"{name}.format"] = f"{fmt} {array.shape} rank {layer.rank}"
     return found
 
 
@@ -273,192 +273,3 @@ def _kept_shapes(teacher: TeacherOutputs, keys: Sequence[str]) -> list[Any]:
     The values have no part: those of a teacher that ran again may differ in the last bit, and must not end a run.
     """
     return [teacher.classes, *(tuple(values.shape) for key in keys for values, _ in teacher.batches[key])]
-
-
-@contextmanager
-def _only_training(
-    model: nn.Module, train: Sequence[str]
-) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Let gradients flow to what trains alone, and restore flags and gradients at the end.
-
-    Yields groups of parameters for factors and for scales, each with the unit that its learning rate is multiplied by.
-    """
-    if "scales" in train:
-        train_scales(model, train_factors="factors" in train)
-    layers = quantized_layers(model).values()
-    # Layers may share parameters, which an optimizer takes once.
-    low_rank: dict[torch.Tensor, None] = {}
-    scales: dict[torch.Tensor, None] = {}
-    for layer in layers:
-        if "factors" in train and layer.rank:
-            low_rank |= dict.fromkeys((layer.lora_A, layer.lora_B))
-        if "scales" in train and isinstance(layer, PEQALinear):
-            scales[layer.quantized.scales] = None
-    before = [(own, own.requires_grad, own.grad) for own in model.parameters()]
-    groups = (
-        [{"params": [*low_rank], "unit": 1.0}] if low_rank else [],
-        [{"params": [own], "unit": max(float(own.detach().abs().mean()), SMALLEST)} for own in scales if own.numel()],
-    )
-    try:
-        model.requires_grad_(requires_grad=False)
-        for own in (*low_rank, *scales):
-            own.requires_grad_()
-        yield groups
-    finally:
-        for own, flag, gradient in before:
-            own.requires_grad_(flag)
-            own.grad = gradient
-
-
-class _Student:
-    """Model that trains, with the batches and the outputs of the teacher for them."""
-
-    def __init__(
-        self, model: nn.Module, teacher: TeacherOutputs, batches: Mapping[str, Any], dtype: torch.dtype | None
-    ) -> None:
-        self.model, self._teacher, self._batches, self._dtype = model, teacher, batches, dtype
-
-    @functools.cached_property
-    def unsigned_scales(self) -> list[torch.Tensor]:
-        """Scales that train, of formats that have no sign for them."""
-        layers = (own for own in self.model.modules() if isinstance(own, PEQALinear))
-        return [
-            own.quantized.scales
-            for own in layers
-            if own.quantized.scales.requires_grad and own.quantized.format.codebook.normalization != "signed"
-        ]
-
-    def divergences(self, key: str) -> Iterator[torch.Tensor]:
-        """Yield the divergences of the parts of a batch. Their sum is the mean over all positions."""
-        kept = self._teacher.batches[key]
-        count = sum(values.shape[0] for values, _ in kept)
-        for part, own in zip(parts_of(self.model, self._batches[key]), kept, strict=True):
-            with self._autocast():
-                logits = logits_of(self.model, part)
-            if (seen := tuple(logits.shape)) != (own[0].shape[0], self._teacher.classes):
-                raise InvalidArgumentError(
-                    f"teacher must have the positions and classes of the model, {seen}, but has {own[0].shape[0]} and "
-                    f"{self._teacher.classes}."
-                )
-            yield divergence(logits, own, self._teacher.temperature) / count
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        device = next(self.model.parameters()).device
-        return nullcontext() if self._dtype is None else torch.autocast(device.type, self._dtype)
-
-
-class _Run:
-    """Training with its state: parameters, optimizer, losses, and the best state on held-out batches."""
-
-    def __init__(self, student: _Student, groups: list[dict[str, Any]], tests: Sequence[str], patience: int) -> None:
-        self._student, self._tests, self._patience = student, tests, patience
-        self._parameters: list[torch.Tensor] = [own for group in groups for own in group["params"]]
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-        self._rates = [group["lr"] for group in groups]
-        self._best = [own.detach().clone() for own in self._parameters]
-        self.losses: list[float] = []
-        self.held_out: dict[int, float] = {}
-        self.best_step, self.seconds = 0, 0.0
-
-    @property
-    def trainable(self) -> int:
-        """Number of entries that train."""
-        return sum(own.numel() for own in self._parameters)
-
-    @property
-    def _is_stopped(self) -> bool:
-        """True if the last measurements are no better than the best one."""
-        return sum(step > self.best_step for step in self.held_out) >= self._patience
-
-    def train(self, order: Sequence[str], every: int, file: RunFile | None, progress: Any) -> None:
-        """Take one step for each batch, from where the file ends, and leave the best state in the model."""
-        if file is not None and (stored := file.read()) is not None:
-            self._restore(*stored)
-        done = len(self.losses)
-        try:
-            with reported(progress, "Distilling", len(order), "step", done) as report, torch.enable_grad():
-                while len(self.losses) < len(order) and not self._is_stopped:
-                    start = time.perf_counter()
-                    if not self.losses:
-                        self._measure()
-                    self._step(order[len(self.losses)], len(order))
-                    at_end = len(self.losses) == len(order)
-                    if at_end or len(self.losses) % every == 0:
-                        self._measure()
-                    self.seconds += time.perf_counter() - start
-                    if file is not None and (at_end or len(self.losses) % every == 0):
-                        file.write(*self._stored())
-                    report(len(self.losses))
-        except NonFiniteError:
-            self._put(self._best)
-            raise
-        finally:
-            if self._tests:
-                self._put(self._best)
-        if not self._tests:
-            self.best_step = len(self.losses)
-
-    def _step(self, key: str, total: int) -> None:
-        step = len(self.losses)
-        # Step k of n (from 0) has the share min((k + 1) / (w + 1), (n - k) / n): the last one is small, but not zero.
-        share = min((step + 1) / (_WARM_UP + 1), (total - step) / total)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * share
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for own in self._student.divergences(key):
-            loss += float(own.detach())
-            own.backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, 1.0))
-        for what, value in {"loss": loss, "gradient of the loss": norm}.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{what} must be finite, got {value} at step {step}, counted from 0. Lower learning_rate, or leave out dtype. The "
-                    f"model has its state after step {self.best_step}."
-                )
-        self._optimizer.step()
-        with torch.no_grad():
-            for scales in self._student.unsigned_scales:
-                scales.clamp_(min=0)
-        self.losses.append(loss)
-
-    def _measure(self) -> None:
-        """Measure the divergence on held-out batches, and keep the state if it is the least."""
-        if not self._tests:
-            return
-        with evaluation_mode(self._student.model), torch.no_grad():
-            values = [float(own) for key in self._tests for own in self._student.divergences(key)]
-        found = math.fsum(values) / len(self._tests)
-        step = len(self.losses)
-        self.held_out[step] = found
-        if found <= min(self.held_out.values()):
-            self.best_step, self._best = step, [own.detach().clone() for own in self._parameters]
-
-    def _put(self, values: Sequence[torch.Tensor]) -> None:
-        with torch.no_grad():
-            for own, value in zip(self._parameters, values, strict=True):
-                own.copy_(value)
-
-    def _stored(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return tensors and numbers from which the run goes on."""
-        tensors = {"random": torch.get_rng_state()}
-        for position, (own, best) in enumerate(zip(self._parameters, self._best, strict=True)):
-            state = self._optimizer.state[own]
-            moments = {key: state[key] for key in _MOMENTS if key in state}
-            named = {"now": own.detach(), "best": best, **moments}
-            tensors |= {f"{position}.{key}": value for key, value in named.items()}
-        held_out = {str(step): value for step, value in self.held_out.items()}
-        numbers = {"losses": self.losses, "held_out": held_out, "best_step": self.best_step, "seconds": self.seconds}
-        return tensors, numbers
-
-    def _restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
-        """Go on from what was stored."""
-        self.losses, self.best_step, self.seconds = numbers["losses"], numbers["best_step"], numbers["seconds"]
-        self.held_out = {int(step): value for step, value in numbers["held_out"].items()}
-        torch.set_rng_state(tensors["random"])
-        self._put([tensors[f"{position}.now"] for position in range(len(self._parameters))])
-        for position, own in enumerate(self._parameters):
-            self._best[position].copy_(tensors[f"{position}.best"])
-            if f"{position}.{_MOMENTS[0]}" in tensors:
-                moments = {key: tensors[f"{position}.{key}"].to(own.device) for key in _MOMENTS}
-                self._optimizer.state[own] = {"step": torch.tensor(float(len(self.losses))), **moments}

@@ -38,10 +38,9 @@ from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared
 from lqlora.ops.slices import copy_across, put_flat, take_flat
 from lqlora.ops.sums import bin_sums, level_sums, row_sums
 from lqlora.ops.tables import pick, table_beside
-from lqlora.ops.trellis import SEQUENCE, PackedTrellis, decode_trellis, encode_trellis
+from lqlora.ops.trellis import PackedTrellis, decode_trellis, encode_trellis
 
 __all__ = [
-    "SEQUENCE",
     "LowRank",
     "PackedBlocks",
     "PackedTrellis",

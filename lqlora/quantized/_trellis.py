@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lqlora import ops
 from lqlora._dispatch import device_of, namespace
-from lqlora.ops.trellis import trellis_codes, trellis_values
+from lqlora.ops.trellis import SEQUENCE, trellis_codes, trellis_values
 from lqlora.quantized._layout import piece_size
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def values_of_rows(rows: Array, levels: Array, bits: int) -> Array:
     """Return the values of the sequences of least error for rows of normalized weights, one block a row."""
     xp = namespace(rows)
     parts = []
-    for first in range(0, rows.shape[1], ops.SEQUENCE):
-        own = rows[:, first : first + ops.SEQUENCE]
+    for first in range(0, rows.shape[1], SEQUENCE):
+        own = rows[:, first : first + SEQUENCE]
         parts.append(trellis_values(trellis_codes(own, None, levels, bits), levels, bits))
     return xp.concat(parts, axis=1) if parts else xp.astype(rows, xp.float32)
 

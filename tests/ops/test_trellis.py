@@ -9,14 +9,13 @@ import lqlora as lq
 from lqlora.codebooks import trellis_code
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops import (
-    SEQUENCE,
     PackedTrellis,
     decode_trellis,
     encode_trellis,
     matmul_trellis,
     unpack_codes,
 )
-from lqlora.ops.trellis import trellis_codes, trellis_values
+from lqlora.ops.trellis import SEQUENCE, trellis_codes, trellis_values
 from tests.oracles import trellis as oracle
 from tests.strategies import host, on
 

@@ -77,3 +77,8 @@ def test_every_error_descends_from_one():
     classes = [cls for cls in named if not issubclass(cls, Warning)]
     assert all(issubclass(cls, errors.LQLoRAError) for cls in classes)
     assert all(len(cls.__mro__) > len(errors.LQLoRAError.__mro__) for cls in classes if cls is not errors.LQLoRAError)
+
+
+def test_names_of_ops_are_functions_and_classes():
+    # The page of backends lists them as such, and a constant makes a warning there.
+    assert all(callable(getattr(lq.ops, name)) for name in lq.ops.__all__)

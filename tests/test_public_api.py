@@ -81,4 +81,4 @@ def test_every_error_descends_from_one():
 
 def test_names_of_ops_are_functions_and_classes():
     # The page of backends lists them as such, and a constant makes a warning there.
-    assert all(callable(getattr(lq.ops, name)) for name in lq.ops.__all__)
+    assert all(callable(getattr(lqlora.ops, name)) for name in lqlora.ops.__all__)

@@ -11,7 +11,6 @@ import math
 import re
 import time
 
-import torch
 from perplexity import gram
 from smollm2 import CALIBRATION, EVALUATION, LENGTH, arguments, known_layers
 
@@ -119,7 +118,6 @@ def main():
             flush=True,
         )
         del model
-        torch.manual_seed(0)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def write_run(path: str | os.PathLike[str], arrays: dict[str, Any], run: str, nu
     Parameters
     ----------
     path : path-like
-        File to write. An older file of a run is replaced at the end, and other files are refused.
+        File to write; an existing one is replaced at the end.
     arrays : dict of str to ndarray
         Tensors by name, in row-major order.
     run : str

@@ -9,6 +9,7 @@ import torch
 
 from lqlora._progress import reported
 from lqlora.nn import causal_lm_loss
+from lqlora.nn.modes import evaluation_mode
 from lqlora.recipes.text import check_sequences
 
 if TYPE_CHECKING:
@@ -69,16 +70,15 @@ def perplexity(
     """
     check_sequences(sequences)
     losses: list[float] = []
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(), reported(progress, "Perplexity", len(sequences), "sequence") as report:
-            for batch in sequences.split(batch_size):
-                losses += causal_lm_loss(model, batch).tolist()
-                report(len(losses))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    title = "Perplexity"
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(),
+        reported(progress, title, len(sequences), "sequence") as report,
+    ):
+        for batch in sequences.split(batch_size):
+            losses += causal_lm_loss(model, batch).tolist()
+            report(len(losses))
     # All sequences have the same length, so the mean over sequences is the mean over predicted tokens. fsum adds without
     # rounding between the terms, so the order of the sequences does not matter.
     return math.exp(math.fsum(losses) / len(losses))

@@ -13,8 +13,9 @@ from torch import nn
 
 from lqlora._progress import reported
 from lqlora.errors import InvalidArgumentError, NonFiniteError
-from lqlora.nn.distillation.teacher import divergence, evaluation_mode, logits_of
+from lqlora.nn.distillation.teacher import divergence, logits_of
 from lqlora.nn.model import quantized_layers
+from lqlora.nn.modes import evaluation_mode
 from lqlora.nn.peqa.conversion import train_scales
 from lqlora.nn.peqa.linear import PEQALinear
 from lqlora.nn.statistics.batches import parts_of

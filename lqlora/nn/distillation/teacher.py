@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,11 @@ from lqlora._annotations import annotated
 from lqlora._options import require_integer, require_number
 from lqlora._progress import reported
 from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.nn.modes import evaluation_mode
 from lqlora.nn.statistics.batches import parts_of, run_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
@@ -27,7 +28,6 @@ __all__ = [
     "TeacherOutputs",
     "collect_outputs",
     "divergence",
-    "evaluation_mode",
     "fingerprint",
     "logits_of",
     "require_outputs",
@@ -220,24 +220,6 @@ def divergence(logits: torch.Tensor, kept: tuple[torch.Tensor, torch.Tensor], te
     log_p = torch.log_softmax(values.float(), dim=-1)  # rounding to half precision left a sum that is not exactly 1
     log_q = _events(logits / temperature, indices.long())
     return (log_p.exp() * (log_p - log_q)).sum() * temperature**2
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode, and restore the modes of its modules at the end.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Any model.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def fingerprint(batch: Any) -> str:

@@ -25,6 +25,8 @@ from tests.requirements import require_module
 from tests.test_arguments import check_sentence
 
 torch = require_module("torch")
+from tests.nn.structures import InBlocks  # noqa: E402 - needs torch
+
 nn = importlib.import_module("lqlora.nn")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -120,19 +122,6 @@ def distilling():
     model = dense()
     nn.quantize_model(model, FORMAT, rank=1)
     return {"model": model, "teacher": dense(), "batches": ROWS}
-
-
-class InBlocks(torch.nn.Module):
-    """Model whose body is a list of blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(16, 16)) for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 def stores():

@@ -29,6 +29,8 @@ from tests.requirements import require_module
 
 torch = require_module("torch")
 require_module("tqdm")
+from tests.nn.structures import InBlocks  # noqa: E402 - needs torch
+
 nn = importlib.import_module("lqlora.nn")
 recipes = importlib.import_module("lqlora.recipes")
 
@@ -47,19 +49,6 @@ def language_model():
 
 def collecting():
     return {"model": dense(), "batches": [torch.ones(2, 16)] * 3, "loss": lambda model, batch: model(batch).sum(-1)}
-
-
-class InBlocks(torch.nn.Module):
-    """Model whose body is a list of blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(16, 16)) for _ in range(2))
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 def distilling():

@@ -329,3 +329,16 @@ STRUCTURES = {
     "further method": Structure(lambda: Sandwich(Helping(WIDTH, WIDTH)), ["up"], {"part": OTHER}, refused=("part",)),
     "special input": Structure(lambda: Sandwich(Failing(WIDTH, WIDTH)), ["up"], {"part": OTHER}, refused=("part",)),
 }
+
+
+class InBlocks(nn.Module):
+    """Model whose body is a list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x

@@ -29,7 +29,7 @@ from lqlora.codebooks import (
 from lqlora.costs import Configuration, CostStore, CostTable, cost_table
 from lqlora.costs.grids import paper_grid
 from lqlora.decomposition import Decomposition, DecompositionStack, decompose, decompose_stack
-from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.formats import BlockFormat, Rotation, ScaleFormat
 from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ __all__ = [
     "Plan",
     "PlannedMatrix",
     "QuantizedArray",
+    "Rotation",
     "ScaleFormat",
     "StoredMatrix",
     "affine",

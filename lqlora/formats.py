@@ -9,7 +9,7 @@ one code per weight.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from math import prod
@@ -31,6 +31,8 @@ __all__ = [
     "BlockFormat",
     "LevelSharing",
     "Offset",
+    "Rotation",
+    "RotationSide",
     "ScaleCodebook",
     "ScaleFormat",
     "StoredArrays",
@@ -41,6 +43,7 @@ __all__ = [
 Offset: TypeAlias = Literal["min", "mean", "none"]
 ScaleCodebook: TypeAlias = Literal["uint", "int", "dynamic", "log"]
 LevelSharing: TypeAlias = Literal["codebook", "matrix"] | int
+RotationSide: TypeAlias = Literal["in", "out", "both"]
 #: Name of the dtype and shape of each stored array, by name and in the order of ``QuantizedArray.to_arrays``.
 StoredArrays: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -58,6 +61,9 @@ _SCALE_CODEBOOKS: dict[str, tuple[str, str, Offset]] = {
     "log": ("l", "log{}", "none"),
 }
 _SIGNED = ("int", "dynamic")
+
+#: Axes that a rotation turns, by its side, and what is added to the seed for each: signs of equal sides must differ.
+_SIDES: dict[str, dict[int, int]] = {"in": {-1: 0}, "out": {-2: 2**32}, "both": {-1: 0, -2: 2**32}}
 
 
 class _Record:
@@ -171,6 +177,56 @@ class ScaleFormat(_Record):
         return f"{letter}{self.bits}{offset}/{self.block_size}:{self.dtype}"
 
 
+@annotated_class
+@dataclass(frozen=True)
+class Rotation(_Record):
+    r"""Rotation of a matrix by orthogonal matrices, before it is cut into blocks.
+
+    A product with a rotated weight rotates its inputs, its outputs, or both: :math:`W = R_m^T W' R_n`. Rotated weights are nearly
+    normal numbers of one size, without outliers.
+
+    Parameters
+    ----------
+    side : {"in", "out", "both"}
+        ``"in"``: the inputs, which are the last axis of an array. ``"out"``: the outputs, the axis before it.
+    seed : int, default 0
+        Seed of the signs, from 0 to 2**32 - 1.
+
+    Raises
+    ------
+    FormatError
+        If a value is not one of those listed.
+
+    References
+    ----------
+    QuIP#, arXiv 2402.04396, section 3. :func:`lqlora.ops.rotate` says which matrices are used.
+
+    Examples
+    --------
+    >>> str(Rotation()), str(Rotation("both", 7))
+    ('~in', '~both7')
+    """
+
+    side: RotationSide = "in"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.side, str) or self.side not in _SIDES:
+            raise FormatError(f"side of a Rotation must be {_or(_SIDES)}, got {given(self.side)}.")
+        _make_plain(self, "seed")
+        if not is_integer(self.seed) or not 0 <= self.seed < 2**32:
+            raise FormatError(f"seed of a Rotation must be an int from 0 to {2**32 - 1}, got {given(self.seed)}.")
+
+    @cached_property
+    def seeds(self) -> dict[int, int]:
+        """Seed of each axis that is rotated: that of the inputs is -1, that of the outputs -2."""
+        return {axis: self.seed + own for axis, own in _SIDES[self.side].items()}
+
+    def __str__(self) -> str:
+        """Return the part of the spelling that :meth:`BlockFormat.parse` reads."""
+        return f"~{self.side}{self.seed or ''}"
+
+
 @dataclass(frozen=True)
 class BlockFormat(_Record):
     """Storage of an array as codes of a codebook with one scale per block. Scales have a separate format.
@@ -191,6 +247,8 @@ class BlockFormat(_Record):
         ``"codebook"``: the levels are those of the codebook, known by name. ``"matrix"``: levels are fitted to the
         whole array; they are stored with it, and count as storage. An int: the number of lines along ``axis`` that
         share a fitted set.
+    rotation : Rotation, optional
+        Rotation of the array before it is cut into blocks. It takes no storage: its seed is part of the format.
 
     Raises
     ------
@@ -210,6 +268,7 @@ class BlockFormat(_Record):
     scales: FloatName | ScaleFormat = "float32"
     axis: int | None = None
     levels: LevelSharing = "codebook"
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.codebook, Codebook):
@@ -222,6 +281,8 @@ class BlockFormat(_Record):
             raise FormatError(f"scales must be {_or(_FLOAT_BITS)} or a ScaleFormat, got {given(self.scales)}.")
         if self.axis is not None and not is_integer(self.axis):
             raise FormatError(f"axis must be an int, or None for row-major order, got {given(self.axis)}.")
+        if self.rotation is not None and not isinstance(self.rotation, Rotation):
+            raise FormatError(f"rotation must be a Rotation or None, got {given(self.rotation)}.")
         self._check_levels()
         if self.codebook.normalization == "signed" and isinstance(self.scales, ScaleFormat) and not self.scales.signed:
             raise FormatError(
@@ -257,6 +318,16 @@ class BlockFormat(_Record):
     def bits(self) -> int:
         """Bits of one code."""
         return self.codebook.bits
+
+    @cached_property
+    def unrotated(self) -> BlockFormat:
+        """The same format without its rotation: that of the array which is stored."""
+        return self if self.rotation is None else replace(self, rotation=None)
+
+    @cached_property
+    def couples_rows(self) -> bool:
+        """True if no row of a matrix can be decoded alone: blocks run down its columns, or its outputs are rotated."""
+        return self.axis in (0, -2) or (self.rotation is not None and -2 in self.rotation.seeds)
 
     @property
     def bits_per_weight(self) -> Fraction:
@@ -296,7 +367,7 @@ class BlockFormat(_Record):
         Raises
         ------
         InvalidArgumentError
-            If a length is negative, or the array does not have the axis.
+            If a length is negative, or the array does not have the axis, or an axis that is rotated.
 
         Examples
         --------
@@ -305,6 +376,8 @@ class BlockFormat(_Record):
         """
         if any(not hasattr(length, "__index__") or length < 0 for length in shape):
             raise InvalidArgumentError(f"shape must have integer lengths of at least 0, got {given(tuple(shape))}.")
+        if self.rotation is not None and len(shape) < max(-axis for axis in self.rotation.seeds):
+            raise InvalidArgumentError(f"shape {tuple(shape)} has no axis for the rotation of the format {self}.")
         if self.axis is None:
             return 1, prod(shape)
         if not -len(shape) <= self.axis < len(shape):
@@ -445,7 +518,7 @@ class BlockFormat(_Record):
     def _spelling(self) -> str:
         fitted = {"codebook": "", "matrix": "+fit"}.get(str(self.levels), f"+fit{self.levels}")
         axis = "" if self.axis is None else f"@{self.axis}"
-        return f"{self.codebook.name}{fitted}/{self.block_size}{axis}:{self.scales}"
+        return f"{self.codebook.name}{fitted}/{self.block_size}{axis}{self.rotation or ''}:{self.scales}"
 
     def __str__(self) -> str:
         """Return the spelling that :meth:`parse` reads."""
@@ -459,7 +532,8 @@ class BlockFormat(_Record):
         ----------
         text : str
             ``codebook/block size:scales``. ``nf4+fit/64`` has fitted levels, ``nf4+fit16/64@-1`` a set of them for
-            every 16 rows; ``@-1`` is the axis. Scales are a float dtype, float32 if left out, or quantized scales such as
+            every 16 rows; ``@-1`` is the axis. ``~in``, ``~out`` or ``~both`` after it is a rotation, and a number behind that
+            its seed. Scales are a float dtype, float32 if left out, or quantized scales such as
             ``u8/256:float32``: a letter (``u`` uint, ``i`` int, ``d`` dynamic, ``l`` log), bits, block size, and the dtype
             of the second level, which may be quantized again. ``u8+none/256:float32`` is a second level without offset.
         codebook : Codebook, optional
@@ -481,6 +555,8 @@ class BlockFormat(_Record):
         8
         >>> BlockFormat.parse("nf2+fit/64@-1:float16").levels
         'matrix'
+        >>> BlockFormat.parse("tcq2/64@0~in:float16").rotation
+        Rotation(side='in', seed=0)
         """
         if not isinstance(text, str):
             raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {given(text)}.")
@@ -548,16 +624,19 @@ def _parse_format(text: str, codebook: Codebook | None) -> BlockFormat:
     # The pattern bounds the digits: 18 of them stay below 2^63, and no text costs a long conversion. The class checks
     # the numbers, so that a text and arguments raise the same errors.
     head, *scales = text.split(":")
-    match = re.fullmatch(r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?", head)
+    match = re.fullmatch(
+        r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?(?:~([a-z]{1,4})([0-9]{0,18}))?", head
+    )
     if match is None or len(scales) > _MAX_DEPTH:
         raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
-    name, fitted, lines, block_size, axis = match.groups()
+    name, fitted, lines, block_size, axis, side, seed = match.groups()
     return BlockFormat(
         codebook or by_name(name),
         int(block_size),
         _parse_scales(scales or ["float32"]),
         None if axis is None else int(axis),
         "codebook" if fitted is None else int(lines) if lines else "matrix",
+        None if side is None else Rotation(side, int(seed or 0)),
     )
 
 

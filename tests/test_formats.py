@@ -16,7 +16,12 @@ from lqlora.formats import float_bits
 from lqlora.testing.strategies import formats, shapes
 
 AXES = (None, 0, 1, -1, -2, 17)
-any_format = formats(depth=3, axes=AXES, fitted=True)
+any_format = formats(depth=3, axes=AXES, fitted=True, rotated=True)
+
+
+def needed(fmt):
+    """Return the number of axes that a rotation needs."""
+    return {None: 0, "in": 1, "out": 2, "both": 2}[fmt.rotation and fmt.rotation.side]
 
 
 def lines_of(fmt, shape):
@@ -52,6 +57,10 @@ def test_text_is_read_back(fmt):
 
 @given(fmt=any_format, shape=shapes())
 def test_storage_is_counted_exactly(fmt, shape):
+    if fmt.rotation is not None and len(shape) < needed(fmt):
+        with pytest.raises(InvalidArgumentError, match="no axis for the rotation"):
+            fmt.storage_bits(shape)
+        return
     if fmt.axis is not None and not -len(shape) <= fmt.axis < len(shape):
         with pytest.raises(InvalidArgumentError, match=f"axis {fmt.axis} .* does not exist"):
             fmt.storage_bits(shape)
@@ -64,7 +73,7 @@ def test_storage_is_counted_exactly(fmt, shape):
 @given(data=st.data(), fmt=any_format, batch=st.sampled_from([(), (3,), (2, 1)]))
 def test_stored_arrays_are_those_that_quantize_returns(data, fmt, batch):
     assume(fmt.axis != 17)
-    least = 0 if fmt.axis is None else fmt.axis + 1 if fmt.axis >= 0 else -fmt.axis
+    least = max(needed(fmt), 0 if fmt.axis is None else fmt.axis + 1 if fmt.axis >= 0 else -fmt.axis)
     shape = data.draw(hnp.array_shapes(min_dims=least, max_dims=3, max_side=8))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScaleUnderflowWarning)
@@ -78,7 +87,7 @@ def test_a_pickle_holds_the_fields_of_a_format_only():
     kept = hash(fmt), str(fmt), fmt.scales.format
     assert kept[2] is fmt.scales.format
     again = pickle.loads(pickle.dumps(fmt))
-    assert set(vars(again)) == {"codebook", "block_size", "scales", "axis", "levels"}
+    assert set(vars(again)) == {"codebook", "block_size", "scales", "axis", "levels", "rotation"}
     assert set(vars(again.scales)) == {"bits", "block_size", "dtype", "offset", "codebook"}
     assert (again, hash(again), str(again)) == (fmt, *kept[:2])
 

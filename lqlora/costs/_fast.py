@@ -80,7 +80,7 @@ def fast_costs(
     #     c_f = e_f (c_f / e_f) ~ e_f (c_g / e_g) = c_g (e_f / e_g).
     grouped: dict[tuple[object, ...], list[BlockFormat]] = {}
     for fmt in formats:
-        grouped.setdefault((fmt.codebook, fmt.block_size, fmt.axis, fmt.levels), []).append(fmt)
+        grouped.setdefault((fmt.codebook, fmt.block_size, fmt.axis, fmt.levels, fmt.rotation), []).append(fmt)
     families = [_measure(task, own) for own in grouped.values()]
     found: dict[tuple[BlockFormat, int], float] = {}
     for family, members in zip(families, _contenders(task, families), strict=True):
@@ -98,7 +98,11 @@ def _measure(task: Task, formats: list[BlockFormat]) -> _Family:
     # Let d_f be the vector of the (weighted) errors of all entries of the sample in format f. The distance of two
     # formats is |d_f - d_g|^2 / min(|d_f|^2, |d_g|^2). It is 0 for equal roundings, and 2 for independent ones of one
     # size. The numerator is |d_f|^2 + |d_g|^2 - 2 <d_f, d_g>, so one matrix product gives all pairs.
-    sample = RoundingSample(task.matrix, formats[0], task.weighting.element_weights(), name=task.name)
+    rotation = formats[0].rotation
+    weights = (
+        task.weighting.element_weights() if rotation is None else task.weighting.rotated_element_weights(rotation.seeds)
+    )
+    sample = RoundingSample(task.matrix, formats[0], weights, name=task.name)
     rounded = [sample.rounded(fmt) for fmt in formats]
     lost = np.stack([np.asarray(ops.convert(own.errors, np)) for own in rounded])
     products = lost @ lost.T

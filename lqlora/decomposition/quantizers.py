@@ -9,6 +9,7 @@ from lqlora._dispatch import namespace
 from lqlora._options import require_choice
 from lqlora.errors import InvalidArgumentError
 from lqlora.quantized import QuantizedArray, gptq, quantize
+from lqlora.quantized._rotation import as_rotated, as_stored, rotated
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -73,13 +74,36 @@ def make_quantizer(
         return _Custom(quantizer)
     require_choice(quantizer, "quantizer", ("nearest", "gptq"))
     if quantizer == "nearest":
-        return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
+        return _nearest(fmt, fit, weighting, name)
     if weighting.feedback_gram is None:
         raise InvalidArgumentError(
             f"quantizer='gptq' needs a weighting with the second moment of the inputs, got {type(weighting).__name__}. "
             "Use lqlora.weighting.InputGram or Kronecker."
         )
     return _ErrorFeedback(fmt, fit, weighting.feedback_gram, name)
+
+
+def _nearest(fmt: BlockFormat, fit: Fit, weighting: AbstractWeighting, name: str) -> Quantizer:
+    """Return the step that rounds to nearest, with the importance of the entries that are rounded."""
+    if fmt.rotation is None or fit == "absmax":
+        return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
+    # quantize() knows importance of entries only. A weighting may know more: its whole quadratic form, and the diagonal of that
+    # after the rotation.
+    importance = weighting.rotated_element_weights(fmt.rotation.seeds)
+    return _Rotated(_Nearest(fmt.unrotated, fit, importance, name), fmt)
+
+
+@dataclass(frozen=True)
+class _Rotated:
+    """A step in the basis of the rotation of a format."""
+
+    inner: Quantizer
+    fmt: BlockFormat
+
+    def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
+        assert self.fmt.rotation is not None
+        near = None if previous is None else as_stored(previous)
+        return as_rotated(self.inner(rotated(target, self.fmt.rotation), near), self.fmt)
 
 
 @dataclass(frozen=True)

@@ -326,6 +326,8 @@ def _require_exportable(q: QuantizedArray, dtype: str) -> str:
         raise FormatError(
             f"levels must be those of the codebook for bitsandbytes, which cannot hold fitted ones, got {fmt}."
         )
+    if fmt.rotation is not None:
+        raise FormatError(f"rotation must be None for bitsandbytes, which stores weights as they are, got {fmt}.")
     if q.batch_shape:
         raise FormatError(
             f"q must be a single array for bitsandbytes, got a stack of shape {q.batch_shape}. Unstack it."

@@ -114,7 +114,7 @@ class QuantizedEmbedding(_TableModule):
         rounds_scale: bool = False,
     ) -> None:
         super().__init__(quantized)
-        if self.quantized.format.axis in (0, -2):
+        if self.quantized.format.couples_rows:
             raise InvalidArgumentError(
                 f"quantized must have blocks along its rows, got format {self.quantized.format}. Quantize without an axis, or along -1."
             )

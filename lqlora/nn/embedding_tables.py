@@ -236,7 +236,7 @@ def choose_tables(
                 f"embeddings must name embeddings that can be quantized, but {printable(name)!r} {reason.sentence}."
             )
     for name, fmt in usable.items():
-        if not isinstance(fmt, BlockFormat) or fmt.axis in (0, -2):
+        if not isinstance(fmt, BlockFormat) or fmt.couples_rows:
             raise InvalidArgumentError(
                 f"embeddings must give {printable(name)!r} a BlockFormat with blocks along rows, got {fmt!s:.80}."
             )

@@ -21,6 +21,7 @@ from lqlora import ops
 from lqlora.errors import InvalidArgumentError, MixedArraysError, UnsupportedArrayError
 from lqlora.nn.operator_arguments import check_tensors, described, from_operands, read_format, stored_tensors
 from lqlora.quantized import dequantize, quantize
+from lqlora.quantized._rotation import product
 from lqlora.quantized._rows import decode_rows
 from lqlora.quantized.quantization import multiply
 
@@ -246,7 +247,7 @@ def _matmul(
     q = from_operands(weight, fmt, shape, codebook)
     _check_rows(x, weight, shape, adjoint=adjoint)
     with as_given(x):
-        y: Tensor = _adjoint_product(x, q) if adjoint else multiply(x, q)
+        y: Tensor = product(x, q, _adjoint_product, adjoint=True) if adjoint else multiply(x, q)
     # The fake implementation promises a contiguous result, and compiled code reads the result by those strides.
     return y.contiguous()
 
@@ -254,7 +255,7 @@ def _matmul(
 def _adjoint_product(x: Tensor, q: QuantizedArray) -> Tensor:
     """Return ``x @ dequantize(q)``. The dense matrix of a large weight, such as an output embedding, never exists."""
     rows, columns = q.shape
-    if rows * columns <= _LARGE or q.format.axis in (0, -2):
+    if rows * columns <= _LARGE or q.format.couples_rows:
         dense: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T)
         return dense
     flat, step, dtype = x.reshape(-1, rows), max(1, _STEP // columns), ops.factor_dtype(x)

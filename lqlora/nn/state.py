@@ -273,7 +273,7 @@ def _table_fault(matrix: StoredMatrix) -> str | None:
     """Return why a matrix of a file cannot be the table of an embedding, or None."""
     if matrix.lora_A.shape[0]:
         return "has low-rank factors in the file, and is an embedding in the model"
-    if matrix.quantized.format.axis in (0, -2):
+    if matrix.quantized.format.couples_rows:
         return "has blocks along its columns in the file, and is an embedding in the model"
     return None
 

@@ -33,6 +33,7 @@ from lqlora.ops.lowrank import LowRank, exact_svd, low_rank_product, subspace_sv
 from lqlora.ops.matmul import add_low_rank, factor_dtype, matmul_dense, matmul_packed, matmul_trellis
 from lqlora.ops.moments import symmetric_moment
 from lqlora.ops.packing import pack_codes, packed_size, unpack_codes
+from lqlora.ops.rotation import rotate, rotate_rows, rotated_importance, rotated_moment
 from lqlora.ops.rounding import rounding_errors, wide_errors
 from lqlora.ops.search import best_ratios, least_squares, search_ratios, squared_errors
 from lqlora.ops.slices import copy_across, put_flat, take_flat
@@ -82,6 +83,10 @@ __all__ = [
     "put_flat",
     "require_finite",
     "require_float",
+    "rotate",
+    "rotate_rows",
+    "rotated_importance",
+    "rotated_moment",
     "rounding_errors",
     "row_sums",
     "search_ratios",

@@ -13,6 +13,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.formats import ScaleFormat
 from lqlora.quantized._decoding import host_levels
 from lqlora.quantized._layout import layout_of
+from lqlora.quantized._rotation import as_stored, unrotated
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -45,10 +46,12 @@ def decode_rows(q: QuantizedArray, index: Array, dtype: str = "float32") -> Arra
         If ``q`` is not a matrix or has blocks along its columns, or a row is negative or beyond the end. On a device rows are
         not checked.
     """
-    if len(q.shape) != 2 or q.batch_shape or q.format.axis in (0, -2):
+    if len(q.shape) != 2 or q.batch_shape or q.format.couples_rows:
         raise InvalidArgumentError(
             f"q must be a matrix with blocks along its rows, got shape {q.shape} in format {q.format}."
         )
+    if q.format.rotation is not None:
+        return _rotated_rows(q, index, dtype)
     xp, layout, (rows, columns) = namespace(q.packed, index), layout_of(q.format, q.shape), q.shape
     count = index.shape[0]
     if count and ops.is_on_host(index):
@@ -63,6 +66,12 @@ def decode_rows(q: QuantizedArray, index: Array, dtype: str = "float32") -> Arra
         _decode(q, layout, index, flat)
     found = xp.reshape(flat, (count, columns))
     return found if own == dtype else xp.astype(found, ops.native_dtype(q.packed, dtype))
+
+
+def _rotated_rows(q: QuantizedArray, index: Array, dtype: str) -> Array:
+    """Return rows of a format that rotates the inputs: each is rotated back by itself."""
+    assert q.format.rotation is not None
+    return ops.storage_cast(unrotated(decode_rows(as_stored(q), index), q.format.rotation), dtype)
 
 
 def _decode(q: QuantizedArray, layout: Layout, index: Array, out: Array) -> None:

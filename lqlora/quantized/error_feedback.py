@@ -23,10 +23,12 @@ from lqlora._options import require_choice, require_integer, require_number
 from lqlora._printable import printable
 from lqlora._warnings import warn
 from lqlora.errors import InvalidArgumentError, NonFiniteError
+from lqlora.formats import BlockFormat
 from lqlora.quantized._decoding import decode_scales, zero_point_codes
 from lqlora.quantized._encoding import encode_codes
 from lqlora.quantized._fits import FITS, Fit, assemble, choose
 from lqlora.quantized._layout import blocks_last, layout_of
+from lqlora.quantized._rotation import as_rotated, as_stored, rotated
 from lqlora.quantized._source import Source
 from lqlora.quantized._sweep import System, targets
 from lqlora.quantized.quantization import dequantize, quantize
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lqlora._typing import Array
-    from lqlora.formats import BlockFormat
     from lqlora.quantized.array import QuantizedArray
 
 __all__ = ["Order", "gptq"]
@@ -145,6 +146,15 @@ def gptq(
     w = ops.widen(w, name)
     _check_options(damping, fit, order, rounds, sweeps)
     moment = _checked_moment(gram, w, name)
+    if isinstance(fmt, BlockFormat) and fmt.rotation is not None:
+        if check_finite:  # a rotation spreads NaN over its line
+            ops.require_finite(w, name)
+        turned = ops.rotated_moment(moment, fmt.rotation.seeds[-1]) if -1 in fmt.rotation.seeds else moment
+        stored = gptq(
+            rotated(w, fmt.rotation), fmt.unrotated, turned, fit=fit, damping=damping, order=order,
+            rounds=rounds, sweeps=sweeps, start=None if start is None else as_stored(start), check_finite=check_finite, name=name,
+        )  # fmt: skip
+        return as_rotated(stored, fmt)
     if not bool(xp.any(moment != 0)):
         if moment.shape[0]:
             warn(f"gram of {printable(name)} is zero: its weights are rounded to nearest.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+import itertools
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,12 @@ from lqlora._messages import given
 from lqlora._options import require_choice
 from lqlora._printable import printable
 from lqlora._warnings import warn
-from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning, UnsupportedArrayError
+from lqlora.errors import InvalidArgumentError, NonFiniteError, ScaleUnderflowWarning, UnsupportedArrayError
 from lqlora.formats import BlockFormat
 from lqlora.quantized._decoding import decode_into, decode_scales, host_levels, zero_point_codes
 from lqlora.quantized._fits import FITS, Fit, assemble, choose
 from lqlora.quantized._layout import layout_of
+from lqlora.quantized._rotation import as_rotated, as_stored, product, rotated, unrotated
 from lqlora.quantized._source import Source
 from lqlora.quantized._underflow import lost_blocks
 from lqlora.quantized.array import QuantizedArray, require_quantized, stacked
@@ -209,10 +210,12 @@ def _check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...]
 
 def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Return the indices of a batch in row-major order."""
-    return list(product(*map(range, shape)))
+    return list(itertools.product(*map(range, shape)))
 
 
 def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedArray:
+    if source.fmt.rotation is not None:
+        return as_rotated(_quantize_one(_rotated(source, check_finite=check_finite), fit, check_finite=check_finite), source.fmt)
     statistic, choice, levels = choose(source, fit, check_finite=check_finite)
     if lost := lost_blocks(source, statistic, choice, levels):
         warn(
@@ -221,6 +224,23 @@ def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedA
             ScaleUnderflowWarning,
         )
     return assemble(source, choice, levels)
+
+
+def _rotated(source: Source, *, check_finite: bool) -> Source:
+    """Return what is stored of an array in a rotated format, as an array to quantize in the format without rotation."""
+    rotation, importance = source.fmt.rotation, source.importance
+    assert rotation is not None
+    source.fmt.lines(tuple(source.array.shape))  # raises if an axis is missing
+    wide = ops.widen(source.array)
+    if check_finite:  # a rotation spreads NaN over its line
+        ops.require_finite(wide, source.name)
+    array = rotated(wide, rotation)
+    if check_finite and not ops.is_finite(array):
+        raise NonFiniteError(f"{source.name} must be small enough to be rotated, but sums of its entries are infinite.")
+    for axis in rotation.seeds if importance is not None else ():
+        importance = ops.rotated_importance(importance, axis=axis)
+    start = None if source.start is None else as_stored(source.start)
+    return Source(array, importance, source.fmt.unrotated, source.name, start)
 
 
 def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "float32") -> Array:
@@ -268,11 +288,13 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
         if tuple(out.shape) != q.shape:
             raise InvalidArgumentError(f"out must have shape {q.shape}, got {tuple(out.shape)}.")
         require_writable(out, "out")
-    if not q.batch_shape:
-        decode_into(q, out)
-        return out
     for index, part in zip(_indices(q.batch_shape), q.unstack(), strict=True):
-        decode_into(part, out[(*index, ...)])
+        own = out[(*index, ...)] if index else out
+        if q.format.rotation is None:
+            decode_into(part, own)
+        else:
+            dense = unrotated(dequantize(as_stored(part)), q.format.rotation)
+            own[...] = ops.storage_cast(dense, dtype_name(own))
     return out
 
 
@@ -384,6 +406,8 @@ def _check_factors(lora_A: Array, lora_B: Array, x: Array, shape: tuple[int, ...
 def multiply(x: Array, q: QuantizedArray) -> Array:
     """Return ``x @ dequantize(q).T`` without checks, for a matrix ``q`` and rows of its library, device and length.
 
+    In a rotated format the rows are rotated, and the products rotated back.
+
     Parameters
     ----------
     x : array of float16, bfloat16, float32 or float64, shape (..., n)
@@ -396,6 +420,8 @@ def multiply(x: Array, q: QuantizedArray) -> Array:
     array of the dtype of ``x``, shape (..., m)
         Products.
     """
+    if q.format.rotation is not None:
+        return product(x, q, multiply)
     xp, layout, device = namespace(x), layout_of(q.format, q.shape), device_of(x)
     lead, (rows, columns) = tuple(x.shape[:-1]), q.shape
     flat = x if len(lead) == 1 else xp.reshape(x, (prod(lead), columns))

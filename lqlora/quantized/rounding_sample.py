@@ -10,6 +10,7 @@ from lqlora._dispatch import device_of, namespace
 from lqlora.errors import InvalidArgumentError
 from lqlora.quantized._fits import Choice, assemble, by_absmax, rounded_rows
 from lqlora.quantized._layout import piece_size
+from lqlora.quantized._rotation import as_rotated, rotated
 from lqlora.quantized._source import Source
 from lqlora.quantized._statistics import block_statistics
 
@@ -52,13 +53,16 @@ class RoundingSample:
     like : BlockFormat
         Format with the codebook and the blocks of the formats to compare.
     weights : array that broadcasts to the shape of ``array``, optional
-        Importance of each entry: the factor of its squared error.
+        Importance of each entry that is rounded, which is a rotated one in a rotated format: the factor of its squared error.
     name : str, optional
         Name of the array in messages.
     """
 
     def __init__(self, array: Array, like: BlockFormat, weights: Array | None = None, *, name: str = "array") -> None:
         xp = namespace(array)
+        if like.rotation is not None:
+            array = rotated(array, like.rotation)
+        self._rotation, like = like.rotation, like.unrotated
         self._source = Source(array, None, like, name)
         self._statistic, self._low = block_statistics(self._source)
         layout, device = self._source.layout, device_of(array)
@@ -120,12 +124,13 @@ class RoundingSample:
         QuantizedArray
             The result of :func:`quantize`.
         """
-        return assemble(*self._chosen(fmt))
+        return as_rotated(assemble(*self._chosen(fmt)), fmt)
 
     def _chosen(self, fmt: BlockFormat) -> tuple[Source, Choice]:
-        if replace(fmt, scales=self._source.fmt.scales) != self._source.fmt:
-            raise InvalidArgumentError(f"fmt must differ from {self._source.fmt} only in its scales, got {fmt}.")
-        source = replace(self._source, fmt=fmt)
+        known = replace(self._source.fmt, rotation=self._rotation)
+        if replace(fmt, scales=known.scales) != known:
+            raise InvalidArgumentError(f"fmt must differ from {known} only in its scales, got {fmt}.")
+        source = replace(self._source, fmt=fmt.unrotated)
         return source, by_absmax(source, self._statistic, self._low)
 
 

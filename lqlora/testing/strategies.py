@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from lqlora._dispatch import array_library, namespace
 from lqlora.codebooks import Codebook, by_name, normal_float, uniform
 from lqlora.errors import InvalidArgumentError
-from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.formats import BlockFormat, Rotation, ScaleFormat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +73,9 @@ _SCALE_OFFSETS = {
     ("int", False): ["min", "mean", "none"], ("dynamic", False): ["min", "mean", "none"],
     ("int", True): ["none"], ("dynamic", True): ["none"],
 }  # fmt: skip
+
+#: Rotations of every side.
+_ROTATIONS = (Rotation(), Rotation("out", 1), Rotation("both", 2**32 - 1))
 
 #: Smallest fraction of the absmax that :func:`block_weights` draws, so that normal weights stay normal.
 _FINEST = 2.0**-20
@@ -386,6 +389,7 @@ def formats(
     codebooks: Sequence[Codebook] | None = None,
     axes: Sequence[int | None] = (None,),
     fitted: bool = False,
+    rotated: bool = False,
 ) -> BlockFormat:
     """Draw formats with blocks of 1 to 70 weights.
 
@@ -401,6 +405,8 @@ def formats(
         Axes of the blocks to draw from.
     fitted : bool, default False
         True draws formats with fitted levels where the codebook allows them.
+    rotated : bool, default False
+        True draws formats that rotate arrays of two dimensions or more, among others.
 
     Returns
     -------
@@ -421,7 +427,8 @@ def formats(
     sharing: list[Any] = ["codebook"]
     if fitted and codebook.normalization not in ("affine", "rms"):
         sharing = ["matrix", *([] if axis is None else [1, 2, 3, 4])]
-    return BlockFormat(codebook, draw(st.integers(1, 70)), scales, axis, draw(st.sampled_from(sharing)))
+    rotation = draw(st.sampled_from([None, *_ROTATIONS])) if rotated else None
+    return BlockFormat(codebook, draw(st.integers(1, 70)), scales, axis, draw(st.sampled_from(sharing)), rotation)
 
 
 def largest_for(fmt: BlockFormat) -> float:

@@ -13,6 +13,8 @@ from lqlora.errors import NonFiniteError
 from lqlora.weighting._checks import require_matrix
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lqlora._typing import Array
 
 __all__ = [
@@ -147,6 +149,25 @@ class AbstractWeighting(abc.ABC):
             Diagonal of the quadratic form of the norm, up to one common factor that keeps products of small numbers
             from underflowing. None if all entries have the same importance.
         """
+
+    def rotated_element_weights(self, seeds: Mapping[int, int]) -> Array | None:
+        """Return the importance of the entries of a rotated matrix: the diagonal of the rotated quadratic form.
+
+        Parameters
+        ----------
+        seeds : mapping of int to int
+            Seed of each axis that is rotated, -1 or -2: see :func:`lqlora.ops.rotate`.
+
+        Returns
+        -------
+        array that broadcasts to (m, n), optional
+            As :meth:`element_weights`. This method of the base class takes the quadratic form for a diagonal one.
+        """
+        weights = self.element_weights()
+        for axis in seeds if weights is not None else ():
+            if len(weights.shape) >= -axis:  # else it does not depend on that axis
+                weights = ops.rotated_importance(weights, axis=axis)
+        return weights
 
     @abc.abstractmethod
     def low_rank(

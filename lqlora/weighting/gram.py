@@ -14,6 +14,8 @@ from lqlora.weighting._checks import is_zero, warn_of_zeros
 from lqlora.weighting.base import ScaledWeighting, exponent_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lqlora._typing import Array
 
 __all__ = ["InputGram", "Kronecker"]
@@ -21,6 +23,15 @@ __all__ = ["InputGram", "Kronecker"]
 #: Directions without inputs have the importance of the damping alone. Its root, in float32, times a residual must not
 #: underflow: an error in such a direction would count as none.
 _LEAST_DAMPING = 1e-30
+
+
+def _rotated_diagonal(root: _Root, seeds: Mapping[int, int], axis: int) -> Array:
+    """Return the diagonal of a rotated Gram matrix, damped and divided by its unit."""
+    if axis not in seeds:
+        return root.diagonal
+    # The matrix is C C^T, and a rotation makes R C (R C)^T of it, whose diagonal are the squared norms of the rows of R C.
+    turned = ops.rotate(root.lower, seeds[axis], axis=-2)
+    return namespace(turned).sum(turned * turned, axis=1)
 
 
 class _Root(NamedTuple):
@@ -96,6 +107,10 @@ class InputGram(ScaledWeighting):
     def element_weights(self) -> Array | None:
         """Return the mean square of each input, as one row, divided by a unit."""
         return self._root.diagonal[None, :]
+
+    def rotated_element_weights(self, seeds: Mapping[int, int]) -> Array | None:
+        """Return the mean square of each rotated input, as one row, divided by a unit."""
+        return _rotated_diagonal(self._root, seeds, -1)[None, :]
 
     # tr(E R E^T) = || E C ||_F**2 with R = C C^T. The best X has X C = U U^T E C, so X = U (U^T E).
 
@@ -181,6 +196,11 @@ class Kronecker(ScaledWeighting):
     def element_weights(self) -> Array | None:
         """Return the products of the two diagonals, each divided by its unit."""
         left, right = (root.diagonal for root in self._roots)
+        return left[:, None] * right[None, :]
+
+    def rotated_element_weights(self, seeds: Mapping[int, int]) -> Array | None:
+        """Return the products of the diagonals of both rotated second moments, each divided by its unit."""
+        left, right = (_rotated_diagonal(root, seeds, axis) for root, axis in zip(self._roots, (-2, -1), strict=True))
         return left[:, None] * right[None, :]
 
     # With G = L L^T and R = C C^T, tr(G E R E^T) = || L^T E C ||_F**2. With U the leading left singular vectors of

@@ -53,7 +53,7 @@ X = torch.linspace(-1, 1, 24).view(3, 8)
 @st.composite
 def _arrays(draw):
     """Draw quantized matrices in all formats, with ragged lines, blocks that span rows, and fitted levels."""
-    fmt = draw(formats(axes=(None, -1, 0), fitted=draw(st.booleans())))
+    fmt = draw(formats(axes=(None, -1, 0), fitted=draw(st.booleans()), rotated=True))
     rows, columns = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     w = rng.standard_normal((rows, columns)).astype(np.float32)
@@ -62,7 +62,7 @@ def _arrays(draw):
 
 def _dense_parts(layer: PEQALinear) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the unit weight of each entry, and the block that it belongs to, both decoded by the library itself."""
-    own = layer.quantized.array
+    own = dataclasses.replace(layer.quantized.array, format=layer.quantized.format.unrotated)
     ones = dataclasses.replace(own, scales=torch.ones_like(own.scales))
     # Zero points and codes do not matter for the number of a block, so a format of one level tells it.
     number = lq.BlockFormat(lq.Codebook([0, 1], "own"), own.format.block_size, "float32", own.format.axis)
@@ -75,6 +75,9 @@ def _dense_parts(layer: PEQALinear) -> tuple[torch.Tensor, torch.Tensor]:
 def _scale_gradient(layer, x, grad):
     units, blocks = _dense_parts(layer)
     of_weight = grad.double().reshape(-1, grad.shape[-1]).T @ x.detach().double().reshape(-1, x.shape[-1])
+    rotation = layer.quantized.format.rotation
+    for axis, seed in ({} if rotation is None else rotation.seeds).items():
+        of_weight = lq.ops.rotate(of_weight, seed, axis=axis)
     found = torch.zeros(len(layer.quantized.scales), dtype=torch.float64)
     return found.index_add_(0, blocks.reshape(-1), (of_weight * units).reshape(-1))
 

@@ -19,14 +19,14 @@ from lqlora.errors import (
 from lqlora.testing.strategies import ALL_CODEBOOKS
 from tests.oracles import gptq as oracle
 from tests.oracles.quantize import dense_of, places, set_of, unpack
-from tests.quantized.cases import KINDS, draw_case, normal, ramp, restored, scales_of
+from tests.quantized.cases import UNROTATED, draw_case, normal, ramp, restored, scales_of
 from tests.strategies import host, on, stored
 
 pytestmark = pytest.mark.slow_on_strict
 
 FITS = ("absmax", "scale", "levels+scale")
 #: Trellis formats take feedback along columns only: tests/quantized/test_trellis.py.
-SCALAR = [text for text in KINDS if not text.startswith("tcq")]
+SCALAR = [text for text in UNROTATED if not text.startswith("tcq")]
 CASES = [(text, fit) for text in SCALAR for fit in FITS if not (text.startswith("affine") and fit == FITS[2])]
 SMALL = [book for book in ALL_CODEBOOKS if book.bits <= 4]
 FMT = BlockFormat.parse("nf2/8:float32")

@@ -166,7 +166,7 @@ def test_arrays_of_several_pieces_are_those_of_the_reference_order(text, shape):
     assert out.tobytes() == dequantize(q).tobytes()
     if fmt.axis is not None and not isinstance(fmt.scales, str):
         return  # offsets and second-level blocks are shared by all lines
-    if fmt.axis is not None and fmt.levels == "codebook":
+    if fmt.axis is not None and fmt.levels == "codebook" and fmt.rotation is None:
         part = [slice(None), slice(None)]
         part[1 - fmt.axis % 2] = slice(0, 7)
         assert quantize(w[tuple(part)], fmt).codes.tolist() == q.codes[tuple(part)].tolist()

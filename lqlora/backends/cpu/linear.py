@@ -93,6 +93,7 @@ def _addresses(fmt: BlockFormat, shape: tuple[int, int]) -> Callable[[Sequence[t
     if (
         not (layout.follows_rows and layout.count and has_one_set)
         or layout.is_trellis
+        or fmt.rotation is not None
         or "zero_points" in at
         or dtype != "float32"
     ):

@@ -22,6 +22,7 @@ from lqlora.nn.operators import as_given, below_autograd
 from lqlora.nn.sharding import unlocked
 from lqlora.quantized._decoding import host_levels, zero_point_codes
 from lqlora.quantized._layout import layout_of
+from lqlora.quantized._rotation import as_stored, product
 from lqlora.quantized._trellis import decode_piece
 
 if TYPE_CHECKING:
@@ -71,12 +72,16 @@ def _scaled_matmul(
     q = _with_unit_scales(x, frozen, fmt, shape, codebook)
     if scales.shape != q.scales.shape:
         raise InvalidArgumentError(f"scales must have shape {tuple(q.scales.shape)}, got {tuple(scales.shape)}.")
-    dense = torch.empty(_lines(q), dtype=torch.float64, device=x.device)
-    for part, blocks, units in _units(q):
-        dense[part] = _unpadded(units.double() * scales.detach()[blocks, None], q, part)
-    with as_given(x):
+
+    def multiply(x: Tensor, q: QuantizedArray) -> Tensor:
+        dense = torch.empty(_lines(q), dtype=torch.float64, device=x.device)
+        for part, blocks, units in _units(q):
+            dense[part] = _unpadded(units.double() * scales.detach()[blocks, None], q, part)
         matrix = (dense.T if _is_down(q) else dense).to(x.dtype)
-        return functional.linear(x, matrix.T if adjoint else matrix).contiguous()
+        return functional.linear(x, matrix.T if adjoint else matrix)
+
+    with as_given(x):
+        return product(x, q, multiply, adjoint=adjoint).contiguous()  # type: ignore[no-any-return]
 
 
 def _scaled_matmul_fake(
@@ -102,6 +107,11 @@ def _scale_gradient(
     _check_pair(rows, x, shape)
     q = _with_unit_scales(x, frozen, fmt, shape, codebook)
     wide = _wide(rows, x)
+    if q.format.rotation is not None:
+        # W = R_m^T W' R_n, so that dL/dW' = R_m (dL/dW) R_n^T: the product of rotated rows.
+        seeds, q = q.format.rotation.seeds, as_stored(q)
+        rows = ops.rotate_rows(rows.to(wide), seeds[-2]) if -2 in seeds else rows
+        x = ops.rotate_rows(x.to(wide), seeds[-1]) if -1 in seeds else x
     left, right = rows.reshape(-1, shape[0]).to(wide), x.reshape(-1, shape[1]).to(wide)
     if _is_down(q):
         left, right = right, left

@@ -1,0 +1,148 @@
+"""Randomized Hadamard rotations, against dense matrices."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lqlora.ops import rotate, rotate_rows, rotated_importance, rotated_moment
+from tests.strategies import host, on
+
+LENGTHS = (1, 2, 3, 6, 8, 9, 17, 30, 64, 105, 576)
+
+
+def hartley(p):
+    """The matrix of a prime factor, entry by entry."""
+    own = np.empty((p, p))
+    for j in range(p):
+        for k in range(p):
+            own[j, k] = (math.cos(2 * math.pi * j * k / p) + math.sin(2 * math.pi * j * k / p)) / math.sqrt(p)
+    return own
+
+
+@functools.cache
+def mixing(count):
+    """The matrix H: the Kronecker product over the prime factors, the largest one first."""
+    factors, rest = [], count
+    for p in range(2, count + 1):
+        while rest % p == 0:
+            factors.append(p)
+            rest //= p
+    return functools.reduce(np.kron, map(hartley, factors[::-1]), np.ones((1, 1)))
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_a_rotation_is_the_product_with_signs_and_mixing(xp, count):
+    x = normal(4, count)
+    signs = np.array([sign(position, 5, count) for position in range(count)])
+    found = host(rotate(on(xp, x), 5))
+    np.testing.assert_allclose(found, (x * signs) @ mixing(count).T, atol=3e-6)
+    assert found.dtype == np.float32
+
+
+def sign(position, seed, count):
+    """SplitMix64 of the position, in Python integers."""
+    state = (seed * count + 1 + position) * 0x9E3779B97F4A7C15 % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> shift)) * factor % 2**64
+    return -1.0 if (state ^ (state >> 31)) >> 63 else 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("count", LENGTHS)
+def test_every_library_returns_the_bytes_of_numpy(xp, count, dtype):
+    if dtype == np.float16 and "strict" in xp.__name__:
+        pytest.skip("the library has no such dtype")
+    x = normal(3, count, 2, dtype=dtype)
+    for options in ({"axis": 1}, {"axis": -2, "inverse": True}):
+        expected = rotate(x, 1, **options)
+        found = host(rotate(on(xp, x), 1, **options))
+        assert found.shape == x.shape
+        assert found.dtype == expected.dtype == (np.float64 if dtype == np.float64 else np.float32)
+        assert found.tobytes() == expected.tobytes()
+
+
+@given(count=st.integers(1, 200), seed=st.integers(0, 2**63 - 1), axis=st.sampled_from([0, 1, 2, -1, -2, -3]))
+def test_the_inverse_undoes_it_along_every_axis(count, seed, axis):
+    shape = [2, 3, 2]
+    shape[axis] = count
+    x = normal(*shape, seed=count, dtype=np.float64)
+    turned = rotate(x, seed, axis=axis)
+    np.testing.assert_allclose(rotate(turned, seed, axis=axis, inverse=True), x, atol=1e-13)
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=axis), np.linalg.norm(x, axis=axis), rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_a_line_has_the_same_bits_alone(count):
+    x = normal(5, count)
+    whole = rotate(x, 3)
+    assert all(rotate(row, 3).tobytes() == own.tobytes() for row, own in zip(x, whole, strict=True))
+    assert rotate(np.asfortranarray(x), 3).tobytes() == whole.tobytes()
+    assert rotate(x.T, 3, axis=0).T.tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("count", [64, 576, 1536])
+def test_one_large_entry_is_spread_over_all(count):
+    spread = np.abs(rotate(np.eye(1, count, 7, dtype=np.float32), 0))
+    odd = count // (count & -count)
+    assert spread.max() * math.sqrt(count) < math.sqrt(2.0 ** (odd > 1) * 2.0 ** (odd > 3)) + 1e-5
+    assert spread.min() > 0
+
+
+def test_seeds_give_different_signs():
+    x = normal(1, 256)
+    turned = [rotate(x, seed)[0] for seed in (0, 1, 2**32, 2**63 - 1)]
+    cosines = np.corrcoef(turned) - np.eye(4)
+    assert np.abs(cosines).max() < 0.3
+
+
+def test_empty_arrays_stay_empty(xp):
+    for shape in ((0, 6), (4, 0), (0,)):
+        x = on(xp, np.zeros(shape, dtype=np.float32))
+        assert rotate(x, 0).shape == rotate_rows(x, 0).shape == rotated_importance(x).shape == shape
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3)])
+def test_rows_are_rotated_alike(xp, count, lead):
+    x = normal(*lead, count)
+    for inverse in (False, True):
+        expected = rotate(x, 9, inverse=inverse)
+        np.testing.assert_allclose(host(rotate_rows(on(xp, x), 9, inverse=inverse)), expected, atol=1e-5)
+
+
+def test_rows_keep_their_dtype_and_their_graph(torch):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        x = torch.ones(2, 12, dtype=dtype, requires_grad=True)
+        y = rotate_rows(x, 0)
+        assert y.dtype == dtype
+        y.square().sum().backward()
+        torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_importance_is_the_diagonal_of_the_rotated_quadratic_form(xp, count):
+    weights = np.random.default_rng(0).random((3, count))
+    expected = weights @ (mixing(count) ** 2).T
+    np.testing.assert_allclose(host(rotated_importance(on(xp, weights))), expected, rtol=1e-12)
+    np.testing.assert_allclose(host(rotated_importance(on(xp, weights.T), axis=0)), expected.T, rtol=1e-12)
+
+
+def test_a_second_moment_is_that_of_rotated_vectors(xp):
+    x = normal(40, 24, dtype=np.float64)
+    found = host(rotated_moment(on(xp, x.T @ x), 4))
+    np.testing.assert_allclose(found, rotate(x, 4).T @ rotate(x, 4), atol=1e-12)
+    np.testing.assert_array_equal(found, found.T)
+
+
+def test_sums_beyond_the_range_are_infinite():
+    assert np.isinf(rotate(np.full(8, 3e38, dtype=np.float32), 0)).any()

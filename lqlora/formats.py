@@ -636,7 +636,7 @@ def _parse_format(text: str, codebook: Codebook | None) -> BlockFormat:
         _parse_scales(scales or ["float32"]),
         None if axis is None else int(axis),
         "codebook" if fitted is None else int(lines) if lines else "matrix",
-        None if side is None else Rotation(side, int(seed or 0)),
+        None if side is None else Rotation(side, int(seed or 0)),  # type: ignore[arg-type]  # checked there
     )
 
 

@@ -260,6 +260,10 @@ CALLS = {
     "put_flat": ({"array": W.copy(), "values": FLAT[:9].copy()}, _put),
     "require_finite": ({"array": W}, partial(ops.require_finite, what="array")),
     "require_float": ({"array": W}, partial(ops.require_float, what="array")),
+    "rotate": ({"array": W}, partial(ops.rotate, seed=1)),
+    "rotate_rows": ({"x": W}, partial(ops.rotate_rows, seed=1)),
+    "rotated_importance": ({"importance": IMPORTANCE}, ops.rotated_importance),
+    "rotated_moment": ({"gram": GRAM}, partial(ops.rotated_moment, seed=1)),
     "search_ratios": (
         {"rows": ROWS, "weights": IMPORTANCE},
         partial(ops.search_ratios, nearest=lambda rows: 2 * rows, grid=(1.0, 0.5), refinements=1),

@@ -36,12 +36,13 @@ MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
     "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
+    "lqlora.integrations.language_models",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
 LEFT_OUT = {
     "holds what lqlora puts into it": {
-        "Availability", "BitsandbytesWeight", "Capability", "Checkpoint", "Configuration", "Decomposition", "DecompositionStack",
+        "Availability", "BitsandbytesWeight", "Capability", "Checkpoint", "CompressionReport", "Configuration", "Decomposition", "DecompositionStack",
         "DensePart", "DistillationReport", "Factors", "Finding", "Grid", "Kind", "License", "LimitUse", "LowRankStep", "MeasuredNorm", "Operands", "ParetoPoint",
         "Plan", "PlannedMatrix", "QuantizationReport", "QuantizedArray", "QuantizedLayer", "QuantizedTable", "RawResult", "Reduced", "Report",
         "RequantizedLayer", "Scales", "Selection", "Solution", "Split", "StoredMatrix", "StoredRow", "TeacherOutputs",
@@ -52,6 +53,7 @@ LEFT_OUT = {
         "StoredRow.joined", "check_work", "reduce_problem", "select", "relative_gap",
         "Elementwise.low_rank", "Elementwise.measured", "Elementwise.squared_norm", "ScaledWeighting.low_rank", "ScaledWeighting.measured",
         "ScaledWeighting.squared_norm",
+        *(f"{name}.rotated_element_weights" for name in ("AbstractWeighting", "InputGram", "Kronecker")),
         *(f"{name}.check" for name in ("Elementwise", "InputGram", "Kronecker", "RowColumn", "Uniform")),
     },
     "is a protocol, abstract or an enumeration": {
@@ -61,7 +63,7 @@ LEFT_OUT = {
     "registers plug-ins for the process": {"register"},
     "reads documents, which tests/fuzz damages": {"codebook_from_json", "codebook_from_text", "CostTable.from_json", "Plan.from_json"},
     "draws with matplotlib": {"plot", "plot_pareto"},
-    "needs a language model": {"fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
+    "needs a language model": {"compress", "load_language_model", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
     "tests a plug-in for seconds": {
         "assert_backend_conforms", "assert_quantizer_conforms", "assert_solver_conforms", "check_backend", "check_solver",
     },
@@ -181,6 +183,7 @@ CALLS = {
     **{f"BlockFormat.{name}": (getattr(FORMAT, name), {"shape": (8, 16)}) for name in ("blocks", "level_sets", "lines", "storage_bits")},
     "BlockFormat.stored_arrays": (FORMAT.stored_arrays, {"shape": (8, 16), "batch": (2,)}),
     "BlockFormat.parse": (lq.BlockFormat.parse, {"text": "nf4/16:float32"}),
+    "Rotation": (lq.Rotation, {"side": "both", "seed": 3}),
     "ScaleFormat": (lq.ScaleFormat, {"bits": 8, "block_size": 16}),
     "Codebook": (lq.Codebook, {"levels": [-1.0, 1.0]}),
     "QuantizedArray.stack": (lq.QuantizedArray.stack, {"parts": [Q, Q], "batch_shape": (2,)}),

@@ -57,6 +57,11 @@ def distilling():
     return {"model": model, "teacher": nn.collect_outputs(dense(), batches, progress=False), "batches": batches}
 
 
+def compressing():
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 16), InBlocks(), torch.nn.Linear(16, 9))
+    return {"model": model, "split": recipes.Split(TOKENS, TOKENS[:2], TOKENS[:1]), "bits": 2.13, "rank": 1}
+
+
 TOKENS = torch.arange(12).remainder(9).view(3, 4)
 
 #: Functions with arguments, the title and unit of the bar, and what a function of the caller sees.
@@ -65,6 +70,7 @@ CALLS = {
     "collect_gram": (nn.collect_gram, collecting, "Gram matrices", "batch", [1, 2, 3]),
     "collect_kronecker": (nn.collect_kronecker, collecting, "Kronecker factors", "batch", [1, 2, 3]),
     "collect_outputs": (nn.collect_outputs, lambda: {"teacher": dense(), "batches": [torch.ones(2, 16)] * 3}, "Teacher", "batch", [1, 2, 3]),
+    "compress": (recipes.compress, compressing, "Compressing", "step", list(range(1, 11))),
     "cost_table": (lq.cost_table, lambda: {"weights": {"a": W, "b": W}, "formats": [FORMAT], "rank": 1}, "Cost table", "matrix", [1, 2]),
     "decompose_stack": (lq.decompose_stack, lambda: {"w": np.stack([W, W]), "fmt": FORMAT, "rank": 1}, "Decomposing", "matrix", [1, 2]),
     "distill": (nn.distill, distilling, "Distilling", "step", [1, 2, 3]),

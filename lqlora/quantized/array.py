@@ -123,7 +123,9 @@ class QuantizedArray:
                 f"start and stop must be in order and from 0 to {self.shape[0]}, got {start} and {stop}."
             )
         if self.format.rotation is not None and self.format.couples_rows:
-            raise InvalidArgumentError(f"rows must not be coupled by a rotation of the outputs, got format {self.format}.")
+            raise InvalidArgumentError(
+                f"rows must not be coupled by a rotation of the outputs, got format {self.format}."
+            )
         if start == self.shape[0]:
             start = stop = 0  # no row begins behind the last one, where a byte may be shared
         layout, width = layout_of(self.format, self.shape), prod(self.shape[1:])

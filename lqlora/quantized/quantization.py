@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 import itertools
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -215,7 +215,9 @@ def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def _quantize_one(source: Source, fit: Fit, *, check_finite: bool) -> QuantizedArray:
     if source.fmt.rotation is not None:
-        return as_rotated(_quantize_one(_rotated(source, check_finite=check_finite), fit, check_finite=check_finite), source.fmt)
+        return as_rotated(
+            _quantize_one(_rotated(source, check_finite=check_finite), fit, check_finite=check_finite), source.fmt
+        )
     statistic, choice, levels = choose(source, fit, check_finite=check_finite)
     if lost := lost_blocks(source, statistic, choice, levels):
         warn(

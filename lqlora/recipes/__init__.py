@@ -13,11 +13,14 @@ from lqlora._optional import require
 from lqlora.recipes.text import Split, packaged_text, read_text, split_sequences, token_sequences
 
 if TYPE_CHECKING:
+    from lqlora.recipes.compression import CompressionReport, compress
     from lqlora.recipes.evaluation import perplexity
     from lqlora.recipes.fine_tuning import fine_tune
 
 __all__ = [
+    "CompressionReport",
     "Split",
+    "compress",
     "fine_tune",
     "packaged_text",
     "perplexity",
@@ -26,7 +29,12 @@ __all__ = [
     "token_sequences",
 ]
 
-_MODULES_WITH_TORCH = {"fine_tune": "fine_tuning", "perplexity": "evaluation"}
+_MODULES_WITH_TORCH = {
+    "CompressionReport": "compression",
+    "compress": "compression",
+    "fine_tune": "fine_tuning",
+    "perplexity": "evaluation",
+}
 
 
 def __getattr__(name: str) -> object:

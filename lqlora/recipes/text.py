@@ -102,8 +102,9 @@ def token_sequences(tokenizer: Any, text: str, length: int) -> torch.Tensor:
     Raises
     ------
     InvalidArgumentError
-        If the text has fewer than ``length`` tokens.
+        If the text has fewer than ``length`` tokens, or the length is below 1.
     """
+    require_integer(length, "length", 1)
     library = require("torch", "pip install torch", "lqlora.recipes.token_sequences")
     # The whole text is tokenized at once, so that no word is cut at a border. verbose=False keeps the tokenizer of
     # transformers from warning that the text is longer than the context of the model.

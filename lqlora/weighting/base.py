@@ -164,8 +164,8 @@ class AbstractWeighting(abc.ABC):
             As :meth:`element_weights`. This method of the base class takes the quadratic form for a diagonal one.
         """
         weights = self.element_weights()
-        for axis in seeds if weights is not None else ():
-            if len(weights.shape) >= -axis:  # else it does not depend on that axis
+        for axis in seeds:
+            if weights is not None and len(weights.shape) >= -axis:  # else it does not depend on that axis
                 weights = ops.rotated_importance(weights, axis=axis)
         return weights
 

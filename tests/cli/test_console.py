@@ -208,6 +208,7 @@ class TestOptions:
             "plan": {"": files / "table.json", "--bits": 3.5},
             "verify": {"": files / "checkpoint.safetensors"},
             "demo": {"--model": "nowhere.gguf"},
+            "compress": {"": "nowhere.gguf", "--output": "out.safetensors", "--bits": 3},
         }[command]
         words = [word for name, value in (usual | {option: VALUE}).items() for word in (name, value) if word != ""]
         code, out, err = run_in(extreme, command, *words)

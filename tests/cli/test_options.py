@@ -22,11 +22,14 @@ torch = importlib.import_module("torch")
 app = importlib.import_module("lqlora.cli.app").app
 costs = importlib.import_module("lqlora.cli.costs")
 plan = importlib.import_module("lqlora.cli.plan")
+language_models = importlib.import_module("lqlora.integrations.language_models")
 stages = importlib.import_module("lqlora.recipes.demo.stages")
 
 #: Arguments of each command, then its options. An argument or option is replaced by each value.
 COMMANDS = {
     "demo": ([], {"--output": "out", "--text": "text.txt", "--model": "model.gguf"}),
+    "compress": (["model.gguf"], {"--output": "out.safetensors", "--bits": "3", "--text": "text.txt", "--length": "4", "--rank": "1",
+                                   "--calibration": "1", "--training": "0", "--evaluation": "1"}),
     "costs": (["model.safetensors"], {"--output": "table.json", "--formats": "nf4/64", "--ranks": "1", "--iterations": "1"}),
     "plan": (["costs.json"], {"--bits": "4"}),
     "verify": (["checkpoint.safetensors"], {}),
@@ -57,7 +60,7 @@ def parameters():
 
 @pytest.fixture(autouse=True)
 def _inputs(tmp_path, monkeypatch):
-    """Small valid inputs in an empty folder; the demo ends where it would measure the model."""
+    """Small valid inputs in an empty folder; the demo and compress end where they would measure or read the model."""
     monkeypatch.chdir(tmp_path)
     w = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     formats = [lq.BlockFormat.parse(text) for text in ("nf4/64", "nf2/64")]
@@ -73,6 +76,7 @@ def _inputs(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "_picture", lambda _: b"")
     monkeypatch.setattr(stages, "_split", lambda *_: None)
     monkeypatch.setattr(stages, "_measure", measure)
+    monkeypatch.setattr(language_models, "load_language_model", measure)
 
 
 def called(command, option, value):
@@ -95,7 +99,9 @@ def test_every_command_has_a_valid_call(capsys):
     assert {command for command, _ in parameters()} == COMMANDS.keys()
     for command, (arguments, options) in COMMANDS.items():
         code = run(command, *arguments, *(f"{key}={own}" for key, own in options.items()))
-        assert (code, "model was read" in capsys.readouterr().err) == ((2, True) if command == "demo" else (0, False))
+        assert (code, "model was read" in capsys.readouterr().err) == (
+            (2, True) if command in ("demo", "compress") else (0, False)
+        )
 
 
 @pytest.mark.sampled(60)

@@ -92,7 +92,29 @@ def _mixtral():
     return transformers.MixtralForCausalLM(config)
 
 
+class Linears(torch.nn.Module):
+    """Blocks that are linear layers themselves, and one without a layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class TestResult:
+    def test_blocks_may_be_linear_layers(self):
+        model = Linears()
+        expected = _by_hand(copy.deepcopy(model), _rows(), [["blocks.0"], ["blocks.2"]], 2)
+        report = quantize_blocks(model, NF2, _rows(), rank=2, progress=False)
+        assert list(report.layers) == ["blocks.0", "blocks.2"]
+        x = _rows(9)[0]
+        torch.testing.assert_close(model(x), expected(x))
+
     @pytest.mark.parametrize("rank", [0, 2])
     def test_it_is_that_of_steps_by_hand(self, rank):
         model = Model().train()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lqlora.errors import InvalidArgumentError
 from lqlora.ops import rotate, rotate_rows, rotated_importance, rotated_moment
 from tests.strategies import host, on
 
@@ -146,3 +147,28 @@ def test_a_second_moment_is_that_of_rotated_vectors(xp):
 
 def test_sums_beyond_the_range_are_infinite():
     assert np.isinf(rotate(np.full(8, 3e38, dtype=np.float32), 0)).any()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 0.5, "a"])
+def test_other_seeds_are_refused(seed):
+    for run in (
+        lambda: rotate(np.ones(4), seed),
+        lambda: rotate_rows(np.ones(4), seed),
+        lambda: rotated_moment(np.eye(4), seed),
+    ):
+        with pytest.raises(InvalidArgumentError, match="seed must be"):
+            run()
+
+
+def test_arrays_without_the_axis_are_refused(xp):
+    x = on(xp, np.ones((2, 3), dtype=np.float32))
+    for run in (
+        lambda: rotate(x, 0, axis=2),
+        lambda: rotate(on(xp, np.float32(1)), 0),
+        lambda: rotate_rows(on(xp, np.float32(1)), 0),
+        lambda: rotated_importance(x, axis=-3),
+    ):
+        with pytest.raises(InvalidArgumentError, match="axis must be"):
+            run()
+    with pytest.raises(InvalidArgumentError, match="gram must be square"):
+        rotated_moment(x, 0)

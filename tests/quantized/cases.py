@@ -30,7 +30,13 @@ UNROTATED = (
     "tcq2/16:float32", "tcq2-6/5@0:u8/8:float32", "tcq3/300:float32", "tcq1/9@-1:d8+none/3:float32",
     "nf3+fit/8:float32", "nf2+fit/8@0:u8/8:float32", "nf4+fit2/8@-1:float32", "bof4s-64+fit3/6@0:d8+none/4:float32",
 )  # fmt: skip
-KINDS = (*UNROTATED, "nf3/8~in:u8/8:float32", "tcq2/16~in5:float32", "nf2+fit/7@0~both3:float32", "affine4/6@-1~out:float32")
+KINDS = (
+    *UNROTATED,
+    "nf3/8~in:u8/8:float32",
+    "tcq2/16~in5:float32",
+    "nf2+fit/7@0~both3:float32",
+    "affine4/6@-1~out:float32",
+)
 
 
 def ramp(*shape: int) -> np.ndarray:

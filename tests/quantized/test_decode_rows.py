@@ -47,7 +47,9 @@ def test_every_kind_of_format(fmt, columns):
     _assert_same(q, [5, 1], np, "float64")
 
 
-@pytest.mark.parametrize("fmt", ["nf4/64@0:float32", "nf4/64@-2:float32", "nf4/64~out:float32", "nf4/64@-1~both:float32"])
+@pytest.mark.parametrize(
+    "fmt", ["nf4/64@0:float32", "nf4/64@-2:float32", "nf4/64~out:float32", "nf4/64@-1~both:float32"]
+)
 def test_blocks_along_columns_are_refused(fmt):
     with pytest.raises(InvalidArgumentError, match="blocks along its rows"):
         decode_rows(quantize(normal(64, 4), BlockFormat.parse(fmt)), np.array([0]))

@@ -177,7 +177,10 @@ def test_rows_of_rotated_inputs_are_views_and_coupled_rows_are_refused():
 def test_fast_costs_of_rotated_formats_are_close_to_the_exact_ones():
     formats = [parsed(f"nf3/96~both:{scales}") for scales in ("float32", "u8/16:float32")] + [parsed("nf3/96:float32")]
     w, gram = normal(64, 96) ** 3, InputGram(correlated(200, 96))
-    exact, fast = (lq.cost_table({"a": w}, formats, rank=4, mode=mode, progress=False, weighting={"a": gram}) for mode in ("exact", "fast"))
+    exact, fast = (
+        lq.cost_table({"a": w}, formats, rank=4, mode=mode, progress=False, weighting={"a": gram})
+        for mode in ("exact", "fast")
+    )
     assert fast.formats == exact.formats
     np.testing.assert_allclose(fast.costs, exact.costs, rtol=0.15)
 
@@ -193,7 +196,9 @@ class TestRefusals:
         with pytest.raises(FormatError, match="seed of a Rotation must be"):
             Rotation("in", seed)
 
-    @pytest.mark.parametrize("text", ["nf4/64~", "nf4/64~x:float32", "nf4/64~in-1", "nf4~in/64", "nf4/64~in99999999999"])
+    @pytest.mark.parametrize(
+        "text", ["nf4/64~", "nf4/64~x:float32", "nf4/64~in-1", "nf4~in/64", "nf4/64~in99999999999"]
+    )
     def test_spellings(self, text):
         with pytest.raises(FormatError):
             parsed(text)
@@ -214,7 +219,7 @@ class TestRefusals:
             lambda: lq.quantize(on(xp, w), parsed("nf4/8~both:float32"), name="q_proj"),
             lambda: lq.gptq(on(xp, w), parsed("nf4/8~both:float32"), on(xp, np.eye(8)), name="q_proj"),
         ):
-            with pytest.raises(NonFiniteError, match="q_proj.*2, 3"):
+            with pytest.raises(NonFiniteError, match=r"q_proj.*2, 3"):
                 run()
 
     def test_sums_beyond_the_range(self):

@@ -49,6 +49,11 @@ class TestTokenSequences:
         with pytest.raises(InvalidArgumentError, match=r"text .*4.*got 3"):
             recipes.token_sequences(characters, "abc", 4)
 
+    @pytest.mark.parametrize("length", [0, -1, 1.5, "3", None])
+    def test_other_lengths_are_refused(self, length):
+        with pytest.raises(InvalidArgumentError, match=r"length must be"):
+            recipes.token_sequences(characters, "abc", length)
+
 
 class TestSplitSequences:
     @pytest.mark.parametrize(("calibration", "training", "evaluation"), [(2, 3, 4), (0, 9, 0), (3, 0, 6), (1, 1, 1)])

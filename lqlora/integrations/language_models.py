@@ -1,0 +1,63 @@
+"""Causal language models with their tokenizers: from GGUF files, and from folders of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lqlora._annotations import annotated
+from lqlora._messages import shortened
+from lqlora._optional import require
+from lqlora.errors import CheckpointError
+from lqlora.integrations.gguf import load_llama
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["load_language_model"]
+
+
+@annotated
+def load_language_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Read a causal language model and its tokenizer. Nothing is downloaded.
+
+    Parameters
+    ----------
+    path : path-like
+        GGUF file of architecture ``llama``, or a folder that ``save_pretrained`` of transformers wrote, with the files of the tokenizer.
+
+    Returns
+    -------
+    model : torch.nn.Module
+        Model in evaluation mode and float32.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Its tokenizer.
+
+    Raises
+    ------
+    CheckpointError
+        If the file or folder is missing or invalid, or holds a model that is quantized already.
+    MissingDependencyError
+        If gguf, torch or transformers is not installed.
+    """
+    folder = Path(path)
+    try:
+        is_folder = folder.is_dir()
+    except ValueError:  # a zero byte, which the reader of files will say
+        is_folder = False
+    if not is_folder:
+        return load_llama(path)
+    transformers = require("transformers", "demo", "Reading language models")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(
+                f"{folder} holds a model that is quantized already. Name a folder of the dense model."
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises errors of many kinds for files that it cannot read
+        raise CheckpointError(shortened(f"{folder} cannot be read as a causal language model: {error}.")) from error
+    return model.float().eval(), tokenizer

@@ -1,0 +1,292 @@
+"""``compress``: one call from a dense language model to a quantized one, by the methods that kept most on held-out text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch
+
+from lqlora._annotations import annotated
+from lqlora._options import require_choice, require_integer, require_number
+from lqlora._progress import reported
+from lqlora.allocation import allocate
+from lqlora.costs import cost_table
+from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat
+from lqlora.nn import (
+    collect_kronecker,
+    collect_outputs,
+    distill,
+    quantize_blocks,
+    weight_arrays,
+)
+from lqlora.nn.blocks import layers_in_blocks
+from lqlora.nn.model import fast_array
+from lqlora.recipes.evaluation import perplexity
+from lqlora.recipes.text import check_sequences
+from lqlora.weighting import InputGram
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from fractions import Fraction
+
+    from lqlora._patterns import Patterns
+    from lqlora.allocation import Plan
+    from lqlora.nn import DistillationReport, QuantizationReport
+    from lqlora.recipes.text import Split
+
+__all__ = ["Codes", "CompressionReport", "compress"]
+
+Codes: TypeAlias = Literal["trellis", "scalar"]
+
+_SCALES = "u8/256:float32"
+#: Sequences of a calibration batch.
+_BATCH = 4
+#: Largest learning rate of factors of rank 16. Rates of 4e-4 at rank 16 and 1.5e-4 at rank 64 were found by experiments; the
+#: power of the rank goes through both.
+_RATE, _RATE_RANK, _RATE_POWER = 4e-4, 16, 0.7
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What :func:`compress` did, and what it cost.
+
+    Parameters
+    ----------
+    formats : Plan or BlockFormat
+        Plan of formats, or the one format of all layers.
+    quantization : QuantizationReport
+        Layers with their errors and bytes.
+    distillation : DistillationReport or None
+        Training of factors or scales, if there was any.
+    perplexities : dict of str to float
+        Perplexity on the sequences for evaluation, by ``"dense"``, ``"quantized"``, and ``"distilled"`` if there was distillation.
+    """
+
+    formats: Plan | BlockFormat
+    quantization: QuantizationReport
+    distillation: DistillationReport | None
+    perplexities: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = [str(self.quantization)]
+        if self.distillation is not None:
+            lines.append(str(self.distillation))
+        lines.append("perplexity: " + ", ".join(f"{value:.4g} {name}" for name, value in self.perplexities.items()))
+        return "\n".join(lines)
+
+
+@annotated
+@torch.inference_mode(mode=False)  # factors train
+def compress(
+    model: torch.nn.Module,
+    split: Split,
+    bits: float | Fraction,
+    *,
+    rank: int = 16,
+    codes: Codes = "trellis",
+    iterations: int = 4,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | Callable[[int, int], None] = True,
+) -> CompressionReport:
+    """Quantize the linear layers of a language model within a budget of bits, and repair it by distillation, in place.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Dense causal language model of blocks that run one after another, on the device of the sequences. It returns logits, or an
+        object that has ``logits``.
+    split : Split
+        Token sequences: see :func:`split_sequences`. Inputs of layers are collected on ``calibration``, distillation takes ``training``,
+        one sequence a step, and stops early by ``evaluation``. Without sequences for training there is no distillation.
+    bits : float or Fraction
+        Budget in bits per weight of the quantized layers, codes and scales included, factors not included. A budget of one format,
+        such as 2.13 or 3.13, gives that format to all layers. With other budgets formats are chosen for each layer.
+    rank : int, default 16
+        Rank of the low-rank factors, which distillation trains. With rank 0 it trains the scales instead, which then take 32 bits each.
+    codes : {"trellis", "scalar"}
+        ``"trellis"``: trellis codes of 1 to 4 bits, with less error. ``"scalar"``: levels for each weight, of 2 to 8 bits, with fitted
+        scales. Products with them are faster, on CUDA devices above all, where trellis codes have no kernels.
+    iterations : int, default 4
+        Iterations of each decomposition.
+    include, exclude : patterns
+        Layers to quantize: see :func:`lqlora.nn.select_linears`.
+    checkpoint : path-like, optional
+        File that keeps the state of the distillation: see :func:`lqlora.nn.distill`.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts batches, matrices, blocks and steps together.
+
+    Returns
+    -------
+    CompressionReport
+        Formats, errors, sizes and perplexities.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option is out of its range, no layer can be quantized, or there is no sequence for calibration or evaluation.
+    InfeasibleBudgetError
+        If no choice of formats is within the budget.
+    NonFiniteError
+        If a weight, an input or a loss is NaN or infinite.
+
+    Notes
+    -----
+    The stages, each of which is a function of its own:
+
+    1. :func:`lqlora.nn.collect_outputs` keeps the outputs of the dense model.
+    2. For budgets between two formats, :func:`lqlora.cost_table` and :func:`lqlora.allocate` choose formats. The cost of an error is the
+       change of the loss that it makes to be expected: the error of the outputs times the mean squared gradient there.
+    3. :func:`lqlora.nn.quantize_blocks` quantizes block after block. Without factors weights are rotated and get error feedback.
+    4. :func:`lqlora.nn.distill` trains factors or scales.
+
+    After an error in a stage before the last one the model is as it was before.
+
+    Examples
+    --------
+    >>> import torch, lqlora as lq
+    >>> _ = torch.manual_seed(0)
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.embed, self.head = torch.nn.Embedding(20, 32), torch.nn.Linear(32, 20)
+    ...         self.blocks = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(2))
+    ...     def forward(self, ids):
+    ...         x = self.embed(ids)
+    ...         for block in self.blocks:
+    ...             x = block(x)
+    ...         return self.head(x)
+    >>> tokens = torch.randint(20, (12, 16))
+    >>> split = lq.recipes.split_sequences(tokens, calibration=4, training=4, evaluation=4)
+    >>> report = compress(Model(), split, bits=3.2, rank=2, include="blocks.*")
+    >>> str(report.formats), sorted(report.perplexities)
+    ('tcq3/64:u8/256:float32', ['dense', 'distilled', 'quantized'])
+    """
+    require_number(bits, "bits", "above 0 and finite", lambda own: 0 < own < math.inf)
+    require_integer(rank, "rank")
+    require_integer(iterations, "iterations", 1)
+    require_choice(codes, "codes", ("trellis", "scalar"))
+    for name in ("calibration", "evaluation"):
+        try:
+            check_sequences(getattr(split, name))
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"split must have sequences for {name}: {error}") from None
+    rank = int(rank)
+    training, tests = [part[None] for part in split.training], list(split.evaluation.split(1))
+    calibration = list(split.calibration.split(_BATCH))
+    blocks = layers_in_blocks(model, include, exclude)
+    layers = {name: layer for own in blocks.values() for name, layer in own.items()}
+    known = _fitting(candidates(codes, rank), bits)
+    counts = {
+        "dense": len(tests),
+        "teacher": len(training) + len(tests) if training else 0,
+        "plan": 0 if known else len(calibration) + len(layers),
+        "blocks": len(blocks),
+        "quantized": len(tests),
+        "training": len(training),
+        "distilled": len(tests) if training else 0,
+    }
+    with reported(progress, "Compressing", sum(counts.values()), "step") as report:
+        step = _steps(counts, report)
+
+        def measured(stage: str) -> float:
+            return perplexity(model, split.evaluation, progress=step(stage))
+
+        perplexities, outputs, distillation = {"dense": measured("dense")}, None, None
+        if training:
+            outputs = collect_outputs(model, [*training, *tests], progress=step("teacher"))
+        formats = known or _planned(model, layers, calibration, bits, rank, codes, step("plan"))
+        quantization = quantize_blocks(
+            model, formats, calibration, rank=rank, include=list(layers), progress=step("blocks"), fit=_FITS[codes],
+            quantizer="nearest" if rank else "gptq", max_iter=iterations, rtol=0.0,
+        )  # fmt: skip
+        perplexities["quantized"] = measured("quantized")
+        if outputs is not None:
+            distillation = distill(
+                model, outputs, training, held_out=tests, train=("factors",) if rank else ("scales",), checkpoint=checkpoint,
+                learning_rate=_RATE * (_RATE_RANK / max(1, rank)) ** _RATE_POWER, progress=step("training"),
+            )  # fmt: skip
+            perplexities["distilled"] = measured("distilled")
+    return CompressionReport(formats, quantization, distillation, perplexities)
+
+
+def _steps(
+    counts: Mapping[str, int], report: Callable[[int], None]
+) -> Callable[[str], Callable[[int, int | None], None]]:
+    """Return a function that gives each stage its own function for progress, within the steps of all stages."""
+    stages = list(counts)
+
+    def step(stage: str) -> Callable[[int, int | None], None]:
+        before = sum(counts[own] for own in stages[: stages.index(stage)])
+        return lambda done, _: report(before + done)
+
+    return step
+
+
+_FITS = {"trellis": "scale", "scalar": "levels+scale"}
+
+
+def candidates(codes: Codes, rank: int) -> list[BlockFormat]:
+    """Return the formats to choose from, the smallest first.
+
+    Parameters
+    ----------
+    codes : {"trellis", "scalar"}
+        Kind of the codes.
+    rank : int
+        Rank of the factors. Without factors formats rotate the matrix, and those of trellis codes have blocks down the columns, which
+        error feedback needs.
+
+    Returns
+    -------
+    list of BlockFormat
+        One format for each number of bits.
+    """
+    names = ["tcq1", "tcq2", "tcq3", "tcq4"] if codes == "trellis" else ["nf2", "nf3", "nf4", "nf6", "nf8"]
+    place = "" if rank else ("@0~both" if codes == "trellis" else "@-1~both")
+    return [BlockFormat.parse(f"{name}/64{place}:{_SCALES}") for name in names]
+
+
+def _fitting(formats: list[BlockFormat], bits: float | Fraction) -> BlockFormat | None:
+    """Return the largest format within a budget if it nearly fills it, or is the largest of all."""
+    best = next((own for own in reversed(formats) if own.bits_per_weight <= bits), None)
+    return best if best and (best is formats[-1] or bits - float(best.bits_per_weight) < _CLOSE) else None
+
+
+def _planned(
+    model: torch.nn.Module,
+    layers: Mapping[str, torch.nn.Module],
+    batches: list[torch.Tensor],
+    bits: float | Fraction,
+    rank: int,
+    codes: Codes,
+    progress: Callable[[int, int | None], None],
+) -> Plan:
+    """Return a plan of formats within a budget."""
+    moments = collect_kronecker(model, batches, include=list(layers), progress=progress)
+    weights, norms = weight_arrays(layers), {}
+    for name, load in weights.items():
+        # Half of tr(G E R E^T) is the change of the loss to be expected. G is noisy, so that its mean diagonal stands for it. A
+        # layer without gradients has a moment of almost nothing.
+        if name in moments:
+            outputs, inputs = moments[name]
+            moment = inputs * float(outputs.diagonal().mean())
+        else:
+            moment = torch.eye(load().shape[1]) * _NOTHING
+        norms[name] = InputGram(fast_array(moment))
+    table = cost_table(
+        weights, candidates(codes, rank), rank=rank, weighting=norms, fit=_FITS[codes], max_iter=1,
+        progress=lambda done, total: progress(len(batches) + done, total),
+    )  # fmt: skip
+    return allocate(table, bits_per_weight=bits)
+
+
+_NOTHING = 2.0**-60
+
+#: Budgets that are larger than a format by less than this many bits per weight get that format for all layers.
+_CLOSE = 0.1

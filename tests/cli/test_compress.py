@@ -1,0 +1,100 @@
+"""The command compress: it writes the model that the library makes, or ends with one sentence and writes nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+import lqlora as lq
+from tests.cli.running import run, sentence
+from tests.requirements import require_module
+
+for package in ("typer", "rich", "torch", "gguf", "transformers"):
+    require_module(package)
+torch = require_module("torch")
+from lqlora import recipes  # noqa: E402
+from lqlora.integrations.gguf import load_llama  # noqa: E402
+from lqlora.integrations.language_models import load_language_model  # noqa: E402
+from tests.tiny_gguf import write_tiny_llama  # noqa: E402 - needs gguf
+
+TEXT = "".join(f"The cat {i} sat on the mat in the hat, and {i * i} others. " for i in range(60))
+SMALL = ("--length", 16, "--calibration", 4, "--training", 4, "--evaluation", 2, "--iterations", 1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_tiny_llama(folder / "tiny.gguf")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+def _compress(inputs, output, *arguments, model=None):
+    return run(
+        "compress", model or inputs / "tiny.gguf", "--output", output, "--text", inputs / "text.txt", *SMALL, *arguments
+    )
+
+
+def test_the_file_holds_the_model_of_the_library(inputs, tmp_path, capsys):
+    path = tmp_path / "out.safetensors"
+    assert _compress(inputs, path, "--bits", "3.13", "--rank", 2) == 0
+    printed = capsys.readouterr().out
+    model, tokenizer = load_llama(inputs / "tiny.gguf")
+    sequences = recipes.token_sequences(tokenizer, TEXT, 16)
+    split = recipes.split_sequences(sequences, calibration=4, training=4, evaluation=2)
+    report = recipes.compress(model, split, 3.13, rank=2, iterations=1, progress=False)
+    assert str(report).splitlines()[-1] in printed
+    assert f"Wrote {path} ({path.stat().st_size:,} bytes)." in printed
+    again, _ = load_llama(inputs / "tiny.gguf")
+    lq.nn.load_model(path, again)
+    tokens = sequences[:2]
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("arguments", [("--bits", "2.7", "--codes", "scalar"), ("--bits", "2.13", "--rank", 0)])
+def test_folders_of_transformers_and_other_options(inputs, tmp_path, arguments):
+    model, tokenizer = load_llama(inputs / "tiny.gguf")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    found, _ = load_language_model(tmp_path / "model")
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(found(tokens).logits, model(tokens).logits)
+    state, output = tmp_path / "state.safetensors", tmp_path / "out.safetensors"
+    assert _compress(inputs, output, *arguments, "--checkpoint", state, model=tmp_path / "model") == 0
+    assert lq.checkpoint.verify(output).matrices
+    assert state.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bits", "x"), "--bits must be a number"),
+        (("--bits", "0.5"), "--bits"),
+        (("--bits", "3", "--rank", -1), "--rank must be"),
+        (("--bits", "3", "--calibration", 0), "calibration"),
+        (("--bits", "3", "--calibration", 100000), "sequences must be at least"),
+        (("--bits", "3", "--length", 0), "--length must be"),
+        (("--bits", "3", "--packaged"), "got both"),
+        (("--bits", "3", "--checkpoint", "out.safetensors"), "Name another file"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(inputs, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert _compress(inputs, "out.safetensors", *arguments) == 2
+    assert message in sentence(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_cannot_be_read(inputs, tmp_path, capsys):
+    empty, quantized = tmp_path / "empty", tmp_path / "quantized"
+    empty.mkdir()
+    model, _ = load_llama(inputs / "tiny.gguf")
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model.config.save_pretrained(quantized)
+    for folder, message in (
+        (empty, "cannot be read as a causal"),
+        (quantized, "quantized already"),
+        (tmp_path / "no", "no"),
+    ):
+        assert _compress(inputs, tmp_path / "out", "--bits", 3, model=folder) == 2
+        assert message in sentence(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Perplexity of SmolLM2-135M before and after distillation of its low-rank factors, or of its scales, from the dense model.
 
-All 210 linear layers are decomposed in the norm of the second moments of their inputs (``experiments/smollm2.py``). Then the factors
+All 210 linear layers are decomposed in the norm of the second moments of their inputs (``experiments/smollm2.py``), with rotation
+and error feedback where there are no factors. Then the factors
 train by ``lq.nn.distill`` on other sequences of the calibration text, one of 512 tokens a step, with early stopping on sequences that
 are not trained on. Embeddings, norms and the head stay as they are. The texts for evaluation take no part in any choice.
 Bits of the rows count all stored arrays. Factors are counted with 16 bits.
@@ -29,7 +30,8 @@ def configurations():
     rows = {}
     for bits in (2, 3, 4):
         for rank in (0, 16, 64):
-            rows[f"{bits} bits, rank {rank}, trellis"] = lq.BlockFormat.parse(f"tcq{bits}/64:{SCALES}"), rank, "scale"
+            place = "" if rank else "@0~both"
+            rows[f"{bits} bits, rank {rank}, trellis"] = lq.BlockFormat.parse(f"tcq{bits}/64{place}:{SCALES}"), rank, "scale"
             rows[f"{bits} bits, rank {rank}, scalar"] = (
                 lq.BlockFormat.parse(f"nf{bits}/64:{SCALES}"), rank, "levels+scale",
             )  # fmt: skip
@@ -41,6 +43,8 @@ def decomposed(layers, fmt, rank, fit, iterations):
 
     def one(layer):
         options = {"weighting": gram(layer), "fit": fit, "max_iter": iterations if rank else 1, "rtol": 0.0}
+        if fmt.rotation is not None:
+            options["quantizer"] = "gptq"
         return lq.decompose(layer.weight, fmt, rank, name=layer.name, **options)
 
     return dict(zip((layer.name for layer in layers), map_matrices(one, layers), strict=True))

@@ -18,14 +18,15 @@ ITERATIONS = 6
 
 def rows_of(bits):
     """Return the configurations of one number of bits."""
-    scalar, trellis, down = (
+    scalar, trellis, down, rotated = (
         lq.BlockFormat.parse(f"{book}{bits}/{block}:{SCALES}")
-        for book, block in (("nf", "64"), ("tcq", "64"), ("tcq", "64@0"))
+        for book, block in (("nf", "64"), ("tcq", "64"), ("tcq", "64@0"), ("tcq", "64@0~both"))
     )
     rows = {
         f"{bits} bits, scalar, error feedback": each(fed_back, scalar, fit="levels+scale"),
         f"{bits} bits, trellis, nearest": each(quantized, trellis, fit="scale"),
         f"{bits} bits, trellis, error feedback": each(fed_back, down, rounds=2, sweeps=1),
+        f"{bits} bits, trellis, rotated, error feedback": each(fed_back, rotated, rounds=2, sweeps=1),
     }
     for rank in (16, 64):
         common = {"rank": rank, "weighting": gram, "max_iter": ITERATIONS, "rtol": 0.0}

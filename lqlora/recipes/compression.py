@@ -273,12 +273,8 @@ def _planned(
     for name, load in weights.items():
         # Half of tr(G E R E^T) is the change of the loss to be expected. G is noisy, so that its mean diagonal stands for it. A
         # layer without gradients has a moment of almost nothing.
-        if name in moments:
-            outputs, inputs = moments[name]
-            moment = inputs * float(outputs.diagonal().mean())
-        else:
-            moment = torch.eye(load().shape[1]) * _NOTHING
-        norms[name] = InputGram(fast_array(moment))
+        outputs, inputs = moments.get(name, (torch.zeros(1, 1), torch.eye(load().shape[1])))
+        norms[name] = InputGram(fast_array(inputs * (float(outputs.diagonal().mean()) or _NOTHING)))
     table = cost_table(
         weights, candidates(codes, rank), rank=rank, weighting=norms, fit=_FITS[codes], max_iter=1,
         progress=lambda done, total: progress(len(batches) + done, total),

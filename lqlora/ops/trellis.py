@@ -131,6 +131,25 @@ class PackedTrellis(NamedTuple):
     block_size: int
     length: int
 
+    def fits(self, count: int) -> bool:
+        """Return whether the arrays hold as much as a number of weights takes: see :meth:`require_fit`.
+
+        Parameters
+        ----------
+        count : int
+            Number of weights.
+
+        Returns
+        -------
+        bool
+            False where :meth:`require_fit` raises.
+        """
+        try:
+            self.require_fit(count)
+        except InvalidArgumentError:
+            return False
+        return True
+
     def require_fit(self, count: int) -> None:
         """Raise unless the arrays hold as much as a number of weights takes.
 

@@ -111,7 +111,7 @@ def compress(
         Rank of the low-rank factors, which distillation trains. With rank 0 it trains the scales instead, which then take 32 bits each.
     codes : {"trellis", "scalar"}
         ``"trellis"``: trellis codes of 1 to 4 bits, with less error. ``"scalar"``: levels for each weight, of 2 to 8 bits, with fitted
-        scales. Products with them are faster, on CUDA devices above all, where trellis codes have no kernels.
+        scales. They are found faster, on CUDA devices above all, where the search for trellis codes has no kernel.
     iterations : int, default 4
         Iterations of each decomposition.
     include, exclude : patterns

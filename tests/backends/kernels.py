@@ -20,6 +20,7 @@ EXACT = {
     ],
     "packing": [f"{name}<{bits}>" for name in ("pack_codes", "unpack_codes") for bits in _BITS],
     "search": [f"best_ratios<{bits}>" for bits in _BITS],
+    "trellis": [f"decode_trellis<{value}>" for value in _FLOATS],
     "sums": [
         *(f"{name}<{value}>" for name in ("row_sums", "halve_rows") for value in ("float", "double")),
         *("bin_maximum<double>", "bin_sums<double>", "in_units<double>"),
@@ -42,6 +43,7 @@ KERNELS = {
         *(f"matmul_packed<{bits}, {value}, {most}>" for bits in _BITS for value in _FLOATS for most in (1, 4)),
         *(f"matmul_packed<{bits}, float, 16>" for bits in _BITS),
     ],
+    "trellis_matmul": [f"matmul_trellis<{value}, {most}>" for value in _FLOATS for most in (1, 4, 16)],
     "tensor": [f"matmul_tensor<{bits}, {value}>" for bits in _BITS for value in ("Float16", "BFloat16")],
 }
 

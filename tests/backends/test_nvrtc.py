@@ -32,6 +32,8 @@ SAMPLE = {
     "lowrank": ["low_rank_inner<Float16, float, 4>", "low_rank_outer<float, float, 4>"],
     "matmul": MATMUL_SAMPLE[1:2],
     "tensor": TENSOR_SAMPLE[:1],
+    "trellis": ["decode_trellis<Float16>"],
+    "trellis_matmul": ["matmul_trellis<float, 1>", "matmul_trellis<BFloat16, 16>"],
 }
 
 

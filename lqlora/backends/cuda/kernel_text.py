@@ -11,9 +11,21 @@ __all__ = ["MODULES", "OPTIONS", "source"]
 OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
 
 #: Files of kernels. The compiler gets the text of the shared files and then that of one of these, as one program.
-MODULES = ("blocks", "decode", "encode", "lowrank", "matmul", "packing", "search", "sums", "tensor")
+MODULES = (
+    "blocks",
+    "decode",
+    "encode",
+    "lowrank",
+    "matmul",
+    "packing",
+    "search",
+    "sums",
+    "tensor",
+    "trellis",
+    "trellis_matmul",
+)
 
-_SHARED = ("numbers.cuh", "groups.cuh", "halving.cuh")
+_SHARED = ("numbers.cuh", "groups.cuh", "halving.cuh", "states.cuh")
 
 
 @functools.cache

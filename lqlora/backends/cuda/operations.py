@@ -139,6 +139,26 @@ class Kernels:
             self._run("decode", f"decode<{stored.bits}, {_TYPES[dtype_name(out)]}>", -(-count // GROUP), arguments)
         return out
 
+    def decode_trellis(self, stored: ops.PackedTrellis, out: Array) -> Array:
+        """Find states, look up, multiply and round in one pass."""
+        count = out.shape[0]
+        if count:
+            packed, scales, levels, sizes = _states(stored)
+            arguments = (packed, scales, levels, out, np.int64(count), *sizes)
+            self._run("trellis", f"decode_trellis<{_TYPES[dtype_name(out)]}>", -(-count // GROUP), arguments)
+        return out
+
+    def matmul_trellis(self, x: Array, stored: ops.PackedTrellis, out: Array) -> Array:
+        """Decode each weight once, in registers, for all rows of inputs."""
+        (inputs, columns), rows = x.shape, out.shape[1]
+        if rows:
+            packed, scales, levels, sizes = _states(stored)
+            most = next(most for most in _INPUTS if inputs <= most)
+            arguments = (x, packed, scales, levels, out, np.int32(inputs), np.int64(rows), np.int32(columns), *sizes)
+            kernel = f"matmul_trellis<{_TYPES[dtype_name(x)]}, {most}>"
+            self._run("trellis_matmul", kernel, rows * 32, arguments, _PRODUCT_THREADS)
+        return out
+
     def pack_codes(self, codes: Array, bits: int) -> Array:
         """Pack eight codes in each thread."""
         count = codes.shape[0]
@@ -239,6 +259,21 @@ def _codes(stored: ops.PackedBlocks) -> tuple[Any, ...]:
     """Return stored weights as arguments of a kernel, but for the block size."""
     zeros, affine = _zero_points(stored.zero_points, stored.packed)
     return stored.packed, stored.scales, zeros, affine, (stored.levels, 2**stored.bits, math.nan)
+
+
+def _states(stored: ops.PackedTrellis) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """Return stored trellis codes as arguments of a kernel: codes, scales, table of levels, and sizes."""
+    levels = stored.table()
+    blocks = -(-stored.length // stored.block_size)
+    state_bits = len(levels).bit_length() - 1
+    sizes = (
+        *_blocks(stored.length),
+        *_blocks(stored.block_size),
+        np.int64(blocks),
+        np.int32(stored.bits),
+        np.int32(state_bits),
+    )
+    return stored.packed, stored.scales, (levels, len(levels), math.nan), sizes
 
 
 def _blocks(block_size: int) -> tuple[np.int64, np.float64]:

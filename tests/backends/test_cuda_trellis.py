@@ -52,7 +52,7 @@ def test_decoded_weights_are_those_of_the_reference(cupy, data, lines, length, b
     assert out.get().tobytes() == expected.tobytes()
 
 
-def test_threads_loop_over_more_weights_than_the_grid_has(emulated, few_blocks):  # noqa: ARG001 - a fixture for its effect
+def test_threads_loop_over_more_weights_than_the_grid_has(emulated, few_blocks):
     stored = stored_of(np.random.default_rng(0), 3, 4000, 64, 2, 10)
     out = emulated.asarray(np.zeros(12_000, np.float32))
     ops.decode_trellis(there(emulated, stored), out)
@@ -107,13 +107,13 @@ def test_what_the_kernels_do_not_take(emulated):
     x, out = emulated.empty((1, 64), dtype="float32"), emulated.empty((1, 4), dtype="float32")
     flat = emulated.empty(256, dtype="float32")
     assert ops.matmul_trellis.select(x, stored, out).implementation == "cuda.matmul_trellis"
-    for given in (
+    for other in (
         stored._replace(scales=stored.scales[:3]),
         stored._replace(levels=stored.levels[:9]),
         stored._replace(length=63),
     ):
-        assert ops.decode_trellis.select(given, flat).implementation == "reference"
-        assert ops.matmul_trellis.select(x, given, out).implementation == "reference"
+        assert ops.decode_trellis.select(other, flat).implementation == "reference"
+        assert ops.matmul_trellis.select(x, other, out).implementation == "reference"
     many = emulated.empty((17, 64), dtype="float32"), emulated.empty((17, 4), dtype="float32")
     assert ops.matmul_trellis.select(many[0], stored, many[1]).implementation == "reference"
     assert ops.matmul_trellis.select(x.astype(np.float16), stored, out).implementation == "reference"

@@ -114,9 +114,8 @@ def main():
             temperature=options.temperature, evaluate_every=12, patience=4,
         )  # fmt: skip
         distilling = time.process_time() - start
-        if not rank:  # the scales take 32 bits now
-            arrays = [own.quantized.array for own in model.modules() if isinstance(own, lq.nn.PEQALinear)]
-            bits = sum(8 * own.nbytes for own in arrays) / sum(math.prod(own.shape) for own in arrays)
+        if not rank:
+            lq.nn.freeze_scales(model, fmt.scales)  # they train in 32 bits, and are stored as before
         after = [recipes.perplexity(model, text) for text in texts]
         cells = [f"{value:.5g}" for pair in zip(before, after, strict=True) for value in pair]
         found = report.held_out[0], report.held_out[report.best_step]

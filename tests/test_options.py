@@ -259,7 +259,7 @@ CALLS = {
     "QuantizedWeight": (nn.QuantizedWeight, {"quantized": Q}),
     "QuantizedWeight.dequantize": (nn.QuantizedWeight(Q).dequantize, {}),
     "combine_scales": (nn.combine_scales, lambda: {"start": nn.scales(scaled()), "tasks": {"a": nn.scales(scaled())}, "weights": {"a": 1.0}}),
-    "freeze_scales": (nn.freeze_scales, lambda: {"model": scaled()}),
+    "freeze_scales": (nn.freeze_scales, lambda: {"model": scaled(), "scales": "float16"}),
     "load_scales": (nn.load_scales, saved_scales),
     "peqa_model": (nn.peqa_model, lambda: {"model": dense(), "formats": FORMAT}),
     "save_scales": (nn.save_scales, lambda: {"path": "new.safetensors", "model": scaled()}),

@@ -13,6 +13,7 @@ codes away from that.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,9 +28,9 @@ from lqlora.quantized._layout import layout_of
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
-    from lqlora._typing import Array
+    from lqlora._typing import Array, FloatName
 
-__all__ = ["code_neighbors", "require_in_range", "store_scales", "with_codes"]
+__all__ = ["code_neighbors", "require_in_range", "store_scales", "with_codes", "with_scale_format"]
 
 
 def store_scales(
@@ -81,6 +82,16 @@ def store_scales(
         return stored, decoded
     moved = _with_signs(stored, wide)
     return moved, _decoded(moved)
+
+
+def with_scale_format(q: QuantizedArray, scale_format: FloatName | ScaleFormat, name: str) -> QuantizedArray:
+    """Return a quantized array with the same codes whose scales are stored in another format, each rounded to nearest."""
+    fmt = replace(q.format, scales=scale_format)
+    if q.batch_shape:
+        parts = [with_scale_format(own, scale_format, f"{name}[{index}]") for index, own in enumerate(q.unstack())]
+        return QuantizedArray.stack(parts, q.batch_shape)
+    scales = decode_scales(q.scales, q.format.scales)
+    return replace(q, scales=store_scales(scales, scale_format, name)[0], format=fmt)
 
 
 def _decoded(stored: QuantizedArray) -> Array:

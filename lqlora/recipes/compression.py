@@ -19,6 +19,7 @@ from lqlora.nn import (
     collect_kronecker,
     collect_outputs,
     distill,
+    freeze_scales,
     quantize_blocks,
     weight_arrays,
 )
@@ -108,7 +109,8 @@ def compress(
         Budget in bits per weight of the quantized layers, codes and scales included, factors not included. A budget of one format,
         such as 2.13 or 3.13, gives that format to all layers. With other budgets formats are chosen for each layer.
     rank : int, default 16
-        Rank of the low-rank factors, which distillation trains. With rank 0 it trains the scales instead, which then take 32 bits each.
+        Rank of the low-rank factors, which distillation trains. With rank 0 it trains the scales instead, and rounds them to their storage
+        at the end.
     codes : {"trellis", "scalar"}
         ``"trellis"``: trellis codes of 1 to 4 bits, with less error. ``"scalar"``: levels for each weight, of 2 to 8 bits, with fitted
         scales. They are found faster, on CUDA devices above all, where the search for trellis codes has no kernel.
@@ -211,6 +213,8 @@ def compress(
                 model, outputs, training, held_out=tests, train=("factors",) if rank else ("scales",), checkpoint=checkpoint,
                 learning_rate=_RATE * (_RATE_RANK / max(1, rank)) ** _RATE_POWER, progress=step("training"),
             )  # fmt: skip
+            if not rank:
+                freeze_scales(model, candidates(codes, rank)[0].scales)
             perplexities["distilled"] = measured("distilled")
     return CompressionReport(formats, quantization, distillation, perplexities)
 

@@ -447,6 +447,38 @@ class TestConversion:
         dequantize_model(model)
         torch.testing.assert_close(model(X), y)
 
+    @pytest.mark.parametrize("text", ["float16", "bfloat16", "u8/16:float32", "u8+none/4:float16"])
+    def test_scales_are_frozen_in_another_storage(self, text):
+        model = _trained(_model())
+        before = {name: model.get_submodule(name).quantized.array for name in ("0", "2")}
+        storage = lq.BlockFormat.parse(f"nf4/4:{text}").scales
+        freeze_scales(model, storage)
+        for name, old in before.items():
+            layer = model.get_submodule(name)
+            own = layer.quantized.array
+            assert type(layer) is LQLinear
+            assert own.format == dataclasses.replace(old.format, scales=storage)
+            assert torch.equal(own.codes, old.codes)
+            unit = dataclasses.replace(own.format, scales="float32")
+            scales = lq.dequantize(own.scales) if isinstance(own.scales, lq.QuantizedArray) else own.scales.float()
+            assert torch.equal(lq.dequantize(own), lq.dequantize(dataclasses.replace(own, scales=scales, format=unit)))
+            step = 2.0**-7 if isinstance(storage, str) else 1 / 254
+            assert (scales - old.scales).abs().max() <= step * old.scales.max()
+
+    def test_a_storage_that_does_not_suit_changes_nothing(self):
+        signed = next(book for book in ALL_CODEBOOKS if book.normalization == "signed")
+        model = _model(fmt=lq.BlockFormat(signed, 4))
+        with pytest.raises(FormatError, match="both signs"):
+            freeze_scales(model, lq.ScaleFormat(8, 16))
+        model = _model()
+        with torch.no_grad():
+            model[2].quantized.scales[0] = 1e6
+        with pytest.raises(NonFiniteError, match="float16"):
+            freeze_scales(model, "float16")
+        assert [type(layer) for layer in model] == [PEQALinear, nn.ReLU, PEQALinear]
+        with pytest.raises(FormatError, match="scales must be"):
+            freeze_scales(model, "int8")
+
     def test_signed_formats_freeze_with_negative_scales(self):
         book = next(book for book in ALL_CODEBOOKS if book.normalization == "signed")
         model = _model(fmt=lq.BlockFormat(book, 4))

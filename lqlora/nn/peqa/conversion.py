@@ -14,6 +14,7 @@ from lqlora.nn.merging import require_replaceable
 from lqlora.nn.model import move_attributes, quantize_model, quantized_layers, replace_modules
 from lqlora.nn.peqa.linear import PEQALinear
 from lqlora.nn.selection import refuse_distributed, unwrapped
+from lqlora.quantized._scales import with_scale_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lqlora._patterns import Pattern, Patterns
+    from lqlora._typing import FloatName
     from lqlora.allocation import Plan
-    from lqlora.formats import BlockFormat
+    from lqlora.formats import BlockFormat, ScaleFormat
     from lqlora.nn.report import QuantizationReport, QuantizedLayer
-    from lqlora.quantized import Fit
+    from lqlora.quantized import Fit, QuantizedArray
     from lqlora.weighting import AbstractWeighting
 
 __all__ = ["freeze_scales", "peqa_layers", "peqa_model", "train_scales"]
@@ -153,7 +155,9 @@ def train_scales(
 def _replace(model: nn.Module, layers: Mapping[str, LQLinear], *, train_factors: bool) -> None:
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
-        replacements[layer] = new = layer if isinstance(layer, PEQALinear) else _moved(PEQALinear, layer)
+        replacements[layer] = new = (
+            layer if isinstance(layer, PEQALinear) else _moved(PEQALinear, layer, layer.quantized.array)
+        )
         # Factors of rank 0 have nothing to train, so tasks leave them out.
         new.train_factors = train_factors and layer.rank > 0
         new.lora_A.requires_grad_(new.train_factors)
@@ -162,9 +166,9 @@ def _replace(model: nn.Module, layers: Mapping[str, LQLinear], *, train_factors:
     replace_modules(model, replacements)
 
 
-def _moved(kind: Any, layer: LQLinear) -> Any:
-    """Return a layer of another class with the weight, factors, bias, hooks and attributes of a layer."""
-    new = kind(layer.quantized.array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, None, layer.dropout)
+def _moved(kind: Any, layer: LQLinear, array: QuantizedArray) -> Any:
+    """Return a layer of another class with a weight, and the factors, bias, hooks and attributes of a layer."""
+    new = kind(array, layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling, None, layer.dropout)
     new.quantized.dtype = layer.quantized.dtype
     new.quantized.to(layer.quantized.device)  # the array of an offloaded weight is in host memory
     # The same parameters, so that an optimizer and modules that share them go on with them.
@@ -174,35 +178,45 @@ def _moved(kind: Any, layer: LQLinear) -> Any:
 
 
 @annotated
-def freeze_scales(model: nn.Module) -> None:
+def freeze_scales(model: nn.Module, scales: FloatName | ScaleFormat = "float32") -> None:
     """Turn each :class:`PEQALinear` of a model into an :class:`LQLinear` with the scales of now, in place.
 
-    Nothing is rounded: the layers keep their codes, and their format has float32 scales. Use it before inference, or before a
-    training of low-rank factors. Factors stay the same parameters, and train if they did.
+    The layers keep their codes. Use it before inference, or before a training of low-rank factors. Factors stay the same
+    parameters, and train if they did.
 
     Parameters
     ----------
     model : torch.nn.Module
         A model with trainable scales. It is changed only after all scales were checked.
+    scales : {"float32", "float16", "bfloat16"} or ScaleFormat
+        Storage of the scales from now on. In float32 nothing is rounded. ``lq.ScaleFormat(8, 256)`` takes 8 bits for each, and
+        changes each by half a percent at most of the largest in its block of 256.
 
     Raises
     ------
     InvalidArgumentError
         If the model has no such layer or is one itself, a scale is negative and its format has no sign for scales, or a layer
         cannot be replaced.
+    FormatError
+        If the storage of the scales does not suit the codebook of a layer.
+    NonFiniteError
+        If a scale is NaN or infinite, or beyond the range of its storage.
     """
     refuse_distributed(model)
     model = unwrapped(model)
     layers = peqa_layers(model)
     require_replaceable(model, layers)
+    arrays = {}
     for name, layer in layers.items():
-        scales = layer.quantized.scales.detach()
-        if layer.quantized.format.codebook.normalization != "signed" and scales.numel() and bool((scales < 0).any()):
+        own = layer.quantized.scales.detach()
+        if layer.quantized.format.codebook.normalization != "signed" and own.numel() and bool((own < 0).any()):
             raise InvalidArgumentError(
-                f"model must have no negative scale, but {printable(name)!r} has {int((scales < 0).sum())} of {scales.numel()}, "
-                f"the least {float(scales.min()):.3g}. Lower the learning rate, or clamp quantized.scales at 0 after each step."
+                f"model must have no negative scale, but {printable(name)!r} has {int((own < 0).sum())} of {own.numel()}, "
+                f"the least {float(own.min()):.3g}. Lower the learning rate, or clamp quantized.scales at 0 after each step."
             )
-    replace_modules(model, {layer: _moved(LQLinear, layer) for layer in layers.values()})
+        array = layer.quantized.array
+        arrays[layer] = with_scale_format(array, scales, name)
+    replace_modules(model, {layer: _moved(LQLinear, layer, array) for layer, array in arrays.items()})
 
 
 def peqa_layers(model: nn.Module) -> dict[str, PEQALinear]:

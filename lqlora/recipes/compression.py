@@ -53,7 +53,7 @@ _RATE, _RATE_RANK, _RATE_POWER = 4e-4, 16, 0.7
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What :func:`compress` did, and what it cost.
+    """Formats, errors, sizes and perplexities of a model that :func:`compress` quantized.
 
     Parameters
     ----------

@@ -256,7 +256,10 @@ def _adjoint_product(x: Tensor, q: QuantizedArray) -> Tensor:
     """Return ``x @ dequantize(q)``. The dense matrix of a large weight, such as an output embedding, never exists."""
     rows, columns = q.shape
     if rows * columns <= _LARGE or q.format.couples_rows:
-        dense: Tensor = ops.matmul_dense(x, dequantize(q, dtype=ops.factor_dtype(x)).T)
+        dtype = getattr(torch, ops.factor_dtype(x))
+        # Blocks down the columns are written where they are in a matrix that lies column by column.
+        memory = torch.empty((columns, rows), dtype=dtype, device=x.device).T if q.format.axis in (0, -2) else None
+        dense: Tensor = ops.matmul_dense(x, dequantize(q, out=memory, dtype=ops.factor_dtype(x)).T)
         return dense
     flat, step, dtype = x.reshape(-1, rows), max(1, _STEP // columns), ops.factor_dtype(x)
     # Partial products are summed in at least float32. In host memory they are not rounded before.

@@ -433,7 +433,10 @@ def multiply(x: Array, q: QuantizedArray) -> Array:
     # decoded first, and so it is where autograd has to multiply by it again.
     follows_rows = layout.axis not in (0, -2) if layout.is_trellis else layout.follows_rows
     if levels is None or q.offset is not None or not follows_rows or is_tracked:
-        dense = xp.empty(q.shape, dtype=ops.native_dtype(x, ops.factor_dtype(x)), device=device)
+        # Blocks down the columns are decoded to a matrix that lies column by column: each is written where it is.
+        is_down, dtype = layout.axis in (0, -2), ops.native_dtype(x, ops.factor_dtype(x))
+        memory = xp.empty((columns, rows) if is_down else q.shape, dtype=dtype, device=device)
+        dense = xp.matrix_transpose(memory) if is_down else memory
         decode_into(q, dense)
         y = ops.matmul_dense(flat, dense)
     else:

@@ -84,7 +84,8 @@ def quantize(
     Raises
     ------
     NonFiniteError
-        If ``w`` or ``weights`` holds NaN or infinity, or a scale is beyond the range of the dtype that stores it.
+        If ``w`` or ``weights`` holds NaN or infinity, a scale is beyond the range of the dtype that stores it, or rotated weights are
+        beyond that of float32.
     UnsupportedArrayError
         If ``w`` is not an array of a floating-point dtype.
     InvalidArgumentError
@@ -104,6 +105,9 @@ def quantize(
 
     With quantized scales, ``"scale"`` keeps the second-level scales and the offset of ``"absmax"``, so that the choice of
     ``"absmax"`` is among the candidates of every block.
+
+    A rotated format stores the rotated array. Fits then minimize the error of its entries, under the importance that
+    :func:`lqlora.ops.rotated_importance` gives them.
 
     References
     ----------

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lqlora._annotations import annotated, annotated_class
@@ -23,7 +24,7 @@ from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.ops import packed_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from lqlora._typing import FloatName
 
@@ -62,7 +63,7 @@ _SCALE_CODEBOOKS: dict[str, tuple[str, str, Offset]] = {
 }
 _SIGNED = ("int", "dynamic")
 
-#: Axes that a rotation turns, by its side, and what is added to the seed for each: signs of equal sides must differ.
+#: Axes that a rotation turns, by its side, and what is added to the seed for each: signs of sides of equal length must differ.
 _SIDES: dict[str, dict[int, int]] = {"in": {-1: 0}, "out": {-2: 2**32}, "both": {-1: 0, -2: 2**32}}
 
 
@@ -218,9 +219,9 @@ class Rotation(_Record):
             raise FormatError(f"seed of a Rotation must be an int from 0 to {2**32 - 1}, got {given(self.seed)}.")
 
     @cached_property
-    def seeds(self) -> dict[int, int]:
+    def seeds(self) -> Mapping[int, int]:
         """Seed of each axis that is rotated: that of the inputs is -1, that of the outputs -2."""
-        return {axis: self.seed + own for axis, own in _SIDES[self.side].items()}
+        return MappingProxyType({axis: self.seed + own for axis, own in _SIDES[self.side].items()})
 
     def __str__(self) -> str:
         """Return the part of the spelling that :meth:`BlockFormat.parse` reads."""

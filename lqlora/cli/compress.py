@@ -77,10 +77,13 @@ def run(
     source = model or packaged_smollm2()
     others = [source, *filter(None, [text])]
     check_outputs([output], force=force, others=[*others, *filter(None, [checkpoint])])
-    if checkpoint is not None:
-        check_outputs([checkpoint], force=True, others=[*others, output])
     with console.stage("Reading model and text"):
         language_model, tokenizer = load_language_model(source)
+        most = getattr(language_model.config, "max_position_embeddings", None)
+        if most is not None and options.length > most:
+            raise InvalidArgumentError(
+                f"length must be at most {most}, the positions of the model, got {options.length}."
+            )
         sequences = token_sequences(tokenizer, packaged_text() if text is None else read_text(text), options.length)
         split = split_sequences(
             sequences, calibration=options.calibration, training=options.training, evaluation=options.evaluation

@@ -90,7 +90,7 @@ def _nearest(fmt: BlockFormat, fit: Fit, weighting: AbstractWeighting, name: str
     # quantize() knows importance of entries only. A weighting may know more: its whole quadratic form, and the diagonal of that
     # after the rotation.
     importance = weighting.rotated_element_weights(fmt.rotation.seeds)
-    return _Rotated(_Nearest(fmt.unrotated, fit, importance, name), fmt)
+    return _Rotated(_Nearest(fmt.unrotated, fit, importance, name), fmt, name)
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ class _Rotated:
 
     inner: Quantizer
     fmt: BlockFormat
+    name: str
 
     def __call__(self, target: Array, previous: QuantizedArray | None) -> QuantizedArray:
         assert self.fmt.rotation is not None
         near = None if previous is None else as_stored(previous)
-        return as_rotated(self.inner(rotated(target, self.fmt.rotation), near), self.fmt)
+        return as_rotated(self.inner(rotated(target, self.fmt.rotation, self.name), near), self.fmt)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lqlora._annotations import annotated
 from lqlora._messages import shortened
 from lqlora._optional import require
+from lqlora._patterns import list_names
 from lqlora.errors import CheckpointError
 from lqlora.integrations.gguf import load_llama
 
@@ -55,7 +56,15 @@ def load_language_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
                 f"{folder} holds a model that is quantized already. Name a folder of the dense model."
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+        if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+            raise CheckpointError(
+                shortened(
+                    f"{folder} must hold all weights of a causal language model, but {list_names(missing)} are missing."
+                )
+            )
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises errors of many kinds for files that it cannot read

@@ -213,16 +213,22 @@ def _norms(
     weighting: Callable[[Any], AbstractWeighting],
 ) -> dict[str, AbstractWeighting]:
     """Return the norms of the layers of a block, from the inputs that the calls give them."""
-    block, own_names = root.get_submodule(path), {f"block{name.removeprefix(path)}": name for name in names}
-    holder = nn.Module()  # gives a name to a block that is a linear layer itself
-    holder.block = block
-    grams = collect_gram(holder, calls, loss=lambda _, call: _run(block, call), include=list(own_names), progress=False)
+    block = root.get_submodule(path)
+    # Modules with the names of those around the block, and nothing else of them: errors name layers as the model does, and a block
+    # that is a linear layer itself has a name.
+    around = holder = nn.Module()
+    *parents, last = path.split(".")
+    for part in parents:
+        around.add_module(part, nn.Module())
+        around = around.get_submodule(part)
+    around.add_module(last, block)
+    grams = collect_gram(holder, calls, loss=lambda _, call: _run(block, call), include=list(names), progress=False)
     device = next(block.parameters()).device
     own: dict[int, AbstractWeighting] = {}  # layers that see the same inputs share a matrix
     for gram in grams.values():
         if id(gram) not in own:
             own[id(gram)] = weighting(fast_array(gram.to(device)))
-    return {own_names[name]: own[id(gram)] for name, gram in grams.items()}
+    return {name: own[id(gram)] for name, gram in grams.items()}
 
 
 def _blocks(

@@ -6,29 +6,42 @@ product of one matrix for each prime factor ``p`` of ``n``:
 .. math:: H^{(p)}_{jk} = \frac{1}{\sqrt p} \Bigl(\cos \frac{2 \pi j k}{p} + \sin \frac{2 \pi j k}{p}\Bigr) .
 
 For ``p = 2`` this is the matrix of Hadamard, and for every ``p`` that of the discrete Hartley transform. Each is symmetric and
-orthogonal, and so is their product. Hence :math:`R^{-1} = D H`.
+orthogonal, and so is their product. Hence :math:`R^{-1} = D H`. Prime factors above 256 get the unit matrix: parts of a line stay
+apart.
 """
 
 from __future__ import annotations
 
+import importlib
+from contextlib import nullcontext
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import FLOATS, dtype_name, fitting, namespace
+from lqlora._dispatch import FLOATS, array_library, device_of, dtype_name, fitting, namespace
 from lqlora._options import require_integer
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops.casting import widen
 from lqlora.ops.tables import table_beside
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
     import numpy.typing as npt
 
     from lqlora._typing import Array
 
 __all__ = ["rotate", "rotate_rows", "rotated_importance", "rotated_moment"]
+
+#: Entries that are rotated at a time.
+_PIECE = 1 << 20
+
+#: Larger prime factors of a length are left out: they would take as many operations, and matrices of their square. Lines are then
+#: mixed in parts of the product of the other factors.
+_LARGEST_PRIME = 256
 
 #: Constants of the generator SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), which signs are taken from.
 _STEP = 0x9E3779B97F4A7C15
@@ -36,7 +49,7 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 @fitting
-def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False) -> Array:
+def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False, out: Array | None = None) -> Array:
     """Rotate the lines of an array along an axis; every library returns the same bytes.
 
     Parameters
@@ -49,6 +62,8 @@ def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False) ->
         Axis of the lines.
     inverse : bool, default False
         True undoes the rotation, up to rounding.
+    out : array of the dtype and shape of the result, optional
+        Array to write to, which may be ``array`` itself.
 
     Returns
     -------
@@ -58,7 +73,7 @@ def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False) ->
     Raises
     ------
     InvalidArgumentError
-        If the array does not have the axis, or the seed is out of its range.
+        If the array does not have the axis, the seed is out of its range, or ``out`` has another dtype or shape.
 
     Examples
     --------
@@ -69,16 +84,39 @@ def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False) ->
     >>> np.allclose(rotate(rotate(x, 0), 0, inverse=True), x)
     True
     """
-    namespace(array, dtypes=FLOATS)
+    xp = namespace(array, out, dtypes=FLOATS)
     _require_options(array, seed, axis)
-    lines = _lines_first(widen(array, "array"), axis)
-    count, dtype = lines.shape[0], dtype_name(lines)
-    signs = table_beside(_signs(count, seed, dtype), lines)[:, None]
+    axis, shape = axis % len(array.shape), tuple(array.shape)
+    dtype = "float64" if dtype_name(array) == "float64" else "float32"
+    if out is None:
+        out = xp.empty(shape, dtype=getattr(xp, dtype), device=device_of(array))
+    elif tuple(out.shape) != shape or dtype_name(out) != dtype:
+        raise InvalidArgumentError(
+            f"out must have shape {shape} and dtype {dtype}, got {tuple(out.shape)} and {out.dtype}."
+        )
+    signs = table_beside(_signs(shape[axis], int(seed), dtype), array)[:, None]
     # The order of the roundings is the same everywhere: signs, one factor after another, and one product with the scale of
     # all factors of two. Sums and products are separate operations, so that nothing is fused.
     with np.errstate(over="ignore", invalid="ignore"):  # sums of numbers near the end of the range: callers check
-        lines = _mixed(lines if inverse else lines * signs, dtype, squared=False)
-        return _lines_back(lines * signs if inverse else lines, tuple(array.shape), axis)
+        for index in _pieces(shape, axis):
+            piece = array[index]
+            lines = _lines_first(widen(piece, "array"), axis)
+            lines = _mixed(lines if inverse else lines * signs, dtype, _hartley)
+            out[index] = _lines_back(lines * signs if inverse else lines, tuple(piece.shape), axis)
+    return out
+
+
+def _pieces(shape: tuple[int, ...], axis: int) -> Iterator[tuple[slice, ...]]:
+    """Yield indices of pieces of whole lines, cut along the longest of the other axes."""
+    others = [own for own in range(len(shape)) if own != axis]
+    if not prod(shape):
+        return
+    cut = max(others, key=lambda own: shape[own], default=axis)
+    step = shape[axis] if cut == axis else max(1, _PIECE * shape[cut] // prod(shape))
+    for first in range(0, shape[cut], step):
+        yield tuple(
+            slice(first, min(first + step, shape[cut])) if own == cut else slice(None) for own in range(len(shape))
+        )
 
 
 @fitting
@@ -113,8 +151,11 @@ def rotated_importance(importance: Array, *, axis: int = -1) -> Array:
     """
     namespace(importance, dtypes=FLOATS)
     _require_options(importance, 0, axis)
-    lines = _lines_first(widen(importance, "importance"), axis)
-    return _lines_back(_mixed(lines, dtype_name(lines), squared=True), tuple(importance.shape), axis)
+    axis = axis % len(importance.shape)
+    wide = widen(importance, "importance")
+    if not prod(wide.shape):
+        return wide
+    return _lines_back(_mixed(_lines_first(wide, axis), dtype_name(wide), _squares), tuple(wide.shape), axis)
 
 
 @fitting
@@ -152,20 +193,19 @@ def rotated_moment(gram: Array, seed: int) -> Array:
     return (turned + namespace(turned).matrix_transpose(turned)) / 2
 
 
-def _mixed(lines: Array, dtype: str, *, squared: bool) -> Array:
-    """Multiply columns by ``H``, or by the matrix of its squared entries, one factor after another."""
+def _mixed(lines: Array, dtype: str, matrix: Callable[[int], npt.NDArray[np.float64]]) -> Array:
+    """Multiply columns by the Kronecker product of the matrices of all factors, one after another."""
     xp, shape, stride = namespace(lines), lines.shape, 1
     primes = _primes(shape[0])
     for prime in reversed(primes):
-        parts = xp.reshape(lines, (shape[0] // (prime * stride), prime, stride * shape[1]))
+        parts = xp.reshape(lines, (-1, prime, stride * shape[1]))
         own = [parts[:, index, :] for index in range(prime)]
-        if prime == 2 and not squared:  # normalized at the end
+        if prime == 2 and matrix is _hartley:  # normalized at the end
             found = [own[0] + own[1], own[0] - own[1]]
         else:
-            table = _hartley(prime) ** 2 if squared else _hartley(prime)
-            found = [_combined(own, row) for row in table.astype(dtype).tolist()]
+            found = [_combined(own, row) for row in matrix(prime).astype(dtype).tolist()]
         lines, stride = xp.reshape(xp.stack(found, axis=1), shape), stride * prime
-    twos = 0 if squared else primes.count(2)
+    twos = primes.count(2) if matrix is _hartley else 0
     return lines * float(np.dtype(dtype).type(0.5 ** (twos / 2))) if twos else lines
 
 
@@ -217,23 +257,34 @@ def rotate_rows(x: Array, seed: int, *, inverse: bool = False) -> Array:
         return x
     # R = H D with H = H_a (x) H_b for n = a b. With a row as a matrix X of shape (a, b), H x is H_a X H_b.
     outer, inner = (table_beside(own, wide) for own in _halves(count, dtype))
-    signs = table_beside(_signs(count, seed, dtype), wide)
+    signs = table_beside(_signs(count, int(seed), dtype), wide)
     wide = wide if inverse else wide * signs
     squares = xp.reshape(wide, (-1, outer.shape[0], inner.shape[0]))
-    found = xp.reshape(outer @ (squares @ inner), wide.shape)
+    with _without_autocast(wide):
+        found = xp.reshape(outer @ (squares @ inner), wide.shape)
     found = found * signs if inverse else found
     return found if found.dtype == x.dtype else xp.astype(found, x.dtype)
+
+
+def _without_autocast(array: Array) -> AbstractContextManager[Any]:
+    """Return a context in which torch multiplies in the dtype of its arguments."""
+    if array_library(array) != "torch":
+        return nullcontext()
+    torch = importlib.import_module("torch")
+    return torch.autocast(array.device.type, enabled=False)  # type: ignore[no-any-return]
 
 
 def _require_options(array: Array, seed: int, axis: int) -> None:
     """Raise unless an array has an axis, and a seed is one."""
     require_integer(seed, "seed", 0, 2**63 - 1)
+    if not array.shape:
+        raise InvalidArgumentError("array must have an axis to rotate, got one without dimensions.")
     require_integer(axis, "axis", -len(array.shape), len(array.shape) - 1)
 
 
 def _lines_first(array: Array, axis: int) -> Array:
     """Return the lines along an axis as columns: what is added then lies far apart, in runs that are contiguous."""
-    xp, axis = namespace(array), axis % len(array.shape)
+    xp = namespace(array)
     order = (axis, *(own for own in range(len(array.shape)) if own != axis))
     rest = prod(length for own, length in enumerate(array.shape) if own != axis)
     return xp.reshape(xp.permute_dims(array, order), (array.shape[axis], rest))
@@ -241,17 +292,16 @@ def _lines_first(array: Array, axis: int) -> Array:
 
 def _lines_back(lines: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Return columns as lines along an axis of an array: the inverse of :func:`_lines_first`."""
-    xp, axis = namespace(lines), axis % len(shape)
+    xp = namespace(lines)
     moved = xp.reshape(lines, (shape[axis], *shape[:axis], *shape[axis + 1 :]))
-    turned = xp.permute_dims(moved, (*range(1, axis + 1), 0, *range(axis + 1, len(shape))))
-    return xp.reshape(xp.reshape(turned, (-1,)), shape)  # row-major in memory
+    return xp.permute_dims(moved, (*range(1, axis + 1), 0, *range(axis + 1, len(shape))))
 
 
 @lru_cache(maxsize=256)
 def _primes(count: int) -> tuple[int, ...]:
-    """Return the prime factors of a length in falling order, so that those of two have the shortest strides."""
+    """Return the prime factors of a length that are mixed, in falling order, so that those of two have the shortest strides."""
     found, prime = [], 2
-    while count > 1:
+    while count > 1 and prime <= _LARGEST_PRIME:
         if count % prime:
             prime += 1
         else:
@@ -266,6 +316,11 @@ def _hartley(prime: int) -> npt.NDArray[np.float64]:
     # j k is reduced modulo p in integers first, so that the angles of large factors lose no digits.
     angle = 2 * np.pi * (np.outer(np.arange(prime), np.arange(prime)) % prime) / prime
     return np.asarray((np.cos(angle) + np.sin(angle)) / np.sqrt(prime))
+
+
+def _squares(prime: int) -> npt.NDArray[np.float64]:
+    """Return the squared entries of the matrix of a prime factor, whose rows have the sum one."""
+    return _hartley(prime) ** 2
 
 
 @lru_cache(maxsize=64)

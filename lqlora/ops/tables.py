@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lqlora._dispatch import STORABLE, array_library, device_of, fitting, is_on_host, namespace
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pick", "table_beside"]
 
-#: Tables of tensors by device and contents, the oldest first, half a KiB each. The number is so large that no kernel on any
+#: Tables of tensors by device and contents, the oldest first, half a KiB each but for those of rotations. The number is so large that no kernel on any
 #: stream still waits to read a table when it is evicted.
 _tables: dict[tuple[Any, ...], Array] = {}
 _MOST_TABLES = 4096
@@ -61,7 +62,9 @@ def _beside_tensor(table: npt.NDArray[Any], tensor: Array) -> Array:
     key = device_of(tensor), table.tobytes(), table.dtype.str, table.shape
     kept = _tables.get(key)
     if kept is None:
-        kept = namespace(tensor).asarray(table.copy(), device=device_of(tensor))  # torch warns of read-only memory
+        # Not an inference tensor, which autograd could not save later. torch warns of read-only memory.
+        with importlib.import_module("torch").inference_mode(mode=False):
+            kept = namespace(tensor).asarray(table.copy(), device=device_of(tensor))
         if (
             PLAIN_LIBRARY_OF[type(kept)] == "torch"
         ):  # compilers trace with other classes, whose tensors must not be kept

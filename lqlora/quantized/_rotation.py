@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lqlora import ops
+from lqlora._dispatch import namespace
+from lqlora.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from lqlora.formats import BlockFormat, Rotation
     from lqlora.quantized.array import QuantizedArray
 
-__all__ = ["as_rotated", "as_stored", "product", "rotated", "unrotated"]
+__all__ = ["as_rotated", "as_stored", "product", "rotated", "unrotate"]
 
 
 def as_stored(q: QuantizedArray) -> QuantizedArray:
@@ -31,18 +33,35 @@ def as_rotated(stored: QuantizedArray, fmt: BlockFormat) -> QuantizedArray:
     return replace(stored, format=replace(stored.format, rotation=fmt.rotation))
 
 
-def rotated(array: Array, rotation: Rotation) -> Array:
-    """Return ``R_m @ array @ R_n.T``, for each array of a stack."""
+def rotated(array: Array, rotation: Rotation, name: str, *, check_finite: bool = True) -> Array:
+    """Return ``R_m @ array @ R_n.T``, for each array of a stack.
+
+    Raises
+    ------
+    NonFiniteError
+        If an entry is NaN or infinite, or so large that sums of entries may be.
+    """
+    array = given = ops.widen(array, name)
+    if check_finite:  # a rotation spreads NaN over its line
+        ops.require_finite(array, name)
     for axis, seed in rotation.seeds.items():
-        array = ops.rotate(array, seed, axis=axis)
+        array = ops.rotate(array, seed, axis=axis, out=None if array is given else array)
+    if check_finite and 0 not in array.shape:
+        xp = namespace(array)
+        # Values are rotated back with their errors, which may be as large as they are.
+        largest, limit = max(float(xp.max(array)), -float(xp.min(array))), float(xp.finfo(array.dtype).max) / 4
+        if not largest <= limit:
+            raise NonFiniteError(
+                f"{name} must be small enough to be rotated, at most about {limit:.1e}, got sums up to {largest:.1e}."
+            )
     return array
 
 
-def unrotated(array: Array, rotation: Rotation) -> Array:
-    """Return ``R_m.T @ array @ R_n``: the inverse of :func:`rotated`, up to rounding."""
+def unrotate(dense: Array, rotation: Rotation) -> Array:
+    """Replace a rotated array by ``R_m.T @ dense @ R_n``, in its memory: the inverse of :func:`rotated`, up to rounding."""
     for axis, seed in rotation.seeds.items():
-        array = ops.rotate(array, seed, axis=axis, inverse=True)
-    return array
+        ops.rotate(dense, seed, axis=axis, inverse=True, out=dense)
+    return dense
 
 
 def product(

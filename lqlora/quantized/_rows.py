@@ -13,7 +13,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.formats import ScaleFormat
 from lqlora.quantized._decoding import host_levels
 from lqlora.quantized._layout import layout_of
-from lqlora.quantized._rotation import as_stored, unrotated
+from lqlora.quantized._rotation import as_stored, unrotate
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
@@ -71,7 +71,7 @@ def decode_rows(q: QuantizedArray, index: Array, dtype: str = "float32") -> Arra
 def _rotated_rows(q: QuantizedArray, index: Array, dtype: str) -> Array:
     """Return rows of a format that rotates the inputs: each is rotated back by itself."""
     assert q.format.rotation is not None
-    return ops.storage_cast(unrotated(decode_rows(as_stored(q), index), q.format.rotation), dtype)
+    return ops.storage_cast(unrotate(decode_rows(as_stored(q), index), q.format.rotation), dtype)
 
 
 def _decode(q: QuantizedArray, layout: Layout, index: Array, out: Array) -> None:

@@ -106,8 +106,8 @@ class QuantizedArray:
         Raises
         ------
         InvalidArgumentError
-            If the array is a stack or has more than two dimensions, a row is beyond its end, or a boundary lies within a
-            block, a byte, a block of quantized scales, or a group of fitted levels.
+            If the array is a stack or has more than two dimensions, its rows are coupled by a rotation, a row is beyond its end,
+            or a boundary lies within a block, a byte, a block of quantized scales, or a group of fitted levels.
 
         Examples
         --------
@@ -122,9 +122,9 @@ class QuantizedArray:
             raise InvalidArgumentError(
                 f"start and stop must be in order and from 0 to {self.shape[0]}, got {start} and {stop}."
             )
-        if self.format.rotation is not None and self.format.couples_rows:
+        if self.format.rotation is not None and -len(self.shape) in self.format.rotation.seeds:
             raise InvalidArgumentError(
-                f"rows must not be coupled by a rotation of the outputs, got format {self.format}."
+                f"rows must not be coupled by a rotation, got shape {self.shape} in {self.format}."
             )
         if start == self.shape[0]:
             start = stop = 0  # no row begins behind the last one, where a byte may be shared

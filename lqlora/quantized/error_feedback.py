@@ -31,7 +31,7 @@ from lqlora.quantized._layout import blocks_last, layout_of
 from lqlora.quantized._rotation import as_rotated, as_stored, rotated
 from lqlora.quantized._source import Source
 from lqlora.quantized._sweep import System, targets
-from lqlora.quantized.quantization import dequantize, quantize
+from lqlora.quantized.quantization import check_start, dequantize, quantize, with_fitted_levels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,12 +147,13 @@ def gptq(
     _check_options(damping, fit, order, rounds, sweeps)
     moment = _checked_moment(gram, w, name)
     if isinstance(fmt, BlockFormat) and fmt.rotation is not None:
-        if check_finite:  # a rotation spreads NaN over its line
-            ops.require_finite(w, name)
+        if start is not None:
+            check_start(start, with_fitted_levels(fmt) if fit == "levels+scale" else fmt, tuple(w.shape), fit)
+            start = as_stored(start)
         turned = ops.rotated_moment(moment, fmt.rotation.seeds[-1]) if -1 in fmt.rotation.seeds else moment
         stored = gptq(
-            rotated(w, fmt.rotation), fmt.unrotated, turned, fit=fit, damping=damping, order=order,
-            rounds=rounds, sweeps=sweeps, start=None if start is None else as_stored(start), check_finite=check_finite, name=name,
+            rotated(w, fmt.rotation, name, check_finite=check_finite), fmt.unrotated, turned, fit=fit, damping=damping, order=order,
+            rounds=rounds, sweeps=sweeps, start=start, check_finite=False, name=name,
         )  # fmt: skip
         return as_rotated(stored, fmt)
     if not bool(xp.any(moment != 0)):

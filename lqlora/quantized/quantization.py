@@ -22,12 +22,12 @@ from lqlora._messages import given
 from lqlora._options import require_choice
 from lqlora._printable import printable
 from lqlora._warnings import warn
-from lqlora.errors import InvalidArgumentError, NonFiniteError, ScaleUnderflowWarning, UnsupportedArrayError
+from lqlora.errors import InvalidArgumentError, ScaleUnderflowWarning, UnsupportedArrayError
 from lqlora.formats import BlockFormat
 from lqlora.quantized._decoding import decode_into, decode_scales, host_levels, zero_point_codes
 from lqlora.quantized._fits import FITS, Fit, assemble, choose
 from lqlora.quantized._layout import layout_of
-from lqlora.quantized._rotation import as_rotated, as_stored, product, rotated, unrotated
+from lqlora.quantized._rotation import as_rotated, as_stored, product, rotated, unrotate
 from lqlora.quantized._source import Source
 from lqlora.quantized._underflow import lost_blocks
 from lqlora.quantized.array import QuantizedArray, require_quantized, stacked
@@ -35,7 +35,7 @@ from lqlora.quantized.array import QuantizedArray, require_quantized, stacked
 if TYPE_CHECKING:
     from lqlora._typing import Array
 
-__all__ = ["Fit", "dequantize", "matmul", "multiply", "quantize"]
+__all__ = ["Fit", "check_start", "dequantize", "matmul", "multiply", "quantize", "with_fitted_levels"]
 
 
 def quantize(
@@ -137,7 +137,7 @@ def quantize(
             f"batch_dims must be an int from 0 to {len(w.shape)}, the dimensions of {name}, got {given(batch_dims)}."
         )
     if start is not None:
-        _check_start(start, fmt, tuple(w.shape), fit, batch_dims)
+        check_start(start, fmt, tuple(w.shape), fit, batch_dims)
         namespace(w, start.packed)
     if not batch_dims:
         return _quantize_one(Source(w, importance, fmt, name, start), fit, check_finite=check_finite)
@@ -200,7 +200,27 @@ def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
         raise InvalidArgumentError(f"weights must broadcast to {shapes}.") from None
 
 
-def _check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...], fit: str, batch_dims: int) -> None:
+def check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...], fit: str, batch_dims: int = 0) -> None:
+    """Raise unless a fit may start from a quantized array.
+
+    Parameters
+    ----------
+    start : QuantizedArray
+        The array.
+    fmt : BlockFormat
+        Format that it must have.
+    shape : tuple of int
+        Shape that it must have.
+    fit : {"absmax", "scale", "levels+scale"}
+        The fit.
+    batch_dims : int, default 0
+        Number of its batch dimensions.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is another kind of object or array, or the fit does not search.
+    """
     if fit == "absmax":
         raise InvalidArgumentError("start needs fit='scale' or 'levels+scale', got 'absmax', which does not search.")
     require_quantized(start, "start")
@@ -237,12 +257,7 @@ def _rotated(source: Source, *, check_finite: bool) -> Source:
     rotation, importance = source.fmt.rotation, source.importance
     assert rotation is not None
     source.fmt.lines(tuple(source.array.shape))  # raises if an axis is missing
-    wide = ops.widen(source.array)
-    if check_finite:  # a rotation spreads NaN over its line
-        ops.require_finite(wide, source.name)
-    array = rotated(wide, rotation)
-    if check_finite and not ops.is_finite(array):
-        raise NonFiniteError(f"{source.name} must be small enough to be rotated, but sums of its entries are infinite.")
+    array = rotated(source.array, rotation, source.name, check_finite=check_finite)
     for axis in rotation.seeds if importance is not None else ():
         importance = ops.rotated_importance(importance, axis=axis)
     start = None if source.start is None else as_stored(source.start)
@@ -298,9 +313,11 @@ def dequantize(q: QuantizedArray, *, out: Array | None = None, dtype: str = "flo
         own = out[(*index, ...)] if index else out
         if q.format.rotation is None:
             decode_into(part, own)
+        elif dtype_name(own) == "float32":
+            decode_into(as_stored(part), own)
+            unrotate(own, q.format.rotation)
         else:
-            dense = unrotated(dequantize(as_stored(part)), q.format.rotation)
-            own[...] = ops.storage_cast(dense, dtype_name(own))
+            own[...] = ops.storage_cast(unrotate(dequantize(as_stored(part)), q.format.rotation), dtype_name(own))
     return out
 
 

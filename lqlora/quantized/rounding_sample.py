@@ -61,7 +61,7 @@ class RoundingSample:
     def __init__(self, array: Array, like: BlockFormat, weights: Array | None = None, *, name: str = "array") -> None:
         xp = namespace(array)
         if like.rotation is not None:
-            array = rotated(array, like.rotation)
+            array = rotated(array, like.rotation, name)
         self._rotation, like = like.rotation, like.unrotated
         self._source = Source(array, None, like, name)
         self._statistic, self._low = block_statistics(self._source)

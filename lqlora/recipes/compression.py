@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
 from lqlora._annotations import annotated
+from lqlora._files import check_writable
 from lqlora._options import require_choice, require_integer, require_number
 from lqlora._progress import reported
 from lqlora.allocation import allocate
+from lqlora.checkpoint.runs import read_run
 from lqlora.costs import cost_table
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
 from lqlora.formats import BlockFormat
 from lqlora.nn import (
     collect_kronecker,
@@ -25,6 +29,7 @@ from lqlora.nn import (
 )
 from lqlora.nn.blocks import layers_in_blocks
 from lqlora.nn.model import fast_array
+from lqlora.quantized.quantization import with_fitted_levels
 from lqlora.recipes.evaluation import perplexity
 from lqlora.recipes.text import check_sequences
 from lqlora.weighting import InputGram
@@ -32,11 +37,11 @@ from lqlora.weighting import InputGram
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping
-    from fractions import Fraction
 
     from lqlora._patterns import Patterns
     from lqlora.allocation import Plan
     from lqlora.nn import DistillationReport, QuantizationReport
+    from lqlora.quantized import Fit
     from lqlora.recipes.text import Split
 
 __all__ = ["Codes", "CompressionReport", "compress"]
@@ -44,6 +49,14 @@ __all__ = ["Codes", "CompressionReport", "compress"]
 Codes: TypeAlias = Literal["trellis", "scalar"]
 
 _SCALES = "u8/256:float32"
+_FITS: dict[str, Fit] = {"trellis": "scale", "scalar": "levels+scale"}
+
+#: Budgets that are larger than a format by less than this many bits per weight get that format for all layers.
+_CLOSE = 0.1
+
+#: Mean squared gradient of layers without gradients: next to nothing.
+_NOTHING = 2.0**-60
+
 #: Sequences of a calibration batch.
 _BATCH = 4
 #: Largest learning rate of factors of rank 16. Rates of 4e-4 at rank 16 and 1.5e-4 at rank 64 were found by experiments; the
@@ -106,8 +119,9 @@ def compress(
         Token sequences: see :func:`split_sequences`. Inputs of layers are collected on ``calibration``, distillation takes ``training``,
         one sequence a step, and stops early by ``evaluation``. Without sequences for training there is no distillation.
     bits : float or Fraction
-        Budget in bits per weight of the quantized layers, codes and scales included, factors not included. A budget of one format,
-        such as 2.13 or 3.13, gives that format to all layers. With other budgets formats are chosen for each layer.
+        Budget in bits per weight of the quantized layers, codes and scales included, factors not included. If one format takes as much,
+        or up to 0.1 less, all layers get that format: 2.13 and 3.13 are such budgets for most models. With others formats are chosen
+        for each layer.
     rank : int, default 16
         Rank of the low-rank factors, which distillation trains. With rank 0 it trains the scales instead, and rounds them to their storage
         at the end.
@@ -117,7 +131,7 @@ def compress(
     iterations : int, default 4
         Iterations of each decomposition.
     include, exclude : patterns
-        Layers to quantize: see :func:`lqlora.nn.select_linears`.
+        Layers to quantize, of those in the blocks: see :func:`lqlora.nn.select_linears`. Layers outside the blocks stay dense.
     checkpoint : path-like, optional
         File that keeps the state of the distillation: see :func:`lqlora.nn.distill`.
     progress : bool or callable, default True
@@ -133,7 +147,9 @@ def compress(
     InvalidArgumentError
         If an option is out of its range, no layer can be quantized, or there is no sequence for calibration or evaluation.
     InfeasibleBudgetError
-        If no choice of formats is within the budget.
+        If the smallest format is not within the budget.
+    CheckpointError
+        If ``checkpoint`` cannot be written, or is the file of another run.
     NonFiniteError
         If a weight, an input or a loss is NaN or infinite.
 
@@ -147,7 +163,8 @@ def compress(
     3. :func:`lqlora.nn.quantize_blocks` quantizes block after block. Without factors weights are rotated and get error feedback.
     4. :func:`lqlora.nn.distill` trains factors or scales.
 
-    After an error in a stage before the last one the model is as it was before.
+    After an error or interrupt before the end of the third stage the model is as it was before. All parameters that do not train are
+    frozen. Training takes the mode that the model is in, so that a model in training mode has its dropout.
 
     Examples
     --------
@@ -173,17 +190,21 @@ def compress(
     require_integer(rank, "rank")
     require_integer(iterations, "iterations", 1)
     require_choice(codes, "codes", ("trellis", "scalar"))
-    for name in ("calibration", "evaluation"):
+    for name in ("calibration", "evaluation", *(("training",) if len(split.training) else ())):
         try:
             check_sequences(getattr(split, name))
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"split must have sequences for {name}: {error}") from None
     rank = int(rank)
     training, tests = [part[None] for part in split.training], list(split.evaluation.split(1))
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, training)
     calibration = list(split.calibration.split(_BATCH))
     blocks = layers_in_blocks(model, include, exclude)
     layers = {name: layer for own in blocks.values() for name, layer in own.items()}
-    known = _fitting(candidates(codes, rank), bits)
+    shapes = [tuple(load().shape) for load in weight_arrays(layers).values()]
+    known = _fitting(candidates(codes, rank), bits, shapes, _FITS[codes])
+    used_rank = max(1, min(rank, max(map(min, shapes))))
     counts = {
         "dense": len(tests),
         "teacher": len(training) + len(tests) if training else 0,
@@ -211,7 +232,7 @@ def compress(
         if outputs is not None:
             distillation = distill(
                 model, outputs, training, held_out=tests, train=("factors",) if rank else ("scales",), checkpoint=checkpoint,
-                learning_rate=_RATE * (_RATE_RANK / max(1, rank)) ** _RATE_POWER, progress=step("training"),
+                learning_rate=_RATE * (_RATE_RANK / used_rank) ** _RATE_POWER, progress=step("training"),
             )  # fmt: skip
             if not rank:
                 freeze_scales(model, candidates(codes, rank)[0].scales)
@@ -230,9 +251,6 @@ def _steps(
         return lambda done, _: report(before + done)
 
     return step
-
-
-_FITS = {"trellis": "scale", "scalar": "levels+scale"}
 
 
 def candidates(codes: Codes, rank: int) -> list[BlockFormat]:
@@ -256,10 +274,31 @@ def candidates(codes: Codes, rank: int) -> list[BlockFormat]:
     return [BlockFormat.parse(f"{name}/64{place}:{_SCALES}") for name in names]
 
 
-def _fitting(formats: list[BlockFormat], bits: float | Fraction) -> BlockFormat | None:
+def _check_checkpoint(path: str | os.PathLike[str], training: list[torch.Tensor]) -> None:
+    """Raise unless a file can keep the state of the distillation, before any work is done."""
+    if not training:
+        raise InvalidArgumentError(
+            "checkpoint must not be given without sequences for training, because nothing is distilled."
+        )
+    check_writable(path)
+    if Path(path).exists():
+        read_run(path)
+
+
+def _fitting(
+    formats: list[BlockFormat], bits: float | Fraction, shapes: list[tuple[int, ...]], fit: Fit
+) -> BlockFormat | None:
     """Return the largest format within a budget if it nearly fills it, or is the largest of all."""
-    best = next((own for own in reversed(formats) if own.bits_per_weight <= bits), None)
-    return best if best and (best is formats[-1] or bits - float(best.bits_per_weight) < _CLOSE) else None
+    size = sum(map(math.prod, shapes))
+    stored = [with_fitted_levels(own) if fit == "levels+scale" else own for own in formats]
+    sizes = [Fraction(sum(map(own.storage_bits, shapes)), size) for own in stored]
+    if sizes[0] > bits:
+        message = (
+            f"bits must be at least {float(sizes[0]):.4f}, which the smallest format takes, got {float(bits):.4f}."
+        )
+        raise InfeasibleBudgetError(message, asked=Fraction(bits), minimum=sizes[0], maximum=sizes[-1])
+    best = max(index for index, own in enumerate(sizes) if own <= bits)
+    return formats[best] if best == len(formats) - 1 or bits - sizes[best] < _CLOSE else None
 
 
 def _planned(
@@ -280,13 +319,7 @@ def _planned(
         outputs, inputs = moments.get(name, (torch.zeros(1, 1), torch.eye(load().shape[1])))
         norms[name] = InputGram(fast_array(inputs * (float(outputs.diagonal().mean()) or _NOTHING)))
     table = cost_table(
-        weights, candidates(codes, rank), rank=rank, weighting=norms, fit=_FITS[codes], max_iter=1,
+        weights, candidates(codes, rank), rank=rank, clip_rank=True, weighting=norms, fit=_FITS[codes], max_iter=1,
         progress=lambda done, total: progress(len(batches) + done, total),
     )  # fmt: skip
     return allocate(table, bits_per_weight=bits)
-
-
-_NOTHING = 2.0**-60
-
-#: Budgets that are larger than a format by less than this many bits per weight get that format for all layers.
-_CLOSE = 0.1

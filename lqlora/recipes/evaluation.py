@@ -45,7 +45,7 @@ def perplexity(
     Returns
     -------
     float
-        Perplexity, at least 1.0; lower is better.
+        Perplexity, at least 1.0; lower is better. It is infinite or NaN if the model returns such logits.
 
     Raises
     ------
@@ -81,4 +81,7 @@ def perplexity(
             report(len(losses))
     # All sequences have the same length, so the mean over sequences is the mean over predicted tokens. fsum adds without
     # rounding between the terms, so the order of the sequences does not matter.
-    return math.exp(math.fsum(losses) / len(losses))
+    try:
+        return math.exp(math.fsum(losses) / len(losses))
+    except OverflowError:  # a loss above 709
+        return math.inf

@@ -73,6 +73,7 @@ def test_folders_of_transformers_and_other_options(inputs, tmp_path, arguments):
         (("--bits", "3", "--calibration", 0), "calibration"),
         (("--bits", "3", "--calibration", 100000), "sequences must be at least"),
         (("--bits", "3", "--length", 0), "--length must be"),
+        (("--bits", "3", "--length", 1000), "--length must be at most 128"),
         (("--bits", "3", "--packaged"), "got both"),
         (("--bits", "3", "--checkpoint", "out.safetensors"), "Name another file"),
     ],
@@ -90,7 +91,12 @@ def test_models_that_cannot_be_read(inputs, tmp_path, capsys):
     model, _ = load_llama(inputs / "tiny.gguf")
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     model.config.save_pretrained(quantized)
+    cut, (model, tokenizer) = tmp_path / "cut", load_llama(inputs / "tiny.gguf")
+    tokenizer.save_pretrained(cut)
+    state = {name: own for name, own in model.state_dict().items() if "layers.1.mlp.up" not in name}
+    model.save_pretrained(cut, state_dict=state)
     for folder, message in (
+        (cut, "model.layers.1.mlp.up_proj.weight"),
         (empty, "cannot be read as a causal"),
         (quantized, "quantized already"),
         (tmp_path / "no", "no"),

@@ -107,6 +107,13 @@ class Linears(torch.nn.Module):
 
 
 class TestResult:
+    def test_errors_name_layers_as_the_model_does(self):
+        model = Model()
+        with torch.no_grad():
+            model.blocks[0].outer.bias[:] = torch.inf
+        with pytest.raises(NonFiniteError, match=r"blocks\.1\.inner"):
+            quantize_blocks(model, NF2, _rows(), rank=1, progress=False)
+
     def test_blocks_may_be_linear_layers(self):
         model = Linears()
         expected = _by_hand(copy.deepcopy(model), _rows(), [["blocks.0"], ["blocks.2"]], 2)

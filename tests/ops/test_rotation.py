@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lqlora.errors import InvalidArgumentError
 from lqlora.ops import rotate, rotate_rows, rotated_importance, rotated_moment
 from tests.strategies import host, on
 
-LENGTHS = (1, 2, 3, 6, 8, 9, 17, 30, 64, 105, 576)
+LENGTHS = (1, 2, 3, 6, 8, 9, 17, 30, 64, 105, 257, 576, 1028)
 
 
 def hartley(p):
@@ -34,7 +35,8 @@ def mixing(count):
         while rest % p == 0:
             factors.append(p)
             rest //= p
-    return functools.reduce(np.kron, map(hartley, factors[::-1]), np.ones((1, 1)))
+    own = [hartley(p) if p <= 256 else np.eye(p) for p in factors[::-1]]
+    return functools.reduce(np.kron, own, np.ones((1, 1)))
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -89,6 +91,9 @@ def test_a_line_has_the_same_bits_alone(count):
     assert all(rotate(row, 3).tobytes() == own.tobytes() for row, own in zip(x, whole, strict=True))
     assert rotate(np.asfortranarray(x), 3).tobytes() == whole.tobytes()
     assert rotate(x.T, 3, axis=0).T.tobytes() == whole.tobytes()
+    own = x.copy()
+    assert rotate(own, 3, out=own) is own
+    assert own.tobytes() == whole.tobytes()
 
 
 @pytest.mark.parametrize("count", [64, 576, 1536])
@@ -168,7 +173,53 @@ def test_arrays_without_the_axis_are_refused(xp):
         lambda: rotate_rows(on(xp, np.float32(1)), 0),
         lambda: rotated_importance(x, axis=-3),
     ):
-        with pytest.raises(InvalidArgumentError, match="axis must be"):
+        with pytest.raises(InvalidArgumentError, match=r"axis must be|without dimensions"):
             run()
     with pytest.raises(InvalidArgumentError, match="gram must be square"):
         rotated_moment(x, 0)
+
+
+def test_large_arrays_are_rotated_piece_by_piece(xp):
+    for shape, axis in (((1500, 1000), -1), ((1500, 1000), 0), ((3, 700, 600), 1), ((2**21,), 0)):
+        x = normal(*shape)
+        whole = host(rotate(on(xp, x), 5, axis=axis))
+        first = tuple(slice(None) if own == axis % len(shape) else slice(0, 1) for own in range(len(shape)))
+        last = tuple(slice(None) if own == axis % len(shape) else slice(-1, None) for own in range(len(shape)))
+        for part in (first, last):
+            assert host(rotate(on(xp, np.ascontiguousarray(x[part])), 5, axis=axis)).tobytes() == whole[part].tobytes()
+
+
+def test_the_workspace_is_small():
+    x = normal(2048, 4096)
+    rotate(x[:8], 0)
+    tracemalloc.start()
+    rotate(x, 0, out=x)
+    rotate(x, 0, axis=0, out=x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32e6
+
+
+def test_seeds_and_axes_may_be_integers_of_numpy():
+    x = normal(3, 8)
+    assert rotate(x, np.int64(3), axis=np.int8(1)).tobytes() == rotate(x, 3).tobytes()
+    assert rotate_rows(x, np.uint32(3)).tobytes() == rotate_rows(x, 3).tobytes()
+
+
+@pytest.mark.parametrize("out", [np.empty((3, 4), dtype=np.float32), np.empty((2, 4), dtype=np.float64)])
+def test_another_result_is_refused(out):
+    with pytest.raises(InvalidArgumentError, match="out must have shape"):
+        rotate(normal(2, 4), 0, out=out)
+
+
+def test_autocast_and_inference_mode_leave_rotations_alone(torch):
+    x = torch.from_numpy(normal(4, 22))
+    expected = rotate(x, 11)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(rotate_rows(x, 11), expected, atol=1e-5, rtol=0)
+    with torch.inference_mode():
+        rotate_rows(x, 12)
+        rotate(x, 12)
+    y = x.clone().requires_grad_()
+    rotate_rows(y, 12).square().sum().backward()
+    torch.testing.assert_close(y.grad, 2 * x, atol=1e-4, rtol=0)

@@ -116,6 +116,9 @@ def test_error_feedback_works_on_the_rotated_inputs(side, text):
     assert error(q) == pytest.approx(error(dataclasses.replace(expected, format=fmt)), rel=1e-3)
     assert error(q) < error(lq.quantize(w, fmt))
     assert error(lq.gptq(w, fmt, gram, start=q)) <= error(q) * 1.2
+    for start in (lq.quantize(w, fmt.unrotated, fit="scale"), "x"):
+        with pytest.raises(InvalidArgumentError, match="start must"):
+            lq.gptq(w, fmt, gram, start=start)
 
 
 WEIGHTINGS = {
@@ -172,6 +175,8 @@ def test_rows_of_rotated_inputs_are_views_and_coupled_rows_are_refused():
     np.testing.assert_array_equal(lq.dequantize(q.rows(2, 5)), lq.dequantize(q)[2:5])
     with pytest.raises(InvalidArgumentError, match="coupled by a rotation"):
         lq.quantize(w, parsed("nf4/8~out:float32")).rows(0, 4)
+    with pytest.raises(InvalidArgumentError, match="coupled by a rotation"):
+        lq.quantize(w[0], parsed("nf4/8~in:float32")).rows(0, 8)
 
 
 def test_fast_costs_of_rotated_formats_are_close_to_the_exact_ones():
@@ -223,5 +228,12 @@ class TestRefusals:
                 run()
 
     def test_sums_beyond_the_range(self):
-        with pytest.raises(NonFiniteError, match="small enough to be rotated"):
-            lq.quantize(np.full((4, 8), 3e38, dtype=np.float32), parsed("nf4/8~in:float32"))
+        w, fmt = np.full((4, 8), 3e38, dtype=np.float32), parsed("nf4/8~in:float32")
+        for run in (lambda: lq.quantize(w, fmt), lambda: lq.gptq(w, fmt, np.eye(8))):
+            with pytest.raises(NonFiniteError, match="small enough to be rotated"):
+                run()
+
+
+def test_seeds_of_a_format_cannot_be_changed():
+    with pytest.raises(TypeError):
+        parsed("nf4/8~in:float32").rotation.seeds[-1] = 3

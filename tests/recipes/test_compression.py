@@ -10,7 +10,7 @@ import pytest
 import lqlora as lq
 from lqlora import recipes
 from lqlora.allocation import Plan
-from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
+from lqlora.errors import CheckpointError, InfeasibleBudgetError, InvalidArgumentError
 from tests.requirements import require_module
 
 torch = require_module("torch")
@@ -87,7 +87,7 @@ def test_each_stage_repairs_what_the_one_before_it_lost(trained, codes, rank):
 
 
 def test_the_stages_are_the_public_functions(trained):
-    model, report = compressed(trained, 3.13, rank=3, iterations=2)
+    model, report = compressed(trained, 3.2, rank=3, iterations=2)
     expected, fmt = copy.deepcopy(trained), lq.BlockFormat.parse("tcq3/64:u8/256:float32")
     outputs = lq.nn.collect_outputs(trained, [*SPLIT.training.split(1), *SPLIT.evaluation.split(1)], progress=False)
     lq.nn.quantize_blocks(
@@ -127,6 +127,51 @@ def test_a_layer_without_gradients_gets_the_fewest_bits(trained):
     report = recipes.compress(model, SPLIT, 2.7, rank=0, progress=False)
     formats = {name: own.format for name, own in report.quantization.layers.items()}
     assert formats["blocks.1.up"].codebook.bits == formats["blocks.1.down"].codebook.bits == 1
+
+
+@pytest.mark.parametrize(("codes", "rank"), [("trellis", 2), ("trellis", 0), ("scalar", 2), ("scalar", 0)])
+@pytest.mark.parametrize("bits", [2.16, 2.2, 2.3, 4.2])
+def test_no_budget_is_exceeded(trained, codes, rank, bits):
+    """Layers this narrow have short blocks, and levels that are stored with each of them."""
+    model = copy.deepcopy(trained)
+    for block in model.blocks:
+        block.down = torch.nn.Linear(2 * WIDTH, WIDTH)
+    report = recipes.compress(model, SPLIT, bits, rank=rank, codes=codes, iterations=1, progress=False)
+    stored = sum(8 * own.quantized.array.nbytes for own in model.modules() if isinstance(own, lq.nn.LQLinear))
+    assert stored <= bits * sum(own.size for own in report.quantization.layers.values())
+
+
+def test_ranks_are_clipped_to_the_matrices(trained):
+    for bits in (2.2, 2.7):
+        _, report = compressed(trained, bits, rank=1000, iterations=1)
+        assert {own.rank for own in report.quantization.layers.values()} == {WIDTH}
+
+
+def test_a_file_that_cannot_keep_the_run_is_found_before_any_work(trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("notes", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    for name in ("notes.txt", "folder", "missing/run.safetensors"):
+        model = copy.deepcopy(trained)
+        with pytest.raises(CheckpointError):
+            recipes.compress(model, SPLIT, 2.2, rank=2, checkpoint=tmp_path / name, progress=False)
+        assert not any(isinstance(own, lq.nn.LQLinear) for own in model.modules())
+    with pytest.raises(InvalidArgumentError, match="checkpoint must not be given"):
+        recipes.compress(
+            model, SPLIT._replace(training=SPLIT.training[:0]), 2.2, checkpoint=tmp_path / "a", progress=False
+        )
+
+
+@pytest.mark.parametrize("stage", ["perplexity", "collect_outputs", "quantize_blocks"])
+def test_an_interrupt_before_the_model_is_quantized_leaves_it_as_it_was(trained, monkeypatch, stage):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compression, stage, interrupted)
+    model = copy.deepcopy(trained)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.compress(model, SPLIT, 2.2, progress=False)
+    assert [type(own) for own in model.modules()] == [type(own) for own in trained.modules()]
+    assert all(own.requires_grad for own in model.parameters())
 
 
 def test_budgets_above_all_formats_take_the_largest(trained):

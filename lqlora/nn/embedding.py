@@ -94,7 +94,7 @@ class QuantizedEmbedding(_TableModule):
     Raises
     ------
     InvalidArgumentError
-        If ``quantized`` is not a matrix, or has blocks along its columns, or ``padding_idx`` is not one of its rows.
+        If ``quantized`` is not a matrix, has blocks along its columns or rotated outputs, or ``padding_idx`` is not one of its rows.
 
     Examples
     --------
@@ -116,7 +116,8 @@ class QuantizedEmbedding(_TableModule):
         super().__init__(quantized)
         if self.quantized.format.couples_rows:
             raise InvalidArgumentError(
-                f"quantized must have blocks along its rows, got format {self.quantized.format}. Quantize without an axis, or along -1."
+                f"quantized must have blocks along its rows and no rotation of outputs, got format {self.quantized.format}. Quantize along -1, "
+                "or without an axis."
             )
         self.num_embeddings, self.embedding_dim = self.quantized.shape
         if padding_idx is not None:

@@ -238,7 +238,7 @@ def choose_tables(
     for name, fmt in usable.items():
         if not isinstance(fmt, BlockFormat) or fmt.couples_rows:
             raise InvalidArgumentError(
-                f"embeddings must give {printable(name)!r} a BlockFormat with blocks along rows, got {fmt!s:.80}."
+                f"embeddings must give {printable(name)!r} a BlockFormat with blocks along rows and no rotation of outputs, got {fmt!s:.80}."
             )
         try:
             _ = with_fitted_levels(fmt) if fits_levels else fmt

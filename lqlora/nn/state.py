@@ -274,7 +274,7 @@ def _table_fault(matrix: StoredMatrix) -> str | None:
     if matrix.lora_A.shape[0]:
         return "has low-rank factors in the file, and is an embedding in the model"
     if matrix.quantized.format.couples_rows:
-        return "has blocks along its columns in the file, and is an embedding in the model"
+        return "has blocks along its columns or rotated outputs in the file, and is an embedding in the model"
     return None
 
 

@@ -43,12 +43,12 @@ def decode_rows(q: QuantizedArray, index: Array, dtype: str = "float32") -> Arra
     Raises
     ------
     InvalidArgumentError
-        If ``q`` is not a matrix or has blocks along its columns, or a row is negative or beyond the end. On a device rows are
+        If ``q`` is not a matrix, has blocks along its columns or rotated outputs, or a row is negative or beyond the end. On a device rows are
         not checked.
     """
     if len(q.shape) != 2 or q.batch_shape or q.format.couples_rows:
         raise InvalidArgumentError(
-            f"q must be a matrix with blocks along its rows, got shape {q.shape} in format {q.format}."
+            f"q must be a matrix with blocks along its rows and no rotation of outputs, got shape {q.shape} in format {q.format}."
         )
     if q.format.rotation is not None:
         return _rotated_rows(q, index, dtype)

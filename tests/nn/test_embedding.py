@@ -570,7 +570,7 @@ class TestFiles:
         ("matrix", "tied", "match"),
         [
             (lq.decompose(torch.ones(WORDS, WIDTH), NF4, 1), {}, "'embed' has low-rank factors"),
-            (lq.BlockFormat.parse("nf4/8@0:float32"), {}, "'embed' has blocks along its columns"),
+            (lq.BlockFormat.parse("nf4/8@0:float32"), {}, "'embed' has blocks along its col"),
             (NF4, {"up.bias": "embed"}, "'up.bias' uses the table of 'embed'"),
             (NF4, {"lm_head.weight": "up"}, "'lm_head.weight' uses the table of 'up'"),
         ],

@@ -47,6 +47,12 @@ class TestPerplexity:
         assert recipes.perplexity(model, tokens(4)) == recipes.perplexity(model, tokens(4))
         assert [module.training for module in model] == [True, True, False]
 
+    def test_hopeless_logits_give_infinity(self):
+        model = bigram_model()
+        with torch.no_grad():
+            model[2].bias[0] = 1e5
+        assert recipes.perplexity(model, tokens(3)) == math.inf
+
     @pytest.mark.parametrize("shape", [(0, 5), (3, 1), (5,)])
     def test_nothing_to_predict_is_refused(self, shape):
         with pytest.raises(InvalidArgumentError, match=r"sequences .*got \(\d"):

@@ -13,14 +13,24 @@ from lqlora._options import is_integer, require_choice, require_integer, require
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.formats import BlockFormat
 from lqlora.quantized import Fit
+from lqlora.quantized.quantization import with_fitted_levels
 from lqlora.weighting import LowRankStep
 from lqlora.weighting.base import largest_magnitude
 
 if TYPE_CHECKING:
     from lqlora._typing import Array
+    from lqlora.decomposition.result import Decomposition
     from lqlora.weighting import AbstractWeighting, MeasuredNorm
 
-__all__ = ["check_options", "check_scaling", "checked_matrix", "checked_norm", "checked_rank", "checked_start"]
+__all__ = [
+    "check_options",
+    "check_scaling",
+    "checked_continuation",
+    "checked_matrix",
+    "checked_norm",
+    "checked_rank",
+    "checked_start",
+]
 
 #: Range of the largest magnitude of a matrix. Values decode to float32. Below 2**-136 a subnormal number has fewer than 13
 #: bits, and rounding to it is seen in the error; above 2**127 a low-rank part that exceeds the matrix by a factor of two would overflow.
@@ -105,17 +115,16 @@ def checked_rank(matrix: Array, rank: int, init_rank: int | None, name: str, *, 
 
 def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init: str) -> LowRankStep:
     """Return the low-rank part to start from, in the dtype of the matrix; raise unless its shapes match."""
-    if init != "svd":
-        raise InvalidArgumentError(
-            f"start needs init='svd', whose SVD it replaces, got init={init!r}. Drop one of the two."
-        )
+    _require_svd(init)
     if isinstance(start, LowRankStep):
         step = start
     elif isinstance(start, tuple) and len(start) == 2:
         step = LowRankStep(start[0], start[1], None, math.inf)
     else:
         found = f"a tuple of {len(start)}" if isinstance(start, tuple) else type(start).__name__
-        raise InvalidArgumentError(f"start must be a pair (lora_B, lora_A) or a LowRankStep, got {found}.")
+        raise InvalidArgumentError(
+            f"start must be a Decomposition, a pair (lora_B, lora_A) or a LowRankStep, got {found}."
+        )
     step = step._replace(
         left=plain_array(step.left, "lora_B of start", FLOATS), right=plain_array(step.right, "lora_A of start", FLOATS)
     )
@@ -133,6 +142,35 @@ def checked_start(start: LowRankStep | tuple[Array, Array], matrix: Array, init:
     ops.require_finite(left, "lora_B")
     ops.require_finite(right, "lora_A")
     return step._replace(left=left, right=right)
+
+
+def checked_continuation(
+    start: Decomposition, matrix: Array, fmt: BlockFormat, ranks: tuple[int, int], fit: Fit, init: str
+) -> LowRankStep:
+    """Return the low-rank part of a decomposition to continue, in the dtype of the matrix; raise unless it is one of the matrix.
+
+    ``ranks`` are the rank that was asked for, and the rank without padding.
+    """
+    _require_svd(init)
+    rank, used = ranks
+    expected = with_fitted_levels(fmt) if fit == "levels+scale" else fmt
+    found = start.quantized.format, start.quantized.shape, start.rank
+    if found != (expected, tuple(matrix.shape), rank):
+        raise InvalidArgumentError(
+            f"start must have format {expected}, shape {tuple(matrix.shape)} and rank {rank} to be continued, got {found[0]}, "
+            f"{found[1]} and {found[2]}. To start from its factors alone, pass (lora_B, lora_A)."
+        )
+    namespace(matrix, start.quantized.packed)  # raises if the two are of different libraries
+    share = float(start.scaling) ** 0.5  # in both factors, as in the result
+    step = LowRankStep(start.lora_B[:, :used] * share, start.lora_A[:used, :] * share, None, math.inf)
+    return checked_start(step, matrix, init)
+
+
+def _require_svd(init: str) -> None:
+    if init != "svd":
+        raise InvalidArgumentError(
+            f"start needs init='svd', whose SVD it replaces, got init={init!r}. Drop one of the two."
+        )
 
 
 def check_options(

@@ -32,7 +32,7 @@ class Decomposition:
         Factor of the product in ``dequantize(quantized) + scaling * lora_B @ lora_A``.
     errors : tuple of float
         Relative weighted errors. Entry 0 is quantization alone (rank 0), entry 1 is quantization with one SVD of its
-        residual, and the iterates follow. Entry ``best`` is the error of the factors as returned, after refitting and
+        residual, and the iterates follow. If a decomposition was continued, entry 0 is its error instead of both. Entry ``best`` is the error of the factors as returned, after refitting and
         quantization.
     best : int
         Index into ``errors`` of the returned iterate.

@@ -18,6 +18,7 @@ from lqlora._dispatch import device_of, namespace
 from lqlora.decomposition._arguments import (
     check_options,
     check_scaling,
+    checked_continuation,
     checked_matrix,
     checked_norm,
     checked_rank,
@@ -73,7 +74,7 @@ def decompose(
     weighting: AbstractWeighting | None = None,
     init: Init = "svd",
     init_rank: int | None = None,
-    start: LowRankStep | tuple[Array, Array] | None = None,
+    start: Decomposition | LowRankStep | tuple[Array, Array] | None = None,
     quantizer: QuantizerName | Quantizer = "nearest",
     fit: Fit = "absmax",
     extrapolation: float | None = None,
@@ -111,8 +112,10 @@ def decompose(
     init_rank : int, optional
         Rank of the approximation that ``init="svd"`` starts from, 0 to ``rank``; ``rank`` if not given. A smaller value
         splits the rank: the first part is subtracted before quantization, the rest corrects errors of quantization.
-    start : tuple of arrays of shapes (m, k) and (k, n), optional
-        ``lora_B`` and ``lora_A`` of a similar decomposition with a scaling of 1. ``init="svd"`` then starts from their
+    start : Decomposition, or tuple of arrays of shapes (m, k) and (k, n), optional
+        A Decomposition of this format and rank is continued, codes and all: perhaps with another quantizer, in another norm, or with
+        factors that have trained since. The result is not worse than it. A tuple is ``lora_B`` and ``lora_A`` of a similar
+        decomposition with a scaling of 1. ``init="svd"`` then starts from their
         product instead of an approximation of ``w``. The result of ``weighting.low_rank(w, rank, seed=seed)`` is also
         accepted. It is the step that this function would compute, so decompositions in many formats can share it.
     quantizer : {"nearest", "gptq"} or callable
@@ -218,15 +221,24 @@ def decompose(
     weighting, norm, exponent = checked_norm(weighting, matrix, name)
     if extrapolation is None and quantizer == "nearest" and fit != "absmax":
         extrapolation = _FITTED
-    kept = None if start is None else checked_start(start, matrix, init)
+    kept: LowRankStep | None
+    if isinstance(start, Decomposition):
+        kept = checked_continuation(start, matrix, fmt, (rank, used), fit, init)
+    else:
+        kept = None if start is None else checked_start(start, matrix, init)
     goal = _Goal(matrix, used, weighting, make_quantizer(quantizer, fmt, fit, weighting, name), seed)
     stopping: StoppingRule[_Iterate] = StoppingRule(norm, rtol, target, time_limit, callback)
-    for iterate in _iterates(goal, norm, init, init_rank if kept is None else kept, max_iter, extrapolation):
+    if isinstance(start, Decomposition):
+        assert kept is not None
+        iterates = _continued(goal, start.quantized, kept, max_iter, extrapolation)
+    else:
+        iterates = _iterates(goal, norm, init, init_rank if kept is None else kept, max_iter, extrapolation)
+    for iterate in iterates:
         if stopping.record(iterate, iterate.squared_error):
             break
     else:
         # The generator ended. Under "quantize" the second safeguard is the first iteration.
-        every = 1 + (init == "svd") + max_iter  # safeguards and iterations
+        every = 1 + (init == "svd" and not isinstance(start, Decomposition)) + max_iter  # safeguards and iterations
         stopping.reason = "max_iter" if len(stopping.errors) == every else "converged"
         if used == 0 or init == "zero":
             stopping.reason = "rank_zero"
@@ -279,6 +291,25 @@ def _iterates(
     # safeguard.
     previous = kept if kept.basis is not None and kept.left.shape[1] == goal.rank else step
     yield from _alternate(goal, kept, _Iterate(first, previous, math.inf), max_iter, extrapolation)
+
+
+def _continued(
+    goal: _Goal, quantized: QuantizedArray, kept: LowRankStep, max_iter: int, extrapolation: float | None
+) -> Iterator[_Iterate]:
+    """Yield a decomposition as it is, then the alternation from it."""
+    target = goal.matrix - kept.left @ kept.right
+    error = goal.weighting.squared_norm(residual_of(target, quantized))
+    if goal.rank == 0:
+        yield _Iterate(quantized, None, error)
+        again = goal.quantizer(goal.matrix, quantized)
+        yield _Iterate(again, None, goal.weighting.squared_norm(residual_of(goal.matrix, again)))
+        return
+    iterate = _Iterate(quantized, kept._replace(squared_error=error), error)
+    yield iterate
+    goal = goal._replace(is_coarse=error > _COARSE**2 * goal.weighting.squared_norm(target))
+    if extrapolation is None:
+        extrapolation = 0.0 if goal.is_coarse else _EXTRAPOLATION
+    yield from _alternate(goal, kept, iterate, max_iter, extrapolation)
 
 
 def _alternate(

@@ -37,15 +37,15 @@ class CompressOptions:
     """
 
     bits: str
-    rank: int = 16
-    iterations: int = 4
-    codes: Literal["trellis", "scalar"] = "trellis"
-    length: int = 512
-    calibration: int = 24
-    training: int = 72
-    evaluation: int = 8
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    rank: int
+    iterations: int
+    codes: Literal["trellis", "scalar"]
+    length: int
+    calibration: int
+    training: int
+    evaluation: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
 
 
 def run(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lqlora._dispatch import FLOATS, array_library, device_of, dtype_name, fitting, namespace
+from lqlora._dispatch import FLOATS, array_library, device_of, dtype_name, fitting, is_on_host, namespace
 from lqlora._options import require_integer
 from lqlora.errors import InvalidArgumentError
 from lqlora.ops.casting import widen
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["rotate", "rotate_rows", "rotated_importance", "rotated_moment"]
 
-#: Entries that are rotated at a time.
-_PIECE = 1 << 20
+#: Entries that are rotated at a time: few enough for the caches of a host, and on a device enough to keep it busy.
+_PIECE, _PIECE_ON_DEVICE = 1 << 16, 1 << 24
 
 #: Larger prime factors of a length are left out: they would take as many operations, and matrices of their square. Lines are then
 #: mixed in parts of the product of the other factors.
@@ -98,7 +98,7 @@ def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False, ou
     # The order of the roundings is the same everywhere: signs, one factor after another, and one product with the scale of
     # all factors of two. Sums and products are separate operations, so that nothing is fused.
     with np.errstate(over="ignore", invalid="ignore"):  # sums of numbers near the end of the range: callers check
-        for index in _pieces(shape, axis):
+        for index in _pieces(shape, axis, _PIECE if is_on_host(array) else _PIECE_ON_DEVICE):
             piece = array[index]
             lines = _lines_first(widen(piece, "array"), axis)
             lines = _mixed(lines if inverse else lines * signs, dtype, _hartley)
@@ -106,13 +106,13 @@ def rotate(array: Array, seed: int, *, axis: int = -1, inverse: bool = False, ou
     return out
 
 
-def _pieces(shape: tuple[int, ...], axis: int) -> Iterator[tuple[slice, ...]]:
+def _pieces(shape: tuple[int, ...], axis: int, size: int) -> Iterator[tuple[slice, ...]]:
     """Yield indices of pieces of whole lines, cut along the longest of the other axes."""
     others = [own for own in range(len(shape)) if own != axis]
     if not prod(shape):
         return
     cut = max(others, key=lambda own: shape[own], default=axis)
-    step = shape[axis] if cut == axis else max(1, _PIECE * shape[cut] // prod(shape))
+    step = shape[axis] if cut == axis else max(1, size * shape[cut] // prod(shape))
     for first in range(0, shape[cut], step):
         yield tuple(
             slice(first, min(first + step, shape[cut])) if own == cut else slice(None) for own in range(len(shape))

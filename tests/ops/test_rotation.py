@@ -173,7 +173,7 @@ def test_arrays_without_the_axis_are_refused(xp):
         lambda: rotate_rows(on(xp, np.float32(1)), 0),
         lambda: rotated_importance(x, axis=-3),
     ):
-        with pytest.raises(InvalidArgumentError, match=r"axis must be|without dimensions"):
+        with pytest.raises(InvalidArgumentError, match=r"axis must|dimensions"):
             run()
     with pytest.raises(InvalidArgumentError, match="gram must be square"):
         rotated_moment(x, 0)

@@ -22,7 +22,7 @@ from lqlora.integrations.gguf import load_llama, packaged_smollm2
 
 HELD_OUT = 8  # sequences
 SCALES = "u8/256:float32"
-RATES = {0: 1e-3, 16: 4e-4, 64: 1.5e-4}  # of scales at rank 0, and of factors
+RATES = {0: 1e-3, 16: 4e-4, 64: 1.5e-4}  # of scales at rank 0, and of factors at two bits: a quarter for each bit more
 
 
 def configurations():
@@ -40,6 +40,11 @@ def configurations():
                 lq.BlockFormat.parse(f"nf{bits}/64:{SCALES}"), rank, "levels+scale",
             )  # fmt: skip
     return rows
+
+
+def rate_of(fmt, rank):
+    """Return the largest learning rate."""
+    return RATES[rank] * (4.0 ** (2 - fmt.bits) if rank else 1.0)
 
 
 def decomposed(layers, fmt, rank, fit, iterations):
@@ -108,7 +113,7 @@ def main():
         bits, factor_bits = converted(model, decompositions)
         before = [recipes.perplexity(model, text) for text in texts]
         start = time.process_time()
-        rate = {"learning_rate" if rank else "scale_learning_rate": options.rate or RATES[rank]}
+        rate = {"learning_rate" if rank else "scale_learning_rate": options.rate or rate_of(fmt, rank)}
         report = lq.nn.distill(
             model, outputs, batches, held_out=tests, train=("factors",) if rank else ("scales",), **rate,
             temperature=options.temperature, evaluate_every=12, patience=4,

@@ -93,9 +93,11 @@ def test_the_stages_are_the_public_functions(trained):
     lq.nn.quantize_blocks(
         expected, fmt, SPLIT.calibration.split(4), rank=3, fit="scale", max_iter=2, rtol=0.0, progress=False
     )
+    own = report.quantization.layers.values()
+    stored = sum(8 * layer.nbytes for layer in own) / sum(layer.size for layer in own)
     lq.nn.distill(
         expected, outputs, SPLIT.training.split(1), held_out=SPLIT.evaluation.split(1),
-        learning_rate=4e-4 * (16 / 3) ** 0.7, progress=False,
+        learning_rate=4e-4 * (16 / 3) ** 0.7 / 4 ** (stored - 2.127), progress=False,
     )  # fmt: skip
     assert report.formats == fmt
     for own, other in zip(model.parameters(), expected.parameters(), strict=True):

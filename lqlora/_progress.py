@@ -82,7 +82,7 @@ class Bar:
             from tqdm.std import tqdm  # noqa: PLC0415 - optional, and not needed without a terminal
 
             # Without the thread that tqdm starts to shorten large steps of the count: there are none.
-            line = type("Line", (tqdm,), {"monitor_interval": 0})
+            line = type("Line", (tqdm,), {"monitor_interval": 0, "refresh": _refresh})
             # Every count is shown unless the last one was shown a moment ago: layers differ in their times by orders of
             # magnitude. The time left is that of the mean item since the start (smoothing=0), for the same reason.
             with suppress(OSError, ValueError):
@@ -135,6 +135,19 @@ class Bar:
         if self._line is not None:
             self._try(lambda line: line.close())
             self._line = None
+
+
+def _refresh(line: Any, nolock: bool = False, lock_args: tuple[Any, ...] | None = None) -> bool:  # noqa: ARG001, FBT001, FBT002 - as tqdm calls it
+    """Draw a line in the lock of all bars, which is free again if the terminal fails.
+
+    tqdm would keep it, and other threads that write to the terminal would wait for it without end.
+    """
+    if nolock:
+        line.display()
+    else:
+        with line.get_lock():
+            line.display()
+    return True
 
 
 def bars_hidden() -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def distilling():
 
 def compressing():
     model = torch.nn.Sequential(torch.nn.Embedding(9, 16), InBlocks(), torch.nn.Linear(16, 9))
-    return {"model": model, "split": recipes.Split(TOKENS, TOKENS[:2], TOKENS[:1]), "bits": 2.13, "rank": 1}
+    return {"model": model, "split": recipes.Split(TOKENS, TOKENS[:2], TOKENS[:1]), "bits": 16.0, "rank": 1}
 
 
 TOKENS = torch.arange(12).remainder(9).view(3, 4)
@@ -185,11 +186,26 @@ class TestEveryFunction:
             function(**arguments(), progress=value)
 
 
+def other_threads_can_write():
+    """Tell whether another thread gets the lock of all bars."""
+    lock, found = sys.modules["tqdm.std"].tqdm.get_lock(), []
+
+    def take():
+        found.append(all(own.acquire(True, 1) for own in lock.locks))
+        lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 @pytest.mark.parametrize("fails", ["full", "closed"])
 def test_a_terminal_that_fails_costs_no_result(monkeypatch, fails):
     stream = use(monkeypatch, Terminal(fails=fails))
     assert lq.cost_table({"a": W, "b": W}, [FORMAT], rank=1).names == ("a", "b")
     assert stream.written == ""
+    assert other_threads_can_write()
 
 
 def test_a_terminal_that_fails_later_costs_no_result(monkeypatch):
@@ -201,6 +217,7 @@ def test_a_terminal_that_fails_later_costs_no_result(monkeypatch):
 
     assert lq.cost_table({"a": load, "b": W}, [FORMAT], rank=1).names == ("a", "b")
     assert stream.written != ""
+    assert other_threads_can_write()
     assert use(monkeypatch, Terminal()).written == ""
     lq.cost_table({"a": W}, [FORMAT], rank=1)
     assert "\n" not in _progress.sys.stderr.written  # of a second line below another bar

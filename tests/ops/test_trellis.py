@@ -186,3 +186,15 @@ def test_large_matrices_are_decoded_a_few_rows_at_a_time(columns, lines):
     with lq.forced("reference"):
         found = matmul_trellis(x, stored, np.empty((2, rows), dtype=np.float32))
     np.testing.assert_allclose(found, x @ dense.T, rtol=1e-4, atol=1e-4)
+
+
+def test_arrays_that_do_not_hold_the_weights_do_not_fit():
+    stored = PackedTrellis(np.zeros(8, np.uint8), np.ones(2, np.float32), trellis_code(2, 5).levels, 2, 16, 32)
+    assert stored.fits(32)
+    for changes in (
+        {"packed": stored.packed[:7]},
+        {"scales": stored.scales[:1]},
+        {"levels": stored.levels[:9]},
+        {"length": 31},
+    ):
+        assert not stored._replace(**changes).fits(32)

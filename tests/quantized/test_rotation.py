@@ -14,6 +14,7 @@ import lqlora as lq
 from lqlora.errors import FormatError, InvalidArgumentError, NonFiniteError
 from lqlora.formats import Rotation
 from lqlora.ops import rotate
+from lqlora.quantized._scales import with_scale_format
 from lqlora.testing.strategies import formats
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn
 from tests.quantized.cases import normal
@@ -237,3 +238,18 @@ class TestRefusals:
 def test_seeds_of_a_format_cannot_be_changed():
     with pytest.raises(TypeError):
         parsed("nf4/8~in:float32").rotation.seeds[-1] = 3
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (0, 12)])
+def test_the_check_may_be_left_out(xp, shape):
+    w, fmt = on(xp, normal(*shape)), parsed("nf4/4~both:float32")
+    assert stored(lq.quantize(w, fmt, check_finite=False)) == stored(lq.quantize(w, fmt))
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_scales_may_move_to_another_storage(xp, batch):
+    q = lq.quantize(on(xp, normal(*batch, 8, 12)), parsed("nf4/4~in:float32"), batch_dims=len(batch))
+    moved = with_scale_format(q, lq.ScaleFormat(8, 16), "w")
+    assert moved.format == parsed("nf4/4~in:u8/16:float32")
+    assert (host(moved.codes) == host(q.codes)).all()
+    np.testing.assert_allclose(host(lq.dequantize(moved)), host(lq.dequantize(q)), atol=0.05)

@@ -72,8 +72,9 @@ def quantize_blocks(
     """Quantize the blocks of a model one after another, each on the inputs that the quantized blocks before it give.
 
     :func:`collect_gram` and :func:`quantize_model` use the inputs of the dense model. In a quantized model each layer sees what the
-    quantized layers before it make of them. Here the errors of a layer are weighted by these inputs. It pays where errors are
-    large: at two bits with few or no factors.
+    quantized layers before it make of them. Here the errors of a layer are weighted by these inputs, and second
+    moments of one block are in memory at a time. On SmolLM2-135M at two bits this gained nothing in perplexity
+    (``experiments/README.md``), so take it for the memory.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""``compress``: one call from a dense language model to a quantized one, by the methods that kept most on held-out text."""
+"""``compress``: one call from a dense language model to a quantized one that distillation has repaired."""
 
 from __future__ import annotations
 

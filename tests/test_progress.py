@@ -187,7 +187,7 @@ class TestEveryFunction:
 
 
 def other_threads_can_write():
-    """Tell whether another thread gets the lock of all bars."""
+    """Return whether a second thread can take the lock that all progress bars share."""
     lock, found = sys.modules["tqdm.std"].tqdm.get_lock(), []
 
     def take():

@@ -28,7 +28,7 @@ from lqlora.codebooks import (
 )
 from lqlora.costs import Configuration, CostStore, CostTable, cost_table
 from lqlora.costs.grids import paper_grid
-from lqlora.decomposition import Decomposition, DecompositionStack, decompose, decompose_stack
+from lqlora.decomposition import Decomposition, DecompositionStack, decompose, decompose_stack, relative_error
 from lqlora.formats import BlockFormat, Rotation, ScaleFormat
 from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
@@ -81,6 +81,7 @@ __all__ = [
     "pareto",
     "quantize",
     "recipes",
+    "relative_error",
     "reports",
     "save",
     "small_float",

@@ -186,6 +186,10 @@ CALLS = {
         {"w": W, "lora_B": LORA_B, "lora_A": LORA_A},
         lambda w, lora_B, lora_A: _DECOMPOSE(w, start=(lora_B, lora_A)),
     ),
+    "relative_error": (
+        {"w": W, "approximation": IMPORTANCE, "gram": GRAM},
+        lambda w, approximation, gram: lq.relative_error(w, approximation, InputGram(gram)),
+    ),
     "decompose_stack": ({"w": np.stack([W, 2 * W])}, partial(decompose_stack, fmt=FORMAT, rank=2, max_iter=1)),
     "cost_table": ({"w": W}, lambda w: lq.cost_table({"w": w}, [FORMAT], rank=2).costs),
     "CostTable": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -16,9 +17,20 @@ from lqlora._patterns import list_names
 from lqlora._printable import printable
 from lqlora._progress import reported
 from lqlora.allocation import Plan
+from lqlora.decomposition import relative_error
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.experts import Experts
-from lqlora.nn.model import bytes_of, fast_array, formats_by_name, quantize_model, ranks_by_name, report_of
+from lqlora.nn.merging import merged_weight
+from lqlora.nn.model import (
+    bytes_of,
+    fast_array,
+    formats_by_name,
+    quantize_model,
+    quantized_layers,
+    ranks_by_name,
+    report_of,
+    weight_arrays,
+)
 from lqlora.nn.selection import LinearMaps, refuse_distributed, select_linears
 from lqlora.nn.statistics.batches import parts_of, run_model
 from lqlora.nn.statistics.gram import collect_gram
@@ -66,6 +78,7 @@ def quantize_blocks(
     exclude: Patterns = (),
     blocks: str | None = None,
     weighting: Callable[[Any], AbstractWeighting] = InputGram,
+    held_out: Iterable[Any] = (),
     progress: bool | Callable[[int, int], None] = True,
     **options: Any,
 ) -> QuantizationReport:
@@ -95,6 +108,9 @@ def quantize_blocks(
     weighting : callable, default InputGram
         Function that returns the norm of a layer from the second moment of its inputs, an array of shape (in_features, in_features), such as
         ``lambda gram: lq.weighting.InputGram(gram, damping=0.1)``.
+    held_out : iterable, optional
+        Other batches, on which the error of each layer is measured, too. Errors on the batches for calibration flatter: most of all
+        those of error feedback on few tokens.
     progress : bool or callable, default True
         See :func:`lqlora.cost_table`. It counts blocks.
     **options
@@ -103,7 +119,7 @@ def quantize_blocks(
     Returns
     -------
     QuantizationReport
-        As that of :func:`quantize_model`.
+        As that of :func:`quantize_model`, with ``held_out_error`` of each layer if there are held-out batches.
 
     Raises
     ------
@@ -143,8 +159,9 @@ def quantize_blocks(
         raise InvalidArgumentError("embeddings must be quantized by quantize_model, in a call of its own.")
     if not isinstance(options.get("scaling", 1.0), Real):
         raise InvalidArgumentError(f"scaling must be one number for all layers, got {given(options['scaling'])}.")
-    if isinstance(batches, Mapping | torch.Tensor):
-        raise InvalidArgumentError("batches must be several batches, such as a list, got one. Pass [batch].")
+    for name, own in {"batches": batches, "held_out": held_out}.items():
+        if isinstance(own, Mapping | torch.Tensor):
+            raise InvalidArgumentError(f"{name} must be several batches, such as a list, got one. Pass [batch].")
     maps = LinearMaps(model)
     root = maps.model
     by_name = formats_by_name(maps, formats, include, exclude)
@@ -155,12 +172,18 @@ def quantize_blocks(
     numbers: dict[str, QuantizedLayer] = {}
     with _evaluated(root), unchanged_on_error(root):
         calls = _recorded(root, path, list(items.values()), batches)
+        if not calls:
+            raise InvalidArgumentError("batches must hold at least one batch, got none. Was an iterator used up?")
+        count = len(calls)
+        calls += _recorded(root, path, list(items.values()), held_out)
         hidden = [one[0].hidden for one in calls]
         with reported(progress, "Quantizing", len(items), "block") as report:
             for position, (key, names) in enumerate(zip(items, inside, strict=True)):
                 own = [call[position].with_hidden(x) for call, x in zip(calls, hidden, strict=True)]
                 if names:
-                    norms = _norms(root, f"{path}.{key}", names, own, weighting)
+                    norms = _norms(root, f"{path}.{key}", names, own[:count], weighting)
+                    others = _norms(root, f"{path}.{key}", names, own[count:], weighting) if own[count:] else {}
+                    dense = _weights(root, others)
                     found = quantize_model(
                         root,
                         {name: by_name[name] for name in names},
@@ -169,7 +192,7 @@ def quantize_blocks(
                         progress=False,
                         **options,
                     )
-                    numbers |= found.layers
+                    numbers |= _with_held_out_errors(found.layers, root, dense, others)
                 block = root.get_submodule(f"{path}.{key}")  # another one, if the block was a linear layer
                 hidden = [_output(_run(block, call)) for call in own]
                 report(position + 1)
@@ -204,6 +227,30 @@ def layers_in_blocks(
         block: {name: layer for name, layer in layers.items() if f"{name}.".startswith(f"{block}.")}
         for block in (f"{path}.{key}" for key in items)
     }
+
+
+def _weights(root: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return the weights of dense layers by name."""
+    names = set(names)
+    layers = LinearMaps(root).layers if names else {}
+    return {name: load() for name, load in weight_arrays(layers).items() if name in names}
+
+
+def _with_held_out_errors(
+    numbers: dict[str, QuantizedLayer],
+    root: nn.Module,
+    dense: Mapping[str, Any],
+    norms: Mapping[str, AbstractWeighting],
+) -> dict[str, QuantizedLayer]:
+    """Return the numbers of layers with their errors in other norms than those they were quantized in."""
+    if not norms:
+        return numbers
+    layers = quantized_layers(root)
+    errors = {
+        name: relative_error(dense[name], fast_array(merged_weight(layers[name])), norms[name], name=name)
+        for name in numbers
+    }
+    return {name: dataclasses.replace(own, held_out_error=errors[name]) for name, own in numbers.items()}
 
 
 def _norms(
@@ -326,8 +373,6 @@ def _recorded(
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
-        raise InvalidArgumentError("batches must hold at least one batch, got none. Was an iterator used up?")
     return found
 
 

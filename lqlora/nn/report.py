@@ -44,6 +44,8 @@ class QuantizedLayer:
         Bytes of the dense weight before.
     seconds : float
         Wall time of the decomposition. It is not compared.
+    held_out_error : float, optional
+        Relative error in the norm of inputs that the layer was not quantized with, if there were any: see :func:`quantize_blocks`.
     """
 
     format: BlockFormat
@@ -55,6 +57,7 @@ class QuantizedLayer:
     nbytes: int
     dense_bytes: int
     seconds: float = field(compare=False)
+    held_out_error: float | None = None
 
     @property
     def size(self) -> int:
@@ -216,6 +219,13 @@ class QuantizationReport:
                 f"formats: {_counts(formats)}, {self.bits_per_weight:.2f} bits per weight",
                 f"relative error: median {median:.3g}, largest {self.layers[worst].relative_error:.3g} ({printable(worst)})",
             ]
+        held_out = {
+            name: layer.held_out_error for name, layer in self.layers.items() if layer.held_out_error is not None
+        }
+        if held_out:
+            worst = max(held_out, key=held_out.__getitem__)
+            median = statistics.median(held_out.values())
+            lines.append(f"on held-out inputs: median {median:.3g}, largest {held_out[worst]:.3g} ({printable(worst)})")
         if clipped := [name for name, layer in self.layers.items() if layer.clipped_from is not None]:
             lines.append(f"rank clipped to the smaller side of the matrix: {printable(list_names(clipped, 3))}")
         beside = sum(part.trainable for part in self.dense.values())

@@ -226,7 +226,7 @@ def compress(
         formats = known or _planned(model, layers, calibration, bits, rank, codes, step("plan"))
         quantization = quantize_blocks(
             model, formats, calibration, rank=rank, include=list(layers), progress=step("blocks"), fit=_FITS[codes],
-            quantizer="nearest" if rank else "gptq", max_iter=iterations, rtol=0.0,
+            quantizer="nearest" if rank else "gptq", max_iter=iterations, rtol=0.0, held_out=tests,
         )  # fmt: skip
         perplexities["quantized"] = measured("quantized")
         if outputs is not None:

@@ -164,7 +164,9 @@ class TestResult:
         )
         inside = [[name for name in names if name.startswith(f"{path}.{i}.")] for i in range(2)]
         expected = _by_hand(whole, batches, inside, rank=1)
-        report = quantize_blocks(model, NF2, batches, rank=1, progress=False)
+        report = quantize_blocks(model, NF2, batches, rank=1, held_out=batches, progress=False)
+        for own in report.layers.values():  # the same batches give the same errors
+            assert own.held_out_error == pytest.approx(own.relative_error, rel=1e-4)
         assert list(report.layers) == [name for block in inside for name in block]
         assert model.config.use_cache == use_cache
         with torch.no_grad():
@@ -183,6 +185,28 @@ class TestResult:
         quantize_blocks(other, NF2, _rows(), rank=1, progress=False)
         assert seen == [(16, 16), (24, 24)] * 3
         assert not torch.equal(model.blocks[0].inner.lora_A, other.blocks[0].inner.lora_A)
+
+    @pytest.mark.parametrize("rank", [0, 2])
+    def test_errors_on_held_out_inputs(self, rank):
+        model, other = Model(), Model()
+        dense = copy.deepcopy(model)
+        report = quantize_blocks(model, NF2, _rows(), rank=rank, held_out=_rows(7), progress=False)
+        plain = quantize_blocks(other, NF2, _rows(), rank=rank, progress=False)
+        for mine, same in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(mine, same)  # held-out batches choose nothing
+        assert {own.held_out_error for own in plain.layers.values()} == {None}
+        assert "on held-out inputs" not in str(plain)
+        # Block 1 sees what block 0 makes of the held-out rows.
+        before = copy.deepcopy(model)
+        for i in (1, 2):
+            before.blocks[i] = copy.deepcopy(dense.blocks[i])
+        gram = collect_gram(before, _rows(7), include="blocks.1.outer", progress=False)["blocks.1.outer"]
+        error = dense.blocks[1].outer.weight - lq.nn.merged_weight(model.blocks[1].outer)
+        norm = InputGram(gram.numpy())
+        squares = [norm.squared_norm(own.detach().numpy()) for own in (error, dense.blocks[1].outer.weight)]
+        found = report.layers["blocks.1.outer"].held_out_error
+        assert found == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-4)
+        assert f"{max(own.held_out_error for own in report.layers.values()):.3g} (blocks" in str(report)
 
     def test_some_layers_formats_and_ranks_by_pattern(self):
         model = Model()
@@ -269,6 +293,7 @@ class TestRefusals:
         [
             ({"batches": []}, "batches must hold at least one batch"),
             ({"batches": torch.zeros(2, 8)}, "batches must be several batches"),
+            ({"held_out": torch.zeros(2, 8)}, "held_out must be several batches"),
             ({"embeddings": NF2}, "embeddings must be quantized by quantize_model"),
             ({"scaling": {"*": 1.0}}, "scaling must be one number"),
             ({"rank": None}, "rank must be given"),

@@ -14,6 +14,7 @@ from lqlora.nn.adapters import (  # noqa: E402 - after the check
     set_factors,
     using_factors,
 )
+from lqlora.nn.block_tuning import BlockTuning  # noqa: E402
 from lqlora.nn.blocks import quantize_blocks  # noqa: E402
 from lqlora.nn.distillation.teacher import TeacherOutputs, collect_outputs  # noqa: E402
 from lqlora.nn.distillation.training import DistillationReport, distill  # noqa: E402
@@ -45,6 +46,7 @@ from lqlora.nn.tensor import QuantizedTensor  # noqa: E402
 from lqlora.nn.weight import QuantizedWeight  # noqa: E402
 
 __all__ = [
+    "BlockTuning",
     "DensePart",
     "DistillationReport",
     "Factors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -15,10 +16,11 @@ from lqlora._annotations import annotated
 from lqlora._messages import given
 from lqlora._patterns import list_names
 from lqlora._printable import printable
-from lqlora._progress import reported
+from lqlora._progress import bars_hidden, reported
 from lqlora.allocation import Plan
 from lqlora.decomposition import relative_error
 from lqlora.errors import InvalidArgumentError
+from lqlora.nn.block_tuning import require_tunable, tune_block
 from lqlora.nn.experts import Experts
 from lqlora.nn.merging import merged_weight
 from lqlora.nn.model import (
@@ -38,14 +40,17 @@ from lqlora.nn.undoing import unchanged_on_error
 from lqlora.weighting import InputGram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from lqlora._patterns import Pattern, Patterns
     from lqlora.formats import BlockFormat
+    from lqlora.nn.block_tuning import BlockTuning
     from lqlora.nn.report import QuantizationReport, QuantizedLayer
     from lqlora.weighting import AbstractWeighting
 
 __all__ = ["layers_in_blocks", "quantize_blocks"]
+
+_log = logging.getLogger("lqlora")
 
 
 class _Call(NamedTuple):
@@ -79,6 +84,7 @@ def quantize_blocks(
     blocks: str | None = None,
     weighting: Callable[[Any], AbstractWeighting] = InputGram,
     held_out: Iterable[Any] = (),
+    tuning: BlockTuning | None = None,
     progress: bool | Callable[[int, int], None] = True,
     **options: Any,
 ) -> QuantizationReport:
@@ -111,6 +117,9 @@ def quantize_blocks(
     held_out : iterable, optional
         Other batches, on which the error of each layer is measured, too. Errors on the batches for calibration flatter: most of all
         those of error feedback on few tokens.
+    tuning : BlockTuning, optional
+        Training of codes, scales or factors of each block, right after it was quantized, to bring its output near that of the dense
+        block. Stacked experts do not train.
     progress : bool or callable, default True
         See :func:`lqlora.cost_table`. It counts blocks.
     **options
@@ -166,6 +175,8 @@ def quantize_blocks(
     root = maps.model
     by_name = formats_by_name(maps, formats, include, exclude)
     ranks = ranks_by_name(by_name, rank, formats.ranks if isinstance(formats, Plan) else {})
+    if tuning is not None:
+        require_tunable(tuning, by_name)
     path, items = _blocks(maps.modules, by_name, blocks)
     inside = [[name for name in by_name if f"{name}.".startswith(f"{path}.{key}.")] for key in items]
     before = bytes_of(root)
@@ -181,9 +192,12 @@ def quantize_blocks(
             for position, (key, names) in enumerate(zip(items, inside, strict=True)):
                 own = [call[position].with_hidden(x) for call, x in zip(calls, hidden, strict=True)]
                 if names:
-                    norms = _norms(root, f"{path}.{key}", names, own[:count], weighting)
-                    others = _norms(root, f"{path}.{key}", names, own[count:], weighting) if own[count:] else {}
-                    dense = _weights(root, others)
+                    name = f"{path}.{key}"
+                    norms = _norms(root, name, names, own[:count], weighting)
+                    others = _norms(root, name, names, own[count:], weighting) if own[count:] else {}
+                    dense = _weights(root, names) if others or tuning is not None else {}
+                    block = root.get_submodule(name)
+                    targets = [] if tuning is None else [_output(_run(block, call)) for call in own[:count]]
                     found = quantize_model(
                         root,
                         {name: by_name[name] for name in names},
@@ -191,8 +205,11 @@ def quantize_blocks(
                         weighting=norms.get,
                         progress=False,
                         **options,
-                    )
-                    numbers |= _with_held_out_errors(found.layers, root, dense, others)
+                    ).layers
+                    if tuning is not None:
+                        _tune(root, name, dense, own[:count], targets, tuning)
+                        found = _with_errors(found, root, dense, norms, "relative_error")
+                    numbers |= _with_errors(found, root, dense, others, "held_out_error")
                 block = root.get_submodule(f"{path}.{key}")  # another one, if the block was a linear layer
                 hidden = [_output(_run(block, call)) for call in own]
                 report(position + 1)
@@ -229,20 +246,44 @@ def layers_in_blocks(
     }
 
 
-def _weights(root: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+def _weights(root: nn.Module, names: Collection[str]) -> dict[str, Any]:
     """Return the weights of dense layers by name."""
-    names = set(names)
-    layers = LinearMaps(root).layers if names else {}
-    return {name: load() for name, load in weight_arrays(layers).items() if name in names}
+    layers = {name: layer for name, layer in LinearMaps(root).layers.items() if name in names}
+    return {name: load() for name, load in weight_arrays(layers).items()}
 
 
-def _with_held_out_errors(
+def _tune(
+    root: nn.Module,
+    name: str,
+    dense: Mapping[str, Any],
+    calls: Sequence[_Call],
+    targets: Sequence[torch.Tensor],
+    tuning: BlockTuning,
+) -> None:
+    """Train the layers of a block of a name so that it gives its outputs of before."""
+    layers, block = quantized_layers(root), root.get_submodule(name)
+    # Experts in one array are read by the model, which does not call them.
+    tuned = {own: layers[own] for own in dense if not isinstance(root.get_submodule(own.rpartition(".")[0]), Experts)}
+    before, after = tune_block(
+        tuned,
+        {own: torch.as_tensor(dense[own]) for own in tuned},
+        lambda index: _output(_run(block, calls[index])),
+        targets,
+        tuning,
+    )
+    if _log.isEnabledFor(logging.INFO):
+        with bars_hidden():
+            _log.info("%s: relative error of its output %.4f, %.4f after tuning", printable(name), before, after)
+
+
+def _with_errors(
     numbers: dict[str, QuantizedLayer],
     root: nn.Module,
     dense: Mapping[str, Any],
     norms: Mapping[str, AbstractWeighting],
+    key: str,
 ) -> dict[str, QuantizedLayer]:
-    """Return the numbers of layers with their errors in other norms than those they were quantized in."""
+    """Return the numbers of layers with an error that is measured in other norms, or as they are if there are none."""
     if not norms:
         return numbers
     layers = quantized_layers(root)
@@ -250,7 +291,7 @@ def _with_held_out_errors(
         name: relative_error(dense[name], fast_array(merged_weight(layers[name])), norms[name], name=name)
         for name in numbers
     }
-    return {name: dataclasses.replace(own, held_out_error=errors[name]) for name, own in numbers.items()}
+    return {name: dataclasses.replace(own, **{key: errors[name]}) for name, own in numbers.items()}
 
 
 def _norms(

@@ -1,0 +1,221 @@
+"""Training of blocks on their own output: less error for every format and part, what is stored, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+
+import lqlora as lq
+from lqlora.errors import InvalidArgumentError
+from tests.requirements import require_module
+
+torch = require_module("torch")
+
+from lqlora.nn import BlockTuning, LQLinear, quantize_blocks  # noqa: E402
+from lqlora.nn.block_tuning import _Weight  # noqa: E402
+from tests.nn.statistics.models import tiny_llama, tokens  # noqa: E402
+from tests.nn.test_blocks import Linears, Model, _mixtral, _rows  # noqa: E402
+
+#: Axes, ragged lines, rotations, zero points, several sets of fitted levels, signed and quantized scales.
+SCALAR = (
+    "nf2/8:float32", "nf2/7:float16", "nf2/5@-1:float32", "nf2/8:u8/256:float32", "affine2/8:float32", "affine2/8@0:float32",
+    "affine2/6@-1~in3:float32", "nf2+fit/8:float32", "nf2+fit4/8@-1:float32", "nf2/8@-1~both:float32", "nf2/8@0~out:float32",
+    "int3/8:float32", "bof3s-8/8:float32", "affine1/8:float16",
+)  # fmt: skip
+TRELLIS = "tcq2/8:float32", "tcq1/16@0~both:u8/256:float32"
+
+
+def _converted(fmt, tuning, rank=0, **options):
+    model = Model()
+    report = quantize_blocks(
+        model, lq.BlockFormat.parse(fmt), _rows(), rank=rank, include="blocks.0.*", tuning=tuning, progress=False, **options
+    )  # fmt: skip
+    return model, report
+
+
+def _error(model):
+    """Relative error of the output of the first block, on the rows for calibration."""
+    dense = Model().eval()
+    with torch.no_grad():
+        x = torch.cat(_rows())
+        expected = dense.blocks[0](dense.first(x))
+        return float((model.eval().blocks[0](model.first(x)) - expected).norm() / expected.norm())
+
+
+def _bytes(model):
+    return [own.numpy().tobytes() for name, own in model.state_dict().items() if "quantized" in name or "lora" in name]
+
+
+class TestResult:
+    @pytest.mark.parametrize("text", SCALAR)
+    def test_less_error_in_every_format(self, text):
+        fit = {"fit": "levels+scale"} if "+fit" in text else {}
+        (plain, before), (model, after) = (
+            _converted(text, tuning, **fit) for tuning in (None, BlockTuning(steps=30, batch=2))
+        )
+        assert _error(model) < _error(plain)
+        for name, own in after.layers.items():
+            assert (own.format, own.nbytes) == (before.layers[name].format, before.layers[name].nbytes)
+        layer = model.blocks[0].inner
+        assert not torch.equal(layer.quantized.codes, plain.blocks[0].inner.quantized.codes)
+        dense = Model().blocks[0].inner.weight.detach()
+        norm = lq.weighting.InputGram(
+            lq.nn.collect_gram(Model(), _rows(), include="blocks.0.inner", progress=False)["blocks.0.inner"]
+        )
+        found = lq.relative_error(dense, lq.nn.merged_weight(layer), norm)
+        assert after.layers["blocks.0.inner"].relative_error == pytest.approx(found, rel=1e-4)
+
+    @pytest.mark.parametrize("text", [*SCALAR, *TRELLIS])
+    @pytest.mark.parametrize("train", [("scales",), ("factors",), ("scales", "factors")])
+    def test_scales_and_factors_of_every_format(self, text, train):
+        fit = {"fit": "levels+scale"} if "+fit" in text else {}
+        tuning = BlockTuning(steps=30, batch=3, train=train, factor_learning_rate=0.01)
+        (plain, _), (model, _) = (_converted(text, own, rank=2, **fit) for own in (None, tuning))
+        assert _error(model) < _error(plain)
+        pair = plain.blocks[0].outer, model.blocks[0].outer
+        assert torch.equal(*(own.quantized.codes for own in pair))
+        assert torch.equal(*(own.lora_A for own in pair)) == ("factors" not in train)
+
+    @pytest.mark.parametrize("text", SCALAR)
+    @pytest.mark.parametrize("rank", [0, 3])
+    def test_training_starts_from_the_codes(self, text, rank):
+        fit = {"fit": "levels+scale"} if "+fit" in text else {}
+        model, _ = _converted(text, None, rank=rank, **fit)
+        dense = Model().blocks[0].inner.weight.detach()
+        layer = model.blocks[0].inner
+        for train in (("codes", "scales"), ("scales",)):
+            weight = _Weight(layer, dense, train)
+            torch.testing.assert_close(weight.matrix(), lq.dequantize(weight.stored), rtol=1e-5, atol=1e-6)
+            x = torch.randn(3, 16)
+            torch.testing.assert_close(weight.forward(x), layer(x), rtol=1e-4, atol=1e-4)
+        assert torch.equal(_Weight(layer, dense, ("codes",)).quantized("w").packed, layer.quantized.codes)
+
+    @pytest.mark.parametrize("text", ["affine2/6@-1:float32", "nf2/8@0:float32", "tcq2/8:float32"])
+    def test_the_gradient_of_scales(self, text):
+        model, _ = _converted(text, None)
+        weight = _Weight(model.blocks[0].inner, Model().blocks[0].inner.weight.detach(), ("scales",))
+        (found,) = torch.autograd.grad(weight.matrix().square().sum() / 2, weight.ratio)
+        # The matrix is proportional to each ratio, so that the gradient of half of its square is the energy of the block.
+        index = torch.arange(weight.layout.count)
+        blocks = weight.layout.blocks_at(index)
+        energy = torch.zeros(weight.layout.blocks).index_add_(0, blocks, weight.values.reshape(-1).square())
+        torch.testing.assert_close(found.reshape(-1), energy)
+
+    def test_steps_that_help_nothing_leave_all_as_it_was(self):
+        tuning = BlockTuning(steps=2, learning_rate=1e4, train=("codes", "scales", "factors"), factor_learning_rate=1e4)
+        (plain, before), (model, after) = (_converted("nf2/8:u8/256:float32", own, rank=1) for own in (None, tuning))
+        assert _bytes(model) == _bytes(plain)
+        for name, own in after.layers.items():
+            assert own.relative_error == pytest.approx(before.layers[name].relative_error, rel=1e-4)
+
+    def test_the_seed_decides(self):
+        found = [_bytes(_converted("nf2/8:float32", BlockTuning(steps=9, batch=2, seed=own))[0]) for own in (0, 0, 1)]
+        assert found[0] == found[1] != found[2]
+
+    def test_nothing_is_left_behind(self, caplog):
+        with caplog.at_level(logging.INFO, "lqlora"):
+            model, _ = _converted("nf2/8:float32", BlockTuning(steps=5), rank=1)
+        assert sum("after tuning" in own.message for own in caplog.records) == 1
+        layers = [own for own in model.modules() if isinstance(own, LQLinear)]
+        assert len(layers) == 2
+        for own in layers:
+            assert "forward" not in vars(own)
+            assert own.lora_A.grad is None
+            assert own.lora_A.requires_grad
+        model(_rows()[0]).sum().backward()
+        assert layers[0].lora_B.grad is not None
+
+    def test_blocks_that_are_linear_layers(self):
+        plain, model = Linears(), Linears()
+        dense = copy.deepcopy(model)
+        fmt, rows = lq.BlockFormat.parse("nf2/8:float32"), _rows()
+        for own, tuning in ((plain, None), (model, BlockTuning(steps=30, batch=3))):
+            quantize_blocks(own, fmt, rows, rank=0, tuning=tuning, progress=False)
+        x = torch.cat(rows)
+        with torch.no_grad():
+            errors = [float((own(x) - dense(x)).norm()) for own in (plain, model)]
+        assert errors[1] < errors[0]
+
+    def test_layers_of_half_precision(self):
+        model = Model().to(torch.bfloat16)
+        rows = [own.to(torch.bfloat16) for own in _rows()]
+        report = quantize_blocks(
+            model, lq.BlockFormat.parse("nf2/8:float32"), rows, rank=1, progress=False, held_out=rows,
+            tuning=BlockTuning(steps=20, train=("codes", "scales", "factors")),
+        )  # fmt: skip
+        assert len(report.layers) == 6
+        assert model(rows[0]).dtype == torch.bfloat16
+
+    def test_a_language_model(self):
+        batches = [{"input_ids": tokens(3)} for _ in range(4)]
+        models = [tiny_llama().eval() for _ in range(3)]
+        for model, tuning in ((models[1], None), (models[2], BlockTuning(steps=40, batch=2))):
+            quantize_blocks(
+                model, lq.BlockFormat.parse("nf2/8:float32"), batches, rank=0, tuning=tuning, progress=False
+            )
+        with torch.no_grad():
+            outputs = [torch.cat([own.model(**batch).last_hidden_state for batch in batches]) for own in models]
+        assert (outputs[2] - outputs[0]).norm() < (outputs[1] - outputs[0]).norm()
+
+    def test_experts_stay_as_they_were_quantized(self):
+        batches, found = [{"input_ids": tokens(2)}, {"input_ids": tokens(3)}], []
+        for tuning in (None, BlockTuning(steps=5, batch=2)):
+            model = _mixtral().eval()
+            quantize_blocks(
+                model, lq.BlockFormat.parse("nf2/8:float32"), batches, rank=0, tuning=tuning, progress=False
+            )
+            found.append(
+                {
+                    name: own
+                    for name, own in model.state_dict().items()
+                    if name.endswith("codes") and "layers.0." in name
+                }
+            )
+        same = {name: torch.equal(own, found[1][name]) for name, own in found[0].items()}
+        assert all(own for name, own in same.items() if "experts" in name)
+        assert not all(same.values())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"steps": 0}, "steps must"),
+            ({"batch": 0}, "batch must"),
+            ({"seed": -1}, "seed must"),
+            ({"train": "codes"}, "train must be a sequence"),
+            ({"train": ()}, "train must be a sequence"),
+            ({"train": ("levels",)}, "train must"),
+            ({"learning_rate": 0.0}, "learning_rate must"),
+            ({"factor_learning_rate": float("inf")}, "factor_learning_rate must"),
+        ],
+    )
+    def test_options(self, options, sentence):
+        with pytest.raises(InvalidArgumentError, match=sentence):
+            BlockTuning(**options)
+
+    @pytest.mark.parametrize("text", TRELLIS)
+    def test_trellis_codes_do_not_train(self, text):
+        with pytest.raises(InvalidArgumentError, match=r"trellis formats, but 'blocks\.0\.inner' has tcq"):
+            _converted(text, BlockTuning())
+
+    def test_an_interrupt_leaves_the_model_as_it_was(self, monkeypatch):
+        model, calls = Model(), []
+
+        def interrupted(*_):
+            calls.append(1)
+            if len(calls) == 7:
+                raise KeyboardInterrupt
+            return plain(*_)
+
+        plain = _Weight.descend
+        monkeypatch.setattr(_Weight, "descend", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_blocks(
+                model, lq.BlockFormat.parse("nf2/8:float32"), _rows(), rank=0, tuning=BlockTuning(), progress=False
+            )
+        assert not any(isinstance(own, LQLinear) for own in model.modules())
+        for mine, own in zip(model.parameters(), Model().parameters(), strict=True):
+            assert torch.equal(mine, own)

@@ -164,6 +164,8 @@ CALLS = {
     "dequantize": (lq.dequantize, {"q": Q}),
     "matmul": (lq.matmul, {"x": X, "q": Q, "lora_A": LORA_A, "lora_B": LORA_B}),
     "gptq": (lq.gptq, {"w": W, "fmt": FORMAT, "gram": GRAM}),
+    "relative_error": (lq.relative_error, {"w": W, "approximation": Q}),
+    "BlockTuning": (nn.BlockTuning, {}),
     "decompose": (lq.decompose, {"w": W, **OWN, "max_iter": 1}),
     "decompose_stack": (lq.decompose_stack, {"w": np.stack([W, W]), **OWN, "max_iter": 1}),
     "cost_table": (lq.cost_table, {"weights": {"a": W}, "formats": [FORMAT], "rank": 1, "max_iter": 1}),

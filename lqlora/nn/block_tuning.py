@@ -1,10 +1,11 @@
-"""Training of a quantized block on its own output: rounding and scales of its layers by signs of gradients, factors by Adam."""
+"""Training of a quantized block on its own output: rounding, scales and levels by signs of gradients, factors by Adam."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
@@ -12,7 +13,6 @@ import torch
 from torch.nn import functional
 
 from lqlora import ops
-from lqlora._annotations import annotated
 from lqlora._messages import given
 from lqlora._options import require_choice, require_integer, require_number
 from lqlora._printable import printable
@@ -26,7 +26,7 @@ from lqlora.quantized._scales import with_scale_format
 from lqlora.quantized.quantization import dequantize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from lqlora.formats import BlockFormat
     from lqlora.nn.linear import LQLinear
@@ -35,15 +35,16 @@ if TYPE_CHECKING:
 __all__ = ["BlockTuning", "TunedPart", "require_tunable", "tune_block"]
 
 #: What can train.
-TunedPart: TypeAlias = Literal["codes", "scales", "factors"]
-_PARTS = ("codes", "scales", "factors")
+TunedPart: TypeAlias = Literal["codes", "scales", "levels", "factors"]
+_PARTS = ("codes", "scales", "levels", "factors")
 
 #: Distance from the boundary of its cell, in widths of cells, that a weight starts with at least. Error feedback rounds some weights to
 #: cells that they are far from: these start just inside of it, and a few small steps can take them back.
 _MARGIN = 0.05
 
-#: A step of a scale, relative to a step of a weight in its cell. Scales stay within a factor of two.
-_SCALE_SHARE, _LEAST, _MOST = 0.25, 0.5, 2.0
+#: A step of a scale or a level, relative to a step of a weight in its cell. Scales stay within a factor of two, and levels within a
+#: quarter of the distance to the next one, so that they keep their order.
+_SHARE, _LEAST, _MOST, _LEVEL_LIMIT = 0.25, 0.5, 2.0, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +58,14 @@ class BlockTuning:
     ----------
     steps : int, default 50
         Steps for each block.
-    train : sequence of {"codes", "scales", "factors"}, default ("codes", "scales")
-        What trains. Codes of trellis formats cannot. Scales are rounded to their storage at the end.
+    train : sequence of {"codes", "scales", "levels", "factors"}, default ("codes", "scales")
+        What trains. Codes of trellis formats cannot. Scales are rounded to their storage at the end. Levels train where they are
+        fitted, and factors where the rank is above 0.
     batch : int, default 4
         Parts of batches for one step, as the model runs them: each batch without padding is one part.
     learning_rate : float, optional
-        Largest step of a weight in the cell that rounds to its level, in widths of the cell. Scales move by a quarter of it, relative to
-        themselves. By default it is ``1 / steps``.
+        Largest step of a weight in the cell that rounds to its level, in widths of the cell. Scales and levels move by a quarter of
+        it, relative to themselves and to the distance of levels. By default it is ``1 / steps``.
     factor_learning_rate : float, default 5e-4
         Largest learning rate of factors.
     seed : int, default 0
@@ -98,12 +100,11 @@ class BlockTuning:
     factor_learning_rate: float = 5e-4
     seed: int = 0
 
-    @annotated
     def __post_init__(self) -> None:
         require_integer(self.steps, "steps", 1)
         require_integer(self.batch, "batch", 1)
         require_integer(self.seed, "seed")
-        if isinstance(self.train, str) or not self.train:
+        if isinstance(self.train, str) or not isinstance(self.train, Sequence) or not self.train:
             raise InvalidArgumentError(f"train must be a sequence of {', '.join(_PARTS)}, got {given(self.train)}.")
         for part in self.train:
             require_choice(part, "train", _PARTS)
@@ -125,82 +126,100 @@ class _Weight:
         scales = decode_scales(self.stored.scales, self.stored.format.scales)
         self.scales = scales.reshape(self.layout.lines, self.layout.blocks_per_line)
         self.ratio = torch.ones_like(self.scales, requires_grad="scales" in train)
+        self.levels: torch.Tensor | None = None
         self.offset: torch.Tensor | None = None
+        if "codes" in train or ("levels" in train and self.stored.levels is not None):
+            self._set_levels(trained="levels" in train and self.stored.levels is not None)
         if "codes" in train:
-            self._start(dense)
-        else:
+            self._set_positions(dense)
+        if self.levels is None:
             self.values = self._lines(dequantize(self.stored))
+        self.dense = self.matrix().detach()
         self.lora_A, self.lora_B = (
             own.detach().clone().requires_grad_("factors" in train and layer.rank > 0)
             for own in (layer.lora_A, layer.lora_B)
         )
 
     def _lines(self, matrix: torch.Tensor) -> torch.Tensor:
-        return blocks_last(matrix, self.layout.axis).reshape(self.layout.lines, self.layout.length)
+        lines: torch.Tensor = blocks_last(matrix, self.layout.axis).reshape(self.layout.lines, self.layout.length)
+        return lines
 
     def _by_weight(self, by_block: torch.Tensor) -> torch.Tensor:
         return by_block.repeat_interleave(self.layout.block_size, dim=1)[:, : self.layout.length]
 
-    def _start(self, dense: torch.Tensor) -> None:
-        """Set levels, the position of each weight among them, and the width of its cell."""
-        device, layout, layer = self.scales.device, self.layout, self.layer
+    def _set_levels(self, *, trained: bool) -> None:
+        """Set the levels, one row or one for each line, with the codes and zero points of now."""
+        device, layout, levels = self.scales.device, self.layout, self.stored.levels
+        if levels is None:
+            levels = torch.from_numpy(layout.codebook.levels.copy()).to(device)[None, :]
+        self.levels = levels.detach().clone().requires_grad_(trained)
+        self.sets = None if len(levels) == 1 else layout.sets_of(slice(0, layout.count), levels)
+        # The cell of a level ends half way to its neighbors; at the ends cells are as wide as the gap beside them.
+        gaps = levels[:, 1:] - levels[:, :-1]
+        self.gaps = torch.cat([gaps[:, :1], gaps, gaps[:, -1:]], dim=1)
+        self.first_levels = levels.detach().clone()
+        self.first_codes = self._lines(self.stored.codes).to(torch.int64)
+        points = zero_point_codes(self.stored)
+        self.zeros = None if points is None else self._by_weight(points.to(torch.float32).reshape(self.scales.shape))
+
+    def _set_positions(self, dense: torch.Tensor) -> None:
+        """Set the position of each weight among the levels, within the cell of its code, and the width of the cell."""
         # What the codes stand for is the weight without its low-rank part, and rotated.
+        layer = self.layer
         target = dense.to(torch.float32) - layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
         if self.rotation is not None:
             target = rotated(target, self.rotation, "w", check_finite=False)
-        levels = self.stored.levels
-        if levels is None:
-            levels = torch.from_numpy(layout.codebook.levels.copy()).to(device)[None, :]
-        else:
-            levels = levels[layout.sets_of(slice(0, layout.count), levels)]
-        self.levels, self.bounds = levels, (levels[:, 1:] + levels[:, :-1]) / 2
-        points = zero_point_codes(self.stored)
-        self.zeros = None if points is None else self._by_weight(points.to(torch.float32).reshape(self.scales.shape))
         scales = self._by_weight(self.scales)
         position = self._lines(target) / torch.where(scales == 0, math.inf, scales)
         if self.zeros is not None:
             position += self.zeros
-        # The cell of a level ends half way to its neighbors; at the ends cells are as wide as the gap beside them.
-        gaps = levels[:, 1:] - levels[:, :-1]
-        gaps = torch.cat([gaps[:, :1], gaps, gaps[:, -1:]], dim=1)
-        codes = self._lines(self.stored.codes).to(torch.int64)
-        center = self._of_codes(levels, codes)
-        below, above = (self._of_codes(own, codes) / 2 for own in (gaps[:, :-1], gaps[:, 1:]))
+        center = self._of_codes(self.first_levels, self.first_codes)
+        below, above = (self._of_codes(own, self.first_codes) / 2 for own in (self.gaps[:, :-1], self.gaps[:, 1:]))
         self.width = below + above
         inner = 1 - 2 * _MARGIN
         self.position = torch.minimum(torch.maximum(position, center - inner * below), center + inner * above)
         self.offset = torch.zeros_like(self.position, requires_grad=True)
 
-    @staticmethod
-    def _of_codes(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        return table[0][codes] if len(table) == 1 else table.gather(1, codes)
+    def _of_lines(self, table: torch.Tensor) -> torch.Tensor:
+        """Return the rows of a table of sets for all lines, or its only row."""
+        return table if self.sets is None else table[self.sets]
+
+    def _of_codes(self, table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Return the entry of each code in a table of sets."""
+        return table[0][codes] if self.sets is None else table[self.sets].gather(1, codes)
 
     def codes(self) -> torch.Tensor:
         """Return the code of each weight."""
-        assert self.offset is not None
-        position = self.position + self.offset.detach()
+        if self.offset is None:
+            return self.first_codes
+        assert self.levels is not None
+        position, levels = self.position + self.offset.detach(), self._of_lines(self.levels.detach())
+        bounds = (levels[:, 1:] + levels[:, :-1]) / 2
         codes = torch.zeros(position.shape, dtype=torch.int64, device=position.device)
-        for index in range(self.bounds.shape[1]):
-            codes += position > self.bounds[:, index : index + 1]
+        for index in range(bounds.shape[1]):
+            codes += position > bounds[:, index : index + 1]
         return codes
 
     def matrix(self) -> torch.Tensor:
         """Return the stored matrix, through which gradients reach what trains."""
-        if self.offset is None:
+        if self.levels is None:
             values = self.values * self._by_weight(self.ratio)
         else:
-            # A position between two levels passes its gradient on as if it was not rounded, one beyond the last level none.
-            inside = torch.maximum(torch.minimum(self.position + self.offset, self.levels[:, -1:]), self.levels[:, :1])
-            values = inside + (self._of_codes(self.levels, self.codes()) - inside).detach()
+            values = self._of_codes(self.levels, self.codes())
+            if self.offset is not None:
+                # Rounding passes the gradient of a position between two levels on, and none of one beyond the last level.
+                ends = self._of_lines(self.first_levels)
+                inside = torch.maximum(torch.minimum(self.position + self.offset, ends[:, -1:]), ends[:, :1])
+                values = values + (inside - inside.detach())
             if self.zeros is not None:
                 values = values - self.zeros
             values = values * self._by_weight(self.scales * self.ratio)
         return cast("torch.Tensor", in_shape(values.reshape(-1), self.layout.axis, self.stored.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layer."""
+        """Apply the layer, with the dense matrix of this step."""
         seeds = {} if self.rotation is None else self.rotation.seeds
-        y = functional.linear(ops.rotate_rows(x, seeds[-1]) if -1 in seeds else x, self.matrix().to(x.dtype))
+        y = functional.linear(ops.rotate_rows(x, seeds[-1]) if -1 in seeds else x, self.dense.to(x.dtype))
         y = ops.rotate_rows(y, seeds[-2], inverse=True) if -2 in seeds else y
         if self.layer.rank:
             y = y + self.layer.scaling * ((x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype))
@@ -211,26 +230,43 @@ class _Weight:
         fmt = self.stored.format
         plain = dataclasses.replace(fmt, scales="float32")
         scales = (self.scales * self.ratio.detach()).reshape(-1)
-        packed = self.stored.packed
+        packed, levels = self.stored.packed, self.stored.levels
         if self.offset is not None:
             packed = ops.pack_codes(self.codes().to(torch.uint8).reshape(-1), fmt.bits)
-        found = dataclasses.replace(self.stored, packed=packed, scales=scales, format=plain)
+        if levels is not None and self.levels is not None:
+            levels = self.levels.detach()
+        found = dataclasses.replace(self.stored, packed=packed, scales=scales, levels=levels, format=plain)
         return as_rotated(with_scale_format(found, fmt.scales, name), self.array.format)
 
-    def descend(self, rate: float, gradients: Mapping[int, torch.Tensor]) -> None:
-        """Move offsets and scales by a step against the signs of their gradients."""
+    def trained(self) -> list[torch.Tensor]:
+        """Return what trains by signs of gradients."""
+        return [own for own in (self.offset, self.levels, self.ratio) if own is not None and own.requires_grad]
+
+    def descend(self, rate: float, matrix: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Move offsets, levels and scales by a step against the signs of their gradients, given that of the matrix."""
+        trained = self.trained()
+        signs = {
+            id(own): found.sign_()
+            for own, found in zip(trained, torch.autograd.grad(matrix, trained, gradient), strict=True)
+        }
         with torch.no_grad():
-            if self.offset is not None and id(self.offset) in gradients:
-                step = rate * gradients[id(self.offset)].sign()
-                self.offset.sub_(step * self.width)
+            if self.offset is not None:
+                self.offset.sub_(rate * signs[id(self.offset)] * self.width)
                 limit = self.width / 2
                 torch.minimum(torch.maximum(self.offset, -limit, out=self.offset), limit, out=self.offset)
-            if id(self.ratio) in gradients:
-                self.ratio.sub_(rate * _SCALE_SHARE * gradients[id(self.ratio)].sign()).clamp_(_LEAST, _MOST)
+            if self.levels is not None and self.levels.requires_grad:
+                below, above = self.gaps[:, :-1], self.gaps[:, 1:]
+                self.levels.sub_(rate * _SHARE * signs[id(self.levels)] * torch.minimum(below, above))
+                least, most = self.first_levels - _LEVEL_LIMIT * below, self.first_levels + _LEVEL_LIMIT * above
+                torch.minimum(torch.maximum(self.levels, least, out=self.levels), most, out=self.levels)
+            if self.ratio.requires_grad:
+                self.ratio.sub_(rate * _SHARE * signs[id(self.ratio)]).clamp_(_LEAST, _MOST)
 
 
-def require_tunable(tuning: BlockTuning, formats: Mapping[str, BlockFormat]) -> None:
-    """Raise if the codes of a layer cannot train.
+def require_tunable(
+    tuning: BlockTuning, formats: Mapping[str, BlockFormat], ranks: Mapping[str, int], *, fits_levels: bool
+) -> None:
+    """Raise if the codes of a layer cannot train, or nothing would train.
 
     Parameters
     ----------
@@ -238,17 +274,29 @@ def require_tunable(tuning: BlockTuning, formats: Mapping[str, BlockFormat]) -> 
         Options.
     formats : mapping of str to BlockFormat
         Formats by layer.
+    ranks : mapping of str to int
+        Ranks by layer.
+    fits_levels : bool
+        Whether levels will be fitted.
 
     Raises
     ------
     InvalidArgumentError
-        If codes are to train, and a format has trellis codes.
+        If codes are to train, and a format has trellis codes, or there are neither fitted levels nor factors, and only these train.
     """
     for name, fmt in formats.items() if "codes" in tuning.train else ():
         if isinstance(fmt.codebook, Trellis):
             raise InvalidArgumentError(
                 f"tuning must not train codes of trellis formats, but {printable(name)!r} has {fmt}. Pass train=('scales',)."
             )
+    possible = {
+        "factors": any(ranks.values()), "levels": fits_levels or any(own.levels != "codebook" for own in formats.values()),
+    }  # fmt: skip
+    if not any(possible.get(part, True) for part in tuning.train):
+        raise InvalidArgumentError(
+            f"tuning must train a part that the layers have, but train is {given(tuple(tuning.train))}, and there are no "
+            f"{' or '.join(tuning.train)}. Train codes or scales, pass a rank, or fit='levels+scale'."
+        )
 
 
 def tune_block(
@@ -279,36 +327,12 @@ def tune_block(
         Relative error of the output before and after.
     """
     weights = {name: _Weight(layer, dense[name], tuning.train) for name, layer in layers.items()}
-    trained = [
-        own
-        for weight in weights.values()
-        for own in (weight.offset, weight.ratio)
-        if own is not None and own.requires_grad
-    ]
     factors = [own for weight in weights.values() for own in (weight.lora_A, weight.lora_B) if own.requires_grad]
     before = _error(run, targets)
-    if not (trained or factors) or before == 0:
+    if not (factors or any(weight.trained() for weight in weights.values())) or before == 0:
         return before, before
-    optimizer = torch.optim.Adam(factors, lr=tuning.factor_learning_rate) if factors else None
-    rate = 1 / tuning.steps if tuning.learning_rate is None else tuning.learning_rate
-    order = _order(len(targets), tuning)
     with _replaced(weights), torch.enable_grad():
-        for step in range(tuning.steps):
-            left = 1 - step / tuning.steps
-            sums: dict[int, torch.Tensor] = {}
-            for index in next(order):
-                loss = functional.mse_loss(run(index).float(), targets[index].float())
-                found = torch.autograd.grad(loss, [*trained, *factors], allow_unused=True)
-                for own, gradient in zip([*trained, *factors], found, strict=True):
-                    if gradient is not None:
-                        sums[id(own)] = sums[id(own)] + gradient if id(own) in sums else gradient
-            for weight in weights.values():
-                weight.descend(rate * left, sums)
-            if optimizer is not None:
-                for own in factors:
-                    own.grad = sums.get(id(own))
-                optimizer.param_groups[0]["lr"] = tuning.factor_learning_rate * left
-                optimizer.step()
+        _descend(list(weights.values()), factors, run, targets, tuning)
     new = {
         name: [*QuantizedWeight(own.quantized(name)).buffers(), own.lora_A.detach(), own.lora_B.detach()]
         for name, own in weights.items()
@@ -322,9 +346,43 @@ def tune_block(
     return before, after
 
 
+def _descend(
+    weights: Sequence[_Weight],
+    factors: Sequence[torch.Tensor],
+    run: Callable[[int], torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    tuning: BlockTuning,
+) -> None:
+    """Train weights and factors for all steps."""
+    weights = [weight for weight in weights if weight.trained()]
+    optimizer = torch.optim.Adam(factors, lr=tuning.factor_learning_rate) if factors else None
+    rate = 1 / tuning.steps if tuning.learning_rate is None else tuning.learning_rate
+    order = _order(len(targets), tuning)
+    for step in range(tuning.steps):
+        left = 1 - step / tuning.steps
+        # All parts of a step share the matrices: their gradients add up, and pass through the rounding once.
+        matrices = [weight.matrix() for weight in weights]
+        for weight, matrix in zip(weights, matrices, strict=True):
+            weight.dense = matrix.detach().requires_grad_()
+        leaves = [*(weight.dense for weight in weights), *factors]
+        sums = [torch.zeros_like(own) for own in leaves]
+        for index in next(order):
+            loss = functional.mse_loss(run(index).float(), targets[index].float())
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+            sums = [total if own is None else total.add_(own) for total, own in zip(sums, found, strict=True)]
+        for weight, matrix, gradient in zip(weights, matrices, sums[: len(weights)], strict=True):
+            weight.descend(rate * left, matrix, gradient)
+        if optimizer is not None:
+            for own, gradient in zip(factors, sums[len(weights) :], strict=True):
+                own.grad = gradient
+            optimizer.param_groups[0]["lr"] = tuning.factor_learning_rate * left
+            optimizer.step()
+
+
 def _order(count: int, tuning: BlockTuning) -> Iterator[list[int]]:
     """Yield the parts of each step: all parts in a random order, then in another one."""
-    generator, left = torch.Generator().manual_seed(tuning.seed), []
+    generator = torch.Generator().manual_seed(tuning.seed)
+    left: list[int] = []
     while True:
         while len(left) < min(tuning.batch, count):
             left += torch.randperm(count, generator=generator).tolist()

@@ -164,19 +164,13 @@ def quantize_blocks(
     ['blocks.0.0', 'blocks.1.0', 'blocks.2.0']
     """
     refuse_distributed(model)
-    if "embeddings" in options:
-        raise InvalidArgumentError("embeddings must be quantized by quantize_model, in a call of its own.")
-    if not isinstance(options.get("scaling", 1.0), Real):
-        raise InvalidArgumentError(f"scaling must be one number for all layers, got {given(options['scaling'])}.")
-    for name, own in {"batches": batches, "held_out": held_out}.items():
-        if isinstance(own, Mapping | torch.Tensor):
-            raise InvalidArgumentError(f"{name} must be several batches, such as a list, got one. Pass [batch].")
+    _require_options(batches, held_out, options)
     maps = LinearMaps(model)
     root = maps.model
     by_name = formats_by_name(maps, formats, include, exclude)
     ranks = ranks_by_name(by_name, rank, formats.ranks if isinstance(formats, Plan) else {})
     if tuning is not None:
-        require_tunable(tuning, by_name)
+        require_tunable(tuning, by_name, ranks, fits_levels=options.get("fit") == "levels+scale")
     path, items = _blocks(maps.modules, by_name, blocks)
     inside = [[name for name in by_name if f"{name}.".startswith(f"{path}.{key}.")] for key in items]
     before = bytes_of(root)
@@ -208,12 +202,31 @@ def quantize_blocks(
                     ).layers
                     if tuning is not None:
                         _tune(root, name, dense, own[:count], targets, tuning)
-                        found = _with_errors(found, root, dense, norms, "relative_error")
-                    numbers |= _with_errors(found, root, dense, others, "held_out_error")
+                        errors = _errors(root, dense, norms)
+                        found = {
+                            name: dataclasses.replace(own, relative_error=errors[name]) for name, own in found.items()
+                        }
+                    if others:
+                        errors = _errors(root, dense, others)
+                        found = {
+                            name: dataclasses.replace(own, held_out_error=errors[name]) for name, own in found.items()
+                        }
+                    numbers |= found
                 block = root.get_submodule(f"{path}.{key}")  # another one, if the block was a linear layer
                 hidden = [_output(_run(block, call)) for call in own]
                 report(position + 1)
     return report_of(LinearMaps(root), numbers, {}, before)
+
+
+def _require_options(batches: Iterable[Any], held_out: Iterable[Any], options: Mapping[str, Any]) -> None:
+    """Raise if an argument does not suit blocks."""
+    if "embeddings" in options:
+        raise InvalidArgumentError("embeddings must be quantized by quantize_model, in a call of its own.")
+    if not isinstance(options.get("scaling", 1.0), Real):
+        raise InvalidArgumentError(f"scaling must be one number for all layers, got {given(options['scaling'])}.")
+    for name, own in {"batches": batches, "held_out": held_out}.items():
+        if isinstance(own, Mapping | torch.Tensor):
+            raise InvalidArgumentError(f"{name} must be several batches, such as a list, got one. Pass [batch].")
 
 
 def layers_in_blocks(
@@ -276,22 +289,13 @@ def _tune(
             _log.info("%s: relative error of its output %.4f, %.4f after tuning", printable(name), before, after)
 
 
-def _with_errors(
-    numbers: dict[str, QuantizedLayer],
-    root: nn.Module,
-    dense: Mapping[str, Any],
-    norms: Mapping[str, AbstractWeighting],
-    key: str,
-) -> dict[str, QuantizedLayer]:
-    """Return the numbers of layers with an error that is measured in other norms, or as they are if there are none."""
-    if not norms:
-        return numbers
+def _errors(root: nn.Module, dense: Mapping[str, Any], norms: Mapping[str, AbstractWeighting]) -> dict[str, float]:
+    """Return the relative errors of quantized layers, in the norm of each."""
     layers = quantized_layers(root)
-    errors = {
-        name: relative_error(dense[name], fast_array(merged_weight(layers[name])), norms[name], name=name)
-        for name in numbers
+    return {
+        name: relative_error(own, fast_array(merged_weight(layers[name])), norms[name], name=name)
+        for name, own in dense.items()
     }
-    return {name: dataclasses.replace(own, **{key: errors[name]}) for name, own in numbers.items()}
 
 
 def _norms(

@@ -78,6 +78,19 @@ class TestResult:
         assert torch.equal(*(own.quantized.codes for own in pair))
         assert torch.equal(*(own.lora_A for own in pair)) == ("factors" not in train)
 
+    @pytest.mark.parametrize("text", ["nf2+fit/8:float32", "nf3+fit4/8@-1:float16", "nf2+fit/8@0~both:u8/256:float32"])
+    @pytest.mark.parametrize("train", [("levels",), ("levels", "codes", "scales")])
+    def test_fitted_levels(self, text, train):
+        (plain, _), (model, _) = (
+            _converted(text, own, fit="levels+scale") for own in (None, BlockTuning(steps=30, batch=3, train=train))
+        )
+        assert _error(model) < _error(plain)
+        for own in (model.blocks[0].inner, model.blocks[0].outer):
+            assert bool((own.quantized.levels.diff(dim=1) > 0).all())
+        pair = plain.blocks[0].outer.quantized, model.blocks[0].outer.quantized
+        assert not torch.equal(*(own.levels for own in pair))
+        assert torch.equal(*(own.codes for own in pair)) == ("codes" not in train)
+
     @pytest.mark.parametrize("text", SCALAR)
     @pytest.mark.parametrize("rank", [0, 3])
     def test_training_starts_from_the_codes(self, text, rank):
@@ -85,7 +98,7 @@ class TestResult:
         model, _ = _converted(text, None, rank=rank, **fit)
         dense = Model().blocks[0].inner.weight.detach()
         layer = model.blocks[0].inner
-        for train in (("codes", "scales"), ("scales",)):
+        for train in (("codes", "scales"), ("scales",), ("levels",), ("codes", "levels")):
             weight = _Weight(layer, dense, train)
             torch.testing.assert_close(weight.matrix(), lq.dequantize(weight.stored), rtol=1e-5, atol=1e-6)
             x = torch.randn(3, 16)
@@ -113,6 +126,18 @@ class TestResult:
     def test_the_seed_decides(self):
         found = [_bytes(_converted("nf2/8:float32", BlockTuning(steps=9, batch=2, seed=own))[0]) for own in (0, 0, 1)]
         assert found[0] == found[1] != found[2]
+
+    def test_layers_with_and_without_fitted_levels(self):
+        formats = {
+            "*.inner": lq.BlockFormat.parse("nf2+fit/8:float32"),
+            "*.outer": lq.BlockFormat.parse("tcq2/8:float32"),
+        }
+        plain, model = Model(), Model()
+        for own, tuning in ((plain, None), (model, BlockTuning(steps=20, train=("levels",)))):
+            quantize_blocks(own, formats, _rows(), rank=0, tuning=tuning, progress=False)
+        for key, same in (("inner", False), ("outer", True)):
+            pair = (own.blocks[0].get_submodule(key).quantized.dequantize() for own in (plain, model))
+            assert torch.equal(*pair) == same
 
     def test_nothing_is_left_behind(self, caplog):
         with caplog.at_level(logging.INFO, "lqlora"):
@@ -187,7 +212,9 @@ class TestRefusals:
             ({"seed": -1}, "seed must"),
             ({"train": "codes"}, "train must be a sequence"),
             ({"train": ()}, "train must be a sequence"),
-            ({"train": ("levels",)}, "train must"),
+            ({"train": 1}, "train must be a sequence"),
+            ({"train": {"codes"}}, "train must be a sequence"),
+            ({"train": ("biases",)}, "train must"),
             ({"learning_rate": 0.0}, "learning_rate must"),
             ({"factor_learning_rate": float("inf")}, "factor_learning_rate must"),
         ],
@@ -200,6 +227,11 @@ class TestRefusals:
     def test_trellis_codes_do_not_train(self, text):
         with pytest.raises(InvalidArgumentError, match=r"trellis formats, but 'blocks\.0\.inner' has tcq"):
             _converted(text, BlockTuning())
+
+    @pytest.mark.parametrize("train", [("levels",), ("factors",), ("factors", "levels")])
+    def test_nothing_to_train(self, train):
+        with pytest.raises(InvalidArgumentError, match="tuning must train a part that the layers have"):
+            _converted("nf2/8:float32", BlockTuning(train=train))
 
     def test_an_interrupt_leaves_the_model_as_it_was(self, monkeypatch):
         model, calls = Model(), []

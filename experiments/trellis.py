@@ -1,4 +1,4 @@
-"""Perplexity of SmolLM2-135M in trellis codes beside scalar codes of the same storage, before any fine-tuning.
+"""Perplexity of SmolLM2-135M in trellis codes beside scalar codes, before any fine-tuning.
 
 Scales of both take 8 bits for 64 weights. Rows are named by bits and rank; ``experiments/smollm2.py`` says what is measured.
 ``--only REGEX`` chooses rows, ``--only .`` all of them.
@@ -36,6 +36,17 @@ def rows_of(bits):
 
 
 CONFIGURATIONS = {title: make for bits in (2, 3, 4) for title, make in rows_of(bits).items()}
+#: Scalar codes at the storage of other tools, and trellis codes with factors and error feedback.
+CONFIGURATIONS |= {
+    f"{text}, rotated, error feedback": each(
+        fed_back, lq.BlockFormat.parse(f"{text}@-1~both7:{SCALES}"), fit="levels+scale"
+    )
+    for text in ("nf2/29", "nf2/13", "nf3/30")
+}
+CONFIGURATIONS["2 bits, rank 16, trellis, rotated, error feedback"] = each(
+    decomposed, lq.BlockFormat.parse(f"tcq2/64@0~both7:{SCALES}"), rank=16, weighting=gram, quantizer="gptq", fit="scale", max_iter=2,
+    rtol=0.0,
+)  # fmt: skip
 
 
 def main():

@@ -66,6 +66,7 @@ def compress_command(
     training: Annotated[int, typer.Option(help="Sequences for distillation, one a step; 0: none.")] = 72,
     evaluation: Annotated[int, typer.Option(help="Sequences for early stopping and perplexity.")] = 8,
     iterations: Annotated[int, typer.Option(help="Iterations of each decomposition.")] = 4,
+    tuning_steps: Annotated[int, typer.Option(help="Steps of gradients for each block, such as 50; 0: none.")] = 0,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of layers to take; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out; may be repeated.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="File that keeps the state of the distillation.")] = None,
@@ -81,6 +82,7 @@ def compress_command(
         training=training,
         evaluation=evaluation,
         iterations=iterations,
+        tuning_steps=tuning_steps,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
     )
@@ -97,9 +99,8 @@ def compress_command(
         "include",
         "exclude",
     )
-    with advise_options(
-        {name: f"--{name}" for name in names} | {"bits_per_weight": "--bits", "max_iter": "--iterations"}
-    ):
+    renamed = {"bits_per_weight": "--bits", "max_iter": "--iterations", "tuning_steps": "--tuning-steps"}
+    with advise_options({name: f"--{name}" for name in names} | renamed):
         compress.run(model, output, options, text=text, checkpoint=checkpoint, packaged=packaged, force=force)
 
 

@@ -26,7 +26,7 @@ class CompressOptions:
     ----------
     bits : str
         Budget in bits per weight, as it was typed.
-    rank, iterations : int
+    rank, iterations, tuning_steps : int
         See :func:`lqlora.recipes.compress`.
     codes : {"trellis", "scalar"}
         Kind of the codes.
@@ -39,6 +39,7 @@ class CompressOptions:
     bits: str
     rank: int
     iterations: int
+    tuning_steps: int
     codes: Literal["trellis", "scalar"]
     length: int
     calibration: int
@@ -91,7 +92,7 @@ def run(
     with console.stage("Compressing"):
         report = compress(
             language_model, split, bits, rank=options.rank, codes=options.codes, iterations=options.iterations, checkpoint=checkpoint,
-            include=include or None, exclude=exclude,
+            include=include or None, exclude=exclude, tuning_steps=options.tuning_steps,
         )  # fmt: skip
     save_model(output, language_model)
     for line in str(report).splitlines():

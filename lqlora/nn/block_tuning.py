@@ -42,6 +42,9 @@ _PARTS = ("codes", "scales", "levels", "factors")
 #: cells that they are far from: these start just inside of it, and a few small steps can take them back.
 _MARGIN = 0.05
 
+#: Cells that a weight would pass in all steps, if each was of the first one's size.
+_TRAVEL = 0.25
+
 #: A step of a scale or a level, relative to a step of a weight in its cell. Scales stay within a factor of two, and levels within a
 #: quarter of the distance to the next one, so that they keep their order.
 _SHARE, _LEAST, _MOST, _LEVEL_LIMIT = 0.25, 0.5, 2.0, 0.25
@@ -51,8 +54,9 @@ _SHARE, _LEAST, _MOST, _LEVEL_LIMIT = 0.25, 0.5, 2.0, 0.25
 class BlockTuning:
     """Training of each block right after :func:`quantize_blocks` has quantized it.
 
-    The output of the quantized block is brought near that of the dense block, for the same text. Unlike :func:`distill` this needs the
-    memory of one block, and can train codes.
+    The output of the quantized block, on inputs from the quantized blocks before it, is brought near that of the dense model for the
+    same text. So a block also makes up for errors of the blocks before it. Unlike :func:`distill` this needs the memory of one block,
+    and can train codes.
 
     Parameters
     ----------
@@ -65,7 +69,7 @@ class BlockTuning:
         Parts of batches for one step, as the model runs them: each batch without padding is one part.
     learning_rate : float, optional
         Largest step of a weight in the cell that rounds to its level, in widths of the cell. Scales and levels move by a quarter of
-        it, relative to themselves and to the distance of levels. By default it is ``1 / steps``.
+        it, relative to themselves and to the distance of levels. By default it is ``0.25 / steps``: larger steps left more error after error feedback.
     factor_learning_rate : float, default 5e-4
         Largest learning rate of factors.
     seed : int, default 0
@@ -306,7 +310,7 @@ def tune_block(
     targets: Sequence[torch.Tensor],
     tuning: BlockTuning,
 ) -> tuple[float, float]:
-    """Train the layers of a block so that its output is near that of the dense block, in place.
+    """Train the layers of a block so that its output is near to what it should be, in place.
 
     Parameters
     ----------
@@ -356,7 +360,7 @@ def _descend(
     """Train weights and factors for all steps."""
     weights = [weight for weight in weights if weight.trained()]
     optimizer = torch.optim.Adam(factors, lr=tuning.factor_learning_rate) if factors else None
-    rate = 1 / tuning.steps if tuning.learning_rate is None else tuning.learning_rate
+    rate = _TRAVEL / tuning.steps if tuning.learning_rate is None else tuning.learning_rate
     order = _order(len(targets), tuning)
     for step in range(tuning.steps):
         left = 1 - step / tuning.steps

@@ -119,7 +119,7 @@ def quantize_blocks(
         those of error feedback on few tokens.
     tuning : BlockTuning, optional
         Training of codes, scales or factors of each block, right after it was quantized, to bring its output near that of the dense
-        block. Stacked experts do not train.
+        model. Stacked experts do not train. It keeps the hidden states of the dense model in memory, too.
     progress : bool or callable, default True
         See :func:`lqlora.cost_table`. It counts blocks.
     **options
@@ -182,16 +182,17 @@ def quantize_blocks(
         count = len(calls)
         calls += _recorded(root, path, list(items.values()), held_out)
         hidden = [one[0].hidden for one in calls]
+        exact = hidden[:count] if tuning is not None else []  # hidden states of the dense model
         with reported(progress, "Quantizing", len(items), "block") as report:
             for position, (key, names) in enumerate(zip(items, inside, strict=True)):
                 own = [call[position].with_hidden(x) for call, x in zip(calls, hidden, strict=True)]
+                name = f"{path}.{key}"
+                block = root.get_submodule(name)
+                exact = [_output(_run(block, call.with_hidden(x))) for call, x in zip(own, exact, strict=False)]
                 if names:
-                    name = f"{path}.{key}"
                     norms = _norms(root, name, names, own[:count], weighting)
                     others = _norms(root, name, names, own[count:], weighting) if own[count:] else {}
                     dense = _weights(root, names) if others or tuning is not None else {}
-                    block = root.get_submodule(name)
-                    targets = [] if tuning is None else [_output(_run(block, call)) for call in own[:count]]
                     found = quantize_model(
                         root,
                         {name: by_name[name] for name in names},
@@ -201,7 +202,7 @@ def quantize_blocks(
                         **options,
                     ).layers
                     if tuning is not None:
-                        _tune(root, name, dense, own[:count], targets, tuning)
+                        _tune(root, name, dense, own[:count], exact, tuning)
                         errors = _errors(root, dense, norms)
                         found = {
                             name: dataclasses.replace(own, relative_error=errors[name]) for name, own in found.items()
@@ -212,7 +213,7 @@ def quantize_blocks(
                             name: dataclasses.replace(own, held_out_error=errors[name]) for name, own in found.items()
                         }
                     numbers |= found
-                block = root.get_submodule(f"{path}.{key}")  # another one, if the block was a linear layer
+                block = root.get_submodule(name)  # another one, if the block was a linear layer
                 hidden = [_output(_run(block, call)) for call in own]
                 report(position + 1)
     return report_of(LinearMaps(root), numbers, {}, before)
@@ -273,7 +274,7 @@ def _tune(
     targets: Sequence[torch.Tensor],
     tuning: BlockTuning,
 ) -> None:
-    """Train the layers of a block of a name so that it gives its outputs of before."""
+    """Train the layers of a block of a name so that it gives the hidden states of the dense model."""
     layers, block = quantized_layers(root), root.get_submodule(name)
     # Experts in one array are read by the model, which does not call them.
     tuned = {own: layers[own] for own in dense if not isinstance(root.get_submodule(own.rpartition(".")[0]), Experts)}

@@ -20,6 +20,7 @@ from lqlora.costs import cost_table
 from lqlora.errors import InfeasibleBudgetError, InvalidArgumentError
 from lqlora.formats import BlockFormat
 from lqlora.nn import (
+    BlockTuning,
     collect_kronecker,
     collect_outputs,
     distill,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lqlora._patterns import Patterns
     from lqlora.allocation import Plan
     from lqlora.nn import DistillationReport, QuantizationReport
+    from lqlora.nn.block_tuning import TunedPart
     from lqlora.quantized import Fit
     from lqlora.recipes.text import Split
 
@@ -103,6 +105,7 @@ def compress(
     rank: int = 16,
     codes: Codes = "trellis",
     iterations: int = 4,
+    tuning_steps: int = 0,
     include: Patterns | None = None,
     exclude: Patterns = (),
     checkpoint: str | os.PathLike[str] | None = None,
@@ -130,6 +133,9 @@ def compress(
         scales. They are found faster, on CUDA devices above all, where the search for trellis codes has no kernel.
     iterations : int, default 4
         Iterations of each decomposition.
+    tuning_steps : int, default 0
+        Steps of gradients for each block right after it was quantized, on four sequences each: see :class:`lqlora.nn.BlockTuning`. They
+        train scales, scalar codes, and factors.
     include, exclude : patterns
         Layers to quantize, of those in the blocks: see :func:`lqlora.nn.select_linears`. Layers outside the blocks stay dense.
     checkpoint : path-like, optional
@@ -189,6 +195,7 @@ def compress(
     require_number(bits, "bits", "above 0 and finite", lambda own: 0 < own < math.inf)
     require_integer(rank, "rank")
     require_integer(iterations, "iterations", 1)
+    require_integer(tuning_steps, "tuning_steps")
     require_choice(codes, "codes", ("trellis", "scalar"))
     for name in ("calibration", "evaluation", *(("training",) if len(split.training) else ())):
         try:
@@ -199,7 +206,8 @@ def compress(
     training, tests = [part[None] for part in split.training], list(split.evaluation.split(1))
     if checkpoint is not None:
         _check_checkpoint(checkpoint, training)
-    calibration = list(split.calibration.split(_BATCH))
+    tuning = _tuning(int(tuning_steps), codes, rank)
+    calibration = list(split.calibration.split(1 if tuning else _BATCH))
     blocks = layers_in_blocks(model, include, exclude)
     layers = {name: layer for own in blocks.values() for name, layer in own.items()}
     shapes = [tuple(load().shape) for load in weight_arrays(layers).values()]
@@ -226,7 +234,7 @@ def compress(
         formats = known or _planned(model, layers, calibration, bits, rank, codes, step("plan"))
         quantization = quantize_blocks(
             model, formats, calibration, rank=rank, include=list(layers), progress=step("blocks"), fit=_FITS[codes],
-            quantizer="nearest" if rank else "gptq", max_iter=iterations, rtol=0.0, held_out=tests,
+            quantizer="nearest" if rank else "gptq", max_iter=iterations, rtol=0.0, held_out=tests, tuning=tuning,
         )  # fmt: skip
         perplexities["quantized"] = measured("quantized")
         if outputs is not None:
@@ -239,6 +247,14 @@ def compress(
                 freeze_scales(model, candidates(codes, rank)[0].scales)
             perplexities["distilled"] = measured("distilled")
     return CompressionReport(formats, quantization, distillation, perplexities)
+
+
+def _tuning(steps: int, codes: Codes, rank: int) -> BlockTuning | None:
+    """Return the training of each block, if there is any."""
+    parts: list[TunedPart] = ["scales"]
+    parts += ["codes"] if codes == "scalar" else []
+    parts += ["factors"] if rank else []
+    return BlockTuning(steps=steps, train=parts, batch=_BATCH) if steps else None
 
 
 def _rate(rank: int, bits: float) -> float:

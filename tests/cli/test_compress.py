@@ -50,7 +50,9 @@ def test_the_file_holds_the_model_of_the_library(inputs, tmp_path, capsys):
     assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("arguments", [("--bits", "2.7", "--codes", "scalar"), ("--bits", "2.13", "--rank", 0)])
+@pytest.mark.parametrize(
+    "arguments", [("--bits", "2.7", "--codes", "scalar", "--tuning-steps", 2), ("--bits", "2.13", "--rank", 0)]
+)
 def test_folders_of_transformers_and_other_options(inputs, tmp_path, arguments):
     model, tokenizer = load_llama(inputs / "tiny.gguf")
     model.save_pretrained(tmp_path / "model")
@@ -72,6 +74,7 @@ def test_folders_of_transformers_and_other_options(inputs, tmp_path, arguments):
         (("--bits", "3", "--rank", -1), "--rank must be"),
         (("--bits", "3", "--calibration", 0), "calibration"),
         (("--bits", "3", "--calibration", 100000), "sequences must be at least"),
+        (("--bits", "3", "--tuning-steps", -1), "--tuning-steps must be"),
         (("--bits", "3", "--length", 0), "--length must be"),
         (("--bits", "3", "--length", 1000), "--length must be at most 128"),
         (("--bits", "3", "--packaged"), "got both"),

@@ -86,6 +86,18 @@ def test_each_stage_repairs_what_the_one_before_it_lost(trained, codes, rank):
     assert str(report).endswith(", ".join(f"{value:.4g} {name}" for name, value in found.items()))
 
 
+@pytest.mark.parametrize("codes", ["trellis", "scalar"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_blocks_train_after_their_quantization(trained, codes, rank):
+    split = SPLIT._replace(training=SPLIT.training[:0])
+    reports = [compressed(trained, 2.2, split, rank=rank, codes=codes, tuning_steps=own)[1] for own in (0, 40)]
+    for own in reports:
+        assert all(layer.held_out_error > 0 for layer in own.quantization.layers.values())
+    allowed = 1.01 if codes == "trellis" and not rank else 1.0  # scales alone gain little
+    assert reports[1].perplexities["quantized"] < allowed * reports[0].perplexities["quantized"]
+    assert reports[1].quantization.storage_bits == reports[0].quantization.storage_bits
+
+
 def test_the_stages_are_the_public_functions(trained):
     model, report = compressed(trained, 3.2, rank=3, iterations=2)
     expected, fmt = copy.deepcopy(trained), lq.BlockFormat.parse("tcq3/64:u8/256:float32")

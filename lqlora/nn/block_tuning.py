@@ -15,9 +15,11 @@ from torch.nn import functional
 from lqlora import ops
 from lqlora._messages import given
 from lqlora._options import require_choice, require_integer, require_number
+from lqlora._patterns import list_names
 from lqlora._printable import printable
+from lqlora._warnings import warn
 from lqlora.codebooks import Trellis
-from lqlora.errors import InvalidArgumentError
+from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn.weight import QuantizedWeight
 from lqlora.quantized._decoding import decode_scales, zero_point_codes
 from lqlora.quantized._layout import blocks_last, in_shape, layout_of
@@ -66,10 +68,11 @@ class BlockTuning:
         What trains. Codes of trellis formats cannot. Scales are rounded to their storage at the end. Levels train where they are
         fitted, and factors where the rank is above 0.
     batch : int, default 4
-        Parts of batches for one step, as the model runs them: each batch without padding is one part.
+        Number of parts for one step. A batch is one part; one with padding is cut into a part for each length.
     learning_rate : float, optional
         Largest step of a weight in the cell that rounds to its level, in widths of the cell. Scales and levels move by a quarter of
-        it, relative to themselves and to the distance of levels. By default it is ``0.25 / steps``: larger steps left more error after error feedback.
+        it, relative to themselves and to the distance of levels. By default it is ``0.25 / steps``. On SmolLM2-135M at two bits
+        ``1 / steps`` left more error on the inputs for calibration.
     factor_learning_rate : float, default 5e-4
         Largest learning rate of factors.
     seed : int, default 0
@@ -84,7 +87,9 @@ class BlockTuning:
     -----
     A weight :math:`w` in a block of scale :math:`s` has the code of the level nearest to :math:`w / s + v`. The offset :math:`v` trains, at
     most half a cell in size. Rounding passes gradients through. Steps have the size of the learning rate and the sign of the gradient,
-    and become shorter linearly. After all steps the block keeps what it had before, unless its error is lower now.
+    and become shorter linearly. Scales stay between a half and the double of what they were, and levels within a quarter of the distance
+    to the next one. After all steps the block keeps what it had before, unless its error is lower now. The logger ``lqlora`` gives both
+    errors at level INFO.
 
     References
     ----------
@@ -108,10 +113,13 @@ class BlockTuning:
         require_integer(self.steps, "steps", 1)
         require_integer(self.batch, "batch", 1)
         require_integer(self.seed, "seed")
+        if self.seed >= 2**63:
+            raise InvalidArgumentError(f"seed must be below 2**63, got {given(self.seed)}.")
         if isinstance(self.train, str) or not isinstance(self.train, Sequence) or not self.train:
             raise InvalidArgumentError(f"train must be a sequence of {', '.join(_PARTS)}, got {given(self.train)}.")
         for part in self.train:
             require_choice(part, "train", _PARTS)
+        object.__setattr__(self, "train", tuple(self.train))
         rates = {"factor_learning_rate": self.factor_learning_rate}
         if self.learning_rate is not None:
             rates["learning_rate"] = self.learning_rate
@@ -145,7 +153,9 @@ class _Weight:
         )
 
     def _lines(self, matrix: torch.Tensor) -> torch.Tensor:
-        lines: torch.Tensor = blocks_last(matrix, self.layout.axis).reshape(self.layout.lines, self.layout.length)
+        lines: torch.Tensor = (
+            blocks_last(matrix, self.layout.axis).reshape(self.layout.lines, self.layout.length).contiguous()
+        )
         return lines
 
     def _by_weight(self, by_block: torch.Tensor) -> torch.Tensor:
@@ -162,7 +172,7 @@ class _Weight:
         gaps = levels[:, 1:] - levels[:, :-1]
         self.gaps = torch.cat([gaps[:, :1], gaps, gaps[:, -1:]], dim=1)
         self.first_levels = levels.detach().clone()
-        self.first_codes = self._lines(self.stored.codes).to(torch.int64)
+        self.first_codes = self._lines(self.stored.codes)
         points = zero_point_codes(self.stored)
         self.zeros = None if points is None else self._by_weight(points.to(torch.float32).reshape(self.scales.shape))
 
@@ -190,6 +200,7 @@ class _Weight:
 
     def _of_codes(self, table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Return the entry of each code in a table of sets."""
+        codes = codes.to(torch.int64)
         return table[0][codes] if self.sets is None else table[self.sets].gather(1, codes)
 
     def codes(self) -> torch.Tensor:
@@ -198,11 +209,8 @@ class _Weight:
             return self.first_codes
         assert self.levels is not None
         position, levels = self.position + self.offset.detach(), self._of_lines(self.levels.detach())
-        bounds = (levels[:, 1:] + levels[:, :-1]) / 2
-        codes = torch.zeros(position.shape, dtype=torch.int64, device=position.device)
-        for index in range(bounds.shape[1]):
-            codes += position > bounds[:, index : index + 1]
-        return codes
+        bounds = (levels[:, 1:] + levels[:, :-1]) / 2  # a position on a boundary has the code below it
+        return torch.bucketize(position, bounds[0]) if self.sets is None else torch.searchsorted(bounds, position)
 
     def matrix(self) -> torch.Tensor:
         """Return the stored matrix, through which gradients reach what trains."""
@@ -246,13 +254,11 @@ class _Weight:
         """Return what trains by signs of gradients."""
         return [own for own in (self.offset, self.levels, self.ratio) if own is not None and own.requires_grad]
 
-    def descend(self, rate: float, matrix: torch.Tensor, gradient: torch.Tensor) -> None:
+    def descend(self, rate: float, gradient: torch.Tensor) -> None:
         """Move offsets, levels and scales by a step against the signs of their gradients, given that of the matrix."""
         trained = self.trained()
-        signs = {
-            id(own): found.sign_()
-            for own, found in zip(trained, torch.autograd.grad(matrix, trained, gradient), strict=True)
-        }
+        found = torch.autograd.grad(self.matrix(), trained, gradient)
+        signs = {id(own): part.sign_() for own, part in zip(trained, found, strict=True)}
         with torch.no_grad():
             if self.offset is not None:
                 self.offset.sub_(rate * signs[id(self.offset)] * self.width)
@@ -336,11 +342,14 @@ def tune_block(
     if not (factors or any(weight.trained() for weight in weights.values())) or before == 0:
         return before, before
     with _replaced(weights), torch.enable_grad():
-        _descend(list(weights.values()), factors, run, targets, tuning)
-    new = {
-        name: [*QuantizedWeight(own.quantized(name)).buffers(), own.lora_A.detach(), own.lora_B.detach()]
-        for name, own in weights.items()
-    }
+        _descend(weights, factors, run, targets, tuning)
+    try:
+        new = {
+            name: [*QuantizedWeight(own.quantized(name)).buffers(), own.lora_A.detach(), own.lora_B.detach()]
+            for name, own in weights.items()
+        }
+    except NonFiniteError:  # scales have left the range of their storage
+        return before, before
     earlier = {name: [own.clone() for own in _values(layer)] for name, layer in layers.items()}
     _set(layers, new)
     after = _error(run, targets)
@@ -351,36 +360,54 @@ def tune_block(
 
 
 def _descend(
-    weights: Sequence[_Weight],
+    weights: Mapping[str, _Weight],
     factors: Sequence[torch.Tensor],
     run: Callable[[int], torch.Tensor],
     targets: Sequence[torch.Tensor],
     tuning: BlockTuning,
 ) -> None:
     """Train weights and factors for all steps."""
-    weights = [weight for weight in weights if weight.trained()]
+    trained = {name: weight for name, weight in weights.items() if weight.trained()}
     optimizer = torch.optim.Adam(factors, lr=tuning.factor_learning_rate) if factors else None
     rate = _TRAVEL / tuning.steps if tuning.learning_rate is None else tuning.learning_rate
-    order = _order(len(targets), tuning)
+    order, unit, unreached = _order(len(targets), tuning), _unit(targets), set(trained)
     for step in range(tuning.steps):
         left = 1 - step / tuning.steps
-        # All parts of a step share the matrices: their gradients add up, and pass through the rounding once.
-        matrices = [weight.matrix() for weight in weights]
-        for weight, matrix in zip(weights, matrices, strict=True):
-            weight.dense = matrix.detach().requires_grad_()
-        leaves = [*(weight.dense for weight in weights), *factors]
-        sums = [torch.zeros_like(own) for own in leaves]
+        # All parts of a step share the matrices: their gradients add up, and pass through the rounding once, layer by layer.
+        with torch.no_grad():
+            for weight in trained.values():
+                weight.dense = weight.matrix()
+        leaves = [*(weight.dense.requires_grad_() for weight in trained.values()), *factors]
+        sums: list[torch.Tensor | None] = [None] * len(leaves)
         for index in next(order):
-            loss = functional.mse_loss(run(index).float(), targets[index].float())
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-            sums = [total if own is None else total.add_(own) for total, own in zip(sums, found, strict=True)]
-        for weight, matrix, gradient in zip(weights, matrices, sums[: len(weights)], strict=True):
-            weight.descend(rate * left, matrix, gradient)
+            loss = (run(index).float() - targets[index].float()).square().sum() / unit
+            found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else [None] * len(leaves)
+            sums = [
+                own if total is None else total if own is None else total.add_(own)
+                for total, own in zip(sums, found, strict=True)
+            ]
+        for (name, weight), gradient in zip(trained.items(), sums, strict=False):
+            if gradient is not None:
+                weight.descend(rate * left, gradient)
+                unreached.discard(name)
         if optimizer is not None:
-            for own, gradient in zip(factors, sums[len(weights) :], strict=True):
+            for own, gradient in zip(factors, sums[len(trained) :], strict=True):
                 own.grad = gradient
             optimizer.param_groups[0]["lr"] = tuning.factor_learning_rate * left
             optimizer.step()
+    if unreached:
+        warn(
+            f"tuning left {len(unreached)} layers as they were ({list_names(sorted(unreached))}): the block reads their weights without "
+            "calling them, or no part of the batches reaches them."
+        )
+
+
+def _unit(targets: Sequence[torch.Tensor]) -> float:
+    """Return the unit of the squared error of a part."""
+    # Signs of gradients have no unit. But in float16 gradients must neither underflow nor overflow: with mean squares their entries would
+    # be as small as one over the number of outputs, and sums over that number as large. This is half way, for targets of any size.
+    norm = sum(float(own.double().square().sum()) for own in targets)
+    return (norm or 1.0) / math.sqrt(max(1, *(own.numel() for own in targets)) * len(targets))
 
 
 def _order(count: int, tuning: BlockTuning) -> Iterator[list[int]]:

@@ -48,6 +48,78 @@ def _bytes(model):
     return [own.numpy().tobytes() for name, own in model.state_dict().items() if "quantized" in name or "lora" in name]
 
 
+class Routed(torch.nn.Module):
+    """A block whose layers run for some rows only, as experts do. One reads a weight without calling its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.read = (torch.nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        y = self.a(x) if x[0, 0] > 0 else self.b(x)
+        return x + torch.nn.functional.linear(y, self.read.weight, self.read.bias)
+
+
+class RoutedModel(torch.nn.Module):
+    def __init__(self, block=Routed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList([block()])
+
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+class Frozen(Routed):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+def _routed(first):
+    """Rows that go to the first layer where the number is positive."""
+    rows = torch.randn(20, 16, generator=torch.Generator().manual_seed(5))
+    rows[0, 0] = first
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:include selects")
+class TestLayersThatAreNotReached:
+    FORMAT = lq.BlockFormat.parse("nf2/8:float32")
+
+    def _report(self, batches, model=None, **options):
+        model = RoutedModel() if model is None else model
+        return model, quantize_blocks(model, self.FORMAT, batches, rank=1, progress=False, **options)
+
+    def test_by_held_out_batches(self):
+        _, report = self._report([_routed(1), _routed(-1)], held_out=[_routed(2)])
+        found = {name[-1]: own.held_out_error for name, own in report.layers.items()}
+        assert found["a"] > 0
+        assert found["b"] is None
+
+    @pytest.mark.parametrize("rows", [[], [torch.zeros(0, 8)]])
+    def test_by_held_out_batches_without_rows(self, rows):
+        _, report = _converted("nf2/8:float32", BlockTuning(steps=2), held_out=rows)
+        assert {own.held_out_error for own in report.layers.values()} == {None}
+
+    def test_in_tuning(self):
+        with pytest.warns(UserWarning, match=r"tuning left 2 layers .*blocks\.0\.b, blocks\.0\.read"):
+            model, report = self._report([_routed(1)], tuning=BlockTuning(steps=20))
+        dense = RoutedModel().blocks[0].b.weight.detach()
+        found = lq.relative_error(dense, lq.nn.merged_weight(model.blocks[0].b))  # without inputs in the Frobenius norm
+        assert report.layers["blocks.0.b"].relative_error == pytest.approx(found, rel=1e-5)
+
+    def test_parts_that_do_not_reach_what_trains(self):
+        batches = [_routed(1), _routed(-1)]
+        model, _ = self._report(batches, include="*.a", tuning=BlockTuning(steps=30, batch=1))
+        plain, _ = self._report(batches, include="*.a")
+        assert _bytes(model) != _bytes(plain)
+
+    def test_blocks_without_gradients(self):
+        with pytest.warns(UserWarning, match="tuning left 2 layers"):
+            self._report([_routed(1)], RoutedModel(Frozen), tuning=BlockTuning(), exclude="*.read")
+
+
 class TestResult:
     @pytest.mark.parametrize("text", SCALAR)
     def test_less_error_in_every_format(self, text):
@@ -173,6 +245,34 @@ class TestResult:
         assert len(report.layers) == 6
         assert model(rows[0]).dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("train", [("codes", "scales"), ("factors",)])
+    def test_small_numbers_of_half_precision(self, train):
+        # Mean squares of these outputs are 1e-7, and their gradients below the numbers of float16.
+        rows, found = [1e-3 * own.half() for own in _rows()], []
+        for tuning in (None, BlockTuning(steps=40, train=train, factor_learning_rate=0.01)):
+            model, fmt = Model().half(), lq.BlockFormat.parse("nf2/8:float32")
+            for name, own in model.named_parameters():
+                if "bias" in name:
+                    torch.nn.init.zeros_(own)
+            quantize_blocks(
+                model, fmt, rows, rank=2 * ("factors" in train), include="blocks.0.*", tuning=tuning, progress=False
+            )
+            found.append(_bytes(model))
+        assert found[0] != found[1]
+
+    def test_scales_at_the_end_of_their_range(self):
+        model = Model()
+        with torch.no_grad():
+            model.blocks[0].inner.weight.mul_(65000 / model.blocks[0].inner.weight.abs().max())
+        quantize_blocks(
+            model, lq.BlockFormat.parse("nf2/8:float16"), _rows(), rank=0, include="blocks.0.*", tuning=BlockTuning(), progress=False
+        )  # fmt: skip
+        assert bool(model.blocks[0].inner.quantized.scales.isfinite().all())
+
+    def test_eight_bits(self):
+        model, _ = _converted("int8/8:float32", BlockTuning(steps=3))
+        assert _error(model) < 0.02
+
     def test_a_language_model(self):
         batches = [{"input_ids": tokens(3)} for _ in range(4)]
         models = [tiny_llama().eval() for _ in range(3)]
@@ -210,6 +310,7 @@ class TestRefusals:
             ({"steps": 0}, "steps must"),
             ({"batch": 0}, "batch must"),
             ({"seed": -1}, "seed must"),
+            ({"seed": 2**63}, "seed must"),
             ({"train": "codes"}, "train must be a sequence"),
             ({"train": ()}, "train must be a sequence"),
             ({"train": 1}, "train must be a sequence"),

@@ -1,11 +1,13 @@
 """Perplexity of SmolLM2-135M quantized block after block, each block on the inputs that the quantized blocks before it give.
 
-``lq.nn.quantize_blocks`` quantizes all 210 linear layers in the norm of these inputs. ``experiments/trellis.py`` has rows of the same
-formats on the inputs of the dense model. The texts for evaluation take no part in any choice.
+``lq.nn.quantize_blocks`` quantizes all 210 linear layers in the norm of these inputs, and ``--tuning-steps`` trains each block after that.
+``experiments/trellis.py`` has rows of the same formats on the inputs of the dense model. Errors of outputs are medians over the layers, on
+the inputs for calibration and on 16 sequences from the end of that text. The texts for evaluation take no part in any choice.
 """
 
 import argparse
 import math
+import statistics
 import time
 
 from smollm2 import EVALUATION, LENGTH, arguments
@@ -14,6 +16,8 @@ import lqlora as lq
 from lqlora import recipes
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
 
+HELD_OUT = 16  # sequences
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -21,35 +25,47 @@ def main():
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--quantizer", choices=("nearest", "gptq"), default="gptq")
     parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--fit", choices=("absmax", "scale", "levels+scale"), default="scale")
+    parser.add_argument("--tuning-steps", type=int, default=0, help="steps for each block, on four sequences each")
+    parser.add_argument("--train", nargs="+", default=["codes", "scales"], help="parts that train")
     options = arguments(parser)
     if options.text is None:
         parser.error("give --text and --calibration-text: the packaged text is too short")
     model, tokenizer = load_llama(packaged_smollm2())
 
-    def sequences(path, count):
-        return recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH)[:count]
+    def sequences(path):
+        return recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH)
 
-    calibration = sequences(options.calibration_text, options.calibration)
-    texts = [sequences(path, EVALUATION) for path in (options.text, options.second_text) if path]
+    own = sequences(options.calibration_text)
+    calibration, held_out = own[: options.calibration], own[-HELD_OUT:]
+    texts = [sequences(path)[:EVALUATION] for path in (options.text, options.second_text) if path]
+    tuning = lq.nn.BlockTuning(steps=options.tuning_steps, train=options.train) if options.tuning_steps else None
     start = time.process_time()
     report = lq.nn.quantize_blocks(
-        model, lq.BlockFormat.parse(options.format), calibration.split(4), rank=options.rank, fit="scale", quantizer=options.quantizer,
-        max_iter=options.iterations, rtol=0.0,
+        model, lq.BlockFormat.parse(options.format), calibration.split(1), rank=options.rank, fit=options.fit, quantizer=options.quantizer,
+        max_iter=options.iterations, rtol=0.0, tuning=tuning, held_out=held_out.split(4),
     )  # fmt: skip
     seconds = time.process_time() - start
     layers = report.layers.values()
     size = sum(math.prod(own.shape) for own in layers)
     bits, factor_bits = sum(8 * own.nbytes for own in layers) / size, sum(4 * own.factor_bytes for own in layers) / size
     found = " | ".join(f"{recipes.perplexity(model, text):.5g}" for text in texts)
+    errors = [statistics.median(getattr(own, key) for own in layers) for key in ("relative_error", "held_out_error")]
+    second = "second text | " if len(texts) > 1 else ""
     print(
-        "| format | rank | tokens | bits per weight | factors | perplexity |"
-        + " second text |" * (len(texts) - 1)
-        + " CPU s |"
+        f"| format | rank | tokens | steps | bits per weight | factors | perplexity | {second}error of outputs | held out | CPU s |"
     )
-    print("|" + "---|" * (6 + len(texts)))
-    print(
-        f"| {options.format} | {options.rank} | {calibration.numel():,} | {bits:.4f} | {factor_bits:.3f} | {found} | {seconds:.0f} |"
-    )
+    print("|" + "---|" * (9 + len(texts)))
+    cells = [
+        options.format,
+        options.rank,
+        f"{calibration.numel():,}",
+        options.tuning_steps,
+        f"{bits:.4f}",
+        f"{factor_bits:.3f}",
+        found,
+    ]
+    print(f"| {' | '.join(map(str, cells))} | {errors[0]:.4f} | {errors[1]:.4f} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

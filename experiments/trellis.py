@@ -43,6 +43,9 @@ CONFIGURATIONS |= {
     )
     for text in ("nf2/29", "nf2/13", "nf3/30")
 }
+CONFIGURATIONS["2 bits, rank 64, trellis, 12 iterations"] = each(
+    decomposed, lq.BlockFormat.parse(f"tcq2/64:{SCALES}"), rank=64, weighting=gram, fit="scale", max_iter=12, rtol=0.0
+)
 CONFIGURATIONS["2 bits, rank 16, trellis, rotated, error feedback"] = each(
     decomposed, lq.BlockFormat.parse(f"tcq2/64@0~both7:{SCALES}"), rank=16, weighting=gram, quantizer="gptq", fit="scale", max_iter=2,
     rtol=0.0,

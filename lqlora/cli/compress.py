@@ -86,6 +86,12 @@ def run(
                 f"length must be at most {most}, the positions of the model, got {options.length}."
             )
         sequences = token_sequences(tokenizer, packaged_text() if text is None else read_text(text), options.length)
+        largest, known = int(sequences.max()), language_model.get_input_embeddings().num_embeddings
+        if largest >= known:
+            raise InvalidArgumentError(
+                f"model must have an embedding for each token of the text, got {known} embeddings and token {largest}. Is the tokenizer "
+                "that of this model?"
+            )
         split = split_sequences(
             sequences, calibration=options.calibration, training=options.training, evaluation=options.evaluation
         )

@@ -66,6 +66,15 @@ def test_folders_of_transformers_and_other_options(inputs, tmp_path, arguments):
     assert state.exists()
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model(inputs, tmp_path, capsys):
+    model, tokenizer = load_llama(inputs / "tiny.gguf")
+    model.resize_token_embeddings(20)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert _compress(inputs, tmp_path / "out.safetensors", "--bits", "3", model=tmp_path / "model") == 2
+    assert "got 20 embeddings and token" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -24,6 +24,7 @@ from lqlora._files import (
     replace_folder,
     temporary,
     write_whole,
+    writing,
 )
 from lqlora.errors import CheckpointError
 
@@ -451,6 +452,18 @@ class TestFolders:
             list(pool.map(write, range(100)))
         assert len({path.read_text() for path in (tmp_path / "folder").iterdir()}) == 1
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+    def test_a_folder_that_another_writer_renames_away_meanwhile(self, tmp_path):
+        class Vanishing(type(tmp_path)):
+            """A path that is there for the first look only."""
+
+            def stat(self, **options):
+                found = super().stat(**options)
+                self.rename(self.with_name("elsewhere"))
+                return found
+
+        (tmp_path / "folder").mkdir()
+        writing._check_target(Vanishing(tmp_path / "folder"), stat.S_ISDIR, "a folder")
 
     @pytest.mark.parametrize("reason", ["held", "refused"])
     def test_without_the_lock_of_renames_the_work_is_kept(self, tmp_path, monkeypatch, reason):

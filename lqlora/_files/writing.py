@@ -212,7 +212,7 @@ def replace_folder(path: str | os.PathLike[str], check: Callable[[], None] = lam
     try:
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_target(target, Path.is_dir, "a folder")
+        _check_target(target, stat.S_ISDIR, "a folder")
         with temporary_folder(target) as folder:
             check()
             beside = folder / "data"
@@ -265,11 +265,12 @@ def _reason(error: Exception) -> str:
     return f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _check_target(target: Path, is_right: Callable[[Path], bool] = Path.is_file, kind: str = "a regular file") -> None:
+def _check_target(target: Path, is_right: Callable[[int], bool] = stat.S_ISREG, kind: str = "a regular file") -> None:
     """Raise if a rename would replace something of another kind, such as ``/dev/null``, or nothing can have the name."""
     with suppress(FileNotFoundError):
-        target.stat()  # raises for a loop of links and for a name that is too long
-        if not is_right(target):
+        # This raises for a loop of links and for a name that is too long. It is the only look at the target: another process may
+        # rename it away before a second one.
+        if not is_right(target.stat().st_mode):
             raise OSError(f"it exists and is not {kind}")
 
 

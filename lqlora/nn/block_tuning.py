@@ -58,7 +58,8 @@ class BlockTuning:
 
     The output of the quantized block, on inputs from the quantized blocks before it, is brought near that of the dense model for the
     same text. So a block also makes up for errors of the blocks before it. Unlike :func:`distill` this needs the memory of one block,
-    and can train codes.
+    and can train codes. On SmolLM2-135M affine codes of two bits in blocks of 64 have a perplexity of 185 with error feedback, and
+    of 99 after 50 steps for each block (``experiments/README.md``).
 
     Parameters
     ----------

@@ -10,11 +10,10 @@ import math
 import statistics
 import time
 
-from smollm2 import EVALUATION, LENGTH, arguments
+from smollm2 import arguments, loaded
 
 import lqlora as lq
 from lqlora import recipes
-from lqlora.integrations.gguf import load_llama, packaged_smollm2
 
 HELD_OUT = 16  # sequences
 
@@ -29,16 +28,8 @@ def main():
     parser.add_argument("--tuning-steps", type=int, default=0, help="steps for each block, on four sequences each")
     parser.add_argument("--train", nargs="+", default=["codes", "scales"], help="parts that train")
     options = arguments(parser)
-    if options.text is None:
-        parser.error("give --text and --calibration-text: the packaged text is too short")
-    model, tokenizer = load_llama(packaged_smollm2())
-
-    def sequences(path):
-        return recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH)
-
-    own = sequences(options.calibration_text)
+    model, own, texts = loaded(options)
     calibration, held_out = own[: options.calibration], own[-HELD_OUT:]
-    texts = [sequences(path)[:EVALUATION] for path in (options.text, options.second_text) if path]
     tuning = lq.nn.BlockTuning(steps=options.tuning_steps, train=options.train) if options.tuning_steps else None
     start = time.process_time()
     report = lq.nn.quantize_blocks(

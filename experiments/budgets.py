@@ -8,7 +8,7 @@ import argparse
 import time
 from collections import Counter
 
-from smollm2 import EVALUATION, LENGTH, arguments
+from smollm2 import LENGTH, arguments, loaded
 
 from lqlora import recipes
 from lqlora.integrations.gguf import load_llama, packaged_smollm2
@@ -21,16 +21,8 @@ def main():
     parser.add_argument("--bits", type=float, nargs="+", default=[2.13, 2.5, 3.0, 3.5, 4.13], help="budgets")
     parser.add_argument("--codes", choices=["trellis", "scalar"], default="trellis")
     options = arguments(parser)
-    if options.text is None:
-        parser.error("give --text and --calibration-text: the packaged text is too short")
-    model, tokenizer = load_llama(packaged_smollm2())
-
-    def sequences(path):
-        return recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH)
-
-    own = sequences(options.calibration_text)
+    model, own, texts = loaded(options)
     split = recipes.Split(own[: options.calibration], own[:0], own[-HELD_OUT:])
-    texts = [sequences(path)[:EVALUATION] for path in (options.text, options.second_text) if path]
     print(
         f"{len(split.calibration) * LENGTH:,} tokens, full precision: {[recipes.perplexity(model, text) for text in texts]}\n"
     )

@@ -1,4 +1,4 @@
-"""How much text calibration takes, and how much damping: SmolLM2-135M at two bits, with errors on inputs that were kept out.
+"""Error on held-out inputs, and perplexity, of SmolLM2-135M at two bits, by the number of calibration tokens and the damping.
 
 All 210 linear layers are quantized in rotated trellis codes with error feedback. Errors of outputs are the root mean squares over the
 layers of relative errors, in the norm of the inputs that each layer was quantized with, and in that of sequences at the end of the
@@ -9,12 +9,11 @@ import argparse
 
 import numpy as np
 import torch
-from smollm2 import EVALUATION, LENGTH, arguments, known_layers
+from smollm2 import LENGTH, arguments, known_layers, loaded
 
 import lqlora as lq
 from lqlora import recipes
 from lqlora._parallel import map_matrices
-from lqlora.integrations.gguf import load_llama, packaged_smollm2
 
 FORMAT = lq.BlockFormat.parse("tcq2/64@0~both:u8/256:float32")
 HELD_OUT = 32  # sequences
@@ -46,21 +45,13 @@ def main():
     )
     parser.add_argument("--damping", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3])
     options = arguments(parser)
-    if options.text is None:
-        parser.error("give --text and --calibration-text: the packaged text is too short")
-    model, tokenizer = load_llama(packaged_smollm2())
-
-    def sequences(path):
-        return recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH)
-
-    own = sequences(options.calibration_text)
+    model, own, texts = loaded(options)
     if len(own) < max(options.sequences) + HELD_OUT:
         parser.error(f"--calibration-text must have {max(options.sequences) + HELD_OUT} sequences, got {len(own)}.")
-    texts = [sequences(path)[:EVALUATION] for path in (options.text, options.second_text) if path]
     print(f"full precision: {[recipes.perplexity(model, text) for text in texts]}\n")
     others = known_layers(model, own[-HELD_OUT:], options.cache, gradients=False)
     second = "second text | " if len(texts) > 1 else ""
-    print(f"| tokens | damping | error of outputs | held out | perplexity | {second}")
+    print(f"| tokens | damping | error of outputs | held out | perplexity | {second.rstrip()}")
     print("|" + "---|" * (4 + len(texts)), flush=True)
     linears = lq.nn.select_linears(model)
     # The weights of the model are replaced row after row, and the layers keep copies of the dense ones.

@@ -13,7 +13,7 @@ import re
 import time
 
 from perplexity import gram
-from smollm2 import EVALUATION, LENGTH, arguments, known_layers
+from smollm2 import arguments, known_layers, loaded
 
 import lqlora as lq
 from lqlora import recipes
@@ -79,17 +79,9 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rate", type=float, help="learning rate, in place of that of the row")
     options = arguments(parser)
-    if options.text is None:
-        parser.error("give --text and --calibration-text: the packaged text is too short")
-    teacher, tokenizer = load_llama(packaged_smollm2())
-
-    def sequences(path):
-        return recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH)
-
-    own = sequences(options.calibration_text)
+    teacher, own, texts = loaded(options)
     calibration, held_out, rest = own.split([options.calibration, HELD_OUT, len(own) - options.calibration - HELD_OUT])
     training = rest[: options.steps]
-    texts = [sequences(path)[:EVALUATION] for path in (options.text, options.second_text) if path]
     layers = known_layers(teacher, calibration, options.cache, gradients=False)
     full = [recipes.perplexity(teacher, text) for text in texts]
     batches, tests = list(training.split(1)), list(held_out.split(1))

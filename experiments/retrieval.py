@@ -1,8 +1,8 @@
-"""Retrieval with all-MiniLM-L6-v2, a model in full precision: how much of the damage of two bits and of four methods repair.
+"""Retrieval with all-MiniLM-L6-v2, a model in full precision, at two and at four bits.
 
 Task, queries and intervals are those of the page *Choosing a weighting*: find the passage of Python's documentation that follows another
-one, among 480. The loss is the cross entropy. At four bits it hardly
-differs from that of the full model, so that the distance of the vectors from those of the full model tells more. Calibration takes 96 queries of 48 tokens, drawn anew for each seed, evaluation 192 others.
+one, among 480. The loss is the cross entropy. At four bits it hardly differs from that of the full model. The distance of the vectors
+from those of the full model tells more. Calibration takes 96 queries of 48 tokens, drawn anew for each seed, and evaluation 192 others.
 """
 
 import argparse

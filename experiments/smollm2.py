@@ -148,6 +148,18 @@ def row(title, configuration, model, layers, texts, full):
     return (title, *cells, *second, f"{weight_error:.4f}", f"{output_error:.4f}", f"{seconds:.0f}")
 
 
+def loaded(options):
+    """Return the model, the sequences of the calibration text, and those of the one or two texts for evaluation."""
+    from lqlora.integrations.gguf import load_llama, packaged_smollm2
+
+    if options.text is None:
+        sys.exit("Give --text and --calibration-text: the packaged text is too short.")
+    model, tokenizer = load_llama(packaged_smollm2())
+    paths = [options.calibration_text, *filter(None, [options.text, options.second_text])]
+    own, *texts = (recipes.token_sequences(tokenizer, recipes.read_text(path), LENGTH) for path in paths)
+    return model, own, [text[:EVALUATION] for text in texts]
+
+
 def arguments(parser):
     """Read the options, among them those of the texts."""
     parser.add_argument("--text", type=Path, help="evaluate on the beginning of this file")

@@ -142,7 +142,7 @@ def quantize_blocks(
     -----
     All layers of a block are quantized with the inputs that they see while the block is still dense. The dense model runs once, to see
     the other arguments of the blocks, such as masks. Then each block runs twice on all batches. Held-out batches take the same again.
-    Tuning adds three runs, and its steps. It takes about 100 bytes for each weight of one block.
+    Tuning adds three runs, and its steps. It takes up to 100 bytes for each weight of one block.
 
     References
     ----------
@@ -191,35 +191,52 @@ def quantize_blocks(
                 block = root.get_submodule(name)
                 exact = [_output(_run(block, call.with_hidden(x))) for call, x in zip(own, exact, strict=False)]
                 if names:
-                    norms = _norms(root, name, names, own[:count], weighting)
-                    tests = [call for call in own[count:] if call.hidden.numel()]
-                    others = _norms(root, name, names, tests, weighting) if tests else {}
-                    dense = _weights(root, names) if others or tuning is not None else {}
-                    found = quantize_model(
-                        root,
-                        {name: by_name[name] for name in names},
-                        rank={name: ranks[name] for name in names},
-                        weighting=norms.get,
-                        progress=False,
-                        **options,
-                    ).layers
-                    if tuning is not None:
-                        _tune(root, name, dense, own[:count], exact, tuning)
-                        errors = _errors(root, dense, {own: norms.get(own) for own in found})
-                        found = {
-                            name: dataclasses.replace(own, relative_error=errors[name]) for name, own in found.items()
-                        }
-                    if others:
-                        errors = _errors(root, dense, others)
-                        found = {
-                            name: dataclasses.replace(own, held_out_error=errors.get(name))
-                            for name, own in found.items()
-                        }
-                    numbers |= found
+                    chosen = {layer: (by_name[layer], ranks[layer]) for layer in names}
+                    numbers |= _quantized_block(
+                        root, name, chosen, own[:count], own[count:], exact, weighting=weighting, tuning=tuning, options=options
+                    )  # fmt: skip
                 block = root.get_submodule(name)  # another one, if the block was a linear layer
                 hidden = [_output(_run(block, call)) for call in own]
                 report(position + 1)
     return report_of(LinearMaps(root), numbers, {}, before)
+
+
+def _quantized_block(
+    root: nn.Module,
+    name: str,
+    chosen: Mapping[str, tuple[BlockFormat, int]],
+    calls: Sequence[_Call],
+    held_out: Sequence[_Call],
+    exact: Sequence[torch.Tensor],
+    *,
+    weighting: Callable[[Any], AbstractWeighting],
+    tuning: BlockTuning | None,
+    options: Mapping[str, Any],
+) -> dict[str, QuantizedLayer]:
+    """Quantize the layers of a block in place, given formats and ranks, and train them if that is asked for.
+
+    ``exact`` holds the outputs of the dense model for ``calls``, which only training needs.
+    """
+    norms = _norms(root, name, chosen, calls, weighting)
+    tests = [call for call in held_out if call.hidden.numel()]
+    others = _norms(root, name, chosen, tests, weighting) if tests else {}
+    dense = _weights(root, chosen) if others or tuning is not None else {}
+    found = quantize_model(
+        root,
+        {layer: fmt for layer, (fmt, _) in chosen.items()},
+        rank={layer: rank for layer, (_, rank) in chosen.items()},
+        weighting=norms.get,
+        progress=False,
+        **options,
+    ).layers
+    if tuning is not None:
+        _tune(root, name, dense, calls, exact, tuning)
+        errors = _errors(root, dense, {layer: norms.get(layer) for layer in found})
+        found = {layer: dataclasses.replace(own, relative_error=errors[layer]) for layer, own in found.items()}
+    if others:
+        errors = _errors(root, dense, others)
+        found = {layer: dataclasses.replace(own, held_out_error=errors.get(layer)) for layer, own in found.items()}
+    return found
 
 
 def _require_options(batches: Iterable[Any], held_out: Iterable[Any], options: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from lqlora.quantized import QuantizedArray, dequantize, gptq, matmul, quantize
 
 if TYPE_CHECKING:
     from lqlora import nn, recipes, testing
+    from lqlora.integrations.streaming import decompose_checkpoint
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "codebooks",
     "cost_table",
     "decompose",
+    "decompose_checkpoint",
     "decompose_stack",
     "dequantize",
     "dynamic8",
@@ -98,4 +100,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name in ("nn", "recipes", "testing"):  # need torch and Hypothesis, which nothing else here does
         return importlib.import_module(f"lqlora.{name}")
+    if name == "decompose_checkpoint":  # reads files of other libraries
+        return importlib.import_module("lqlora.integrations.streaming").decompose_checkpoint
     raise AttributeError(f"module 'lqlora' has no attribute {name!r}")

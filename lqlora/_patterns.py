@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 __all__ = [
+    "DENSE_BY_NAME",
     "EMBEDDINGS",
     "OUTPUT_HEADS",
+    "ROUTERS",
     "NameIndex",
     "Pattern",
     "Patterns",
@@ -36,12 +38,18 @@ Pattern: TypeAlias = "str | re.Pattern[str] | Callable[[str], bool]"
 #: One pattern or several.
 Patterns: TypeAlias = "Pattern | Iterable[Pattern]"
 
+#: Embeddings are matrices of a model file, but not linear layers. ``wte`` and ``wpe`` are those of GPT-2, ``shared`` that of T5.
+EMBEDDINGS: tuple[str, ...] = ("*embed*", "wte", "wpe", "shared", "relative_attention_bias")
+
 #: Output heads of a model file stay as they are unless a caller asks for them: they are few, sensitive, and often tied to
 #: the embedding. In a torch model the role of a layer decides (lqlora.nn.selection).
-OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "*.lm_head")
+OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "score", "classifier", "qa_outputs")
 
-#: Embeddings are matrices of a model file, but not linear layers. They stay as they are for the same reasons.
-EMBEDDINGS: tuple[str, ...] = ("*embed*",)
+#: Routers of experts are small, and a wrong choice of experts costs more than a wrong weight.
+ROUTERS: tuple[str, ...] = ("*.gate", "router", "*.router.*", "shared_expert_gate")
+
+#: Matrices of a model file that stay dense unless a caller asks for them.
+DENSE_BY_NAME: tuple[str, ...] = (*EMBEDDINGS, *OUTPUT_HEADS, *ROUTERS)
 
 
 #: Characters that make a string a shell pattern.

@@ -9,7 +9,7 @@ from msgspec import UNSET, Struct, UnsetType
 from lqlora._documents import Length, Number, Text
 from lqlora.codebooks.codebook import StoredNormalization
 
-__all__ = ["Content", "FactorContent", "FactorRow", "Matrix", "ScaleContent", "ScaleRow", "Version"]
+__all__ = ["Content", "FactorContent", "FactorRow", "FolderContent", "Matrix", "ScaleContent", "ScaleRow", "Version"]
 
 
 class Version(Struct):
@@ -34,6 +34,15 @@ class Content(Struct, frozen=True):
     matrices: dict[Text, Matrix]
     metadata: dict[str, Any]
     sha256: Text | UnsetType = UNSET
+
+
+class FolderContent(Struct, frozen=True):
+    """The document of a folder of shards."""
+
+    spec: int
+    shards: dict[Text, Text]
+    metadata: dict[str, Any]
+    sha256: Text
 
 
 class FactorRow(Struct, frozen=True):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.checkpoint._schema import Content, Matrix
 
-__all__ = ["Checkpoint", "StoredMatrix", "load", "quantized_arrays", "save", "verify"]
+__all__ = ["Checkpoint", "StoredMatrix", "quantized_arrays", "read_file", "save", "stored_bytes", "verify_file"]
 
 #: Version of the JSON document. A reader refuses every other one.
 _SPEC = 3
@@ -97,7 +97,7 @@ class StoredMatrix:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Content of a checkpoint file.
+    """Content of a checkpoint.
 
     Parameters
     ----------
@@ -254,6 +254,25 @@ def quantized_arrays(quantized: QuantizedArray) -> dict[str, Any]:
     return arrays
 
 
+def stored_bytes(fmt: BlockFormat, shape: tuple[int, int]) -> int:
+    """Return the bytes of the tensors that store a quantized matrix in a file, without its factors.
+
+    Parameters
+    ----------
+    fmt : BlockFormat
+        Format of the matrix.
+    shape : tuple of int
+        Its shape.
+
+    Returns
+    -------
+    int
+        Bytes of codes, scales and levels. The levels of the codebook count if its name is not a standard one.
+    """
+    levels = 0 if is_standard(fmt.codebook) else int(fmt.codebook.levels.nbytes)
+    return fmt.storage_bits(shape) // 8 + levels
+
+
 def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
     """Add tensors, unless a name is in use."""
     if twice := arrays.keys() & new.keys():
@@ -261,33 +280,28 @@ def _add_all(arrays: dict[str, Any], new: Mapping[str, Any]) -> None:
     arrays.update(new)
 
 
-@annotated
-@collection_paused()
-def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
-    """Read a checkpoint, and check every length, dtype and code before anything is decoded.
-
-    The fingerprint is not compared: :func:`verify` does that.
+def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> tuple[Checkpoint, str]:
+    """Read one file, and check every length, dtype and code. The fingerprint is not compared.
 
     Parameters
     ----------
     path : path-like
         File written by :func:`save`.
     mapped : bool, default False
-        Map the file into memory instead of reading it. Then the operating system reads pages when they are used, and drops
-        them when memory is short. Do not change the file while arrays of it are in use; writers of this library replace it.
+        See :func:`lqlora.load`.
 
     Returns
     -------
-    Checkpoint
-        NumPy arrays, bit for bit those that were saved.
+    (Checkpoint, str)
+        NumPy arrays, and the fingerprint that the file states; empty if it has none.
 
     Raises
     ------
     CheckpointError
-        If the file is missing, truncated, not a checkpoint of this library, or contradicts itself.
+        If the file is missing, damaged or inconsistent.
     """
     arrays, content, _ = _read(path, mapped=mapped)
-    return _assemble(path, arrays, content)
+    return _assemble(path, arrays, content), content.sha256 if isinstance(content.sha256, str) else ""
 
 
 def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], content: Content) -> Checkpoint:
@@ -464,10 +478,8 @@ def _stored_format(row: Matrix, levels: Any) -> BlockFormat:
     return BlockFormat.parse(row.format, Codebook(levels, codebook_name(row.format), row.normalization))
 
 
-@annotated
-@collection_paused()
-def verify(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint as :func:`load` does, compare its fingerprint, and check that all numbers are finite.
+def verify_file(path: str | os.PathLike[str]) -> tuple[Checkpoint, str]:
+    """Read one file as :func:`read_file` does, compare its fingerprint, and check that all numbers are finite.
 
     Parameters
     ----------
@@ -476,13 +488,13 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
 
     Returns
     -------
-    Checkpoint
-        NumPy arrays, bit for bit those that were saved.
+    (Checkpoint, str)
+        NumPy arrays, and the fingerprint.
 
     Raises
     ------
     CheckpointError
-        If :func:`load` would raise, a byte of the data has changed, or a number is NaN or infinite.
+        If :func:`read_file` raises it, a byte of the data has changed, or a number is NaN or infinite.
     """
     # The fingerprint comes first, so that a changed byte is reported as one and not as the inconsistency that it may
     # cause. _assemble comes last, because it removes tensors from `arrays`.
@@ -506,4 +518,4 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
                 ops.require_finite(ops.widen(array), f"Tensor {name!r}")
             except NonFiniteError as error:
                 raise CheckpointError(shortened(f"{path}: {error}")) from None
-    return _assemble(path, arrays, content)
+    return _assemble(path, arrays, content), str(content.sha256)

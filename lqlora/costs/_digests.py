@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lqlora.costs.table import Configuration
     from lqlora.weighting import AbstractWeighting
 
-__all__ = ["array_digest", "configuration_key", "settings_as_json", "text_digest", "weighting_digest"]
+__all__ = ["array_digest", "configuration_key", "format_key", "settings_as_json", "text_digest", "weighting_digest"]
 
 
 def array_digest(array: Array) -> str:
@@ -59,10 +59,10 @@ def text_digest(text: str) -> str:
 
 def configuration_key(configuration: Configuration) -> str:
     """Return the key of a configuration in a store."""
-    return f"{_format_key(configuration.format)} rank {configuration.rank}"
+    return f"{format_key(configuration.format)} rank {configuration.rank}"
 
 
-def _format_key(fmt: BlockFormat) -> str:
+def format_key(fmt: BlockFormat) -> str:
     """Return a format as text, with a digest of the levels if the codebook has no standard name."""
     # A name that is not standard may stand for other levels in the next run, so the levels are part of the key.
     own = codebook_to_json(fmt.codebook)
@@ -72,17 +72,17 @@ def _format_key(fmt: BlockFormat) -> str:
     return f"{fmt} {text_digest(levels)[:16]}"
 
 
-def settings_as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as values of JSON."""
+def settings_as_json(settings: Mapping[str, Any], remedy: str = "Leave out store.") -> dict[str, Any]:
+    """Return settings as values of JSON. If one cannot be written, the error ends with the remedy."""
     found = {}
     for name, value in settings.items():
         if isinstance(value, BlockFormat):
-            found[name] = _format_key(value)
+            found[name] = format_key(value)
         elif _is_plain(value):
             found[name] = value
         else:
             raise InvalidArgumentError(
-                f"{name} must be text, a number or a format, which a store can compare, got {value!r}. Leave out store."
+                f"{name} must be text, a number or a format, which a file can keep, got {value!r}. {remedy}"
             )
     return found
 

@@ -49,6 +49,7 @@ __all__ = [
     "from_bitsandbytes",
     "list_parts",
     "read_bitsandbytes",
+    "stored_shape",
     "to_bitsandbytes",
 ]
 
@@ -131,6 +132,38 @@ def list_parts(tensors: Collection[str], name: str) -> list[str]:
     """
     ends = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", *(f"{_STATE}{kind}" for kind in _KINDS))
     return [name + end for end in ends if name + end in tensors]
+
+
+@annotated
+def stored_shape(tensors: Mapping[str, Array], name: str = "weight") -> tuple[int, ...]:
+    """Return the shape of one 4-bit weight from its description, without its codes.
+
+    Parameters
+    ----------
+    tensors : mapping of str to array
+        The tensor with the description, which is JSON; of a weight with double quantization also ``nested_absmax``. Others are not read.
+    name : str, default "weight"
+        Name of the weight.
+
+    Returns
+    -------
+    tuple of int
+        Shape of the decoded weight.
+
+    Raises
+    ------
+    FormatError
+        If the description is missing, or is not one of bitsandbytes.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> q = lq.quantize(np.ones((4, 16), dtype=np.float32), lq.BlockFormat(lq.NF4, 64))
+    >>> stored_shape(to_bitsandbytes(q, "up.weight"), "up.weight")
+    (4, 16)
+    """
+    parts = {key.removeprefix(name): array for key, array in tensors.items() if key.startswith(f"{name}.")}
+    return tuple(_take_state(parts, name)[1].shape)
 
 
 def read_bitsandbytes(tensors: Mapping[str, Array]) -> Iterator[tuple[str, BitsandbytesWeight]]:

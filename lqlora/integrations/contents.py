@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS, select
+from lqlora._patterns import DENSE_BY_NAME, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lqlora._patterns import Patterns
 
-__all__ = ["LeftOut", "ModelContents"]
+__all__ = ["LeftOut", "ModelContents", "SourceTensor"]
 
 
 class LeftOut(NamedTuple):
@@ -34,9 +34,39 @@ class LeftOut(NamedTuple):
     nbytes: int
 
 
+class SourceTensor(NamedTuple):
+    """A tensor of a model, which is read when it is needed.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Its shape.
+    dtype : str
+        NumPy's name of the dtype that ``load`` returns, such as ``"bfloat16"``. Codes are decoded to float32.
+    nbytes : int
+        Bytes in the file. For a 4-bit weight of bitsandbytes these are the bytes of all its parts.
+    load : callable
+        Function without arguments that reads the tensor. It can be pickled.
+    matrices : tuple of str
+        Names of the weight matrices that the tensor holds: one, or one for each expert. Empty for other tensors.
+    is_transposed : bool
+        Whether the matrices have the shape (inputs, outputs) in the tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    load: Callable[[], npt.NDArray[Any]]
+    matrices: tuple[str, ...] = ()
+    is_transposed: bool = False
+
+
 @dataclass(frozen=True)
 class ModelContents:
     """Weight matrices of a model, and what else its files hold.
+
+    Every tensor of the files is one of ``tensors``, a part of one of them, or one of ``left_out``. Tensors that belong to the model and
+    are not matrices are in both.
 
     Parameters
     ----------
@@ -50,6 +80,8 @@ class ModelContents:
         Files that hold the tensors.
     unread : tuple of Path
         Files of the folder that look like models and were not read.
+    tensors : dict of str to SourceTensor
+        All tensors of the model by name, in the order of the files. Factors of adapters are not among them.
     """
 
     path: Path
@@ -57,16 +89,17 @@ class ModelContents:
     left_out: dict[str, LeftOut]
     files: tuple[Path, ...]
     unread: tuple[Path, ...] = ()
+    tensors: dict[str, SourceTensor] = field(default_factory=dict)
 
     def select(
-        self, include: Patterns = "*", exclude: Patterns = (*EMBEDDINGS, *OUTPUT_HEADS)
+        self, include: Patterns = "*", exclude: Patterns = DENSE_BY_NAME
     ) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
         """Return the loaders of some of the weights.
 
         Parameters
         ----------
         include, exclude : str, compiled regular expression, callable, or several of them
-            Patterns of names. The default leaves out embeddings and output heads.
+            Patterns of names. The default leaves out embeddings, output heads and routers of experts.
 
         Returns
         -------

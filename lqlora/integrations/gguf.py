@@ -15,7 +15,7 @@ from lqlora._optional import is_installed, require
 from lqlora.errors import CheckpointError, MissingDependencyError
 from lqlora.integrations._gguf_header import Header, StoredTensor, read_header
 from lqlora.integrations._parts import all_parts, number_and_count
-from lqlora.integrations.contents import LeftOut, ModelContents
+from lqlora.integrations.contents import LeftOut, ModelContents, SourceTensor
 
 if TYPE_CHECKING:
     import os
@@ -187,14 +187,17 @@ def open_llama(path: str | os.PathLike[str]) -> ModelContents:
             left_out[name] = LeftOut("of integers", tensor.nbytes)
         elif (dimensions := len(tensor.shape)) != 2:
             left_out[name] = LeftOut(f"of {dimensions} dimension{'' if dimensions == 1 else 's'}", tensor.nbytes)
-    weights = {}
+    weights, tensors = {}, {}
     for name, load in llama.loaders().items():
+        tensor = llama.tensors[llama.names[name]][1]
+        matrices: tuple[str, ...] = ()
         if llama.names[name] not in left_out:
             own = name.removesuffix(".weight")
             if own in weights:
                 raise CheckpointError(about_file(llama.path, f"has two matrices called {shown(own)}."))
-            weights[own] = load
-    return ModelContents(Path(path), weights, left_out, llama.files)
+            weights[own], matrices = load, (own,)
+        tensors[name] = SourceTensor(tensor.shape, "float32", tensor.nbytes, load, matrices)
+    return ModelContents(Path(path), weights, left_out, llama.files, tensors=tensors)
 
 
 class _Llama(NamedTuple):

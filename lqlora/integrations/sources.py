@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from lqlora._annotations import annotated
 from lqlora._documents import Reader, key_step
 from lqlora._messages import about_file, shown
-from lqlora._patterns import EMBEDDINGS, OUTPUT_HEADS
+from lqlora._patterns import DENSE_BY_NAME
 from lqlora.errors import CheckpointError, LQLoRAError
 from lqlora.integrations._parts import all_parts, number_and_count
 from lqlora.integrations._schema import Index
-from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, list_parts
-from lqlora.integrations.contents import LeftOut, ModelContents
+from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, list_parts, stored_shape
+from lqlora.integrations.contents import LeftOut, ModelContents, SourceTensor
 from lqlora.integrations.gguf import open_llama
 from lqlora.quantized import dequantize
 
@@ -37,6 +38,32 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _MOST_INDEX_BYTES = 2**27
 
+_CONFIG = "config.json"
+_MOST_CONFIG_BYTES = 2**24
+_MOST_DESCRIPTION_BYTES = 2**16
+
+_OF_ADAPTER = "of an adapter"
+
+#: Names of NumPy for dtypes of safetensors.
+_DTYPES = {
+    "BOOL": "bool",
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": "bfloat16",
+    "C64": "complex64",
+}
+
+#: Arrays of experts, one matrix for each.
+_STACK = re.compile(r"(?:.*\.)?experts\.[^.]+(?:\.weight)?", re.DOTALL)
+
+#: Tensors that store matrices of shape (inputs, outputs), by the ``model_type`` of transformers: layers of class ``Conv1D``, and
+#: experts that multiply from the other side.
+_CONV1D = re.compile(r"(?:.*\.)?(?:c_attn|q_attn|c_proj|c_fc)\.weight", re.DOTALL)
+_TRANSPOSED = dict.fromkeys(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"), _CONV1D) | dict.fromkeys(
+    ("gpt_oss", "llama4", "llama4_text", "aria_text", "openai_privacy_filter"), _STACK
+)
+
 #: Last parts of the names of codes and scales: float8, compressed-tensors, GPTQ and AWQ, EXL2, HQQ, bitsandbytes int8,
 #: Quanto.
 _CODED = re.compile(
@@ -53,12 +80,12 @@ _FACTOR = re.compile(
 
 @annotated
 def open_weights(
-    path: str | os.PathLike[str], include: Patterns = "*", exclude: Patterns = (*EMBEDDINGS, *OUTPUT_HEADS)
+    path: str | os.PathLike[str], include: Patterns = "*", exclude: Patterns = DENSE_BY_NAME
 ) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
     """Return a loader for each matrix of a model file, the input of :func:`lqlora.cost_table`.
 
     Only the headers of the files are read at once. The memory needed is that of the matrices that the caller keeps.
-    Tensors that are not matrices, such as stacks of experts, are left out; :func:`open_model` lists them.
+    Tensors that are not matrices, such as biases, are left out; :func:`open_model` lists them.
 
     Parameters
     ----------
@@ -67,7 +94,7 @@ def open_weights(
     include, exclude : str, compiled regular expression, callable, or several of them
         Names or their ends (``"q_proj"``), shell patterns (``"*.attn.*"``), expressions that match the whole name, or
         functions of the name. A matrix is selected if one of ``include`` matches its name and none of ``exclude`` does.
-        The default leaves out embeddings and output heads.
+        The default leaves out embeddings, output heads and routers of experts.
 
     Returns
     -------
@@ -101,8 +128,11 @@ def open_model(path: str | os.PathLike[str]) -> ModelContents:
     Returns
     -------
     ModelContents
-        A weight is a two-dimensional tensor of floating-point numbers, or a 4-bit weight of bitsandbytes, which is
-        decoded. Low-rank factors of adapters are left out. Its name is that of the tensor without ``.weight``.
+        A weight is a two-dimensional tensor of floating-point numbers, one matrix of an array of experts, or a 4-bit weight of
+        bitsandbytes, which is decoded. Low-rank factors of adapters are left out. Its name is that of the tensor without
+        ``.weight``; for an expert with its number at the end, as in ``"mlp.experts.down_proj.0"``. Its shape is (outputs, inputs):
+        what models of transformers store the other way round, as GPT-2 does, is transposed. A ``config.json`` beside the file says
+        so.
 
     Raises
     ------
@@ -137,34 +167,76 @@ def _open_safetensors(path: Path) -> ModelContents:
     files, listed = _files_of(path)
     parts, left_out = _tensors_of(path, files, listed)
     coded = find_bitsandbytes(parts)
+    if lost := next((name for name in coded if name not in parts), None):
+        raise CheckpointError(about_file(path, f"lacks the codes of the 4-bit weight {shown(lost)}, which it describes."))
     own = {name: {part: parts[part].file for part in list_parts(parts, name)} for name in coded}
     used = {part for names in own.values() for part in names}
-    loaders: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
-    for name, part in parts.items():
-        if name in used and part.dtype not in ("U8", "F32"):  # NumPy does not have all other dtypes
+    for name in used:
+        if parts[name].dtype not in ("U8", "F32"):  # NumPy does not have all other dtypes
             raise CheckpointError(
                 about_file(
-                    part.file, f"must have uint8 or float32 in the 4-bit layout, got {part.dtype} for {shown(name)}."
+                    parts[name].file,
+                    f"must have uint8 or float32 in the 4-bit layout, got {parts[name].dtype} for {shown(name)}.",
                 )
             )
+    turned = _transposed_names(files[0].parent)
+    weights: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
+    tensors: dict[str, SourceTensor] = {}
+    for name, part in parts.items():
+        found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
         if name in own:
-            loaders[name] = functools.partial(_read_bitsandbytes, own[name], name)
+            load = functools.partial(_read_bitsandbytes, own[name], name)
+            shape, size = _shape_of_bitsandbytes(parts, own[name], name), sum(parts[key].nbytes for key in own[name])
+            if len(shape) == 2:
+                found = {name.removesuffix(".weight"): load}
+            else:
+                left_out[name] = LeftOut(_of_dimensions(shape), size)
+            tensors[name] = SourceTensor(shape, "float32", size, load, tuple(found))
         elif name not in used:
             _refuse_codes(name, part)
-            if reason := _reason_to_leave_out(name, part):
+            reason = _reason_to_leave_out(name, part)
+            if reason:
                 left_out[name] = LeftOut(reason, part.nbytes)
             else:
-                loaders[name] = functools.partial(_read, part.file, name)
-    weights: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
-    for name, load in loaders.items():
-        matrix = name.removesuffix(".weight")
-        if matrix in weights:
-            raise CheckpointError(
-                about_file(path, f"has two matrices called {shown(matrix)}. Keep the files of one model in it.")
-            )
-        weights[matrix] = load
+                found = _matrices_of(name, part, is_transposed=turned(name))
+            if reason != _OF_ADAPTER:
+                load = functools.partial(_read_as_stored, part.file, name)
+                dtype, is_turned = _DTYPES.get(part.dtype, part.dtype), bool(found) and turned(name)
+                tensors[name] = SourceTensor(part.shape, dtype, part.nbytes, load, tuple(found), is_turned)
+        for matrix, loader in found.items():
+            if matrix in weights:
+                raise CheckpointError(
+                    about_file(path, f"has two matrices called {shown(matrix)}. Keep the files of one model in it.")
+                )
+            weights[matrix] = loader
     unread = set(_files_in(path)) - set(files) if path.is_dir() else set()
-    return ModelContents(path, weights, left_out, tuple(files), tuple(sorted(unread)))
+    return ModelContents(path, weights, left_out, tuple(files), tuple(sorted(unread)), tensors)
+
+
+def _matrices_of(
+    name: str, part: _Part, *, is_transposed: bool
+) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+    """Return the loaders of the weight matrices of a tensor, of shape (outputs, inputs)."""
+    own = name.removesuffix(".weight")
+    if len(part.shape) == 2:
+        return {own: functools.partial(_read, part.file, name, is_transposed=is_transposed)}
+    return {
+        f"{own}.{index}": functools.partial(_read, part.file, name, index, is_transposed=is_transposed)
+        for index in range(part.shape[0])
+    }
+
+
+def _transposed_names(folder: Path) -> Callable[[str], bool]:
+    """Return a function that tells of the name of a tensor whether its matrices have the shape (inputs, outputs)."""
+    # The configuration of transformers says which model it is. Without one, matrices are taken as they are.
+    try:
+        text = (folder / _CONFIG).read_bytes() if (folder / _CONFIG).stat().st_size <= _MOST_CONFIG_BYTES else b"{}"
+        config = json.loads(text)
+        kind = config.get("model_type") if isinstance(config, dict) else None
+    except (OSError, RecursionError, ValueError):
+        kind = None
+    pattern = _TRANSPOSED.get(kind) if isinstance(kind, str) else None
+    return lambda name: pattern is not None and pattern.fullmatch(name) is not None
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -290,23 +362,48 @@ def _refuse_codes(name: str, part: _Part) -> None:
 
 
 def _reason_to_leave_out(name: str, part: _Part) -> str:
-    """Return why a tensor is not a weight matrix, or nothing if it is one."""
+    """Return why a tensor holds no weight matrices, or nothing if it does."""
     if part.dtype not in _FLOATS:
         return f"of dtype {part.dtype}"
     if _FACTOR.fullmatch(name):
-        return "of an adapter"
-    dimensions = len(part.shape)
-    return "" if dimensions == 2 else f"of {dimensions} dimension{'' if dimensions == 1 else 's'}"
+        return _OF_ADAPTER
+    is_stack = len(part.shape) == 3 and _STACK.fullmatch(name) is not None
+    return "" if len(part.shape) == 2 or is_stack else _of_dimensions(part.shape)
 
 
-def _read(path: Path, name: str) -> npt.NDArray[np.float32]:
+def _of_dimensions(shape: tuple[int, ...]) -> str:
+    return f"of {len(shape)} dimension{'' if len(shape) == 1 else 's'}"
+
+
+def _read_as_stored(path: Path, name: str, index: int | None = None) -> npt.NDArray[Any]:
+    """Read a tensor, or one matrix of a stack, in the dtype of the file."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return np.asarray(file.get_tensor(name)).astype(np.float32)
-    except (OSError, SafetensorError) as error:
+            return np.asarray(file.get_tensor(name) if index is None else file.get_slice(name)[index])
+    # AttributeError and TypeError: a dtype that NumPy does not have. ValueError: more dimensions than it allows.
+    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(
             about_file(path, f"has the tensor {shown(name)}, which cannot be read: {error}.")
         ) from error
+
+
+def _read(path: Path, name: str, index: int | None = None, *, is_transposed: bool = False) -> npt.NDArray[np.float32]:
+    found = _read_as_stored(path, name, index).astype(np.float32)
+    return np.ascontiguousarray(found.T) if is_transposed else found
+
+
+def _shape_of_bitsandbytes(parts: Mapping[str, _Part], files: Mapping[str, Path], name: str) -> tuple[int, ...]:
+    """Return the shape of a 4-bit weight; only its description is read."""
+    # The descriptions take a few hundred bytes. The presence of the other tensor says which fields they have.
+    found: dict[str, Any] = {f"{name}.nested_absmax": None} if f"{name}.nested_absmax" in files else {}
+    try:
+        for part, path in files.items():
+            if ".quant_state." in part.removeprefix(name) and parts[part].nbytes <= _MOST_DESCRIPTION_BYTES:
+                with safe_open(path, framework="numpy") as file:
+                    found[part] = file.get_tensor(part)
+        return stored_shape(found, name)
+    except (OSError, SafetensorError, LQLoRAError) as error:
+        raise _unreadable(files, name, error) from error
 
 
 def _read_bitsandbytes(files: Mapping[str, Path], name: str) -> npt.NDArray[np.float32]:
@@ -316,15 +413,12 @@ def _read_bitsandbytes(files: Mapping[str, Path], name: str) -> npt.NDArray[np.f
         for part, path in files.items():
             with safe_open(path, framework="numpy") as file:
                 tensors[part] = file.get_tensor(part)
-        quantized = from_bitsandbytes(tensors, name).quantized
+        return np.asarray(dequantize(from_bitsandbytes(tensors, name).quantized))
     except (OSError, SafetensorError, LQLoRAError) as error:
-        raise CheckpointError(
-            about_file(files[name], f"has the 4-bit weight {shown(name)}, which cannot be read: {error}")
-        ) from error
-    if len(quantized.shape) != 2:
-        raise CheckpointError(
-            about_file(
-                files[name], f"has the 4-bit weight {shown(name)} of shape {quantized.shape}, which is not a matrix."
-            )
-        )
-    return np.asarray(dequantize(quantized))
+        raise _unreadable(files, name, error) from error
+
+
+def _unreadable(files: Mapping[str, Path], name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        about_file(files[name], f"has the 4-bit weight {shown(name)}, which cannot be read: {error}")
+    )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import lqlora as lq
@@ -309,11 +313,20 @@ class TestCodedWeights:
         assert repr(key) in message
         assert "F8_E5M2" in message
 
-    def test_a_vector_of_bitsandbytes_is_named(self, tmp_path):
+    def test_a_vector_of_bitsandbytes_is_listed(self, tmp_path):
         q = lq.quantize(one(1, (64,)), lq.BlockFormat.parse("nf4/64:float32"))
-        save_file(to_bitsandbytes(q, "a.weight"), tmp_path / "m.safetensors")
-        with pytest.raises(CheckpointError, match=r"'a\.weight' of shape \(64,\)"):
-            open_model(tmp_path / "m.safetensors").weights["a"]()
+        save_file(to_bitsandbytes(q, "a.weight") | {"b.weight": one(1)}, tmp_path / "m.safetensors")
+        contents = open_model(tmp_path / "m.safetensors")
+        assert list(contents.weights) == ["b"]
+        assert contents.left_out["a.weight"].reason == "of 1 dimension"
+        np.testing.assert_array_equal(contents.tensors["a.weight"].load(), one(1, (64,)))
+
+    @pytest.mark.parametrize("key", ["a.weight", "a.weight.quant_state.bitsandbytes__nf4"])
+    def test_a_weight_of_bitsandbytes_without_codes_or_description_is_named(self, tmp_path, key):
+        tensors = to_bitsandbytes(lq.quantize(one(1), lq.BlockFormat.parse("nf4/64:float32")), "a.weight")
+        del tensors[key]
+        save_file(tensors | {"b.weight": one(1)}, tmp_path / "m.safetensors")
+        assert "'a.weight'" in refusal(tmp_path / "m.safetensors")
 
     def test_factors_of_an_adapter_are_no_weights(self, tmp_path):
         factors = {f"a.lora_{x}{end}": one(1) for x in "AB" for end in ("", ".weight", ".default.weight")}
@@ -362,3 +375,72 @@ def test_twenty_thousand_matrices_are_opened_in_linear_time(tmp_path):
     start = time.perf_counter()
     assert len(open_model(tmp_path).weights) == 20_000
     assert time.perf_counter() - start < 3
+
+
+#: Tensors of a model by kind, with one name that the kind may have.
+PIECES = {
+    "matrix": lambda name: {f"{name}.weight": one(1)},
+    "half": lambda name: {f"{name}.weight": one(1).astype(ml_dtypes.bfloat16)},
+    "bias": lambda name: {f"{name}.bias": one(1, (8,))},
+    "scalar": lambda name: {f"{name}.scale": one(1, ())},
+    "empty": lambda name: {f"{name}.weight": one(1, (0, 8))},
+    "table": lambda name: {f"{name}.ids": np.ones((2, 8), np.int64)},
+    "kernel": lambda name: {f"{name}.conv": one(1, (2, 2, 2))},
+    "experts": lambda name: {f"{name}.experts.up_proj": one(1, (3, 4, 8))},
+    "experts of one": lambda name: {f"{name}.experts.up.weight": one(1, (1, 4, 8))},
+    "bitsandbytes": lambda name: to_bitsandbytes(
+        lq.quantize(one(1), lq.BlockFormat.parse("nf4/32:d8/256:float32")), f"{name}.weight"
+    ),
+    "vector of bitsandbytes": lambda name: to_bitsandbytes(
+        lq.quantize(one(1, (9,)), lq.BlockFormat.parse("fp4-bnb/32:float32")), f"{name}.weight"
+    ),
+    "adapter": lambda name: {f"{name}.lora_A.weight": one(1, (2, 8)), f"{name}.lora_B.weight": one(1, (8, 2))},
+}
+
+
+@given(
+    kinds=st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=8),
+    layout=st.sampled_from(["file", "folder", "parts", "index"]),
+    files=st.integers(1, 3),
+    model_type=st.sampled_from([None, "gpt2", "gpt_oss", "llama", 5]),
+)
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+def test_every_tensor_is_taken_or_listed_with_its_bytes(kinds, layout, files, model_type):
+    tensors = {"first.weight": one(1), "layers.c_attn.weight": one(1, (8, 4))}
+    for number, kind in enumerate(kinds):
+        tensors |= PIECES[kind](f"layers.{number}")
+    files = 1 if layout in ("file", "folder") else files
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        names = [f"model-{number + 1:05d}-of-{files:05d}.safetensors" for number in range(files)]
+        place = {key: names[number % files] for number, key in enumerate(tensors)}
+        for name in names:
+            save_file({key: own for key, own in tensors.items() if place[key] == name}, folder / name)
+        if layout == "index":
+            write_index(folder, place)
+        if model_type is not None:
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        contents = open_model(folder / names[0] if layout == "file" else folder)
+        listed = {key: own for key, own in contents.left_out.items() if key not in contents.tensors}
+        coded = [key.split(".quant_state")[0] for key in tensors if ".quant_state" in key]
+        parts = {key: own for own in coded for key in tensors if key == own or key.startswith(f"{own}.")}
+        taken = [*contents.tensors, *(key for key in parts if key not in contents.tensors)]
+        assert sorted([*taken, *listed]) == sorted(tensors)
+        assert sum(own.nbytes for own in [*contents.tensors.values(), *listed.values()]) == sum(
+            own.nbytes for own in tensors.values()
+        )
+        matrices = [name for own in contents.tensors.values() for name in own.matrices]
+        assert matrices == list(contents.weights)
+        # What holds no matrix is listed, and nothing else is.
+        assert contents.left_out.keys() - listed.keys() == {
+            key for key, own in contents.tensors.items() if not own.matrices
+        }
+        for key, own in contents.tensors.items():
+            array = own.load()
+            assert (array.shape, str(array.dtype)) == (own.shape, own.dtype)
+            if key not in parts:
+                assert array.tobytes() == tensors[key].tobytes()
+            for index, name in enumerate(own.matrices):
+                matrix = (array[index] if array.ndim == 3 else array).astype(np.float32)
+                turned = (model_type == "gpt2" and "c_attn" in key) or (model_type == "gpt_oss" and "experts" in key)
+                np.testing.assert_array_equal(contents.weights[name](), matrix.T if turned else matrix)

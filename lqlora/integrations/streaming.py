@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -521,14 +522,21 @@ class _Run:
             remove_left_over(self.folder / name)
             if (self.folder / name).exists():
                 self._fingerprints[name] = self._read_numbers(self.folder / name)
+        self._remove_partial()
         for name, number in self._numbers.items():
             path = self._path_of(number)
-            remove_left_over(path)
             if path.exists():
                 if name in self.inputs:  # its file of the checkpoint was written, and the process killed after that
                     path.unlink()
                 else:
                     self._read_numbers(path)
+
+    def _remove_partial(self) -> None:
+        """Remove what killed processes left among the finished matrices. The lock of the run says that none of them is alive."""
+        # One listing: a search for each of thousands of matrices would take time that grows with the square of their number.
+        for path in list(self._work.iterdir()):
+            if path.name.endswith(".partial"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _read_json(self, path: Path) -> dict[str, Any]:
         from lqlora._documents import Reader  # noqa: PLC0415 - as in other modules
@@ -615,6 +623,11 @@ class _Run:
 
     def _clean(self) -> None:
         """Remove what is needed only while the checkpoint is not complete."""
+        names = [path.name for path in _small_files(self._contents.path)]
+        for name in (*self._shards, INDEX, DOCUMENT, *names):
+            remove_left_over(self.folder / name)
+        with suppress(OSError):
+            self._remove_partial()
         self._close()
         with suppress(OSError):
             for path in (*map(self._path_of, self._numbers.values()), self._work / _RUN, self._work / _LOCK):

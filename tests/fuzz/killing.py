@@ -171,6 +171,26 @@ def _costs(beside: Path) -> Callable[[Path, int], None]:
     return costs
 
 
+def _checkpoint(beside: Path) -> Callable[[Path, int], None]:
+    from safetensors.numpy import save_file
+
+    model = beside / "dense"
+    model.mkdir()
+    chance = np.random.default_rng(0)
+    names = [f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "up_proj")]
+    tensors = {f"{name}.weight": chance.standard_normal((32, 48)).astype(np.float32) for name in names}
+    tensors |= {f"{name}.bias": np.ones(32, dtype=np.float32) for name in names}
+    save_file(tensors, model / "model.safetensors")
+    (model / "model.safetensors").chmod(0o644)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+
+    def decompose(folder: Path, version: int) -> None:
+        options = {"rank": 2, "max_iter": 1, "shard_bytes": 3000, "seed": version, "progress": False}
+        lq.decompose_checkpoint(model, folder / "m", NF3, **options)
+
+    return decompose
+
+
 def _demo(_: Path) -> Callable[[Path, int], None]:
     from lqlora.recipes.demo import stages
 
@@ -211,6 +231,7 @@ WORKS = {
     "save_scales": _save_scales,
     "merge": _merge,
     "costs": _costs,
+    "checkpoint": _checkpoint,
     "demo": _demo,
 }
 

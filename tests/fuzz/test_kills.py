@@ -160,6 +160,33 @@ def _kill_costs(children: Children, count: int) -> None:
     assert killed >= count / 2
 
 
+def _kill_checkpoint(children: Children, count: int) -> None:
+    """Kill a decomposition of a model file, and compare what the next one writes with a run that was not killed."""
+    killed, folder = 0, children.folder
+    ended = children.run(0)
+    _assert_ours(ended)
+    expected = _all(folder)
+    largest = max(map(len, expected.values()))
+    for number, point in enumerate(_points(ended["events"], largest, ended["seconds"], count)):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for _ in range(2 if number % 4 == 3 else 1):  # some are killed twice
+            ended = children.run(0, **point)
+            _assert_ours(ended)
+            killed += ended["status"] < 0
+        ended = children.run(0)
+        _assert_ours(ended)
+        assert "error" not in ended, ended
+        assert _all(folder) == expected
+    assert killed >= count / 2
+
+
+def _all(folder: Path) -> dict[str, bytes]:
+    """Return all files, hidden ones included, and empty folders."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
+    return {name: path.read_bytes() if path.is_file() else b"" for name, path in paths.items()}
+
+
 def test_a_file_survives_nine_kills(prepare, folder):
     _kill_whole(prepare("save", folder), "save", 9)
 
@@ -173,6 +200,47 @@ def test_what_is_written_survives_sixty_kills(prepare, work, folder):
 @pytest.mark.slow
 def test_a_store_and_a_table_survive_sixty_kills(prepare, folder):
     _kill_costs(prepare("costs", folder), 60)
+
+
+@pytest.mark.parametrize("count", [9, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_checkpoint_that_is_written_piece_by_piece_survives_kills(prepare, folder, count):
+    _kill_checkpoint(prepare("checkpoint", folder), count)
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_file_system_keeps_the_finished_matrices_of_a_checkpoint(prepare, folder):
+    children = prepare("checkpoint", folder)
+    ended = children.run(0)
+    expected, refused = _all(folder), 0
+    largest = max(map(len, expected.values()))
+    faults = [{"fault": call, "errno": FAULTS[call % len(FAULTS)]} for call in range(ended["events"])]
+    faults += [{"full": size} for size in (0, 1, largest // 2, largest - 1)]
+    for fault in faults:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        ended = children.run(0, **fault)
+        _assert_ours(ended)
+        refused += "error" in ended
+        ended = children.run(0)
+        _assert_ours(ended)
+        assert "error" not in ended, (fault, ended)
+        assert _all(folder) == expected
+    assert refused >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can become another user")
+def test_a_checkpoint_in_a_folder_that_cannot_be_written_is_one_sentence(prepare):
+    with tempfile.TemporaryDirectory() as above:
+        folder = Path(above) / "folder"
+        folder.mkdir()
+        Path(above).chmod(0o755)
+        children = prepare("checkpoint", folder)
+        folder.chmod(0o555)
+        ended = children.run(0, user=65534)
+        _assert_ours(ended)
+        assert "Permission denied" in ended["error"]
+        assert not _all(folder)
 
 
 @pytest.mark.slow

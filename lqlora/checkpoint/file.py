@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from lqlora._typing import Array
     from lqlora.checkpoint._schema import Content, Matrix
 
-__all__ = ["Checkpoint", "StoredMatrix", "quantized_arrays", "read_file", "save", "stored_bytes", "verify_file"]
+__all__ = ["KEY", "Checkpoint", "StoredMatrix", "quantized_arrays", "read_file", "save", "stored_bytes", "verify_file"]
 
 #: Version of the JSON document. A reader refuses every other one.
 _SPEC = 3
 
 #: Key of the JSON document in the metadata of a safetensors file.
-_KEY = "lqlora"
+KEY = "lqlora"
 
 #: What is between the name of a matrix and that of a stored array.
 _SEPARATOR = ".weight."
@@ -190,7 +190,7 @@ def save(
     }
     document["sha256"] = digest(arrays, document)
     header = Reader("metadata must be such that they can be read again", InvalidArgumentError).write(document, Content)
-    write_container(path, arrays, _KEY, header)
+    write_container(path, arrays, KEY, header)
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -321,7 +321,7 @@ def _read(path: str | os.PathLike[str], *, mapped: bool = False) -> tuple[dict[s
     """Return the tensors of a file, its JSON document, and the same as plain values, from which the hash is computed."""
     from lqlora.checkpoint._schema import Content, Version  # noqa: PLC0415 - imports msgspec
 
-    arrays, text = read_container(path, _KEY, "lqlora.save", mapped=mapped)
+    arrays, text = read_container(path, KEY, "lqlora.save", mapped=mapped)
     reader = _reader(path)
     plain = reader.parse(text)
     if (spec := reader.convert(plain, Version).spec) != _SPEC:

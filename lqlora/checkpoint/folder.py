@@ -16,7 +16,7 @@ from lqlora._files import input_file, write_whole
 from lqlora._messages import shortened, shown
 from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint._container import digest
-from lqlora.checkpoint.file import Checkpoint, read_file, verify_file
+from lqlora.checkpoint.file import KEY, Checkpoint, read_file, verify_file
 from lqlora.errors import CheckpointError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lqlora._documents import Reader
     from lqlora.checkpoint._schema import FolderContent
 
-__all__ = ["DOCUMENT", "INDEX", "load", "read_document_of", "verify", "write_document"]
+__all__ = ["DOCUMENT", "INDEX", "is_checkpoint", "load", "read_document_of", "verify", "write_document"]
 
 #: Version of the JSON document. A reader refuses every other one.
 _SPEC = 1
@@ -127,6 +127,31 @@ def _reader(path: Path) -> Reader:
     from lqlora._documents import Reader  # noqa: PLC0415 - imports msgspec
 
     return Reader(f"{path} is damaged or inconsistent", CheckpointError)
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path names a file of :func:`lqlora.save`, or a folder with the document of a checkpoint.
+
+    Parameters
+    ----------
+    path : path-like
+        Any path.
+
+    Returns
+    -------
+    bool
+        False for other files, and for what cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as in verify
+
+    try:
+        if Path(path).is_dir():
+            return (Path(path) / DOCUMENT).exists()
+        own = input_file(path, CheckpointError)
+        with safe_open(own, framework="numpy") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, SafetensorError, TypeError, ValueError):
+        return False
 
 
 @annotated

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lqlora import checkpoint
-from lqlora.cli import compress, console, costs, plan
+from lqlora.cli import compress, console, costs, decompose, inspect, plan, verify
 from lqlora.cli.advice import advise_options
 from lqlora.recipes.demo.settings import Settings
 
@@ -16,6 +15,8 @@ __all__ = ["app"]
 
 Mode = Literal["exact", "fast"]
 Codes = Literal["trellis", "scalar"]
+Fit = Literal["absmax", "scale", "levels+scale"]
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -196,9 +197,71 @@ def plan_command(
         plan.run(table, options, plan.PlanOutputs(output=output, png=png, force=force, dry_run=dry_run))
 
 
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="Model file or folder, or checkpoint.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every tensor, as JSON.")] = False,
+) -> None:
+    """Print the matrices that a model file or checkpoint holds.
+
+    Example: lqlora inspect model.safetensors
+    """
+    inspect.run(path, as_json=as_json)
+
+
+@app.command("decompose")
+def decompose_command(
+    source: Annotated[Path, typer.Argument(help="GGUF file, or file or folder of safetensors.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, or to go on with.")],
+    *,
+    format_: Annotated[str | None, typer.Option("--format", help="Format of all matrices.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan that lqlora plan wrote.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of all matrices; default: that of the plan.")] = None,
+    fit: Annotated[Fit, typer.Option(help="Rule that chooses scales and levels.")] = "scale",
+    iterations: Annotated[int, typer.Option(help="Largest number of iterations of a decomposition.")] = 5,
+    factor_dtype: Annotated[Dtype, typer.Option(help="Dtype of stored factors.")] = "float32",
+    shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "512MiB",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of every random number.")] = 0,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of names to take; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names to leave out; may be repeated.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail instead of clipping a rank.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, time and memory, and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers of each matrix, as JSON.")] = False,
+) -> None:
+    """Decompose a model file matrix by matrix into a folder. A second run continues a run that was killed.
+
+    Example: lqlora decompose llama/ llama-3bit/ --format nf3/64:u8/256:float32 --rank 64
+    """
+    options = decompose.DecomposeOptions(
+        format=format_,
+        plan=plan_file,
+        rank=rank,
+        fit=fit,
+        factor_dtype=factor_dtype,
+        iterations=iterations,
+        seed=seed,
+        shard_size=shard_size,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        strict=strict,
+        dry_run=dry_run,
+    )
+    names = ("format", "plan", "rank", "fit", "seed", "include", "exclude", "strict")
+    renamed = {"formats": "--format", "max_iter": "--iterations", "factor_dtype": "--factor-dtype", "shard_bytes": "--shard-size"}
+    with advise_options({name: f"--{name}" for name in names} | renamed):
+        decompose.run(source, folder, options, as_json=as_json)
+
+
 @app.command("verify")
-def verify_command(path: Annotated[Path, typer.Argument(help="Checkpoint file.")]) -> None:
-    """Check that a checkpoint is complete and unchanged: lengths, codes, and a SHA-256 of its data."""
-    content = checkpoint.verify(path)
-    count = len(content.matrices)
-    console.say(f"{path}: {count} quantized matrices, {len(content.tensors)} other tensors, no fault found.")
+def verify_command(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, a file or a folder.")],
+    *,
+    source: Annotated[Path | None, typer.Option(help="Model that it was made from, to compute errors.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the errors of all matrices, as JSON.")] = False,
+) -> None:
+    """Check that a checkpoint is complete and unchanged: lengths, codes, and a SHA-256 of its data.
+
+    Example: lqlora verify llama-3bit/ --source llama/
+    """
+    verify.run(path, source, as_json=as_json)

@@ -7,6 +7,7 @@ cannot be printed, or that the encoding of a stream lacks, are printed as escape
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import sys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from lqlora.reports.tables import Table
 
-__all__ = ["complain", "complain_of", "flush", "routed_messages", "say", "show_table", "stage"]
+__all__ = ["complain", "complain_of", "flush", "routed_messages", "say", "say_json", "show_table", "stage"]
 
 #: Least width of the first column of a table on a terminal.
 _NAME_WIDTH = 12
@@ -48,6 +49,18 @@ def say(line: str) -> None:
         If standard output cannot be written. Its code is 1.
     """
     _print(f"{_shown(line, sys.stdout)}\n")
+
+
+def say_json(content: object) -> None:
+    """Print a value as JSON to standard output. Other characters than those of ASCII are escapes of JSON.
+
+    Raises
+    ------
+    SystemExit
+        If standard output cannot be written. Its code is 1.
+    """
+    for line in json.dumps(content, indent=2, allow_nan=False).split("\n"):
+        say(line)
 
 
 def show_table(table: Table) -> None:

@@ -70,11 +70,11 @@ def parse_number(text: str, option: str) -> Fraction:
     raise InvalidArgumentError(f"{option} must be a number such as 2.75, at most 1.8e308, got {given(text)}.")
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--bytes") -> int:
     """Return a number of bytes from ``400000000``, ``400MB`` or ``1.5GiB``."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmg]i?)?b)?", text.strip().lower())
     if found is None or len(found[1]) > _LONGEST_NUMBER:
-        raise InvalidArgumentError(f"--bytes must be a number of bytes such as 400MB or 1.5GiB, got {given(text)}.")
+        raise InvalidArgumentError(f"{option} must be a number of bytes such as 400MB or 1.5GiB, got {given(text)}.")
     return int(Fraction(found[1]) * _UNITS[found[2] or ""])
 
 

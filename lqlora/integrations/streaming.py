@@ -65,6 +65,9 @@ _MOST_COPIED_BYTES = 2**28
 #: Options of ``decompose`` that a folder cannot remember, or that make a result depend on the speed of the machine.
 _REFUSED = frozenset({"name", "start", "callback", "time_limit", "factor_format", "clip_rank", "weighting"})
 
+#: What settings that are kept as digests stand for.
+_DIGESTS = {"matrices": "other matrices, formats or ranks", "source": "a model of other tensors", "numerics": "another version of lqlora"}
+
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 #: Bytes of memory for each byte of a matrix in float32 while it is decomposed, and of the interpreter with its libraries. Measured with
@@ -463,6 +466,7 @@ class _Run:
         self._fingerprints: dict[str, str] = {}
         self.is_complete = False
         self._lock: Any = None
+        self._is_new = not folder.exists()
 
     def __enter__(self) -> _Run:
         try:
@@ -482,7 +486,16 @@ class _Run:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._lock is not None and not self.inputs:
+            # No matrix is lost, and other options may be tried with the same folder.
+            with suppress(OSError):
+                for name in self._fingerprints:
+                    (self.folder / name).unlink()
+            self._clean()
+            if self._is_new:
+                with suppress(OSError):
+                    self.folder.rmdir()
         self._close()
 
     def _close(self) -> None:
@@ -514,8 +527,11 @@ class _Run:
         except OSError:  # some network file systems have no locks
             pass
         own = self._work / _RUN
-        if own.exists():
+        is_begun = any(path.suffix == ".safetensors" for place in (self.folder, self._work) for path in place.iterdir())
+        if own.exists() and is_begun:
             self._compare(self._read_json(own))
+        elif is_begun:
+            raise CheckpointError(f"{self.folder} has matrices, but no {_UNFINISHED}/{_RUN} that says how they were made. Name another folder.")
         else:
             write_whole(own, f"{json.dumps(self._settings)}\n".encode())
         for name in self._shards:
@@ -549,12 +565,8 @@ class _Run:
         own = json_values(self._settings, "settings", InvalidArgumentError)
         for name in [*own, *found]:
             if (name in own) != (name in found) or own[name] != found[name]:
-                raise CheckpointError(
-                    shortened(
-                        f"{self.folder} was begun with another {name}: {shown(found.get(name))} and not {shown(own.get(name))}. Name "
-                        "another folder."
-                    )
-                )
+                what = _DIGESTS.get(name, f"another {name}: {shown(found.get(name))} and not {shown(own.get(name))}")
+                raise CheckpointError(shortened(f"{self.folder} was begun with {what}. Name another folder."))
 
     def _path_of(self, number: int) -> Path:
         return self._work / f"{number:06d}.safetensors"

@@ -116,19 +116,23 @@ class CheckpointReport:
             )
         if self.copied:
             lines.append(
-                f"{len(self.copied)} tensors copied: {_megabytes(sum(self.copied.values()))} ({_names([*self.copied])})"
+                f"{_number(len(self.copied), 'tensor')} copied: {_megabytes(sum(self.copied.values()))} ({_names([*self.copied])})"
             )
         if self.left_out:
             size = sum(own.nbytes for own in self.left_out.values())
-            lines.append(f"{len(self.left_out)} tensors left out: {_megabytes(size)} ({_names([*self.left_out])})")
-        lines.append(f"total: {_megabytes(self.total_bytes)} in {len(self.files)} files, from {_megabytes(self.source_bytes)}")
+            lines.append(f"{_number(len(self.left_out), 'tensor')} left out: {_megabytes(size)} ({_names([*self.left_out])})")
+        lines.append(f"total: {_megabytes(self.total_bytes)} in {_number(len(self.files), 'file')}, from {_megabytes(self.source_bytes)}")
         if self.seconds is not None and self.memory_bytes is not None:
             lines.append(f"estimated: {_duration(self.seconds)}, {_megabytes(self.memory_bytes)} of memory")
         return "\n".join(lines)
 
 
 def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.1f} MB"
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else _number(nbytes, "byte")
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -182,7 +182,7 @@ class TestNames:
 
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = [
-    (command, option.opts[0] if option.param_type_name == "option" else "")
+    (command, option.opts[0] if option.param_type_name == "option" else option.name)
     for command, own in COMMANDS.items()
     for option in own.params
     if not getattr(option, "is_flag", False)
@@ -200,17 +200,20 @@ class TestOptions:
         )  # tests/reports/test_pictures.py draws names
         usual = {
             "costs": {
-                "": files / "model.safetensors",
+                "model": files / "model.safetensors",
                 "--output": "t.json",
                 "--formats": "nf2/16:float16",
                 "--ranks": 0,
             },
-            "plan": {"": files / "table.json", "--bits": 3.5},
-            "verify": {"": files / "checkpoint.safetensors"},
+            "plan": {"table": files / "table.json", "--bits": 3.5},
+            "inspect": {"path": files / "model.safetensors"},
+            "decompose": {"source": files / "model.safetensors", "folder": "out", "--format": "nf2/16:float16", "--rank": 0},
+            "verify": {"path": files / "checkpoint.safetensors"},
             "demo": {"--model": "nowhere.gguf"},
-            "compress": {"": "nowhere.gguf", "--output": "out.safetensors", "--bits": 3},
+            "compress": {"model": "nowhere.gguf", "--output": "out.safetensors", "--bits": 3},
         }[command]
-        words = [word for name, value in (usual | {option: VALUE}).items() for word in (name, value) if word != ""]
+        given = (usual | {option: VALUE}).items()
+        words = [word for name, value in given for word in ((name, value) if name.startswith("--") else (value,))]
         code, out, err = run_in(extreme, command, *words)
         assert code in (0, 2)
         assert clean(extreme, out + err)

@@ -32,7 +32,9 @@ COMMANDS = {
                                    "--calibration": "1", "--training": "0", "--evaluation": "1"}),
     "costs": (["model.safetensors"], {"--output": "table.json", "--formats": "nf4/64", "--ranks": "1", "--iterations": "1"}),
     "plan": (["costs.json"], {"--bits": "4"}),
-    "verify": (["checkpoint.safetensors"], {}),
+    "inspect": (["checkpoint.safetensors"], {}),
+    "decompose": (["model.safetensors", "folder"], {"--format": "nf4/64", "--rank": "1", "--iterations": "1"}),
+    "verify": (["checkpoint.safetensors"], {"--source": "model.safetensors"}),
 }  # fmt: skip
 
 #: Only one of these is given.
@@ -48,14 +50,14 @@ VALUES = {
 
 
 def parameters():
-    """The options and arguments that take a value, by command."""
+    """The options that take a value, and the places of the arguments, by command."""
     commands = importlib.import_module("typer.main").get_command(app).commands
-    return [
-        (name, own.opts[0] if own.opts[0].startswith("-") else "")
-        for name, command in commands.items()
-        for own in command.params
-        if not getattr(own, "is_flag", False)
-    ]
+    found = []
+    for name, command in commands.items():
+        arguments = [own for own in command.params if not own.opts[0].startswith("-")]
+        found += [(name, str(place)) for place in range(len(arguments))]
+        found += [(name, own.opts[0]) for own in command.params if own not in arguments and not getattr(own, "is_flag", False)]
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,7 @@ def _inputs(tmp_path, monkeypatch):
     safetensors.numpy.save_file({"layers.0.weight": w}, "model.safetensors")
     Path("costs.json").write_text(lq.cost_table({"a": w}, formats, rank=1, max_iter=1).to_json(), encoding="utf-8")
     Path("text.txt").write_text("Words. " * 10, encoding="utf-8")
-    lq.save("checkpoint.safetensors", {"a": lq.decompose(w, formats[0], rank=1, max_iter=1)})
+    lq.save("checkpoint.safetensors", {"layers.0": lq.decompose(w, formats[0], rank=1, max_iter=1)})
 
     def measure(*_):
         raise InvalidArgumentError("model was read.")
@@ -82,15 +84,9 @@ def _inputs(tmp_path, monkeypatch):
 def called(command, option, value):
     """The arguments of a call in which one of them is replaced."""
     arguments, options = COMMANDS[command]
-    if not option:
-        return [
-            command,
-            *(
-                ["--", value]
-                if command == "verify"
-                else [f"--{key[2:]}={own}" for key, own in options.items()] + ["--", value]
-            ),
-        ]
+    if option.isdigit():
+        replaced = [*arguments[: int(option)], value, *arguments[int(option) + 1 :]]
+        return [command, *(f"{key}={own}" for key, own in options.items()), "--", *replaced]
     options = {key: own for key, own in options.items() if key not in BUDGETS or option not in BUDGETS}
     return [command, *arguments, *(f"{key}={own}" for key, own in {**options, option: value}.items())]
 

@@ -2,10 +2,10 @@
 
 A quantized matrix ``m`` is stored as these tensors:
 
-- ``m.weight.codes`` and ``m.weight.scales``. Under double quantization the scales are a quantized array themselves:
-  ``m.weight.scales.codes``, ``m.weight.scales.scales`` and, if the format has an offset, ``m.weight.scales.offset``.
-- ``m.weight.zero_points`` if the codebook is affine, ``m.weight.levels`` if the levels are fitted.
-- ``m.weight.codebook``, the levels of the codebook, if its name is not a standard one.
+- ``m.quantized.codes`` and ``m.quantized.scales``. Under double quantization the scales are a quantized array themselves:
+  ``m.quantized.scales.codes``, ``m.quantized.scales.scales`` and, if the format has an offset, ``m.quantized.scales.offset``.
+- ``m.quantized.zero_points`` if the codebook is affine, ``m.quantized.levels`` if the levels are fitted.
+- ``m.quantized.codebook``, the levels of the codebook, if its name is not a standard one.
 - ``m.lora_A`` and ``m.lora_B``.
 
 The metadata of the safetensors file has one JSON document under the key ``lqlora``. It holds the format, shape and
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 __all__ = ["KEY", "Checkpoint", "StoredMatrix", "quantized_arrays", "read_file", "save", "stored_bytes", "verify_file"]
 
 #: Version of the JSON document. A reader refuses every other one.
-_SPEC = 3
+_SPEC = 4
 
 #: Key of the JSON document in the metadata of a safetensors file.
 KEY = "lqlora"
 
 #: What is between the name of a matrix and that of a stored array.
-_SEPARATOR = ".weight."
+_SEPARATOR = ".quantized."
 
 #: Bytes of small arrays that are joined, so that one call checks all of them. The joined copy bounds the memory.
 _JOINED = 1 << 20
@@ -172,7 +172,7 @@ def save(
             "scaling": float(matrix.scaling),
             "normalization": fmt.codebook.normalization,
         }
-    # A reader takes every tensor that begins with "m.weight." for a part of the matrix m, and refuses parts that the
+    # A reader takes every tensor that begins with "m.quantized." for a part of the matrix m, and refuses parts that the
     # format does not have. A plain tensor of such a name would make the file unreadable.
     if taken := [name for name in tensors or {} if any(owner in matrices for owner in _owners(name))]:
         raise InvalidArgumentError(
@@ -207,7 +207,7 @@ def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, A
         raise InvalidArgumentError("tensors: the name '__metadata__' is reserved by safetensors. Rename the tensor.")
 
 
-def _weight_key(matrix: str, array: str = "") -> str:
+def _array_key(matrix: str, array: str = "") -> str:
     """Return the name of a stored array of a quantized matrix; without an array, the prefix of all of them."""
     return f"{matrix}{_SEPARATOR}{array}"
 
@@ -227,7 +227,7 @@ def _owners(tensor: str) -> Iterator[str]:
 
 def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
     """Return all tensors that store a matrix, by name; :func:`_take_matrices` is the inverse."""
-    prefix = _weight_key(name)
+    prefix = _array_key(name)
     arrays = {prefix + key: array for key, array in quantized_arrays(matrix.quantized).items()}
     for key, factor in ((f"{name}.lora_A", matrix.lora_A), (f"{name}.lora_B", matrix.lora_B)):
         arrays[key] = _on_host(factor, key)
@@ -338,7 +338,7 @@ def _take_matrices(
     from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
 
     try:
-        standard = (row.format for name, row in rows.items() if _weight_key(name, "codebook") not in arrays)
+        standard = (row.format for name, row in rows.items() if _array_key(name, "codebook") not in arrays)
         check_work(map(codebook_name, standard))
     except FormatError as error:
         raise reader.fault(place, f": {error}") from error
@@ -369,7 +369,7 @@ class _Parts(NamedTuple):
 def _take_parts(arrays: dict[str, Any], rows: Mapping[str, Matrix]) -> dict[str, _Parts]:
     """Remove the tensors of all matrices from the arrays, and return them by matrix, unchecked."""
     parts = {name: _Parts(row, {}, {}) for name, row in rows.items()}
-    # Tensors that a format names are looked up, unless names of matrices may run into each other, as "m" and "m.weight.x" do.
+    # Tensors that a format names are looked up, unless names of matrices may run into each other, as "m" and "m.quantized.x" do.
     if _SEPARATOR not in ".\n".join(rows) + ".":
         stored = {text: _stored_names(text) for text in {row.format for row in rows.values()}}
         for name, (row, weight, factors) in parts.items():
@@ -390,7 +390,7 @@ def _take_parts(arrays: dict[str, Any], rows: Mapping[str, Matrix]) -> dict[str,
             if owner in factor_of:
                 parts[owner].factors[key] = arrays.pop(key)
             else:
-                parts[owner].weight[key[len(_weight_key(owner)) :]] = arrays.pop(key)
+                parts[owner].weight[key[len(_array_key(owner)) :]] = arrays.pop(key)
     return parts
 
 

@@ -199,12 +199,12 @@ class TestRoundTrip:
 
     def test_only_a_codebook_without_a_standard_name_is_stored(self, path):
         names = set(_parts(path)[0])
-        assert "b.weight.codebook" in names
-        assert "a.q_proj.weight.codebook" not in names
+        assert "b.quantized.codebook" in names
+        assert "a.q_proj.quantized.codebook" not in names
 
     def test_tensors_have_the_documented_names(self, path):
         names = {name for name in _parts(path)[0] if name.startswith("a.q_proj.")}
-        ends = {"weight.codes", "weight.scales.codes", "weight.scales.scales", "weight.scales.offset"}
+        ends = {"quantized.codes", "quantized.scales.codes", "quantized.scales.scales", "quantized.scales.offset"}
         assert names == {f"a.q_proj.{end}" for end in ends | {"lora_A", "lora_B"}}
 
 
@@ -214,7 +214,7 @@ class TestWriting:
             lq.save(tmp_path / "t", {"m": _decomposition()}, {"m.lora_A": np.zeros(3)})
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("name", ["m.weight.extra", "m.weight.codebook"])
+    @pytest.mark.parametrize("name", ["m.quantized.extra", "m.quantized.codebook"])
     def test_a_tensor_with_a_name_reserved_for_a_matrix_is_refused(self, tmp_path, name):
         # load() would take the tensor for an array of the matrix, and refuse the file that save() wrote.
         with pytest.raises(InvalidArgumentError, match=re.escape(name)):
@@ -226,8 +226,8 @@ class TestWriting:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_tensor_next_to_a_matrix_is_kept(self, tmp_path):
-        lq.save(tmp_path / "t", {"m": _decomposition()}, {"m.bias": np.ones(6), "m.weights": np.ones(2)})
-        assert sorted(lq.load(tmp_path / "t").tensors) == ["m.bias", "m.weights"]
+        lq.save(tmp_path / "t", {"m": _decomposition()}, {"m.bias": np.ones(6), "m.quantizeds": np.ones(2)})
+        assert sorted(lq.load(tmp_path / "t").tensors) == ["m.bias", "m.quantizeds"]
 
     @pytest.mark.parametrize("value", [float("nan"), {1, 2}, np.float32(1), b"bytes"])
     def test_metadata_that_is_not_json_is_refused(self, tmp_path, value):
@@ -428,19 +428,19 @@ class TestDamage:
     @pytest.mark.parametrize(
         "change",
         [
-            lambda a: a.pop("b.weight.codes"),
-            lambda a: a.pop("b.weight.scales.offset"),
-            lambda a: a.pop("b.weight.codebook"),
+            lambda a: a.pop("b.quantized.codes"),
+            lambda a: a.pop("b.quantized.scales.offset"),
+            lambda a: a.pop("b.quantized.codebook"),
             lambda a: a.pop("b.lora_A"),
             lambda a: a.pop("b.lora_B"),
-            lambda a: a.update({"b.weight.more": np.ones(1)}),
-            lambda a: a.update({"b.weight.codes": a["b.weight.codes"][:-1]}),
-            lambda a: a.update({"b.weight.codes": a["b.weight.codes"].view(np.int8)}),
-            lambda a: a.update({"b.weight.codes": np.full_like(a["b.weight.codes"], 255)}),
-            lambda a: a.update({"b.weight.scales.scales": a["b.weight.scales.scales"].astype(np.float16)}),
-            lambda a: a.update({"b.weight.scales.codes": a["b.weight.scales.codes"][None]}),
-            lambda a: a.update({"b.weight.codebook": a["b.weight.codebook"][::-1].copy()}),
-            lambda a: a.update({"b.weight.codebook": np.array([-1, np.nan, 1], dtype=np.float32)}),
+            lambda a: a.update({"b.quantized.more": np.ones(1)}),
+            lambda a: a.update({"b.quantized.codes": a["b.quantized.codes"][:-1]}),
+            lambda a: a.update({"b.quantized.codes": a["b.quantized.codes"].view(np.int8)}),
+            lambda a: a.update({"b.quantized.codes": np.full_like(a["b.quantized.codes"], 255)}),
+            lambda a: a.update({"b.quantized.scales.scales": a["b.quantized.scales.scales"].astype(np.float16)}),
+            lambda a: a.update({"b.quantized.scales.codes": a["b.quantized.scales.codes"][None]}),
+            lambda a: a.update({"b.quantized.codebook": a["b.quantized.codebook"][::-1].copy()}),
+            lambda a: a.update({"b.quantized.codebook": np.array([-1, np.nan, 1], dtype=np.float32)}),
             lambda a: a.update({"b.lora_A": a["b.lora_A"][:, 1:].copy()}),
             lambda a: a.update({"b.lora_B": a["b.lora_B"][1:]}),
             lambda a: a.update({"b.lora_A": a["b.lora_A"].ravel()}),
@@ -471,16 +471,16 @@ class TestDamage:
         _assert_refused(path)
 
     @pytest.mark.parametrize(
-        "name", ["norm", "m.lora_A", "m.lora_B", "m.weight.scales.scales", "m.weight.scales.offset"]
+        "name", ["norm", "m.lora_A", "m.lora_B", "m.quantized.scales.scales", "m.quantized.scales.offset"]
     )
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_values_that_are_not_finite_are_named_by_verify(self, tmp_path, name, value):
         # save() accepts such values, because a user may want to inspect a model that diverged.
         d = _decomposition()
-        arrays = {f"m.weight.{key}": array.copy() for key, array in d.quantized.to_arrays().items()}
+        arrays = {f"m.quantized.{key}": array.copy() for key, array in d.quantized.to_arrays().items()}
         arrays |= {"m.lora_A": d.lora_A.copy(), "m.lora_B": d.lora_B.copy(), "norm": np.ones(3, dtype=np.float32)}
         arrays[name].flat[0] = value
-        stored = {key.removeprefix("m.weight."): array for key, array in arrays.items() if ".weight." in key}
+        stored = {key.removeprefix("m.quantized."): array for key, array in arrays.items() if ".quantized." in key}
         quantized = lq.QuantizedArray.from_arrays(stored, d.quantized.format, d.quantized.shape)
         matrix = lq.StoredMatrix(quantized, arrays["m.lora_A"], arrays["m.lora_B"])
         lq.save(tmp_path / "t", {"m": matrix}, {"norm": arrays["norm"]})
@@ -510,7 +510,7 @@ class TestDamage:
 @pytest.mark.parametrize(
     "matrices",
     [
-        {"a": lambda d: d, "a.weight": lambda d: d},
+        {"a": lambda d: d, "a.quantized": lambda d: d},
         {"a": lambda d: lq.StoredMatrix(d.quantized, d.lora_A[:, 1:], d.lora_B)},
     ],
     ids=["names that run into each other", "factors that do not fit"],
@@ -529,22 +529,22 @@ def test_numbers_as_keys_of_metadata_become_text(tmp_path):
 
 
 class TestNumberOfMatrices:
-    @pytest.mark.parametrize("name", ["m.weight.x", "a.weight.m.weight.x", "m.weight.weight.codes"])
+    @pytest.mark.parametrize("name", ["m.quantized.x", "a.quantized.m.quantized.x", "m.quantized.quantized.codes"])
     def test_a_tensor_that_would_be_a_part_of_a_matrix_is_refused(self, tmp_path, name):
-        matrices = {"m": _decomposition(), "a.weight.m": _decomposition()}
+        matrices = {"m": _decomposition(), "a.quantized.m": _decomposition()}
         with pytest.raises(InvalidArgumentError, match="reserved"):
             lq.save(tmp_path / "t", matrices, {name: np.ones(1)})
-        lq.save(tmp_path / "t", matrices, {"m.weigh": np.ones(1), "x.m.weight": np.ones(1), "weight.x": np.ones(1)})
-        assert sorted(lq.load(tmp_path / "t").tensors) == ["m.weigh", "weight.x", "x.m.weight"]
+        lq.save(tmp_path / "t", matrices, {"m.quantize": np.ones(1), "x.m.quantized": np.ones(1), "quantized.x": np.ones(1)})
+        assert sorted(lq.load(tmp_path / "t").tensors) == ["m.quantize", "quantized.x", "x.m.quantized"]
 
     @pytest.mark.parametrize(
         ("key", "value"),
         [
-            ("weight.codes", 255),
-            ("weight.scales.offset", -1),
-            ("weight.scales.scales", -1),
-            ("weight.scales.scales", 3.4e38),
-            ("weight.levels", [[0, 2, 1, 3]]),
+            ("quantized.codes", 255),
+            ("quantized.scales.offset", -1),
+            ("quantized.scales.scales", -1),
+            ("quantized.scales.scales", 3.4e38),
+            ("quantized.levels", [[0, 2, 1, 3]]),
             ("lora_A", 3),
         ],
         ids=["code", "sign of the offset", "sign of a scale", "scales that overflow", "order of levels", "dtype"],
@@ -560,9 +560,9 @@ class TestNumberOfMatrices:
             name = f"experts.5.{key}"
             arrays[name] = np.full_like(arrays[name], value, dtype=np.int8 if key == "lora_A" else None)
             if key.endswith("scales.scales"):
-                arrays["experts.5.weight.scales.offset"][:] = 3.4e38
+                arrays["experts.5.quantized.scales.offset"][:] = 3.4e38
             if not is_finite:
-                arrays["experts.2.weight.scales.scales"][:] = np.nan
+                arrays["experts.2.quantized.scales.scales"][:] = np.nan
 
         _replace_tensors(tmp_path / "t", change)
         with pytest.raises(CheckpointError, match=r"matrices\['experts\.5'\]"):
@@ -584,7 +584,7 @@ class TestNumberOfMatrices:
         lq.save(tmp_path / "t", {"a": matrix, "b": matrix}, {"x": deep, "y": deep})
         assert _same_array(lq.verify(tmp_path / "t").tensors["y"], deep)
         codes = deep.astype(np.uint8)
-        _replace_tensors(tmp_path / "t", lambda a: a.update({"a.weight.codes": codes, "b.weight.codes": codes}))
+        _replace_tensors(tmp_path / "t", lambda a: a.update({"a.quantized.codes": codes, "b.quantized.codes": codes}))
         _assert_refused(tmp_path / "t")
 
     def test_of_many_tensors_of_one_kind_the_one_that_is_not_finite_is_named(self, tmp_path):

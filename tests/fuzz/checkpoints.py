@@ -304,14 +304,14 @@ def _corpus_of_parts(first: _Parts) -> Iterator[tuple[_Parts, str]]:
 
 
 def _corpus_of_tensors(first: _Parts) -> Iterator[tuple[_Parts, str]]:
-    for key in ("\x1b[2J" * 200, "", "layers.0.weight.\x1b[31m", "layers.0.weight." + "x" * 500, "\u202e", "\x00"):
+    for key in ("\x1b[2J" * 200, "", "layers.0.quantized.\x1b[31m", "layers.0.quantized." + "x" * 500, "\u202e", "\x00"):
         yield replace(first, tensors=first.tensors | {key: ("F32", [1], bytes(4))}), f"a tensor of the name {key[:9]!r}"
     for value in (np.nan, np.inf, -1.0, 3e38):
         for key in (
-            "layers.0.weight.scales",
-            "layers.3.weight.scales.offset",
-            "layers.3.weight.levels",
-            "layers.5.weight.codebook",
+            "layers.0.quantized.scales",
+            "layers.3.quantized.scales.offset",
+            "layers.3.quantized.levels",
+            "layers.5.quantized.codebook",
         ):
             yield replace(first, tensors=with_value(first.tensors, key, 0, value)), f"{key} has {value}"
     for dtype, size in (
@@ -330,8 +330,8 @@ def _many_codebooks() -> _Parts:
     """Return a small checkpoint with 100 codebooks, each of which takes a tenth of a second to compute."""
     row = {"shape": [6, 10], "scaling": 1.0, "normalization": "absmax"}
     parts = {
-        "weight.codes": ("U8", [60], bytes(60)),
-        "weight.scales": ("F32", [15], bytes(60)),
+        "quantized.codes": ("U8", [60], bytes(60)),
+        "quantized.scales": ("F32", [15], bytes(60)),
         "lora_A": ("F32", [0, 10], b""),
         "lora_B": ("F32", [6, 0], b""),
     }
@@ -440,13 +440,13 @@ def _change_spelling(rng: random.Random, parts: _Parts) -> tuple[_Parts, str]:
         stored = lq.BlockFormat.parse(text).stored_arrays([operator.index(length) for length in row["shape"]])
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
         return parts, "format that does not exist"
-    tensors = {key: own for key, own in parts.tensors.items() if not key.startswith(f"{name}.weight.")}
+    tensors = {key: own for key, own in parts.tensors.items() if not key.startswith(f"{name}.quantized.")}
     names = {dtype.name: key for key, dtype in DTYPES.items()}
     for key, (dtype, shape) in stored.items():
         if math.prod(shape) < 10_000:
             values = np.frombuffer(rng.randbytes(math.prod(shape)), dtype=np.uint8)
             array = values if dtype == "uint8" else (np.sort(values) / 7).astype(DTYPES[names[dtype]])
-            tensors[f"{name}.weight.{key}"] = (names[dtype], list(shape), array.tobytes())
+            tensors[f"{name}.quantized.{key}"] = (names[dtype], list(shape), array.tobytes())
     return replace(parts, tensors=tensors), f"format {text!r} of shape {row['shape']}"
 
 
@@ -488,10 +488,10 @@ def _compare(reader: str, found: Any, arrays: dict[str, np.ndarray], document: d
         same(f"{reader}: format", canonical(str(matrix.quantized.format)), canonical(rows[name]["format"]))
         same(f"{reader}: shape", matrix.quantized.shape, rows[name]["shape"])
         same(f"{reader}: scaling", matrix.scaling, float(rows[name]["scaling"]))
-        own = {f"{name}.weight.{key}": array for key, array in matrix.quantized.to_arrays().items()}
+        own = {f"{name}.quantized.{key}": array for key, array in matrix.quantized.to_arrays().items()}
         own |= {f"{name}.lora_A": matrix.lora_A, f"{name}.lora_B": matrix.lora_B}
-        if f"{name}.weight.codebook" in left:
-            own[f"{name}.weight.codebook"] = matrix.quantized.codebook.levels
+        if f"{name}.quantized.codebook" in left:
+            own[f"{name}.quantized.codebook"] = matrix.quantized.codebook.levels
         for key, stored in content(own).items():
             same(f"{reader}: {key}", stored, left.pop(key))
         _check_decoded(matrix.quantized)

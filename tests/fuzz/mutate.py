@@ -52,7 +52,7 @@ NAMES = (
     "é名\U0001f600",
     "../../etc/passwd",
     "__metadata__",
-    "a.weight.codes",
+    "a.quantized.codes",
     "None",
     "nf4/64:float32",
     "0",

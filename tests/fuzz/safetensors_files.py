@@ -152,13 +152,13 @@ def _change_names(rng: random.Random, tensors: Tensors) -> tuple[Tensors, str]:
     if kind == "remove":
         del tensors[name]
     elif kind == "rename":
-        matrix = name.partition(".weight.")[0]
-        tensors[rng.choice((rng.choice(NAMES), f"{matrix}.weight.{rng.choice(NAMES)}", f"{name}.more"))] = tensors.pop(
+        matrix = name.partition(".quantized.")[0]
+        tensors[rng.choice((rng.choice(NAMES), f"{matrix}.quantized.{rng.choice(NAMES)}", f"{name}.more"))] = tensors.pop(
             name
         )
     elif kind == "add":
-        matrix = name.partition(".weight.")[0]
-        tensors[rng.choice((rng.choice(NAMES), f"{matrix}.weight.{rng.choice(NAMES)}"))] = ("F32", [2], bytes(8))
+        matrix = name.partition(".quantized.")[0]
+        tensors[rng.choice((rng.choice(NAMES), f"{matrix}.quantized.{rng.choice(NAMES)}"))] = ("F32", [2], bytes(8))
     else:
         other = rng.choice(list(tensors))
         tensors[name], tensors[other] = tensors[other], tensors[name]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["digest", "read_container", "read_document", "take_tensors", "write_container"]
 
+#: What transformers 4 asks for: the tensors are laid out as those of torch.
+_FORMAT = {"format": "pt"}
+
 #: Dtypes of NumPy by their names in safetensors files.
 _DTYPES = {
     "BOOL": np.bool_,
@@ -83,8 +86,22 @@ def write_container(path: str | os.PathLike[str], arrays: dict[str, Any], key: s
         If the file cannot be written.
     """
     with replace_file(path, SafetensorError) as beside:
-        # One key only: safetensors writes several in an order that differs from run to run.
-        save_file(arrays, beside, metadata={key: header})
+        save_file(arrays, beside, metadata={**_FORMAT, key: header})
+        _sort_metadata(beside)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Move the key ``format`` to the front: safetensors writes keys in an order that differs from run to run."""
+    begin, entry = b'{"__metadata__":{', b'"format":"pt"'
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        if header.startswith(begin + entry):
+            return
+        # Quotes inside of a text are escaped, so that the entry is found where it is one.
+        first, second = header[len(begin) :].split(b"," + entry, 1)
+        file.seek(8)
+        file.write(begin + entry + b"," + first + second)
 
 
 def read_container(

@@ -35,6 +35,7 @@ from lqlora.costs.store import NUMERICS
 from lqlora.decomposition import decompose, relative_error
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.formats import BlockFormat, float_bits
+from lqlora.integrations.quantization_config import MatrixFormat, describe_matrices
 from lqlora.integrations.sources import open_model
 from lqlora.integrations.streaming_report import CheckpointReport, StreamedMatrix
 from lqlora.quantized.quantization import with_fitted_levels
@@ -211,14 +212,14 @@ def _run(
     progress: bool | Callable[[int, int], None],
 ) -> CheckpointReport:
     """Decompose the matrices that are missing, and return the report of all."""
-    with _Run(folder, settings, contents, pieces, shards) as run:
+    with _Run(folder, settings, contents, tasks, pieces, shards) as run:
         if not run.is_complete:
             waiting = [task._replace(known=run.inputs.get(name)) for name, task in tasks.items()]
             with reported(progress, "Decomposing", len(tasks), "matrix", len(run.inputs)) as report:
                 run.write_full_shards()
                 map_matrices(work, waiting, executor, collect=functools.partial(run.take, report=report))
                 run.finish()
-        return run.report(tasks)
+        return run.report()
 
 
 class _Task(NamedTuple):
@@ -452,10 +453,11 @@ class _Run:
         folder: Path,
         settings: dict[str, Any],
         contents: ModelContents,
+        tasks: Mapping[str, _Task],
         pieces: Sequence[_Piece],
         shards: Sequence[Sequence[_Piece]],
     ) -> None:
-        self.folder, self._settings, self._contents, self._pieces = folder, settings, contents, pieces
+        self.folder, self._settings, self._contents, self._tasks, self._pieces = folder, settings, contents, tasks, pieces
         count = len(shards)
         names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         self._shards = dict(zip(names, shards, strict=True))
@@ -628,10 +630,23 @@ class _Run:
         write_whole(self.folder / INDEX, f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())
         for path in _small_files(self._contents.path):
             data = path.read_bytes()
-            write_whole(self.folder / path.name, _marked(data) if path.name == "config.json" else data)
+            write_whole(self.folder / path.name, self._marked(data) if path.name == "config.json" else data)
         # In the order of the files, and not in that in which they were finished.
         write_document(self.folder, {name: self._fingerprints[name] for name in self._shards}, {"run": self._settings})
         self._clean()
+
+    def _marked(self, config: bytes) -> bytes:
+        """Return a configuration of transformers that says how the matrices are stored."""
+        # Without it transformers would look for dense weights, find none, and fill the layers with random numbers.
+        try:
+            found = json.loads(config)
+        except (RecursionError, ValueError):
+            return config
+        if not isinstance(found, dict):
+            return config
+        scaling = float(self._settings.get("scaling", 1.0))
+        rows = {own.name: MatrixFormat(own.format, own.rank, scaling) for own in self._tasks.values()}
+        return f"{json.dumps({**found, 'quantization_config': describe_matrices(rows)}, indent=2)}\n".encode()
 
     def _clean(self) -> None:
         """Remove what is needed only while the checkpoint is not complete."""
@@ -646,10 +661,10 @@ class _Run:
                 path.unlink(missing_ok=True)
             self._work.rmdir()
 
-    def report(self, tasks: Mapping[str, _Task]) -> CheckpointReport:
+    def report(self) -> CheckpointReport:
         """Return the numbers of all matrices and files."""
         sizes = {name: (self.folder / name).stat().st_size for name in self._shards}
-        return _report(self._contents, tasks, self._pieces, sizes, self._errors)
+        return _report(self._contents, self._tasks, self._pieces, sizes, self._errors)
 
 
 def _small_files(source: Path) -> list[Path]:
@@ -665,18 +680,6 @@ def _small_files(source: Path) -> list[Path]:
         and path.is_file()
         and path.stat().st_size <= _MOST_COPIED_BYTES
     )
-
-
-def _marked(config: bytes) -> bytes:
-    """Return a configuration of transformers that says that the weights are quantized."""
-    # Without the mark transformers would look for dense weights, find none, and fill the layers with random numbers.
-    try:
-        found = json.loads(config)
-    except (RecursionError, ValueError):
-        return config
-    if not isinstance(found, dict):
-        return config
-    return f"{json.dumps({**found, 'quantization_config': {'quant_method': 'lqlora'}}, indent=2)}\n".encode()
 
 
 def _report(

@@ -104,7 +104,8 @@ def computes_product_alone(layer: nn.Module) -> bool:
     mode, own = layer.training, layer._parameters  # noqa: SLF001 - of torch
     given = dict(own)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        # transformers builds models while the default device is the meta device, on which nothing can be compared.
+        with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             own.update({key: _random(parameter) for key, parameter in given.items()})
             return all(_is_product(layer, shape) for layer.training in (True, False) for shape in ((3,), (2, 1)))
     except Exception:  # noqa: BLE001 - code of others; whatever it raises, it does not take any input

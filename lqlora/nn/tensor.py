@@ -80,6 +80,9 @@ class QuantizedTensor(torch.Tensor):
     scaling: float
     is_transposed: bool
 
+    #: transformers leaves tensors with this mark as they are when it draws the parameters that no file has.
+    _is_hf_initialized = True
+
     @staticmethod
     @annotated
     def __new__(  # noqa: PYI034 - torch makes the instance

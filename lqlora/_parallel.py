@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 import pickle
 import threading
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
 from contextlib import closing
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 __all__ = ["map_matrices"]
+
+#: Items for each worker that are computed or wait to be collected.
+_WAITING = 4
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -88,10 +92,16 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Generator[tup
     waiting, lock = iter(enumerate(items)), threading.Lock()
     finished: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
     is_stopped = threading.Event()
+    workers = min(cores(), len(items))
+    # A slow `collect`, such as one that writes to a disk, would otherwise let results pile up in memory.
+    places = threading.Semaphore(_WAITING * workers)
 
     def work() -> None:
         with _blas_on_one_thread(), on_threads(1):
-            while not is_stopped.is_set():
+            while True:
+                places.acquire()
+                if is_stopped.is_set():
+                    return
                 with lock:
                     index, item = next(waiting, (-1, None))
                 if index < 0:
@@ -106,7 +116,7 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Generator[tup
     # a context. A copy is cheap: it shares the values.
     threads = [
         threading.Thread(target=contextvars.copy_context().run, args=(work,), name=f"lqlora-{number}")
-        for number in range(min(cores(), len(items)))
+        for number in range(workers)
     ]
     try:
         for thread in threads:
@@ -116,11 +126,13 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Generator[tup
             if error is not None:
                 raise error
             yield index, result
+            places.release()
     finally:
         # Calls that have begun cannot be cancelled. They are waited for, so that none runs on after an error, when the limit
         # of BLAS is gone and the caller may have closed what they use. Ctrl-C and errors of `collect` take the same way out.
         error = None  # its traceback holds this frame, which would be a cycle
         is_stopped.set()
+        places.release(len(threads) or 1)
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
@@ -130,10 +142,19 @@ def _on_executor(
     executor: Executor, function: Callable[[T], R], items: Sequence[T]
 ) -> Generator[tuple[int, R], None, None]:
     """Yield index and result of each item in the order in which they end, computed on an executor."""
-    futures = {_submit(executor, function, item): index for index, item in enumerate(items)}
+    waiting = iter(enumerate(items))
+    futures: dict[Future[Any], int] = {}
+    # The number of workers of other executors, which may be other machines, is not known: they get all items at once.
+    workers = getattr(executor, "_max_workers", None)
+    most = _WAITING * workers if isinstance(workers, int) else len(items)
     try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        while True:
+            for index, item in itertools.islice(waiting, most - len(futures)):
+                futures[_submit(executor, function, item)] = index
+            if not futures:
+                return
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                yield futures.pop(future), future.result()
     except BaseException as error:
         # As above: what has begun is waited for.
         for future in futures:

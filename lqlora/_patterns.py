@@ -20,6 +20,7 @@ __all__ = [
     "EMBEDDINGS",
     "OUTPUT_HEADS",
     "ROUTERS",
+    "VECTORS",
     "NameIndex",
     "Pattern",
     "Patterns",
@@ -43,13 +44,17 @@ EMBEDDINGS: tuple[str, ...] = ("*embed*", "wte", "wpe", "shared", "relative_atte
 
 #: Output heads of a model file stay as they are unless a caller asks for them: they are few, sensitive, and often tied to
 #: the embedding. In a torch model the role of a layer decides (lqlora.nn.selection).
-OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "score", "classifier", "qa_outputs")
+OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "score", "classifier", "qa_outputs", "predictions.decoder")
 
 #: Routers of experts are small, and a wrong choice of experts costs more than a wrong weight.
-ROUTERS: tuple[str, ...] = ("*.gate", "router", "*.router.*", "shared_expert_gate")
+ROUTERS: tuple[str, ...] = ("*.gate", "*.gate.*", "router", "*.router.*", "shared_expert_gate")
+
+#: Norms of heads and biases of experts have two dimensions in some models, and are no matrices of linear layers. ``A_log`` belongs to
+#: state-space models.
+VECTORS: tuple[str, ...] = ("*norm", "*bias", "A_log")
 
 #: Matrices of a model file that stay dense unless a caller asks for them.
-DENSE_BY_NAME: tuple[str, ...] = (*EMBEDDINGS, *OUTPUT_HEADS, *ROUTERS)
+DENSE_BY_NAME: tuple[str, ...] = (*EMBEDDINGS, *OUTPUT_HEADS, *ROUTERS, *VECTORS)
 
 
 #: Characters that make a string a shell pattern.

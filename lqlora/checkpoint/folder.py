@@ -229,8 +229,9 @@ def _read(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]],
             raise CheckpointError(
                 shortened(f"{folder / name} is not the file that {DOCUMENT} lists: its fingerprint is another one.")
             )
+        # A matrix and a tensor may have one name: their entries in the files differ.
         for whole, part in ((content.matrices, shard.matrices), (content.tensors, shard.tensors)):
-            if twice := next((key for key in part if key in content.matrices or key in content.tensors), None):
+            if twice := next((key for key in part if key in whole), None):
                 raise CheckpointError(shortened(f"{folder} has {shown(twice)} in two files. Keep the files of one checkpoint in it."))
             whole.update(part)
     return content

@@ -40,8 +40,7 @@ def weighting_digest(weighting: AbstractWeighting | None) -> str:
         return "none"
     if not dataclasses.is_dataclass(weighting):
         raise InvalidArgumentError(
-            f"weighting must be a dataclass, whose fields a store can compare, got {type(weighting).__name__}. Make it "
-            "one, or leave out store."
+            f"weighting must be a dataclass, whose fields can be compared with those of an earlier run, got {type(weighting).__name__}."
         )
     parts = [type(weighting).__qualname__]
     # Fields with init=False follow from the arguments, and may hold what was computed lazily.

@@ -42,6 +42,9 @@ _MODULES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+#: Tensors that llama.cpp reads and transformers computes: the factors of rotary frequencies.
+_COMPUTED = frozenset({"rope_freqs.weight"})
+
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -168,7 +171,7 @@ def open_llama(path: str | os.PathLike[str]) -> ModelContents:
     Returns
     -------
     ModelContents
-        Weights by module name. Tensors that are left out have the names of the file.
+        Weights by module name. Other tensors have the names that transformers gives them.
 
     Raises
     ------
@@ -180,18 +183,23 @@ def open_llama(path: str | os.PathLike[str]) -> ModelContents:
     gguf = require("gguf", "demo", "Reading GGUF files")
     llama = _open(Path(path))
     kinds = gguf.GGMLQuantizationType
-    integers = {kinds.I8, kinds.I16, kinds.I32, kinds.I64}
-    left_out = {}
-    for name, (_, tensor) in llama.tensors.items():
+    integers = {kinds.I8: "int8", kinds.I16: "int16", kinds.I32: "int32", kinds.I64: "int64"}
+    left_out, weights, tensors = {}, {}, {}
+    for name, load in llama.loaders().items():
+        file, tensor = llama.tensors[llama.names[name]]
+        if name in _COMPUTED:
+            left_out[name] = LeftOut("that the model computes", tensor.nbytes)
+            continue
         if tensor.kind in integers:
             left_out[name] = LeftOut("of integers", tensor.nbytes)
-        elif (dimensions := len(tensor.shape)) != 2:
-            left_out[name] = LeftOut(f"of {dimensions} dimension{'' if dimensions == 1 else 's'}", tensor.nbytes)
-    weights, tensors = {}, {}
-    for name, load in llama.loaders().items():
-        tensor = llama.tensors[llama.names[name]][1]
+            dtype = integers[tensor.kind]
+            whole = functools.partial(_read_integers, file, llama.names[name], dtype)
+            tensors[name] = SourceTensor(tensor.shape, dtype, tensor.nbytes, whole)
+            continue
         matrices: tuple[str, ...] = ()
-        if llama.names[name] not in left_out:
+        if (dimensions := len(tensor.shape)) != 2:
+            left_out[name] = LeftOut(f"of {dimensions} dimension{'' if dimensions == 1 else 's'}", tensor.nbytes)
+        else:
             own = name.removesuffix(".weight")
             if own in weights:
                 raise CheckpointError(about_file(llama.path, f"has two matrices called {shown(own)}."))
@@ -342,6 +350,19 @@ def _read(path: Path, name: str, heads: int) -> npt.NDArray[np.float32]:
             values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.kind))
         return _unpermute(values.astype(np.float32, copy=False), heads)
     except (NotImplementedError, OSError, ValueError) as error:
+        raise CheckpointError(
+            about_file(path, f"has the tensor {shown(name)}, which cannot be read: {error}.")
+        ) from error
+
+
+def _read_integers(path: Path, name: str, dtype: str) -> npt.NDArray[Any]:
+    """Read one tensor of integers."""
+    tensor = _header(path).tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(about_file(path, f"lacks the tensor {shown(name)}, which it had when it was opened."))
+    try:
+        return np.fromfile(path, dtype, math.prod(tensor.shape), offset=tensor.offset).reshape(tensor.shape)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             about_file(path, f"has the tensor {shown(name)}, which cannot be read: {error}.")
         ) from error

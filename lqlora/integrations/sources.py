@@ -194,14 +194,15 @@ def _open_safetensors(path: Path) -> ModelContents:
             tensors[name] = SourceTensor(shape, "float32", size, load, tuple(found))
         elif name not in used:
             _refuse_codes(name, part)
-            reason = _reason_to_leave_out(name, part)
+            reason, is_turned = _reason_to_leave_out(name, part), False
             if reason:
                 left_out[name] = LeftOut(reason, part.nbytes)
             else:
-                found = _matrices_of(name, part, is_transposed=turned(name))
+                is_turned = turned(name) and not name.endswith("_bias")
+                found = _matrices_of(name, part, is_transposed=is_turned)
             if reason != _OF_ADAPTER:
                 load = functools.partial(_read_as_stored, part.file, name)
-                dtype, is_turned = _DTYPES.get(part.dtype, part.dtype), bool(found) and turned(name)
+                dtype = _DTYPES.get(part.dtype, part.dtype)
                 tensors[name] = SourceTensor(part.shape, dtype, part.nbytes, load, tuple(found), is_turned)
         for matrix, loader in found.items():
             if matrix in weights:
@@ -231,12 +232,19 @@ def _transposed_names(folder: Path) -> Callable[[str], bool]:
     # The configuration of transformers says which model it is. Without one, matrices are taken as they are.
     try:
         text = (folder / _CONFIG).read_bytes() if (folder / _CONFIG).stat().st_size <= _MOST_CONFIG_BYTES else b"{}"
-        config = json.loads(text)
-        kind = config.get("model_type") if isinstance(config, dict) else None
+        kinds = _model_types(json.loads(text))
     except (OSError, RecursionError, ValueError):
-        kind = None
-    pattern = _TRANSPOSED.get(kind) if isinstance(kind, str) else None
-    return lambda name: pattern is not None and pattern.fullmatch(name) is not None
+        kinds = set()
+    patterns = {_TRANSPOSED[kind] for kind in kinds & _TRANSPOSED.keys()}
+    return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _model_types(config: object) -> set[str]:
+    """Return the types of a model and of the models in it, such as the decoder of an encoder and decoder."""
+    if not isinstance(config, dict):
+        return set()
+    own = config.get("model_type")
+    return ({own} if isinstance(own, str) else set()).union(*map(_model_types, config.values()))
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -388,7 +396,8 @@ def _read_as_stored(path: Path, name: str, index: int | None = None) -> npt.NDAr
 
 
 def _read(path: Path, name: str, index: int | None = None, *, is_transposed: bool = False) -> npt.NDArray[np.float32]:
-    found = _read_as_stored(path, name, index).astype(np.float32)
+    with np.errstate(over="ignore"):  # whoever uses the values refuses infinity
+        found = _read_as_stored(path, name, index).astype(np.float32)
     return np.ascontiguousarray(found.T) if is_transposed else found
 
 

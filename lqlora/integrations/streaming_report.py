@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass
@@ -87,8 +88,12 @@ class CheckpointReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight of the decomposed matrices, scales and padding included. Factors and copied tensors are not counted."""
-        return 8 * sum(own.nbytes for own in self.matrices.values()) / sum(own.size for own in self.matrices.values())
+        """Bits per weight of the decomposed matrices, scales and padding included. Factors and copied tensors are not counted.
+
+        It is NaN if the matrices are empty.
+        """
+        size = sum(own.size for own in self.matrices.values())
+        return 8 * sum(own.nbytes for own in self.matrices.values()) / size if size else math.nan
 
     @property
     def total_bytes(self) -> int:

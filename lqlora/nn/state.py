@@ -131,7 +131,7 @@ def _require_storable(state: Mapping[str, Any]) -> None:
 @torch.inference_mode(mode=False)  # the new layers train
 @collection_paused()
 def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patterns | None = None) -> Checkpoint:
-    """Load a file of :func:`save_model` into a model of the same architecture, in place.
+    """Load a checkpoint into a model of the same architecture, in place.
 
     Linear layers that are matrices of the file are replaced by :class:`LQLinear`, and embeddings by
     :class:`QuantizedEmbedding`, with the output embeddings that use their tables. Other tensors are copied into those of
@@ -143,7 +143,9 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
     Parameters
     ----------
     path : path-like
-        File to read.
+        File of :func:`save_model`, or folder of :func:`lqlora.decompose_checkpoint`. In both, tensors have the names of the state dict
+        of the model. Checkpoints of some models on hubs have others, which ``from_pretrained`` of transformers translates: experts one
+        by one instead of in one array, for example. Such a folder does not fit.
     model : torch.nn.Module
         A model with plain linear layers, of any values. It is changed only after the file was checked against it.
     offload : patterns, optional
@@ -170,7 +172,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
     on_meta = any(own.is_meta for own in (*model.parameters(), *model.buffers()))
     content = load(path, mapped=offload is not None or on_meta)
     if not content.matrices:
-        raise CheckpointError(shortened(f"{path} holds no quantized matrix, so save_model did not write it."))
+        raise CheckpointError(shortened(f"{path} holds no quantized matrix."))
     with with_computed_buffers(unwrapped(model)) if on_meta else nullcontext():
         _fill(path, LinearMaps(model, to_fill=True), content, offload)
     return content
@@ -239,6 +241,11 @@ def _tables(maps: LinearMaps, content: Checkpoint, sharing: Mapping[str, str]) -
             fault = next(filter(None, [*faults, *(maps.faults.get(key) for key in heads)]), None)
             found[name] = EmbeddingTable(cast("nn.Parameter", embedding.weight), embeddings, heads, fault)
     return found
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Return whether two tensors of a file are the same, byte for byte."""
+    return bool(first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes())
 
 
 def _can_hold(dtype: torch.dtype, given: torch.Tensor) -> bool:
@@ -316,7 +323,11 @@ def _check_fit(
     names = first_names(state)
     present = {names[name] for name in stored if name in names}
     faults += [f"{name!r} is not in the file" for name in expected if name not in stored and names.get(name) not in present]
-    faults += [f"{name!r} is not in the model, or not of that kind" for name in stored if name not in expected]
+    faults += [
+        f"{name!r} is not in the model, or not of that kind"
+        for name in stored
+        if name not in expected or (name in content.matrices and name not in linears and name not in tables)
+    ]
     faults += [
         f"{name!r} is {expected[name]} in the model and {shape} in the file"
         for name, shape in stored.items()
@@ -344,7 +355,7 @@ def _check_fit(
     faults += [
         f"{name!r} and {other!r} are one tensor in the model and two in the file"
         for name, other in first.items()
-        if other != name
+        if other != name and not _are_equal(content.tensors[name], content.tensors[other])
     ]
     if faults:
         raise CheckpointError(

@@ -72,7 +72,7 @@ class TestTables:
         write_tiny_llama(tmp_path / "m.gguf", tensors_per_part=12)
         assert _costs(tmp_path / f"m-0000{part}-of-00002.gguf", "--output", tmp_path / "t.json") == 0
         assert sorted(_read(tmp_path / "t.json").names) == sorted(LAYERS)
-        left_out = "Left out: 5 tensors of 1 dimension (640 bytes; output_norm.weight, …)."
+        left_out = "Left out: 5 tensors of 1 dimension (640 bytes; model.norm.weight, …)."
         assert left_out in capsys.readouterr().out.splitlines()
 
     def test_the_table_of_a_folder_has_the_matrices_of_all_files(self, shards, tmp_path):

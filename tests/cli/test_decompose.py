@@ -141,7 +141,7 @@ def test_verify_finds_another_source(model, tmp_path, capsys):
         (["--format", FORMAT], "--rank must be given with --format"),
         (["--plan", "model.safetensors"], "not a readable plan"),
         (["--rank", "2", "--format", FORMAT, "--iterations", "0"], "--iterations must be"),
-        (["--rank", "2", "--format", FORMAT, "--include", "nothing"], "--include must select"),
+        (["--rank", "2", "--format", FORMAT, "--include", "nothing"], "--include must match"),
         (["--rank", "2", "--format", FORMAT, "--shard-size", "5 apples"], "--shard-size must be"),
         (["--rank", "99", "--format", FORMAT, "--strict"], "--rank must be at most 32"),
     ],

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import os
 import re
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import ml_dtypes
@@ -17,8 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
 from lqlora._optional import is_installed
+from lqlora._threads import cores
 from lqlora.errors import CheckpointError, InvalidArgumentError, NonFiniteError
+from lqlora.integrations import _streaming_tasks
 from lqlora.integrations.bitsandbytes import to_bitsandbytes
+from lqlora.integrations.quantization_config import MatrixFormat, read_matrices
 from lqlora.integrations.sources import open_model
 from tests.requirements import require_or_skip
 
@@ -99,9 +105,9 @@ class TestContent:
         assert index["weight_map"] == stored
         assert index["metadata"]["total_size"] == report.total_bytes
         config = json.loads((target / "config.json").read_text())
-        assert config == {
-            "model_type": "llama", "hidden_size": 32, "quantization_config": {"quant_method": "lqlora"},
-        }  # fmt: skip
+        described = config.pop("quantization_config")
+        assert config == {"model_type": "llama", "hidden_size": 32}
+        assert read_matrices(described, "config") == dict.fromkeys(report.matrices, MatrixFormat(FORMAT, 4, 1.0))
         assert (target / "tokenizer.json").read_text() == '{"a": 1}'
 
     def test_sizes_are_exact_and_a_dry_run_tells_them_before(self, source, tmp_path):
@@ -173,7 +179,13 @@ class TestContent:
     def test_strict_names_arrays_that_stay_dense(self, source, tmp_path):
         with pytest.raises(InvalidArgumentError, match=r"strict.*kernel \(96 bytes\)"):
             run(source[0], tmp_path / "small", strict=True)
+        with pytest.raises(InvalidArgumentError, match=r"strict.*kernel.*layers\.0\.down"):
+            run(source[0], tmp_path / "small", {"*.up": FORMAT}, strict=True, exclude="*embed*")
         assert not (tmp_path / "small").exists()
+        (folder := tmp_path / "two").mkdir()
+        save_file({"a.weight": values((32, 32)), "b.weight": values((32, 32)), "embed.weight": values((4, 32))}, folder / "m.safetensors")
+        run(folder, tmp_path / "small", strict=True)
+        run(folder, tmp_path / "other", strict=True, exclude=["b", "embed"])
 
     def test_norms_may_be_read_when_they_are_needed(self, source, tmp_path):
         folder, tensors = source
@@ -186,6 +198,79 @@ class TestContent:
         assert lq.load(tmp_path / "a").matrices[name].lora_A.tobytes() == own.lora_A.tobytes()
         with pytest.raises(InvalidArgumentError, match=r"weighting.*'?other"):
             run(folder, tmp_path / "c", weighting={"other": norm})
+
+    def test_a_name_that_is_given_whole_is_taken_although_it_is_dense_by_default(self, source, tmp_path):
+        name = "model.embed_tokens"
+        for number, formats in enumerate([{"*": FORMAT, name: FORMAT}, {"*": FORMAT}, FORMAT]):
+            options = {"include": ["*.up", name]} if formats is FORMAT else {}
+            run(source[0], tmp_path / str(number), formats, **options)
+            matrices = lq.load(tmp_path / str(number)).matrices
+            assert (name in matrices) == (number != 1)
+            assert "model.layers.0.up" in matrices
+
+    def test_parameters_that_are_not_called_weight_stay_dense(self, tmp_path):
+        tensors = {"a.weight": values((32, 32)), "mixer.A_state": values((32, 8)), "q_norm.weight": values((8, 32)), "mlp.gate.wg.weight": values((8, 32))}
+        save_file(tensors, tmp_path / "m.safetensors")
+        assert list(run(tmp_path / "m.safetensors", tmp_path / "a").matrices) == ["a"]
+        assert list(run(tmp_path / "m.safetensors", tmp_path / "b", exclude=()).matrices) == ["a", "mixer.A_state", "mlp.gate.wg", "q_norm"]
+        report = run(tmp_path / "m.safetensors", tmp_path / "c", include=["a", "mixer.A_state"])
+        assert list(report.matrices) == ["a", "mixer.A_state"]
+
+    def test_numbers_of_numpy_are_options(self, source, tmp_path):
+        run(source[0], tmp_path / "a", seed=np.int64(0), max_iter=np.int64(3), rank=np.int64(4), shard_bytes=np.int64(SMALL))
+        run(source[0], tmp_path / "b")
+        assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+    def test_relative_paths_hold_when_the_working_directory_changes(self, source, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        run("dense", "small", progress=lambda *_: monkeypatch.chdir("/"))
+        lq.verify(tmp_path / "small")
+
+    def test_a_source_that_changes_its_shapes_meanwhile_is_named(self, source, tmp_path):
+        folder, tensors = source
+        path = folder / "model-00002-of-00002.safetensors"
+
+        def change(done, total):
+            if done == 1:
+                save_file({name: np.ones((64, 64), np.float32) for name in load_file(path)}, path)
+
+        with ThreadPoolExecutor(1) as one, pytest.raises(CheckpointError, match="other values in"):
+            run(folder, tmp_path / "small", progress=change, executor=one)
+
+    def test_empty_matrices_alone(self, tmp_path):
+        save_file({"a.weight": np.zeros((0, 16), np.float32)}, tmp_path / "m.safetensors")
+        report = run(tmp_path / "m.safetensors", tmp_path / "small", dry_run=True)
+        assert "nan" in str(report)
+
+    def test_many_matrices_in_one_file_need_few_open_files(self, tmp_path):
+        resource = pytest.importorskip("resource")
+        save_file({f"{i}.weight": values((4, 16), i) for i in range(300)}, tmp_path / "m.safetensors")
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+        try:
+            run(tmp_path / "m.safetensors", tmp_path / "small", rank=0, max_iter=1, shard_bytes=2**20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert len(lq.verify(tmp_path / "small").matrices) == 300
+
+    def test_results_do_not_pile_up_while_files_are_written(self, tmp_path, monkeypatch):
+        save_file({f"{i}.weight": values((4, 16), i) for i in range(100)}, tmp_path / "m.safetensors")
+        made, taken, most = [], [], []
+        start = _streaming_tasks.Finished.__init__
+
+        def count(self, *arguments):
+            start(self, *arguments)
+            made.append(1)
+            most.append(len(made) - len(taken))
+
+        monkeypatch.setattr(_streaming_tasks.Finished, "__init__", count)
+
+        def slow(done, total):
+            taken.append(1)
+            time.sleep(0.002)
+
+        run(tmp_path / "m.safetensors", tmp_path / "small", rank=0, max_iter=1, progress=slow)
+        assert max(most) <= 4 * cores() + 1
 
     @pytest.mark.parametrize("text", ["nf2/16:u4/8:float16", "affine4/32:float32", "tcq2/32:u8/256:float32", "nf3/16@0~both:float32"])
     def test_every_kind_of_format(self, source, tmp_path, text):
@@ -318,7 +403,7 @@ class TestInterruptions:
         with ThreadPoolExecutor(1) as one, pytest.raises(Stopped):
             run(folder, target, progress=_stop, executor=one)
         (target / "unfinished" / "run.json").unlink()
-        with pytest.raises(CheckpointError, match=r"run\.json"):
+        with pytest.raises(CheckpointError, match="no unfinished checkpoint"):
             run(folder, target)
 
     def test_a_complete_folder_is_not_written_again(self, source, tmp_path):
@@ -386,14 +471,69 @@ class TestInterruptions:
         assert len(seen) < 6
         assert lq.verify(target).matrices
 
-    def test_a_work_file_that_was_cut_is_named(self, source, tmp_path):
+    @pytest.mark.parametrize("change", ["cut", "bit", "another"])
+    def test_a_damaged_file_of_a_finished_matrix_is_made_again(self, source, tmp_path, change, caplog):
         folder, target = source[0], tmp_path / "small"
+        options = {"shard_bytes": 2**20}
+        run(folder, tmp_path / "whole", **options)
+
+        def stop(done, total):
+            if done == 2:
+                raise Stopped
+
         with ThreadPoolExecutor(1) as one, pytest.raises(Stopped):
-            run(folder, target, progress=_stop, executor=one, shard_bytes=2**20)
-        path = next((target / "unfinished").glob("*.safetensors"))
-        path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(CheckpointError, match=path.name):
-            run(folder, target, shard_bytes=2**20)
+            run(folder, target, progress=stop, executor=one, **options)
+        first, second = sorted((target / "unfinished").rglob("*.safetensors"))
+        data = bytearray(first.read_bytes())
+        data[-1] ^= 1
+        first.write_bytes({"cut": data[:-1], "bit": data, "another": second.read_bytes()}[change])
+        run(folder, target, **options)
+        assert first.name in caplog.text
+        assert files_of(target) == files_of(tmp_path / "whole")
+
+    def test_a_damaged_or_foreign_file_of_the_checkpoint_is_named(self, source, tmp_path):
+        folder, target = source[0], tmp_path / "small"
+        run(folder, tmp_path / "other", fit="scale")
+        name = sorted(path.name for path in (tmp_path / "other").glob("*.safetensors"))[1]
+        run(folder, target)
+        good = (target / name).read_bytes()
+        (target / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        with pytest.raises(CheckpointError, match=r"lqlora\.json does not list"):
+            run(folder, target)
+        (target / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=name):
+            run(folder, target)
+        lq.save(target / name, {}, {"evil": np.ones(3, np.float32)}, {"matrices": {}, "tensors": {"evil": "x"}})
+        with pytest.raises(CheckpointError, match="not the file of this checkpoint"):
+            run(folder, target)
+        lq.save(target / name, {}, {"evil": np.ones(3, np.float32)}, {"matrices": {"m": 5}})
+        with pytest.raises(CheckpointError, match="matrices"):
+            run(folder, target)
+
+    @pytest.mark.parametrize("is_complete", [True, False])
+    def test_other_values_of_a_copied_tensor_are_named(self, source, tmp_path, is_complete):
+        folder, tensors = source
+        target = tmp_path / "small"
+        if is_complete:
+            run(folder, target)
+        else:
+            with ThreadPoolExecutor(1) as one, pytest.raises(Stopped):
+                run(folder, target, progress=_stop, executor=one, shard_bytes=2600)
+        path = folder / "model-00001-of-00002.safetensors"
+        changed = load_file(path)
+        assert "kernel" in changed
+        save_file(changed | {"kernel": changed["kernel"] * 7}, path)
+        with pytest.raises(CheckpointError, match="other values in 'kernel'"):
+            run(folder, target, **({} if is_complete else {"shard_bytes": 2600}))
+
+    def test_a_complete_folder_of_another_source_is_refused(self, source, tmp_path):
+        folder, tensors = source
+        run(folder, tmp_path / "small")
+        path = folder / "model-00001-of-00002.safetensors"
+        changed = load_file(path)
+        save_file(changed | {"model.layers.0.down.weight": changed["model.layers.0.down.weight"] * 2}, path)
+        with pytest.raises(CheckpointError, match=r"other values in 'model\.layers\.0\.down'"):
+            run(folder, tmp_path / "small")
 
 
 def _stop(done, total):
@@ -411,6 +551,51 @@ class TestRefusals:
         (tmp_path / "file").write_text("x")
         with pytest.raises(CheckpointError, match="not a folder"):
             run(source[0], tmp_path / "file")
+
+    def test_a_folder_with_a_subfolder_of_that_name_is_not_touched(self, source, tmp_path):
+        target = tmp_path / "mine"
+        (target / "unfinished" / "job.partial").mkdir(parents=True)
+        (target / "unfinished" / "job.partial" / "precious").write_text("x")
+        (target / "unfinished" / "lock").write_text("mine")
+        before = files_of(target)
+        with pytest.raises(CheckpointError, match="no unfinished checkpoint"):
+            run(source[0], target)
+        (target / "config.json").write_text("my own")
+        with pytest.raises(CheckpointError, match="no unfinished checkpoint"):
+            run(source[0], target)
+        (target / "config.json").unlink()
+        assert files_of(target) == before
+
+    def test_files_of_others_beside_the_work_stay(self, source, tmp_path):
+        folder, target = source[0], tmp_path / "small"
+        with ThreadPoolExecutor(1) as one, pytest.raises(Stopped):
+            run(folder, target, progress=_stop, executor=one)
+        for path in (target / "notes.txt", target / "unfinished" / "notes.txt", target / "unfinished" / "a.partial" / "b"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("mine")
+        run(folder, target)
+        assert (target / "notes.txt").read_text() == (target / "unfinished" / "notes.txt").read_text() == "mine"
+        assert (target / "unfinished" / "a.partial" / "b").read_text() == "mine"
+        lq.verify(target)
+
+    @pytest.mark.parametrize(
+        "name", ["model.layers.0.up.quantized.codes", "model.layers.0.up.lora_A", "x.quantized.quantized.y", "n" * 70_000]
+    )
+    def test_a_reserved_name_is_found_before_the_work(self, source, tmp_path, name):
+        folder, tensors = source
+        matrix = {"x.quantized.weight": values((32, 16))} if name.startswith("x") else {}
+        dtype = np.int32 if "lora" in name else np.float32  # floating-point factors are those of an adapter
+        save_file(matrix | {name: np.ones(3, dtype)}, folder / "model-00003-of-00002.safetensors")
+        (folder / "model-00003-of-00002.safetensors").rename(folder / "more.safetensors")
+        with pytest.raises(CheckpointError, match=r"reserved|70000 characters"):
+            run(folder, tmp_path / "small", dry_run=True)
+
+    def test_a_matrix_and_a_tensor_may_have_one_name(self, tmp_path):
+        save_file({"a.weight": values((32, 32)), "a": np.ones(3, np.float32)}, tmp_path / "m.safetensors")
+        for shard_bytes in (1, 2**20):
+            run(tmp_path / "m.safetensors", tmp_path / str(shard_bytes), shard_bytes=shard_bytes)
+            content = lq.verify(tmp_path / str(shard_bytes))
+            assert (list(content.matrices), list(content.tensors)) == (["a"], ["a"])
 
     def test_the_folder_of_the_source_is_refused(self, source, tmp_path):
         before = files_of(tmp_path)
@@ -449,10 +634,20 @@ class TestRefusals:
             ({"callback": print}, "callback cannot be set"),
             ({"time_limit": 1.0}, "time_limit cannot be set"),
             ({"quantizer": print}, "quantizer must be text"),
+            ({"foo": 1}, "foo cannot be set"),
+            ({"scaling": math.inf}, "scaling"),
+            ({"fit": "absmx"}, "fit"),
+            ({"quantizer": "gptq"}, r"weighting must have a norm.*model\.layers"),
+            ({"weighting": {"model.layers.0.up": 3}}, r"weighting must give.*3"),
+            ({"weighting": 3}, "weighting must be a mapping"),
+            ({"exclude": "typo"}, "exclude must match.*typo"),
+            ({"include": ["*.up", "typo"]}, "include must match.*typo"),
+            ({"include": "embed_tokens"}, "nothing is left"),
         ],
         ids=[
             "no rank", "negative rank", "some ranks", "rank of nothing", "no formats", "formats of nothing", "text", "function",
-            "nothing included", "dtype", "bytes", "callback", "time limit", "quantizer",
+            "nothing included", "dtype", "bytes", "callback", "time limit", "quantizer", "unknown", "infinite", "fit", "no norm",
+            "no weighting", "norms", "exclude", "one of two", "dense by default",
         ],
     )  # fmt: skip
     def test_a_bad_argument_changes_nothing(self, source, tmp_path, options, match):

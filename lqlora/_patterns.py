@@ -44,7 +44,9 @@ EMBEDDINGS: tuple[str, ...] = ("*embed*", "wte", "wpe", "shared", "relative_atte
 
 #: Output heads of a model file stay as they are unless a caller asks for them: they are few, sensitive, and often tied to
 #: the embedding. In a torch model the role of a layer decides (lqlora.nn.selection).
-OUTPUT_HEADS: tuple[str, ...] = ("lm_head", "score", "classifier", "qa_outputs", "predictions.decoder")
+OUTPUT_HEADS: tuple[str, ...] = (
+    "lm_head", "score", "classifier", "*classifier.*", "qa_outputs", "*classification_head.*", "*predictions.*",
+)  # fmt: skip
 
 #: Routers of experts are small, and a wrong choice of experts costs more than a wrong weight.
 ROUTERS: tuple[str, ...] = ("*.gate", "*.gate.*", "router", "*.router.*", "shared_expert_gate")

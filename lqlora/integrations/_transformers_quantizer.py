@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,13 +18,16 @@ from lqlora._messages import shortened, shown
 from lqlora.checkpoint import StoredMatrix
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.formats import BlockFormat
-from lqlora.integrations.quantization_config import METHOD, MatrixFormat, read_matrices
+from lqlora.integrations.quantization_config import METHOD, MatrixFormat, describe_matrices, read_matrices
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.merging import dequantize_model
-from lqlora.nn.model import quantize_model, quantized_layer, replace_modules
+from lqlora.nn.model import quantize_model, quantized_layer, quantized_layers, replace_modules
 from lqlora.nn.selection import LinearMaps
 from lqlora.quantized.array import nest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["LqloraConfig", "LqloraQuantizer", "attach", "register_quantizer"]
 
@@ -109,7 +112,7 @@ class LqloraQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         """Replace layers by empty quantized ones, which transformers fills from the files."""
         if self.pre_quantized:
-            replace_by_empty(model, _matrices(self.quantization_config))
+            replace_by_empty(model, read_matrices(self.quantization_config.to_dict(), "quantization_config"))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -124,9 +127,7 @@ class LqloraQuantizer(HfQuantizer):
                 _cast_dense(model, self._asked)
         else:
             quantize_model(model, BlockFormat.parse(config.format), rank=config.rank, **(config.options or {}))
-            from lqlora.integrations.transformers import mark_quantized  # noqa: PLC0415 - imports this module
-
-            mark_quantized(model)
+        attach(model, self)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:  # noqa: ARG002 - that of the layers holds
@@ -170,24 +171,44 @@ def register_quantizer() -> None:
         add_quantizer(METHOD)(LqloraQuantizer)
 
 
-def attach(model: Any, description: dict[str, Any]) -> None:
-    """Describe the layers of a model in its configuration, as ``from_pretrained`` does.
+def attach(model: Any, quantizer: LqloraQuantizer | None = None) -> None:
+    """Describe the layers of a model in its configuration, so that ``save_pretrained`` writes what ``from_pretrained`` reads.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         Model with quantized layers.
-    description : dict
-        Result of :func:`lqlora.integrations.quantization_config.describe_matrices`.
+    quantizer : LqloraQuantizer, optional
+        The one that has loaded the model.
     """
-    config = LqloraConfig(groups=description["groups"])
-    model.config.quantization_config = config
-    model.hf_quantizer = LqloraQuantizer(config, pre_quantized=True)
+    layers = quantized_layers(model)
+    rows = {name: MatrixFormat(own.quantized.format, own.rank, own.scaling) for name, own in layers.items()}
+    config = LqloraConfig(groups=describe_matrices(rows)["groups"])
+    model.hf_quantizer = quantizer or LqloraQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.quantization_config = model.config.quantization_config = config
+    model.hf_quantizer.pre_quantized = True
     model.is_quantized, model.quantization_method = True, METHOD
+    # transformers 5 writes some tensors under the names of older versions, and arrays of experts one by one. It does not know how to do
+    # that with codes and scales. Without conversions it writes the names of the state dict.
+    model._weight_conversions = []  # noqa: SLF001 - no public function says it
 
 
-def _matrices(config: LqloraConfig) -> dict[str, MatrixFormat]:
-    return read_matrices(config.to_dict(), "quantization_config")
+def _names_in_the_model(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the names of layers in a model by those in its file, which may be of an older version of transformers."""
+    if _IS_VERSION_4:
+        return {name: name for name in names}
+    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415 - of transformers 5
+    from transformers.core_model_loading import WeightRenaming  # noqa: PLC0415
+
+    renamings = [own for own in get_model_conversion_mapping(model) if isinstance(own, WeightRenaming)]
+    modules = dict(model.named_modules())
+    found = {}
+    for name in names:
+        renamed = f"{name}.weight"
+        for own in renamings if name not in modules else ():
+            renamed, _ = own.rename_source_key(renamed)
+        found[name] = renamed.removesuffix(".weight")
+    return found
 
 
 def replace_by_empty(model: nn.Module, matrices: dict[str, MatrixFormat]) -> None:
@@ -207,10 +228,14 @@ def replace_by_empty(model: nn.Module, matrices: dict[str, MatrixFormat]) -> Non
     """
     maps = LinearMaps(model, to_fill=True)
     replacements: dict[nn.Module, nn.Module] = {}
-    for name, row in matrices.items():
+    names = _names_in_the_model(model, [name for name in matrices if name not in maps.layers])
+    for listed, row in matrices.items():
+        name = names.get(listed, listed)
         layer = maps.layers.get(name)
         if layer is None or name in maps.faults:
             why = f"{maps.faults[name].sentence}" if layer is not None else "is not a linear layer of the model"
+            if layer is None and ".experts." in name:
+                why += ", which keeps experts in one array. Decompose the model without them (exclude='*.experts.*')"
             raise CheckpointError(shortened(f"quantization_config does not fit the model: {shown(name)} {why}."))
         rows, columns = matrix_of(layer).shape
         with torch.device("meta"):

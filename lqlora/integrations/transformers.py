@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from lqlora._annotations import annotated
 from lqlora._optional import require
 from lqlora.errors import InvalidArgumentError
-from lqlora.integrations.quantization_config import MatrixFormat, describe_matrices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,18 +94,12 @@ def mark_quantized(model: nn.Module) -> None:
     register()
     from lqlora.integrations._transformers_quantizer import attach  # noqa: PLC0415 - imports transformers
 
-    attach(model, describe_matrices(_formats_of(model)))
-
-
-def _formats_of(model: nn.Module) -> dict[str, MatrixFormat]:
-    """Return how each quantized layer of a model is stored."""
     from lqlora.nn import LQLinear  # noqa: PLC0415 - imports torch
-    from lqlora.nn.model import QUANTIZED, quantized_layers  # noqa: PLC0415
+    from lqlora.nn.model import QUANTIZED  # noqa: PLC0415
 
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise InvalidArgumentError(f"model must be one of transformers, got {type(model).__name__}.")
     for name, own in model.named_modules():
         if isinstance(own, QUANTIZED) and not isinstance(own, LQLinear):
             raise InvalidArgumentError(f"model must have quantized layers of LQLinear only, but {name!r} is {type(own).__name__}.")
-    layers = quantized_layers(model)
-    return {name: MatrixFormat(own.quantized.format, own.rank, own.scaling) for name, own in layers.items()}
+    attach(model)

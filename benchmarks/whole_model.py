@@ -36,7 +36,11 @@ def write_model(folder, layers):
     names = {f"model.layers.{layer}.{name}.weight": shape for layer in range(layers) for name, shape in SHAPES.items()}
     names |= {f"model.layers.{layer}.{name}.weight": (WIDTH,) for layer in range(layers)
               for name in ("input_layernorm", "post_attention_layernorm")}  # fmt: skip
-    names |= {"model.embed_tokens.weight": (WORDS, WIDTH), "lm_head.weight": (WORDS, WIDTH), "model.norm.weight": (WIDTH,)}
+    names |= {
+        "model.embed_tokens.weight": (WORDS, WIDTH),
+        "lm_head.weight": (WORDS, WIDTH),
+        "model.norm.weight": (WIDTH,),
+    }
     groups, size = [[]], 0
     for name, shape in sorted(names.items()):
         size += 2 * int(np.prod(shape))
@@ -60,7 +64,9 @@ def write_model(folder, layers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the model; it is made if it does not exist")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder of the model; it is made if it does not exist"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it is replaced")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--work", choices=["decompose", "quantize", "costs"], default="decompose")
@@ -76,7 +82,7 @@ def main():
         shutil.rmtree(options.output)
     start, used = time.perf_counter(), time.process_time()
     if options.work == "costs":
-        from lqlora.recipes.demo.settings import Settings  # noqa: PLC0415
+        from lqlora.recipes.demo.settings import Settings
 
         table = lq.cost_table(open_weights(options.model), Settings.formats, rank=options.rank, mode="fast")
         options.output.mkdir()

@@ -96,19 +96,18 @@ def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> Generator[tup
     # A slow `collect`, such as one that writes to a disk, would otherwise let results pile up in memory.
     places = threading.Semaphore(_WAITING * workers)
 
+    def take() -> tuple[int, Any]:
+        """Return the next item with its index, when there is a place for its result; an index of -1 if there is none."""
+        places.acquire()
+        with lock:
+            return (-1, None) if is_stopped.is_set() else next(waiting, (-1, None))
+
     def work() -> None:
         with _blas_on_one_thread(), on_threads(1):
-            while True:
-                places.acquire()
-                if is_stopped.is_set():
-                    return
-                with lock:
-                    index, item = next(waiting, (-1, None))
-                if index < 0:
-                    return
+            for index, item in iter(take, (-1, None)):
                 try:
                     # A copy for each item: what one sets in its context does not reach the next one.
-                    finished.put((index, contextvars.copy_context().run(function, item), None))  # type: ignore[arg-type]
+                    finished.put((index, contextvars.copy_context().run(function, item), None))
                 except BaseException as error:  # noqa: BLE001 - it is raised in the thread of the caller
                     finished.put((index, None, error))
 

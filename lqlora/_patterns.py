@@ -51,7 +51,7 @@ OUTPUT_HEADS: tuple[str, ...] = (
 #: Routers of experts are small, and a wrong choice of experts costs more than a wrong weight.
 ROUTERS: tuple[str, ...] = ("*.gate", "*.gate.*", "router", "*.router.*", "shared_expert_gate")
 
-#: Norms of heads and biases of experts have two dimensions in some models, and are no matrices of linear layers. ``A_log`` belongs to
+#: Norms of heads and biases of experts have two dimensions in some models, and do not belong to linear layers. ``A_log`` belongs to
 #: state-space models.
 VECTORS: tuple[str, ...] = ("*norm", "*bias", "A_log")
 

@@ -19,7 +19,7 @@ import lqlora as lq
 from lqlora import ops
 from lqlora._dispatch import Operation, array_library
 from lqlora.decomposition import decompose_stack
-from lqlora.integrations.bitsandbytes import from_bitsandbytes, read_bitsandbytes, to_bitsandbytes
+from lqlora.integrations.bitsandbytes import described_shape, from_bitsandbytes, read_bitsandbytes, to_bitsandbytes
 from lqlora.testing.backends._cases import Blocks, Product
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn, Uniform
 
@@ -203,6 +203,9 @@ CALLS = {
     ),
     "Codebook": ({"levels": LEVELS[0]}, lambda levels: lq.Codebook(levels).levels),
     "from_bitsandbytes": (_BNB, _from_bitsandbytes),
+    "described_shape": (
+        {"description": _BNB["weight_DOT_quant_state_DOT_bitsandbytes__nf4"]}, lambda description: np.array(described_shape(description)),
+    ),
     "read_bitsandbytes": (_BNB, _read_bitsandbytes),
     "find_bitsandbytes": ({"w": W}, lambda w: lq.integrations.bitsandbytes.find_bitsandbytes({"w": w})),
     "RowColumn": ({"row": IMPORTANCE[:, 0].copy(), "col": IMPORTANCE[0].copy()}, lambda **own: RowColumn(**own).row),

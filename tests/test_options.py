@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import tempfile
 from fractions import Fraction
 
 import numpy as np
@@ -16,8 +17,16 @@ import safetensors.numpy
 import lqlora as lq
 from lqlora._annotations import _fits
 from lqlora.errors import InvalidArgumentError, LQLoRAError
-from lqlora.integrations.bitsandbytes import from_bitsandbytes, list_parts, read_bitsandbytes, to_bitsandbytes
+from lqlora.integrations.bitsandbytes import (
+    described_shape,
+    from_bitsandbytes,
+    list_parts,
+    read_bitsandbytes,
+    to_bitsandbytes,
+)
+from lqlora.integrations.comparison import compare_checkpoint
 from lqlora.integrations.peft import load_adapter, save_adapter
+from lqlora.integrations.transformers import quantize_on_load
 from lqlora.solvers import Budget, Problem, SolveOptions
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn
 from tests.arguments import FORMAT, GRAM, IMPORTANCE, LORA_A, LORA_B, OUTPUT_GRAM, Q, W, X
@@ -36,7 +45,7 @@ MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
     "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
-    "lqlora.integrations.language_models",
+    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.transformers",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
@@ -63,7 +72,7 @@ LEFT_OUT = {
     "registers plug-ins for the process": {"register"},
     "reads documents, which tests/fuzz damages": {"codebook_from_json", "codebook_from_text", "CostTable.from_json", "Plan.from_json"},
     "draws with matplotlib": {"plot", "plot_pareto"},
-    "needs a language model": {"compress", "load_language_model", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
+    "needs a language model": {"mark_quantized", "compress", "load_language_model", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
     "tests a plug-in for seconds": {
         "assert_backend_conforms", "assert_quantizer_conforms", "assert_solver_conforms", "check_backend", "check_solver",
     },
@@ -153,6 +162,15 @@ def using_task(model, given):
         pass
 
 
+def saved_layer():
+    lq.save("layer.safetensors", {"layers.0": lq.decompose(W, **OWN, max_iter=1)})
+    return "layer.safetensors"
+
+
+def fresh():
+    return tempfile.mkdtemp() + "/small"
+
+
 def opened(**own):
     safetensors.numpy.save_file({"layers.0.weight": W}, "plain.safetensors")
     return own
@@ -168,6 +186,10 @@ CALLS = {
     "BlockTuning": (nn.BlockTuning, {}),
     "decompose": (lq.decompose, {"w": W, **OWN, "max_iter": 1}),
     "decompose_stack": (lq.decompose_stack, {"w": np.stack([W, W]), **OWN, "max_iter": 1}),
+    "decompose_checkpoint": (lq.decompose_checkpoint, lambda: opened(source="plain.safetensors", folder=fresh(), formats=FORMAT, rank=1)),
+    "compare_checkpoint": (compare_checkpoint, lambda: opened(path=saved_layer(), source="plain.safetensors")),
+    "quantize_on_load": (quantize_on_load, {"format": "nf4/64", "rank": 1}),
+    "described_shape": (described_shape, {"description": PARTS["weight.quant_state.bitsandbytes__nf4"]}),
     "cost_table": (lq.cost_table, {"weights": {"a": W}, "formats": [FORMAT], "rank": 1, "max_iter": 1}),
     "CostTable": (lq.CostTable, {
         "names": ("w",), "shapes": ((8, 16),), "configurations": (lq.Configuration(FORMAT, 1),), "costs": np.ones((1, 1)),

@@ -14,13 +14,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lqlora as lq
 from lqlora import _progress
@@ -63,6 +66,12 @@ def compressing():
     return {"model": model, "split": recipes.Split(TOKENS, TOKENS[:2], TOKENS[:1]), "bits": 16.0, "rank": 1}
 
 
+def decomposing():
+    folder = Path(tempfile.mkdtemp())
+    safetensors.numpy.save_file({"a.weight": W, "b.weight": W}, folder / "model.safetensors")
+    return {"source": folder / "model.safetensors", "folder": folder / "small", "formats": FORMAT, "rank": 1}
+
+
 TOKENS = torch.arange(12).remainder(9).view(3, 4)
 
 #: Functions with arguments, the title and unit of the bar, and what a function of the caller sees.
@@ -73,6 +82,7 @@ CALLS = {
     "collect_outputs": (nn.collect_outputs, lambda: {"teacher": dense(), "batches": [torch.ones(2, 16)] * 3}, "Teacher", "batch", [1, 2, 3]),
     "compress": (recipes.compress, compressing, "Compressing", "step", list(range(1, 11))),
     "cost_table": (lq.cost_table, lambda: {"weights": {"a": W, "b": W}, "formats": [FORMAT], "rank": 1}, "Cost table", "matrix", [1, 2]),
+    "decompose_checkpoint": (lq.decompose_checkpoint, decomposing, "Decomposing", "matrix", [1, 2]),
     "decompose_stack": (lq.decompose_stack, lambda: {"w": np.stack([W, W]), "fmt": FORMAT, "rank": 1}, "Decomposing", "matrix", [1, 2]),
     "distill": (nn.distill, distilling, "Distilling", "step", [1, 2, 3]),
     "fine_tune": (recipes.fine_tune, lambda: {"model": language_model(), "sequences": TOKENS, "batch_size": 2}, "Fine-tuning", "step", [1, 2]),

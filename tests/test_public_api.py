@@ -62,7 +62,7 @@ def test_public_names_are_sorted_and_listed_once(name):
 
 
 def test_public_names_are_all_that_dir_promises():
-    assert set(lqlora.__all__) <= {*dir(lqlora), "nn", "recipes", "testing"}
+    assert set(lqlora.__all__) <= {*dir(lqlora), "decompose_checkpoint", "nn", "recipes", "testing"}
 
 
 def test_unknown_attributes_are_refused_by_name():

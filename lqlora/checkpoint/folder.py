@@ -67,7 +67,9 @@ def write_document(
         "metadata": json_values(metadata or {}, "metadata", InvalidArgumentError),
     }
     document["sha256"] = digest({}, document)
-    text = Reader("metadata must be such that they can be read again", InvalidArgumentError).write(document, FolderContent)
+    text = Reader("metadata must be such that they can be read again", InvalidArgumentError).write(
+        document, FolderContent
+    )
     write_whole(Path(folder) / DOCUMENT, f"{text}\n".encode())
 
 
@@ -232,7 +234,9 @@ def _read(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]],
         # A matrix and a tensor may have one name: their entries in the files differ.
         for whole, part in ((content.matrices, shard.matrices), (content.tensors, shard.tensors)):
             if twice := next((key for key in part if key in whole), None):
-                raise CheckpointError(shortened(f"{folder} has {shown(twice)} in two files. Keep the files of one checkpoint in it."))
+                raise CheckpointError(
+                    shortened(f"{folder} has {shown(twice)} in two files. Keep the files of one checkpoint in it.")
+                )
             whole.update(part)
     return content
 
@@ -253,4 +257,6 @@ def _check_index(folder: Path) -> None:
         with safe_open(folder / name, framework="numpy") as file:
             found |= dict.fromkeys(file.keys(), name)
     if listed != found:
-        raise CheckpointError(shortened(f"{path} does not list the tensors of this checkpoint. Write the checkpoint again."))
+        raise CheckpointError(
+            shortened(f"{path} does not list the tensors of this checkpoint. Write the checkpoint again.")
+        )

@@ -226,7 +226,9 @@ def decompose_command(
     include: Annotated[list[str] | None, typer.Option(help="Pattern of names to take; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names to leave out; may be repeated.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail instead of clipping a rank.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, time and memory, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, time and memory, and write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers of each matrix, as JSON.")] = False,
 ) -> None:
     """Decompose a model file matrix by matrix into a folder. A second run continues a run that was killed.
@@ -248,7 +250,12 @@ def decompose_command(
         dry_run=dry_run,
     )
     names = ("format", "plan", "rank", "fit", "seed", "include", "exclude", "strict")
-    renamed = {"formats": "--format", "max_iter": "--iterations", "factor_dtype": "--factor-dtype", "shard_bytes": "--shard-size"}
+    renamed = {
+        "formats": "--format",
+        "max_iter": "--iterations",
+        "factor_dtype": "--factor-dtype",
+        "shard_bytes": "--shard-size",
+    }
     with advise_options({name: f"--{name}" for name in names} | renamed):
         decompose.run(source, folder, options, as_json=as_json)
 

@@ -35,14 +35,18 @@ def run(path: Path, *, as_json: bool) -> None:
     matrices, tensors = found["matrices"].values(), found["tensors"].values()
     weights = sum(own["shape"][0] * own["shape"][1] for own in matrices)
     size = sum(own["bytes"] for own in matrices)
-    console.say(f"{len(matrices)} matrices of {weights:,} weights: {size:,} bytes, {8 * size / max(1, weights):.4f} bits per weight.")
+    console.say(
+        f"{len(matrices)} matrices of {weights:,} weights: {size:,} bytes, {8 * size / max(1, weights):.4f} bits per weight."
+    )
     if found["kind"] == "checkpoint":
         console.say(f"Low-rank factors: {sum(own['factor_bytes'] for own in matrices):,} bytes.")
     console.say(f"Other tensors: {len(tensors)}, {sum(own['bytes'] for own in tensors):,} bytes.")
     if found.get("left_out"):
         names = list(found["left_out"])
         size = sum(own["bytes"] for own in found["left_out"].values())
-        console.say(f"Not part of the model: {len(names)} tensors, {size:,} bytes ({', '.join(names[:3])}{', …' * (len(names) > 3)}).")
+        console.say(
+            f"Not part of the model: {len(names)} tensors, {size:,} bytes ({', '.join(names[:3])}{', …' * (len(names) > 3)})."
+        )
 
 
 def _model(path: Path) -> dict[str, Any]:

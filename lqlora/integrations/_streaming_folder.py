@@ -48,7 +48,11 @@ _COPIED = frozenset({".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe"})
 _MOST_COPIED_BYTES = 2**28
 
 #: What settings that are kept as digests stand for.
-_DIGESTS = {"matrices": "other matrices, formats or ranks", "source": "a model of other tensors", "numerics": "another version of lqlora"}
+_DIGESTS = {
+    "matrices": "other matrices, formats or ranks",
+    "source": "a model of other tensors",
+    "numerics": "another version of lqlora",
+}
 
 
 class _Numbers(Struct, frozen=True):
@@ -59,7 +63,11 @@ class _Numbers(Struct, frozen=True):
 
 
 def run_settings(
-    contents: ModelContents, tasks: Mapping[str, Task], factor_dtype: FloatName, shard_bytes: int, options: Mapping[str, Any]
+    contents: ModelContents,
+    tasks: Mapping[str, Task],
+    factor_dtype: FloatName,
+    shard_bytes: int,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what the files depend on, besides the values of tensors and norms."""
     tensors = [[name, own.dtype, list(own.shape)] for name, own in contents.tensors.items()]
@@ -167,7 +175,9 @@ class Folder:
         for name in self._files:
             self._take_over(name)
         if self._fingerprints != document.shards:
-            raise CheckpointError(shortened(f"{self.path} has files that {DOCUMENT} does not list, or others. Name another folder."))
+            raise CheckpointError(
+                shortened(f"{self.path} has files that {DOCUMENT} does not list, or others. Name another folder.")
+            )
         self._is_complete = True
         self._clean()
 
@@ -180,7 +190,9 @@ class Folder:
         try:
             lock(self._lock)
         except BlockingIOError as error:
-            raise CheckpointError(f"{self.path} is in use by another process. Wait for it, or name another folder.") from error
+            raise CheckpointError(
+                f"{self.path} is in use by another process. Wait for it, or name another folder."
+            ) from error
         except OSError:  # some network file systems have no locks
             pass
         own = self._work / _RUN
@@ -228,8 +240,13 @@ class Folder:
         content, fingerprint = verify_file(path)
         numbers = _read_numbers(path, content)
         copies = {piece.name for piece in pieces if piece.tensor is not None}
-        if content.matrices.keys() | content.tensors.keys() != {piece.name for piece in pieces} or content.tensors.keys() != copies:
-            raise CheckpointError(shortened(f"{path} is not the file of this checkpoint. Remove it, or name another folder."))
+        if (
+            content.matrices.keys() | content.tensors.keys() != {piece.name for piece in pieces}
+            or content.tensors.keys() != copies
+        ):
+            raise CheckpointError(
+                shortened(f"{path} is not the file of this checkpoint. Remove it, or name another folder.")
+            )
         self._note(numbers)
         self._copies |= numbers.tensors
         self._fingerprints[name] = fingerprint
@@ -344,9 +361,8 @@ class Folder:
         for folder in (self._work, *self._folders()):
             with suppress(OSError):
                 for path in list(folder.iterdir()):
-                    if folder != self._work or _is_partial(path.name, _RUN):
-                        if path.name.endswith(".partial"):
-                            shutil.rmtree(path, ignore_errors=True)
+                    if path.name.endswith(".partial") and (folder != self._work or _is_partial(path.name, _RUN)):
+                        shutil.rmtree(path, ignore_errors=True)
 
     def _clean(self) -> None:
         """Remove what is needed only while the checkpoint is not complete."""

@@ -1,4 +1,4 @@
-"""What a checkpoint of a model file holds: the matrices to decompose, the tensors to copy, and the files that they go to."""
+"""Tasks and pieces of a checkpoint: the matrices to decompose, the tensors to copy, and the files that they go to."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Copy(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one file of the checkpoint holds whole: a matrix with its factors, or a tensor that is copied."""
+    """Part of a checkpoint that one file holds whole: a matrix with its factors, or a tensor that is copied."""
 
     name: str
     nbytes: int
@@ -143,10 +143,14 @@ def choose_tasks(
     if not isinstance(weighting, Mapping):
         raise InvalidArgumentError(f"weighting must be a mapping of names to norms, got {given(weighting)}.")
     if unknown := sorted(set(weighting) - set(contents.weights), key=str):
-        raise InvalidArgumentError(f"weighting must name matrices of the source, got {list_names([*map(str, unknown)])}.")
+        raise InvalidArgumentError(
+            f"weighting must name matrices of the source, got {list_names([*map(str, unknown)])}."
+        )
     for name, norm in weighting.items():
         if not (isinstance(norm, AbstractWeighting) or callable(norm)):
-            raise InvalidArgumentError(f"weighting must give {shown(name)} a norm of lqlora.weighting, or a function, got {given(norm)}.")
+            raise InvalidArgumentError(
+                f"weighting must give {shown(name)} a norm of lqlora.weighting, or a function, got {given(norm)}."
+            )
     ranks = _ranks(rank, list(by_name), formats.ranks if isinstance(formats, Plan) else {})
     shapes = _shapes(contents)
     tasks = {}
@@ -169,7 +173,9 @@ def choose_tasks(
     return tasks
 
 
-def _formats(contents: ModelContents, formats: Any, include: Patterns, exclude: Patterns | None) -> dict[str, BlockFormat]:
+def _formats(
+    contents: ModelContents, formats: Any, include: Patterns, exclude: Patterns | None
+) -> dict[str, BlockFormat]:
     """Return the format of each selected matrix, in the order of the source."""
     names = list(contents.weights)
     wanted: Any = formats.formats if isinstance(formats, Plan) else formats
@@ -193,7 +199,10 @@ def _formats(contents: ModelContents, formats: Any, include: Patterns, exclude: 
         raise InvalidArgumentError(
             f"include must select a matrix of {contents.path}, but nothing is left of {len(names)} ({list_names(names)}) after exclusions."
         )
-    by_name = {name: found[name] if is_mapping else wanted if isinstance(wanted, BlockFormat) else wanted(name) for name in chosen}
+    by_name = {
+        name: found[name] if is_mapping else wanted if isinstance(wanted, BlockFormat) else wanted(name)
+        for name in chosen
+    }
     for name, fmt in by_name.items():
         if not isinstance(fmt, BlockFormat):
             raise InvalidArgumentError(f"formats must give {shown(name)} a BlockFormat, got {given(fmt)}.")
@@ -241,8 +250,12 @@ def check_strict(contents: ModelContents, tasks: Mapping[str, Task], exclude: Pa
         raise InvalidArgumentError(
             f"rank must be at most {min(clipped.shape)} for {shown(clipped.name)} of shape {clipped.shape}, got {clipped.clipped_from}."
         )
-    names = [name for tensor, own in contents.tensors.items() for name in (own.matrices or (tensor.removesuffix(".weight"),))]
-    is_excluded = _is_dense_by_default(contents) if exclude is None else predicate_of_any(as_patterns(exclude, "exclude"), names)
+    names = [
+        name for tensor, own in contents.tensors.items() for name in (own.matrices or (tensor.removesuffix(".weight"),))
+    ]
+    is_excluded = (
+        _is_dense_by_default(contents) if exclude is None else predicate_of_any(as_patterns(exclude, "exclude"), names)
+    )
     dense = []
     for tensor, own in contents.tensors.items():
         held = own.matrices or (tensor.removesuffix(".weight"),)
@@ -274,7 +287,9 @@ def list_pieces(contents: ModelContents, tasks: Mapping[str, Task], factor_dtype
             try:
                 dtype = np.dtype(getattr(ml_dtypes, tensor.dtype, tensor.dtype))
             except TypeError:
-                raise CheckpointError(f"{contents.path} has {shown(name)} of {tensor.dtype}, which NumPy does not have.") from None
+                raise CheckpointError(
+                    f"{contents.path} has {shown(name)} of {tensor.dtype}, which NumPy does not have."
+                ) from None
             pieces.append(Piece(name, dtype.itemsize * math.prod(tensor.shape), tensor))
     _check_names(pieces)
     return pieces
@@ -288,7 +303,9 @@ def _check_names(pieces: Sequence[Piece]) -> None:
         ends = [name[: -len(end)] for end in (".lora_A", ".lora_B") if name.endswith(end)]
         places = [place for place in range(len(name)) if name.startswith(".quantized.", place)]
         if piece.tensor is not None and any(own in matrices for own in (*ends, *(name[:place] for place in places))):
-            raise CheckpointError(f"source has the tensor {shown(name)}, whose name is reserved for a part of a quantized matrix.")
+            raise CheckpointError(
+                f"source has the tensor {shown(name)}, whose name is reserved for a part of a quantized matrix."
+            )
         if len(name) > _LONGEST_NAME:
             raise CheckpointError(f"source has a tensor whose name has {len(name)} characters: {shown(name)}.")
 

@@ -71,7 +71,9 @@ class LqloraConfig(QuantizationConfigMixin):
             Values of JSON.
         """
         own = {"groups": self.groups, "format": self.format, "rank": self.rank, "options": self.options}
-        return {"quant_method": METHOD} | {name: copy.deepcopy(value) for name, value in own.items() if value is not None}
+        return {"quant_method": METHOD} | {
+            name: copy.deepcopy(value) for name, value in own.items() if value is not None
+        }
 
 
 class LqloraQuantizer(HfQuantizer):
@@ -248,3 +250,8 @@ def replace_by_empty(model: nn.Module, matrices: dict[str, MatrixFormat]) -> Non
         replacements[layer] = quantized_layer(StoredMatrix(quantized, *factors, row.scaling), layer)
     maps.split_stacks(replacements)
     replace_modules(maps.model, replacements)
+    if _IS_VERSION_4:
+        # It would draw random numbers into weights of layers whose owner initializes them, as CLIP does. Version 5 looks at the tensor.
+        for owner in maps.model.modules():
+            if any(isinstance(child, LQLinear) for child in owner.children()):
+                owner._is_hf_initialized = True  # type: ignore[assignment] # noqa: SLF001 - of transformers

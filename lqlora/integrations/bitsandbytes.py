@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BitsandbytesWeight",
+    "described_shape",
     "find_bitsandbytes",
     "from_bitsandbytes",
     "list_parts",
     "read_bitsandbytes",
-    "stored_shape",
     "to_bitsandbytes",
 ]
 
@@ -135,15 +135,15 @@ def list_parts(tensors: Collection[str], name: str) -> list[str]:
 
 
 @annotated
-def stored_shape(tensors: Mapping[str, Array], name: str = "weight") -> tuple[int, ...]:
-    """Return the shape of one 4-bit weight from its description, without its codes.
+def described_shape(description: Array, *, is_nested: bool = False) -> tuple[int, ...]:
+    """Return the shape of a 4-bit weight from its description, without its codes.
 
     Parameters
     ----------
-    tensors : mapping of str to array
-        The tensor with the description, which is JSON; of a weight with double quantization also ``nested_absmax``. Others are not read.
-    name : str, default "weight"
-        Name of the weight.
+    description : array of uint8
+        The tensor whose name ends in ``quant_state.bitsandbytes__nf4`` or ``__fp4``: JSON.
+    is_nested : bool, default False
+        Whether the weight has a tensor ``nested_absmax``.
 
     Returns
     -------
@@ -153,17 +153,16 @@ def stored_shape(tensors: Mapping[str, Array], name: str = "weight") -> tuple[in
     Raises
     ------
     FormatError
-        If the description is missing, or is not one of bitsandbytes.
+        If the description is not one of bitsandbytes.
 
     Examples
     --------
     >>> import numpy as np, lqlora as lq
     >>> q = lq.quantize(np.ones((4, 16), dtype=np.float32), lq.BlockFormat(lq.NF4, 64))
-    >>> stored_shape(to_bitsandbytes(q, "up.weight"), "up.weight")
+    >>> described_shape(to_bitsandbytes(q, "up.weight")["up.weight.quant_state.bitsandbytes__nf4"])
     (4, 16)
     """
-    parts = {key.removeprefix(name): array for key, array in tensors.items() if key.startswith(f"{name}.")}
-    return tuple(_take_state(parts, name)[1].shape)
+    return tuple(_state_of(plain_array(description, "description"), "description", is_nested=is_nested)[1].shape)
 
 
 def read_bitsandbytes(tensors: Mapping[str, Array]) -> Iterator[tuple[str, BitsandbytesWeight]]:
@@ -423,15 +422,18 @@ def _take_state(parts: dict[str, Array], name: str) -> tuple[str, State]:
             f"Weight {shown(name, 150)} must have one tensor …{_STATE}nf4 or …fp4, got {len(keys)}: {shown(keys[:2])}."
         )
     array = parts.pop(keys[0])
-    where = f"Tensor {shown(name + keys[0], 200)}"
-    if ops.dtype_name(array) != "uint8" or len(array.shape) != 1:
-        raise FormatError(f"{where} must be uint8 of one dimension, got {ops.dtype_name(array)} of {array.shape}.")
-    reader = Reader(where, FormatError)
-    text = ops.convert(array, np).tobytes()
-    state = reader.read(text, NestedState if ".nested_absmax" in parts else State)
+    reader, state = _state_of(array, f"Tensor {shown(name + keys[0], 200)}", is_nested=".nested_absmax" in parts)
     if state.quant_type != kind:
         raise reader.fault("quant_type", f"must be {kind!r}, as in the name of the tensor, got {state.quant_type!r}.")
     return kind, state
+
+
+def _state_of(array: Array, where: str, *, is_nested: bool) -> tuple[Reader, State]:
+    """Return the JSON description in a tensor, with the reader that words further errors."""
+    if ops.dtype_name(array) != "uint8" or len(array.shape) != 1:
+        raise FormatError(f"{where} must be uint8 of one dimension, got {ops.dtype_name(array)} of {array.shape}.")
+    reader = Reader(where, FormatError)
+    return reader, reader.read(ops.convert(array, np).tobytes(), NestedState if is_nested else State)
 
 
 def _take_nested(parts: dict[str, Array], name: str, fmt: BlockFormat, offset: float, blocks: int) -> dict[str, Array]:

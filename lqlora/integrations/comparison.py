@@ -75,15 +75,21 @@ def compare_checkpoint(
             tasks = []
             for name, matrix in part.matrices.items():
                 if name not in contents.weights:
-                    raise CheckpointError(shortened(f"{path} has the matrix {shown(name)}, which {source} does not have."))
+                    raise CheckpointError(
+                        shortened(f"{path} has the matrix {shown(name)}, which {source} does not have.")
+                    )
                 tasks.append(_Task(name, contents.weights[name], matrix, _digest_of(digests.get(name))))
             work = functools.partial(_error_of, path=str(path), source=str(source))
             found |= dict(map_matrices(work, tasks, executor, _after(len(found), report)))
             for name, tensor in part.tensors.items():
                 if name not in contents.tensors:
-                    raise CheckpointError(shortened(f"{path} has the tensor {shown(name)}, which {source} does not have."))
+                    raise CheckpointError(
+                        shortened(f"{path} has the tensor {shown(name)}, which {source} does not have.")
+                    )
                 if not _is_same(tensor, contents.tensors[name].load()):
-                    raise CheckpointError(shortened(f"{path} has other values in the tensor {shown(name)} than {source}."))
+                    raise CheckpointError(
+                        shortened(f"{path} has other values in the tensor {shown(name)} than {source}.")
+                    )
                 used.add(name)
     for name, own in contents.tensors.items():
         if name not in used and not (own.matrices and all(matrix in found for matrix in own.matrices)):
@@ -128,7 +134,9 @@ def _error_of(task: _Task, *, path: str, source: str) -> tuple[str, float]:
             )
         )
     if task.digest is not None and array_digest(dense) != task.digest:
-        raise CheckpointError(shortened(f"{path} was made from other values of {shown(task.name)} than those of {source}."))
+        raise CheckpointError(
+            shortened(f"{path} was made from other values of {shown(task.name)} than those of {source}.")
+        )
     found = dequantize(task.matrix.quantized)
     factors = (np.asarray(own).astype(np.float32) for own in (task.matrix.lora_B, task.matrix.lora_A))
     product = np.matmul(*factors)

@@ -26,7 +26,7 @@ METHOD = "lqlora"
 
 
 class MatrixFormat(NamedTuple):
-    """How one matrix is stored.
+    """Format, rank and scaling of one matrix.
 
     Parameters
     ----------

@@ -16,10 +16,10 @@ from lqlora._annotations import annotated
 from lqlora._documents import Reader, key_step
 from lqlora._messages import about_file, shown
 from lqlora._patterns import DENSE_BY_NAME
-from lqlora.errors import CheckpointError, LQLoRAError
+from lqlora.errors import CheckpointError, FormatError, LQLoRAError
 from lqlora.integrations._parts import all_parts, number_and_count
 from lqlora.integrations._schema import Index
-from lqlora.integrations.bitsandbytes import find_bitsandbytes, from_bitsandbytes, list_parts, stored_shape
+from lqlora.integrations.bitsandbytes import described_shape, find_bitsandbytes, from_bitsandbytes, list_parts
 from lqlora.integrations.contents import LeftOut, ModelContents, SourceTensor
 from lqlora.integrations.gguf import open_llama
 from lqlora.quantized import dequantize
@@ -168,7 +168,9 @@ def _open_safetensors(path: Path) -> ModelContents:
     parts, left_out = _tensors_of(path, files, listed)
     coded = find_bitsandbytes(parts)
     if lost := next((name for name in coded if name not in parts), None):
-        raise CheckpointError(about_file(path, f"lacks the codes of the 4-bit weight {shown(lost)}, which it describes."))
+        raise CheckpointError(
+            about_file(path, f"lacks the codes of the 4-bit weight {shown(lost)}, which it describes.")
+        )
     own = {name: {part: parts[part].file for part in list_parts(parts, name)} for name in coded}
     used = {part for names in own.values() for part in names}
     for name in used:
@@ -182,41 +184,59 @@ def _open_safetensors(path: Path) -> ModelContents:
     turned = _transposed_names(files[0].parent)
     weights: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
     tensors: dict[str, SourceTensor] = {}
-    for name, part in parts.items():
-        found: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
-        if name in own:
-            load = functools.partial(_read_bitsandbytes, own[name], name)
-            shape, size = _shape_of_bitsandbytes(parts, own[name], name), sum(parts[key].nbytes for key in own[name])
-            if len(shape) == 2:
-                found = {name.removesuffix(".weight"): load}
-            else:
-                left_out[name] = LeftOut(_of_dimensions(shape), size)
-            tensors[name] = SourceTensor(shape, "float32", size, load, tuple(found))
-        elif name not in used:
-            _refuse_codes(name, part)
-            reason, is_turned = _reason_to_leave_out(name, part), False
-            if reason:
-                left_out[name] = LeftOut(reason, part.nbytes)
-            else:
-                is_turned = turned(name) and not name.endswith("_bias")
-                found = _matrices_of(name, part, is_transposed=is_turned)
-            if reason != _OF_ADAPTER:
-                load = functools.partial(_read_as_stored, part.file, name)
-                dtype = _DTYPES.get(part.dtype, part.dtype)
-                tensors[name] = SourceTensor(part.shape, dtype, part.nbytes, load, tuple(found), is_turned)
-        for matrix, loader in found.items():
+    for name in parts:
+        if name in used and name not in own:
+            continue  # a part of a 4-bit weight
+        found = (
+            _coded_weight(parts, own[name], name)
+            if name in own
+            else _plain_tensor(name, parts[name], is_turned=turned(name))
+        )
+        if found.reason:
+            left_out[name] = LeftOut(found.reason, found.tensor.nbytes)
+        if found.reason != _OF_ADAPTER:
+            tensors[name] = found.tensor
+        for matrix, load in found.loaders.items():
             if matrix in weights:
                 raise CheckpointError(
                     about_file(path, f"has two matrices called {shown(matrix)}. Keep the files of one model in it.")
                 )
-            weights[matrix] = loader
+            weights[matrix] = load
     unread = set(_files_in(path)) - set(files) if path.is_dir() else set()
     return ModelContents(path, weights, left_out, tuple(files), tuple(sorted(unread)), tensors)
 
 
-def _matrices_of(
-    name: str, part: _Part, *, is_transposed: bool
-) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+class _Found(NamedTuple):
+    """A tensor of the model, the loaders of its matrices, and why it has none."""
+
+    tensor: SourceTensor
+    loaders: dict[str, Callable[[], npt.NDArray[np.float32]]]
+    reason: str
+
+
+def _coded_weight(parts: Mapping[str, _Part], files: Mapping[str, Path], name: str) -> _Found:
+    """Describe a 4-bit weight of bitsandbytes."""
+    load = functools.partial(_read_bitsandbytes, files, name)
+    shape, size = _shape_of_bitsandbytes(parts, files, name), sum(parts[key].nbytes for key in files)
+    loaders: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
+    if len(shape) == 2:
+        loaders[name.removesuffix(".weight")] = load
+    return _Found(
+        SourceTensor(shape, "float32", size, load, tuple(loaders)), loaders, "" if loaders else _of_dimensions(shape)
+    )
+
+
+def _plain_tensor(name: str, part: _Part, *, is_turned: bool) -> _Found:
+    """Describe a tensor that is stored as it is."""
+    _refuse_codes(name, part)
+    reason, is_turned = _reason_to_leave_out(name, part), is_turned and not name.endswith("_bias")
+    loaders = {} if reason else _matrices_of(name, part, is_transposed=is_turned)
+    dtype, load = _DTYPES.get(part.dtype, part.dtype), functools.partial(_read_as_stored, part.file, name)
+    tensor = SourceTensor(part.shape, dtype, part.nbytes, load, tuple(loaders), is_turned and bool(loaders))
+    return _Found(tensor, loaders, reason)
+
+
+def _matrices_of(name: str, part: _Part, *, is_transposed: bool) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
     """Return the loaders of the weight matrices of a tensor, of shape (outputs, inputs)."""
     own = name.removesuffix(".weight")
     if len(part.shape) == 2:
@@ -403,14 +423,14 @@ def _read(path: Path, name: str, index: int | None = None, *, is_transposed: boo
 
 def _shape_of_bitsandbytes(parts: Mapping[str, _Part], files: Mapping[str, Path], name: str) -> tuple[int, ...]:
     """Return the shape of a 4-bit weight; only its description is read."""
-    # The descriptions take a few hundred bytes. The presence of the other tensor says which fields they have.
-    found: dict[str, Any] = {f"{name}.nested_absmax": None} if f"{name}.nested_absmax" in files else {}
+    described = next((part for part in files if ".quant_state." in part.removeprefix(name)), "")
+    if not described or parts[described].nbytes > _MOST_DESCRIPTION_BYTES:
+        raise _unreadable(
+            files, name, FormatError(f"its description must take at most {_MOST_DESCRIPTION_BYTES} bytes.")
+        )
     try:
-        for part, path in files.items():
-            if ".quant_state." in part.removeprefix(name) and parts[part].nbytes <= _MOST_DESCRIPTION_BYTES:
-                with safe_open(path, framework="numpy") as file:
-                    found[part] = file.get_tensor(part)
-        return stored_shape(found, name)
+        with safe_open(files[described], framework="numpy") as file:
+            return described_shape(file.get_tensor(described), is_nested=f"{name}.nested_absmax" in files)
     except (OSError, SafetensorError, LQLoRAError) as error:
         raise _unreadable(files, name, error) from error
 

@@ -160,8 +160,12 @@ def decompose_checkpoint(
     # Other processes, and callables of the caller, may have another working directory, or change it.
     contents = open_model(Path(source).absolute())
     tasks = choose_tasks(contents, formats, rank, include, exclude, norms, fit=options.get("fit", "absmax"))
-    if options.get("quantizer") == "gptq" and (lacking := [name for name, own in tasks.items() if own.weighting is None]):
-        raise InvalidArgumentError(f"weighting must have a norm for each matrix with quantizer='gptq', but lacks {list_names(lacking)}.")
+    if options.get("quantizer") == "gptq" and (
+        lacking := [name for name, own in tasks.items() if own.weighting is None]
+    ):
+        raise InvalidArgumentError(
+            f"weighting must have a norm for each matrix with quantizer='gptq', but lacks {list_names(lacking)}."
+        )
     if strict:
         check_strict(contents, tasks, exclude)
     pieces = list_pieces(contents, tasks, factor_dtype)
@@ -195,7 +199,9 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     plain = {name: own.item() if isinstance(own, np.generic) else own for name, own in options.items()}
     for name, own in plain.items():
         if not (own is None or isinstance(own, str | int | float)):
-            raise InvalidArgumentError(f"{name} must be text or a number for a whole checkpoint, got {type(own).__name__}.")
+            raise InvalidArgumentError(
+                f"{name} must be text or a number for a whole checkpoint, got {type(own).__name__}."
+            )
         if isinstance(own, float) and not math.isfinite(own):
             raise InvalidArgumentError(f"{name} must be finite, got {own}.")
     return json_values(plain, "options", InvalidArgumentError)

@@ -107,8 +107,10 @@ class CheckpointReport:
         ranks = Counter(own.rank for own in matrices)
         quantized, factors = sum(own.nbytes for own in matrices), sum(own.factor_bytes for own in matrices)
         lines = [
-            f"{len(matrices)} matrices of {sum(own.size for own in matrices):,} weights: {_megabytes(quantized)}, "
-            f"{self.bits_per_weight:.3f} bits per weight; factors {_megabytes(factors)}",
+            (
+                f"{len(matrices)} matrices of {sum(own.size for own in matrices):,} weights: {_megabytes(quantized)}, "
+                f"{self.bits_per_weight:.3f} bits per weight; factors {_megabytes(factors)}"
+            ),
             f"formats: {_counts(formats)}; ranks: {_counts(ranks)}",
         ]
         if clipped := [name for name, own in self.matrices.items() if own.clipped_from is not None]:
@@ -125,8 +127,12 @@ class CheckpointReport:
             )
         if self.left_out:
             size = sum(own.nbytes for own in self.left_out.values())
-            lines.append(f"{_number(len(self.left_out), 'tensor')} left out: {_megabytes(size)} ({_names([*self.left_out])})")
-        lines.append(f"total: {_megabytes(self.total_bytes)} in {_number(len(self.files), 'file')}, from {_megabytes(self.source_bytes)}")
+            lines.append(
+                f"{_number(len(self.left_out), 'tensor')} left out: {_megabytes(size)} ({_names([*self.left_out])})"
+            )
+        lines.append(
+            f"total: {_megabytes(self.total_bytes)} in {_number(len(self.files), 'file')}, from {_megabytes(self.source_bytes)}"
+        )
         if self.seconds is not None and self.memory_bytes is not None:
             lines.append(f"estimated: {_duration(self.seconds)}, {_megabytes(self.memory_bytes)} of memory")
         return "\n".join(lines)

@@ -61,11 +61,6 @@ def quantize_on_load(format: str, rank: int, **options: Any) -> Any:  # noqa: A0
     Notes
     -----
     The dense model is loaded first. :func:`lqlora.decompose_checkpoint` needs less memory.
-
-    Examples
-    --------
-    >>> quantize_on_load("nf3/64:u8/256:float32", rank=16).rank  # doctest: +SKIP
-    16
     """
     register()
     from lqlora.integrations._transformers_quantizer import LqloraConfig  # noqa: PLC0415 - imports transformers
@@ -93,7 +88,6 @@ def mark_quantized(model: nn.Module) -> None:
     """
     register()
     from lqlora.integrations._transformers_quantizer import attach  # noqa: PLC0415 - imports transformers
-
     from lqlora.nn import LQLinear  # noqa: PLC0415 - imports torch
     from lqlora.nn.model import QUANTIZED  # noqa: PLC0415
 
@@ -101,5 +95,7 @@ def mark_quantized(model: nn.Module) -> None:
         raise InvalidArgumentError(f"model must be one of transformers, got {type(model).__name__}.")
     for name, own in model.named_modules():
         if isinstance(own, QUANTIZED) and not isinstance(own, LQLinear):
-            raise InvalidArgumentError(f"model must have quantized layers of LQLinear only, but {name!r} is {type(own).__name__}.")
+            raise InvalidArgumentError(
+                f"model must have quantized layers of LQLinear only, but {name!r} is {type(own).__name__}."
+            )
     attach(model)

@@ -322,7 +322,9 @@ def _check_fit(
     # A tensor that has another name in the model, such as a head that is tied to the embedding, is stored under either.
     names = first_names(state)
     present = {names[name] for name in stored if name in names}
-    faults += [f"{name!r} is not in the file" for name in expected if name not in stored and names.get(name) not in present]
+    faults += [
+        f"{name!r} is not in the file" for name in expected if name not in stored and names.get(name) not in present
+    ]
     faults += [
         f"{name!r} is not in the model, or not of that kind"
         for name in stored

@@ -168,6 +168,12 @@ class QuantizedWeight(nn.Module):
             given = state_dict.get(prefix + name)
             if own is None or given is None or given.dtype == own.dtype:
                 continue
+            if is_assigned and given.is_floating_point() and own.is_floating_point():
+                # Scales that a program has widened are the same numbers.
+                exact = given.to(own.dtype)
+                if torch.equal(exact.to(given.dtype), given):
+                    state_dict[prefix + name] = exact
+                    continue
             if is_assigned or not (given.is_floating_point() and own.is_floating_point()):
                 error_msgs.append(f"{prefix + name} must be {own.dtype} for format {self.format}, got {given.dtype}.")
                 return

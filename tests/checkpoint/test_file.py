@@ -534,7 +534,9 @@ class TestNumberOfMatrices:
         matrices = {"m": _decomposition(), "a.quantized.m": _decomposition()}
         with pytest.raises(InvalidArgumentError, match="reserved"):
             lq.save(tmp_path / "t", matrices, {name: np.ones(1)})
-        lq.save(tmp_path / "t", matrices, {"m.quantize": np.ones(1), "x.m.quantized": np.ones(1), "quantized.x": np.ones(1)})
+        lq.save(
+            tmp_path / "t", matrices, {"m.quantize": np.ones(1), "x.m.quantized": np.ones(1), "quantized.x": np.ones(1)}
+        )
         assert sorted(lq.load(tmp_path / "t").tensors) == ["m.quantize", "quantized.x", "x.m.quantized"]
 
     @pytest.mark.parametrize(

@@ -207,7 +207,12 @@ class TestOptions:
             },
             "plan": {"table": files / "table.json", "--bits": 3.5},
             "inspect": {"path": files / "model.safetensors"},
-            "decompose": {"source": files / "model.safetensors", "folder": "out", "--format": "nf2/16:float16", "--rank": 0},
+            "decompose": {
+                "source": files / "model.safetensors",
+                "folder": "out",
+                "--format": "nf2/16:float16",
+                "--rank": 0,
+            },
             "verify": {"path": files / "checkpoint.safetensors"},
             "demo": {"--model": "nowhere.gguf"},
             "compress": {"model": "nowhere.gguf", "--output": "out.safetensors", "--bits": 3},

@@ -78,7 +78,13 @@ def test_text_names_what_was_done(model, tmp_path, capsys):
     path, folder = model[0], tmp_path / "small"
     assert run("decompose", path, folder, "--format", FORMAT, "--rank", 40) == 0
     out = capsys.readouterr().out
-    for text in ("4 matrices of 6,144 weights", "clipped ranks", "2 tensors copied", "1 tensor left out", f"Wrote {folder}"):
+    for text in (
+        "4 matrices of 6,144 weights",
+        "clipped ranks",
+        "2 tensors copied",
+        "1 tensor left out",
+        f"Wrote {folder}",
+    ):
         assert text in out
     assert run("inspect", folder) == 0
     out = capsys.readouterr().out
@@ -108,7 +114,10 @@ def test_a_gguf_file_is_inspected_and_decomposed(tmp_path, capsys):
     write_tiny_llama(tmp_path / "m.gguf")
     assert run("inspect", tmp_path / "m.gguf", "--json") == 0
     assert printed(capsys)["kind"] == "model"
-    assert run("decompose", tmp_path / "m.gguf", tmp_path / "small", "--format", FORMAT, "--rank", 2, "--iterations", 1) == 0
+    assert (
+        run("decompose", tmp_path / "m.gguf", tmp_path / "small", "--format", FORMAT, "--rank", 2, "--iterations", 1)
+        == 0
+    )
     assert run("verify", tmp_path / "small", "--source", tmp_path / "m.gguf") == 0
 
 

@@ -56,7 +56,9 @@ def parameters():
     for name, command in commands.items():
         arguments = [own for own in command.params if not own.opts[0].startswith("-")]
         found += [(name, str(place)) for place in range(len(arguments))]
-        found += [(name, own.opts[0]) for own in command.params if own not in arguments and not getattr(own, "is_flag", False)]
+        found += [
+            (name, own.opts[0]) for own in command.params if own not in arguments and not getattr(own, "is_flag", False)
+        ]
     return found
 
 

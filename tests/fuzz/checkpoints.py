@@ -304,7 +304,14 @@ def _corpus_of_parts(first: _Parts) -> Iterator[tuple[_Parts, str]]:
 
 
 def _corpus_of_tensors(first: _Parts) -> Iterator[tuple[_Parts, str]]:
-    for key in ("\x1b[2J" * 200, "", "layers.0.quantized.\x1b[31m", "layers.0.quantized." + "x" * 500, "\u202e", "\x00"):
+    for key in (
+        "\x1b[2J" * 200,
+        "",
+        "layers.0.quantized.\x1b[31m",
+        "layers.0.quantized." + "x" * 500,
+        "\u202e",
+        "\x00",
+    ):
         yield replace(first, tensors=first.tensors | {key: ("F32", [1], bytes(4))}), f"a tensor of the name {key[:9]!r}"
     for value in (np.nan, np.inf, -1.0, 3e38):
         for key in (

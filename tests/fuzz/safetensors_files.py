@@ -153,8 +153,8 @@ def _change_names(rng: random.Random, tensors: Tensors) -> tuple[Tensors, str]:
         del tensors[name]
     elif kind == "rename":
         matrix = name.partition(".quantized.")[0]
-        tensors[rng.choice((rng.choice(NAMES), f"{matrix}.quantized.{rng.choice(NAMES)}", f"{name}.more"))] = tensors.pop(
-            name
+        tensors[rng.choice((rng.choice(NAMES), f"{matrix}.quantized.{rng.choice(NAMES)}", f"{name}.more"))] = (
+            tensors.pop(name)
         )
     elif kind == "add":
         matrix = name.partition(".quantized.")[0]

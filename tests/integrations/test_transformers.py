@@ -81,6 +81,8 @@ class TestRoundTrips:
     @pytest.mark.sampled(6)
     @pytest.mark.parametrize("name", LOADED)
     def test_a_decomposed_folder_is_loaded(self, tmp_path, name):
+        if name == "gpt-oss" and transformers.__version__.startswith("4."):
+            pytest.skip("transformers 4 multiplies by the whole array of experts")
         own = ARCHITECTURES[name]
         dense = own.make()
         dense.save_pretrained(tmp_path / "dense")

@@ -25,6 +25,7 @@ from lqlora.integrations.bitsandbytes import (
     to_bitsandbytes,
 )
 from lqlora.integrations.comparison import compare_checkpoint
+from lqlora.integrations.merging import merge_checkpoint
 from lqlora.integrations.peft import load_adapter, save_adapter
 from lqlora.integrations.transformers import quantize_on_load
 from lqlora.solvers import Budget, Problem, SolveOptions
@@ -45,7 +46,7 @@ MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
     "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
-    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.transformers",
+    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.merging", "lqlora.integrations.transformers",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
@@ -187,6 +188,7 @@ CALLS = {
     "decompose": (lq.decompose, {"w": W, **OWN, "max_iter": 1}),
     "decompose_stack": (lq.decompose_stack, {"w": np.stack([W, W]), **OWN, "max_iter": 1}),
     "decompose_checkpoint": (lq.decompose_checkpoint, lambda: opened(source="plain.safetensors", folder=fresh(), formats=FORMAT, rank=1)),
+    "merge_checkpoint": (merge_checkpoint, lambda: {"path": saved_layer(), "folder": fresh()}),
     "compare_checkpoint": (compare_checkpoint, lambda: opened(path=saved_layer(), source="plain.safetensors")),
     "quantize_on_load": (quantize_on_load, {"format": "nf4/64", "rank": 1}),
     "described_shape": (described_shape, {"description": PARTS["weight.quant_state.bitsandbytes__nf4"]}),

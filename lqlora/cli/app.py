@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lqlora.cli import compress, console, costs, decompose, inspect, plan, verify
+from lqlora.cli import compress, console, costs, decompose, inspect, merge, plan, verify
 from lqlora.cli.advice import advise_options
 from lqlora.recipes.demo.settings import Settings
 
@@ -258,6 +258,23 @@ def decompose_command(
     }
     with advise_options({name: f"--{name}" for name in names} | renamed):
         decompose.run(source, folder, options, as_json=as_json)
+
+
+@app.command("merge")
+def merge_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, a file or a folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    *,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the matrices.")] = "bfloat16",
+    shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "4GiB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the sizes of the files, as JSON.")] = False,
+) -> None:
+    """Write the dense model of a checkpoint, which other programs open.
+
+    Example: lqlora merge llama-3bit/ llama-merged/
+    """
+    with advise_options({"dtype": "--dtype", "shard_bytes": "--shard-size"}):
+        merge.run(checkpoint, folder, dtype, shard_size, as_json=as_json)
 
 
 @app.command("verify")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lqlora.integrations._streaming_tasks import Finished, Piece, Task
     from lqlora.integrations.contents import ModelContents
 
-__all__ = ["Folder", "run_settings"]
+__all__ = ["Folder", "run_settings", "small_files"]
 
 _log = logging.getLogger("lqlora")
 
@@ -328,11 +328,12 @@ class Folder:
         size = sum(own.nbytes for pieces in self._files.values() for own in pieces)
         index = {"metadata": {"total_size": size}, "weight_map": places}
         write_whole(self.path / INDEX, f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())
-        for path in _small_files(self._contents.path):
+        for path in small_files(self._contents.path):
             data = path.read_bytes()
             write_whole(self.path / path.name, self._marked(data) if path.name == "config.json" else data)
         # In the order of the files, and not in that in which they were finished.
-        write_document(self.path, {name: self._fingerprints[name] for name in self._files}, {"run": self._settings})
+        shards = {name: self._fingerprints[name] for name in self._files}
+        write_document(self.path, shards, {"run": self._settings, "tensors": _origins(self._contents, self._tasks)})
         self._clean()
 
     def _marked(self, config: bytes) -> bytes:
@@ -366,7 +367,7 @@ class Folder:
 
     def _clean(self) -> None:
         """Remove what is needed only while the checkpoint is not complete."""
-        copied = [path.name for path in _small_files(self._contents.path)]
+        copied = [path.name for path in small_files(self._contents.path)]
         for name in (*self._files, INDEX, DOCUMENT, *copied):
             remove_left_over(self.path / name)
         if self._work.is_dir():
@@ -384,6 +385,22 @@ class Folder:
             self._work.rmdir()
 
 
+def _origins(contents: ModelContents, tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
+    """Return how the tensors of the source hold the matrices, as far as names do not say it."""
+    found = {}
+    for name, tensor in contents.tensors.items():
+        is_usual = (
+            tensor.matrices == (name.removesuffix(".weight"),) and name.endswith(".weight") and not tensor.is_transposed
+        )
+        if tensor.matrices and tensor.matrices[0] in tasks and not is_usual:
+            found[name] = {
+                "matrices": list(tensor.matrices),
+                "is_transposed": tensor.is_transposed,
+                "is_stack": len(tensor.shape) == 3,
+            }
+    return found
+
+
 def _is_partial(name: str, target: str) -> bool:
     """Return whether a name is that of a temporary folder beside a file."""
     return name.startswith(f".{target}.") and name.endswith(".partial")
@@ -399,7 +416,7 @@ def _read_numbers(path: Path, content: Checkpoint) -> _Numbers:
     return numbers
 
 
-def _small_files(source: Path) -> list[Path]:
+def small_files(source: Path) -> list[Path]:
     """Return the files beside the weights that a model needs, too."""
     if not source.is_dir():
         return []

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
 from tests.requirements import require_module
@@ -176,3 +176,19 @@ def test_an_unfinished_folder_says_so(model, tmp_path, capsys):
     assert run("verify", folder) == 2
     assert "not a complete checkpoint" in sentence(capsys.readouterr().err)
     shutil.rmtree(folder)
+
+
+def test_a_checkpoint_is_merged(model, tmp_path, capsys):
+    path, matrices = model
+    assert run("decompose", path, tmp_path / "small", "--format", FORMAT, "--rank", 2) == 0
+    capsys.readouterr()
+    assert run("merge", tmp_path / "small", tmp_path / "merged", "--dtype", "float32", "--json") == 0
+    assert list(printed(capsys)["files"]) == ["model.safetensors"]
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: own.shape for name, own in found.items() if "layers" in name} == {
+        f"{name}.weight": own.shape for name, own in matrices.items()
+    }
+    assert run("merge", tmp_path / "small", tmp_path / "other", "--shard-size", "4kB") == 0
+    assert "bytes in" in capsys.readouterr().out
+    assert run("merge", tmp_path / "small", tmp_path / "merged") == 2
+    assert "not an empty folder" in sentence(capsys.readouterr().err)

@@ -145,7 +145,7 @@ def test_a_source_file_exists(name):
     assert name in SOURCES or (ROOT / name).exists()
 
 
-@pytest.mark.parametrize("name", cases(r"(?:lq|lqlora)(?:\.\w+)+"))
+@pytest.mark.parametrize("name", cases(r"(?:lq|lqlora)(?:\.(?!json\b)\w+)+"))
 def test_a_name_of_the_package_exists(name):
     assert resolve(re.sub(r"^lq\b", "lqlora", name))
 

@@ -214,7 +214,7 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
 def _is_folder(path: str | os.PathLike[str]) -> bool:
     try:
         return Path(path).is_dir()
-    except (TypeError, ValueError):  # a zero byte, or no path, which the reader of files will say
+    except (OSError, TypeError, ValueError):  # no path, or one that is too long, which the reader of files will say
         return False
 
 

@@ -168,7 +168,7 @@ class QuantizedWeight(nn.Module):
             given = state_dict.get(prefix + name)
             if own is None or given is None or given.dtype == own.dtype:
                 continue
-            if is_assigned and given.is_floating_point() and own.is_floating_point():
+            if is_assigned and given.is_floating_point() and own.is_floating_point() and given.itemsize > own.itemsize:
                 # Scales that a program has widened are the same numbers.
                 exact = given.to(own.dtype)
                 if torch.equal(exact.to(given.dtype), given):

@@ -20,11 +20,13 @@ from lqlora.errors import InvalidArgumentError, LQLoRAError
 from lqlora.integrations.bitsandbytes import (
     described_shape,
     from_bitsandbytes,
+    layout_fault,
     list_parts,
     read_bitsandbytes,
     to_bitsandbytes,
 )
 from lqlora.integrations.comparison import compare_checkpoint
+from lqlora.integrations.exporting import can_export, export_checkpoint
 from lqlora.integrations.merging import merge_checkpoint
 from lqlora.integrations.peft import load_adapter, save_adapter
 from lqlora.integrations.transformers import quantize_on_load
@@ -46,7 +48,7 @@ MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
     "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
-    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.merging", "lqlora.integrations.transformers",
+    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.merging", "lqlora.integrations.exporting", "lqlora.integrations.transformers",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
@@ -188,6 +190,9 @@ CALLS = {
     "decompose": (lq.decompose, {"w": W, **OWN, "max_iter": 1}),
     "decompose_stack": (lq.decompose_stack, {"w": np.stack([W, W]), **OWN, "max_iter": 1}),
     "decompose_checkpoint": (lq.decompose_checkpoint, lambda: opened(source="plain.safetensors", folder=fresh(), formats=FORMAT, rank=1)),
+    "can_export": (can_export, lambda: {"path": saved_layer(), "base": "dense"}),
+    "export_checkpoint": (export_checkpoint, lambda: {"path": saved_layer(), "folder": fresh(), "base": "dense"}),
+    "layout_fault": (layout_fault, {"q": Q}),
     "merge_checkpoint": (merge_checkpoint, lambda: {"path": saved_layer(), "folder": fresh()}),
     "compare_checkpoint": (compare_checkpoint, lambda: opened(path=saved_layer(), source="plain.safetensors")),
     "quantize_on_load": (quantize_on_load, {"format": "nf4/64", "rank": 1}),

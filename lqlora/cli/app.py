@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lqlora.cli import compress, console, costs, decompose, inspect, merge, plan, verify
+from lqlora.cli import compress, console, costs, decompose, export, inspect, merge, plan, verify
 from lqlora.cli.advice import advise_options
 from lqlora.recipes.demo.settings import Settings
 
@@ -17,6 +17,7 @@ Mode = Literal["exact", "fast"]
 Codes = Literal["trellis", "scalar"]
 Fit = Literal["absmax", "scale", "levels+scale"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+BaseModel = Literal["bitsandbytes", "dense"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -275,6 +276,24 @@ def merge_command(
     """
     with advise_options({"dtype": "--dtype", "shard_bytes": "--shard-size"}):
         merge.run(checkpoint, folder, dtype, shard_size, as_json=as_json)
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, a file or a folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    *,
+    base: Annotated[BaseModel, typer.Option(help="Layout of the quantized part.")] = "dense",
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of decoded matrices and of computation.")] = "bfloat16",
+    shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "4GiB",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the sizes of the files, as JSON.")] = False,
+) -> None:
+    """Write the quantized part as a model, and the low-rank factors as an adapter of PEFT over it.
+
+    Example: lqlora export llama-4bit/ llama-peft/ --base bitsandbytes
+    """
+    with advise_options({"base": "--base", "dtype": "--dtype", "shard_bytes": "--shard-size"}):
+        export.run(checkpoint, folder, base, dtype, shard_size, as_json=as_json)
 
 
 @app.command("verify")

@@ -48,6 +48,7 @@ __all__ = [
     "described_shape",
     "find_bitsandbytes",
     "from_bitsandbytes",
+    "layout_fault",
     "list_parts",
     "read_bitsandbytes",
     "to_bitsandbytes",
@@ -341,6 +342,35 @@ def to_bitsandbytes(q: QuantizedArray, name: str = "weight", dtype: str = "float
     text = Reader("q", FormatError).write(state, schema)
     arrays[f"{name}{_STATE}{kind}"] = _like(q.packed, np.frombuffer(text.encode(), dtype=np.uint8))
     return arrays
+
+
+@annotated
+def layout_fault(q: QuantizedArray) -> str:
+    """Return why the layout of bitsandbytes cannot hold a quantized array; nothing if it can.
+
+    Parameters
+    ----------
+    q : QuantizedArray
+        Array of any library.
+
+    Returns
+    -------
+    str
+        The sentence with which :func:`to_bitsandbytes` would refuse it.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> q = lq.quantize(np.ones(8, dtype=np.float32), lq.BlockFormat.parse("nf3/64:float32"))
+    >>> layout_fault(q)
+    'codebook must be nf4 or fp4-bnb for bitsandbytes, got nf3.'
+    """
+    require_quantized(q)
+    try:
+        _require_exportable(q, "float32")
+    except FormatError as error:
+        return str(error)
+    return ""
 
 
 def _require_exportable(q: QuantizedArray, dtype: str) -> str:

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lqlora.checkpoint import StoredMatrix
+
 __all__ = ["load_adapter", "register", "save_adapter"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 #: PEFT's names of the entries begin with this.
 _ROOT = "base_model.model."
@@ -142,25 +144,63 @@ def save_adapter(
     try:
         target.mkdir(parents=True, exist_ok=True)
         # Without its settings an adapter cannot be loaded, so a crash never leaves new weights beside old settings.
-        (target / _CONFIG).unlink(missing_ok=True)
+        (target / CONFIG).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(shortened(f"{folder} cannot be written: {error}.")) from error
     tensors = {
-        f"{_ROOT}{name}.lora_{key}.weight": matrix.contiguous()
+        entry_of(name, key): matrix.contiguous()
         for name, own in found.items()
         for key, matrix in (("A", own.lora_A), ("B", own.lora_B))
     }
-    with replace_file(target / _WEIGHTS, SafetensorError) as beside:
+    with replace_file(target / WEIGHTS, SafetensorError) as beside:
         save_file(tensors, beside, metadata={"format": "pt"})
     names = [name for name, _ in model.named_modules()]
-    text = json.dumps(_config(found, names, base_model, task_type), indent=2)
-    write_whole(target / _CONFIG, f"{text}\n".encode())
+    text = json.dumps(adapter_settings(found, names, base_model, task_type), indent=2)
+    write_whole(target / CONFIG, f"{text}\n".encode())
 
 
-def _config(
-    found: Mapping[str, Factors], names: Iterable[str], base_model: str | None, task_type: str | None
+def entry_of(name: str, letter: str) -> str:
+    """Return PEFT's name of a factor.
+
+    Parameters
+    ----------
+    name : str
+        Name of the layer.
+    letter : {"A", "B"}
+        Which factor.
+
+    Returns
+    -------
+    str
+        Key in ``adapter_model.safetensors``.
+
+    Examples
+    --------
+    >>> entry_of("model.layers.0.up", "A")
+    'base_model.model.model.layers.0.up.lora_A.weight'
+    """
+    return f"{_ROOT}{name}.lora_{letter}.weight"
+
+
+def adapter_settings(
+    found: Mapping[str, Factors | StoredMatrix], names: Iterable[str], base_model: str | None, task_type: str | None
 ) -> dict[str, Any]:
-    """Return the settings of an adapter."""
+    """Return the settings of an adapter.
+
+    Parameters
+    ----------
+    found : mapping of str to Factors or StoredMatrix
+        Layers with factors of a rank above 0.
+    names : iterable of str
+        Names of all modules of the model.
+    base_model, task_type : str, optional
+        See :func:`save_adapter`.
+
+    Returns
+    -------
+    dict
+        Content of ``adapter_config.json``.
+    """
     ranks = {name: len(own.lora_A) for name, own in found.items()}
     alphas = {name: _alpha(own.scaling, ranks[name]) for name, own in found.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -198,7 +238,7 @@ def _pattern(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(found: Mapping[str, Factors], names: Iterable[str]) -> list[str] | str:
+def _targets(found: Mapping[str, Any], names: Iterable[str]) -> list[str] | str:
     """Return the names of layers, or a regular expression if a name in a list would match the end of another module's, too."""
     others = {name for name in names if name not in found}
     if any(suffix in found for name in others for suffix in _ends(name)):
@@ -233,10 +273,10 @@ def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> None:
         If the model has no quantized layer, or is one itself.
     """
     old = factors(model)
-    config = input_file(Path(folder) / _CONFIG, CheckpointError)
+    config = input_file(Path(folder) / CONFIG, CheckpointError)
     reader = Reader(f"{config} is not an adapter that factors can hold", CheckpointError)
     settings = _settings(reader, config)
-    matrices = _matrices(Path(folder) / _WEIGHTS)
+    matrices = _matrices(Path(folder) / WEIGHTS)
     if left := sorted(matrices.keys() - old.keys()):
         raise CheckpointError(
             shortened(

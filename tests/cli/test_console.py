@@ -213,6 +213,7 @@ class TestOptions:
                 "--format": "nf2/16:float16",
                 "--rank": 0,
             },
+            "export": {"checkpoint": files / "checkpoint.safetensors", "folder": "out"},
             "merge": {"checkpoint": files / "checkpoint.safetensors", "folder": "out"},
             "verify": {"path": files / "checkpoint.safetensors"},
             "demo": {"--model": "nowhere.gguf"},

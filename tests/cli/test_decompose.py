@@ -192,3 +192,21 @@ def test_a_checkpoint_is_merged(model, tmp_path, capsys):
     assert "bytes in" in capsys.readouterr().out
     assert run("merge", tmp_path / "small", tmp_path / "merged") == 2
     assert "not an empty folder" in sentence(capsys.readouterr().err)
+
+
+def test_a_checkpoint_is_exported(model, tmp_path, capsys):
+    require_module("torch")
+    assert run("decompose", model[0], tmp_path / "small", "--format", "nf4/32:float32", "--rank", 2) == 0
+    capsys.readouterr()
+    assert run("export", tmp_path / "small", tmp_path / "base", "--base", "bitsandbytes", "--json") == 0
+    found = printed(capsys)
+    assert list(found["files"]) == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "base" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert run("export", tmp_path / "small", tmp_path / "dense") == 0
+    assert "the adapter" in capsys.readouterr().out
+    assert run("decompose", model[0], tmp_path / "other", "--format", FORMAT, "--rank", 2) == 0
+    assert run("export", tmp_path / "other", tmp_path / "no", "--base", "bitsandbytes") == 2
+    assert "codebook must be" in sentence(capsys.readouterr().err)

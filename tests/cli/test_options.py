@@ -34,6 +34,7 @@ COMMANDS = {
     "plan": (["costs.json"], {"--bits": "4"}),
     "inspect": (["checkpoint.safetensors"], {}),
     "decompose": (["model.safetensors", "folder"], {"--format": "nf4/64", "--rank": "1", "--iterations": "1"}),
+    "export": (["checkpoint.safetensors", "exported"], {"--dtype": "float32"}),
     "merge": (["checkpoint.safetensors", "merged"], {"--dtype": "float32"}),
     "verify": (["checkpoint.safetensors"], {"--source": "model.safetensors"}),
 }  # fmt: skip

@@ -1,0 +1,275 @@
+"""Matrices of a checkpoint as tensors of a model of other programs: where they are, and how a folder of that model is written."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from msgspec import Struct
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from lqlora._documents import Reader, Text
+from lqlora._files import replace_file, replace_folder
+from lqlora._messages import shortened, shown
+from lqlora._progress import reported
+from lqlora.checkpoint.file import read_file
+from lqlora.checkpoint.folder import DOCUMENT, INDEX, read_document_of
+from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.integrations._streaming_folder import small_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from lqlora._typing import FloatName
+    from lqlora.checkpoint import Checkpoint, StoredMatrix
+
+__all__ = ["DTYPES", "ModelParts", "Origin", "join", "open_parts", "rounded", "write_model"]
+
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+class Origin(Struct, frozen=True):
+    """Matrices that a tensor of a dense model holds."""
+
+    matrices: list[Text]
+    is_transposed: bool = False
+    is_stack: bool = False
+
+
+class ModelParts:
+    """Files of a checkpoint, of which one is open at a time, and the file of each matrix and tensor."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._open: tuple[Path, Checkpoint] | None = None
+        self.matrices: dict[str, Path] = {}
+        self.tensors: dict[str, Path] = {}
+        for file in files:
+            content = self._read(file)
+            for found, names in ((self.matrices, content.matrices), (self.tensors, content.tensors)):
+                if twice := next((name for name in names if name in found), None):
+                    raise CheckpointError(shortened(f"{file} has {shown(twice)}, which another file has, too."))
+                found.update(dict.fromkeys(names, file))
+
+    def _read(self, file: Path) -> Checkpoint:
+        if self._open is None or self._open[0] != file:
+            self._open = None  # its pages are no longer mapped while the next file is read
+            self._open = file, read_file(file, mapped=True)[0]
+        return self._open[1]
+
+    def matrix(self, name: str) -> StoredMatrix:
+        """Return a matrix."""
+        return self._read(self.matrices[name]).matrices[name]
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """Return a tensor that is not quantized."""
+        found: npt.NDArray[Any] = self._read(self.tensors[name]).tensors[name]
+        return found
+
+
+def open_parts(path: Path) -> tuple[ModelParts, dict[str, Origin]]:
+    """Return the files of a checkpoint, and how the dense model holds its matrices."""
+    if not (path / DOCUMENT).exists():
+        parts = ModelParts([path])
+        return parts, {f"{name}.weight": Origin([name]) for name in parts.matrices}
+    document = read_document_of(path)
+    parts = ModelParts([path / name for name in document.shards])
+    reader = Reader(f"{path / DOCUMENT} is damaged or inconsistent", CheckpointError)
+    origins = reader.convert(document.metadata.get("tensors", {}), dict[Text, Origin], "metadata.tensors")
+    held = {name for own in origins.values() for name in own.matrices}
+    if unknown := next((name for name in held if name not in parts.matrices), None):
+        raise reader.fault("metadata.tensors", f"must name matrices of the checkpoint, got {shown(unknown)}.")
+    return parts, {**origins, **{f"{name}.weight": Origin([name]) for name in parts.matrices if name not in held}}
+
+
+def join(name: str, origin: Origin, dense: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return the tensor that holds matrices of shape (outputs, inputs).
+
+    Parameters
+    ----------
+    name : str
+        Its name, for errors.
+    origin : Origin
+        How it holds them.
+    dense : sequence of ndarray
+        The matrices.
+
+    Returns
+    -------
+    ndarray
+        In row-major order.
+    """
+    turned = [matrix.T for matrix in dense] if origin.is_transposed else list(dense)
+    if not origin.is_stack:
+        return np.ascontiguousarray(turned[0])
+    if len({matrix.shape for matrix in turned}) > 1:
+        raise CheckpointError(shortened(f"{shown(name)} must have matrices of one shape."))
+    return np.stack(turned)
+
+
+def rounded(dense: npt.NDArray[Any], name: str, dtype: FloatName) -> npt.NDArray[Any]:
+    """Return a matrix in another dtype.
+
+    Parameters
+    ----------
+    dense : ndarray
+        The matrix.
+    name : str
+        Its name, for errors.
+    dtype : {"float32", "float16", "bfloat16"}
+        The dtype.
+
+    Returns
+    -------
+    ndarray
+        Finite numbers.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the dtype cannot hold an entry.
+    """
+    with np.errstate(over="ignore"):
+        found: npt.NDArray[Any] = dense.astype(DTYPES[dtype])
+    if not np.isfinite(found).all():
+        raise InvalidArgumentError(
+            f"dtype must hold the values of {shown(name)}, which {dtype} does not. Use bfloat16 or float32."
+        )
+    return found
+
+
+class _Entry(NamedTuple):
+    """A tensor of the model, and its bytes."""
+
+    name: str
+    nbytes: int
+
+
+def _entries(
+    path: Path, parts: ModelParts, origins: Mapping[str, Origin], size_of: Callable[[StoredMatrix], int]
+) -> list[_Entry]:
+    """Return the tensors of the model in the order of the checkpoint."""
+    if twice := next((name for name in origins if name in parts.tensors), None):
+        raise CheckpointError(shortened(f"{path} has both a matrix and a tensor for {shown(twice)}."))
+    holders = {own.matrices[0]: name for name, own in origins.items() if own.matrices}
+    by_file: dict[Path, list[_Entry]] = {}
+    for matrix, file in parts.matrices.items():
+        if matrix in holders:
+            own = origins[holders[matrix]]
+            by_file.setdefault(file, []).append(
+                _Entry(holders[matrix], size_of(parts.matrix(matrix)) * len(own.matrices))
+            )
+    for name, file in parts.tensors.items():
+        by_file.setdefault(file, []).append(_Entry(name, parts.tensor(name).nbytes))
+    return [entry for own in by_file.values() for entry in own]
+
+
+def _in_groups(entries: Sequence[_Entry], most: int) -> list[list[str]]:
+    """Return the names of the tensors of each file."""
+    groups: list[list[str]] = []
+    size = 0
+    for entry in entries:
+        if not groups or size + entry.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry.name)
+        size += entry.nbytes
+    return groups
+
+
+def write_model(
+    path: Path,
+    target: Path,
+    title: str,
+    make: Callable[[str], Mapping[str, npt.NDArray[Any]]],
+    size_of: Callable[[StoredMatrix], int],
+    *,
+    shard_bytes: int,
+    quantization_config: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], None] = lambda _: None,
+    progress: Any = True,
+) -> dict[str, int]:
+    """Write a folder with the tensors that stand for those of a checkpoint. It appears when it is complete.
+
+    Parameters
+    ----------
+    path : Path
+        The checkpoint.
+    target : Path
+        Folder to write, which must not exist or be empty.
+    title : str
+        Title of the bar.
+    make : callable
+        Function of the name of a tensor of the dense model, which returns the tensors that are written for it. It is asked for the
+        tensors that hold matrices.
+    size_of : callable
+        Function of a matrix that returns the bytes of its tensors.
+    shard_bytes : int
+        Largest number of bytes of tensors of a file.
+    quantization_config : mapping, optional
+        Entry of ``config.json``.
+    finish : callable
+        Writes more into the folder.
+    progress : bool or callable
+        See :func:`lqlora.cost_table`.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes of each file with tensors.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read, or the folder cannot be written or is not empty.
+    """
+    parts, origins = open_parts(path)
+    groups = _in_groups(_entries(path, parts, origins, size_of), shard_bytes)
+
+    def check() -> None:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise CheckpointError(shortened(f"{target} is not an empty folder. Name another one."))
+
+    total = sum(map(len, groups))
+    with replace_folder(target, check) as beside, reported(progress, title, total, "tensor") as report:
+        places: dict[str, str] = {}
+        size = done = 0
+        for number, names in enumerate(groups, start=1):
+            file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            tensors: dict[str, npt.NDArray[Any]] = {}
+            for name in names:
+                # Copies, whose file need not stay open.
+                tensors |= make(name) if name in origins else {name: np.array(parts.tensor(name), order="C")}
+                done += 1
+                report(done)
+            with replace_file(beside / file, SafetensorError) as temporary:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, file)
+            size += sum(own.nbytes for own in tensors.values())
+        if len(groups) > 1:
+            text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2, sort_keys=True)
+            (beside / INDEX).write_text(f"{text}\n", encoding="utf-8")
+        _copy_small_files(path, beside, quantization_config)
+        finish(beside)
+        return {name: (beside / name).stat().st_size for name in dict.fromkeys(places.values())}
+
+
+def _copy_small_files(path: Path, folder: Path, quantization_config: Mapping[str, Any] | None) -> None:
+    """Copy configuration and tokenizer, with another mark of quantized weights or none."""
+    for file in small_files(path):
+        data = file.read_bytes()
+        if file.name == "config.json":
+            try:
+                config = json.loads(data)
+                config.pop("quantization_config", None)
+            except (AttributeError, RecursionError, TypeError, ValueError) as error:
+                raise CheckpointError(shortened(f"{file} is not a configuration of transformers: {error}.")) from error
+            if quantization_config is not None:
+                config["quantization_config"] = dict(quantization_config)
+            data = f"{json.dumps(config, indent=2)}\n".encode()
+        (folder / file.name).write_bytes(data)

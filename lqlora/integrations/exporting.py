@@ -1,0 +1,219 @@
+"""Checkpoints for PEFT: the quantized part as a model of other libraries, and the low-rank factors as an adapter over it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from lqlora._annotations import annotated
+from lqlora._files import replace_file, write_whole
+from lqlora._messages import shortened, shown
+from lqlora._options import require_choice, require_integer
+from lqlora.errors import FormatError, InvalidArgumentError
+from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
+from lqlora.integrations.bitsandbytes import layout_fault, to_bitsandbytes
+from lqlora.quantized import dequantize
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+
+    import numpy.typing as npt
+
+    from lqlora._typing import FloatName
+    from lqlora.checkpoint import StoredMatrix
+    from lqlora.formats import BlockFormat
+    from lqlora.integrations._model_folders import ModelParts, Origin
+
+__all__ = ["ADAPTER", "Base", "can_export", "export_checkpoint"]
+
+Base: TypeAlias = Literal["bitsandbytes", "dense"]
+
+#: Subfolder of the adapter.
+ADAPTER = "adapter"
+
+
+@annotated
+def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
+    """Say which matrices of a checkpoint :func:`export_checkpoint` would refuse, before any work.
+
+    Parameters
+    ----------
+    path : path-like
+        Checkpoint, a file or a folder.
+    base : {"bitsandbytes", "dense"}
+        See :func:`export_checkpoint`.
+
+    Returns
+    -------
+    dict of str to str
+        A sentence for each matrix that cannot be exported; empty if all can.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read.
+    """
+    require_choice(base, "base", ("bitsandbytes", "dense"))
+    parts, origins = open_parts(Path(path).absolute())
+    return _faults(parts, origins, base)
+
+
+def _faults(parts: ModelParts, origins: Mapping[str, Origin], base: Base) -> dict[str, str]:
+    found: dict[str, str] = {}
+    kinds: dict[BlockFormat, str] = {}
+    for own in origins.values():
+        for name in own.matrices:
+            fmt = parts.matrix(name).quantized.format
+            if own.is_stack:
+                found[name] = "It is one of an array of experts, for which PEFT has no adapters of linear layers."
+            elif base == "bitsandbytes" and own.is_transposed:
+                found[name] = "The model stores it transposed, and bitsandbytes has no such layer."
+            elif base == "bitsandbytes" and (fault := layout_fault(parts.matrix(name).quantized)):
+                found[name] = fault
+            elif base == "bitsandbytes":
+                kinds.setdefault(fmt, name)
+    settings = {(fmt.codebook.name, str(fmt.scales)): name for fmt, name in kinds.items()}
+    if len(settings) > 1:
+        first, second = [*settings.values()][:2]
+        found[second] = (
+            f"Its codebook or scales are not those of {shown(first)}, and the configuration of bitsandbytes has one for all."
+        )
+    return found
+
+
+@annotated
+def export_checkpoint(
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    base: Base,
+    *,
+    dtype: FloatName = "bfloat16",
+    shard_bytes: int = 2**32,
+    progress: bool | Callable[[int, int], None] = True,
+) -> dict[str, int]:
+    """Write a checkpoint as a base model and an adapter of PEFT over it, which train without this library.
+
+    Load the folder with transformers, and then ``PeftModel.from_pretrained(model, f"{folder}/adapter", is_trainable=True)``. The sum of both
+    is the model of the checkpoint. The adapter belongs to this base: over the original weights it is wrong.
+
+    Parameters
+    ----------
+    path : path-like
+        Folder of :func:`lqlora.decompose_checkpoint`. Or a file of :func:`lqlora.save`: then a matrix ``m`` is the tensor ``m.weight``.
+    folder : path-like
+        Folder to write, which must not exist or be empty. It appears when it is complete.
+    base : {"bitsandbytes", "dense"}
+        ``"bitsandbytes"``: the quantized part in the 4-bit layout of bitsandbytes, with the same codes and scales. All matrices must have
+        the codebook ``nf4`` or ``fp4-bnb``, blocks of 32, 64, … 4096 along the rows, and scales ``float32`` or ``d8/256:float32``.
+        ``"dense"``: the decoded quantized part, for every format.
+    dtype : {"bfloat16", "float16", "float32"}
+        Dtype of decoded matrices, and the one that bitsandbytes computes in.
+    shard_bytes : int
+        Largest number of bytes of tensors of one file; one file is in memory while it is written.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. It counts tensors.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes of each file with tensors of the base.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read, or the folder cannot be written or is not empty.
+    FormatError
+        If :func:`can_export` names a matrix.
+    InvalidArgumentError
+        If ``dtype`` cannot hold a matrix, or no matrix has low-rank factors.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq, tempfile
+    >>> w = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    >>> d = lq.decompose(w, lq.BlockFormat.parse("nf4/64:float32"), rank=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lq.save(f"{folder}/small.safetensors", {"up": d})
+    ...     sizes = export_checkpoint(f"{folder}/small.safetensors", f"{folder}/base", "bitsandbytes")
+    >>> list(sizes)
+    ['model.safetensors']
+    """
+    require_choice(base, "base", ("bitsandbytes", "dense"))
+    require_choice(dtype, "dtype", ("bfloat16", "float16", "float32"))
+    require_integer(shard_bytes, "shard_bytes", 1)
+    own = Path(path).absolute()
+    parts, origins = open_parts(own)
+    if faults := _faults(parts, origins, base):
+        name, reason = next(iter(faults.items()))
+        raise FormatError(shortened(f"{path} cannot be exported: {shown(name)} ({len(faults)} in all). {reason}"))
+    factors = {name: parts.matrix(name) for name in parts.matrices}
+    factors = {name: matrix for name, matrix in factors.items() if len(matrix.lora_A)}
+    if not factors:
+        raise InvalidArgumentError(
+            "path must have low-rank factors for an adapter, got ranks of 0. Use merge_checkpoint."
+        )
+
+    def make(name: str) -> Mapping[str, npt.NDArray[Any]]:
+        origin = origins[name]
+        if base == "bitsandbytes":
+            return to_bitsandbytes(parts.matrix(origin.matrices[0]).quantized, name, dtype)
+        dense = [rounded(np.asarray(dequantize(parts.matrix(own).quantized)), own, dtype) for own in origin.matrices]
+        return {name: join(name, origin, dense)}
+
+    def size_of(matrix: StoredMatrix) -> int:
+        count = math.prod(matrix.quantized.shape)
+        return matrix.quantized.nbytes + 2048 if base == "bitsandbytes" else (4 if dtype == "float32" else 2) * count
+
+    is_transposed = any(origin.is_transposed for origin in origins.values())
+    return write_model(
+        own, Path(folder).absolute(), "Exporting", make, size_of, shard_bytes=int(shard_bytes), progress=progress,
+        quantization_config=_bitsandbytes_config(parts, dtype) if base == "bitsandbytes" else None,
+        finish=lambda beside: _write_adapter(beside / ADAPTER, parts, factors, is_transposed=is_transposed),
+    )  # fmt: skip
+
+
+def _bitsandbytes_config(parts: ModelParts, dtype: FloatName) -> dict[str, Any]:
+    """Return the entry of ``config.json`` with which transformers makes layers of bitsandbytes."""
+    fmt = parts.matrix(next(iter(parts.matrices))).quantized.format
+    # All other linear layers stay dense. Names of tensors that do not belong to one are harmless.
+    others = [
+        name.removesuffix(".weight")
+        for name in parts.tensors
+        if name.endswith(".weight") and parts.tensor(name).ndim == 2
+    ]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4" if fmt.codebook.name == "nf4" else "fp4",
+        "bnb_4bit_use_double_quant": str(fmt.scales) != "float32",
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted({*others, "lm_head"}),
+    }
+
+
+def _write_adapter(
+    folder: Path, parts: ModelParts, factors: Mapping[str, StoredMatrix], *, is_transposed: bool
+) -> None:
+    """Write the low-rank factors as an adapter of PEFT."""
+    from lqlora.integrations.peft import CONFIG, WEIGHTS, adapter_settings, entry_of  # noqa: PLC0415 - imports torch
+
+    names = {*parts.matrices, *(name.rpartition(".")[0] for name in parts.tensors)}
+    settings = adapter_settings(factors, sorted(names), None, None) | {"fan_in_fan_out": is_transposed}
+    folder.mkdir()
+    tensors = {
+        entry_of(name, letter): np.ascontiguousarray(array)
+        for name, own in factors.items()
+        for letter, array in (("A", own.lora_A), ("B", own.lora_B))
+    }
+    with replace_file(folder / WEIGHTS, SafetensorError) as beside:
+        save_file(tensors, beside, metadata={"format": "pt"})
+    write_whole(folder / CONFIG, f"{json.dumps(settings, indent=2)}\n".encode())

@@ -161,6 +161,7 @@ def export_checkpoint(
         )
 
     def make(name: str) -> Mapping[str, npt.NDArray[Any]]:
+        """Return the tensors that stand for the dense tensor of a name."""
         origin = origins[name]
         if base == "bitsandbytes":
             return to_bitsandbytes(parts.matrix(origin.matrices[0]).quantized, name, dtype)
@@ -168,6 +169,7 @@ def export_checkpoint(
         return {name: join(name, origin, dense)}
 
     def size_of(matrix: StoredMatrix) -> int:
+        """Return about the bytes of the tensors of a matrix."""
         count = math.prod(matrix.quantized.shape)
         return matrix.quantized.nbytes + 2048 if base == "bitsandbytes" else (4 if dtype == "float32" else 2) * count
 

@@ -83,6 +83,7 @@ def merge_checkpoint(
     itemsize = np.dtype(DTYPES[dtype]).itemsize
 
     def make(name: str) -> dict[str, npt.NDArray[Any]]:
+        """Return the dense tensor of a name."""
         dense = [rounded(_sum(parts.matrix(matrix)), matrix, dtype) for matrix in origins[name].matrices]
         return {name: join(name, origins[name], dense)}
 

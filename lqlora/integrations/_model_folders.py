@@ -232,6 +232,7 @@ def write_model(
     groups = _in_groups(_entries(path, parts, origins, size_of), shard_bytes)
 
     def check() -> None:
+        """Raise unless the folder is free."""
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(shortened(f"{target} is not an empty folder. Name another one."))
 

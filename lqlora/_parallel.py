@@ -145,7 +145,7 @@ def _on_executor(
     futures: dict[Future[Any], int] = {}
     # The number of workers of other executors, which may be other machines, is not known: they get all items at once.
     workers = getattr(executor, "_max_workers", None)
-    most = _WAITING * workers if isinstance(workers, int) else len(items)
+    most = max(1, _WAITING * workers) if isinstance(workers, int) else max(1, len(items))
     try:
         while True:
             for index, item in itertools.islice(waiting, most - len(futures)):

@@ -105,7 +105,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_container(
-    path: str | os.PathLike[str], key: str, writer: str, *, mapped: bool = False
+    path: str | os.PathLike[str], key: str | None, writer: str, *, mapped: bool = False
 ) -> tuple[dict[str, Any], str]:
     """Return the tensors of a file, and the text of its document, which is not checked.
 
@@ -113,8 +113,8 @@ def read_container(
     ----------
     path : path-like
         File to read.
-    key : str
-        Key of the document in the metadata of the file.
+    key : str, optional
+        Key of the document in the metadata of the file; None for a file without one.
     writer : str
         Function that writes such files, for the error if there is no document.
     mapped : bool, default False
@@ -133,7 +133,7 @@ def read_container(
     own = input_file(path, CheckpointError)
     try:
         with safe_open(own, framework="numpy") as file:
-            text = (file.metadata() or {}).get(key)
+            text = "" if key is None else (file.metadata() or {}).get(key)
             arrays = {} if mapped else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         if mapped:
             arrays = _mapped(own)

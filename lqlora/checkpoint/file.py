@@ -35,13 +35,25 @@ from lqlora.quantized.array import nest
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from lqlora._documents import Reader
     from lqlora._typing import Array
     from lqlora.checkpoint._schema import Content, Matrix
+    from lqlora.checkpoint.quantization_config import MatrixFormat
 
-__all__ = ["KEY", "Checkpoint", "StoredMatrix", "quantized_arrays", "read_file", "save", "stored_bytes", "verify_file"]
+__all__ = [
+    "KEY",
+    "Checkpoint",
+    "StoredMatrix",
+    "quantized_arrays",
+    "read_file",
+    "read_pretrained",
+    "save",
+    "stored_bytes",
+    "verify_file",
+]
 
 #: Version of the JSON document. A reader refuses every other one.
 _SPEC = 4
@@ -302,6 +314,50 @@ def read_file(path: str | os.PathLike[str], *, mapped: bool = False) -> tuple[Ch
     """
     arrays, content, _ = _read(path, mapped=mapped)
     return _assemble(path, arrays, content), content.sha256 if isinstance(content.sha256, str) else ""
+
+
+def read_pretrained(
+    folder: Path, files: Iterable[Path], matrices: Mapping[str, MatrixFormat], *, mapped: bool = False
+) -> Checkpoint:
+    """Read files without a document, whose matrices are described elsewhere.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the files, for errors.
+    files : iterable of Path
+        Files that ``save_pretrained`` of transformers wrote.
+    matrices : mapping of str to MatrixFormat
+        Matrices of the model.
+    mapped : bool, default False
+        See :func:`lqlora.load`.
+
+    Returns
+    -------
+    Checkpoint
+        NumPy arrays.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, damaged or inconsistent.
+    """
+    from lqlora._documents import key_step  # noqa: PLC0415 - imports msgspec
+    from lqlora.checkpoint._schema import Matrix  # noqa: PLC0415
+
+    arrays: dict[str, Any] = {}
+    for file in files:
+        arrays |= read_container(file, None, "transformers", mapped=mapped)[0]
+    rows, reader = {}, _reader(folder)
+    for name, own in matrices.items():
+        inner, outer = (arrays.get(f"{name}.{key}") for key in ("lora_A", "lora_B"))
+        if inner is None or outer is None or inner.ndim != 2 or outer.ndim != 2:
+            raise reader.fault(f"matrices{key_step(name)}", "must have factors of two dimensions.")
+        if not is_standard(own.format.codebook):
+            arrays[_array_key(name, "codebook")] = own.format.codebook.levels
+        shape = int(outer.shape[0]), int(inner.shape[1])
+        rows[name] = Matrix(str(own.format), shape, own.scaling, own.format.codebook.normalization)
+    return Checkpoint(_take_matrices(arrays, rows, reader, "matrices"), arrays, {})
 
 
 def _assemble(path: str | os.PathLike[str], arrays: dict[str, Any], content: Content) -> Checkpoint:

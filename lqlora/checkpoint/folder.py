@@ -16,7 +16,7 @@ from lqlora._files import input_file, write_whole
 from lqlora._messages import shortened, shown
 from lqlora._shared_settings import collection_paused
 from lqlora.checkpoint._container import digest
-from lqlora.checkpoint.file import KEY, Checkpoint, read_file, verify_file
+from lqlora.checkpoint.file import KEY, Checkpoint, read_file, read_pretrained, verify_file
 from lqlora.errors import CheckpointError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -25,8 +25,19 @@ if TYPE_CHECKING:
 
     from lqlora._documents import Reader
     from lqlora.checkpoint._schema import FolderContent
+    from lqlora.checkpoint.quantization_config import MatrixFormat
 
-__all__ = ["DOCUMENT", "INDEX", "is_checkpoint", "load", "read_document_of", "verify", "write_document"]
+__all__ = [
+    "DOCUMENT",
+    "INDEX",
+    "is_checkpoint",
+    "load",
+    "parts_of",
+    "read_document_of",
+    "read_part",
+    "verify",
+    "write_document",
+]
 
 #: Version of the JSON document. A reader refuses every other one.
 _SPEC = 1
@@ -35,6 +46,7 @@ _SPEC = 1
 DOCUMENT, INDEX = "lqlora.json", "model.safetensors.index.json"
 
 _MOST_BYTES = 2**28
+_CONFIG = "config.json"
 
 
 def write_document(
@@ -131,6 +143,81 @@ def _reader(path: Path) -> Reader:
     return Reader(f"{path} is damaged or inconsistent", CheckpointError)
 
 
+def _described(folder: Path) -> dict[str, MatrixFormat] | None:
+    """Return the matrices of a folder that ``save_pretrained`` of transformers wrote, or None if it is another one."""
+    from lqlora.checkpoint.quantization_config import METHOD, read_matrices  # noqa: PLC0415 - imports msgspec
+
+    path = folder / _CONFIG
+    try:
+        own = input_file(path, CheckpointError, is_optional=True)
+        plain = _reader(path).parse(own.read_bytes()) if own.exists() and own.stat().st_size <= _MOST_BYTES else None
+    except OSError:  # CheckpointError is one
+        return None
+    config = plain.get("quantization_config") if isinstance(plain, dict) else None
+    if not isinstance(config, dict) or config.get("quant_method") != METHOD:
+        return None
+    return read_matrices(config, str(path))
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Return the parts of a checkpoint that hold matrices whole, each for :func:`read_part`.
+
+    Parameters
+    ----------
+    path : Path
+        File or folder.
+
+    Returns
+    -------
+    list of Path
+        The shards of a folder with a document. Otherwise the path itself: files that ``save_pretrained`` of transformers writes may
+        have a matrix in two of them.
+
+    Raises
+    ------
+    CheckpointError
+        If the path is a folder, and no checkpoint.
+    """
+    if not path.is_dir() or (not (path / DOCUMENT).exists() and _described(path) is not None):
+        return [path]
+    return [path / name for name in read_document_of(path).shards]
+
+
+def read_part(path: Path) -> Checkpoint:
+    """Return the content of a part of a checkpoint, mapped into memory.
+
+    Parameters
+    ----------
+    path : Path
+        One of the results of :func:`parts_of`.
+
+    Returns
+    -------
+    Checkpoint
+        Matrices and other tensors.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, damaged or inconsistent.
+    """
+    return load(path, mapped=True) if path.is_dir() else read_file(path, mapped=True)[0]
+
+
+def _pretrained_files(folder: Path) -> list[Path]:
+    """Return the files that ``save_pretrained`` of transformers wrote."""
+    index = folder / INDEX
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    reader = _reader(index)
+    listed = reader.convert(reader.parse(index.read_bytes()), dict[str, Any]).get("weight_map")
+    names = [*dict.fromkeys(map(str, listed.values()))] if isinstance(listed, dict) else []
+    for name in names or [""]:
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise reader.fault("weight_map", f"must name .safetensors files of the folder, got {shown(name)}.")
+    return [folder / name for name in names]
+
+
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Return whether a path names a file of :func:`lqlora.save`, or a folder with the document of a checkpoint.
 
@@ -148,7 +235,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
     try:
         if Path(path).is_dir():
-            return (Path(path) / DOCUMENT).exists()
+            return (Path(path) / DOCUMENT).exists() or _described(Path(path)) is not None
         own = input_file(path, CheckpointError)
         with safe_open(own, framework="numpy") as file:
             return KEY in (file.metadata() or {})
@@ -166,7 +253,8 @@ def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
     Parameters
     ----------
     path : path-like
-        File written by :func:`save`, or folder written by :func:`decompose_checkpoint`.
+        File written by :func:`save`, or folder written by :func:`decompose_checkpoint` or, of a quantized model, by ``save_pretrained``
+        of transformers.
     mapped : bool, default False
         Map files into memory instead of reading them. Then the operating system reads pages when they are used, and drops
         them when memory is short. Do not change a file while arrays of it are in use; writers of this library replace it.
@@ -181,7 +269,7 @@ def load(path: str | os.PathLike[str], *, mapped: bool = False) -> Checkpoint:
     CheckpointError
         If a file is missing, truncated, not a checkpoint of this library, or contradicts itself. Also if a folder is not complete.
     """
-    return _read(path, lambda file: read_file(file, mapped=mapped))
+    return _read(path, lambda file: read_file(file, mapped=mapped), mapped=mapped)
 
 
 @annotated
@@ -192,7 +280,8 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
     Parameters
     ----------
     path : path-like
-        File written by :func:`save`, or folder written by :func:`decompose_checkpoint`. All of it is read into memory.
+        File written by :func:`save`, or folder written by :func:`decompose_checkpoint`. All of it is read into memory. A folder of
+        ``save_pretrained`` of transformers has no fingerprints: it is read as :func:`load` does.
 
     Returns
     -------
@@ -206,8 +295,9 @@ def verify(path: str | os.PathLike[str]) -> Checkpoint:
         list its tensors.
     """
     content = _read(path, verify_file)
-    if _is_folder(path):
+    if _is_folder(path) and (Path(path) / DOCUMENT).exists():
         _check_index(Path(path))
+        _check_config(Path(path), content)
     return content
 
 
@@ -218,11 +308,18 @@ def _is_folder(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _read(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]], tuple[Checkpoint, str]]) -> Checkpoint:
+def _read(
+    path: str | os.PathLike[str],
+    read: Callable[[str | os.PathLike[str]], tuple[Checkpoint, str]],
+    *,
+    mapped: bool = False,
+) -> Checkpoint:
     """Read a file, or all shards of a folder."""
     if not _is_folder(path):
         return read(path)[0]
     folder = Path(path)
+    if not (folder / DOCUMENT).exists() and (matrices := _described(folder)) is not None:
+        return read_pretrained(folder, _pretrained_files(folder), matrices, mapped=mapped)
     document = read_document_of(folder)
     content = Checkpoint({}, {}, document.metadata)
     for name, fingerprint in document.shards.items():
@@ -239,6 +336,23 @@ def _read(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]],
                 )
             whole.update(part)
     return content
+
+
+def _check_config(folder: Path, content: Checkpoint) -> None:
+    """Raise if the configuration for transformers describes other matrices than the shards have: it would load other numbers."""
+    from lqlora.checkpoint.quantization_config import MatrixFormat  # noqa: PLC0415 - imports msgspec
+
+    path = folder / _CONFIG
+    if not path.exists():
+        return
+    found = _described(folder)
+    rows = {
+        name: MatrixFormat(own.quantized.format, len(own.lora_A), own.scaling) for name, own in content.matrices.items()
+    }
+    if found != rows:
+        raise CheckpointError(
+            shortened(f"{path} describes other matrices in quantization_config than the files of {folder} have.")
+        )
 
 
 def _check_index(folder: Path) -> None:

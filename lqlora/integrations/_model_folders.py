@@ -11,12 +11,11 @@ from msgspec import Struct
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from lqlora._documents import Reader, Text
+from lqlora._documents import Reader, Text, key_step
 from lqlora._files import replace_file, replace_folder
 from lqlora._messages import shortened, shown
 from lqlora._progress import reported
-from lqlora.checkpoint.file import read_file
-from lqlora.checkpoint.folder import DOCUMENT, INDEX, read_document_of
+from lqlora.checkpoint.folder import DOCUMENT, INDEX, parts_of, read_document_of, read_part
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations._streaming_folder import small_files
 
@@ -59,7 +58,7 @@ class ModelParts:
     def _read(self, file: Path) -> Checkpoint:
         if self._open is None or self._open[0] != file:
             self._open = None  # its pages are no longer mapped while the next file is read
-            self._open = file, read_file(file, mapped=True)[0]
+            self._open = file, read_part(file)
         return self._open[1]
 
     def matrix(self, name: str) -> StoredMatrix:
@@ -73,18 +72,44 @@ class ModelParts:
 
 
 def open_parts(path: Path) -> tuple[ModelParts, dict[str, Origin]]:
-    """Return the files of a checkpoint, and how the dense model holds its matrices."""
-    if not (path / DOCUMENT).exists():
+    """Return the files of a checkpoint, and how the dense model holds its matrices, by the name of the tensor.
+
+    Parameters
+    ----------
+    path : Path
+        Checkpoint, a file or a folder.
+
+    Returns
+    -------
+    (ModelParts, dict of str to Origin)
+        Each matrix is in one of the tensors.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read, the path is one of several shards, or the document does not fit the matrices.
+    """
+    if not path.is_dir():
+        if (path.parent / DOCUMENT).exists() and path.name in read_document_of(path.parent).shards:
+            raise CheckpointError(shortened(f"{path} is a part of the checkpoint {path.parent}. Name the folder."))
         parts = ModelParts([path])
         return parts, {f"{name}.weight": Origin([name]) for name in parts.matrices}
-    document = read_document_of(path)
-    parts = ModelParts([path / name for name in document.shards])
+    parts = ModelParts(parts_of(path))
+    if not (path / DOCUMENT).exists():  # save_pretrained of transformers wrote it
+        return parts, {f"{name}.weight": Origin([name]) for name in parts.matrices}
     reader = Reader(f"{path / DOCUMENT} is damaged or inconsistent", CheckpointError)
-    origins = reader.convert(document.metadata.get("tensors", {}), dict[Text, Origin], "metadata.tensors")
-    held = {name for own in origins.values() for name in own.matrices}
+    place = "metadata.tensors"
+    origins = reader.convert(read_document_of(path).metadata.get("tensors", {}), dict[Text, Origin], place)
+    held = [name for own in origins.values() for name in own.matrices]
+    for name, own in origins.items():
+        if name == "__metadata__" or not own.matrices or (len(own.matrices) > 1 and not own.is_stack):
+            raise reader.fault(place + key_step(name), "must name one matrix, or those of an array.")
     if unknown := next((name for name in held if name not in parts.matrices), None):
-        raise reader.fault("metadata.tensors", f"must name matrices of the checkpoint, got {shown(unknown)}.")
-    return parts, {**origins, **{f"{name}.weight": Origin([name]) for name in parts.matrices if name not in held}}
+        raise reader.fault(place, f"must name matrices of the checkpoint, got {shown(unknown)}.")
+    usual = {f"{name}.weight": Origin([name]) for name in parts.matrices if name not in held}
+    if len({*held}) < len(held) or origins.keys() & usual.keys():
+        raise reader.fault(place, "must have each matrix once.")
+    return parts, origins | usual
 
 
 def join(name: str, origin: Origin, dense: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
@@ -109,7 +134,7 @@ def join(name: str, origin: Origin, dense: Sequence[npt.NDArray[Any]]) -> npt.ND
         return np.ascontiguousarray(turned[0])
     if len({matrix.shape for matrix in turned}) > 1:
         raise CheckpointError(shortened(f"{shown(name)} must have matrices of one shape."))
-    return np.stack(turned)
+    return np.ascontiguousarray(np.stack(turned))
 
 
 def rounded(dense: npt.NDArray[Any], name: str, dtype: FloatName) -> npt.NDArray[Any]:
@@ -189,6 +214,7 @@ def write_model(
     make: Callable[[str], Mapping[str, npt.NDArray[Any]]],
     size_of: Callable[[StoredMatrix], int],
     *,
+    dtype: FloatName,
     shard_bytes: int,
     quantization_config: Mapping[str, Any] | None = None,
     finish: Callable[[Path], None] = lambda _: None,
@@ -209,6 +235,8 @@ def write_model(
         tensors that hold matrices.
     size_of : callable
         Function of a matrix that returns the bytes of its tensors.
+    dtype : {"float32", "float16", "bfloat16"}
+        Dtype of the dense model, for ``config.json``.
     shard_bytes : int
         Largest number of bytes of tensors of a file.
     quantization_config : mapping, optional
@@ -248,6 +276,8 @@ def write_model(
                 tensors |= make(name) if name in origins else {name: np.array(parts.tensor(name), order="C")}
                 done += 1
                 report(done)
+            # safetensors writes the memory of an array, whatever its strides are.
+            tensors = {name: np.asarray(own, order="C") for name, own in tensors.items()}
             with replace_file(beside / file, SafetensorError) as temporary:
                 save_file(tensors, temporary, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
@@ -255,12 +285,14 @@ def write_model(
         if len(groups) > 1:
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2, sort_keys=True)
             (beside / INDEX).write_text(f"{text}\n", encoding="utf-8")
-        _copy_small_files(path, beside, quantization_config)
+        _copy_small_files(path, beside, quantization_config, dtype)
         finish(beside)
         return {name: (beside / name).stat().st_size for name in dict.fromkeys(places.values())}
 
 
-def _copy_small_files(path: Path, folder: Path, quantization_config: Mapping[str, Any] | None) -> None:
+def _copy_small_files(
+    path: Path, folder: Path, quantization_config: Mapping[str, Any] | None, dtype: FloatName
+) -> None:
     """Copy configuration and tokenizer, with another mark of quantized weights or none."""
     for file in small_files(path):
         data = file.read_bytes()
@@ -270,6 +302,8 @@ def _copy_small_files(path: Path, folder: Path, quantization_config: Mapping[str
                 config.pop("quantization_config", None)
             except (AttributeError, RecursionError, TypeError, ValueError) as error:
                 raise CheckpointError(shortened(f"{file} is not a configuration of transformers: {error}.")) from error
+            # Programs load a model in the dtype that this says.
+            config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
             if quantization_config is not None:
                 config["quantization_config"] = dict(quantization_config)
             data = f"{json.dumps(config, indent=2)}\n".encode()

@@ -17,11 +17,11 @@ from lqlora._printable import printable
 from lqlora._progress import bars_hidden
 from lqlora.checkpoint.file import read_file, save, verify_file
 from lqlora.checkpoint.folder import DOCUMENT, INDEX, read_document_of, write_document
+from lqlora.checkpoint.quantization_config import MatrixFormat, describe_matrices
 from lqlora.costs._digests import format_key, text_digest
 from lqlora.costs.store import NUMERICS
 from lqlora.errors import CheckpointError
 from lqlora.integrations._streaming_tasks import Copy, loaded_copy, tensor_digest
-from lqlora.integrations.quantization_config import MatrixFormat, describe_matrices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -318,6 +318,9 @@ class Folder:
     def finish(self) -> None:
         """Write what makes the folder a checkpoint, the document last."""
         if self._is_complete:
+            for path in small_files(self._contents.path):
+                if not (self.path / path.name).exists():
+                    self._copy(path)
             return
         from safetensors import safe_open  # noqa: PLC0415 - save has imported it
 
@@ -329,12 +332,16 @@ class Folder:
         index = {"metadata": {"total_size": size}, "weight_map": places}
         write_whole(self.path / INDEX, f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())
         for path in small_files(self._contents.path):
-            data = path.read_bytes()
-            write_whole(self.path / path.name, self._marked(data) if path.name == "config.json" else data)
+            self._copy(path)
         # In the order of the files, and not in that in which they were finished.
         shards = {name: self._fingerprints[name] for name in self._files}
         write_document(self.path, shards, {"run": self._settings, "tensors": _origins(self._contents, self._tasks)})
         self._clean()
+
+    def _copy(self, path: Path) -> None:
+        """Copy a file of the source that is not one of its tensors."""
+        data = path.read_bytes()
+        write_whole(self.path / path.name, self._marked(data) if path.name == "config.json" else data)
 
     def _marked(self, config: bytes) -> bytes:
         """Return a configuration of transformers that says how the matrices are stored."""

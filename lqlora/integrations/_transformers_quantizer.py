@@ -16,13 +16,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lqlora._messages import shortened, shown
 from lqlora.checkpoint import StoredMatrix
+from lqlora.checkpoint.quantization_config import METHOD, MatrixFormat, describe_matrices, read_matrices
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.formats import BlockFormat
-from lqlora.integrations.quantization_config import METHOD, MatrixFormat, describe_matrices, read_matrices
+from lqlora.nn import PEQALinear
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.merging import dequantize_model
-from lqlora.nn.model import quantize_model, quantized_layer, quantized_layers, replace_modules
+from lqlora.nn.model import QUANTIZED, quantize_model, quantized_layer, replace_modules
 from lqlora.nn.selection import LinearMaps
 from lqlora.quantized.array import nest
 
@@ -40,7 +41,7 @@ class LqloraConfig(QuantizationConfigMixin):
     Parameters
     ----------
     groups : list of dict, optional
-        Formats of quantized matrices, see :mod:`lqlora.integrations.quantization_config`.
+        Formats of quantized matrices, see :mod:`lqlora.checkpoint.quantization_config`.
     format, rank : str and int, optional
         Format and rank with which a dense model is quantized.
     options : dict, optional
@@ -61,6 +62,23 @@ class LqloraConfig(QuantizationConfigMixin):
         self.groups, self.format, self.rank, self.options = groups, format, rank, options
         if groups is None and (format is None or rank is None):
             raise InvalidArgumentError("quantization_config of lqlora must have groups, or a format and a rank.")
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return an entry, as transformers asks configurations that may also be dicts.
+
+        Parameters
+        ----------
+        key : str
+            Name of the entry.
+        default : object
+            Value if there is none.
+
+        Returns
+        -------
+        object
+            The entry.
+        """
+        return getattr(self, key, default)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is written to ``config.json``.
@@ -108,7 +126,8 @@ class LqloraQuantizer(HfQuantizer):
         """
         if not _IS_VERSION_4 or not self.pre_quantized:
             return dtype
-        self._asked = dtype if isinstance(dtype, torch.dtype) else None
+        asked = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        self._asked = asked if isinstance(asked, torch.dtype) else None
         return torch.float32
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -122,15 +141,37 @@ class LqloraQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             LinearMaps(model).freeze()
-            for layer in model.modules():
-                if isinstance(layer, LQLinear):
-                    layer.lora_A.requires_grad = layer.lora_B.requires_grad = True
+            layers = quantized_modules(model)
+            _require_loaded(layers)
+            for layer in layers.values():
+                layer.lora_A.requires_grad = layer.lora_B.requires_grad = True
+                if layer.bias is not None:
+                    layer.bias.requires_grad = False
             if self._asked is not None:
                 _cast_dense(model, self._asked)
         else:
             quantize_model(model, BlockFormat.parse(config.format), rank=config.rank, **(config.options or {}))
         attach(model, self)
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module, *_: Any, **__: Any) -> tuple[None, dict[str, str]]:
+        """Describe the layers once more before the model is saved: they may have changed since it was loaded.
+
+        Parameters
+        ----------
+        model : transformers.PreTrainedModel
+            The model.
+        *_, **__
+            Arguments of other versions of transformers.
+
+        Returns
+        -------
+        (None, dict)
+            transformers takes the state dict itself.
+        """
+        if not getattr(model, "_hf_peft_config_loaded", False):  # it saves adapters of PEFT alone
+            attach(model, self)
+        return None, {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:  # noqa: ARG002 - that of the layers holds
         dequantize_model(model)
@@ -173,17 +214,71 @@ def register_quantizer() -> None:
         add_quantizer(METHOD)(LqloraQuantizer)
 
 
+def quantized_modules(model: nn.Module) -> dict[str, LQLinear]:
+    """Return the quantized layers of a model by name; their tensors may be on the meta device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+
+    Returns
+    -------
+    dict of str to LQLinear
+        Layers in the order of the model.
+    """
+    return {name: own for name, own in model.named_modules() if isinstance(own, LQLinear)}
+
+
+def _require_loaded(layers: dict[str, LQLinear]) -> None:
+    """Raise if a tensor of a layer was in no file: transformers fills what is missing with what happens to be in memory."""
+    # Version 5 marks the tensors that it has read. Version 4 raises an error of its own.
+    for name, layer in layers.items() if not _IS_VERSION_4 else ():
+        for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            if not (getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta):
+                raise CheckpointError(
+                    shortened(
+                        f"{shown(f'{name}.{key}')} is in no file of the model, although quantization_config lists it."
+                    )
+                )
+
+
 def attach(model: Any, quantizer: LqloraQuantizer | None = None) -> None:
     """Describe the layers of a model in its configuration, so that ``save_pretrained`` writes what ``from_pretrained`` reads.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Model with quantized layers.
+        Model. If it has no quantized layer, the description is removed.
     quantizer : LqloraQuantizer, optional
         The one that has loaded the model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If there are layers that cannot be described.
     """
-    layers = quantized_layers(model)
+    layers = quantized_modules(model)
+    if not layers:
+        if quantizer is not None:
+            quantizer.remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        return
+    for name, own in model.named_modules():
+        fault = ""
+        if isinstance(own, QUANTIZED) and not isinstance(own, LQLinear):
+            fault = f"is {type(own).__name__}"
+        elif isinstance(own, LQLinear) and own.dropout:
+            fault = "has dropout, which is not stored"
+        elif isinstance(own, LQLinear) and name.endswith(".base_layer"):
+            fault = "has adapters of PEFT over it"
+        elif isinstance(own, PEQALinear):
+            fault = "has scales that train"
+        if fault:
+            raise InvalidArgumentError(
+                shortened(
+                    f"model must have quantized layers that a folder of transformers can describe, but {shown(name)} {fault}."
+                )
+            )
     rows = {name: MatrixFormat(own.quantized.format, own.rank, own.scaling) for name, own in layers.items()}
     config = LqloraConfig(groups=describe_matrices(rows)["groups"])
     model.hf_quantizer = quantizer or LqloraQuantizer(config, pre_quantized=True)
@@ -196,21 +291,30 @@ def attach(model: Any, quantizer: LqloraQuantizer | None = None) -> None:
 
 
 def _names_in_the_model(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return the names of layers in a model by those in its file, which may be of an older version of transformers."""
-    if _IS_VERSION_4:
-        return {name: name for name in names}
-    from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415 - of transformers 5
-    from transformers.core_model_loading import WeightRenaming  # noqa: PLC0415
+    """Return the names of modules in a model by those in its file, which may be of another class or of an older transformers."""
+    modules = {name for name, _ in model.named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    renamings: list[Any] = []
+    if not _IS_VERSION_4:
+        from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415 - of transformers 5
+        from transformers.core_model_loading import WeightRenaming  # noqa: PLC0415
 
-    renamings = [own for own in get_model_conversion_mapping(model) if isinstance(own, WeightRenaming)]
-    modules = dict(model.named_modules())
+        renamings = [own for own in get_model_conversion_mapping(model) if isinstance(own, WeightRenaming)]
     found = {}
     for name in names:
         renamed = f"{name}.weight"
         for own in renamings if name not in modules else ():
             renamed, _ = own.rename_source_key(renamed)
-        found[name] = renamed.removesuffix(".weight")
+        renamed = renamed.removesuffix(".weight")
+        # A file of a base model in a model with a head, or the other way round.
+        others = (renamed, renamed.removeprefix(prefix), prefix + renamed)
+        found[name] = next((own for own in others if own in modules), renamed)
     return found
+
+
+def _is_near(name: str, maps: LinearMaps) -> bool:
+    """Return whether a model has the part of a layer that it lacks, so that the description does not fit it."""
+    return name.partition(".")[0] in maps.modules
 
 
 def replace_by_empty(model: nn.Module, matrices: dict[str, MatrixFormat]) -> None:
@@ -231,9 +335,16 @@ def replace_by_empty(model: nn.Module, matrices: dict[str, MatrixFormat]) -> Non
     maps = LinearMaps(model, to_fill=True)
     replacements: dict[nn.Module, nn.Module] = {}
     names = _names_in_the_model(model, [name for name in matrices if name not in maps.layers])
+    present = [listed for listed in matrices if listed in maps.layers or names.get(listed) in maps.modules]
+    # What the class of the model does not have, such as a decoder, is left in the file. Then other parts fit.
+    is_partial = bool(present) and not any(
+        _is_near(names.get(listed, listed), maps) for listed in matrices.keys() - {*present}
+    )
     for listed, row in matrices.items():
         name = names.get(listed, listed)
         layer = maps.layers.get(name)
+        if layer is None and is_partial and listed not in present:
+            continue
         if layer is None or name in maps.faults:
             why = f"{maps.faults[name].sentence}" if layer is not None else "is not a linear layer of the model"
             if layer is None and ".experts." in name:

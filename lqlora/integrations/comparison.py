@@ -12,8 +12,7 @@ from lqlora._annotations import annotated
 from lqlora._messages import shortened, shown
 from lqlora._parallel import map_matrices
 from lqlora._progress import reported
-from lqlora.checkpoint.file import read_file
-from lqlora.checkpoint.folder import DOCUMENT, read_document_of
+from lqlora.checkpoint.folder import parts_of, read_part
 from lqlora.costs._digests import array_digest
 from lqlora.decomposition import relative_error
 from lqlora.errors import CheckpointError
@@ -113,11 +112,8 @@ class _Task(NamedTuple):
 
 def _parts(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """Yield the content of each file of a checkpoint, mapped into memory."""
-    if not (Path(path) / DOCUMENT).exists():
-        yield read_file(path, mapped=True)[0]
-        return
-    for name in read_document_of(path).shards:
-        yield read_file(Path(path) / name, mapped=True)[0]
+    for part in parts_of(Path(path)):
+        yield read_part(part)
 
 
 def _digest_of(entry: Any) -> str | None:

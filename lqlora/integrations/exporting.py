@@ -175,7 +175,7 @@ def export_checkpoint(
 
     is_transposed = any(origin.is_transposed for origin in origins.values())
     return write_model(
-        own, Path(folder).absolute(), "Exporting", make, size_of, shard_bytes=int(shard_bytes), progress=progress,
+        own, Path(folder).absolute(), "Exporting", make, size_of, dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
         quantization_config=_bitsandbytes_config(parts, dtype) if base == "bitsandbytes" else None,
         finish=lambda beside: _write_adapter(beside / ADAPTER, parts, factors, is_transposed=is_transposed),
     )  # fmt: skip

@@ -42,8 +42,9 @@ def merge_checkpoint(
     Parameters
     ----------
     path : path-like
-        Folder of :func:`lqlora.decompose_checkpoint`, whose names and orientations are restored. Or a file of :func:`lqlora.save`: then a
-        matrix ``m`` becomes a tensor ``m.weight`` of shape (outputs, inputs).
+        Folder of :func:`lqlora.decompose_checkpoint`, whose names and orientations are restored. Or a file of :func:`lqlora.save`, or
+        a folder of ``save_pretrained`` of transformers: then a matrix ``m`` becomes a tensor ``m.weight`` of shape (outputs, inputs), which
+        is not that of GPT-2. ``model.dequantize()`` of transformers, and :func:`lqlora.nn.dequantize_model`, restore every model.
     folder : path-like
         Folder to write, which must not exist or be empty. It appears when it is complete.
     dtype : {"bfloat16", "float16", "float32"}
@@ -89,7 +90,7 @@ def merge_checkpoint(
 
     return write_model(
         own, Path(folder).absolute(), "Merging", make, lambda matrix: itemsize * math.prod(matrix.quantized.shape),
-        shard_bytes=int(shard_bytes), progress=progress,
+        dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
     )  # fmt: skip
 
 

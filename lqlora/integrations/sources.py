@@ -379,6 +379,13 @@ def _refuse_codes(name: str, part: _Part) -> None:
     # Their scales are matrices of floating-point numbers, and would be taken for weights.
     is_weight = (name == "weight" or name.endswith((".weight", "_blocks"))) and len(part.shape) > 1
     is_coded = is_weight and part.dtype not in _FLOATS
+    if name.endswith(".quantized.codes"):
+        raise CheckpointError(
+            about_file(
+                part.file,
+                f"is of a model that lqlora has quantized ({shown(name)}). Read its folder with lqlora.load, or merge it first.",
+            )
+        )
     if _CODED.fullmatch(name) or is_coded or part.dtype.startswith(("F8_", "F6_", "F4")):
         raise CheckpointError(
             about_file(

@@ -6,11 +6,15 @@ writes, and those that ``save_pretrained`` writes of such a model.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from lqlora._annotations import annotated
 from lqlora._optional import require
+from lqlora._options import require_integer
+from lqlora.decomposition import decompose
 from lqlora.errors import InvalidArgumentError
+from lqlora.formats import BlockFormat
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +36,8 @@ def register() -> None:
     this must be called before ``from_pretrained``.
 
     Layers are built without memory, and transformers fills them from the files as it fills all others: ``device_map`` works, and no
-    dense weight is made. Codes and scales keep their dtypes whatever ``dtype`` says, and so do the factors, which train.
+    dense weight is made. Codes and scales keep their dtypes whatever ``dtype`` says. Factors are in float32, because they train. No
+    fingerprint is compared: :func:`lqlora.verify` does that.
     """
     require("transformers", "peft", "lqlora.integrations.transformers.register")
     from lqlora.integrations._transformers_quantizer import register_quantizer  # noqa: PLC0415 - imports transformers
@@ -51,7 +56,8 @@ def quantize_on_load(format: str, rank: int, **options: Any) -> Any:  # noqa: A0
     rank : int
         Rank of the low-rank parts.
     **options
-        Further options of :func:`lqlora.nn.quantize_model` that are text, numbers or lists of text.
+        Further options of :func:`lqlora.nn.quantize_model` that are text, numbers or lists of text, without ``dropout`` and
+        ``embeddings``.
 
     Returns
     -------
@@ -64,7 +70,17 @@ def quantize_on_load(format: str, rank: int, **options: Any) -> Any:  # noqa: A0
     """
     register()
     from lqlora.integrations._transformers_quantizer import LqloraConfig  # noqa: PLC0415 - imports transformers
+    from lqlora.nn import quantize_model  # noqa: PLC0415 - imports torch
 
+    # What is wrong is said before the dense model is loaded.
+    BlockFormat.parse(format)
+    require_integer(rank, "rank")
+    known = inspect.signature(quantize_model).parameters.keys() | inspect.signature(decompose).parameters.keys()
+    for name in options:
+        if name not in known or name in ("model", "formats", "dropout", "embeddings", "weighting", "executor"):
+            raise InvalidArgumentError(
+                f"{name} cannot be set for a model that is quantized on load. Use quantize_model."
+            )
     return LqloraConfig(format=format, rank=rank, options=options)
 
 
@@ -72,8 +88,8 @@ def quantize_on_load(format: str, rank: int, **options: Any) -> Any:  # noqa: A0
 def mark_quantized(model: nn.Module) -> None:
     """Describe the quantized layers of a model in its configuration, so that ``save_pretrained`` writes a folder that can be loaded.
 
-    Models that ``from_pretrained`` has loaded or quantized are described already. Call this after :func:`lqlora.nn.quantize_model`,
-    or when layers, ranks or scalings have changed.
+    Models that ``from_pretrained`` has loaded or quantized are described already, and once more when they are saved. Call this after
+    :func:`lqlora.nn.quantize_model`.
 
     Parameters
     ----------
@@ -83,19 +99,14 @@ def mark_quantized(model: nn.Module) -> None:
     Raises
     ------
     InvalidArgumentError
-        If the model has no quantized layer, is not one of transformers, or has quantized embeddings, layers with dropout or layers of
-        :class:`lqlora.nn.PEQALinear`, which such a folder does not describe. :func:`lqlora.nn.save_model` stores them.
+        If the model has no quantized layer, is not one of transformers, or has quantized embeddings, layers with dropout, layers of
+        :class:`lqlora.nn.PEQALinear` or layers with adapters of PEFT, which such a folder does not describe.
     """
     register()
-    from lqlora.integrations._transformers_quantizer import attach  # noqa: PLC0415 - imports transformers
-    from lqlora.nn import LQLinear  # noqa: PLC0415 - imports torch
-    from lqlora.nn.model import QUANTIZED  # noqa: PLC0415
+    from lqlora.integrations._transformers_quantizer import attach, quantized_modules  # noqa: PLC0415 - imports transformers
 
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise InvalidArgumentError(f"model must be one of transformers, got {type(model).__name__}.")
-    for name, own in model.named_modules():
-        if isinstance(own, QUANTIZED) and not isinstance(own, LQLinear):
-            raise InvalidArgumentError(
-                f"model must have quantized layers of LQLinear only, but {name!r} is {type(own).__name__}."
-            )
+    if not quantized_modules(model):
+        raise InvalidArgumentError("model must have a quantized layer, got none. Call quantize_model first.")
     attach(model)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
 from lqlora._optional import is_installed
+from lqlora.checkpoint.folder import read_document_of, write_document
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.merging import merge_checkpoint
 from lqlora.integrations.sources import open_model
@@ -85,6 +86,20 @@ def test_names_shapes_and_values_are_those_of_the_source(source, tmp_path, dtype
     assert not (tmp_path / "merged" / "lqlora.json").exists()
 
 
+def test_arrays_of_experts_that_are_stored_transposed(tmp_path):
+    experts = values((3, 16, 32))
+    (folder := tmp_path / "dense").mkdir()
+    save_file({"l.experts.up": experts}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_oss", "dtype": "bfloat16"}))
+    lq.decompose_checkpoint(folder, tmp_path / "small", FORMAT, rank=4, max_iter=2, progress=False)
+    merge_checkpoint(tmp_path / "small", tmp_path / "merged", dtype="float32", progress=False)
+    found = load_file(tmp_path / "merged" / "model.safetensors")["l.experts.up"]
+    matrices = lq.load(tmp_path / "small").matrices
+    for index, matrix in enumerate(found):
+        np.testing.assert_array_equal(matrix.T, dense_of(matrices[f"l.experts.up.{index}"]))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_a_merged_model_can_be_decomposed_again(source, tmp_path):
     folder = source[0]
     options = {"rank": 4, "max_iter": 1, "progress": False}
@@ -156,6 +171,31 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=path.name):
             merge_checkpoint(small, tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
+
+    def test_one_shard_of_several(self, small):
+        path = next(small.glob("*.safetensors"))
+        with pytest.raises(CheckpointError, match="is a part of the checkpoint"):
+            merge_checkpoint(path, small.parent / "merged")
+
+    @pytest.mark.parametrize(
+        "origins",
+        [
+            {"a": {"matrices": ["h.0.up", "plain"]}},
+            {"h.0.experts.up_proj.0.weight": {"matrices": ["h.0.up"]}},
+            {"__metadata__": {"matrices": ["h.0.up"]}},
+            {"a": {"matrices": []}},
+            {"a": {"matrices": ["nowhere"]}},
+            {"a": {"matrices": ["h.0.up"]}, "b": {"matrices": ["h.0.up"]}},
+            {"a": 5},
+            [],
+        ],
+        ids=["two", "another", "metadata", "none", "unknown", "twice", "number", "list"],
+    )
+    def test_a_crafted_document(self, small, tmp_path, origins):
+        document = read_document_of(small)
+        write_document(small, document.shards, {**document.metadata, "tensors": origins})
+        with pytest.raises(CheckpointError, match=r"metadata\.tensors"):
+            merge_checkpoint(small, tmp_path / "merged")
 
     def test_a_configuration_that_is_not_one(self, small, tmp_path):
         (small / "config.json").write_text("[]")

@@ -21,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 import lqlora as lq
 from lqlora._optional import is_installed
 from lqlora._threads import cores
+from lqlora.checkpoint.quantization_config import MatrixFormat, read_matrices
 from lqlora.errors import CheckpointError, InvalidArgumentError, NonFiniteError
 from lqlora.integrations import _streaming_tasks
 from lqlora.integrations.bitsandbytes import to_bitsandbytes
-from lqlora.integrations.quantization_config import MatrixFormat, read_matrices
 from lqlora.integrations.sources import open_model
 from tests.requirements import require_or_skip
 
@@ -759,6 +759,25 @@ class TestFolders:
         path = small / "lqlora.json"
         path.write_text(change(path.read_text()))
         assert match in self.refusal(small)
+
+    def test_another_description_for_transformers_is_found_by_verify(self, small):
+        path = small / "config.json"
+        config = json.loads(path.read_text())
+        for change in ({"scaling": 0.25}, {"format": "nf4/16:float32"}, {"matrices": ["model.layers.0.up"]}):
+            own = copy.deepcopy(config)
+            own["quantization_config"]["groups"][0] |= change
+            path.write_text(json.dumps(own))
+            assert "config.json" in self.refusal(small, lq.verify)
+        del config["quantization_config"]
+        path.write_text(json.dumps(config))
+        assert "config.json" in self.refusal(small, lq.verify)
+
+    def test_a_small_file_that_is_missing_comes_back(self, small, source):
+        before = files_of(small)
+        for name in ("config.json", "tokenizer.json"):
+            (small / name).unlink()
+        run(source[0], small)
+        assert files_of(small) == before
 
     def test_an_index_of_other_tensors_is_found_by_verify(self, small):
         path = small / "model.safetensors.index.json"

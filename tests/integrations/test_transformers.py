@@ -8,15 +8,18 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 
 import lqlora as lq
-from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError
 from tests.requirements import require_module
 
 torch, transformers = (require_module(name) for name in ("torch", "transformers"))
+from lqlora.checkpoint.quantization_config import MatrixFormat, describe_matrices, read_matrices  # noqa: E402
 from lqlora.integrations import transformers as ours  # noqa: E402 - needs torch
 from lqlora.integrations._transformers_quantizer import LqloraConfig  # noqa: E402
-from lqlora.integrations.quantization_config import MatrixFormat, describe_matrices, read_matrices  # noqa: E402
+from lqlora.integrations.comparison import compare_checkpoint  # noqa: E402
+from lqlora.integrations.merging import merge_checkpoint  # noqa: E402
 from tests.integrations import tiny_models  # noqa: E402
 from tests.nn.architecture_checks import quantized  # noqa: E402
 from tests.nn.architectures import ARCHITECTURES  # noqa: E402
@@ -162,8 +165,11 @@ class TestLoading:
             model.generate(tiny_models.tokens(), **options), expected.generate(tiny_models.tokens(), **options)
         )
 
-    def test_only_factors_train(self, folder):
-        model = loaded(transformers.AutoModelForCausalLM, folder[0])
+    @pytest.mark.parametrize("make", ["dense_llama", "dense_gpt2"])
+    def test_only_factors_train(self, tmp_path, make):
+        getattr(tiny_models, make)().save_pretrained(tmp_path / "dense")
+        lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "small", FORMAT, rank=2, max_iter=1, progress=False)
+        model = loaded(transformers.AutoModelForCausalLM, tmp_path / "small")
         names = [name for name, own in model.named_parameters() if own.requires_grad]
         assert names
         assert all(name.endswith((".lora_A", ".lora_B")) for name in names)
@@ -206,6 +212,147 @@ class TestLoading:
         )
         done = subprocess.run([sys.executable, "-c", code, str(folder[0])], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "LQLinear"
+
+
+class TestOtherClasses:
+    def test_a_base_model_reads_the_folder_of_a_model_with_a_head_and_back(self, folder, tmp_path):
+        path, expected = folder
+        base = transformers.AutoModel.from_pretrained(path).eval()
+        hidden = base(tiny_models.tokens()).last_hidden_state
+        assert torch.equal(hidden, expected.model(tiny_models.tokens()).last_hidden_state)
+        base.save_pretrained(tmp_path / "base")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        assert torch.equal(model.model(tiny_models.tokens()).last_hidden_state, hidden)
+
+    def test_a_classifier_reads_the_folder_of_a_language_model(self, folder):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder[0], num_labels=3)
+        assert len([own for own in model.modules() if isinstance(own, lq.nn.LQLinear)]) == 14
+        assert model.score.weight.isfinite().all()
+
+    def test_an_encoder_reads_the_folder_of_a_model_with_a_decoder(self, tmp_path):
+        own = ARCHITECTURES["t5"]
+        own.make().save_pretrained(tmp_path / "dense")
+        lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "small", FORMAT, rank=2, max_iter=1, progress=False)
+        encoder = transformers.T5EncoderModel.from_pretrained(tmp_path / "small").eval()
+        whole = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "small").eval()
+        ids = own.batch()["input_ids"]
+        assert torch.equal(encoder(ids).last_hidden_state, whole.encoder(ids).last_hidden_state)
+
+
+class TestChanges:
+    """Models that change after they were loaded are described once more when they are saved."""
+
+    def again(self, model, folder):
+        model.save_pretrained(folder)
+        found = loaded(transformers.AutoModelForCausalLM, folder)
+        assert torch.equal(found(tiny_models.tokens()).logits, model.eval()(tiny_models.tokens()).logits)
+        return found
+
+    def test_dense_layers(self, folder, tmp_path):
+        model = loaded(transformers.AutoModelForCausalLM, folder[0])
+        lq.nn.dequantize_model(model)
+        found = self.again(model, tmp_path / "again")
+        assert not [own for own in found.modules() if isinstance(own, lq.nn.LQLinear)]
+
+    @pytest.mark.parametrize("change", ["scaling", "rank", "more layers"])
+    def test_other_factors_and_layers(self, folder, tmp_path, change):
+        model = loaded(transformers.AutoModelForCausalLM, folder[0])
+        factors = lq.nn.factors(model)
+        if change == "more layers":
+            lq.nn.quantize_model(model, FORMAT, rank=2, include="lm_head", max_iter=1, progress=False)
+        elif change == "rank":
+            lq.nn.set_factors(
+                model,
+                {name: lq.nn.Factors(own.lora_A[:2], own.lora_B[:, :2], own.scaling) for name, own in factors.items()},
+            )
+        else:
+            lq.nn.set_factors(
+                model, {name: lq.nn.Factors(own.lora_A, own.lora_B, 3.0) for name, own in factors.items()}
+            )
+        self.again(model, tmp_path / "again")
+
+    def test_an_adapter_of_peft_that_is_merged(self, folder, tmp_path):
+        peft = require_module("peft")
+        from lqlora.integrations.peft import register
+
+        register()
+        model = loaded(transformers.AutoModelForCausalLM, folder[0])
+        over = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        merged = over.merge_and_unload()
+        self.again(merged, tmp_path / "again")
+
+    def test_what_a_folder_cannot_describe_is_refused(self, folder, tmp_path):
+        for change in (
+            lq.nn.train_scales,
+            lambda own: lq.nn.quantize_model(own, FORMAT, embeddings=FORMAT, rank=2, max_iter=1, progress=False),
+        ):
+            model = loaded(transformers.AutoModelForCausalLM, folder[0])
+            change(model)
+            with pytest.raises(InvalidArgumentError, match="can describe"):
+                model.save_pretrained(tmp_path / "again")
+        with pytest.raises(InvalidArgumentError, match="dropout"):
+            ours.mark_quantized(tiny_models.llama(dropout=0.5))
+
+    def test_a_tensor_that_no_file_has_is_named(self, folder):
+        if transformers.__version__.startswith("4."):
+            pytest.skip("transformers 4 raises an error of its own")
+        path = folder[0] / "model-00001-of-00001.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        del tensors["model.layers.0.mlp.up_proj.lora_A"]
+        path.unlink()
+        (folder[0] / "model.safetensors.index.json").unlink()
+        safetensors.torch.save_file(tensors, folder[0] / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"up_proj\.lora_A' is in no file"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder[0])
+
+
+class TestFoldersOfTransformers:
+    def test_this_library_reads_and_merges_them(self, folder, tmp_path):
+        path, expected = folder
+        model = loaded(transformers.AutoModelForCausalLM, path)
+        model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+        first, second = lq.verify(path), lq.verify(tmp_path / "again")
+        assert first.matrices.keys() == second.matrices.keys()
+        for name, own in first.matrices.items():
+            assert own.quantized.packed.tobytes() == second.matrices[name].quantized.packed.tobytes()
+            assert own.lora_A.tobytes() == second.matrices[name].lora_A.tobytes()
+        assert {name: own.tobytes() for name, own in first.tensors.items()} == {
+            name: own.tobytes() for name, own in second.tensors.items()
+        }
+        plain = tiny_models.dense_llama()
+        lq.nn.load_model(tmp_path / "again", plain)
+        assert torch.equal(plain.eval()(tiny_models.tokens()).logits, expected(tiny_models.tokens()).logits)
+        for name in (path, tmp_path / "again"):
+            merge_checkpoint(name, tmp_path / f"merged {name.name}", dtype="float32", progress=False)
+        dense = [
+            safetensors.torch.load_file(tmp_path / f"merged {name}" / "model.safetensors")
+            for name in ("small", "again")
+        ]
+        assert same(*dense)
+        errors = compare_checkpoint(tmp_path / "again", tmp_path / "dense", progress=False)
+        assert errors.keys() == first.matrices.keys()
+
+    def test_they_are_no_sources(self, folder, tmp_path):
+        loaded(transformers.AutoModelForCausalLM, folder[0]).save_pretrained(tmp_path / "again")
+        with pytest.raises(CheckpointError, match="lqlora has quantized"):
+            lq.decompose_checkpoint(tmp_path / "again", tmp_path / "more", FORMAT, rank=1)
+
+    def test_a_damaged_one_is_named(self, folder, tmp_path):
+        loaded(transformers.AutoModelForCausalLM, folder[0]).save_pretrained(tmp_path / "again")
+        path = tmp_path / "again" / "model.safetensors"
+        good = safetensors.torch.load_file(path)
+        name = "model.layers.0.mlp.up_proj"
+        for key, value in {
+            "lora_A": torch.ones(3),
+            "quantized.codes": torch.ones(5, dtype=torch.uint8),
+            "lora_B": None,
+        }.items():
+            own = {**good, f"{name}.{key}": value}
+            safetensors.torch.save_file(
+                {key: tensor for key, tensor in own.items() if tensor is not None}, path, {"format": "pt"}
+            )
+            with pytest.raises(CheckpointError, match="up_proj"):
+                lq.load(tmp_path / "again")
 
 
 class TestConfigurations:
@@ -257,9 +404,14 @@ class TestConfigurations:
             ours.mark_quantized(torch.nn.Linear(2, 2))
         with pytest.raises(InvalidArgumentError, match="quantized layer"):
             ours.mark_quantized(tiny_models.dense_llama())
-        model = tiny_models.dense_llama()
-        lq.nn.quantize_model(model, FORMAT, rank=2, embeddings=FORMAT, max_iter=1, progress=False)
-        with pytest.raises(InvalidArgumentError, match="embed_tokens"):
-            ours.mark_quantized(model)
+        for options, match in (
+            ({"foo": 1}, "foo cannot be set"),
+            ({"dropout": 0.1}, "dropout cannot"),
+            ({"rank": -1}, "rank"),
+        ):
+            with pytest.raises(InvalidArgumentError, match=match):
+                ours.quantize_on_load(**{"format": "nf4/64", "rank": 1, **options})
+        with pytest.raises(FormatError):
+            ours.quantize_on_load("nf99", 1)
         with pytest.raises(InvalidArgumentError, match="groups, or a format"):
             LqloraConfig()

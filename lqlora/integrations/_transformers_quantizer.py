@@ -110,6 +110,26 @@ class LqloraQuantizer(HfQuantizer):
     requires_parameters_quantization = False
     _asked: torch.dtype | None = None
 
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Raise if transformers cannot load the model with these arguments.
+
+        Parameters
+        ----------
+        *_, **__
+            Arguments that make no difference.
+        device_map : str or dict, optional
+            Device of each module.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If transformers 4 is to leave layers on the disk.
+        """
+        if _IS_VERSION_4 and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise InvalidArgumentError(
+                "device_map must not have 'disk' with transformers 4, which loads no buffers from there."
+            )
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype to load in.
 

@@ -165,6 +165,21 @@ class TestLoading:
             model.generate(tiny_models.tokens(), **options), expected.generate(tiny_models.tokens(), **options)
         )
 
+    def test_layers_that_stay_on_the_disk(self, folder, tmp_path):
+        path, expected = folder
+        require_module("accelerate")
+        places = dict.fromkeys(
+            ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+        )
+        options = {"device_map": {**places, "model.layers.1": "disk"}, "offload_folder": str(tmp_path / "offloaded")}
+        if transformers.__version__.startswith("4."):
+            with pytest.raises(InvalidArgumentError, match="disk"):
+                transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+            return
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
+        with torch.no_grad():
+            assert torch.equal(model(tiny_models.tokens()).logits, expected(tiny_models.tokens()).logits)
+
     @pytest.mark.parametrize("make", ["dense_llama", "dense_gpt2"])
     def test_only_factors_train(self, tmp_path, make):
         getattr(tiny_models, make)().save_pretrained(tmp_path / "dense")

@@ -115,10 +115,12 @@ class LqloraQuantizer(HfQuantizer):
 
         Parameters
         ----------
-        *_, **__
+        *_
             Arguments that make no difference.
         device_map : str or dict, optional
             Device of each module.
+        **__
+            Arguments that make no difference.
 
         Raises
         ------

@@ -198,7 +198,9 @@ class Folder:
         own = self._work / _RUN
         present = [name for name in self._files if (self.path / name).exists()]
         finished = {name: self._path_of(name) for name in self._tasks if self._path_of(name).exists()}
-        if own.exists() and (present or finished):
+        # With other settings the files of the checkpoint may have other names.
+        is_begun = any(path.suffix == ".safetensors" for path in self.path.iterdir()) or finished
+        if own.exists() and is_begun:
             self._compare(Reader(f"{own} is damaged", CheckpointError).read(own.read_bytes(), dict[str, Any]))
         else:
             write_whole(own, f"{json.dumps(self._settings)}\n".encode())

@@ -473,6 +473,22 @@ class TestInterruptions:
             run(folder, target, **options)
         assert files_of(target) == before
 
+    def test_other_settings_are_named_when_no_file_has_its_name(self, source, tmp_path):
+        folder, target = source[0], tmp_path / "small"
+
+        def stop(done, total):
+            if list(target.glob("*.safetensors")):
+                raise StoppedError
+
+        with ThreadPoolExecutor(1) as one, pytest.raises(StoppedError):
+            run(folder, target, progress=stop, executor=one)
+        for path in (target / "unfinished").rglob("*.safetensors"):
+            path.unlink()
+        before = files_of(target)
+        with pytest.raises(CheckpointError, match="another shard_bytes"):
+            run(folder, target, shard_bytes=5000)
+        assert files_of(target) == before
+
     def test_another_source_or_norm_is_named(self, source, tmp_path):
         folder, tensors = source
         target = tmp_path / "small"

@@ -486,7 +486,7 @@ class TestInterruptions:
             path.unlink()
         before = files_of(target)
         with pytest.raises(CheckpointError, match="another shard_bytes"):
-            run(folder, target, shard_bytes=5000)
+            run(folder, target, shard_bytes=2**20)
         assert files_of(target) == before
 
     def test_another_source_or_norm_is_named(self, source, tmp_path):

@@ -16,6 +16,7 @@ __all__ = ["KINDS", "load"]
 #: Module, class, and the packages that it needs, by the name of a kind.
 _KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "checkpoint": ("checkpoints", "Checkpoints", ()),
+    "folder": ("folders", "Folders", ()),
     "factors": ("factor_files", "FactorFiles", ()),
     "scales": ("scale_files", "ScaleFiles", ()),
     "plan": ("plans", "Plans", ()),

@@ -178,6 +178,12 @@ def _judge(files: dict[str, bytes], names: tuple[str, ...] | None, results: dict
         assert values.dtype == np.float32, f"{name!r} is of dtype {values.dtype}"
         keys = [key for key in (name, f"{name}.weight") if not re.search("lora_[AB]", key)]
         stored = [own[key] for own in map(_arrays_of, files.items()) for key in keys if key in own]
+        array, _, index = name.rpartition(".")
+        if index.isdigit():  # one of an array of experts
+            arrays = [
+                own[key] for own in map(_arrays_of, files.items()) for key in (array, f"{array}.weight") if key in own
+            ]
+            stored += [own[int(index)] for own in arrays if own.ndim == 3 and int(index) < len(own)]
         with np.errstate(all="ignore"):
             wanted = [own.astype(np.float32).tobytes() for own in stored if own.dtype != np.uint8]
         assert values.tobytes() in wanted or any(own.dtype == np.uint8 for own in stored), (

@@ -143,7 +143,7 @@ def _signed(text: str) -> str:
         return text
 
 
-def _judge(has_document: bool, results: dict[str, Any]) -> None:  # noqa: FBT001 - a partial function gives it
+def _judge(has_document: bool, results: dict[str, Any]) -> None:
     """Compare what was verified with the folder that was not damaged. Without the document there are no fingerprints."""
     if not has_document or "verify" not in results:
         return

@@ -75,7 +75,7 @@ LEFT_OUT = {
     "registers plug-ins for the process": {"register"},
     "reads documents, which tests/fuzz damages": {"codebook_from_json", "codebook_from_text", "CostTable.from_json", "Plan.from_json"},
     "draws with matplotlib": {"plot", "plot_pareto"},
-    "needs a language model": {"mark_quantized", "compress", "load_language_model", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
+    "needs a language model": {"divergence", "mark_quantized", "compress", "load_language_model", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
     "tests a plug-in for seconds": {
         "assert_backend_conforms", "assert_quantizer_conforms", "assert_solver_conforms", "check_backend", "check_solver",
     },

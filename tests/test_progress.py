@@ -85,6 +85,10 @@ CALLS = {
     "decompose_checkpoint": (lq.decompose_checkpoint, decomposing, "Decomposing", "matrix", [1, 2]),
     "decompose_stack": (lq.decompose_stack, lambda: {"w": np.stack([W, W]), "fmt": FORMAT, "rank": 1}, "Decomposing", "matrix", [1, 2]),
     "distill": (nn.distill, distilling, "Distilling", "step", [1, 2, 3]),
+    "divergence": (
+        recipes.divergence, lambda: {"model": language_model(), "teacher": language_model(), "sequences": TOKENS}, "Divergence", "sequence",
+        [2, 3],
+    ),
     "fine_tune": (recipes.fine_tune, lambda: {"model": language_model(), "sequences": TOKENS, "batch_size": 2}, "Fine-tuning", "step", [1, 2]),
     "peqa_model": (nn.peqa_model, lambda: {"model": dense(), "formats": FORMAT}, "Quantizing", "layer", [1, 2]),
     "perplexity": (recipes.perplexity, lambda: {"model": language_model(), "sequences": TOKENS}, "Perplexity", "sequence", [2, 3]),

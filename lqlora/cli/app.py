@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lqlora.cli import compress, console, costs, decompose, export, inspect, merge, plan, verify
+from lqlora.cli import compress, console, costs, decompose, evaluate, export, inspect, merge, plan, verify
 from lqlora.cli.advice import advise_options
 from lqlora.recipes.demo.settings import Settings
 
@@ -294,6 +294,24 @@ def export_command(
     """
     with advise_options({"base": "--base", "dtype": "--dtype", "shard_bytes": "--shard-size"}):
         export.run(checkpoint, folder, base, dtype, shard_size, as_json=as_json)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[Path, typer.Argument(help="GGUF file or folder, dense or quantized by lqlora.")],
+    *,
+    source: Annotated[Path | None, typer.Option(help="Model to compare with, such as the dense one.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Python's own documentation.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences to take, from the beginning of the text.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Measure the perplexity of a language model, and its divergence from another one.
+
+    Example: lqlora eval llama-3bit/ --source llama/ --text held-out.txt
+    """
+    with advise_options({"length": "--length", "sequences": "--sequences"}):
+        evaluate.run(model, source, text, length, sequences, as_json=as_json)
 
 
 @app.command("verify")

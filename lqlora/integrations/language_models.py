@@ -9,8 +9,10 @@ from lqlora._annotations import annotated
 from lqlora._messages import shortened
 from lqlora._optional import require
 from lqlora._patterns import list_names
+from lqlora.checkpoint.quantization_config import METHOD
 from lqlora.errors import CheckpointError
 from lqlora.integrations.gguf import load_llama
+from lqlora.integrations.transformers import register
 
 if TYPE_CHECKING:
     import os
@@ -19,13 +21,15 @@ __all__ = ["load_language_model"]
 
 
 @annotated
-def load_language_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
+def load_language_model(path: str | os.PathLike[str], *, may_be_quantized: bool = False) -> tuple[Any, Any]:
     """Read a causal language model and its tokenizer. Nothing is downloaded.
 
     Parameters
     ----------
     path : path-like
         GGUF file of architecture ``llama``, or a folder that ``save_pretrained`` of transformers wrote, with the files of the tokenizer.
+    may_be_quantized : bool, default False
+        Also take a folder of a model that this library has quantized, such as one of :func:`lqlora.decompose_checkpoint`.
 
     Returns
     -------
@@ -49,15 +53,20 @@ def load_language_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
     if not is_folder:
         return load_llama(path)
     transformers = require("transformers", "demo", "Reading language models")
+    torch = require("torch", "demo", "Reading language models")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        if getattr(config, "quantization_config", None) is not None:
+        quantization = getattr(config, "quantization_config", None)
+        is_ours = may_be_quantized and isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+        if is_ours:
+            register()
+        elif quantization is not None:
             raise CheckpointError(
                 f"{folder} holds a model that is quantized already. Name a folder of the dense model."
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
+            folder, local_files_only=True, output_loading_info=True, **({"dtype": torch.float32} if is_ours else {})
         )
         if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
             raise CheckpointError(
@@ -69,4 +78,4 @@ def load_language_model(path: str | os.PathLike[str]) -> tuple[Any, Any]:
         raise
     except Exception as error:  # transformers raises errors of many kinds for files that it cannot read
         raise CheckpointError(shortened(f"{folder} cannot be read as a causal language model: {error}.")) from error
-    return model.float().eval(), tokenizer
+    return (model if is_ours else model.float()).eval(), tokenizer

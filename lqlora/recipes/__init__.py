@@ -14,13 +14,14 @@ from lqlora.recipes.text import Split, packaged_text, read_text, split_sequences
 
 if TYPE_CHECKING:
     from lqlora.recipes.compression import CompressionReport, compress
-    from lqlora.recipes.evaluation import perplexity
+    from lqlora.recipes.evaluation import divergence, perplexity
     from lqlora.recipes.fine_tuning import fine_tune
 
 __all__ = [
     "CompressionReport",
     "Split",
     "compress",
+    "divergence",
     "fine_tune",
     "packaged_text",
     "perplexity",
@@ -32,6 +33,7 @@ __all__ = [
 _MODULES_WITH_TORCH = {
     "CompressionReport": "compression",
     "compress": "compression",
+    "divergence": "evaluation",
     "fine_tune": "fine_tuning",
     "perplexity": "evaluation",
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import lqlora as lq
+from lqlora.errors import InvalidArgumentError
 from tests.cli.running import run, sentence
 from tests.requirements import require_module
 
@@ -14,6 +17,7 @@ torch = require_module("torch")
 from lqlora import recipes  # noqa: E402
 from lqlora.integrations.gguf import load_llama  # noqa: E402
 from lqlora.integrations.language_models import load_language_model  # noqa: E402
+from lqlora.integrations.transformers import mark_quantized  # noqa: E402
 from tests.tiny_gguf import write_tiny_llama  # noqa: E402 - needs gguf
 
 TEXT = "".join(f"The cat {i} sat on the mat in the hat, and {i * i} others. " for i in range(60))
@@ -116,3 +120,57 @@ def test_models_that_cannot_be_read(inputs, tmp_path, capsys):
         assert _compress(inputs, tmp_path / "out", "--bits", 3, model=folder) == 2
         assert message in sentence(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+class TestEval:
+    @pytest.fixture
+    def folders(self, inputs, tmp_path):
+        """A dense folder, and the same model quantized."""
+        model, tokenizer = load_llama(inputs / "tiny.gguf")
+        for name in ("dense", "small"):
+            tokenizer.save_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / "dense")
+        fmt = lq.BlockFormat.parse("nf3/16:float32")
+        lq.nn.quantize_model(model, fmt, rank=2, max_iter=1, progress=False)
+        mark_quantized(model)
+        model.save_pretrained(tmp_path / "small")
+        return tmp_path / "dense", tmp_path / "small", model, tokenizer
+
+    def test_numbers_are_those_of_the_recipes(self, inputs, folders, capsys):
+        dense, small, model, tokenizer = folders
+        options = ("--text", inputs / "text.txt", "--length", 16, "--sequences", 3)
+        assert run("eval", small, "--source", dense, *options, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        sequences = recipes.token_sequences(tokenizer, TEXT, 16)[:3]
+        teacher, _ = load_llama(inputs / "tiny.gguf")
+        assert found == {
+            "tokens": 48,
+            "perplexity": pytest.approx(recipes.perplexity(model, sequences, progress=False), rel=1e-5),
+            "source_perplexity": pytest.approx(recipes.perplexity(teacher, sequences, progress=False), rel=1e-5),
+            "divergence": pytest.approx(recipes.divergence(model, teacher, sequences, progress=False), rel=1e-3),
+        }
+        assert found["divergence"] > 0
+        assert run("eval", inputs / "tiny.gguf", *options) == 0
+        assert "perplexity" in capsys.readouterr().out
+        assert run("eval", dense, "--source", inputs / "tiny.gguf", *options) == 0
+        assert "Divergence: 0" in capsys.readouterr().out
+
+    def test_faults_are_one_sentence(self, inputs, folders, capsys):
+        options = ("--text", inputs / "text.txt", "--length", 16)
+        for count in (0, 10**6):
+            assert run("eval", folders[0], *options, "--sequences", count) == 2
+            assert "--sequences must be from 1" in sentence(capsys.readouterr().err)
+        assert run("eval", inputs, *options) == 2
+        sentence(capsys.readouterr().err)
+
+
+def test_the_divergence_is_that_of_the_definition():
+    torch.manual_seed(0)
+    first, second = (torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)) for _ in range(2))
+    tokens = torch.randint(9, (5, 6))
+    with torch.no_grad():
+        p, q = second(tokens).double().softmax(-1), first(tokens).double().softmax(-1)
+    expected = float((p * (p / q).log()).sum(-1).mean())
+    assert recipes.divergence(first, second, tokens, progress=False) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(InvalidArgumentError, match="one shape"):
+        recipes.divergence(first, torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 8)), tokens)

@@ -206,6 +206,7 @@ class TestOptions:
                 "--ranks": 0,
             },
             "plan": {"table": files / "table.json", "--bits": 3.5},
+            "eval": {"model": "nowhere.gguf"},
             "inspect": {"path": files / "model.safetensors"},
             "decompose": {
                 "source": files / "model.safetensors",

@@ -32,6 +32,7 @@ COMMANDS = {
                                    "--calibration": "1", "--training": "0", "--evaluation": "1"}),
     "costs": (["model.safetensors"], {"--output": "table.json", "--formats": "nf4/64", "--ranks": "1", "--iterations": "1"}),
     "plan": (["costs.json"], {"--bits": "4"}),
+    "eval": (["model.gguf"], {"--source": "model.gguf", "--text": "text.txt", "--length": "4", "--sequences": "1"}),
     "inspect": (["checkpoint.safetensors"], {}),
     "decompose": (["model.safetensors", "folder"], {"--format": "nf4/64", "--rank": "1", "--iterations": "1"}),
     "export": (["checkpoint.safetensors", "exported"], {"--dtype": "float32"}),
@@ -75,7 +76,7 @@ def _inputs(tmp_path, monkeypatch):
     Path("text.txt").write_text("Words. " * 10, encoding="utf-8")
     lq.save("checkpoint.safetensors", {"layers.0": lq.decompose(w, formats[0], rank=1, max_iter=1)})
 
-    def measure(*_):
+    def measure(*_, **__):
         raise InvalidArgumentError("model was read.")
 
     monkeypatch.setattr(stages, "load_llama", lambda _: (torch.nn.Sequential(torch.nn.Linear(64, 4)), None))
@@ -100,7 +101,7 @@ def test_every_command_has_a_valid_call(capsys):
     for command, (arguments, options) in COMMANDS.items():
         code = run(command, *arguments, *(f"{key}={own}" for key, own in options.items()))
         assert (code, "model was read" in capsys.readouterr().err) == (
-            (2, True) if command in ("demo", "compress") else (0, False)
+            (2, True) if command in ("demo", "compress", "eval") else (0, False)
         )
 
 

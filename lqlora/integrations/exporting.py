@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from lqlora._annotations import annotated
 from lqlora._files import replace_file, write_whole
 from lqlora._messages import shortened, shown
+from lqlora._optional import require
 from lqlora._options import require_choice, require_integer
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
@@ -133,6 +134,8 @@ def export_checkpoint(
         If :func:`can_export` names a matrix.
     InvalidArgumentError
         If ``dtype`` cannot hold a matrix, or no matrix has low-rank factors.
+    MissingDependencyError
+        If torch is not installed.
 
     Examples
     --------
@@ -148,6 +151,7 @@ def export_checkpoint(
     require_choice(base, "base", ("bitsandbytes", "dense"))
     require_choice(dtype, "dtype", ("bfloat16", "float16", "float32"))
     require_integer(shard_bytes, "shard_bytes", 1)
+    require("torch", "peft", "Writing adapters of PEFT")
     own = Path(path).absolute()
     parts, origins = open_parts(own)
     if faults := _faults(parts, origins, base):

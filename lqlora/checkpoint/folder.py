@@ -343,7 +343,10 @@ def _check_config(folder: Path, content: Checkpoint) -> None:
     from lqlora.checkpoint.quantization_config import MatrixFormat  # noqa: PLC0415 - imports msgspec
 
     path = folder / _CONFIG
-    if not path.exists():
+    try:
+        if not isinstance(json.loads(path.read_bytes()), dict):
+            return  # a file of another program
+    except (OSError, RecursionError, ValueError):
         return
     found = _described(folder)
     rows = {

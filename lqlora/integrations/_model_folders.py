@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 from msgspec import Struct
 from safetensors import SafetensorError
@@ -18,6 +17,7 @@ from lqlora._progress import reported
 from lqlora.checkpoint.folder import DOCUMENT, INDEX, parts_of, read_document_of, read_part
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations._streaming_folder import small_files
+from lqlora.integrations._streaming_tasks import DTYPES, Piece, in_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from lqlora._typing import FloatName
     from lqlora.checkpoint import Checkpoint, StoredMatrix
 
-__all__ = ["DTYPES", "ModelParts", "Origin", "join", "open_parts", "rounded", "write_model"]
-
-DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+__all__ = ["ModelParts", "Origin", "join", "open_parts", "rounded", "write_model"]
 
 
 class Origin(Struct, frozen=True):
@@ -168,43 +166,23 @@ def rounded(dense: npt.NDArray[Any], name: str, dtype: FloatName) -> npt.NDArray
     return found
 
 
-class _Entry(NamedTuple):
-    """A tensor of the model, and its bytes."""
-
-    name: str
-    nbytes: int
-
-
 def _entries(
     path: Path, parts: ModelParts, origins: Mapping[str, Origin], size_of: Callable[[StoredMatrix], int]
-) -> list[_Entry]:
+) -> list[Piece]:
     """Return the tensors of the model in the order of the checkpoint."""
     if twice := next((name for name in origins if name in parts.tensors), None):
         raise CheckpointError(shortened(f"{path} has both a matrix and a tensor for {shown(twice)}."))
     holders = {own.matrices[0]: name for name, own in origins.items() if own.matrices}
-    by_file: dict[Path, list[_Entry]] = {}
+    by_file: dict[Path, list[Piece]] = {}
     for matrix, file in parts.matrices.items():
         if matrix in holders:
             own = origins[holders[matrix]]
             by_file.setdefault(file, []).append(
-                _Entry(holders[matrix], size_of(parts.matrix(matrix)) * len(own.matrices))
+                Piece(holders[matrix], size_of(parts.matrix(matrix)) * len(own.matrices), None)
             )
     for name, file in parts.tensors.items():
-        by_file.setdefault(file, []).append(_Entry(name, parts.tensor(name).nbytes))
+        by_file.setdefault(file, []).append(Piece(name, parts.tensor(name).nbytes, None))
     return [entry for own in by_file.values() for entry in own]
-
-
-def _in_groups(entries: Sequence[_Entry], most: int) -> list[list[str]]:
-    """Return the names of the tensors of each file."""
-    groups: list[list[str]] = []
-    size = 0
-    for entry in entries:
-        if not groups or size + entry.nbytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry.name)
-        size += entry.nbytes
-    return groups
 
 
 def write_model(
@@ -257,21 +235,22 @@ def write_model(
         If the checkpoint cannot be read, or the folder cannot be written or is not empty.
     """
     parts, origins = open_parts(path)
-    groups = _in_groups(_entries(path, parts, origins, size_of), shard_bytes)
+    files = in_files(_entries(path, parts, origins, size_of), shard_bytes)
+    if len(files) == 1:
+        files = dict(zip(["model.safetensors"], files.values(), strict=True))
 
     def check() -> None:
         """Raise unless the folder is free."""
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise CheckpointError(shortened(f"{target} is not an empty folder. Name another one."))
 
-    total = sum(map(len, groups))
+    total = sum(map(len, files.values()))
     with replace_folder(target, check) as beside, reported(progress, title, total, "tensor") as report:
         places: dict[str, str] = {}
         size = done = 0
-        for number, names in enumerate(groups, start=1):
-            file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        for file, pieces in files.items():
             tensors: dict[str, npt.NDArray[Any]] = {}
-            for name in names:
+            for name in (piece.name for piece in pieces):
                 # Copies, whose file need not stay open.
                 tensors |= make(name) if name in origins else {name: np.array(parts.tensor(name), order="C")}
                 done += 1
@@ -282,7 +261,7 @@ def write_model(
                 save_file(tensors, temporary, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
             size += sum(own.nbytes for own in tensors.values())
-        if len(groups) > 1:
+        if len(files) > 1:
             text = json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2, sort_keys=True)
             (beside / INDEX).write_text(f"{text}\n", encoding="utf-8")
         _copy_small_files(path, beside, quantization_config, dtype)

@@ -37,7 +37,7 @@ __all__ = [
     "tensor_digest",
 ]  # fmt: skip
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 class Task(NamedTuple):
@@ -314,7 +314,7 @@ _LONGEST_NAME = 2**16 - 100
 
 
 def in_files(pieces: Sequence[Piece], most: int) -> dict[str, list[Piece]]:
-    """Return the pieces of each file of the checkpoint, in order, by the name of the file."""
+    """Return the pieces of each file, in order, by the name that transformers gives to such a file."""
     groups: list[list[Piece]] = []
     size = 0
     for piece in pieces:

@@ -10,7 +10,8 @@ import numpy as np
 
 from lqlora._annotations import annotated
 from lqlora._options import require_choice, require_integer
-from lqlora.integrations._model_folders import DTYPES, join, open_parts, rounded, write_model
+from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
+from lqlora.integrations._streaming_tasks import DTYPES
 from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:

@@ -788,6 +788,13 @@ class TestFolders:
         path.write_text(json.dumps(config))
         assert "config.json" in self.refusal(small, lq.verify)
 
+    @pytest.mark.parametrize("text", ["[1]", "no JSON", "[" * 100_000])
+    def test_a_configuration_of_another_program_is_copied(self, source, tmp_path, text):
+        (source[0] / "config.json").write_text(text)
+        run(source[0], tmp_path / "small")
+        assert (tmp_path / "small" / "config.json").read_text() == text
+        lq.verify(tmp_path / "small")
+
     def test_a_small_file_that_is_missing_comes_back(self, small, source):
         before = files_of(small)
         for name in ("config.json", "tokenizer.json"):

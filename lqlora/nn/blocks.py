@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from contextlib import contextmanager
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lqlora._annotations import annotated
 from lqlora._messages import given
-from lqlora._patterns import list_names
 from lqlora._printable import printable
 from lqlora._progress import bars_hidden, reported
 from lqlora.allocation import Plan
 from lqlora.decomposition import relative_error
 from lqlora.errors import InvalidArgumentError
+from lqlora.nn.block_calls import collect_block_gram, evaluated, find_blocks, hidden_of, record_calls, run_block
 from lqlora.nn.block_tuning import require_tunable, tune_block
 from lqlora.nn.experts import Experts
 from lqlora.nn.merging import merged_weight
@@ -34,16 +33,15 @@ from lqlora.nn.model import (
     weight_arrays,
 )
 from lqlora.nn.selection import LinearMaps, refuse_distributed, select_linears
-from lqlora.nn.statistics.batches import parts_of, run_model
-from lqlora.nn.statistics.gram import collect_gram
 from lqlora.nn.undoing import unchanged_on_error
 from lqlora.weighting import InputGram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from lqlora._patterns import Pattern, Patterns
     from lqlora.formats import BlockFormat
+    from lqlora.nn.block_calls import BlockCall
     from lqlora.nn.block_tuning import BlockTuning
     from lqlora.nn.report import QuantizationReport, QuantizedLayer
     from lqlora.weighting import AbstractWeighting
@@ -51,24 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["layers_in_blocks", "quantize_blocks"]
 
 _log = logging.getLogger("lqlora")
-
-
-class _Call(NamedTuple):
-    """Arguments of one call of a block. The first one, of either kind, is the hidden state."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def hidden(self) -> Any:
-        """The hidden state."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
-
-    def with_hidden(self, hidden: torch.Tensor) -> _Call:
-        """Return the same call with another hidden state."""
-        if self.args:
-            return _Call((hidden, *self.args[1:]), self.kwargs)
-        return _Call((), {**self.kwargs, next(iter(self.kwargs)): hidden})
 
 
 @annotated
@@ -172,16 +152,16 @@ def quantize_blocks(
     ranks = ranks_by_name(by_name, rank, formats.ranks if isinstance(formats, Plan) else {})
     if tuning is not None:
         require_tunable(tuning, by_name, ranks, fits_levels=options.get("fit") == "levels+scale")
-    path, items = _blocks(maps.modules, by_name, blocks)
+    path, items = find_blocks(maps.modules, by_name, blocks)
     inside = [[name for name in by_name if f"{name}.".startswith(f"{path}.{key}.")] for key in items]
     before = bytes_of(root)
     numbers: dict[str, QuantizedLayer] = {}
-    with _evaluated(root), unchanged_on_error(root):
-        calls = _recorded(root, path, list(items.values()), batches)
+    with evaluated(root), unchanged_on_error(root):
+        calls = [own.calls for own in record_calls(root, path, list(items.values()), batches)]
         if not calls:
             raise InvalidArgumentError("batches must hold at least one batch, got none. Was an iterator used up?")
         count = len(calls)
-        calls += _recorded(root, path, list(items.values()), held_out)
+        calls += [own.calls for own in record_calls(root, path, list(items.values()), held_out)]
         hidden = [one[0].hidden for one in calls]
         exact = hidden[:count] if tuning is not None else []  # hidden states of the dense model
         with reported(progress, "Quantizing", len(items), "block") as report:
@@ -189,14 +169,14 @@ def quantize_blocks(
                 own = [call[position].with_hidden(x) for call, x in zip(calls, hidden, strict=True)]
                 name = f"{path}.{key}"
                 block = root.get_submodule(name)
-                exact = [_output(_run(block, call.with_hidden(x))) for call, x in zip(own, exact, strict=False)]
+                exact = [hidden_of(run_block(block, call.with_hidden(x))) for call, x in zip(own, exact, strict=False)]
                 if names:
                     chosen = {layer: (by_name[layer], ranks[layer]) for layer in names}
                     numbers |= _quantized_block(
                         root, name, chosen, own[:count], own[count:], exact, weighting=weighting, tuning=tuning, options=options
                     )  # fmt: skip
                 block = root.get_submodule(name)  # another one, if the block was a linear layer
-                hidden = [_output(_run(block, call)) for call in own]
+                hidden = [hidden_of(run_block(block, call)) for call in own]
                 report(position + 1)
     return report_of(LinearMaps(root), numbers, {}, before)
 
@@ -205,8 +185,8 @@ def _quantized_block(
     root: nn.Module,
     name: str,
     chosen: Mapping[str, tuple[BlockFormat, int]],
-    calls: Sequence[_Call],
-    held_out: Sequence[_Call],
+    calls: Sequence[BlockCall],
+    held_out: Sequence[BlockCall],
     exact: Sequence[torch.Tensor],
     *,
     weighting: Callable[[Any], AbstractWeighting],
@@ -273,7 +253,7 @@ def layers_in_blocks(
         If no layer of the blocks is selected, or the list of blocks is not clear.
     """
     layers = select_linears(model, include=include, exclude=exclude)
-    path, items = _blocks(LinearMaps(model).modules, layers, None)
+    path, items = find_blocks(LinearMaps(model).modules, layers, None)
     return {
         block: {name: layer for name, layer in layers.items() if f"{name}.".startswith(f"{block}.")}
         for block in (f"{path}.{key}" for key in items)
@@ -290,7 +270,7 @@ def _tune(
     root: nn.Module,
     name: str,
     dense: Mapping[str, Any],
-    calls: Sequence[_Call],
+    calls: Sequence[BlockCall],
     targets: Sequence[torch.Tensor],
     tuning: BlockTuning,
 ) -> None:
@@ -301,7 +281,7 @@ def _tune(
     before, after = tune_block(
         tuned,
         {own: torch.as_tensor(dense[own]) for own in tuned},
-        lambda index: _output(_run(block, calls[index])),
+        lambda index: hidden_of(run_block(block, calls[index])),
         targets,
         tuning,
     )
@@ -324,135 +304,16 @@ def _errors(
 def _norms(
     root: nn.Module,
     path: str,
-    names: Iterable[str],
-    calls: Sequence[_Call],
+    names: Collection[str],
+    calls: Sequence[BlockCall],
     weighting: Callable[[Any], AbstractWeighting],
 ) -> dict[str, AbstractWeighting]:
     """Return the norms of the layers of a block, from the inputs that the calls give them."""
     block = root.get_submodule(path)
-    # Modules with the names of those around the block, and nothing else of them: errors name layers as the model does, and a block
-    # that is a linear layer itself has a name.
-    around = holder = nn.Module()
-    *parents, last = path.split(".")
-    for part in parents:
-        around.add_module(part, nn.Module())
-        around = around.get_submodule(part)
-    around.add_module(last, block)
-    grams = collect_gram(holder, calls, loss=lambda _, call: _run(block, call), include=list(names), progress=False)
+    grams = collect_block_gram(path, block, names, calls)
     device = next(block.parameters()).device
     own: dict[int, AbstractWeighting] = {}  # layers that see the same inputs share a matrix
     for gram in grams.values():
         if id(gram) not in own:
             own[id(gram)] = weighting(fast_array(gram.to(device)))
     return {name: own[id(gram)] for name, gram in grams.items()}
-
-
-def _blocks(
-    modules: Mapping[str, nn.Module], names: Iterable[str], chosen: str | None
-) -> tuple[str, dict[str, nn.Module]]:
-    """Return the name of the list of blocks, and its items."""
-    lists = {
-        name: own for name, own in modules.items() if isinstance(own, nn.ModuleList) and not isinstance(own, Experts)
-    }
-    if chosen is not None and chosen not in lists:
-        raise InvalidArgumentError(
-            f"blocks must be the name of a torch.nn.ModuleList of the model, got {printable(chosen)!r}. There are {list_names(lists)}."
-        )
-    names = list(names)
-    counts = {
-        name: sum(own.startswith(f"{name}.") for own in names) for name in (lists if chosen is None else [chosen])
-    }
-    most = max(counts.values(), default=0)
-    if not most:
-        raise InvalidArgumentError(
-            f"include must select a layer inside of a list of blocks, but none of {len(names)} ({list_names(names)}) is in one."
-        )
-    # A list inside of a block holds some of its layers; the outermost list holds all of them.
-    best = [name for name, count in counts.items() if count == most]
-    best = [name for name in best if not any(name.startswith(f"{other}.") for other in best)]
-    if len(best) > 1:
-        raise InvalidArgumentError(
-            f"blocks must be given, because {list_names(best)} hold {most} layers each. Quantize them one after another."
-        )
-    return best[0], dict(lists[best[0]].named_children())
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients, and restore the modes of the modules that are left at the end."""
-    modes = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for name, module in model.named_modules():
-            while name not in modes:  # a new part of a quantized layer
-                name = name.rpartition(".")[0]  # noqa: PLW2901
-            module.training = modes[name]
-
-
-def _recorded(
-    model: nn.Module, path: str, blocks: Sequence[nn.Module], batches: Iterable[Any]
-) -> list[dict[int, _Call]]:
-    """Run the model, and return the calls of all blocks for each part of each batch. Only the first has a hidden state.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the blocks do not run one after another.
-    """
-    found: list[dict[int, _Call]] = []
-    last: list[Any] = []
-
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        position = positions[block]
-        call = _Call(tuple(map(_without_cache, args)), {key: _without_cache(own) for key, own in kwargs.items()})
-        if position != len(found[-1]) or (position and call.hidden is not last[-1]):
-            raise InvalidArgumentError(
-                f"model must run the blocks of {printable(path)!r} one after another, each once on the output of the one before, but not so "
-                f"block {position}. Name another list of blocks, or use collect_gram and quantize_model."
-            )
-        if not isinstance(call.hidden, torch.Tensor):
-            raise InvalidArgumentError(
-                f"model must pass hidden states as the first argument of the blocks of {printable(path)!r}, got {type(call.hidden).__name__}."
-            )
-        found[-1][position] = (
-            call.with_hidden(call.hidden.clone()) if position == 0 else call.with_hidden(call.hidden.new_empty(0))
-        )
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        last[:] = [_output(output)]
-
-    positions = {block: position for position, block in enumerate(blocks)}
-    handles = [own for block in blocks for own in (
-        block.register_forward_pre_hook(before, with_kwargs=True, prepend=True), block.register_forward_hook(after),
-    )]  # fmt: skip
-    try:
-        for batch in batches:
-            for part in parts_of(model, batch):
-                found.append({})
-                run_model(model, part)
-                if len(found[-1]) != len(blocks):
-                    raise InvalidArgumentError(
-                        f"model must run all {len(blocks)} blocks of {printable(path)!r}, but ran {len(found[-1])}."
-                    )
-                last.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _without_cache(value: Any) -> Any:
-    """Return None for a cache of keys and values, which would grow with each call, and other arguments as they are."""
-    return None if hasattr(value, "get_seq_length") else value
-
-
-def _run(block: nn.Module, call: _Call) -> Any:
-    own = call.with_hidden(call.hidden.clone())  # a block may change its input in place
-    return block(*own.args, **own.kwargs)
-
-
-def _output(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lqlora.nn.statistics.gradients import OutputGradients
 
-__all__ = ["causal_lm_loss", "send_batch"]
+__all__ = ["causal_lm_loss", "losses_of", "send_batch"]
 
 
 def causal_lm_loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -110,13 +110,36 @@ def send_batch(
     int
         Number of examples of the batch.
     """
-    is_own = loss is None and has_targets(batch)
-    compute = _own_loss if is_own else loss or causal_lm_loss
     count = 0
-    for part in parts_of(model, batch, one_by_one=is_own):
+    for part in parts_of(model, batch, one_by_one=loss is None and has_targets(batch)):
         # No name holds the losses, so that their graph is gone when the next part runs.
-        count += send_gradients(_checked(compute(model, part), done + count), layers)
+        count += send_gradients(losses_of(model, part, loss, done + count), layers)
     return count
+
+
+def losses_of(
+    model: nn.Module, part: Any, loss: Callable[[nn.Module, Any], torch.Tensor] | None, done: int
+) -> torch.Tensor:
+    """Return the losses of the examples of a part of a batch.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    part : mapping or object
+        Part of a batch. With labels, and without ``loss``, it has one example.
+    loss : callable, optional
+        See :func:`send_batch`.
+    done : int
+        Number of examples before this part. Errors use it.
+
+    Returns
+    -------
+    Tensor, shape (examples,)
+        Finite losses.
+    """
+    compute = _own_loss if loss is None and has_targets(part) else loss or causal_lm_loss
+    return _checked(compute(model, part), done)
 
 
 def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

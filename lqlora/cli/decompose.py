@@ -10,6 +10,8 @@ from lqlora._messages import shortened
 from lqlora.cli import console
 from lqlora.cli.parsing import parse_bytes, parse_pattern
 from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.integrations.sources import open_model
+from lqlora.integrations.statistics import open_statistics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +33,9 @@ class DecomposeOptions:
         Plan that ``lqlora plan`` wrote.
     rank : int, optional
         Rank of all matrices, instead of the plan's ranks.
-    fit, factor_dtype : str
+    statistics : Path, optional
+        Folder of statistics, which weight the errors.
+    fit, quantizer, factor_dtype : str
         See :func:`lqlora.decompose_checkpoint`.
     iterations, seed : int
         See :func:`lqlora.decompose`.
@@ -46,7 +50,9 @@ class DecomposeOptions:
     format: str | None
     plan: Path | None
     rank: int | None
+    statistics: Path | None
     fit: Literal["absmax", "scale", "levels+scale"]
+    quantizer: Literal["nearest", "gptq"]
     factor_dtype: Literal["float32", "float16", "bfloat16"]
     iterations: int
     seed: int
@@ -74,9 +80,13 @@ def run(source: Path, folder: Path, options: DecomposeOptions, *, as_json: bool)
     patterns: dict[str, Any] = {"include": [parse_pattern(own) for own in options.include] or "*"}
     if options.exclude:
         patterns["exclude"] = [parse_pattern(own) for own in options.exclude]
+    if options.statistics is not None:
+        known = open_model(source).weights
+        norms = open_statistics(options.statistics).weighting()
+        patterns["weighting"] = {name: own for name, own in norms.items() if name in known}
     with console.stage("Decomposing") as show:
         report = lq.decompose_checkpoint(
-            source, folder, formats, rank=options.rank, fit=options.fit, factor_dtype=options.factor_dtype,
+            source, folder, formats, rank=options.rank, fit=options.fit, quantizer=options.quantizer, factor_dtype=options.factor_dtype,
             max_iter=options.iterations, seed=options.seed, shard_bytes=parse_bytes(options.shard_size, "--shard-size"),
             strict=options.strict, dry_run=options.dry_run, progress=show, **patterns,
         )  # fmt: skip

@@ -32,7 +32,7 @@ class RowTask(NamedTuple):
         Name of the matrix.
     source : array or callable
         The matrix, or a callable that returns it.
-    weighting : AbstractWeighting, optional
+    weighting : AbstractWeighting, or callable that returns one, optional
         Norm of the matrix.
     known : StoredRow, optional
         Costs that a store has already.
@@ -40,7 +40,7 @@ class RowTask(NamedTuple):
 
     name: str
     source: Array | Callable[[], Array]
-    weighting: AbstractWeighting | None
+    weighting: AbstractWeighting | Callable[[], AbstractWeighting] | None
     known: StoredRow | None = None
 
 
@@ -69,7 +69,8 @@ def cost_row(
     """
     matrix = plain_array(task.source() if callable(task.source) else task.source, task.name, FLOATS)
     # Without a store nothing is compared, and a digest reads every entry once more.
-    digests = (array_digest(matrix), weighting_digest(task.weighting)) if stored else ("", "")
+    weighting = task.weighting() if callable(task.weighting) else task.weighting
+    digests = (array_digest(matrix), weighting_digest(weighting)) if stored else ("", "")
     row = StoredRow(task.name, tuple(matrix.shape), *digests, {})
     if task.known is not None:
         task.known.joined(row, stored)  # raises if the matrix or its weighting is another one
@@ -77,28 +78,34 @@ def cost_row(
     missing = {key: own for key, own in configurations.items() if key not in known}
     if not missing:
         return row
-    costs = _costs(matrix, task, list(missing.values()), options, fast=fast)
+    costs = _costs(matrix, task.name, weighting or Uniform(), list(missing.values()), options, fast=fast)
     return StoredRow(task.name, row.shape, *digests, dict(zip(missing, costs, strict=True)))
 
 
 def _costs(
-    matrix: Array, task: RowTask, missing: Sequence[Configuration], options: dict[str, Any], *, fast: bool
+    matrix: Array,
+    name: str,
+    norm: AbstractWeighting,
+    missing: Sequence[Configuration],
+    options: dict[str, Any],
+    *,
+    fast: bool,
 ) -> list[float]:
     """Return the cost of each configuration."""
     # Matrix, weighting and ranks are checked first, so that bad input fails before the first decomposition, and a
     # matrix without importance is checked like any other. Ranks above the smaller side become equal if they are
     # clipped, and the fast mode computes each rank once.
-    wide, norm = checked_matrix(matrix, task.name), task.weighting or Uniform()
+    wide = checked_matrix(matrix, name)
     norm.check(tuple(wide.shape))
     clip = options.get("clip_rank", False)
     ranks = dict.fromkeys(own.rank for own in missing)
-    used = {rank: checked_rank(wide, rank, None, task.name, clip_rank=clip)[0] for rank in ranks}
+    used = {rank: checked_rank(wide, rank, None, name, clip_rank=clip)[0] for rank in ranks}
     if norm.all_zero:
         return [0.0] * len(missing)
-    measured = checked_norm(norm, wide, task.name)
+    measured = checked_norm(norm, wide, name)
     if fast:
         formats = list(dict.fromkeys(own.format for own in missing))
-        work = Task(wide, measured.weighting, options["seed"], task.name)
+        work = Task(wide, measured.weighting, options["seed"], name)
         costs = fast_costs(work, formats, sorted(set(used.values())))
         return [in_float64(costs[own.format, used[own.rank]], measured.exponent) for own in missing]
     starts: dict[int, LowRankStep] = {}
@@ -107,7 +114,7 @@ def _costs(
         starts = {
             rank: measured.weighting.low_rank(wide, low, seed=options["seed"]) for rank, low in used.items() if low
         }
-    options = {"weighting": norm, "name": task.name, **options}
+    options = {"weighting": norm, "name": name, **options}
     return [
         decompose(wide, own.format, own.rank, start=starts.get(own.rank), **options).squared_error for own in missing
     ]

@@ -52,7 +52,7 @@ def cost_table(
     factor_format: BlockFormat | None = None,
     factor_dtype: FloatName = "float16",
     mode: Mode = "exact",
-    weighting: Mapping[str, AbstractWeighting] | None = None,
+    weighting: Mapping[str, AbstractWeighting | Callable[[], AbstractWeighting]] | None = None,
     init: Init = "quantize",
     max_iter: int = 2,
     seed: int = 0,
@@ -87,9 +87,10 @@ def cost_table(
         scales of two bits may be off by a tenth. Costs may be off by more for formats with at least 1.5 times the error
         of another format of at most their size. With element-wise importance all costs are a few percent too high,
         because factors are not refitted.
-    weighting : mapping of str to AbstractWeighting, optional
+    weighting : mapping of str to AbstractWeighting, or to a callable that returns one, optional
         Norm of each matrix; it is uniform for matrices that are not named. Costs are compared across matrices, so the
-        weightings must be on one scale, as Fisher information is. A matrix whose importance is all zero costs nothing.
+        weightings must be on one scale, as Fisher information is. A matrix whose importance is all zero costs nothing. A callable is
+        called when its row is computed, so that few norms are in memory at a time.
     init, max_iter, seed : str, int, int
         See :func:`lqlora.decompose`. Few iterations suffice, since the table only ranks formats.
     store : str or path, optional
@@ -189,7 +190,7 @@ def _configurations(
 def _check(
     weights: Mapping[str, Any],
     configurations: Sequence[Configuration],
-    weighting: Mapping[str, AbstractWeighting],
+    weighting: Mapping[str, AbstractWeighting | Callable[[], AbstractWeighting]],
     mode: str,
     options: Mapping[str, Any],
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -191,12 +192,18 @@ def _skeleton(source: Path, model_class: Any) -> nn.Module:
 def _loaded(source: Path, skeleton: nn.Module, dtype: torch.dtype, work: Path) -> Any:
     """Return the model with the items of all lists of modules in files, and the rest in memory."""
     places = dict(_places(skeleton, ""))
+    # It says that parameters are in files, which is what is asked for.
+    loud = logging.getLogger("accelerate.big_modeling")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
     try:
         model, loading = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
             source, local_files_only=True, device_map=places, offload_folder=str(work), dtype=dtype, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # as above
         raise CheckpointError(shortened(f"{source} cannot be read as a model of transformers: {error}.")) from error
+    finally:
+        loud.setLevel(level)
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
         raise CheckpointError(
             shortened(f"{source} must hold all weights of {type(skeleton).__name__}, but lacks {list_names(missing)}.")

@@ -22,7 +22,7 @@ from lqlora._options import require_choice
 from lqlora._patterns import list_names
 from lqlora._progress import reported
 from lqlora._warnings import warn
-from lqlora.errors import CheckpointError, InvalidArgumentError, NonFiniteError
+from lqlora.errors import CheckpointError, DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from lqlora.integrations._block_states import BlockStates, writing
 from lqlora.integrations._disk_models import DiskModel
 from lqlora.integrations.statistics import DOCUMENT, open_statistics, write_document, write_gradients, write_inputs
@@ -256,7 +256,7 @@ class _Folder:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.folder, self._settings = path, settings
         self.path = path / _UNFINISHED
-        self.is_complete = False
+        self.is_complete = self._is_new = False
         self._lock: Any = None
 
     def __enter__(self) -> Self:
@@ -267,7 +267,8 @@ class _Folder:
             self.is_complete = True
             shutil.rmtree(self.path, ignore_errors=True)
             return self
-        if self.folder.exists() and any(self.folder.iterdir()) and not self.path.is_dir():
+        self._is_new = not self.folder.exists()
+        if not self._is_new and any(self.folder.iterdir()) and not self.path.is_dir():
             raise CheckpointError(
                 f"{self.folder} is not empty, and holds no unfinished statistics. Name another folder."
             )
@@ -307,7 +308,15 @@ class _Folder:
                     )
                 )
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        if kind is not None and self._lock is not None and max(_positions(self.path, "states"), default=0) == 0:
+            # No block is lost, and other options may be tried with the same folder.
+            with contextlib.suppress(OSError):
+                (self.folder / _RUN).unlink(missing_ok=True)
+            shutil.rmtree(self.path, ignore_errors=True)
+            if self._is_new:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -476,7 +485,7 @@ class _Run:
             for name, own in self._disk.matrices.items()
             if own.layer in grams
         }
-        entries = write_inputs(self._work.folder / self._file("inputs", position), found)
+        entries = write_inputs(self._work.folder / self._file("inputs", position), found) if found else {}
         write_whole(self._work.entries(position), f"{json.dumps(entries)}\n".encode())
 
     def _file(self, kind: str, position: int) -> str:
@@ -562,6 +571,17 @@ class _Run:
                 else:
                     for name in entries.keys() & found:
                         entries[name]["gradients"] = self._file("output_gradients", position)
+        lacking = [name for name in self._disk.matrices if name not in entries]
+        if not entries:
+            raise InvalidArgumentError(
+                f"include must select layers that the batches reach, but none of {len(lacking)} ({list_names(lacking)}) got an input."
+            )
+        if lacking:
+            warn(
+                f"include selects {len(lacking)} of {len(self._disk.matrices)} matrices whose layers never got an input "
+                f"({list_names(lacking)}). The statistics leave them out. Exclude them, or pass batches that reach them.",
+                DeadLayerWarning,
+            )
         write_document(self._work.folder, entries, examples=sum(_examples(own.part) for own in self._passes))
         shutil.rmtree(self._work.path, ignore_errors=True)
 

@@ -17,7 +17,7 @@ from lqlora.integrations.transformers import register
 if TYPE_CHECKING:
     import os
 
-__all__ = ["load_language_model"]
+__all__ = ["load_language_model", "load_tokenizer"]
 
 
 @annotated
@@ -79,3 +79,45 @@ def load_language_model(path: str | os.PathLike[str], *, may_be_quantized: bool 
     except Exception as error:  # transformers raises errors of many kinds for files that it cannot read
         raise CheckpointError(shortened(f"{folder} cannot be read as a causal language model: {error}.")) from error
     return (model if is_ours else model.float()).eval(), tokenizer
+
+
+@annotated
+def load_tokenizer(path: str | os.PathLike[str]) -> tuple[Any, int | None, int]:
+    """Read the tokenizer of a causal language model, and how many positions and tokens the model has. Nothing is downloaded.
+
+    Parameters
+    ----------
+    path : path-like
+        See :func:`load_language_model`. The weights of a folder are not read.
+
+    Returns
+    -------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The tokenizer.
+    positions : int or None
+        Largest number of tokens of a sequence, if the configuration says it.
+    tokens : int
+        Number of tokens that the model has embeddings of.
+
+    Raises
+    ------
+    CheckpointError
+        If the file or folder is missing or invalid.
+    MissingDependencyError
+        If gguf, torch or transformers is not installed.
+    """
+    transformers = require("transformers", "demo", "Reading language models")
+    try:
+        is_folder = Path(path).is_dir()
+    except ValueError:  # a zero byte, which the reader of files will say
+        is_folder = False
+    if is_folder:
+        try:
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # as above
+            raise CheckpointError(shortened(f"{path} cannot be read as a causal language model: {error}.")) from error
+    else:
+        model, tokenizer = load_llama(path)
+        config = model.config
+    return tokenizer, getattr(config, "max_position_embeddings", None), config.vocab_size

@@ -12,8 +12,10 @@ from lqlora._patterns import list_names
 from lqlora._printable import printable
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.experts import Experts
+from lqlora.nn.selection import LinearMaps
 from lqlora.nn.statistics.batches import parts_of, run_model
-from lqlora.nn.statistics.gram import collect_gram
+from lqlora.nn.statistics.gram import input_moments
+from lqlora.nn.statistics.hooks import warn_of_underflow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -339,7 +341,7 @@ def collect_block_gram(
     calls: Iterable[BlockCall],
     take: Callable[[Any], None] = lambda _: None,
 ) -> dict[str, torch.Tensor]:
-    """Return the second moments of the inputs of layers of a block.
+    """Return the second moments of the inputs of layers of a block. Layers that were not used are left out without a warning.
 
     Parameters
     ----------
@@ -357,8 +359,13 @@ def collect_block_gram(
     Returns
     -------
     dict of str to Tensor of float32, shape (in_features, in_features)
-        Result of :func:`collect_gram`.
+        As of :func:`collect_gram`.
     """
-    return collect_gram(
-        holder_of(path, block), calls, loss=lambda _, call: take(run_block(block, call)), include=[*names], progress=False
-    )  # fmt: skip
+    holder = holder_of(path, block)
+    maps = LinearMaps(holder)
+    linears = maps.choose([*names])
+    means, lost = input_moments(
+        holder, maps, linears, calls, lambda _, call: take(run_block(block, call)), progress=False
+    )
+    warn_of_underflow(lost, "inputs")
+    return means

@@ -33,6 +33,7 @@ from lqlora.nn.model import (
     weight_arrays,
 )
 from lqlora.nn.selection import LinearMaps, refuse_distributed, select_linears
+from lqlora.nn.statistics.hooks import living_layers
 from lqlora.nn.undoing import unchanged_on_error
 from lqlora.weighting import InputGram
 
@@ -311,6 +312,7 @@ def _norms(
     """Return the norms of the layers of a block, from the inputs that the calls give them."""
     block = root.get_submodule(path)
     grams = collect_block_gram(path, block, names, calls)
+    living_layers({name: name in grams for name in names}, "an input")
     device = next(block.parameters()).device
     own: dict[int, AbstractWeighting] = {}  # layers that see the same inputs share a matrix
     for gram in grams.values():

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from lqlora._patterns import Patterns
     from lqlora.allocation import Plan
+    from lqlora.integrations.streaming_report import CheckpointReport
     from lqlora.nn import DistillationReport, QuantizationReport
     from lqlora.nn.block_tuning import TunedPart
     from lqlora.quantized import Fit
@@ -51,13 +52,13 @@ __all__ = ["Codes", "CompressionReport", "compress"]
 Codes: TypeAlias = Literal["trellis", "scalar"]
 
 _SCALES = "u8/256:float32"
-_FITS: dict[str, Fit] = {"trellis": "scale", "scalar": "levels+scale"}
+FITS: dict[str, Fit] = {"trellis": "scale", "scalar": "levels+scale"}
 
 #: Budgets that are larger than a format by less than this many bits per weight get that format for all layers.
 _CLOSE = 0.1
 
 #: Mean squared gradient of layers without gradients: next to nothing.
-_NOTHING = 2.0**-60
+NOTHING = 2.0**-60
 
 #: Sequences of a calibration batch.
 _BATCH = 4
@@ -74,16 +75,16 @@ class CompressionReport:
     ----------
     formats : Plan or BlockFormat
         Plan of formats, or the one format of all layers.
-    quantization : QuantizationReport
+    quantization : QuantizationReport or CheckpointReport
         Layers with their errors and bytes.
     distillation : DistillationReport or None
         Training of factors or scales, if there was any.
     perplexities : dict of str to float
-        Perplexity on the sequences for evaluation, by ``"dense"``, ``"quantized"``, and ``"distilled"`` if there was distillation.
+        Perplexity on the sequences for evaluation, by ``"dense"``, ``"quantized"``, and ``"distilled"`` if there was distillation. Empty without such sequences.
     """
 
     formats: Plan | BlockFormat
-    quantization: QuantizationReport
+    quantization: QuantizationReport | CheckpointReport
     distillation: DistillationReport | None
     perplexities: dict[str, float]
 
@@ -91,7 +92,8 @@ class CompressionReport:
         lines = [str(self.quantization)]
         if self.distillation is not None:
             lines.append(str(self.distillation))
-        lines.append("perplexity: " + ", ".join(f"{value:.4g} {name}" for name, value in self.perplexities.items()))
+        if self.perplexities:
+            lines.append("perplexity: " + ", ".join(f"{value:.4g} {name}" for name, value in self.perplexities.items()))
         return "\n".join(lines)
 
 
@@ -211,7 +213,7 @@ def compress(
     blocks = layers_in_blocks(model, include, exclude)
     layers = {name: layer for own in blocks.values() for name, layer in own.items()}
     shapes = [tuple(load().shape) for load in weight_arrays(layers).values()]
-    known = _fitting(candidates(codes, rank), bits, shapes, _FITS[codes])
+    known = fitting_format(candidates(codes, rank), bits, shapes, FITS[codes])
     size = sum(map(math.prod, shapes))
     counts = {
         "dense": len(tests),
@@ -233,7 +235,7 @@ def compress(
             outputs = collect_outputs(model, [*training, *tests], progress=step("teacher"))
         formats = known or _planned(model, layers, calibration, bits, rank, codes, step("plan"))
         quantization = quantize_blocks(
-            model, formats, calibration, rank=rank, include=list(layers), progress=step("blocks"), fit=_FITS[codes],
+            model, formats, calibration, rank=rank, include=list(layers), progress=step("blocks"), fit=FITS[codes],
             quantizer="nearest" if rank else "gptq", max_iter=iterations, rtol=0.0, held_out=tests, tuning=tuning,
         )  # fmt: skip
         perplexities["quantized"] = measured("quantized")
@@ -241,7 +243,7 @@ def compress(
             stored = sum(8 * own.nbytes for own in quantization.layers.values())
             distillation = distill(
                 model, outputs, training, held_out=tests, train=("factors",) if rank else ("scales",), checkpoint=checkpoint,
-                learning_rate=_rate(min(rank, max(map(min, shapes))), stored / size), progress=step("training"),
+                learning_rate=learning_rate(min(rank, max(map(min, shapes))), stored / size), progress=step("training"),
             )  # fmt: skip
             if not rank:
                 freeze_scales(model, candidates(codes, rank)[0].scales)
@@ -257,7 +259,7 @@ def _tuning(steps: int, codes: Codes, rank: int) -> BlockTuning | None:
     return BlockTuning(steps=steps, train=parts, batch=_BATCH) if steps else None
 
 
-def _rate(rank: int, bits: float) -> float:
+def learning_rate(rank: int, bits: float) -> float:
     """Return the largest learning rate of factors of a rank, beside codes and scales of some bits per weight."""
     of_rank: float = (_RATE_RANK / max(1, rank)) ** _RATE_POWER
     of_bits: float = 4.0 ** -max(0.0, bits - _RATE_BITS)
@@ -309,7 +311,7 @@ def _check_checkpoint(path: str | os.PathLike[str], training: list[torch.Tensor]
         read_run(path)
 
 
-def _fitting(
+def fitting_format(
     formats: list[BlockFormat], bits: float | Fraction, shapes: list[tuple[int, ...]], fit: Fit
 ) -> BlockFormat | None:
     """Return the largest format within a budget if it nearly fills it, or is the largest of all."""
@@ -341,9 +343,9 @@ def _planned(
         # Half of tr(G E R E^T) is the change of the loss to be expected. G is noisy, so that its mean diagonal stands for it. A
         # layer without gradients has a moment of almost nothing.
         outputs, inputs = moments.get(name, (torch.zeros(1, 1), torch.eye(load().shape[1])))
-        norms[name] = InputGram(fast_array(inputs * (float(outputs.diagonal().mean()) or _NOTHING)))
+        norms[name] = InputGram(fast_array(inputs * (float(outputs.diagonal().mean()) or NOTHING)))
     table = cost_table(
-        weights, candidates(codes, rank), rank=rank, clip_rank=True, weighting=norms, fit=_FITS[codes], max_iter=1,
+        weights, candidates(codes, rank), rank=rank, clip_rank=True, weighting=norms, fit=FITS[codes], max_iter=1,
         progress=lambda done, total: progress(len(batches) + done, total),
     )  # fmt: skip
     return allocate(table, bits_per_weight=bits)

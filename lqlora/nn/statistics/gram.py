@@ -26,14 +26,14 @@ from lqlora.nn.statistics.hooks import (
 from lqlora.nn.statistics.losses import send_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import nn
 
     from lqlora._patterns import Patterns
     from lqlora.nn.statistics.gradients import Gradients
 
-__all__ = ["collect_gram", "collect_kronecker"]
+__all__ = ["collect_gram", "collect_kronecker", "input_moments"]
 
 
 @annotated
@@ -110,6 +110,40 @@ def collect_gram(
     """
     maps = LinearMaps(model)
     linears = maps.choose(include, exclude)
+    means, lost = input_moments(model, maps, linears, batches, loss, progress)
+    warn_of_underflow(lost, "inputs")
+    living_layers({name: name in means for name in linears}, "an input")
+    return means
+
+
+def input_moments(
+    model: nn.Module,
+    maps: LinearMaps,
+    linears: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Any] | None,
+    progress: bool | Callable[[int, int | None], None],  # noqa: FBT001 - as in all functions for users
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the second moments of the inputs of layers without a warning.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Any model.
+    maps : LinearMaps
+        Its linear layers.
+    linears : mapping of str to torch.nn.Module
+        Layers of ``maps`` by name.
+    batches, loss, progress : iterable, callable, bool or callable
+        See :func:`collect_gram`.
+
+    Returns
+    -------
+    means : dict of str to Tensor of float32, shape (in_features, in_features)
+        Second moments of the layers that were used.
+    lost : list of str
+        Layers whose squares are below the normal numbers of float32.
+    """
     inputs = _Inputs()
     hooks = {name: _Forward(name, inputs) for name in linears}
 
@@ -121,10 +155,7 @@ def collect_gram(
         return 1
 
     run_batches(model, maps, batches, step, linears, hooks, gradients=False, progress=progress, title="Gram matrices")
-    means, lost = inputs.means(linears)
-    warn_of_underflow(lost, "inputs")
-    living_layers({name: name in means for name in linears}, "an input")
-    return means
+    return inputs.means(linears)
 
 
 @annotated

@@ -1,0 +1,291 @@
+"""``compress_checkpoint``: one call from the files of a language model to a folder that transformers opens."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lqlora._annotations import annotated
+from lqlora._documents import Reader
+from lqlora._files import replace_folder, write_whole
+from lqlora._messages import shortened, shown
+from lqlora._options import require_choice, require_integer, require_number
+from lqlora._patterns import as_patterns
+from lqlora.allocation import allocate
+from lqlora.costs import cost_table
+from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.integrations._streaming_folder import small_files
+from lqlora.integrations._streaming_tasks import tensor_digest
+from lqlora.integrations.calibration import calibrate_checkpoint
+from lqlora.integrations.language_models import load_language_model
+from lqlora.integrations.sources import open_model
+from lqlora.integrations.streaming import decompose_checkpoint
+from lqlora.nn import collect_outputs, distill, freeze_scales
+from lqlora.nn.model import quantized_layers
+from lqlora.recipes.compression import (
+    FITS,
+    CompressionReport,
+    candidates,
+    fitting_format,
+    learning_rate,
+)
+from lqlora.recipes.evaluation import perplexity
+from lqlora.recipes.text import check_sequences
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from lqlora._patterns import Patterns
+    from lqlora.allocation import Plan
+    from lqlora.formats import BlockFormat
+    from lqlora.integrations.statistics import Statistics
+    from lqlora.integrations.streaming_report import CheckpointReport
+    from lqlora.nn import DistillationReport
+    from lqlora.recipes.compression import Codes
+    from lqlora.recipes.text import Split
+
+__all__ = ["compress_checkpoint"]
+
+#: Sequences of a calibration batch.
+_BATCH = 4
+
+_SETTINGS = "settings.json"
+
+
+@annotated
+@torch.inference_mode(mode=False)  # factors train
+def compress_checkpoint(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    bits: float | Fraction,
+    split: Split,
+    *,
+    work: str | os.PathLike[str] | None = None,
+    rank: int = 16,
+    codes: Codes = "trellis",
+    iterations: int = 4,
+    include: Patterns | None = None,
+    exclude: Patterns = (),
+    progress: bool | Callable[[int, int], None] = True,
+) -> CompressionReport:
+    """Quantize the files of a language model within a budget of bits, into a folder that transformers opens.
+
+    The stages up to the decomposition have one block, or a few matrices, of the model in memory. Distillation and perplexities need all
+    of it; without sequences for training and evaluation there are none. The result of each stage is kept in ``work``. If the process is
+    killed, the same call goes on from there.
+
+    Parameters
+    ----------
+    source : path-like
+        Folder of a causal language model of transformers, in safetensors files, or GGUF file of architecture ``llama``. The model of a
+        file is decoded in memory.
+    folder : path-like
+        Folder to write. ``from_pretrained`` reads it after :func:`lqlora.integrations.transformers.register`.
+    bits : float or Fraction
+        See :func:`compress`.
+    split : Split
+        Token sequences: see :func:`split_sequences`. Statistics are collected on ``calibration``. Distillation takes ``training``, one
+        sequence a step, and stops early by ``evaluation``. Both may be empty.
+    work : path-like, optional
+        Folder of the results of the stages; by default the one beside ``folder`` whose name has ``-work`` at the end. It may be removed
+        afterwards.
+    rank : int, default 16
+        See :func:`compress`. Factors are stored in bfloat16.
+    codes : {"trellis", "scalar"}
+        See :func:`compress`.
+    iterations : int, default 4
+        Iterations of each decomposition.
+    include, exclude : patterns
+        Layers of the model to quantize, of those in the blocks: see :func:`lqlora.nn.select_linears`.
+    progress : bool or callable, default True
+        See :func:`lqlora.cost_table`. Each stage counts by itself.
+
+    Returns
+    -------
+    CompressionReport
+        Formats, errors, sizes, and perplexities if there are sequences for evaluation.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an option is out of its range, no layer can be quantized, or there are sequences for training and none for evaluation.
+    InfeasibleBudgetError
+        If the smallest format is not within the budget.
+    CheckpointError
+        If a file cannot be read or written, or ``work`` or ``folder`` hold something else.
+    NonFiniteError
+        If a weight, an input or a loss is NaN or infinite.
+
+    Notes
+    -----
+    The stages, each of which is a function of its own, and what they leave in ``work``:
+
+    0. A GGUF file becomes a folder of transformers in bfloat16: ``source``.
+    1. :func:`calibrate_checkpoint <lqlora.integrations.calibration.calibrate_checkpoint>`: ``statistics``.
+    2. For budgets between two formats, :func:`lqlora.cost_table` and :func:`lqlora.allocate` choose formats by the change of the loss that
+       they make to be expected: ``costs.jsonl`` and ``plan.json``.
+    3. :func:`lqlora.decompose_checkpoint`: ``folder``, or ``decomposed`` if it is distilled.
+    4. :func:`lqlora.nn.distill` trains factors or scales: ``distillation.safetensors``.
+
+    :func:`compress` does the same with a model in memory. There each block is quantized on the inputs that the quantized blocks before
+    it give, and can be tuned by gradients.
+    """
+    require_number(bits, "bits", "above 0 and finite", lambda own: 0 < own < math.inf)
+    require_integer(rank, "rank")
+    require_integer(iterations, "iterations", 1)
+    require_choice(codes, "codes", ("trellis", "scalar"))
+    parts = ["calibration", *(("evaluation",) if len(split.training) or len(split.evaluation) else ())]
+    for name in (*parts, *(("training",) if len(split.training) else ())):
+        try:
+            check_sequences(getattr(split, name))
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"split must have sequences for {name}: {error}") from None
+    path, target = Path(source).absolute(), Path(folder).absolute()
+    stages = target.with_name(f"{target.name}-work") if work is None else Path(work).absolute()
+    is_distilled = len(split.training) > 0
+    if is_distilled and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{folder} exists. Name another folder.")
+    _begin(
+        stages, {"bits": str(Fraction(bits)), "rank": int(rank), "codes": codes, "iterations": int(iterations)}, split
+    )
+    path = path if path.is_dir() else _as_folder(path, stages / "source")
+    run = _Stages(path, stages, split, int(rank), codes, int(iterations), progress)
+    statistics, formats = run.formats(bits, include, exclude)
+    decomposition = run.decompose(stages / "decomposed" if is_distilled else target, formats, statistics)
+    if not len(split.evaluation):
+        return CompressionReport(formats, decomposition, None, {})
+    if not is_distilled:
+        return CompressionReport(formats, decomposition, None, run.measured(target))
+    distillation, perplexities = run.distill(target, decomposition)
+    return CompressionReport(formats, decomposition, distillation, perplexities)
+
+
+def _begin(work: Path, settings: dict[str, Any], split: Split) -> None:
+    """Write what the results of the stages depend on, or compare it with what is there."""
+    own = settings | {name: tensor_digest(getattr(split, name).cpu().numpy()) for name in split._fields}
+    path = work / _SETTINGS
+    try:
+        if not path.exists():
+            if work.exists() and any(work.iterdir()):
+                raise CheckpointError(f"{work} is not empty, and holds no results of stages. Name another folder.")
+            work.mkdir(parents=True, exist_ok=True)
+            write_whole(path, f"{json.dumps(own)}\n".encode())
+            return
+        found = Reader(f"{path} is damaged", CheckpointError).read(path.read_bytes(), dict[str, Any])
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(shortened(f"{work} cannot be written: {error}.")) from error
+    for name in own.keys() | found.keys():
+        if found.get(name) != own.get(name):
+            raise CheckpointError(
+                shortened(
+                    f"{work} was begun with another value of {name}: {shown(found.get(name))}. Name another folder."
+                )
+            )
+
+
+def _as_folder(path: Path, folder: Path) -> Path:
+    """Return a folder of transformers with the model of a GGUF file."""
+    if not folder.exists():
+        model, tokenizer = load_language_model(path)
+        with replace_folder(folder) as beside:
+            model.to(torch.bfloat16).save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+    return folder
+
+
+class _Stages:
+    """Stages of one compression."""
+
+    def __init__(
+        self,
+        source: Path,
+        work: Path,
+        split: Split,
+        rank: int,
+        codes: Codes,
+        iterations: int,
+        progress: Any,
+    ) -> None:
+        self._source, self._work, self._split, self._progress = source, work, split, progress
+        self._rank, self._codes, self._iterations = rank, codes, iterations
+
+    def formats(
+        self, bits: float | Fraction, include: Patterns | None, exclude: Patterns
+    ) -> tuple[Statistics, Plan | BlockFormat]:
+        """Collect statistics, and choose the formats of all matrices that have some."""
+        contents = open_model(self._source)
+        shapes = {name: own.shape[-2:] for own in contents.tensors.values() for name in own.matrices}
+        choices, fit = candidates(self._codes, self._rank), FITS[self._codes]
+        # One format for all needs no gradients.
+        known = fitting_format(choices, bits, [shapes[name] for name in contents.select()], fit)
+        statistics = calibrate_checkpoint(
+            self._source, self._work / "statistics", list(self._split.calibration.split(_BATCH)), gradients=known is None,
+            include=include, exclude=as_patterns(exclude, "exclude"), progress=self._progress,
+        )  # fmt: skip
+        names = list(statistics.inputs)
+        if known is not None and fitting_format(choices, bits, [shapes[name] for name in names], fit) == known:
+            return statistics, known
+        table = cost_table(
+            {name: contents.weights[name] for name in names}, choices, rank=self._rank, clip_rank=True, fit=fit, max_iter=1,
+            weighting=statistics.weighting(), store=self._work / "costs.jsonl", progress=self._progress,
+        )  # fmt: skip
+        plan = allocate(table, bits_per_weight=bits)
+        write_whole(self._work / "plan.json", f"{plan.to_json()}\n".encode())
+        return statistics, plan
+
+    def decompose(self, folder: Path, formats: Plan | BlockFormat, statistics: Statistics) -> CheckpointReport:
+        """Write the decomposed matrices."""
+        return decompose_checkpoint(
+            self._source, folder, formats, rank=self._rank, include=list(statistics.inputs), weighting=statistics.weighting(),
+            fit=FITS[self._codes], quantizer="nearest" if self._rank else "gptq", max_iter=self._iterations, rtol=0.0,
+            factor_dtype="bfloat16", progress=self._progress,
+        )  # fmt: skip
+
+    def measured(self, folder: Path) -> dict[str, float]:
+        """Return the perplexities of the dense model and of the decomposed one."""
+        found = {}
+        for name, path in (("dense", self._source), ("quantized", folder)):
+            model, _ = load_language_model(path, may_be_quantized=True)
+            found[name] = perplexity(model, self._split.evaluation, progress=self._progress)
+            del model
+        return found
+
+    def distill(self, folder: Path, decomposition: CheckpointReport) -> tuple[DistillationReport, dict[str, float]]:
+        """Train factors or scales, and write the model."""
+        training, tests = [own[None] for own in self._split.training], list(self._split.evaluation.split(1))
+        model, _ = load_language_model(self._source)
+        dtype = getattr(torch, str(model.config.dtype or "float32").removeprefix("torch."))
+        perplexities = {"dense": perplexity(model, self._split.evaluation, progress=self._progress)}
+        outputs = collect_outputs(model, [*training, *tests], progress=self._progress)
+        del model
+        model, _ = load_language_model(self._work / "decomposed", may_be_quantized=True)
+        perplexities["quantized"] = perplexity(model, self._split.evaluation, progress=self._progress)
+        ranks = [own.rank for own in decomposition.matrices.values()]
+        stored = 8 * sum(own.nbytes for own in decomposition.matrices.values())
+        size = sum(own.size for own in decomposition.matrices.values())
+        report = distill(
+            model, outputs, training, held_out=tests, train=("factors",) if self._rank else ("scales",),
+            checkpoint=self._work / "distillation.safetensors", learning_rate=learning_rate(max(ranks), stored / size),
+            progress=self._progress,
+        )  # fmt: skip
+        if not self._rank:
+            freeze_scales(model, candidates(self._codes, self._rank)[0].scales)
+        for layer in quantized_layers(model).values():  # as they are stored
+            for own in (layer.lora_A, layer.lora_B):
+                own.data.copy_(own.detach().bfloat16())
+        perplexities["distilled"] = perplexity(model, self._split.evaluation, progress=self._progress)
+        with replace_folder(folder) as beside:
+            model.to(dtype).save_pretrained(beside)
+            for path in small_files(self._work / "decomposed"):
+                if not (beside / path.name).exists():
+                    shutil.copyfile(path, beside / path.name)
+        return report, perplexities

@@ -172,6 +172,12 @@ def calibrate_checkpoint(
         raise InvalidArgumentError(f"{next(iter(options))} needs quantized=, the format of the blocks.")
     if isinstance(batches, Mapping | torch.Tensor):
         raise InvalidArgumentError("batches must be several batches, such as a list, got one. Pass [batch].")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            shortened(f"device must be a device of torch, got {shown(device)}: {error}.")
+        ) from error
     path, target = Path(source).absolute(), Path(folder).absolute()
     make = model_class or require("transformers", "peft", "Calibration of models in files").AutoModelForCausalLM
     given = list(_single(batches) if gradients else batches)
@@ -185,7 +191,7 @@ def calibrate_checkpoint(
             if work.is_complete:
                 return open_statistics(target)
             disk = DiskModel(path, make, blocks, include, exclude, getattr(torch, dtype), work.path / "weights")
-            run = _Run(disk, work, given, torch.device(device))
+            run = _Run(disk, work, given, place)
             with (
                 evaluated(disk.model),
                 reported(progress, "Calibrating", len(disk.blocks) * (2 if gradients else 1), "block") as report,

@@ -171,8 +171,8 @@ class DiskModel:
 
 def _skeleton(source: Path, model_class: Any) -> nn.Module:
     """Return the model of a folder on the meta device."""
-    transformers = require("transformers", "peft", "Calibration of models in files")
-    require("accelerate", "peft", "Calibration of models in files")
+    transformers = require("transformers", "demo", "Calibration of models in files")
+    require("accelerate", "demo", "Calibration of models in files")
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
@@ -244,7 +244,7 @@ def _offloaded(model: nn.Module) -> Any:
 
 
 def _remove_hooks(blocks: Iterable[nn.Module]) -> None:
-    hooks = require("accelerate.hooks", "peft", "Calibration of models in files")
+    hooks = require("accelerate.hooks", "demo", "Calibration of models in files")
     for block in blocks:
         hooks.remove_hook_from_submodules(block)
         for module in block.modules():

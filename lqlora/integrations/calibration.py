@@ -179,7 +179,7 @@ def calibrate_checkpoint(
             shortened(f"device must be a device of torch, got {shown(device)}: {error}.")
         ) from error
     path, target = Path(source).absolute(), Path(folder).absolute()
-    make = model_class or require("transformers", "peft", "Calibration of models in files").AutoModelForCausalLM
+    make = model_class or require("transformers", "demo", "Calibration of models in files").AutoModelForCausalLM
     given = list(_single(batches) if gradients else batches)
     settings = {
         "source": _source_digest(path), "batches": _digest(given), "class": make.__name__, "blocks": blocks, "dtype": dtype,

@@ -55,15 +55,9 @@ def load_language_model(path: str | os.PathLike[str], *, may_be_quantized: bool 
     transformers = require("transformers", "demo", "Reading language models")
     torch = require("torch", "demo", "Reading language models")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        quantization = getattr(config, "quantization_config", None)
-        is_ours = may_be_quantized and isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+        _, is_ours = _config_of(folder, may_be_quantized=may_be_quantized)
         if is_ours:
             register()
-        elif quantization is not None:
-            raise CheckpointError(
-                f"{folder} holds a model that is quantized already. Name a folder of the dense model."
-            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **({"dtype": torch.float32} if is_ours else {})
@@ -79,6 +73,18 @@ def load_language_model(path: str | os.PathLike[str], *, may_be_quantized: bool 
     except Exception as error:  # transformers raises errors of many kinds for files that it cannot read
         raise CheckpointError(shortened(f"{folder} cannot be read as a causal language model: {error}.")) from error
     return (model if is_ours else model.float()).eval(), tokenizer
+
+
+def _config_of(folder: Path, *, may_be_quantized: bool) -> tuple[Any, bool]:
+    """Return the configuration of a model, and whether this library has quantized it."""
+    config = require("transformers", "demo", "Reading language models").AutoConfig.from_pretrained(
+        folder, local_files_only=True
+    )
+    quantization = getattr(config, "quantization_config", None)
+    is_ours = may_be_quantized and isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    if quantization is not None and not is_ours:
+        raise CheckpointError(f"{folder} holds a model that is quantized already. Name a folder of the dense model.")
+    return config, is_ours
 
 
 @annotated
@@ -113,8 +119,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> tuple[Any, int | None, int]:
         is_folder = False
     if is_folder:
         try:
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+            config = _config_of(Path(path), may_be_quantized=False)[0].get_text_config()
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except CheckpointError:
+            raise
         except Exception as error:  # as above
             raise CheckpointError(shortened(f"{path} cannot be read as a causal language model: {error}.")) from error
     else:

@@ -13,6 +13,7 @@ from lqlora._optional import require
 from lqlora.recipes.text import Split, packaged_text, read_text, split_sequences, token_sequences
 
 if TYPE_CHECKING:
+    from lqlora.recipes.checkpoints import compress_checkpoint
     from lqlora.recipes.compression import CompressionReport, compress
     from lqlora.recipes.evaluation import divergence, perplexity
     from lqlora.recipes.fine_tuning import fine_tune
@@ -21,6 +22,7 @@ __all__ = [
     "CompressionReport",
     "Split",
     "compress",
+    "compress_checkpoint",
     "divergence",
     "fine_tune",
     "packaged_text",
@@ -33,6 +35,7 @@ __all__ = [
 _MODULES_WITH_TORCH = {
     "CompressionReport": "compression",
     "compress": "compression",
+    "compress_checkpoint": "checkpoints",
     "divergence": "evaluation",
     "fine_tune": "fine_tuning",
     "perplexity": "evaluation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -40,11 +41,12 @@ from lqlora.recipes.text import check_sequences
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lqlora._patterns import Patterns
     from lqlora.allocation import Plan
     from lqlora.formats import BlockFormat
+    from lqlora.integrations.contents import ModelContents
     from lqlora.integrations.statistics import Statistics
     from lqlora.integrations.streaming_report import CheckpointReport
     from lqlora.nn import DistillationReport
@@ -152,19 +154,39 @@ def compress_checkpoint(
     is_distilled = len(split.training) > 0
     if is_distilled and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{folder} exists. Name another folder.")
-    _begin(
-        stages, {"bits": str(Fraction(bits)), "rank": int(rank), "codes": codes, "iterations": int(iterations)}, split
+    settings = {"bits": str(Fraction(bits)), "rank": int(rank), "codes": codes, "iterations": int(iterations)}
+    # One format for all needs no gradients, and no table.
+    shapes = _shapes(contents := open_model(path))
+    known = fitting_format(
+        candidates(codes, int(rank)), bits, [shapes[name] for name in contents.select()], FITS[codes]
     )
-    path = path if path.is_dir() else _as_folder(path, stages / "source")
-    run = _Stages(path, stages, split, int(rank), codes, int(iterations), progress)
-    statistics, formats = run.formats(bits, include, exclude)
-    decomposition = run.decompose(stages / "decomposed" if is_distilled else target, formats, statistics)
-    if not len(split.evaluation):
-        return CompressionReport(formats, decomposition, None, {})
-    if not is_distilled:
-        return CompressionReport(formats, decomposition, None, run.measured(target))
-    distillation, perplexities = run.distill(target, decomposition)
-    return CompressionReport(formats, decomposition, distillation, perplexities)
+    with _begun(stages, settings, split):
+        path = path if path.is_dir() else _as_folder(path, stages / "source")
+        run = _Stages(path, stages, split, int(rank), codes, int(iterations), progress)
+        statistics, formats = run.formats(known, bits, include, exclude)
+        decomposition = run.decompose(stages / "decomposed" if is_distilled else target, formats, statistics)
+        if not len(split.evaluation):
+            return CompressionReport(formats, decomposition, None, {})
+        if not is_distilled:
+            return CompressionReport(formats, decomposition, None, run.measured(target))
+        distillation, perplexities = run.distill(target, decomposition)
+        return CompressionReport(formats, decomposition, distillation, perplexities)
+
+
+@contextlib.contextmanager
+def _begun(work: Path, settings: dict[str, Any], split: Split) -> Iterator[None]:
+    """Write what the results of the stages depend on, or compare it with what is there; remove it if an error leaves no result."""
+    is_new = not work.exists()
+    _begin(work, settings, split)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if [path.name for path in work.iterdir()] == [_SETTINGS]:
+                (work / _SETTINGS).unlink()
+                if is_new:
+                    work.rmdir()
+        raise
 
 
 def _begin(work: Path, settings: dict[str, Any], split: Split) -> None:
@@ -202,6 +224,15 @@ def _as_folder(path: Path, folder: Path) -> Path:
     return folder
 
 
+def _shapes(contents: ModelContents) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each matrix, (outputs, inputs)."""
+    return {
+        name: own.shape[:-3:-1] if own.is_transposed else own.shape[-2:]
+        for own in contents.tensors.values()
+        for name in own.matrices
+    }
+
+
 class _Stages:
     """Stages of one compression."""
 
@@ -219,14 +250,11 @@ class _Stages:
         self._rank, self._codes, self._iterations = rank, codes, iterations
 
     def formats(
-        self, bits: float | Fraction, include: Patterns | None, exclude: Patterns
+        self, known: BlockFormat | None, bits: float | Fraction, include: Patterns | None, exclude: Patterns
     ) -> tuple[Statistics, Plan | BlockFormat]:
         """Collect statistics, and choose the formats of all matrices that have some."""
         contents = open_model(self._source)
-        shapes = {name: own.shape[-2:] for own in contents.tensors.values() for name in own.matrices}
-        choices, fit = candidates(self._codes, self._rank), FITS[self._codes]
-        # One format for all needs no gradients.
-        known = fitting_format(choices, bits, [shapes[name] for name in contents.select()], fit)
+        shapes, choices, fit = _shapes(contents), candidates(self._codes, self._rank), FITS[self._codes]
         statistics = calibrate_checkpoint(
             self._source, self._work / "statistics", list(self._split.calibration.split(_BATCH)), gradients=known is None,
             include=include, exclude=as_patterns(exclude, "exclude"), progress=self._progress,

@@ -33,41 +33,49 @@ def inputs(tmp_path_factory):
 
 
 def _compress(inputs, output, *arguments, model=None):
-    return run(
-        "compress", model or inputs / "tiny.gguf", "--output", output, "--text", inputs / "text.txt", *SMALL, *arguments
-    )
+    return run("compress", model or inputs / "tiny.gguf", output, "--text", inputs / "text.txt", *SMALL, *arguments)
 
 
-def test_the_file_holds_the_model_of_the_library(inputs, tmp_path, capsys):
-    path = tmp_path / "out.safetensors"
+def test_the_folder_holds_the_model_of_the_library(inputs, tmp_path, capsys):
+    path = tmp_path / "out"
     assert _compress(inputs, path, "--bits", "3.13", "--rank", 2) == 0
     printed = capsys.readouterr().out
-    model, tokenizer = load_llama(inputs / "tiny.gguf")
+    _, tokenizer = load_llama(inputs / "tiny.gguf")
     sequences = recipes.token_sequences(tokenizer, TEXT, 16)
     split = recipes.split_sequences(sequences, calibration=4, training=4, evaluation=2)
-    report = recipes.compress(model, split, 3.13, rank=2, iterations=1, progress=False)
+    report = recipes.compress_checkpoint(
+        inputs / "tiny.gguf", tmp_path / "again", 3.13, split, rank=2, iterations=1, progress=False
+    )
     assert str(report).splitlines()[-1] in printed
-    assert f"Wrote {path} ({path.stat().st_size:,} bytes)." in printed
-    again, _ = load_llama(inputs / "tiny.gguf")
-    lq.nn.load_model(path, again)
+    size = sum(own.stat().st_size for own in path.iterdir())
+    assert f"Wrote {path} ({size:,} bytes)." in printed
+    found, expected = (load_language_model(own, may_be_quantized=True)[0] for own in (path, tmp_path / "again"))
     tokens = sequences[:2]
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert torch.equal(found(tokens).logits, expected(tokens).logits)
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--bits", "2.7", "--codes", "scalar", "--tuning-steps", 2), ("--bits", "2.13", "--rank", 0)]
+    "arguments", [("--bits", "2.7", "--codes", "scalar", "--training", 0), ("--bits", "2.13", "--rank", 0)]
 )
-def test_folders_of_transformers_and_other_options(inputs, tmp_path, arguments):
+def test_folders_of_transformers_and_other_options(inputs, tmp_path, capsys, arguments):
     model, tokenizer = load_llama(inputs / "tiny.gguf")
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    found, _ = load_language_model(tmp_path / "model")
-    tokens = torch.arange(12)[None]
-    torch.testing.assert_close(found(tokens).logits, model(tokens).logits)
-    state, output = tmp_path / "state.safetensors", tmp_path / "out.safetensors"
-    assert _compress(inputs, output, *arguments, "--checkpoint", state, model=tmp_path / "model") == 0
-    assert lq.checkpoint.verify(output).matrices
-    assert state.exists()
+    output = tmp_path / "out"
+    options = (*arguments, "--work", tmp_path / "work", "--json")
+    assert _compress(inputs, output, *options, model=tmp_path / "model") == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert len(lq.load(output).matrices) == len(numbers["matrices"])
+    assert numbers["bits_per_weight"] <= float(arguments[1])
+    assert (tmp_path / "work" / "statistics" / "statistics.json").exists()
+    assert run("eval", output, "--text", inputs / "text.txt", "--length", 16, "--sequences", 2, "--json") == 0
+
+
+def test_the_packaged_model_has_one_argument(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("lqlora.cli.compress.packaged_smollm2", lambda: inputs / "tiny.gguf")
+    arguments = ("--bits", "3.13", "--rank", 1, "--text", inputs / "text.txt", *SMALL, "--training", 0)
+    assert run("compress", tmp_path / "out", "--packaged", *arguments) == 0
+    assert lq.verify(tmp_path / "out").matrices
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(inputs, tmp_path, capsys):
@@ -75,7 +83,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(inputs, tmp_path, capsys):
     model.resize_token_embeddings(20)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    assert _compress(inputs, tmp_path / "out.safetensors", "--bits", "3", model=tmp_path / "model") == 2
+    assert _compress(inputs, tmp_path / "out", "--bits", "3", model=tmp_path / "model") == 2
     assert "got 20 embeddings and token" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -87,16 +95,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model(inputs, tmp_path, capsys):
         (("--bits", "3", "--rank", -1), "--rank must be"),
         (("--bits", "3", "--calibration", 0), "calibration"),
         (("--bits", "3", "--calibration", 100000), "sequences must be at least"),
-        (("--bits", "3", "--tuning-steps", -1), "--tuning-steps must be"),
         (("--bits", "3", "--length", 0), "--length must be"),
         (("--bits", "3", "--length", 1000), "--length must be at most 128"),
-        (("--bits", "3", "--packaged"), "got both"),
-        (("--bits", "3", "--checkpoint", "out.safetensors"), "Name another file"),
+        (("--bits", "3", "--packaged"), "and --packaged"),
+        (("--bits", "3", "--evaluation", 0), "evaluation"),
     ],
 )
 def test_what_is_refused_leaves_nothing(inputs, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert _compress(inputs, "out.safetensors", *arguments) == 2
+    assert _compress(inputs, "out", *arguments) == 2
     assert message in sentence(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 

@@ -218,7 +218,8 @@ class TestOptions:
             "merge": {"checkpoint": files / "checkpoint.safetensors", "folder": "out"},
             "verify": {"path": files / "checkpoint.safetensors"},
             "demo": {"--model": "nowhere.gguf"},
-            "compress": {"model": "nowhere.gguf", "--output": "out.safetensors", "--bits": 3},
+            "compress": {"source": "nowhere.gguf", "folder": "out", "--bits": 3},
+            "calibrate": {"source": "nowhere", "folder": "out"},
         }[command]
         given = (usual | {option: VALUE}).items()
         words = [word for name, value in given for word in ((name, value) if name.startswith("--") else (value,))]

@@ -28,8 +28,9 @@ stages = importlib.import_module("lqlora.recipes.demo.stages")
 #: Arguments of each command, then its options. An argument or option is replaced by each value.
 COMMANDS = {
     "demo": ([], {"--output": "out", "--text": "text.txt", "--model": "model.gguf"}),
-    "compress": (["model.gguf"], {"--output": "out.safetensors", "--bits": "3", "--text": "text.txt", "--length": "4", "--rank": "1",
+    "compress": (["model.gguf", "out"], {"--bits": "3", "--text": "text.txt", "--length": "4", "--rank": "1",
                                    "--calibration": "1", "--training": "0", "--evaluation": "1"}),
+    "calibrate": (["model.gguf", "out"], {"--text": "text.txt", "--length": "4", "--sequences": "1"}),
     "costs": (["model.safetensors"], {"--output": "table.json", "--formats": "nf4/64", "--ranks": "1", "--iterations": "1"}),
     "plan": (["costs.json"], {"--bits": "4"}),
     "eval": (["model.gguf"], {"--source": "model.gguf", "--text": "text.txt", "--length": "4", "--sequences": "1"}),
@@ -67,7 +68,7 @@ def parameters():
 
 @pytest.fixture(autouse=True)
 def _inputs(tmp_path, monkeypatch):
-    """Small valid inputs in an empty folder; the demo and compress end where they would measure or read the model."""
+    """Small valid inputs in an empty folder; commands that run a model end where they would read or measure it."""
     monkeypatch.chdir(tmp_path)
     w = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     formats = [lq.BlockFormat.parse(text) for text in ("nf4/64", "nf2/64")]
@@ -84,6 +85,7 @@ def _inputs(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "_split", lambda *_: None)
     monkeypatch.setattr(stages, "_measure", measure)
     monkeypatch.setattr(language_models, "load_language_model", measure)
+    monkeypatch.setattr(language_models, "load_tokenizer", measure)
 
 
 def called(command, option, value):
@@ -101,7 +103,7 @@ def test_every_command_has_a_valid_call(capsys):
     for command, (arguments, options) in COMMANDS.items():
         code = run(command, *arguments, *(f"{key}={own}" for key, own in options.items()))
         assert (code, "model was read" in capsys.readouterr().err) == (
-            (2, True) if command in ("demo", "compress", "eval") else (0, False)
+            (2, True) if command in ("demo", "compress", "calibrate", "eval") else (0, False)
         )
 
 

@@ -78,7 +78,7 @@ def run_settings(
         "matrices": text_digest(json.dumps(matrices)),
         "factor_dtype": factor_dtype,
         "shard_bytes": shard_bytes,
-        **options,
+        **dict(sorted(options.items())),  # in whatever order they were given
     }
 
 

@@ -171,6 +171,7 @@ def costs_command(
             "exclude": "--exclude",
             "mode": "--mode",
             "weighting": "--statistics",
+            "statistics": "--statistics",
             "store": "--store",
             "seed": "--seed",
             "max_iter": "--iterations",
@@ -285,6 +286,7 @@ def decompose_command(
     names = ("format", "plan", "rank", "fit", "quantizer", "seed", "include", "exclude", "strict")
     renamed = {
         "weighting": "--statistics",
+        "statistics": "--statistics",
         "formats": "--format",
         "max_iter": "--iterations",
         "factor_dtype": "--factor-dtype",

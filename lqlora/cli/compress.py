@@ -144,6 +144,8 @@ def token_split(source: Path, options: TextOptions) -> Split:
                 f"model must have an embedding for each token of the text, got {known} embeddings and token {largest}. Is the tokenizer "
                 "that of this model?"
             )
+        if options.calibration < 1:
+            raise InvalidArgumentError(f"calibration must be at least 1 sequence, got {options.calibration}.")
         return split_sequences(
             sequences, calibration=options.calibration, training=options.training, evaluation=options.evaluation
         )

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import lqlora as lq
+from lqlora._patterns import list_names
 from lqlora.cli import console
 from lqlora.cli.outputs import check_outputs, list_outputs, write_outputs
 from lqlora.cli.parsing import parse_formats, parse_integers, parse_pattern
 from lqlora.errors import InvalidArgumentError
 from lqlora.integrations.gguf import packaged_smollm2
 from lqlora.integrations.sources import open_model
-from lqlora.integrations.statistics import open_statistics
+from lqlora.integrations.statistics import norms_for, open_statistics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,15 +65,20 @@ def run(model: Path | None, output: Path, options: CostsOptions, *, packaged: bo
         raise InvalidArgumentError(f"model must be a file or folder, or --packaged instead of it, got {found}.")
     source = model or packaged_smollm2()
     contents = open_model(source)
-    check_outputs([output], force=force, others=[source, *contents.files, *filter(None, [options.store])])
+    check_outputs(
+        [output], force=force, others=[source, *contents.files, *filter(None, [options.store, options.statistics])]
+    )
     formats, ranks = parse_formats(options.formats), parse_integers(options.ranks, "--ranks")
     patterns = {"include": options.include, "exclude": options.exclude}
     chosen = {name: [parse_pattern(text) for text in texts] for name, texts in patterns.items() if texts}
     weights = contents.select(**chosen)
     weighting = None
     if options.statistics is not None:
-        norms = open_statistics(options.statistics).weighting()
-        weighting = {name: norms[name] for name in weights if name in norms}
+        weighting = norms_for(open_statistics(options.statistics), weights)
+        if lacking := [name for name in weights if name not in weighting]:
+            raise InvalidArgumentError(
+                f"statistics must be of all matrices, whose costs are compared, but lack {list_names(lacking)}. Leave them out with --exclude."
+            )
     title = f"Cost table of {len(weights)} matrices x {len(formats)} formats x {len(ranks)} ranks"
     with console.stage(title) as show:
         table = lq.cost_table(

@@ -11,7 +11,7 @@ from lqlora.cli import console
 from lqlora.cli.parsing import parse_bytes, parse_pattern
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.sources import open_model
-from lqlora.integrations.statistics import open_statistics
+from lqlora.integrations.statistics import norms_for, open_statistics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,9 +81,7 @@ def run(source: Path, folder: Path, options: DecomposeOptions, *, as_json: bool)
     if options.exclude:
         patterns["exclude"] = [parse_pattern(own) for own in options.exclude]
     if options.statistics is not None:
-        known = open_model(source).weights
-        norms = open_statistics(options.statistics).weighting()
-        patterns["weighting"] = {name: own for name, own in norms.items() if name in known}
+        patterns["weighting"] = norms_for(open_statistics(options.statistics), open_model(source).weights)
     with console.stage("Decomposing") as show:
         report = lq.decompose_checkpoint(
             source, folder, formats, rank=options.rank, fit=options.fit, quantizer=options.quantizer, factor_dtype=options.factor_dtype,

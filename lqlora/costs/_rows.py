@@ -11,7 +11,7 @@ from lqlora.costs.store import StoredRow
 from lqlora.decomposition import decompose
 from lqlora.decomposition._arguments import checked_matrix, checked_norm, checked_rank
 from lqlora.weighting import Uniform
-from lqlora.weighting.base import in_float64
+from lqlora.weighting.base import in_float64, loaded_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +69,7 @@ def cost_row(
     """
     matrix = plain_array(task.source() if callable(task.source) else task.source, task.name, FLOATS)
     # Without a store nothing is compared, and a digest reads every entry once more.
-    weighting = task.weighting() if callable(task.weighting) else task.weighting
+    weighting = loaded_norm(task.weighting, task.name)
     digests = (array_digest(matrix), weighting_digest(weighting)) if stored else ("", "")
     row = StoredRow(task.name, tuple(matrix.shape), *digests, {})
     if task.known is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
-from lqlora._files import replace_file
 from lqlora.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ class BlockStates:
 
     def __init__(self, path: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
         self.path, self._shapes, self._dtype = path, shapes, dtype
-        sizes = [math.prod(own) * dtype.itemsize for own in shapes]
-        self._places = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
+        self._places = [0]
+        for own in shapes:
+            self._places.append(self._places[-1] + math.prod(own) * dtype.itemsize)
         if path.stat().st_size != self._places[-1]:
             raise CheckpointError(f"{path} must have {self._places[-1]} bytes, got {path.stat().st_size}. Remove it.")
 
@@ -55,16 +56,20 @@ def writing(path: Path) -> Iterator[Callable[[torch.Tensor], None]]:
     Parameters
     ----------
     path : Path
-        File.
+        File in a folder that one process writes in.
 
     Yields
     ------
     callable
         Function that takes a tensor.
     """
-    with replace_file(path) as beside, beside.open("wb") as file:
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("wb") as file:
 
         def write(state: torch.Tensor) -> None:
             file.write(state.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
         yield write
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

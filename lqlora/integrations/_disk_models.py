@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lqlora._patterns import Patterns
     from lqlora.integrations.contents import ModelContents
 
-__all__ = ["DiskModel", "MatrixSource"]
+__all__ = ["DiskModel", "MatrixSource", "list_layers"]
 
 
 class MatrixSource(NamedTuple):
@@ -92,10 +92,7 @@ class DiskModel:
         work: Path,
     ) -> None:
         skeleton = _skeleton(source, model_class)
-        maps = LinearMaps(skeleton, to_fill=True)
-        layers = maps.choose(include, exclude)
-        self.path, items = find_blocks(maps.modules, layers, blocks)
-        chosen = {name: layer for name, layer in layers.items() if name.startswith(f"{self.path}.")}
+        self.path, items, chosen = _chosen(skeleton, blocks, include, exclude)
         self.model = _loaded(source, skeleton, dtype, work)
         self.blocks = {f"{self.path}.{key}": self.model.get_submodule(f"{self.path}.{key}") for key in items}
         self._values: Mapping[str, torch.Tensor] = _offloaded(self.model)
@@ -169,10 +166,49 @@ class DiskModel:
         return found
 
 
+def list_layers(
+    source: Path, model_class: Any, include: Patterns | None, exclude: Patterns
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Return the layers of the blocks that patterns select, without reading a weight.
+
+    Parameters
+    ----------
+    source : Path
+        Folder that ``save_pretrained`` of transformers wrote.
+    model_class : class
+        Class of transformers with ``from_pretrained``.
+    include, exclude : patterns
+        Layers to select.
+
+    Returns
+    -------
+    shapes : dict of str to (int, int)
+        Shape of each layer by its name in the model.
+    joined : list of str
+        Arrays of experts among them that the files have in parts, one for each expert.
+    """
+    _, _, chosen = _chosen(_skeleton(source, model_class), None, include, exclude)
+    stacks = dict.fromkeys(name.rpartition(".")[0] for name, layer in chosen.items() if isinstance(layer, ExpertMatrix))
+    tensors = {name.removesuffix(".weight") for name in open_model(source).tensors}
+    return {name: _shape_of(layer) for name, layer in chosen.items()}, [own for own in stacks if own not in tensors]
+
+
+def _chosen(
+    skeleton: nn.Module, blocks: str | None, include: Patterns | None, exclude: Patterns
+) -> tuple[str, dict[str, nn.Module], dict[str, nn.Module]]:
+    """Return the name of the list of blocks of a model, its items, and the selected layers in them."""
+    maps = LinearMaps(skeleton, to_fill=True)
+    layers = maps.choose(include, exclude)
+    path, items = find_blocks(maps.modules, layers, blocks)
+    return path, items, {name: layer for name, layer in layers.items() if name.startswith(f"{path}.")}
+
+
 def _skeleton(source: Path, model_class: Any) -> nn.Module:
     """Return the model of a folder on the meta device."""
     transformers = require("transformers", "demo", "Calibration of models in files")
     require("accelerate", "demo", "Calibration of models in files")
+    if not source.is_dir():
+        raise CheckpointError(about_file(source, "is not a folder of a model of transformers."))
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:

@@ -22,6 +22,7 @@ from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.formats import BlockFormat, float_bits
 from lqlora.quantized.quantization import with_fitted_levels
 from lqlora.weighting import AbstractWeighting
+from lqlora.weighting.base import loaded_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,7 +86,7 @@ def decomposed(item: Task | Copy, *, options: dict[str, Any], factor_dtype: Floa
     matrix = item.load()
     if matrix.shape != item.shape:
         raise _changed(item.name)
-    weighting = item.weighting() if callable(item.weighting) else item.weighting
+    weighting = loaded_norm(item.weighting, item.name)
     inputs = f"{array_digest(matrix)} {weighting_digest(weighting)}"
     if item.known is not None:
         if item.known != inputs:

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import inspect
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lqlora._annotations import annotated
-from lqlora._documents import Reader
-from lqlora._files import lock, open_unshared, write_whole
-from lqlora._messages import shortened, shown
+from lqlora._documents import Reader, Text
+from lqlora._files import write_whole
+from lqlora._messages import given, shortened, shown
 from lqlora._optional import require
 from lqlora._options import require_choice
 from lqlora._patterns import list_names
 from lqlora._progress import reported
 from lqlora._warnings import warn
+from lqlora.decomposition import decompose
 from lqlora.errors import CheckpointError, DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from lqlora.integrations._block_states import BlockStates, writing
+from lqlora.integrations._calibration_folder import CalibrationFolder, described, digest_of, mapped, source_digest
 from lqlora.integrations._disk_models import DiskModel
-from lqlora.integrations.statistics import DOCUMENT, open_statistics, write_document, write_gradients, write_inputs
+from lqlora.integrations.statistics import open_statistics, read_entries, write_document, write_gradients, write_inputs
 from lqlora.nn.block_calls import (
     BlockCall,
+    BlockPass,
     collect_block_gram,
     evaluated,
     hidden_of,
@@ -39,7 +41,7 @@ from lqlora.nn.block_calls import (
 from lqlora.nn.experts import split_for_a_while
 from lqlora.nn.model import fast_array, quantize_model
 from lqlora.nn.selection import LinearMaps
-from lqlora.nn.statistics.batches import parts_of, run_model
+from lqlora.nn.statistics.batches import examples_of, parts_of, run_model
 from lqlora.nn.statistics.losses import losses_of
 from lqlora.weighting import InputGram
 
@@ -55,8 +57,6 @@ if TYPE_CHECKING:
     from lqlora.integrations.statistics import Statistics
 
 __all__ = ["calibrate_checkpoint"]
-
-_UNFINISHED, _RUN, _LOCK = "unfinished", "run.json", "lock"
 
 
 @annotated
@@ -168,30 +168,32 @@ def calibrate_checkpoint(
     require_choice(dtype, "dtype", ("float32", "bfloat16", "float16"))
     if gradients and quantized is not None:
         raise InvalidArgumentError("quantized must not be given with gradients, which are those of the dense model.")
-    if options and quantized is None:
-        raise InvalidArgumentError(f"{next(iter(options))} needs quantized=, the format of the blocks.")
+    _check_options(quantized, options)
     if isinstance(batches, Mapping | torch.Tensor):
         raise InvalidArgumentError("batches must be several batches, such as a list, got one. Pass [batch].")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidArgumentError(
-            shortened(f"device must be a device of torch, got {shown(device)}: {error}.")
-        ) from error
+    place = _device(device)
     path, target = Path(source).absolute(), Path(folder).absolute()
     make = model_class or require("transformers", "demo", "Calibration of models in files").AutoModelForCausalLM
-    given = list(_single(batches) if gradients else batches)
+    if not (isinstance(make, type) and hasattr(make, "from_pretrained")):
+        raise InvalidArgumentError(f"model_class must be a class of transformers, got {given(make)}.")
+    own = list(batches)
+    _check_batches(own)
     settings = {
-        "source": _source_digest(path), "batches": _digest(given), "class": make.__name__, "blocks": blocks, "dtype": dtype,
-        "include": str(include), "exclude": str(exclude), "gradients": gradients,
-        "quantized": "" if quantized is None else f"{quantized} {sorted(options.items())}",
+        "source": source_digest(path), "batches": digest_of(own), "model_class": make.__name__, "blocks": blocks, "dtype": dtype,
+        "include": described(include), "exclude": described(exclude), "gradients": gradients, "loss": described(loss),
+        "quantized": "" if quantized is None else f"{quantized} {[(name, described(options[name])) for name in sorted(options)]}",
     }  # fmt: skip
     try:
-        with _Folder(target, settings) as work:
+        with CalibrationFolder(target, settings) as work:
             if work.is_complete:
                 return open_statistics(target)
-            disk = DiskModel(path, make, blocks, include, exclude, getattr(torch, dtype), work.path / "weights")
-            run = _Run(disk, work, given, place)
+            disk = DiskModel(path, make, blocks, include, exclude, getattr(torch, dtype), work.weights)
+            if gradients and getattr(disk.model.config, "output_router_logits", False):
+                raise InvalidArgumentError(
+                    "source must not have output_router_logits in its configuration with gradients, which the loss of routers would "
+                    "not reach."
+                )
+            run = _Run(disk, work, list(_single(disk.model, own)) if gradients else own, place)
             with (
                 evaluated(disk.model),
                 reported(progress, "Calibrating", len(disk.blocks) * (2 if gradients else 1), "block") as report,
@@ -207,137 +209,53 @@ def calibrate_checkpoint(
     return open_statistics(target)
 
 
-def _single(batches: Iterable[Any]) -> Iterator[Any]:
+def _check_options(quantized: BlockFormat | None, options: Mapping[str, Any]) -> None:
+    """Raise unless options are those of ``quantize_model``."""
+    known = inspect.signature(quantize_model).parameters.keys() | inspect.signature(decompose).parameters.keys()
+    for name in options:
+        if quantized is None:
+            raise InvalidArgumentError(f"{name} needs quantized=, the format of the blocks.")
+        if name in _SET or name not in known:
+            raise InvalidArgumentError(f"{name} is not an option of lqlora.nn.quantize_model that can be set here.")
+
+
+#: Options of ``quantize_model`` and ``decompose`` that are set for each block.
+_SET = frozenset(
+    {"model", "formats", "include", "exclude", "weighting", "embeddings", "progress", "w", "fmt", "name", "start"}
+)
+
+
+def _device(name: str) -> torch.device:
+    """Return a device, or raise if torch cannot use it."""
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise InvalidArgumentError(
+            shortened(f"device must be one that torch can use, got {shown(name)}: {error}")
+        ) from error
+    if found.type == "meta":
+        raise InvalidArgumentError("device must be one that computes, got 'meta'.")
+    return found
+
+
+def _check_batches(batches: Sequence[Any]) -> None:
+    """Raise unless there are batches with tokens."""
+    if not batches:
+        raise InvalidArgumentError("batches must hold at least one batch, got none. Was an iterator used up?")
+    for batch in batches:
+        for own in batch.values() if isinstance(batch, Mapping) else [batch]:
+            if isinstance(own, torch.Tensor) and not own.numel():
+                raise InvalidArgumentError(f"batches must have tokens, got a tensor of shape {tuple(own.shape)}.")
+
+
+def _single(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
     """Yield the examples of batches one by one."""
     for batch in batches:
         if isinstance(batch, torch.Tensor) and batch.ndim:
             yield from batch.split(1)
         else:
-            yield from parts_of(torch.nn.Module(), batch, one_by_one=True)
-
-
-def _source_digest(path: Path) -> str:
-    """Return a digest of the files of a model."""
-    total = hashlib.sha256()
-    try:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.suffix in (".json", ".safetensors") and file.is_file():
-                with file.open("rb") as content:
-                    total.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(shortened(f"{path} cannot be read: {error}.")) from error
-    return total.hexdigest()
-
-
-def _digest(values: Any) -> str:
-    """Return a digest of batches."""
-    total = hashlib.sha256()
-
-    def add(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            own = value.detach().cpu().contiguous()
-            total.update(f"{own.dtype} {tuple(own.shape)} ".encode())
-            total.update(own.reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif not isinstance(value, Mapping | list | tuple):
-            total.update(repr(value).encode())
-        return value
-
-    _mapped(values, add)
-    return total.hexdigest()
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the entries of lists, tuples and mappings."""
-    if isinstance(value, Mapping):
-        return {key: _mapped(own, function) for key, own in value.items()}
-    if isinstance(value, list | tuple):
-        own = [_mapped(entry, function) for entry in value]
-        return own if isinstance(value, list) else tuple(own)
-    return function(value)
-
-
-class _Folder:
-    """Folder of statistics that is written block after block. Entering it locks it."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.folder, self._settings = path, settings
-        self.path = path / _UNFINISHED
-        self.is_complete = self._is_new = False
-        self._lock: Any = None
-
-    def __enter__(self) -> Self:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is not a folder. Name another one.")
-        if (self.folder / DOCUMENT).exists():
-            self._compare(self.folder / _RUN)
-            self.is_complete = True
-            shutil.rmtree(self.path, ignore_errors=True)
-            return self
-        self._is_new = not self.folder.exists()
-        if not self._is_new and any(self.folder.iterdir()) and not self.path.is_dir():
-            raise CheckpointError(
-                f"{self.folder} is not empty, and holds no unfinished statistics. Name another folder."
-            )
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open_unshared(self.path / _LOCK, "ab")
-        try:
-            lock(self._lock)
-        except BlockingIOError as error:
-            self.__exit__()
-            raise CheckpointError(
-                f"{self.folder} is in use by another process. Wait for it, or name another folder."
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
-        try:
-            if (self.folder / _RUN).exists():
-                self._compare(self.folder / _RUN)
-            else:
-                write_whole(self.folder / _RUN, f"{json.dumps(self._settings)}\n".encode())
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _compare(self, path: Path) -> None:
-        """Raise if the statistics were begun with other settings."""
-        if not path.is_file():
-            raise CheckpointError(
-                f"{self.folder} has no {_RUN}, which says what it was begun with. Name another folder."
-            )
-        found = Reader(f"{path} is damaged", CheckpointError).read(path.read_bytes(), dict[str, Any])
-        for name in self._settings.keys() | found.keys():
-            if found.get(name) != self._settings.get(name):
-                raise CheckpointError(
-                    shortened(
-                        f"{self.folder} was begun with another {name}: {shown(found.get(name))}. Name another folder."
-                    )
-                )
-
-    def __exit__(self, kind: object = None, *_: object) -> None:
-        if kind is not None and self._lock is not None and max(_positions(self.path, "states"), default=0) == 0:
-            # No block is lost, and other options may be tried with the same folder.
-            with contextlib.suppress(OSError):
-                (self.folder / _RUN).unlink(missing_ok=True)
-            shutil.rmtree(self.path, ignore_errors=True)
-            if self._is_new:
-                with contextlib.suppress(OSError):
-                    self.folder.rmdir()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def states(self, position: int) -> Path:
-        """Return the file of the hidden states before a block."""
-        return self.path / f"states-{position:05d}"
-
-    def gradients(self, position: int) -> Path:
-        """Return the file of the gradients before a block."""
-        return self.path / f"gradients-{position:05d}"
-
-    def entries(self, position: int, kind: str = "inputs") -> Path:
-        """Return the file that lists the matrices of a block."""
-        return self.path / f"{kind}-{position:05d}.json"
+            yield from parts_of(model, batch, one_by_one=True)
 
 
 class _Pass(NamedTuple):
@@ -351,7 +269,7 @@ class _Pass(NamedTuple):
 class _Run:
     """Statistics of the blocks of a model, forwards and backwards."""
 
-    def __init__(self, disk: DiskModel, work: _Folder, batches: Sequence[Any], device: torch.device) -> None:
+    def __init__(self, disk: DiskModel, work: CalibrationFolder, batches: Sequence[Any], device: torch.device) -> None:
         self._disk, self._work, self._device = disk, work, device
         self._names = list(disk.blocks)
         self._passes: list[_Pass] = []
@@ -370,36 +288,34 @@ class _Run:
         def once(value: Any) -> Any:
             """Return the same object for equal tensors, such as masks and positions of sequences of one length."""
             return (
-                known.setdefault(_digest([value]), value)
+                known.setdefault(digest_of([value]), value)
                 if isinstance(value, torch.Tensor) and value.numel()
                 else value
             )
 
         first = disk.block(self._names[0], torch.device("cpu"))
         modules = list(disk.blocks.values())
-        is_begun = bool(_positions(self._work.path, "states"))
+        is_begun = bool(self._work.positions("states"))
         with (
             skipped_blocks(modules, first) as output,
             _without_head(disk.model) as run,
             contextlib.nullcontext(_ignore) if is_begun else writing(self._work.states(0)) as write,
         ):
-            for part, calls in record_calls(disk.model, disk.path, modules, batches, run):
+            for part, calls in _checked(record_calls(disk.model, disk.path, modules, batches, run)):
                 hidden = calls[0].hidden
                 self._dtype = hidden.dtype
                 self._shapes.append(tuple(hidden.shape))
                 write(hidden)
                 shared = _shared(output[0], calls)
                 plain = [own.with_hidden(hidden.new_empty(0)) for own in calls]
-                kept = [BlockCall(_mapped(own.args, once), _mapped(own.kwargs, once)) for own in plain]
+                kept = [BlockCall(mapped(own.args, once), mapped(own.kwargs, once)) for own in plain]
                 self._passes.append(_Pass(part, kept, shared))
-            if not self._passes:
-                raise InvalidArgumentError("batches must hold at least one batch, got none. Was an iterator used up?")
 
     def _calls(self, position: int, states: BlockStates) -> Iterator[BlockCall]:
         """Yield the calls of a block, on its device."""
         for index, own in enumerate(self._passes):
             call = own.calls[position].with_hidden(states[index])
-            yield BlockCall(*_mapped((call.args, call.kwargs), self._sent))
+            yield BlockCall(*mapped((call.args, call.kwargs), self._sent))
 
     def _sent(self, value: Any) -> Any:
         return value.to(self._device) if isinstance(value, torch.Tensor) else value
@@ -438,7 +354,7 @@ class _Run:
         keep : bool
             Whether the states before all blocks are kept.
         """
-        done = max(_positions(self._work.path, "states"))
+        done = max(self._work.positions("states"))
         report(done)
         for position in range(done, len(self._names)):
             self._forward(position, quantized, options)
@@ -508,7 +424,7 @@ class _Run:
             Function that takes the number of finished runs of blocks.
         """
         count = len(self._names)
-        if not (done := _positions(self._work.path, "gradients")):
+        if not (done := self._work.positions("gradients")):
             self._last_gradients(loss)
         for position in reversed(range(min(done, default=count))):
             self._backward(position)
@@ -527,6 +443,10 @@ class _Run:
                 current[:] = [states[index].requires_grad_()]
                 with torch.enable_grad():
                     total = losses_of(disk.model, own.part, loss, index).sum()
+                if not total.requires_grad:
+                    raise InvalidArgumentError(
+                        "loss must depend on the hidden state after the last block, but does not."
+                    )
                 write(torch.autograd.grad(total, current[0])[0])
 
     def _backward(self, position: int) -> None:
@@ -571,11 +491,11 @@ class _Run:
                 path = self._work.entries(position, kind)
                 if not path.exists():
                     continue
-                found = json.loads(path.read_bytes())
+                reader = Reader(f"{path} is damaged", CheckpointError)
                 if kind == "inputs":
-                    entries |= found
+                    entries |= read_entries(reader, path.read_bytes())
                 else:
-                    for name in entries.keys() & found:
+                    for name in entries.keys() & set(reader.read(path.read_bytes(), list[Text])):
                         entries[name]["gradients"] = self._file("output_gradients", position)
         lacking = [name for name in self._disk.matrices if name not in entries]
         if not entries:
@@ -588,8 +508,8 @@ class _Run:
                 f"({list_names(lacking)}). The statistics leave them out. Exclude them, or pass batches that reach them.",
                 DeadLayerWarning,
             )
-        write_document(self._work.folder, entries, examples=sum(_examples(own.part) for own in self._passes))
-        shutil.rmtree(self._work.path, ignore_errors=True)
+        write_document(self._work.folder, entries, examples=sum(examples_of(own.part) for own in self._passes))
+        self._work.clean()
 
 
 class _SquaredGradients:
@@ -638,20 +558,19 @@ def _without_head(model: Any) -> Iterator[Callable[[nn.Module, Any], None]]:
 def _shared(output: Any, calls: Sequence[BlockCall]) -> dict[int, torch.Tensor]:
     """Return what later blocks take of the output of the first one, by its place there."""
     taken: set[int] = set()
-    _mapped([(own.args, own.kwargs) for own in calls[1:]], lambda own: taken.add(id(own)))
+    mapped([(own.args, own.kwargs) for own in calls[1:]], lambda own: taken.add(id(own)))
     others = enumerate(output[1:], start=1) if isinstance(output, tuple) else ()
     return {place: own for place, own in others if isinstance(own, torch.Tensor) and id(own) in taken}
 
 
-def _positions(folder: Path, kind: str) -> list[int]:
-    """Return the positions of the files of a kind. Those that are being written have other names."""
-    return [int(own.name.removeprefix(f"{kind}-")) for own in folder.glob(f"{kind}-[0-9][0-9][0-9][0-9][0-9]")]
-
-
-def _examples(part: Any) -> int:
-    """Return the number of examples of a part of a batch."""
-    tensors = list(part.values()) if isinstance(part, Mapping) else [part]
-    return next((own.shape[0] for own in tensors if isinstance(own, torch.Tensor) and own.ndim), 1)
+def _checked(passes: Iterator[BlockPass]) -> Iterator[BlockPass]:
+    """Yield passes of a model; say what is wrong with tokens that it does not have."""
+    try:
+        yield from passes
+    except IndexError as error:
+        raise InvalidArgumentError(
+            shortened(f"batches must suit the model, which cannot run them: {error}.")
+        ) from error
 
 
 def _ignore(_: Any) -> None:

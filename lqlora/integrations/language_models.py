@@ -17,7 +17,7 @@ from lqlora.integrations.transformers import register
 if TYPE_CHECKING:
     import os
 
-__all__ = ["load_language_model", "load_tokenizer"]
+__all__ = ["load_causal_model", "load_language_model", "load_tokenizer"]
 
 
 @annotated
@@ -45,20 +45,40 @@ def load_language_model(path: str | os.PathLike[str], *, may_be_quantized: bool 
     MissingDependencyError
         If gguf, torch or transformers is not installed.
     """
-    folder = Path(path)
-    try:
-        is_folder = folder.is_dir()
-    except ValueError:  # a zero byte, which the reader of files will say
-        is_folder = False
-    if not is_folder:
+    if not _is_folder(path):
         return load_llama(path)
+    model = load_causal_model(Path(path), may_be_quantized=may_be_quantized)
+    return model, _tokenizer_of(Path(path))
+
+
+def load_causal_model(folder: Path, *, may_be_quantized: bool = False) -> Any:
+    """Read a causal language model without its tokenizer.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder that ``save_pretrained`` of transformers wrote.
+    may_be_quantized : bool, default False
+        See :func:`load_language_model`.
+
+    Returns
+    -------
+    torch.nn.Module
+        Model in evaluation mode and float32.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is invalid, or holds a model that is quantized already.
+    MissingDependencyError
+        If torch or transformers is not installed.
+    """
     transformers = require("transformers", "demo", "Reading language models")
     torch = require("torch", "demo", "Reading language models")
     try:
         _, is_ours = _config_of(folder, may_be_quantized=may_be_quantized)
         if is_ours:
             register()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **({"dtype": torch.float32} if is_ours else {})
         )
@@ -72,7 +92,24 @@ def load_language_model(path: str | os.PathLike[str], *, may_be_quantized: bool 
         raise
     except Exception as error:  # transformers raises errors of many kinds for files that it cannot read
         raise CheckpointError(shortened(f"{folder} cannot be read as a causal language model: {error}.")) from error
-    return (model if is_ours else model.float()).eval(), tokenizer
+    return (model if is_ours else model.float()).eval()
+
+
+def _is_folder(path: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(path).is_dir()
+    except ValueError:  # a zero byte, which the reader of files will say
+        return False
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    """Read the tokenizer of a folder."""
+    try:
+        return require("transformers", "demo", "Reading language models").AutoTokenizer.from_pretrained(
+            folder, local_files_only=True
+        )
+    except Exception as error:  # as above
+        raise CheckpointError(shortened(f"{folder} cannot be read as a causal language model: {error}.")) from error
 
 
 def _config_of(folder: Path, *, may_be_quantized: bool) -> tuple[Any, bool]:
@@ -112,19 +149,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> tuple[Any, int | None, int]:
     MissingDependencyError
         If gguf, torch or transformers is not installed.
     """
-    transformers = require("transformers", "demo", "Reading language models")
-    try:
-        is_folder = Path(path).is_dir()
-    except ValueError:  # a zero byte, which the reader of files will say
-        is_folder = False
-    if is_folder:
+    if _is_folder(path):
         try:
             config = _config_of(Path(path), may_be_quantized=False)[0].get_text_config()
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         except CheckpointError:
             raise
         except Exception as error:  # as above
             raise CheckpointError(shortened(f"{path} cannot be read as a causal language model: {error}.")) from error
+        tokenizer = _tokenizer_of(Path(path))
     else:
         model, tokenizer = load_llama(path)
         config = model.config

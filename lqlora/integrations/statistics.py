@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from msgspec import Meta, Struct
+from msgspec.structs import asdict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -19,18 +20,28 @@ from lqlora._annotations import annotated
 from lqlora._documents import Count, Length, Reader, Text, key_step
 from lqlora._files import replace_file, write_whole
 from lqlora._messages import about_file, shown
-from lqlora.errors import CheckpointError
+from lqlora._patterns import list_names
+from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.weighting import InputGram
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import numpy.typing as npt
 
     from lqlora.weighting import AbstractWeighting
 
-__all__ = ["DOCUMENT", "Statistics", "open_statistics", "write_document", "write_gradients", "write_inputs"]
+__all__ = [
+    "DOCUMENT",
+    "Statistics",
+    "norms_for",
+    "open_statistics",
+    "read_entries",
+    "write_document",
+    "write_gradients",
+    "write_inputs",
+]
 
 #: Name of the JSON document, which is written last.
 DOCUMENT = "statistics.json"
@@ -102,6 +113,35 @@ class Statistics:
             name: functools.partial(_norm, norm, load, self.output_gradients.get(name))
             for name, load in self.inputs.items()
         }
+
+
+def norms_for(statistics: Statistics, names: Iterable[str]) -> dict[str, Callable[[], AbstractWeighting]]:
+    """Return the norms of matrices that a folder has statistics of.
+
+    Parameters
+    ----------
+    statistics : Statistics
+        The statistics.
+    names : iterable of str
+        Names of matrices of a model.
+
+    Returns
+    -------
+    dict of str to callable
+        See :meth:`Statistics.weighting`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it has statistics of none of them.
+    """
+    norms, names = statistics.weighting(), list(names)
+    found = {name: norms[name] for name in names if name in norms}
+    if not found:
+        raise InvalidArgumentError(
+            f"statistics must be those of this model, but are of {list_names(norms)}, and its matrices are {list_names(names)}."
+        )
+    return found
 
 
 @annotated
@@ -237,6 +277,24 @@ def write_document(folder: str | os.PathLike[str], entries: Mapping[str, Mapping
         "matrices": {name: dict(own) for name, own in entries.items()},
     }
     write_whole(Path(folder) / DOCUMENT, f"{json.dumps(document, indent=1)}\n".encode())
+
+
+def read_entries(reader: Reader, text: bytes) -> dict[str, dict[str, Any]]:
+    """Return entries of matrices from JSON, checked.
+
+    Parameters
+    ----------
+    reader : Reader
+        Reader of the document.
+    text : bytes
+        JSON.
+
+    Returns
+    -------
+    dict of str to dict
+        Entries for :func:`write_document`.
+    """
+    return {name: asdict(own) for name, own in reader.read(text, dict[Text, _Entry]).items()}
 
 
 def _read_document(folder: Path) -> _Document:

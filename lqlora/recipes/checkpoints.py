@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -15,16 +16,19 @@ import torch
 from lqlora._annotations import annotated
 from lqlora._documents import Reader
 from lqlora._files import replace_folder, write_whole
-from lqlora._messages import shortened, shown
+from lqlora._messages import given, shortened, shown
+from lqlora._optional import require
 from lqlora._options import require_choice, require_integer, require_number
-from lqlora._patterns import as_patterns
+from lqlora._patterns import list_names
 from lqlora.allocation import allocate
 from lqlora.costs import cost_table
 from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.integrations._calibration_folder import described, source_digest
+from lqlora.integrations._disk_models import list_layers
 from lqlora.integrations._streaming_folder import small_files
 from lqlora.integrations._streaming_tasks import tensor_digest
 from lqlora.integrations.calibration import calibrate_checkpoint
-from lqlora.integrations.language_models import load_language_model
+from lqlora.integrations.language_models import load_causal_model, load_language_model
 from lqlora.integrations.sources import open_model
 from lqlora.integrations.streaming import decompose_checkpoint
 from lqlora.nn import collect_outputs, distill, freeze_scales
@@ -46,7 +50,6 @@ if TYPE_CHECKING:
     from lqlora._patterns import Patterns
     from lqlora.allocation import Plan
     from lqlora.formats import BlockFormat
-    from lqlora.integrations.contents import ModelContents
     from lqlora.integrations.statistics import Statistics
     from lqlora.integrations.streaming_report import CheckpointReport
     from lqlora.nn import DistillationReport
@@ -58,7 +61,7 @@ __all__ = ["compress_checkpoint"]
 #: Sequences of a calibration batch.
 _BATCH = 4
 
-_SETTINGS = "settings.json"
+_SETTINGS, _SOURCE = "settings.json", "source"
 
 
 @annotated
@@ -149,21 +152,20 @@ def compress_checkpoint(
             check_sequences(getattr(split, name))
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"split must have sequences for {name}: {error}") from None
+    _check_tokens(split)
     path, target = Path(source).absolute(), Path(folder).absolute()
     stages = target.with_name(f"{target.name}-work") if work is None else Path(work).absolute()
-    is_distilled = len(split.training) > 0
-    if is_distilled and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{folder} exists. Name another folder.")
-    settings = {"bits": str(Fraction(bits)), "rank": int(rank), "codes": codes, "iterations": int(iterations)}
-    # One format for all needs no gradients, and no table.
-    shapes = _shapes(contents := open_model(path))
-    known = fitting_format(
-        candidates(codes, int(rank)), bits, [shapes[name] for name in contents.select()], FITS[codes]
-    )
-    with _begun(stages, settings, split):
-        path = path if path.is_dir() else _as_folder(path, stages / "source")
+    _check_folders(path, target, stages, is_distilled=len(split.training) > 0)
+    settings = {
+        "bits": str(bits), "rank": int(rank), "codes": codes, "iterations": int(iterations), "include": described(include),
+        "exclude": described(exclude), "source": source_digest(path),
+        **{name: tensor_digest(getattr(split, name).cpu().numpy()) for name in split._fields},
+    }  # fmt: skip
+    with _begun(stages, settings):
+        path = path if path.is_dir() else _as_folder(path, stages / _SOURCE)
         run = _Stages(path, stages, split, int(rank), codes, int(iterations), progress)
-        statistics, formats = run.formats(known, bits, include, exclude)
+        statistics, formats = run.formats(bits if isinstance(bits, Fraction) else float(bits), include, exclude)
+        is_distilled = len(split.training) > 0
         decomposition = run.decompose(stages / "decomposed" if is_distilled else target, formats, statistics)
         if not len(split.evaluation):
             return CompressionReport(formats, decomposition, None, {})
@@ -173,40 +175,66 @@ def compress_checkpoint(
         return CompressionReport(formats, decomposition, distillation, perplexities)
 
 
+def _check_tokens(split: Split) -> None:
+    """Raise unless all parts hold numbers of tokens."""
+    for name in split._fields:
+        own = getattr(split, name)
+        if not isinstance(own, torch.Tensor) or own.is_floating_point() or own.is_complex():
+            raise InvalidArgumentError(f"split must have a tensor of whole numbers for {name}, got {given(own)}.")
+
+
+def _check_folders(source: Path, folder: Path, work: Path, *, is_distilled: bool) -> None:
+    """Raise if a folder to write is in use for something else, before any work is done."""
+    try:
+        places = {"source": source.resolve(), "folder": folder.resolve(), "work": work.resolve()}
+        is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        # A decomposition that was begun goes on.
+        is_begun = folder.is_dir() and any((folder / own).exists() for own in ("lqlora.json", "unfinished/run.json"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(shortened(f"{folder} cannot be written: {error}.")) from error
+    for first, second in itertools.permutations(places, 2):
+        if places[first].is_relative_to(places[second]):
+            raise InvalidArgumentError(
+                shortened(f"{first} must not be, or be in, {second}, got {places[first]} and {places[second]}.")
+            )
+    if not is_free and (is_distilled or not is_begun):
+        raise CheckpointError(shortened(f"{folder} exists. Name another folder."))
+
+
 @contextlib.contextmanager
-def _begun(work: Path, settings: dict[str, Any], split: Split) -> Iterator[None]:
+def _begun(work: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Write what the results of the stages depend on, or compare it with what is there; remove it if an error leaves no result."""
     is_new = not work.exists()
-    _begin(work, settings, split)
+    try:
+        _begin(work, settings)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(shortened(f"{work} cannot be written: {error}.")) from error
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if [path.name for path in work.iterdir()] == [_SETTINGS]:
+            if {path.name for path in work.iterdir()} <= {_SETTINGS, _SOURCE}:
                 (work / _SETTINGS).unlink()
+                shutil.rmtree(work / _SOURCE, ignore_errors=True)
                 if is_new:
                     work.rmdir()
         raise
 
 
-def _begin(work: Path, settings: dict[str, Any], split: Split) -> None:
-    """Write what the results of the stages depend on, or compare it with what is there."""
-    own = settings | {name: tensor_digest(getattr(split, name).cpu().numpy()) for name in split._fields}
+def _begin(work: Path, settings: dict[str, Any]) -> None:
     path = work / _SETTINGS
-    try:
-        if not path.exists():
-            if work.exists() and any(work.iterdir()):
-                raise CheckpointError(f"{work} is not empty, and holds no results of stages. Name another folder.")
-            work.mkdir(parents=True, exist_ok=True)
-            write_whole(path, f"{json.dumps(own)}\n".encode())
-            return
-        found = Reader(f"{path} is damaged", CheckpointError).read(path.read_bytes(), dict[str, Any])
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(shortened(f"{work} cannot be written: {error}.")) from error
-    for name in own.keys() | found.keys():
-        if found.get(name) != own.get(name):
+    names = {own.name for own in work.iterdir()} if work.exists() else set()
+    if names <= {_SETTINGS}:  # nothing is finished, and other settings may be tried
+        work.mkdir(parents=True, exist_ok=True)
+        write_whole(path, f"{json.dumps(settings)}\n".encode())
+        return
+    if _SETTINGS not in names:
+        raise CheckpointError(shortened(f"{work} is not empty, and holds no results of stages. Name another folder."))
+    found = Reader(f"{path} is damaged", CheckpointError).read(path.read_bytes(), dict[str, Any])
+    for name in [*settings, *found]:
+        if found.get(name) != settings.get(name):
             raise CheckpointError(
                 shortened(
                     f"{work} was begun with another value of {name}: {shown(found.get(name))}. Name another folder."
@@ -222,15 +250,6 @@ def _as_folder(path: Path, folder: Path) -> Path:
             model.to(torch.bfloat16).save_pretrained(beside)
             tokenizer.save_pretrained(beside)
     return folder
-
-
-def _shapes(contents: ModelContents) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each matrix, (outputs, inputs)."""
-    return {
-        name: own.shape[:-3:-1] if own.is_transposed else own.shape[-2:]
-        for own in contents.tensors.values()
-        for name in own.matrices
-    }
 
 
 class _Stages:
@@ -250,25 +269,46 @@ class _Stages:
         self._rank, self._codes, self._iterations = rank, codes, iterations
 
     def formats(
-        self, known: BlockFormat | None, bits: float | Fraction, include: Patterns | None, exclude: Patterns
+        self, bits: float | Fraction, include: Patterns | None, exclude: Patterns
     ) -> tuple[Statistics, Plan | BlockFormat]:
         """Collect statistics, and choose the formats of all matrices that have some."""
-        contents = open_model(self._source)
-        shapes, choices, fit = _shapes(contents), candidates(self._codes, self._rank), FITS[self._codes]
+        make = require("transformers", "demo", "Compression of models in files").AutoModelForCausalLM
+        shapes, joined = list_layers(self._source, make, include, exclude)
+        self._check_vocabulary()
+        if joined:
+            raise InvalidArgumentError(
+                f"source has its experts one by one, and the model of transformers has them in one array ({list_names(joined)}), whose "
+                "parts it would not find. Pass exclude='*.experts.*'."
+            )
+        choices, fit = candidates(self._codes, self._rank), FITS[self._codes]
+        # One format for all needs no gradients, and no table.
+        known = fitting_format(choices, bits, [*shapes.values()], fit)
         statistics = calibrate_checkpoint(
             self._source, self._work / "statistics", list(self._split.calibration.split(_BATCH)), gradients=known is None,
-            include=include, exclude=as_patterns(exclude, "exclude"), progress=self._progress,
+            include=include, exclude=exclude, progress=self._progress,
         )  # fmt: skip
-        names = list(statistics.inputs)
-        if known is not None and fitting_format(choices, bits, [shapes[name] for name in names], fit) == known:
+        if known is not None:
             return statistics, known
+        weights = open_model(self._source).weights
         table = cost_table(
-            {name: contents.weights[name] for name in names}, choices, rank=self._rank, clip_rank=True, fit=fit, max_iter=1,
+            {name: weights[name] for name in statistics.inputs}, choices, rank=self._rank, clip_rank=True, fit=fit, max_iter=1,
             weighting=statistics.weighting(), store=self._work / "costs.jsonl", progress=self._progress,
         )  # fmt: skip
         plan = allocate(table, bits_per_weight=bits)
         write_whole(self._work / "plan.json", f"{plan.to_json()}\n".encode())
         return statistics, plan
+
+    def _check_vocabulary(self) -> None:
+        """Raise if a token is not one of the model."""
+        config = require("transformers", "demo", "Compression of models in files").AutoConfig.from_pretrained(
+            self._source, local_files_only=True
+        )
+        known = config.get_text_config().vocab_size
+        for name, own in self._split._asdict().items():
+            if own.numel() and not 0 <= int(own.min()) <= int(own.max()) < known:
+                raise InvalidArgumentError(
+                    f"split must have tokens from 0 to {known - 1} for {name}, those of the model, got {int(own.min())} to {int(own.max())}."
+                )
 
     def decompose(self, folder: Path, formats: Plan | BlockFormat, statistics: Statistics) -> CheckpointReport:
         """Write the decomposed matrices."""
@@ -282,7 +322,7 @@ class _Stages:
         """Return the perplexities of the dense model and of the decomposed one."""
         found = {}
         for name, path in (("dense", self._source), ("quantized", folder)):
-            model, _ = load_language_model(path, may_be_quantized=True)
+            model = load_causal_model(path, may_be_quantized=True)
             found[name] = perplexity(model, self._split.evaluation, progress=self._progress)
             del model
         return found
@@ -290,12 +330,12 @@ class _Stages:
     def distill(self, folder: Path, decomposition: CheckpointReport) -> tuple[DistillationReport, dict[str, float]]:
         """Train factors or scales, and write the model."""
         training, tests = [own[None] for own in self._split.training], list(self._split.evaluation.split(1))
-        model, _ = load_language_model(self._source)
+        model = load_causal_model(self._source)
         dtype = getattr(torch, str(model.config.dtype or "float32").removeprefix("torch."))
         perplexities = {"dense": perplexity(model, self._split.evaluation, progress=self._progress)}
         outputs = collect_outputs(model, [*training, *tests], progress=self._progress)
         del model
-        model, _ = load_language_model(self._work / "decomposed", may_be_quantized=True)
+        model = load_causal_model(self._work / "decomposed", may_be_quantized=True)
         perplexities["quantized"] = perplexity(model, self._split.evaluation, progress=self._progress)
         ranks = [own.rank for own in decomposition.matrices.values()]
         stored = 8 * sum(own.nbytes for own in decomposition.matrices.values())

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lqlora import ops
 from lqlora._dispatch import FLOATS, dtype_name, namespace, plain_array
-from lqlora.errors import NonFiniteError
+from lqlora._messages import given, shown
+from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.weighting._checks import require_matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lqlora._typing import Array
 
@@ -27,6 +28,7 @@ __all__ = [
     "exponent_of",
     "in_float64",
     "largest_magnitude",
+    "loaded_norm",
     "normalized_at",
     "unit_of",
 ]
@@ -275,6 +277,38 @@ def normalized_at(weighting: AbstractWeighting, value: float, exponent: int) -> 
     shift = exponent + math.frexp(value)[1] if value else unit  # a zero has no size
     object.__setattr__(own, "_exponent", unit - shift)  # weightings are frozen
     return MeasuredNorm(own, in_float64(value, exponent - shift), shift)
+
+
+def loaded_norm(
+    weighting: AbstractWeighting | Callable[[], AbstractWeighting] | None, name: str
+) -> AbstractWeighting | None:
+    """Return a norm, or the one that a function returns.
+
+    Parameters
+    ----------
+    weighting : AbstractWeighting, callable, or None
+        The norm, or a function without arguments.
+    name : str
+        Name of the matrix, for errors.
+
+    Returns
+    -------
+    AbstractWeighting or None
+        None if it was given.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the function returns something else.
+    """
+    if weighting is None or isinstance(weighting, AbstractWeighting):
+        return weighting
+    found = weighting()
+    if not isinstance(found, AbstractWeighting):
+        raise InvalidArgumentError(
+            f"weighting must return a norm of lqlora.weighting for {shown(name)}, got {given(found)}."
+        )
+    return found
 
 
 def in_float64(value: float, exponent: int) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import lqlora as lq
 from lqlora.errors import InvalidArgumentError
@@ -17,6 +19,7 @@ torch = require_module("torch")
 from lqlora import recipes  # noqa: E402
 from lqlora.integrations.gguf import load_llama  # noqa: E402
 from lqlora.integrations.language_models import load_language_model  # noqa: E402
+from lqlora.integrations.statistics import open_statistics  # noqa: E402
 from lqlora.integrations.transformers import mark_quantized  # noqa: E402
 from tests.tiny_gguf import write_tiny_llama  # noqa: E402 - needs gguf
 
@@ -181,3 +184,58 @@ def test_the_divergence_is_that_of_the_definition():
     assert recipes.divergence(first, second, tokens, progress=False) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InvalidArgumentError, match="one shape"):
         recipes.divergence(first, torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 8)), tokens)
+
+
+class TestStatistics:
+    @pytest.fixture
+    def folders(self, inputs, tmp_path):
+        """A dense folder, and statistics of it."""
+        model, tokenizer = load_llama(inputs / "tiny.gguf")
+        model.save_pretrained(tmp_path / "dense")
+        tokenizer.save_pretrained(tmp_path / "dense")
+        options = ("--text", inputs / "text.txt", "--length", 16, "--sequences", 4)
+        assert run("calibrate", tmp_path / "dense", tmp_path / "statistics", "--gradients", *options) == 0
+        return tmp_path / "dense", tmp_path / "statistics"
+
+    def test_costs_and_decompositions_are_weighted(self, inputs, folders, tmp_path, capsys):
+        dense, statistics = folders
+        options = ("--text", inputs / "text.txt", "--length", 16, "--sequences", 4)
+        capsys.readouterr()
+        assert run("calibrate", dense, statistics, "--gradients", *options, "--json") == 0  # it is complete
+        assert json.loads(capsys.readouterr().out).items() >= {"matrices": 14, "tokens": 64}.items()
+        formats = ("--formats", "nf2/16:float32,nf3/16:float32", "--ranks", 1, "--iterations", 1)
+        assert run("costs", dense, "--output", tmp_path / "costs.json", "--statistics", statistics, *formats) == 0
+        found = lq.CostTable.from_json((tmp_path / "costs.json").read_text())
+        norms = open_statistics(statistics).weighting()
+        weights = lq.integrations.sources.open_weights(dense)
+        expected = lq.cost_table(weights, [lq.BlockFormat.parse(own) for own in formats[1].split(",")], ranks=[1], max_iter=1, weighting=norms)  # fmt: skip
+        assert (found.costs == expected.costs).all()
+        options = ("--format", "nf3/16@0:float32", "--rank", 0, "--quantizer", "gptq", "--iterations", 1)
+        assert run("decompose", dense, tmp_path / "out", "--statistics", statistics, *options) == 0
+        fmt = lq.BlockFormat.parse(options[1])
+        report = lq.decompose_checkpoint(dense, tmp_path / "expected", fmt, rank=0, weighting=norms, fit="scale", quantizer="gptq", max_iter=1)  # fmt: skip
+        numbers = json.loads((tmp_path / "out" / "lqlora.json").read_text())["shards"]
+        assert numbers == json.loads((tmp_path / "expected" / "lqlora.json").read_text())["shards"]
+        assert report.matrices
+
+    def test_what_is_refused(self, inputs, folders, tmp_path, capsys):
+        dense, statistics = folders
+        values = np.ones((16, 16), np.float32)
+        save_file({"other.weight": values}, tmp_path / "other.safetensors")
+        save_file({"other.weight": values, "model.layers.0.mlp.up_proj.weight": values}, tmp_path / "both.safetensors")
+        plain = ("--statistics", statistics, "--formats", "nf2/16:float32", "--ranks", 1)
+        cases = [
+            (("costs", tmp_path / "other.safetensors", "--output", tmp_path / "a.json", *plain), "--statistics must be those of this"),
+            (("costs", tmp_path / "both.safetensors", "--output", tmp_path / "a.json", *plain), "--statistics must be of all"),
+            (("costs", dense, "--output", statistics / "statistics.json", "--force", *plain), "is read or continued"),
+            (("decompose", tmp_path / "other.safetensors", tmp_path / "out", "--statistics", statistics, "--format", "nf3/16", "--rank", 1), "--statistics must be those of this"),
+            (("decompose", dense, tmp_path / "out", "--statistics", tmp_path, "--format", "nf3/16", "--rank", 1), "is not a folder of statistics"),
+            (("calibrate", dense, tmp_path / "new", "--sequences", 0, "--length", 16, "--text", inputs / "text.txt"), "--sequences must be at least 1"),
+            (("calibrate", inputs / "tiny.gguf", tmp_path / "new", "--length", 16, "--text", inputs / "text.txt"), "is not a folder of a model"),
+        ]  # fmt: skip
+        for arguments, message in cases:
+            capsys.readouterr()
+            assert run(*arguments) == 2
+            assert message in sentence(capsys.readouterr().err)
+        assert open_statistics(statistics).inputs
+        assert not any((tmp_path / name).exists() for name in ("new", "out", "a.json"))

@@ -191,6 +191,25 @@ def _checkpoint(beside: Path) -> Callable[[Path, int], None]:
     return decompose
 
 
+def _calibration(beside: Path) -> Callable[[Path, int], None]:
+    import torch
+    import transformers
+
+    from lqlora.integrations.calibration import calibrate_checkpoint
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=20, num_hidden_layers=2, **sizes)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.LlamaForCausalLM(config).save_pretrained(beside / "model")
+    tokens = list(torch.randint(20, (3, 2, 6)))
+
+    def calibrate(folder: Path, version: int) -> None:
+        calibrate_checkpoint(beside / "model", folder / "m", tokens[version:], gradients=True, progress=False)
+
+    return calibrate
+
+
 def _demo(_: Path) -> Callable[[Path, int], None]:
     from lqlora.recipes.demo import stages
 
@@ -232,6 +251,7 @@ WORKS = {
     "merge": _merge,
     "costs": _costs,
     "checkpoint": _checkpoint,
+    "calibration": _calibration,
     "demo": _demo,
 }
 

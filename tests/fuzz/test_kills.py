@@ -32,6 +32,7 @@ NEEDS = {
     "save_scales": ["torch"],
     "demo": ["torch", "gguf", "transformers", "matplotlib"],
     "costs": ["typer"],
+    "calibration": ["torch", "transformers", "accelerate"],
 }
 
 #: Errors that a file system may give at any call.
@@ -160,8 +161,8 @@ def _kill_costs(children: Children, count: int) -> None:
     assert killed >= count / 2
 
 
-def _kill_checkpoint(children: Children, count: int) -> None:
-    """Kill a decomposition of a model file, and compare what the next one writes with a run that was not killed."""
+def _kill_folder(children: Children, count: int) -> None:
+    """Kill a work that writes a folder piece by piece, and compare what the next one writes with a run that was not killed."""
     killed, folder = 0, children.folder
     ended = children.run(0)
     _assert_ours(ended)
@@ -204,12 +205,18 @@ def test_a_store_and_a_table_survive_sixty_kills(prepare, folder):
 
 @pytest.mark.parametrize("count", [9, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_checkpoint_that_is_written_piece_by_piece_survives_kills(prepare, folder, count):
-    _kill_checkpoint(prepare("checkpoint", folder), count)
+    _kill_folder(prepare("checkpoint", folder), count)
 
 
 @pytest.mark.slow
-def test_a_fault_of_the_file_system_keeps_the_finished_matrices_of_a_checkpoint(prepare, folder):
-    children = prepare("checkpoint", folder)
+def test_statistics_that_are_written_block_by_block_survive_sixty_kills(prepare, folder):
+    _kill_folder(prepare("calibration", folder), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["checkpoint", "calibration"])
+def test_a_fault_of_the_file_system_keeps_what_is_finished(prepare, folder, work):
+    children = prepare(work, folder)
     ended = children.run(0)
     expected, refused = _all(folder), 0
     largest = max(map(len, expected.values()))

@@ -63,9 +63,9 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def of_layer(name):
-    """The layer of a model of transformers 5 that has a matrix of a file, and its place among the layer's rows."""
-    if found := re.fullmatch(r"(.*)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)", name):
+def of_layer(name, layers):
+    """The layer that has a matrix of a file, and its place among the rows: transformers 5 joins experts, transformers 4 does not."""
+    if name not in layers and (found := re.fullmatch(r"(.*)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)", name)):
         array, place = EXPERTS[found[3]]
         return f"{found[1]}.mlp.experts.{array}.{found[2]}", place
     return name, 0
@@ -84,7 +84,7 @@ def test_statistics_of_all_architectures_are_those_of_the_model_in_memory(tmp_pa
     weights = open_model(source).weights
     assert found.inputs
     # transformers renames what it reads of some models.
-    known = {name: of_layer(name)[0] for name in found.inputs if of_layer(name)[0] in expected}
+    known = {name: own for name in found.inputs if (own := of_layer(name, expected)[0]) in expected}
     assert len(known) == len(found.inputs) or name == "vit"
     for matrix, layer in known.items():
         np.testing.assert_allclose(found.inputs[matrix](), expected[layer].numpy(), rtol=2e-5, atol=1e-6)
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_the_model_in_memory(tmp_path, name):
     assert found.examples == 3
     assert found.output_gradients.keys() == found.inputs.keys()
     for matrix, load in found.output_gradients.items():
-        layer, place = of_layer(matrix)
+        layer, place = of_layer(matrix, expected)
         if layer not in expected:  # an expert of whose tokens none has a gradient
             assert not load().any()
             continue
@@ -241,7 +241,7 @@ def test_another_model_and_foreign_folders_are_refused(tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "letter.txt").write_text("dear")
     (tmp_path / "file").write_text("dear")
-    for name, message in (("foreign", "is not empty"), ("file", "is not a folder"), ("model", "is not empty")):
+    for name, message in (("foreign", "it holds"), ("file", "is not a folder"), ("model", "it holds")):
         with pytest.raises(CheckpointError, match=message):
             calibrate_checkpoint(source, tmp_path / name, batches(), progress=False)
     assert (tmp_path / "foreign" / "letter.txt").read_text() == "dear"
@@ -257,11 +257,22 @@ def test_what_is_refused(tmp_path):
         ({"dtype": "int8"}, "dtype must be"),
         ({"gradients": True, "quantized": FORMAT}, "quantized must not be given"),
         ({"rank": 3}, "rank needs quantized="),
-        ({"device": "nowhere"}, "device"),
+        ({"quantized": FORMAT, "rnak": 3}, "rnak is not an option"),
+        ({"quantized": FORMAT, "weighting": None}, "weighting is not an option"),
+        ({"quantized": FORMAT, "rank": -1}, "rank must be"),
+        ({"device": "nowhere"}, "device must be"),
+        ({"device": "meta"}, "device must be"),
+        ({"device": "cuda:99"}, "device must be"),
+        ({"batches": [torch.tensor([[10**6]])]}, "batches must suit the model"),
+        ({"batches": [torch.empty((0, 4), dtype=torch.int64)]}, "batches must have tokens"),
+        ({"model_class": "LlamaForCausalLM"}, "model_class must be"),
+        ({"gradients": True, "loss": lambda *_: torch.ones(1)}, "loss must depend"),
     ]
     for changes, message in cases:
         with pytest.raises(InvalidArgumentError, match=message):
             calibrate_checkpoint(source, tmp_path / "out", **({"batches": batches(), "progress": False} | changes))
+        assert not (tmp_path / "out").exists() or changes.get("gradients")
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
     (tmp_path / "empty").mkdir()
     quantized = tmp_path / "quantized"
     lq.decompose_checkpoint(source, quantized, FORMAT, rank=0, max_iter=1, progress=False)
@@ -317,6 +328,86 @@ def test_a_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
     calibrate_checkpoint(source, tmp_path / "out", batches(), gradients=True, progress=False)
     assert len(seen) >= 5
     assert not any(seen)
+
+
+def test_labels_of_another_length_than_the_padding_of_the_encoder(tmp_path):
+    model = ARCHITECTURES["t5"].make()
+    source = saved(model, tmp_path / "model")
+    ids, labels = torch.randint(3, 90, (2, 3, 8), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = mask[1, 6:] = 0
+    given = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
+    expected = lq.nn.collect_kronecker(model, given, progress=False)
+    for blocks in BLOCKS["t5"]:
+        options = {"blocks": blocks, "model_class": type(model), "progress": False}
+        found = calibrate_checkpoint(source, tmp_path / blocks, given, gradients=True, **options)
+        for name, load in found.inputs.items():
+            outputs, inputs = expected[name]
+            np.testing.assert_allclose(load(), inputs.numpy(), rtol=2e-5, atol=1e-6)
+            if blocks == "decoder.block":  # other gradients reach the encoder through each block of the decoder
+                own = found.output_gradients[name]()
+                np.testing.assert_allclose(own, outputs.diagonal().numpy(), rtol=1e-4, atol=1e-9)
+
+
+def test_what_belongs_to_the_user_stays(tmp_path):
+    source = saved(tiny_models.dense_llama(), tmp_path / "model")
+    for name in ("unfinished/thesis.txt", "thesis.txt", "inputs-1.safetensors", "unfinished/inputs"):
+        folder = tmp_path / name.replace("/", " ")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("x")
+        for own in (source, tmp_path / "no"):
+            with pytest.raises(CheckpointError):
+                calibrate_checkpoint(own, folder, batches(), progress=False)
+        assert (folder / name).read_text() == "x"
+
+
+def test_other_functions_and_entries_of_batches_are_other_settings(tmp_path):
+    source = saved(tiny_models.dense_llama(), tmp_path / "model")
+    ids = batches()[0]
+    pairs = {
+        "loss": [
+            {"gradients": True, "loss": lambda m, b: m(b).logits.mean((1, 2))},
+            {"gradients": True, "loss": lambda m, b: m(b).logits.square().mean((1, 2))},
+        ],
+        "pattern": [{"include": re.compile("|".join(["x" * 10] * 25) + f"|.*{own}_proj")} for own in "qk"],
+        "keys": [{"batches": [{"input_ids": ids, own: torch.ones_like(ids)}]} for own in ("attention_mask", "token_type_ids")],
+    }  # fmt: skip
+    for name, (first, second) in pairs.items():
+        folder, plain = tmp_path / name, {"batches": batches(), "progress": False}
+        calibrate_checkpoint(source, folder, **(plain | first))
+        with pytest.raises(CheckpointError, match="was begun with another"):
+            calibrate_checkpoint(source, folder, **(plain | second))
+        calibrate_checkpoint(source, folder, **(plain | first))
+    calibrate_checkpoint(source, tmp_path / "list", batches(), exclude=["*q_proj"], progress=False)
+    calibrate_checkpoint(source, tmp_path / "list", batches(), exclude="*q_proj", progress=False)
+
+
+def test_losses_that_do_not_come_from_the_last_block_alone_are_refused(tmp_path):
+    model = ARCHITECTURES["mixtral"].make()
+    model.config.output_router_logits = True
+    source = saved(model, tmp_path / "model")
+    with pytest.raises(InvalidArgumentError, match="output_router_logits"):
+        calibrate_checkpoint(source, tmp_path / "out", batches(), gradients=True, progress=False)
+
+
+def test_an_error_in_the_first_block_leaves_the_folder_free(tmp_path, monkeypatch):
+    source = saved(tiny_models.dense_llama(), tmp_path / "model")
+    whole = calibrate_checkpoint(source, tmp_path / "whole", batches(), quantized=FORMAT, progress=False)
+    real = calibration.quantize_model
+    monkeypatch.setattr(calibration, "quantize_model", lambda *_, **__: stop())
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_checkpoint(source, tmp_path / "out", batches(), quantized=FORMAT, progress=False)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(calibration, "quantize_model", real)
+    calibrate_checkpoint(source, tmp_path / "out", batches(), quantized=FORMAT, progress=False)
+    assert files(tmp_path / "out") == files(whole.path)
+
+
+def test_examples_are_counted_by_the_tokens(tmp_path):
+    source = saved(tiny_models.dense_llama(), tmp_path / "model")
+    ids = torch.randint(60, (4, 6))
+    given = [{"position_ids": torch.arange(6)[None], "input_ids": ids}]
+    assert calibrate_checkpoint(source, tmp_path / "out", given, progress=False).examples == 4
 
 
 class TestFolder:

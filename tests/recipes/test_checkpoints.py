@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import lqlora as lq
@@ -19,6 +20,7 @@ from lqlora.integrations.exporting import export_checkpoint  # noqa: E402
 from lqlora.integrations.gguf import load_llama  # noqa: E402
 from lqlora.integrations.language_models import load_language_model  # noqa: E402
 from lqlora.recipes import checkpoints, compression  # noqa: E402
+from tests.nn.architectures import ARCHITECTURES  # noqa: E402
 from tests.tiny_gguf import write_tiny_llama  # noqa: E402 - needs gguf
 
 require_module("gguf")
@@ -137,7 +139,7 @@ def test_folders_of_others_are_left_alone(trained, tmp_path):
         compressed(trained, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is not empty"):
         compressed(trained, tmp_path / "new", work=tmp_path / "work")
-    with pytest.raises(CheckpointError, match="not empty"):
+    with pytest.raises(CheckpointError, match="exists"):
         compressed(trained, tmp_path / "out", split=PLAIN)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "out-work") == ["out", "work"]
     assert {(tmp_path / name / "letter.txt").read_text() for name in ("out", "work")} == {"dear"}
@@ -153,6 +155,9 @@ def test_what_is_refused_leaves_nothing(trained, tmp_path):
         ({"split": SPLIT._replace(calibration=SPLIT.calibration[:0])}, InvalidArgumentError, "for calibration"),
         ({"split": SPLIT._replace(evaluation=SPLIT.evaluation[:0])}, InvalidArgumentError, "for evaluation"),
         ({"include": "nothing"}, InvalidArgumentError, "nothing"),
+        ({"split": SPLIT._replace(training=SPLIT.training.float())}, InvalidArgumentError, "whole numbers"),
+        ({"split": SPLIT._replace(training=[])}, InvalidArgumentError, "whole numbers"),
+        ({"split": SPLIT._replace(evaluation=SPLIT.evaluation + 1000)}, InvalidArgumentError, "must have tokens"),
     ]
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):
@@ -175,6 +180,56 @@ def test_selected_layers(trained, tmp_path):
     report = compressed(trained, tmp_path / "out", split=PLAIN, include="*.mlp.*", exclude="*.0.mlp.up_proj")
     names = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("down", "gate", "up")]
     assert sorted(report.quantization.matrices) == [name for name in names if name != "model.layers.0.mlp.up_proj"]
+
+
+def test_selected_layers_have_the_budget(trained, tmp_path):
+    options = {"codes": "scalar", "split": PLAIN, "include": "*.mlp.*"}
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        compressed(trained, tmp_path / "out", 1, **options)
+    report = compressed(trained, tmp_path / "out", caught.value.minimum, **options)
+    assert report.quantization.bits_per_weight == caught.value.minimum
+
+
+def test_numbers_of_other_types(trained, tmp_path):
+    report = compressed(trained, tmp_path / "out", np.float32(2.4), PLAIN, rank=np.int64(2))
+    assert report.quantization.bits_per_weight <= 2.4
+
+
+def test_a_model_without_a_tokenizer(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    report = compressed(tmp_path / "model", tmp_path / "out")
+    assert report.perplexities.keys() == {"dense", "quantized", "distilled"}
+
+
+def test_another_model_is_refused(trained, tmp_path, monkeypatch):
+    write_tiny_llama(tmp_path / "a.gguf", seed=0)
+    write_tiny_llama(tmp_path / "b.gguf", seed=1)
+    monkeypatch.setattr(checkpoints, "decompose_checkpoint", lambda *_, **__: _interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        compressed(tmp_path / "a.gguf", tmp_path / "out", split=PLAIN)
+    with pytest.raises(CheckpointError, match="another value of source"):
+        compressed(tmp_path / "b.gguf", tmp_path / "out", split=PLAIN)
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_experts_that_from_pretrained_would_not_find(tmp_path):
+    model = ARCHITECTURES["mixtral"].make()
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InvalidArgumentError, match="experts one by one"):
+        compressed(tmp_path / "model", tmp_path / "out", 3.5, PLAIN)
+    assert not (tmp_path / "out-work").exists()
+    compressed(tmp_path / "model", tmp_path / "out", 3.5, PLAIN, exclude="*.experts.*")
+
+
+@pytest.mark.parametrize(("out", "work"), [("model", None), ("out", "out"), ("out", "out/work"), ("work/out", "work"), ("model/out", None), ("out", "model")])  # fmt: skip
+def test_folders_in_each_other_are_refused_before_any_work(trained, tmp_path, out, work):
+    shutil.copytree(trained, tmp_path / "model")
+    with pytest.raises(InvalidArgumentError, match="must not be, or be in"):
+        compressed(tmp_path / "model", tmp_path / out, split=PLAIN, work=work and tmp_path / work)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 SCRIPT = """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["has_targets", "parts_of", "run_model"]
+__all__ = ["examples_of", "has_targets", "parts_of", "run_model"]
 
 #: Entries from which a model of transformers computes its loss.
 _TARGETS = frozenset({"labels", "start_positions"})
@@ -88,6 +88,24 @@ def run_model(model: nn.Module, batch: Any) -> Any:
         The output.
     """
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def examples_of(batch: Any) -> int:
+    """Return the number of examples of a batch.
+
+    Parameters
+    ----------
+    batch : mapping or object
+        Batch as transformers has it, or a tensor with the examples along its first axis.
+
+    Returns
+    -------
+    int
+        The number. It is 1 if the batch does not say it.
+    """
+    if isinstance(batch, Mapping):
+        return _count(batch, _mask(batch, "attention_mask"))
+    return batch.shape[0] if isinstance(batch, torch.Tensor) and batch.ndim else 1
 
 
 def parts_of(model: nn.Module, batch: Any, *, one_by_one: bool = False) -> Iterator[Any]:

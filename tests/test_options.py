@@ -29,6 +29,7 @@ from lqlora.integrations.comparison import compare_checkpoint
 from lqlora.integrations.exporting import can_export, export_checkpoint
 from lqlora.integrations.merging import merge_checkpoint
 from lqlora.integrations.peft import load_adapter, save_adapter
+from lqlora.integrations.statistics import open_statistics, write_document, write_inputs
 from lqlora.integrations.transformers import quantize_on_load
 from lqlora.solvers import Budget, Problem, SolveOptions
 from lqlora.weighting import Elementwise, InputGram, Kronecker, RowColumn
@@ -48,7 +49,7 @@ MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
     "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
-    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.merging", "lqlora.integrations.exporting", "lqlora.integrations.transformers",
+    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.merging", "lqlora.integrations.exporting", "lqlora.integrations.calibration", "lqlora.integrations.statistics", "lqlora.integrations.transformers",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
@@ -57,11 +58,12 @@ LEFT_OUT = {
         "Availability", "BitsandbytesWeight", "Capability", "Checkpoint", "CompressionReport", "Configuration", "Decomposition", "DecompositionStack",
         "DensePart", "DistillationReport", "Factors", "Finding", "Grid", "Kind", "License", "LimitUse", "LowRankStep", "MeasuredNorm", "Operands", "ParetoPoint",
         "Plan", "PlannedMatrix", "QuantizationReport", "QuantizedArray", "QuantizedLayer", "QuantizedTable", "RawResult", "Reduced", "Report",
-        "RequantizedLayer", "Scales", "Selection", "Solution", "Split", "StoredMatrix", "StoredRow", "TeacherOutputs",
+        "RequantizedLayer", "Scales", "Selection", "Solution", "Split", "Statistics", "StoredMatrix", "StoredRow", "TeacherOutputs",
     },
     "is called by lqlora, with arguments that are checked": {
         "CostStore.append", "Limit.in_bits", "LQLinear.forward", "PEQALinear.forward", "QuantizedEmbedding.forward",
         "QuantizedHead.forward", "Reduced.assignment", "Reduced.chosen", "Reduced.vector",
+        "norms_for", "read_entries", "write_document", "write_gradients", "write_inputs",
         "StoredRow.joined", "check_work", "reduce_problem", "select", "relative_gap",
         "Elementwise.low_rank", "Elementwise.measured", "Elementwise.squared_norm", "ScaledWeighting.low_rank", "ScaledWeighting.measured",
         "ScaledWeighting.squared_norm",
@@ -75,7 +77,7 @@ LEFT_OUT = {
     "registers plug-ins for the process": {"register"},
     "reads documents, which tests/fuzz damages": {"codebook_from_json", "codebook_from_text", "CostTable.from_json", "Plan.from_json"},
     "draws with matplotlib": {"plot", "plot_pareto"},
-    "needs a language model": {"divergence", "mark_quantized", "compress", "load_language_model", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
+    "needs a language model": {"divergence", "mark_quantized", "calibrate_checkpoint", "compress", "compress_checkpoint", "load_language_model", "load_causal_model", "load_tokenizer", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
     "tests a plug-in for seconds": {
         "assert_backend_conforms", "assert_quantizer_conforms", "assert_solver_conforms", "check_backend", "check_solver",
     },
@@ -165,6 +167,13 @@ def using_task(model, given):
         pass
 
 
+def statistics():
+    folder = tempfile.mkdtemp(dir=".")
+    entries = write_inputs(f"{folder}/inputs-00001.safetensors", {"up": ((4, 2), np.eye(2, dtype=np.float32))})
+    write_document(folder, entries, examples=1)
+    return folder
+
+
 def saved_layer():
     lq.save("layer.safetensors", {"layers.0": lq.decompose(W, **OWN, max_iter=1)})
     return "layer.safetensors"
@@ -195,6 +204,8 @@ CALLS = {
     "layout_fault": (layout_fault, {"q": Q}),
     "merge_checkpoint": (merge_checkpoint, lambda: {"path": saved_layer(), "folder": fresh()}),
     "compare_checkpoint": (compare_checkpoint, lambda: opened(path=saved_layer(), source="plain.safetensors")),
+    "open_statistics": (open_statistics, lambda: {"path": statistics()}),
+    "Statistics.weighting": (lambda **own: open_statistics(statistics()).weighting(**own), {}),
     "quantize_on_load": (quantize_on_load, {"format": "nf4/64", "rank": 1}),
     "described_shape": (described_shape, {"description": PARTS["weight.quant_state.bitsandbytes__nf4"]}),
     "cost_table": (lq.cost_table, {"weights": {"a": W}, "formats": [FORMAT], "rank": 1, "max_iter": 1}),

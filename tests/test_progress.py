@@ -37,6 +37,7 @@ from tests.nn.structures import InBlocks  # noqa: E402 - needs torch
 
 nn = importlib.import_module("lqlora.nn")
 recipes = importlib.import_module("lqlora.recipes")
+calibrate_checkpoint = importlib.import_module("lqlora.integrations.calibration").calibrate_checkpoint
 
 FORMAT = lq.BlockFormat.parse("nf4/16:float32")
 W = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
@@ -66,6 +67,22 @@ def compressing():
     return {"model": model, "split": recipes.Split(TOKENS, TOKENS[:2], TOKENS[:1]), "bits": 16.0, "rank": 1}
 
 
+def language_files(**options):
+    transformers = require_module("transformers")
+    require_module("accelerate")
+    transformers.utils.logging.disable_progress_bar()
+    folder, sizes = Path(tempfile.mkdtemp()), {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=12, num_hidden_layers=2, num_key_value_heads=2, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    return {"source": folder / "model", "folder": folder / "out", **options}
+
+
+def compressing_files():
+    return language_files(
+        bits=16.0, split=recipes.Split(TOKENS, TOKENS[:0], TOKENS[:0]), rank=1, iterations=1, include="*.0.mlp.up_proj"
+    )
+
+
 def decomposing():
     folder = Path(tempfile.mkdtemp())
     safetensors.numpy.save_file({"a.weight": W, "b.weight": W}, folder / "model.safetensors")
@@ -76,11 +93,15 @@ TOKENS = torch.arange(12).remainder(9).view(3, 4)
 
 #: Functions with arguments, the title and unit of the bar, and what a function of the caller sees.
 CALLS = {
+    "calibrate_checkpoint": (
+        calibrate_checkpoint, lambda: language_files(batches=[TOKENS], gradients=True), "Calibrating", "block", [1, 2, 3, 4]
+    ),
     "collect_fisher": (nn.collect_fisher, collecting, "Fisher information", "batch", [1, 2, 3]),
     "collect_gram": (nn.collect_gram, collecting, "Gram matrices", "batch", [1, 2, 3]),
     "collect_kronecker": (nn.collect_kronecker, collecting, "Kronecker factors", "batch", [1, 2, 3]),
     "collect_outputs": (nn.collect_outputs, lambda: {"teacher": dense(), "batches": [torch.ones(2, 16)] * 3}, "Teacher", "batch", [1, 2, 3]),
     "compress": (recipes.compress, compressing, "Compressing", "step", list(range(1, 11))),
+    "compress_checkpoint": (recipes.compress_checkpoint, compressing_files, "Compressing", "step", [1, 2, 3]),
     "cost_table": (lq.cost_table, lambda: {"weights": {"a": W, "b": W}, "formats": [FORMAT], "rank": 1}, "Cost table", "matrix", [1, 2]),
     "decompose_checkpoint": (lq.decompose_checkpoint, decomposing, "Decomposing", "matrix", [1, 2]),
     "decompose_stack": (lq.decompose_stack, lambda: {"w": np.stack([W, W]), "fmt": FORMAT, "rank": 1}, "Decomposing", "matrix", [1, 2]),
@@ -152,7 +173,14 @@ def use(monkeypatch, stream):
 
 
 def test_every_public_function_with_progress_is_in_the_table():
-    modules = ("lqlora", "lqlora.nn", "lqlora.recipes", "lqlora.costs", "lqlora.decomposition")
+    modules = (
+        "lqlora",
+        "lqlora.nn",
+        "lqlora.recipes",
+        "lqlora.costs",
+        "lqlora.decomposition",
+        "lqlora.integrations.calibration",
+    )
     found = {
         name: inspect.signature(own).parameters["progress"]
         for module in map(importlib.import_module, modules)

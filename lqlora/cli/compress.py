@@ -95,10 +95,10 @@ def run(
     include, exclude = ([parse_pattern(own) for own in texts] for texts in (options.include, options.exclude))
     source = model or packaged_smollm2()
     split = token_split(source, text)
-    with console.stage("Compressing"):
+    with console.stage("Compressing") as show:
         report = compress_checkpoint(
             source, folder, bits, split, work=options.work, rank=options.rank, codes=options.codes, iterations=options.iterations,
-            include=include or None, exclude=exclude,
+            include=include or None, exclude=exclude, progress=show,
         )  # fmt: skip
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     if as_json:

@@ -168,7 +168,7 @@ class DiskModel:
 
 def list_layers(
     source: Path, model_class: Any, include: Patterns | None, exclude: Patterns
-) -> tuple[dict[str, tuple[int, int]], list[str]]:
+) -> tuple[list[str], dict[str, tuple[int, int]], list[str]]:
     """Return the layers of the blocks that patterns select, without reading a weight.
 
     Parameters
@@ -182,15 +182,18 @@ def list_layers(
 
     Returns
     -------
+    blocks : list of str
+        Names of the blocks.
     shapes : dict of str to (int, int)
         Shape of each layer by its name in the model.
     joined : list of str
         Arrays of experts among them that the files have in parts, one for each expert.
     """
-    _, _, chosen = _chosen(_skeleton(source, model_class), None, include, exclude)
+    path, items, chosen = _chosen(_skeleton(source, model_class), None, include, exclude)
     stacks = dict.fromkeys(name.rpartition(".")[0] for name, layer in chosen.items() if isinstance(layer, ExpertMatrix))
     tensors = {name.removesuffix(".weight") for name in open_model(source).tensors}
-    return {name: _shape_of(layer) for name, layer in chosen.items()}, [own for own in stacks if own not in tensors]
+    shapes = {name: _shape_of(layer) for name, layer in chosen.items()}
+    return [f"{path}.{key}" for key in items], shapes, [own for own in stacks if own not in tensors]
 
 
 def _chosen(

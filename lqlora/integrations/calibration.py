@@ -196,7 +196,9 @@ def calibrate_checkpoint(
             run = _Run(disk, work, list(_single(disk.model, own)) if gradients else own, place)
             with (
                 evaluated(disk.model),
-                reported(progress, "Calibrating", len(disk.blocks) * (2 if gradients else 1), "block") as report,
+                reported(
+                    progress, "Calibrating", len(disk.blocks) * (2 if gradients else 1), "block", run.done()
+                ) as report,
             ):
                 run.forwards(quantized, options, report, keep=gradients)
                 if gradients:
@@ -333,6 +335,11 @@ class _Run:
     def _states(self, path: Path) -> BlockStates:
         return BlockStates(path, self._shapes, self._dtype)
 
+    def done(self) -> int:
+        """Return the number of runs of blocks that are finished."""
+        count = len(self._names)
+        return self._work.finished() + count - min(self._work.positions("gradients"), default=count)
+
     def forwards(
         self,
         quantized: BlockFormat | None,
@@ -354,9 +361,7 @@ class _Run:
         keep : bool
             Whether the states before all blocks are kept.
         """
-        done = max(self._work.positions("states"))
-        report(done)
-        for position in range(done, len(self._names)):
+        for position in range(self._work.finished(), len(self._names)):
             self._forward(position, quantized, options)
             if not keep:
                 self._work.states(position).unlink()

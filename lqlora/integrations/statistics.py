@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from lqlora._annotations import annotated
 from lqlora._documents import Count, Length, Reader, Text, key_step
 from lqlora._files import replace_file, write_whole
-from lqlora._messages import about_file, shown
+from lqlora._messages import about_file, given, shown
 from lqlora._patterns import list_names
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.weighting import InputGram
@@ -92,6 +92,7 @@ class Statistics:
     inputs: dict[str, Callable[[], npt.NDArray[np.float32]]]
     output_gradients: dict[str, Callable[[], npt.NDArray[np.float32]]]
 
+    @annotated
     def weighting(
         self, norm: Callable[[Any], AbstractWeighting] = InputGram
     ) -> dict[str, Callable[[], AbstractWeighting]]:
@@ -108,7 +109,14 @@ class Statistics:
         dict of str to callable
             Functions by name of the matrix. With output gradients the second moment is multiplied by their mean, so that the squared
             error of a matrix estimates the change of the loss, and costs of different matrices can be compared.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If ``norm`` is not callable.
         """
+        if not callable(norm):
+            raise InvalidArgumentError(f"norm must be a function of a second moment, got {given(norm)}.")
         return {
             name: functools.partial(_norm, norm, load, self.output_gradients.get(name))
             for name, load in self.inputs.items()

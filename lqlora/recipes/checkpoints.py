@@ -20,6 +20,7 @@ from lqlora._messages import given, shortened, shown
 from lqlora._optional import require
 from lqlora._options import require_choice, require_integer, require_number
 from lqlora._patterns import list_names
+from lqlora._progress import reported
 from lqlora.allocation import allocate
 from lqlora.costs import cost_table
 from lqlora.errors import CheckpointError, InvalidArgumentError
@@ -39,6 +40,7 @@ from lqlora.recipes.compression import (
     candidates,
     fitting_format,
     learning_rate,
+    steps,
 )
 from lqlora.recipes.evaluation import perplexity
 from lqlora.recipes.text import check_sequences
@@ -49,10 +51,9 @@ if TYPE_CHECKING:
 
     from lqlora._patterns import Patterns
     from lqlora.allocation import Plan
-    from lqlora.formats import BlockFormat
     from lqlora.integrations.statistics import Statistics
     from lqlora.integrations.streaming_report import CheckpointReport
-    from lqlora.nn import DistillationReport
+    from lqlora.nn import DistillationReport, TeacherOutputs
     from lqlora.recipes.compression import Codes
     from lqlora.recipes.text import Split
 
@@ -110,7 +111,7 @@ def compress_checkpoint(
     include, exclude : patterns
         Layers of the model to quantize, of those in the blocks: see :func:`lqlora.nn.select_linears`.
     progress : bool or callable, default True
-        See :func:`lqlora.cost_table`. Each stage counts by itself.
+        See :func:`lqlora.cost_table`. It counts runs of blocks, matrices, sequences and steps together.
 
     Returns
     -------
@@ -163,16 +164,12 @@ def compress_checkpoint(
     }  # fmt: skip
     with _begun(stages, settings):
         path = path if path.is_dir() else _as_folder(path, stages / _SOURCE)
-        run = _Stages(path, stages, split, int(rank), codes, int(iterations), progress)
-        statistics, formats = run.formats(bits if isinstance(bits, Fraction) else float(bits), include, exclude)
-        is_distilled = len(split.training) > 0
-        decomposition = run.decompose(stages / "decomposed" if is_distilled else target, formats, statistics)
-        if not len(split.evaluation):
-            return CompressionReport(formats, decomposition, None, {})
-        if not is_distilled:
-            return CompressionReport(formats, decomposition, None, run.measured(target))
-        distillation, perplexities = run.distill(target, decomposition)
-        return CompressionReport(formats, decomposition, distillation, perplexities)
+        budget = bits if isinstance(bits, Fraction) else float(bits)
+        run = _Stages(
+            path, stages, split, budget, rank=int(rank), codes=codes, iterations=int(iterations), include=include, exclude=exclude
+        )  # fmt: skip
+        with reported(progress, "Compressing", sum(run.counts.values()), "step") as report:
+            return run.report(target, steps(run.counts, report))
 
 
 def _check_tokens(split: Split) -> None:
@@ -260,100 +257,112 @@ class _Stages:
         source: Path,
         work: Path,
         split: Split,
+        bits: float | Fraction,
+        *,
         rank: int,
         codes: Codes,
         iterations: int,
-        progress: Any,
+        include: Patterns | None,
+        exclude: Patterns,
     ) -> None:
-        self._source, self._work, self._split, self._progress = source, work, split, progress
+        self._source, self._work, self._split, self._bits = source, work, split, bits
         self._rank, self._codes, self._iterations = rank, codes, iterations
-
-    def formats(
-        self, bits: float | Fraction, include: Patterns | None, exclude: Patterns
-    ) -> tuple[Statistics, Plan | BlockFormat]:
-        """Collect statistics, and choose the formats of all matrices that have some."""
-        make = require("transformers", "demo", "Compression of models in files").AutoModelForCausalLM
-        shapes, joined = list_layers(self._source, make, include, exclude)
-        self._check_vocabulary()
+        self._include, self._exclude = include, exclude
+        transformers = require("transformers", "demo", "Compression of models in files")
+        blocks, shapes, joined = list_layers(source, transformers.AutoModelForCausalLM, include, exclude)
         if joined:
             raise InvalidArgumentError(
                 f"source has its experts one by one, and the model of transformers has them in one array ({list_names(joined)}), whose "
                 "parts it would not find. Pass exclude='*.experts.*'."
             )
-        choices, fit = candidates(self._codes, self._rank), FITS[self._codes]
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+        _check_vocabulary(split, config.get_text_config().vocab_size)
         # One format for all needs no gradients, and no table.
-        known = fitting_format(choices, bits, [*shapes.values()], fit)
+        self._known = fitting_format(candidates(codes, rank), bits, [*shapes.values()], FITS[codes])
+        training, tests = len(split.training), len(split.evaluation)
+        self.counts = {
+            "calibration": len(blocks) * (1 if self._known else 2),
+            "table": 0 if self._known else len(shapes),
+            "decomposition": len(shapes),
+            "dense": tests,
+            "teacher": training + tests if training else 0,
+            "quantized": tests,
+            "training": training,
+            "distilled": tests if training else 0,
+        }
+
+    def report(self, folder: Path, step: Callable[[str], Callable[[int, int | None], None]]) -> CompressionReport:
+        """Run all stages."""
         statistics = calibrate_checkpoint(
-            self._source, self._work / "statistics", list(self._split.calibration.split(_BATCH)), gradients=known is None,
-            include=include, exclude=exclude, progress=self._progress,
+            self._source, self._work / "statistics", list(self._split.calibration.split(_BATCH)), gradients=self._known is None,
+            include=self._include, exclude=self._exclude, progress=step("calibration"),
         )  # fmt: skip
-        if known is not None:
-            return statistics, known
+        formats = self._known or self._planned(statistics, step("table"))
+        is_distilled = len(self._split.training) > 0
+        decomposed = self._work / "decomposed" if is_distilled else folder
+        decomposition = decompose_checkpoint(
+            self._source, decomposed, formats, rank=self._rank, include=list(statistics.inputs), weighting=statistics.weighting(),
+            fit=FITS[self._codes], quantizer="nearest" if self._rank else "gptq", max_iter=self._iterations, rtol=0.0,
+            factor_dtype="bfloat16", progress=step("decomposition"),
+        )  # fmt: skip
+        tests, perplexities, distillation = self._split.evaluation, dict[str, float](), None
+        if len(tests):
+            model = load_causal_model(self._source)
+            dtype = getattr(torch, str(model.config.dtype or "float32").removeprefix("torch."))
+            perplexities["dense"] = perplexity(model, tests, progress=step("dense"))
+            batches = [own[None] for own in self._split.training]
+            outputs = collect_outputs(model, [*batches, *tests.split(1)], progress=step("teacher")) if batches else None
+            del model
+            model = load_causal_model(decomposed, may_be_quantized=True)
+            perplexities["quantized"] = perplexity(model, tests, progress=step("quantized"))
+            if outputs is not None:
+                distillation = self._distill(model, outputs, decomposition, step("training"))
+                perplexities["distilled"] = perplexity(model, tests, progress=step("distilled"))
+                with replace_folder(folder) as beside:
+                    model.to(dtype).save_pretrained(beside)
+                    for path in small_files(decomposed):
+                        if not (beside / path.name).exists():
+                            shutil.copyfile(path, beside / path.name)
+        return CompressionReport(formats, decomposition, distillation, perplexities)
+
+    def _planned(self, statistics: Statistics, progress: Callable[[int, int | None], None]) -> Plan:
+        """Choose a format for each matrix."""
         weights = open_model(self._source).weights
         table = cost_table(
-            {name: weights[name] for name in statistics.inputs}, choices, rank=self._rank, clip_rank=True, fit=fit, max_iter=1,
-            weighting=statistics.weighting(), store=self._work / "costs.jsonl", progress=self._progress,
+            {name: weights[name] for name in statistics.inputs}, candidates(self._codes, self._rank), rank=self._rank, clip_rank=True,
+            fit=FITS[self._codes], max_iter=1, weighting=statistics.weighting(), store=self._work / "costs.jsonl", progress=progress,
         )  # fmt: skip
-        plan = allocate(table, bits_per_weight=bits)
+        plan = allocate(table, bits_per_weight=self._bits)
         write_whole(self._work / "plan.json", f"{plan.to_json()}\n".encode())
-        return statistics, plan
+        return plan
 
-    def _check_vocabulary(self) -> None:
-        """Raise if a token is not one of the model."""
-        config = require("transformers", "demo", "Compression of models in files").AutoConfig.from_pretrained(
-            self._source, local_files_only=True
-        )
-        known = config.get_text_config().vocab_size
-        for name, own in self._split._asdict().items():
-            if own.numel() and not 0 <= int(own.min()) <= int(own.max()) < known:
-                raise InvalidArgumentError(
-                    f"split must have tokens from 0 to {known - 1} for {name}, those of the model, got {int(own.min())} to {int(own.max())}."
-                )
-
-    def decompose(self, folder: Path, formats: Plan | BlockFormat, statistics: Statistics) -> CheckpointReport:
-        """Write the decomposed matrices."""
-        return decompose_checkpoint(
-            self._source, folder, formats, rank=self._rank, include=list(statistics.inputs), weighting=statistics.weighting(),
-            fit=FITS[self._codes], quantizer="nearest" if self._rank else "gptq", max_iter=self._iterations, rtol=0.0,
-            factor_dtype="bfloat16", progress=self._progress,
-        )  # fmt: skip
-
-    def measured(self, folder: Path) -> dict[str, float]:
-        """Return the perplexities of the dense model and of the decomposed one."""
-        found = {}
-        for name, path in (("dense", self._source), ("quantized", folder)):
-            model = load_causal_model(path, may_be_quantized=True)
-            found[name] = perplexity(model, self._split.evaluation, progress=self._progress)
-            del model
-        return found
-
-    def distill(self, folder: Path, decomposition: CheckpointReport) -> tuple[DistillationReport, dict[str, float]]:
-        """Train factors or scales, and write the model."""
-        training, tests = [own[None] for own in self._split.training], list(self._split.evaluation.split(1))
-        model = load_causal_model(self._source)
-        dtype = getattr(torch, str(model.config.dtype or "float32").removeprefix("torch."))
-        perplexities = {"dense": perplexity(model, self._split.evaluation, progress=self._progress)}
-        outputs = collect_outputs(model, [*training, *tests], progress=self._progress)
-        del model
-        model = load_causal_model(self._work / "decomposed", may_be_quantized=True)
-        perplexities["quantized"] = perplexity(model, self._split.evaluation, progress=self._progress)
-        ranks = [own.rank for own in decomposition.matrices.values()]
-        stored = 8 * sum(own.nbytes for own in decomposition.matrices.values())
-        size = sum(own.size for own in decomposition.matrices.values())
+    def _distill(
+        self,
+        model: torch.nn.Module,
+        outputs: TeacherOutputs,
+        decomposition: CheckpointReport,
+        progress: Callable[[int, int | None], None],
+    ) -> DistillationReport:
+        """Train factors or scales, and round them to what is stored."""
+        matrices = decomposition.matrices.values()
+        stored = 8 * sum(own.nbytes for own in matrices) / sum(own.size for own in matrices)
         report = distill(
-            model, outputs, training, held_out=tests, train=("factors",) if self._rank else ("scales",),
-            checkpoint=self._work / "distillation.safetensors", learning_rate=learning_rate(max(ranks), stored / size),
-            progress=self._progress,
+            model, outputs, [own[None] for own in self._split.training], held_out=list(self._split.evaluation.split(1)),
+            train=("factors",) if self._rank else ("scales",), checkpoint=self._work / "distillation.safetensors",
+            learning_rate=learning_rate(max(own.rank for own in matrices), stored), progress=progress,
         )  # fmt: skip
         if not self._rank:
             freeze_scales(model, candidates(self._codes, self._rank)[0].scales)
-        for layer in quantized_layers(model).values():  # as they are stored
+        for layer in quantized_layers(model).values():
             for own in (layer.lora_A, layer.lora_B):
                 own.data.copy_(own.detach().bfloat16())
-        perplexities["distilled"] = perplexity(model, self._split.evaluation, progress=self._progress)
-        with replace_folder(folder) as beside:
-            model.to(dtype).save_pretrained(beside)
-            for path in small_files(self._work / "decomposed"):
-                if not (beside / path.name).exists():
-                    shutil.copyfile(path, beside / path.name)
-        return report, perplexities
+        return report
+
+
+def _check_vocabulary(split: Split, known: int) -> None:
+    """Raise if a token is not one of the model."""
+    for name, own in split._asdict().items():
+        if own.numel() and not 0 <= int(own.min()) <= int(own.max()) < known:
+            raise InvalidArgumentError(
+                f"split must have tokens from 0 to {known - 1} for {name}, those of the model, got {int(own.min())} to {int(own.max())}."
+            )

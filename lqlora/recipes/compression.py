@@ -225,7 +225,7 @@ def compress(
         "distilled": len(tests) if training else 0,
     }
     with reported(progress, "Compressing", sum(counts.values()), "step") as report:
-        step = _steps(counts, report)
+        step = steps(counts, report)
 
         def measured(stage: str) -> float:
             return perplexity(model, split.evaluation, progress=step(stage))
@@ -266,7 +266,7 @@ def learning_rate(rank: int, bits: float) -> float:
     return _RATE * of_rank * of_bits
 
 
-def _steps(
+def steps(
     counts: Mapping[str, int], report: Callable[[int], None]
 ) -> Callable[[str], Callable[[int, int | None], None]]:
     """Return a function that gives each stage its own function for progress, within the steps of all stages."""

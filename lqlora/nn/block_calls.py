@@ -192,6 +192,7 @@ def record_calls(
     last: list[Any] = []
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of a block."""
         position = positions[block]
         call = BlockCall(tuple(map(_without_cache, args)), {key: _without_cache(own) for key, own in kwargs.items()})
         if position != len(calls) or (position and call.hidden is not last[-1]):
@@ -206,6 +207,7 @@ def record_calls(
         calls.append(call.with_hidden(call.hidden.clone() if position == 0 else call.hidden.new_empty(0)))
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
+        """Keep the hidden state after a block, which must be that before the next one."""
         last[:] = [hidden_of(output)]
 
     positions = {block: position for position, block in enumerate(blocks)}
@@ -251,7 +253,10 @@ def skipped_blocks(
     found: list[Any] = []
 
     def stand_in(position: int) -> Callable[..., Any]:
+        """Return a forward method for a block."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
+            """Return the hidden state as it is, with what the first block returned beside it."""
             if position == 0:
                 found[:] = [first(*args, **kwargs)]
             hidden = BlockCall(args, kwargs).hidden if position else hidden_of(found[0])

@@ -273,6 +273,7 @@ def steps(
     stages = list(counts)
 
     def step(stage: str) -> Callable[[int, int | None], None]:
+        """Return the function of one stage."""
         before = sum(counts[own] for own in stages[: stages.index(stage)])
         return lambda done, _: report(before + done)
 

@@ -472,7 +472,6 @@ def test_all_documents_are_written_by_one_function():
         "integrations/_calibration_folder.py",
         "integrations/_streaming_folder.py",
         "integrations/calibration.py",
-        "integrations/statistics.py",
         "recipes/checkpoints.py",
         "integrations/_model_folders.py",
         "integrations/exporting.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from lqlora._documents import Count, Length, Reader, Text, key_step
 from lqlora._files import replace_file, write_whole
 from lqlora._messages import about_file, given, shown
 from lqlora._patterns import list_names
+from lqlora.checkpoint._container import digest
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.weighting import InputGram
 
@@ -66,6 +66,7 @@ class _Document(Struct, frozen=True, forbid_unknown_fields=True):
     spec: int
     examples: Count
     files: dict[Text, Annotated[str, Meta(min_length=64, max_length=64)]]
+    sha256: Text
     matrices: Annotated[dict[Text, _Entry], Meta(min_length=1)]
 
 
@@ -278,13 +279,17 @@ def write_document(folder: str | os.PathLike[str], entries: Mapping[str, Mapping
     files = sorted(
         {file for own in entries.values() for file in (own["file"], own.get("gradients")) if file is not None}
     )
-    document = {
+    document: dict[str, Any] = {
         "spec": _SPEC,
         "examples": examples,
         "files": {name: _fingerprint(Path(folder) / name) for name in files},
         "matrices": {name: dict(own) for name, own in entries.items()},
     }
-    write_whole(Path(folder) / DOCUMENT, f"{json.dumps(document, indent=1)}\n".encode())
+    document["sha256"] = digest({}, document)
+    text = Reader("statistics must be such that they can be read again", InvalidArgumentError).write(
+        document, _Document
+    )
+    write_whole(Path(folder) / DOCUMENT, f"{text}\n".encode())
 
 
 def read_entries(reader: Reader, text: bytes) -> dict[str, dict[str, Any]]:
@@ -313,7 +318,10 @@ def _read_document(folder: Path) -> _Document:
     if path.stat().st_size > _MOST_BYTES:
         raise CheckpointError(about_file(path, f"must have at most {_MOST_BYTES} bytes."))
     reader = Reader(f"{path} is damaged or inconsistent", CheckpointError)
-    document = reader.read(path.read_bytes(), _Document)
+    plain = reader.parse(path.read_bytes())
+    document = reader.convert(plain, _Document)
+    if document.sha256 != digest({}, plain):
+        raise reader.fault("sha256", "must be the fingerprint of this document, which has changed.")
     if document.spec != _SPEC:
         raise reader.fault("spec", f"must be {_SPEC}, got {document.spec}. Another version of lqlora has written it.")
     for name in document.files:

@@ -17,6 +17,7 @@ __all__ = ["KINDS", "load"]
 _KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "checkpoint": ("checkpoints", "Checkpoints", ()),
     "folder": ("folders", "Folders", ()),
+    "statistics": ("statistics_folders", "StatisticsFolders", ()),
     "factors": ("factor_files", "FactorFiles", ()),
     "scales": ("scale_files", "ScaleFiles", ()),
     "plan": ("plans", "Plans", ()),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lqlora as lq
+from lqlora.checkpoint._container import digest
 from lqlora.errors import CheckpointError, DeadLayerWarning, InvalidArgumentError, NonFiniteError
 from tests.requirements import require_module
 
@@ -410,6 +411,11 @@ def test_examples_are_counted_by_the_tokens(tmp_path):
     assert calibrate_checkpoint(source, tmp_path / "out", given, progress=False).examples == 4
 
 
+def signed(document):
+    """A document with the fingerprint of its content."""
+    return document | {"sha256": digest({}, document)}
+
+
 class TestFolder:
     """Folders that were changed."""
 
@@ -442,7 +448,7 @@ class TestFolder:
     )
     def test_documents_that_do_not_fit(self, folder, changes, message):
         document = json.loads((folder / "statistics.json").read_text())
-        (folder / "statistics.json").write_text(json.dumps(document | changes))
+        (folder / "statistics.json").write_text(json.dumps(signed(document | changes)))
         with pytest.raises(CheckpointError, match=message):
             open_statistics(folder)
 
@@ -452,6 +458,9 @@ class TestFolder:
         for shape in ([48, 33], [47, 32], [2**31 - 1, 2**31 - 1]):
             document["matrices"][name]["shape"] = shape
             (folder / "statistics.json").write_text(json.dumps(document))
+            with pytest.raises(CheckpointError, match="fingerprint"):
+                open_statistics(folder)
+            (folder / "statistics.json").write_text(json.dumps(signed(document)))
             with pytest.raises(CheckpointError, match="lacks"):
                 open_statistics(folder)
 

@@ -1,4 +1,4 @@
-"""Time and memory of a model of seven billion weights: decomposed, quantized, or its cost table.
+"""Time and memory of a model of seven billion weights: decomposed, quantized, its cost table, or its statistics.
 
 The model is random: matrices of the shapes of Llama 2 7B in bfloat16, with heavier tails than normal numbers, in files of 2 GB. It is written
 once to ``--model``. ``--layers`` makes it smaller. Resident memory is the largest of the process, as ``/usr/bin/time -v`` reports it, and
@@ -59,6 +59,12 @@ def write_model(folder, layers):
             tensors[name] = values.astype(ml_dtypes.bfloat16)
         save_file(tensors, folder / file)
         places |= dict.fromkeys(group, file)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER, "vocab_size": WORDS,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
@@ -69,10 +75,12 @@ def main():
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; it is replaced")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--work", choices=["decompose", "quantize", "costs"], default="decompose")
+    parser.add_argument("--work", choices=["decompose", "quantize", "costs", "calibrate"], default="decompose")
     parser.add_argument("--format", default="nf3/64:u8/256:float32")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of the one sequence of calibrate")
+    parser.add_argument("--gradients", action="store_true", help="collect gradients in calibrate, too")
     options = parser.parse_args()
     if not options.model.exists():
         write_model(options.model, options.layers)
@@ -88,6 +96,14 @@ def main():
         options.output.mkdir()
         (options.output / "table.json").write_text(table.to_json())
         size = sum(int(np.prod(shape)) for shape in table.shapes)
+    elif options.work == "calibrate":
+        import torch
+
+        from lqlora.integrations.calibration import calibrate_checkpoint
+
+        tokens = torch.randint(WORDS, (1, options.tokens), generator=torch.Generator().manual_seed(0))
+        calibrate_checkpoint(options.model, options.output, [tokens], gradients=options.gradients)
+        size = sum(int(np.prod(shape)) for shape in SHAPES.values()) * options.layers
     else:
         fmt = lq.BlockFormat.parse(options.format)
         report = lq.decompose_checkpoint(

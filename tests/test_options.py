@@ -28,7 +28,7 @@ from lqlora.integrations.bitsandbytes import (
 from lqlora.integrations.comparison import compare_checkpoint
 from lqlora.integrations.exporting import can_export, export_checkpoint
 from lqlora.integrations.merging import merge_checkpoint
-from lqlora.integrations.peft import load_adapter, save_adapter
+from lqlora.integrations.peft import convert_adapter, load_adapter, save_adapter
 from lqlora.integrations.statistics import open_statistics, write_document, write_inputs
 from lqlora.integrations.transformers import quantize_on_load
 from lqlora.solvers import Budget, Problem, SolveOptions
@@ -204,6 +204,7 @@ CALLS = {
     "layout_fault": (layout_fault, {"q": Q}),
     "merge_checkpoint": (merge_checkpoint, lambda: {"path": saved_layer(), "folder": fresh()}),
     "compare_checkpoint": (compare_checkpoint, lambda: opened(path=saved_layer(), source="plain.safetensors")),
+    "convert_adapter": (convert_adapter, lambda: {"checkpoint": saved_model()["path"], "adapter": saved_adapter()["folder"], "folder": fresh()}),
     "open_statistics": (open_statistics, lambda: {"path": statistics()}),
     "Statistics.weighting": (lambda **own: open_statistics(statistics()).weighting(**own), {}),
     "quantize_on_load": (quantize_on_load, {"format": "nf4/64", "rank": 1}),

@@ -14,6 +14,7 @@ from lqlora._messages import about_file, shortened, shown
 from lqlora._optional import require
 from lqlora._patterns import list_names
 from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.integrations._quiet import without_bars
 from lqlora.integrations.sources import open_model
 from lqlora.nn.block_calls import find_blocks
 from lqlora.nn.experts import ExpertMatrix
@@ -236,9 +237,10 @@ def _loaded(source: Path, skeleton: nn.Module, dtype: torch.dtype, work: Path) -
     level = loud.level
     loud.setLevel(logging.ERROR)
     try:
-        model, loading = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
-            source, local_files_only=True, device_map=places, offload_folder=str(work), dtype=dtype, output_loading_info=True,
-        )  # fmt: skip
+        with without_bars():
+            model, loading = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
+                source, local_files_only=True, device_map=places, offload_folder=str(work), dtype=dtype, output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # as above
         raise CheckpointError(shortened(f"{source} cannot be read as a model of transformers: {error}.")) from error
     finally:

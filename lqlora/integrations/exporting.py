@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
+from lqlora import ops
 from lqlora._annotations import annotated
-from lqlora._files import replace_file, write_whole
 from lqlora._messages import shortened, shown
 from lqlora._optional import require
 from lqlora._options import require_choice, require_integer
+from lqlora.checkpoint.factors import base_fingerprint
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
 from lqlora.integrations.bitsandbytes import layout_fault, to_bitsandbytes
@@ -210,16 +208,15 @@ def _write_adapter(
     folder: Path, parts: ModelParts, factors: Mapping[str, StoredMatrix], *, is_transposed: bool
 ) -> None:
     """Write the low-rank factors as an adapter of PEFT."""
-    from lqlora.integrations.peft import CONFIG, WEIGHTS, adapter_settings, entry_of  # noqa: PLC0415 - imports torch
+    import torch  # noqa: PLC0415 - optional
+
+    from lqlora.integrations._adapter_files import adapter_settings, write_adapter  # noqa: PLC0415 - imports torch
+    from lqlora.nn.adapters import Factors  # noqa: PLC0415
 
     names = {*parts.matrices, *(name.rpartition(".")[0] for name in parts.tensors)}
     settings = adapter_settings(factors, sorted(names), None, None) | {"fan_in_fan_out": is_transposed}
-    folder.mkdir()
-    tensors = {
-        entry_of(name, letter): np.ascontiguousarray(array)
+    found = {
+        name: Factors(ops.convert(np.array(own.lora_A), torch), ops.convert(np.array(own.lora_B), torch), own.scaling)
         for name, own in factors.items()
-        for letter, array in (("A", own.lora_A), ("B", own.lora_B))
     }
-    with replace_file(folder / WEIGHTS, SafetensorError) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
-    write_whole(folder / CONFIG, f"{json.dumps(settings, indent=2)}\n".encode())
+    write_adapter(folder, found, settings, {name: base_fingerprint(own.quantized) for name, own in factors.items()})

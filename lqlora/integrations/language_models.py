@@ -11,6 +11,7 @@ from lqlora._optional import require
 from lqlora._patterns import list_names
 from lqlora.checkpoint.quantization_config import METHOD
 from lqlora.errors import CheckpointError
+from lqlora.integrations._quiet import without_bars
 from lqlora.integrations.gguf import load_llama
 from lqlora.integrations.transformers import register
 
@@ -79,9 +80,10 @@ def load_causal_model(folder: Path, *, may_be_quantized: bool = False) -> Any:
         _, is_ours = _config_of(folder, may_be_quantized=may_be_quantized)
         if is_ours:
             register()
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **({"dtype": torch.float32} if is_ours else {})
-        )
+        with without_bars():
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **({"dtype": torch.float32} if is_ours else {})
+            )
         if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
             raise CheckpointError(
                 shortened(

@@ -6,59 +6,30 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # noqa: F401 - teaches NumPy the bfloat16 that safetensors reads
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import numpy as np
+import torch
 
 from lqlora import ops
 from lqlora._annotations import annotated
-from lqlora._documents import Reader, key_step
-from lqlora._files import input_file, replace_file, write_whole
 from lqlora._messages import shortened, shown
 from lqlora._optional import require
 from lqlora._options import require_kind
+from lqlora.checkpoint.factors import base_fingerprint
 from lqlora.errors import CheckpointError, InvalidArgumentError, LQLoRAError
-from lqlora.integrations._schema import LoraSettings
+from lqlora.integrations._adapter_files import ROOT, adapter_settings, check_bases, read_adapter, write_adapter
+from lqlora.integrations._model_folders import open_parts
 from lqlora.nn.adapters import Factors, factors, set_factors
+from lqlora.nn.model import quantized_layers
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
 
-    import torch
     from torch import nn
 
-    from lqlora.checkpoint import StoredMatrix
-
-__all__ = ["load_adapter", "register", "save_adapter"]
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-#: PEFT's names of the entries begin with this.
-_ROOT = "base_model.model."
-_ENTRY = re.compile(rf"{re.escape(_ROOT)}(.+)\.lora_([AB])\.weight", re.DOTALL)
-
-#: Settings that change nothing in ``scaling * lora_B @ lora_A``: where the adapter came from, how it was made, and which
-#: layers have it, which the weights say again.
-_HARMLESS = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
-    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type",
-}) | {*LoraSettings.__struct_fields__}  # fmt: skip
-
-#: Starts that change the weight below, so that the factors are differences from other factors, which the folder lacks.
-_CHANGING = re.compile(r"pissa.*|olora|corda|lora_ga|mica", re.IGNORECASE)
-
-#: Characters of regular expressions, except the dot between the parts of a name, and characters that stand for themselves.
-_SPECIAL, _ESCAPED = re.compile(r"[\\*+?()\[\]{}|^$]"), re.compile(r"\\(\W)")
+__all__ = ["convert_adapter", "load_adapter", "register", "save_adapter"]
 
 
 def register() -> None:
@@ -133,127 +104,21 @@ def save_adapter(
     for option, text in (("base_model", base_model), ("task_type", task_type)):
         require_kind(text, option, (str, type(None)), "a text")  # before the old settings are removed
     all_factors = factors(model)
-    if wrapped := next((name for name in all_factors if name.endswith(".base_layer") or name.startswith(_ROOT)), None):
+    if wrapped := next((name for name in all_factors if name.endswith(".base_layer") or name.startswith(ROOT)), None):
         raise InvalidArgumentError(
             f"model must not be wrapped by PEFT, got the layer {shown(wrapped)}. Save the model that PEFT wraps."
         )
     found = {name: own for name, own in all_factors.items() if len(own.lora_A)}
     if not found:
         raise InvalidArgumentError("model must have a quantized layer with a rank above 0, got ranks of 0 only.")
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        # Without its settings an adapter cannot be loaded, so a crash never leaves new weights beside old settings.
-        (target / CONFIG).unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(shortened(f"{folder} cannot be written: {error}.")) from error
-    tensors = {
-        entry_of(name, key): matrix.contiguous()
-        for name, own in found.items()
-        for key, matrix in (("A", own.lora_A), ("B", own.lora_B))
-    }
-    with replace_file(target / WEIGHTS, SafetensorError) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
     names = [name for name, _ in model.named_modules()]
-    text = json.dumps(adapter_settings(found, names, base_model, task_type), indent=2)
-    write_whole(target / CONFIG, f"{text}\n".encode())
-
-
-def entry_of(name: str, letter: str) -> str:
-    """Return PEFT's name of a factor.
-
-    Parameters
-    ----------
-    name : str
-        Name of the layer.
-    letter : {"A", "B"}
-        Which factor.
-
-    Returns
-    -------
-    str
-        Key in ``adapter_model.safetensors``.
-
-    Examples
-    --------
-    >>> entry_of("model.layers.0.up", "A")
-    'base_model.model.model.layers.0.up.lora_A.weight'
-    """
-    return f"{_ROOT}{name}.lora_{letter}.weight"
-
-
-def adapter_settings(
-    found: Mapping[str, Factors | StoredMatrix], names: Iterable[str], base_model: str | None, task_type: str | None
-) -> dict[str, Any]:
-    """Return the settings of an adapter.
-
-    Parameters
-    ----------
-    found : mapping of str to Factors or StoredMatrix
-        Layers with factors of a rank above 0.
-    names : iterable of str
-        Names of all modules of the model.
-    base_model, task_type : str, optional
-        See :func:`save_adapter`.
-
-    Returns
-    -------
-    dict
-        Content of ``adapter_config.json``.
-    """
-    ranks = {name: len(own.lora_A) for name, own in found.items()}
-    alphas = {name: _alpha(own.scaling, ranks[name]) for name, own in found.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "revision": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "target_modules": _targets(found, names),
-        "rank_pattern": {_pattern(name): own for name, own in ranks.items() if own != rank},
-        "alpha_pattern": {_pattern(name): own for name, own in alphas.items() if own != alpha},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-
-
-def _alpha(scaling: float, rank: int) -> float:
-    """Return the alpha for which alpha / rank is the scaling, exactly if there is one."""
-    near = scaling * rank
-    candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
-    found = next((alpha for alpha in candidates if alpha / rank == scaling), near)
-    return int(found) if found.is_integer() and abs(found) < 2**53 else found
-
-
-def _pattern(name: str) -> str:
-    """Return PEFT's pattern that matches one layer alone. Without the anchor a shorter name matches the end of longer ones."""
-    return f"^{re.escape(name)}"
-
-
-def _targets(found: Mapping[str, Any], names: Iterable[str]) -> list[str] | str:
-    """Return the names of layers, or a regular expression if a name in a list would match the end of another module's, too."""
-    others = {name for name in names if name not in found}
-    if any(suffix in found for name in others for suffix in _ends(name)):
-        return "|".join(re.escape(name) for name in sorted(found))
-    return sorted(found)
-
-
-def _ends(name: str) -> Iterable[str]:
-    """Return what is left of a name without its first parts: all of it, then less and less."""
-    parts = name.split(".")
-    return (".".join(parts[start:]) for start in range(len(parts)))
+    layers = quantized_layers(model)
+    bases = {name: base_fingerprint(layers[name].quantized.array) for name in found}
+    write_adapter(folder, found, adapter_settings(found, names, base_model, task_type), bases)
 
 
 @annotated
-def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> None:
+def load_adapter(folder: str | os.PathLike[str], model: nn.Module, *, other_base: bool = False) -> None:
     """Load a LoRA adapter of PEFT into the low-rank factors of a model, in place of those that it has.
 
     Parameters
@@ -263,106 +128,114 @@ def load_adapter(folder: str | os.PathLike[str], model: nn.Module) -> None:
     model : torch.nn.Module
         A model with quantized layers. It is changed only after the folder was checked. Layers without an adapter
         get rank 0. :func:`lqlora.nn.set_factors` says what happens to parameters.
+    other_base : bool, default False
+        Take an adapter that says that it belongs to other codes and scales. :func:`save_adapter` writes their fingerprints, and PEFT does
+        not.
 
     Raises
     ------
     CheckpointError
-        If the folder is not a LoRA adapter or is damaged, does not fit the model, or has what factors cannot stand for:
+        If the folder is not a LoRA adapter or is damaged, does not fit the model, belongs to other codes and scales, or has what factors cannot stand for:
         DoRA, biases, other modules, patterns that are not names, and starts such as PiSSA that change the weight below.
     InvalidArgumentError
         If the model has no quantized layer, or is one itself.
     """
-    old = factors(model)
-    config = input_file(Path(folder) / CONFIG, CheckpointError)
-    reader = Reader(f"{config} is not an adapter that factors can hold", CheckpointError)
-    settings = _settings(reader, config)
-    matrices = _matrices(Path(folder) / WEIGHTS)
-    if left := sorted(matrices.keys() - old.keys()):
+    old, given = factors(model), read_adapter(folder)
+    if left := sorted(given.keys() - old.keys()):
         raise CheckpointError(
             shortened(
                 f"{folder} does not fit the model, which has no quantized layer {shown(left[0])} ({len(left)} in all)."
             )
         )
-    ranks = _values(reader, "rank_pattern", settings.rank_pattern, settings.r, matrices)
-    alphas = _values(reader, "alpha_pattern", settings.alpha_pattern, settings.lora_alpha, matrices)
-    given = {}
-    for name, own in old.items():
-        if name not in matrices:
-            given[name] = Factors(own.lora_A[:0], own.lora_B[:, :0], own.scaling)
-            continue
-        pair = matrices[name]
-        if len(pair) < 2 or pair["A"].ndim != 2 or len(pair["A"]) != ranks[name]:
-            raise CheckpointError(
-                shortened(f"{folder} is inconsistent: {shown(name)} must have lora_A and lora_B of rank {ranks[name]}.")
-            )
-        scaling = alphas[name] / (math.sqrt(ranks[name]) if settings.use_rslora else ranks[name])
-        given[name] = Factors(pair["A"], pair["B"], scaling)
+    if not other_base:
+        layers = quantized_layers(model)
+        check_bases(folder, {name: base_fingerprint(layers[name].quantized.array) for name in given})
     try:
-        set_factors(model, given)
+        set_factors(
+            model,
+            {
+                name: given.get(name, Factors(own.lora_A[:0], own.lora_B[:, :0], own.scaling))
+                for name, own in old.items()
+            },
+        )
     except LQLoRAError as error:
         raise CheckpointError(shortened(f"{folder} does not fit the model: {error}")) from None
 
 
-def _settings(reader: Reader, path: Path) -> LoraSettings:
-    """Return the settings of a folder, or raise if they ask for more than a low-rank product."""
-    try:
-        plain = reader.parse(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(shortened(f"{path} cannot be read: {error}.")) from error
-    settings = reader.convert(plain, LoraSettings)
-    for key, value in plain.items():
-        if key not in _HARMLESS and value not in (None, False, "none", [], {}):
-            raise reader.fault(key_step(key), f"must be off, got {shown(value)}.")
-    start = settings.init_lora_weights
-    if isinstance(start, str) and _CHANGING.fullmatch(start):
-        why = "must not change the weight below"
-        raise reader.fault(
-            "init_lora_weights", f"{why}, got {shown(start)}. Convert the adapter to plain LoRA with PEFT."
+@annotated
+def convert_adapter(
+    checkpoint: str | os.PathLike[str], adapter: str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> None:
+    """Turn an adapter that was trained over the quantized part of a checkpoint into one for the original weights.
+
+    With the factors ``B0`` and ``A0`` of the checkpoint and those of the adapter, training has changed the sum of both parts by
+    ``B @ A - B0 @ A0``. This is the product of ``[B, -B0]`` and ``[A; A0]``, a LoRA of at most twice the rank. Over the original weights
+    it gives what training has learned, without the error of quantization. Nothing is rounded if both have the same scaling.
+
+    Parameters
+    ----------
+    checkpoint : path-like
+        Folder of :func:`lqlora.decompose_checkpoint`, or file of :func:`lqlora.save`, that training started from.
+    adapter : path-like
+        Folder of the trained adapter, as PEFT wrote it over the base of
+        :func:`export_checkpoint <lqlora.integrations.exporting.export_checkpoint>`, or :func:`save_adapter`. Layers of the checkpoint that
+        it does not have lost their low-rank part.
+    folder : path-like
+        Folder to write for PEFT.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read or written, or the adapter does not fit the checkpoint.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq, tempfile, torch
+    >>> w = np.random.default_rng(0).standard_normal((16, 32)).astype(np.float32)
+    >>> model = torch.nn.ModuleDict({"up": torch.nn.Linear(32, 16, bias=False)})
+    >>> _ = model.up.weight.data.copy_(torch.from_numpy(w))
+    >>> _ = lq.nn.quantize_model(model, lq.BlockFormat.parse("nf4/32:float32"), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lq.nn.save_model(f"{folder}/start.safetensors", model)
+    ...     _ = model.up.lora_B.data.add_(1)  # training
+    ...     save_adapter(f"{folder}/trained", model)
+    ...     convert_adapter(f"{folder}/start.safetensors", f"{folder}/trained", f"{folder}/original")
+    ...     found = read_adapter(f"{folder}/original")["up"]
+    >>> found.lora_A.shape
+    torch.Size([4, 32])
+    """
+    parts, _ = open_parts(Path(checkpoint).absolute())
+    trained = read_adapter(adapter)
+    if left := sorted(trained.keys() - parts.matrices.keys()):
+        raise CheckpointError(
+            shortened(
+                f"{adapter} does not fit {checkpoint}, which has no matrix {shown(left[0])} ({len(left)} in all)."
+            )
         )
-    return settings
-
-
-def _matrices(path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the factors of a folder by layer, then by the letter in their name."""
-    own = input_file(path, CheckpointError)
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        with safe_open(own, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                if not (match := _ENTRY.fullmatch(key)):
-                    raise CheckpointError(
-                        shortened(
-                            f"{path} must hold lora_A and lora_B of linear layers only, got {shown(key)}. Factors cannot stand "
-                            "for magnitudes of DoRA, biases, embeddings and whole modules."
-                        )
-                    )
-                tensor = file.get_tensor(key)
-                ops.require_finite(ops.widen(tensor, shown(key)), shown(key))
-                found.setdefault(match[1], {})[match[2]] = tensor
-    except LQLoRAError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(shortened(f"{path}: {error}")) from None
-    except (AttributeError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(shortened(f"{path} is not a readable safetensors file ({error}).")) from error
+    check_bases(adapter, {name: base_fingerprint(parts.matrix(name).quantized) for name in trained})
+    found = {}
+    for name in parts.matrices:
+        start = parts.matrix(name)
+        first = Factors(_tensor(start.lora_A), _tensor(start.lora_B), start.scaling)
+        own = trained.get(name, Factors(first.lora_A[:0], first.lora_B[:, :0], first.scaling))
+        if own.lora_A.shape[1:] != first.lora_A.shape[1:] or own.lora_B.shape[:1] != first.lora_B.shape[:1]:
+            raise CheckpointError(
+                shortened(f"{adapter} does not fit {checkpoint}: {shown(name)} has other shapes there.")
+            )
+        dtype = torch.promote_types(own.lora_A.dtype, first.lora_A.dtype)
+        back = first.lora_B.to(dtype)
+        if first.scaling != own.scaling:  # one scaling for both
+            back = back.double().mul(first.scaling / own.scaling).to(dtype)
+        joined = torch.cat([own.lora_A.to(dtype), first.lora_A.to(dtype)])
+        if len(joined):
+            found[name] = Factors(joined, torch.cat([own.lora_B.to(dtype), -back], 1), own.scaling)
     if not found:
-        raise CheckpointError(shortened(f"{path} must hold lora_A and lora_B of a layer, got no tensor."))
+        raise CheckpointError(shortened(f"{adapter} and {checkpoint} have no factors."))
+    names = {*parts.matrices, *(name.rpartition(".")[0] for name in parts.tensors)}
+    write_adapter(folder, found, adapter_settings(found, sorted(names), None, None))
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    """Return a copy of an array, whose file is mapped, as a tensor."""
+    found: torch.Tensor = ops.convert(np.array(array), torch)
     return found
-
-
-def _values(
-    reader: Reader, field: str, patterns: Mapping[str, Any] | None, usual: Any, names: Iterable[str]
-) -> dict[str, Any]:
-    """Return the value of each layer, of the first pattern that matches its name."""
-    # Patterns are looked up as names and never run: a regular expression of a file may take exponential time.
-    place: dict[str, int] = {}
-    values = [*(patterns or {}).values(), usual]
-    for index, pattern in enumerate(patterns or {}):
-        anchored = pattern.startswith("^")
-        name = pattern.removeprefix("^")
-        if _SPECIAL.search(_ESCAPED.sub("", name)):
-            raise reader.fault(f"{field}{key_step(pattern)}", "must be the name of a layer, or the end of names.")
-        name = _ESCAPED.sub(r"\1", name)
-        place.setdefault(f"^{name}" if anchored else name, index)
-    return {
-        name: values[min([len(values) - 1, *(place[own] for own in (f"^{name}", *_ends(name)) if own in place)])]
-        for name in names
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -14,8 +15,9 @@ from tests.requirements import require_module
 torch = require_module("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402 - needs torch
 
-from lqlora.integrations.peft import load_adapter, save_adapter  # noqa: E402
-from tests.integrations.tiny_models import low_rank_model, nested_model, without_factors  # noqa: E402
+from lqlora.integrations._adapter_files import read_adapter  # noqa: E402
+from lqlora.integrations.peft import convert_adapter, load_adapter, save_adapter  # noqa: E402
+from tests.integrations.tiny_models import FORMAT, low_rank_model, nested_model, without_factors  # noqa: E402
 
 
 def bits(model):
@@ -50,6 +52,104 @@ def test_a_name_that_ends_another_one_is_not_taken_for_it(tmp_path):
         "q": (3, 0.5),
         "b.q": (0, 1.0),
     }
+
+
+def test_an_adapter_of_another_quantized_part_is_refused_unless_it_is_wanted(tmp_path):
+    model, other = low_rank_model(), low_rank_model()
+    save_adapter(tmp_path, model)
+    layer = next(own for own in other.modules() if isinstance(own, lq.nn.LQLinear))
+    layer.quantized.codes[0] ^= 1
+    before = bits(other)
+    with pytest.raises(CheckpointError, match="belongs to another quantized part"):
+        load_adapter(tmp_path, other)
+    assert same(bits(other), before)
+    load_adapter(tmp_path, other, other_base=True)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})  # as PEFT writes it
+    load_adapter(tmp_path, other)
+    for text in ("[", '{"0": 5}', "[]"):
+        save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt", "lqlora_bases": text})
+        with pytest.raises(CheckpointError, match="damaged metadata"):
+            load_adapter(tmp_path, other)
+
+
+class TestOriginal:
+    """A trained adapter becomes one for the original weights."""
+
+    @pytest.fixture
+    def start(self, tmp_path):
+        """A dense model, and one that was decomposed, saved and trained."""
+        torch.manual_seed(0)
+        dense = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 16))
+        model = copy.deepcopy(dense)
+        lq.nn.quantize_model(model, FORMAT, rank={"0": 3, "1": 2}, scaling=2.0, progress=False)
+        lq.nn.save_model(tmp_path / "start.safetensors", model)
+        return dense, model
+
+    def converted(self, folder):
+        """The factors of the converted adapter."""
+        convert_adapter(folder / "start.safetensors", folder / "trained", folder / "original")
+        return read_adapter(folder / "original")
+
+    @pytest.mark.parametrize("scaling", [2.0, 0.5, 3.0])
+    def test_the_change_of_the_weights_is_that_of_training(self, start, tmp_path, scaling):
+        _, model = start
+        before = {name: own.scaling * own.lora_B @ own.lora_A for name, own in lq.nn.factors(model).items()}
+        trained = {
+            name: lq.nn.Factors(own.lora_A + torch.randn_like(own.lora_A), torch.randn_like(own.lora_B), scaling)
+            for name, own in lq.nn.factors(model).items()
+        }
+        lq.nn.set_factors(model, trained)
+        save_adapter(tmp_path / "trained", model)
+        for name, own in self.converted(tmp_path).items():
+            assert len(own.lora_A) == 2 * len(trained[name].lora_A)
+            change = own.scaling * own.lora_B.double() @ own.lora_A.double()
+            expected = scaling * trained[name].lora_B.double() @ trained[name].lora_A.double() - before[name].double()
+            torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)
+            if scaling == 2.0:  # nothing is rounded
+                rank = len(trained[name].lora_A)
+                assert torch.equal(own.lora_B[:, :rank], trained[name].lora_B)
+                assert torch.equal(own.lora_A[:rank], trained[name].lora_A)
+
+    def test_layers_without_an_adapter_lose_their_low_rank_part(self, start, tmp_path):
+        _, model = start
+        first = lq.nn.factors(model)
+        lq.nn.set_factors(model, {**first, "1": lq.nn.Factors(first["1"].lora_A[:0], first["1"].lora_B[:, :0], 1.0)})
+        save_adapter(tmp_path / "trained", model)
+        found = self.converted(tmp_path)
+        assert torch.equal(found["0"].lora_B[:, :3], -found["0"].lora_B[:, 3:])
+        own = found["1"]
+        torch.testing.assert_close(own.scaling * own.lora_B @ own.lora_A, -2.0 * first["1"].lora_B @ first["1"].lora_A)
+
+    def test_peft_adds_it_to_the_original_weights(self, start, tmp_path):
+        peft = require_module("peft")
+        dense, model = start
+        with torch.no_grad():
+            model[0].lora_B += 0.1
+        save_adapter(tmp_path / "trained", model)
+        change = self.converted(tmp_path)
+        found = peft.PeftModel.from_pretrained(copy.deepcopy(dense), tmp_path / "original").merge_and_unload()
+        for name, own in change.items():
+            expected = dense[int(name)].weight + own.scaling * own.lora_B @ own.lora_A
+            torch.testing.assert_close(found[int(name)].weight, expected)
+
+    def test_what_does_not_fit_is_refused(self, start, tmp_path):
+        _, model = start
+        other = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+        lq.nn.quantize_model(other, FORMAT, rank=1, progress=False)
+        save_adapter(tmp_path / "three", other)
+        save_adapter(tmp_path / "two", torch.nn.Sequential(*other[:2]))
+        save_adapter(tmp_path / "trained", model)
+        start = tmp_path / "start.safetensors"
+        for adapter, message in (("three", "has no matrix"), ("two", "belongs to another"), ("no", "does not exist")):
+            with pytest.raises(CheckpointError, match=message):
+                convert_adapter(start, tmp_path / adapter, tmp_path / "original")
+        weights = load_file(tmp_path / "two" / "adapter_model.safetensors")
+        weights = {name: own[:, :8].contiguous() if "lora_A" in name else own for name, own in weights.items()}
+        save_file(weights, tmp_path / "two" / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match="has other shapes there"):
+            convert_adapter(start, tmp_path / "two", tmp_path / "original")
+        assert not (tmp_path / "original").exists()
 
 
 @pytest.mark.parametrize("pattern", ["^0", "0", r"^0$", "a|b"])

@@ -26,6 +26,7 @@ from lqlora.integrations.bitsandbytes import (
     to_bitsandbytes,
 )
 from lqlora.integrations.comparison import compare_checkpoint
+from lqlora.integrations.compressed_tensors import compressed_fault, from_compressed_tensors, to_compressed_tensors
 from lqlora.integrations.exporting import can_export, export_checkpoint
 from lqlora.integrations.merging import merge_checkpoint
 from lqlora.integrations.peft import convert_adapter, load_adapter, save_adapter
@@ -49,7 +50,7 @@ MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
     "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
-    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.merging", "lqlora.integrations.exporting", "lqlora.integrations.calibration", "lqlora.integrations.statistics", "lqlora.integrations.transformers",
+    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.compressed_tensors", "lqlora.integrations.merging", "lqlora.integrations.exporting", "lqlora.integrations.calibration", "lqlora.integrations.statistics", "lqlora.integrations.transformers",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
@@ -88,6 +89,7 @@ PLAN = lq.allocate(TABLE, bits_per_weight=5.0)
 OWN = {"fmt": FORMAT, "rank": 1}
 DECOMPOSED = lq.decompose(W, **OWN, max_iter=1)
 PARTS = to_bitsandbytes(lq.quantize(W, lq.BlockFormat(lq.NF4, 32)))
+AFFINE = lq.quantize(np.tile(W, 4), lq.BlockFormat.parse("affine4/16:float32"))
 OPERANDS = nn.operands(Q.to(torch))
 PROBLEM = Problem(np.ones((2, 2)), np.ones((2, 2), np.int64))
 ROWS = [torch.ones(2, 16)]
@@ -208,6 +210,9 @@ CALLS = {
     "open_statistics": (open_statistics, lambda: {"path": statistics()}),
     "Statistics.weighting": (lambda **own: open_statistics(statistics()).weighting(**own), {}),
     "quantize_on_load": (quantize_on_load, {"format": "nf4/64", "rank": 1}),
+    "to_compressed_tensors": (to_compressed_tensors, {"q": AFFINE}),
+    "compressed_fault": (compressed_fault, {"q": Q}),
+    "from_compressed_tensors": (from_compressed_tensors, {"tensors": to_compressed_tensors(AFFINE)}),
     "described_shape": (described_shape, {"description": PARTS["weight.quant_state.bitsandbytes__nf4"]}),
     "cost_table": (lq.cost_table, {"weights": {"a": W}, "formats": [FORMAT], "rank": 1, "max_iter": 1}),
     "CostTable": (lq.CostTable, {

@@ -29,9 +29,11 @@ def run(checkpoint: Path, folder: Path, base: Base, dtype: FloatName, shard_size
         sizes = export_checkpoint(
             checkpoint, folder, base, dtype=dtype, shard_bytes=parse_bytes(shard_size, "--shard-size"), progress=show
         )
+    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else None
     if as_json:
-        console.say_json({"files": sizes, "adapter": str(folder / ADAPTER)})
+        console.say_json({"files": sizes, "adapter": None if adapter is None else str(adapter)})
         return
+    size, count = sum(sizes.values()), f"{len(sizes)} file{'' if len(sizes) == 1 else 's'}"
     console.say(
-        f"Wrote {folder} ({sum(sizes.values()):,} bytes in {len(sizes)} file{'' if len(sizes) == 1 else 's'}) and the adapter {folder / ADAPTER}."
+        f"Wrote {folder} ({size:,} bytes in {count}){'' if adapter is None else f' and the adapter {adapter}'}."
     )

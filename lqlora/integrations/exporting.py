@@ -17,6 +17,7 @@ from lqlora.checkpoint.factors import base_fingerprint
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
 from lqlora.integrations.bitsandbytes import layout_fault, to_bitsandbytes
+from lqlora.integrations.compressed_tensors import compressed_fault, to_compressed_tensors
 from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ADAPTER", "Base", "can_export", "export_checkpoint"]
 
-Base: TypeAlias = Literal["bitsandbytes", "dense"]
+Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense"]
+
+_BASES = ("bitsandbytes", "compressed-tensors", "dense")
 
 #: Subfolder of the adapter.
 ADAPTER = "adapter"
@@ -46,7 +49,7 @@ def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
     ----------
     path : path-like
         Checkpoint, a file or a folder.
-    base : {"bitsandbytes", "dense"}
+    base : {"bitsandbytes", "compressed-tensors", "dense"}
         See :func:`export_checkpoint`.
 
     Returns
@@ -59,9 +62,13 @@ def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
     CheckpointError
         If the checkpoint cannot be read.
     """
-    require_choice(base, "base", ("bitsandbytes", "dense"))
+    require_choice(base, "base", _BASES)
     parts, origins = open_parts(Path(path).absolute())
     return _faults(parts, origins, base)
+
+
+#: Functions that say why a layout cannot hold an array.
+_LAYOUTS = {"bitsandbytes": layout_fault, "compressed-tensors": compressed_fault}
 
 
 def _faults(parts: ModelParts, origins: Mapping[str, Origin], base: Base) -> dict[str, str]:
@@ -72,9 +79,9 @@ def _faults(parts: ModelParts, origins: Mapping[str, Origin], base: Base) -> dic
             fmt = parts.matrix(name).quantized.format
             if own.is_stack:
                 found[name] = "It is one of an array of experts, for which PEFT has no adapters of linear layers."
-            elif base == "bitsandbytes" and own.is_transposed:
-                found[name] = "The model stores it transposed, and bitsandbytes has no such layer."
-            elif base == "bitsandbytes" and (fault := layout_fault(parts.matrix(name).quantized)):
+            elif base != "dense" and own.is_transposed:
+                found[name] = f"The model stores it transposed, and {base} has no such layer."
+            elif base != "dense" and (fault := _LAYOUTS[base](parts.matrix(name).quantized)):
                 found[name] = fault
             elif base == "bitsandbytes":
                 kinds.setdefault(fmt, name)
@@ -97,10 +104,11 @@ def export_checkpoint(
     shard_bytes: int = 2**32,
     progress: bool | Callable[[int, int], None] = True,
 ) -> dict[str, int]:
-    """Write a checkpoint as a base model and an adapter of PEFT over it, which train without this library.
+    """Write a checkpoint as a base model and an adapter of PEFT over it, which run and train without this library.
 
     Load the folder with transformers, and then ``PeftModel.from_pretrained(model, f"{folder}/adapter", is_trainable=True)``. The sum of both
-    is the model of the checkpoint. The adapter belongs to this base: over the original weights it is wrong.
+    is the model of the checkpoint. The adapter belongs to this base: over the original weights it is wrong. Without low-rank factors there is
+    no adapter, and the base is the model.
 
     Parameters
     ----------
@@ -108,12 +116,14 @@ def export_checkpoint(
         Folder of :func:`lqlora.decompose_checkpoint`. Or a file of :func:`lqlora.save`: then a matrix ``m`` is the tensor ``m.weight``.
     folder : path-like
         Folder to write, which must not exist or be empty. It appears when it is complete.
-    base : {"bitsandbytes", "dense"}
+    base : {"bitsandbytes", "compressed-tensors", "dense"}
         ``"bitsandbytes"``: the quantized part in the 4-bit layout of bitsandbytes, with the same codes and scales. All matrices must have
         the codebook ``nf4`` or ``fp4-bnb``, blocks of 32, 64, … 4096 along the rows, and scales ``float32`` or ``d8/256:float32``.
+        ``"compressed-tensors"``: the quantized part as compressed-tensors and vLLM read it, with the same codes and zero points. Matrices may
+        have different codebooks ``affine1`` to ``affine8`` and block sizes; see :mod:`lqlora.integrations.compressed_tensors`.
         ``"dense"``: the decoded quantized part, for every format.
     dtype : {"bfloat16", "float16", "float32"}
-        Dtype of decoded matrices, and the one that bitsandbytes computes in.
+        Dtype of decoded matrices, and the one that the model computes in.
     shard_bytes : int
         Largest number of bytes of tensors of one file; one file is in memory while it is written.
     progress : bool or callable, default True
@@ -131,7 +141,7 @@ def export_checkpoint(
     FormatError
         If :func:`can_export` names a matrix.
     InvalidArgumentError
-        If ``dtype`` cannot hold a matrix, or no matrix has low-rank factors.
+        If ``dtype`` cannot hold a matrix, or a dense base has no low-rank factors beside it.
     MissingDependencyError
         If torch is not installed.
 
@@ -146,7 +156,7 @@ def export_checkpoint(
     >>> list(sizes)
     ['model.safetensors']
     """
-    require_choice(base, "base", ("bitsandbytes", "dense"))
+    require_choice(base, "base", _BASES)
     require_choice(dtype, "dtype", ("bfloat16", "float16", "float32"))
     require_integer(shard_bytes, "shard_bytes", 1)
     require("torch", "peft", "Writing adapters of PEFT")
@@ -157,7 +167,7 @@ def export_checkpoint(
         raise FormatError(shortened(f"{path} cannot be exported: {shown(name)} ({len(faults)} in all). {reason}"))
     factors = {name: parts.matrix(name) for name in parts.matrices}
     factors = {name: matrix for name, matrix in factors.items() if len(matrix.lora_A)}
-    if not factors:
+    if not factors and base == "dense":
         raise InvalidArgumentError(
             "path must have low-rank factors for an adapter, got ranks of 0. Use merge_checkpoint."
         )
@@ -167,31 +177,51 @@ def export_checkpoint(
         origin = origins[name]
         if base == "bitsandbytes":
             return to_bitsandbytes(parts.matrix(origin.matrices[0]).quantized, name, dtype)
+        if base == "compressed-tensors":
+            return to_compressed_tensors(parts.matrix(origin.matrices[0]).quantized, name)
         dense = [rounded(np.asarray(dequantize(parts.matrix(own).quantized)), own, dtype) for own in origin.matrices]
         return {name: join(name, origin, dense)}
 
     def size_of(matrix: StoredMatrix) -> int:
         """Return about the bytes of the tensors of a matrix."""
         count = math.prod(matrix.quantized.shape)
-        return matrix.quantized.nbytes + 2048 if base == "bitsandbytes" else (4 if dtype == "float32" else 2) * count
+        return matrix.quantized.nbytes + 2048 if base != "dense" else (4 if dtype == "float32" else 2) * count
 
     is_transposed = any(origin.is_transposed for origin in origins.values())
     return write_model(
         own, Path(folder).absolute(), "Exporting", make, size_of, dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
-        quantization_config=_bitsandbytes_config(parts, dtype) if base == "bitsandbytes" else None,
-        finish=lambda beside: _write_adapter(beside / ADAPTER, parts, factors, is_transposed=is_transposed),
+        quantization_config=_configuration(parts, base, dtype),
+        finish=lambda beside: _write_adapter(beside / ADAPTER, parts, factors, is_transposed=is_transposed) if factors else None,
     )  # fmt: skip
 
 
-def _bitsandbytes_config(parts: ModelParts, dtype: FloatName) -> dict[str, Any]:
-    """Return the entry of ``config.json`` with which transformers makes layers of bitsandbytes."""
-    fmt = parts.matrix(next(iter(parts.matrices))).quantized.format
+def _configuration(parts: ModelParts, base: Base, dtype: FloatName) -> dict[str, Any] | None:
+    """Return the entry of ``config.json`` with which transformers makes layers of other libraries."""
     # All other linear layers stay dense. Names of tensors that do not belong to one are harmless.
-    others = [
+    others = {
         name.removesuffix(".weight")
         for name in parts.tensors
         if name.endswith(".weight") and parts.tensor(name).ndim == 2
-    ]
+    }
+    dense = sorted({*others, "lm_head"})
+    if base == "compressed-tensors":
+        groups: dict[tuple[int, int], list[str]] = {}
+        for name in parts.matrices:
+            fmt = parts.matrix(name).quantized.format
+            groups.setdefault((fmt.codebook.bits, fmt.block_size), []).append(name)
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": dense,
+            "config_groups": {
+                f"group_{number}": {"targets": sorted(names), "weights": _scheme(*kind)}
+                for number, (kind, names) in enumerate(sorted(groups.items()))
+            },
+        }
+    if base == "dense":
+        return None
+    fmt = parts.matrix(next(iter(parts.matrices))).quantized.format
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -200,7 +230,19 @@ def _bitsandbytes_config(parts: ModelParts, dtype: FloatName) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": str(fmt.scales) != "float32",
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted({*others, "lm_head"}),
+        "llm_int8_skip_modules": dense,
+    }
+
+
+def _scheme(bits: int, group: int) -> dict[str, Any]:
+    """Return the settings of compressed-tensors for codes of some bits in groups along the rows."""
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": group,
+        "dynamic": False,
     }
 
 

@@ -2,13 +2,14 @@
 
 The model is random: matrices of the shapes of Llama 2 7B in bfloat16, with heavier tails than normal numbers, in files of 2 GB. It is written
 once to ``--model``. ``--layers`` makes it smaller. Resident memory is the largest of the process, as ``/usr/bin/time -v`` reports it, and
-includes pages of mapped files.
+includes pages of mapped files. Anonymous memory, which the system cannot drop, is looked at twice a second.
 """
 
 import argparse
 import json
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def write_model(folder, layers):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+def watch(largest):
+    """Keep the largest anonymous memory of the process in a list, in KiB."""
+    while True:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        largest[0] = max(largest[0], *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+        time.sleep(0.5)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -88,6 +97,8 @@ def main():
         return
     if options.output.is_dir():
         shutil.rmtree(options.output)
+    anonymous = [0]
+    threading.Thread(target=watch, args=(anonymous,), daemon=True).start()
     start, used = time.perf_counter(), time.process_time()
     if options.work == "costs":
         from lqlora.recipes.demo.settings import Settings
@@ -115,7 +126,7 @@ def main():
     wall, cpu = time.perf_counter() - start, time.process_time() - used
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{options.work}: {size:,} weights, {wall:.0f} s, {cpu:.0f} CPU s, {size / wall / 1e6:.1f} million weights/s")
-    print(f"resident memory: {memory / 2**30:.2f} GiB")
+    print(f"resident memory: {memory / 2**30:.2f} GiB, {anonymous[0] / 2**20:.2f} GiB of it anonymous")
 
 
 if __name__ == "__main__":

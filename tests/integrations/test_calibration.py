@@ -159,7 +159,7 @@ def test_blocks_may_see_what_the_quantized_blocks_before_them_give(tmp_path):
     assert not np.allclose(plain.inputs[last](), found.inputs[last](), rtol=1e-3)
 
 
-@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_after_any_interruption(tmp_path, monkeypatch, gradients):
     source = saved(tiny_models.dense_llama(), tmp_path / "model")
     options = {"gradients": gradients, "progress": False}

@@ -50,6 +50,14 @@ def walks(count, seed=0, length=16):
     return steps.cumsum(1) % TOKENS
 
 
+@pytest.fixture(scope="module")
+def begun(trained, tmp_path_factory):
+    """Results of the stages of a compression."""
+    folder = tmp_path_factory.mktemp("begun")
+    compressed(trained, folder / "out")
+    return folder / "out-work"
+
+
 SPLIT = recipes.split_sequences(walks(40), calibration=8, training=24, evaluation=8)
 PLAIN = SPLIT._replace(training=SPLIT.training[:0])
 
@@ -64,8 +72,13 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("codes", ["trellis", "scalar"])
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("codes", "rank"),
+    [
+        ("scalar", 2),
+        *(pytest.param(*own, marks=pytest.mark.slow) for own in (("scalar", 0), ("trellis", 0), ("trellis", 2))),
+    ],
+)
 def test_the_folder_holds_the_model_that_was_measured(trained, tmp_path, codes, rank):
     report = compressed(trained, tmp_path / "out", 2.4, rank=rank, codes=codes)
     found = report.perplexities
@@ -103,7 +116,16 @@ def test_the_stages_are_the_public_functions(trained, tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("stage", ["calibrate_checkpoint", "cost_table", "decompose_checkpoint", "collect_outputs", "distill", "perplexity"])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "decompose_checkpoint",
+        *(
+            pytest.param(own, marks=pytest.mark.slow)
+            for own in ("calibrate_checkpoint", "cost_table", "collect_outputs", "distill", "perplexity")
+        ),
+    ],
+)
 def test_a_run_goes_on_after_an_interruption(trained, tmp_path, monkeypatch, stage):
     compressed(trained, tmp_path / "whole", 2.7)
     expected, real = files(tmp_path / "whole"), getattr(checkpoints, stage)
@@ -122,9 +144,8 @@ def test_a_run_goes_on_after_an_interruption(trained, tmp_path, monkeypatch, sta
 
 
 @pytest.mark.parametrize("changes", [{"bits": 2.3}, {"rank": 3}, {"codes": "scalar"}, {"iterations": 2}, {"split": PLAIN}], ids=lambda own: next(iter(own)))  # fmt: skip
-def test_results_of_other_settings_are_refused(trained, tmp_path, changes):
-    compressed(trained, tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
+def test_results_of_other_settings_are_refused(trained, begun, tmp_path, changes):
+    shutil.copytree(begun, tmp_path / "out-work")
     before = files(tmp_path / "out-work")
     with pytest.raises(CheckpointError, match="begun with another"):
         compressed(trained, tmp_path / "out", **changes)
@@ -243,6 +264,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_transformers_and_peft_alone_open_what_is_exported(trained, tmp_path):
     require_module("peft")
     compressed(trained, tmp_path / "out", 2.7)

@@ -64,7 +64,7 @@ LEFT_OUT = {
     "is called by lqlora, with arguments that are checked": {
         "CostStore.append", "Limit.in_bits", "LQLinear.forward", "PEQALinear.forward", "QuantizedEmbedding.forward",
         "QuantizedHead.forward", "Reduced.assignment", "Reduced.chosen", "Reduced.vector",
-        "norms_for", "read_entries", "write_document", "write_gradients", "write_inputs",
+        "adapter_fault", "compressed_bytes", "norms_for", "read_entries", "write_document", "write_gradients", "write_inputs",
         "StoredRow.joined", "check_work", "reduce_problem", "select", "relative_gap",
         "Elementwise.low_rank", "Elementwise.measured", "Elementwise.squared_norm", "ScaledWeighting.low_rank", "ScaledWeighting.measured",
         "ScaledWeighting.squared_norm",

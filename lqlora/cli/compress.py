@@ -144,6 +144,12 @@ def token_split(source: Path, options: TextOptions) -> Split:
                 f"model must have an embedding for each token of the text, got {known} embeddings and token {largest}. Is the tokenizer "
                 "that of this model?"
             )
+        needed = options.calibration + options.training + options.evaluation
+        if needed > len(sequences):
+            raise InvalidArgumentError(
+                f"text must have at least {needed} sequences of {options.length} tokens, all parts together, got {len(sequences)}. Take a "
+                "longer text, shorter sequences, or fewer of them."
+            )
         if options.calibration < 1:
             raise InvalidArgumentError(f"calibration must be at least 1 sequence, got {options.calibration}.")
         return split_sequences(

@@ -99,7 +99,7 @@ def write_adapter(
     write_whole(target / CONFIG, f"{json.dumps(settings, indent=2)}\n".encode())
 
 
-def check_bases(folder: str | os.PathLike[str], bases: Mapping[str, str]) -> None:
+def check_bases(folder: str | os.PathLike[str], bases: Mapping[str, str], advice: str) -> None:
     """Raise if an adapter says that it belongs to other quantized parts.
 
     Parameters
@@ -108,6 +108,8 @@ def check_bases(folder: str | os.PathLike[str], bases: Mapping[str, str]) -> Non
         Folder of the adapter. Those that PEFT wrote say nothing.
     bases : mapping of str to str
         Fingerprints of the layers of the model.
+    advice : str
+        Last sentence of the error.
 
     Raises
     ------
@@ -128,7 +130,7 @@ def check_bases(folder: str | os.PathLike[str], bases: Mapping[str, str]) -> Non
             raise CheckpointError(
                 shortened(
                     f"{folder} belongs to another quantized part of {shown(name)}, and would correct errors that this one does not have. "
-                    "Load the model that it was saved from, or pass other_base=True."
+                    f"{advice}"
                 )
             )
 
@@ -159,11 +161,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> dict[str, Factors]:
     alphas = _values(reader, "alpha_pattern", settings.alpha_pattern, settings.lora_alpha, matrices)
     found = {}
     for name, pair in matrices.items():
-        if len(pair) < 2 or pair["A"].ndim != 2 or len(pair["A"]) != ranks[name]:
+        rank = ranks[name]
+        fits = len(pair) == 2 and pair["A"].ndim == pair["B"].ndim == 2
+        if not fits or len(pair["A"]) != rank or pair["B"].shape[1] != rank:
             raise CheckpointError(
-                shortened(f"{folder} is inconsistent: {shown(name)} must have lora_A and lora_B of rank {ranks[name]}.")
+                shortened(f"{folder} is inconsistent: {shown(name)} must have lora_A and lora_B of rank {rank}.")
             )
-        scaling = alphas[name] / (math.sqrt(ranks[name]) if settings.use_rslora else ranks[name])
+        scaling = alphas[name] / (math.sqrt(rank) if settings.use_rslora else rank)
         found[name] = Factors(pair["A"], pair["B"], scaling)
     return found
 
@@ -264,9 +268,10 @@ def _ends(name: str) -> Iterable[str]:
 def _settings(reader: Reader, path: Path) -> LoraSettings:
     """Return the settings of a folder, or raise if they ask for more than a low-rank product."""
     try:
-        plain = reader.parse(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(shortened(f"{path} cannot be read: {error}.")) from error
+    plain = reader.parse(text)
     settings = reader.convert(plain, LoraSettings)
     for key, value in plain.items():
         if key not in _HARMLESS and value not in (None, False, "none", [], {}):

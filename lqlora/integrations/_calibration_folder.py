@@ -116,9 +116,7 @@ class CalibrationFolder:
         for name in [*self._settings, *found]:
             if found.get(name) != self._settings.get(name):
                 raise CheckpointError(
-                    shortened(
-                        f"{self.folder} was begun with another {name}: {shown(found.get(name))}. Name another folder."
-                    )
+                    shortened(f"{self.folder} was begun with {_said(name, found.get(name))}. Name another folder.")
                 )
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -227,6 +225,15 @@ class CalibrationFolder:
     def weights(self) -> Path:
         """Folder for weights that the model has in another layout than the files."""
         return self.path / _WEIGHTS
+
+
+def _said(name: str, value: Any) -> str:
+    """Return what another value of a setting is."""
+    words = {
+        "source": "another source: other weights or configuration",
+        "batches": "another text: other batches of tokens",
+    }
+    return words.get(name, f"another {name}: {shown(value)}")
 
 
 def source_digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._options import require_integer
 from lqlora.codebooks import affine
-from lqlora.errors import FormatError
+from lqlora.errors import FormatError, LQLoRAError
 from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized import QuantizedArray, dequantize
 from lqlora.quantized.array import require_quantized
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array, FloatName
 
-__all__ = ["compressed_fault", "from_compressed_tensors", "to_compressed_tensors"]
+__all__ = ["compressed_bytes", "compressed_fault", "from_compressed_tensors", "to_compressed_tensors"]
 
 _WORD = 32
 
@@ -121,6 +121,26 @@ def compressed_fault(q: QuantizedArray) -> str:
     return ""
 
 
+def compressed_bytes(fmt: BlockFormat, shape: tuple[int, ...]) -> int:
+    """Return the bytes of the tensors that stand for a matrix.
+
+    Parameters
+    ----------
+    fmt : BlockFormat
+        Its format.
+    shape : tuple of int
+        Its shape.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    (rows, columns), bits = shape, fmt.codebook.bits
+    groups = columns // fmt.block_size
+    return 4 * (rows * -(-columns * bits // _WORD) + rows * groups + -(-rows * bits // _WORD) * groups) + 16
+
+
 @annotated
 def from_compressed_tensors(
     tensors: Mapping[str, Array], name: str = "weight", *, bits: int | None = None
@@ -178,7 +198,7 @@ def from_compressed_tensors(
             f"{name}_scale must have a row of scales for each of {rows} rows, got {scale.dtype} of shape {scale.shape}."
         )
     ops.require_finite(ops.widen(scale), f"{name}_scale")
-    zeros = _host(tensors, f"{name}_zero_point") if f"{name}_zero_point" in tensors else None
+    zeros = _host(tensors, f"{name}_zero_point") if tensors.get(f"{name}_zero_point") is not None else None
     if zeros is not None:
         fitting = [own for own in fitting if zeros.shape == (-(-rows * own // _WORD), groups)]
         if zeros.dtype != np.int32 or not fitting:
@@ -203,9 +223,12 @@ def from_compressed_tensors(
 
 
 def _host(tensors: Mapping[str, Array], key: str) -> npt.NDArray[Any]:
-    if key not in tensors:
+    if tensors.get(key) is None:
         raise FormatError(f"tensors must hold {key}.")
-    return np.asarray(ops.convert(tensors[key], np))
+    try:
+        return np.asarray(ops.convert(tensors[key], np))
+    except LQLoRAError as error:
+        raise FormatError(f"{key} cannot be read: {error}") from None
 
 
 def _packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:

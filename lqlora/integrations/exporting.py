@@ -13,11 +13,12 @@ from lqlora._annotations import annotated
 from lqlora._messages import shortened, shown
 from lqlora._optional import require
 from lqlora._options import require_choice, require_integer
+from lqlora._patterns import EMBEDDINGS, predicate_of_any
 from lqlora.checkpoint.factors import base_fingerprint
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
 from lqlora.integrations.bitsandbytes import layout_fault, to_bitsandbytes
-from lqlora.integrations.compressed_tensors import compressed_fault, to_compressed_tensors
+from lqlora.integrations.compressed_tensors import compressed_bytes, compressed_fault, to_compressed_tensors
 from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lqlora.formats import BlockFormat
     from lqlora.integrations._model_folders import ModelParts, Origin
 
-__all__ = ["ADAPTER", "Base", "can_export", "export_checkpoint"]
+__all__ = ["ADAPTER", "Base", "adapter_fault", "can_export", "export_checkpoint"]
 
 Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense"]
 
@@ -71,14 +72,41 @@ def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
 _LAYOUTS = {"bitsandbytes": layout_fault, "compressed-tensors": compressed_fault}
 
 
+def adapter_fault(name: str, origin: Origin, rank: int) -> str:
+    """Return why PEFT cannot have the low-rank factors of a matrix in an adapter; nothing if it can.
+
+    Parameters
+    ----------
+    name : str
+        Name of the matrix.
+    origin : Origin
+        How the dense model holds it.
+    rank : int
+        Rank of its factors.
+
+    Returns
+    -------
+    str
+        A sentence.
+    """
+    if origin.is_stack:
+        return "It is one of an array of experts, for which PEFT has no adapters of linear layers."
+    if rank and predicate_of_any(EMBEDDINGS, ())(name):
+        return "It is an embedding, for which PEFT has factors of another kind. Decompose it with rank 0."
+    return ""
+
+
 def _faults(parts: ModelParts, origins: Mapping[str, Origin], base: Base) -> dict[str, str]:
     found: dict[str, str] = {}
     kinds: dict[BlockFormat, str] = {}
-    for own in origins.values():
+    for tensor, own in origins.items():
         for name in own.matrices:
-            fmt = parts.matrix(name).quantized.format
-            if own.is_stack:
-                found[name] = "It is one of an array of experts, for which PEFT has no adapters of linear layers."
+            matrix = parts.matrix(name)
+            fmt = matrix.quantized.format
+            if fault := adapter_fault(name, own, len(matrix.lora_A)):
+                found[name] = fault
+            elif base != "dense" and not tensor.endswith(".weight"):
+                found[name] = f"Its tensor {shown(tensor)} is not the weight of a layer."
             elif base != "dense" and own.is_transposed:
                 found[name] = f"The model stores it transposed, and {base} has no such layer."
             elif base != "dense" and (fault := _LAYOUTS[base](parts.matrix(name).quantized)):
@@ -120,7 +148,7 @@ def export_checkpoint(
         ``"bitsandbytes"``: the quantized part in the 4-bit layout of bitsandbytes, with the same codes and scales. All matrices must have
         the codebook ``nf4`` or ``fp4-bnb``, blocks of 32, 64, … 4096 along the rows, and scales ``float32`` or ``d8/256:float32``.
         ``"compressed-tensors"``: the quantized part as compressed-tensors and vLLM read it, with the same codes and zero points. Matrices may
-        have different codebooks ``affine1`` to ``affine8`` and block sizes; see :mod:`lqlora.integrations.compressed_tensors`.
+        have different codebooks ``affine1`` to ``affine8`` and block sizes, which transformers 5.23 does not read; see :mod:`lqlora.integrations.compressed_tensors`.
         ``"dense"``: the decoded quantized part, for every format.
     dtype : {"bfloat16", "float16", "float32"}
         Dtype of decoded matrices, and the one that the model computes in.
@@ -185,7 +213,9 @@ def export_checkpoint(
     def size_of(matrix: StoredMatrix) -> int:
         """Return about the bytes of the tensors of a matrix."""
         count = math.prod(matrix.quantized.shape)
-        return matrix.quantized.nbytes + 2048 if base != "dense" else (4 if dtype == "float32" else 2) * count
+        if base == "compressed-tensors":
+            return compressed_bytes(matrix.quantized.format, matrix.quantized.shape)
+        return matrix.quantized.nbytes + 2048 if base == "bitsandbytes" else (4 if dtype == "float32" else 2) * count
 
     is_transposed = any(origin.is_transposed for origin in origins.values())
     return write_model(

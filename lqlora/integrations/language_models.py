@@ -111,7 +111,8 @@ def _tokenizer_of(folder: Path) -> Any:
             folder, local_files_only=True
         )
     except Exception as error:  # as above
-        raise CheckpointError(shortened(f"{folder} cannot be read as a causal language model: {error}.")) from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise CheckpointError(shortened(f"{folder} has no tokenizer that can be read: {reason}.")) from error
 
 
 def _config_of(folder: Path, *, may_be_quantized: bool) -> tuple[Any, bool]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ from lqlora._messages import shortened, shown
 from lqlora._optional import require
 from lqlora._options import require_kind
 from lqlora.checkpoint.factors import base_fingerprint
-from lqlora.errors import CheckpointError, InvalidArgumentError, LQLoRAError
+from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError
 from lqlora.integrations._adapter_files import ROOT, adapter_settings, check_bases, read_adapter, write_adapter
 from lqlora.integrations._model_folders import open_parts
+from lqlora.integrations.exporting import adapter_fault
 from lqlora.nn.adapters import Factors, factors, set_factors
 from lqlora.nn.model import quantized_layers
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     import os
 
     from torch import nn
+
+    from lqlora.checkpoint import StoredMatrix
 
 __all__ = ["convert_adapter", "load_adapter", "register", "save_adapter"]
 
@@ -140,6 +144,7 @@ def load_adapter(folder: str | os.PathLike[str], model: nn.Module, *, other_base
     InvalidArgumentError
         If the model has no quantized layer, or is one itself.
     """
+    require_kind(other_base, "other_base", (bool,), "True or False")
     old, given = factors(model), read_adapter(folder)
     if left := sorted(given.keys() - old.keys()):
         raise CheckpointError(
@@ -149,7 +154,8 @@ def load_adapter(folder: str | os.PathLike[str], model: nn.Module, *, other_base
         )
     if not other_base:
         layers = quantized_layers(model)
-        check_bases(folder, {name: base_fingerprint(layers[name].quantized.array) for name in given})
+        bases = {name: base_fingerprint(layers[name].quantized.array) for name in given}
+        check_bases(folder, bases, "Load the model that it was saved from, or pass other_base=True.")
     try:
         set_factors(
             model,
@@ -181,12 +187,14 @@ def convert_adapter(
         :func:`export_checkpoint <lqlora.integrations.exporting.export_checkpoint>`, or :func:`save_adapter`. Layers of the checkpoint that
         it does not have lost their low-rank part.
     folder : path-like
-        Folder to write for PEFT.
+        Folder to write for PEFT, which must not exist or be empty.
 
     Raises
     ------
     CheckpointError
         If a file cannot be read or written, or the adapter does not fit the checkpoint.
+    FormatError
+        If PEFT cannot have the factors of a matrix in an adapter, as those of embeddings and arrays of experts.
 
     Examples
     --------
@@ -204,7 +212,10 @@ def convert_adapter(
     >>> found.lora_A.shape
     torch.Size([4, 32])
     """
-    parts, _ = open_parts(Path(checkpoint).absolute())
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(shortened(f"{folder} is not an empty folder. Name another one."))
+    parts, origins = open_parts(Path(checkpoint).absolute())
     trained = read_adapter(adapter)
     if left := sorted(trained.keys() - parts.matrices.keys()):
         raise CheckpointError(
@@ -212,27 +223,47 @@ def convert_adapter(
                 f"{adapter} does not fit {checkpoint}, which has no matrix {shown(left[0])} ({len(left)} in all)."
             )
         )
-    check_bases(adapter, {name: base_fingerprint(parts.matrix(name).quantized) for name in trained})
+    bases = {name: base_fingerprint(parts.matrix(name).quantized) for name in trained}
+    check_bases(adapter, bases, "Name the checkpoint that training started from.")
     found = {}
-    for name in parts.matrices:
-        start = parts.matrix(name)
-        first = Factors(_tensor(start.lora_A), _tensor(start.lora_B), start.scaling)
-        own = trained.get(name, Factors(first.lora_A[:0], first.lora_B[:, :0], first.scaling))
-        if own.lora_A.shape[1:] != first.lora_A.shape[1:] or own.lora_B.shape[:1] != first.lora_B.shape[:1]:
-            raise CheckpointError(
-                shortened(f"{adapter} does not fit {checkpoint}: {shown(name)} has other shapes there.")
-            )
-        dtype = torch.promote_types(own.lora_A.dtype, first.lora_A.dtype)
-        back = first.lora_B.to(dtype)
-        if first.scaling != own.scaling:  # one scaling for both
-            back = back.double().mul(first.scaling / own.scaling).to(dtype)
-        joined = torch.cat([own.lora_A.to(dtype), first.lora_A.to(dtype)])
-        if len(joined):
-            found[name] = Factors(joined, torch.cat([own.lora_B.to(dtype), -back], 1), own.scaling)
+    for origin in origins.values():
+        for name in origin.matrices:
+            own = _change(name, parts.matrix(name), trained.get(name), f"{adapter} does not fit {checkpoint}")
+            if own is not None and (fault := adapter_fault(name, origin, len(own.lora_A))):
+                raise FormatError(shortened(f"{shown(name)} cannot be in an adapter. {fault}"))
+            if own is not None:
+                found[name] = own
     if not found:
         raise CheckpointError(shortened(f"{adapter} and {checkpoint} have no factors."))
     names = {*parts.matrices, *(name.rpartition(".")[0] for name in parts.tensors)}
-    write_adapter(folder, found, adapter_settings(found, sorted(names), None, None))
+    is_transposed = any(origin.is_transposed for origin in origins.values())
+    settings = adapter_settings(found, sorted(names), None, None) | {"fan_in_fan_out": is_transposed}
+    write_adapter(folder, found, settings)
+
+
+def _change(name: str, start: StoredMatrix, trained: Factors | None, fault: str) -> Factors | None:
+    """Return factors of what training has changed, or None if there were none before and after."""
+    first = Factors(_tensor(start.lora_A), _tensor(start.lora_B), start.scaling)
+    # A scaling of 0 is that of no low-rank part.
+    own = (
+        Factors(first.lora_A[:0], first.lora_B[:, :0], first.scaling)
+        if trained is None or not trained.scaling
+        else trained
+    )
+    if own.lora_A.shape[1:] != first.lora_A.shape[1:] or own.lora_B.shape[:1] != first.lora_B.shape[:1]:
+        raise CheckpointError(shortened(f"{fault}: {shown(name)} has other shapes there."))
+    dtype = torch.promote_types(own.lora_A.dtype, first.lora_A.dtype)
+    back = first.lora_B.to(dtype)
+    if len(first.lora_A) and first.scaling != own.scaling:  # one scaling for both
+        back = back.double().mul(first.scaling / own.scaling).to(dtype)
+    joined = torch.cat([own.lora_A.to(dtype), first.lora_A.to(dtype)])
+    if not len(joined):
+        return None
+    if not bool(torch.isfinite(back).all()) or not math.isfinite(own.scaling * len(joined)):
+        raise CheckpointError(
+            shortened(f"{fault}: {shown(name)} has a scaling of {own.scaling:.4g} there, and no number for the sum.")
+        )
+    return Factors(joined, torch.cat([own.lora_B.to(dtype), -back], 1), own.scaling)
 
 
 def _tensor(array: Any) -> torch.Tensor:

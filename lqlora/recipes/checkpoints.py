@@ -147,13 +147,13 @@ def compress_checkpoint(
     require_integer(rank, "rank")
     require_integer(iterations, "iterations", 1)
     require_choice(codes, "codes", ("trellis", "scalar"))
+    _check_tokens(split)
     parts = ["calibration", *(("evaluation",) if len(split.training) or len(split.evaluation) else ())]
     for name in (*parts, *(("training",) if len(split.training) else ())):
         try:
             check_sequences(getattr(split, name))
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"split must have sequences for {name}: {error}") from None
-    _check_tokens(split)
     path, target = Path(source).absolute(), Path(folder).absolute()
     stages = target.with_name(f"{target.name}-work") if work is None else Path(work).absolute()
     _check_folders(path, target, stages, is_distilled=len(split.training) > 0)

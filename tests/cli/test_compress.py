@@ -97,7 +97,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(inputs, tmp_path, capsys):
         (("--bits", "0.5"), "--bits"),
         (("--bits", "3", "--rank", -1), "--rank must be"),
         (("--bits", "3", "--calibration", 0), "calibration"),
-        (("--bits", "3", "--calibration", 100000), "sequences must be at least"),
+        (("--bits", "3", "--calibration", 100000), "text must have at least 100006 seq"),
         (("--bits", "3", "--length", 0), "--length must be"),
         (("--bits", "3", "--length", 1000), "--length must be at most 128"),
         (("--bits", "3", "--packaged"), "and --packaged"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
 from lqlora._optional import is_installed
@@ -103,6 +103,8 @@ def test_tensors_that_do_not_fit_are_refused():
         ({**good, "weight_scale": good["weight_scale"][:, :0]}, "weight_scale must have"),
         ({**good, "weight_scale": good["weight_scale"].astype(np.float64)}, "weight_scale must have"),
         ({**good, "weight_zero_point": good["weight_zero_point"][:, :-1]}, "weight_zero_point must"),
+        ({**good, "weight_scale": None}, "must hold weight_scale"),
+        ({**good, "weight_scale": [[1.0]]}, "weight_scale cannot be read"),
         ({**good, "weight_shape": np.array([5])}, "weight_shape must be"),
         ({**good, "weight_shape": np.array([5, 2**40])}, "weight_shape must be"),
         ({**good, "weight_shape": np.array([5.0, 64.0])}, "weight_shape must be"),
@@ -186,6 +188,25 @@ class TestExport:
             torch.testing.assert_close(
                 found.eval()(tokens).logits, expected.eval()(tokens).logits, rtol=1e-4, atol=1e-5
             )
+
+    def test_files_are_as_large_as_they_may_be(self, folder):
+        sizes = export_checkpoint(
+            folder / "plain", folder / "base", "compressed-tensors", shard_bytes=6000, progress=False
+        )
+        assert len(sizes) > 3
+        for name in sizes:
+            tensors = load_file(folder / "base" / name)
+            matrices = {key.rpartition(".")[0] for key in tensors}
+            assert sum(own.nbytes for own in tensors.values()) <= 6000 or len(matrices) == 1
+
+    def test_a_tensor_that_is_no_weight_of_a_layer(self, tmp_path):
+        (tmp_path / "dense").mkdir()
+        save_file({"table": np.ones((16, 32), np.float32)}, tmp_path / "dense" / "model.safetensors")
+        fmt = lq.BlockFormat.parse("affine4/16:float32")
+        lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "small", fmt, rank=0, include="table", progress=False)
+        assert can_export(tmp_path / "small", "compressed-tensors") == {
+            "table": "Its tensor 'table' is not the weight of a layer."
+        }
 
     def test_formats_of_others_are_listed(self, folder):
         lq.decompose_checkpoint(

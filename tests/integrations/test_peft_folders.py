@@ -9,13 +9,14 @@ import math
 import pytest
 
 import lqlora as lq
-from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError
 from tests.requirements import require_module
 
 torch = require_module("torch")
 from safetensors.torch import load_file, save_file  # noqa: E402 - needs torch
 
 from lqlora.integrations._adapter_files import read_adapter  # noqa: E402
+from lqlora.integrations.exporting import can_export  # noqa: E402
 from lqlora.integrations.peft import convert_adapter, load_adapter, save_adapter  # noqa: E402
 from tests.integrations.tiny_models import FORMAT, low_rank_model, nested_model, without_factors  # noqa: E402
 
@@ -133,6 +134,64 @@ class TestOriginal:
             expected = dense[int(name)].weight + own.scaling * own.lora_B @ own.lora_A
             torch.testing.assert_close(found[int(name)].weight, expected)
 
+    @pytest.mark.parametrize("changes", [{"lora_alpha": 0}, {"lora_alpha": 5e-324}])
+    def test_a_scaling_of_zero_is_no_low_rank_part(self, start, tmp_path, changes):
+        _, model = start
+        first = lq.nn.factors(model)
+        save_adapter(tmp_path / "trained", model)
+        edit(tmp_path / "trained", **changes, alpha_pattern={})
+        for name, own in self.converted(tmp_path).items():
+            torch.testing.assert_close(
+                own.scaling * own.lora_B @ own.lora_A, -2.0 * first[name].lora_B @ first[name].lora_A
+            )
+
+    @pytest.mark.parametrize("alpha", [1e-300, 1e308])
+    def test_numbers_that_no_file_can_hold_are_refused(self, start, tmp_path, alpha):
+        _, model = start
+        save_adapter(tmp_path / "trained", model)
+        edit(tmp_path / "trained", lora_alpha=alpha, alpha_pattern={})
+        with pytest.raises(CheckpointError, match="no number for the sum"):
+            self.converted(tmp_path)
+        assert not (tmp_path / "original").exists()
+
+    @pytest.mark.parametrize("shape", [(16, 5), (16,), (16, 3, 1)])
+    def test_a_factor_of_another_shape_is_refused(self, start, tmp_path, shape):
+        _, model = start
+        save_adapter(tmp_path / "trained", model)
+        weights = load_file(tmp_path / "trained" / "adapter_model.safetensors")
+        weights["base_model.model.0.lora_B.weight"] = torch.ones(shape)
+        save_file(weights, tmp_path / "trained" / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match="lora_A and lora_B of rank"):
+            self.converted(tmp_path)
+
+    def test_folders_that_are_in_use_are_left_alone(self, start, tmp_path):
+        _, model = start
+        save_adapter(tmp_path / "trained", model)
+        before = {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()}
+        with pytest.raises(CheckpointError, match="is not an empty folder"):
+            convert_adapter(tmp_path / "start.safetensors", tmp_path / "trained", tmp_path / "trained")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "trained").iterdir()} == before
+
+    def test_embeddings_and_experts_are_refused(self, tmp_path):
+        weights = {
+            "embed_tokens.weight": torch.randn(16, 32), "up.weight": torch.randn(16, 32), "mlp.experts.down": torch.randn(2, 16, 32),
+        }  # fmt: skip
+        (tmp_path / "dense").mkdir()
+        save_file(weights, tmp_path / "dense" / "model.safetensors")
+        adapter = {
+            "base_model.model.up.lora_A.weight": torch.ones(1, 32),
+            "base_model.model.up.lora_B.weight": torch.ones(16, 1),
+        }
+        (tmp_path / "adapter").mkdir()
+        save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+        (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+        for name, message in (("embed_tokens", "embedding"), ("*experts*", "array of experts")):
+            options = {"include": ["up", name], "exclude": [], "rank": 1, "max_iter": 1, "progress": False}
+            lq.decompose_checkpoint(tmp_path / "dense", tmp_path / message, FORMAT, **options)
+            with pytest.raises(FormatError, match=message):
+                convert_adapter(tmp_path / message, tmp_path / "adapter", tmp_path / "original")
+            assert any(message in own for own in can_export(tmp_path / message, "dense").values())
+
     def test_what_does_not_fit_is_refused(self, start, tmp_path):
         _, model = start
         other = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
@@ -141,7 +200,11 @@ class TestOriginal:
         save_adapter(tmp_path / "two", torch.nn.Sequential(*other[:2]))
         save_adapter(tmp_path / "trained", model)
         start = tmp_path / "start.safetensors"
-        for adapter, message in (("three", "has no matrix"), ("two", "belongs to another"), ("no", "does not exist")):
+        for adapter, message in (
+            ("three", "has no matrix"),
+            ("two", "Name the checkpoint that"),
+            ("no", "does not exist"),
+        ):
             with pytest.raises(CheckpointError, match=message):
                 convert_adapter(start, tmp_path / adapter, tmp_path / "original")
         weights = load_file(tmp_path / "two" / "adapter_model.safetensors")

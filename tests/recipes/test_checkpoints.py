@@ -178,6 +178,8 @@ def test_what_is_refused_leaves_nothing(trained, tmp_path):
         ({"include": "nothing"}, InvalidArgumentError, "nothing"),
         ({"split": SPLIT._replace(training=SPLIT.training.float())}, InvalidArgumentError, "whole numbers"),
         ({"split": SPLIT._replace(training=[])}, InvalidArgumentError, "whole numbers"),
+        ({"split": SPLIT._replace(evaluation=[[1, 2]])}, InvalidArgumentError, "whole numbers"),
+        ({"split": SPLIT._replace(calibration=None)}, InvalidArgumentError, "whole numbers"),
         ({"split": SPLIT._replace(evaluation=SPLIT.evaluation + 1000)}, InvalidArgumentError, "must have tokens"),
     ]
     for changes, kind, message in cases:

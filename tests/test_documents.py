@@ -471,7 +471,7 @@ def test_all_documents_are_written_by_one_function():
     others |= {
         "integrations/_calibration_folder.py",
         "integrations/_streaming_folder.py",
-        "integrations/calibration.py",
+        "integrations/_block_runs.py",
         "recipes/checkpoints.py",
         "integrations/_model_folders.py",
         "cli/console.py",

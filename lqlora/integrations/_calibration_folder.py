@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lqlora._documents import Reader
-from lqlora._files import lock, open_unshared, remove_left_over, write_whole
+from lqlora._files import remove_left_over, write_whole
 from lqlora._messages import shortened, shown
 from lqlora.errors import CheckpointError
+from lqlora.integrations._work_folders import compare_settings, hold
 from lqlora.integrations.statistics import DOCUMENT
 
 if TYPE_CHECKING:
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
-__all__ = ["CalibrationFolder", "described", "digest_of", "mapped", "source_digest"]
+__all__ = ["DIGESTS", "CalibrationFolder", "described", "digest_of", "mapped", "source_digest"]
+
+#: What settings that are kept as digests stand for.
+DIGESTS = {
+    "source": "a model of other weights, or of another configuration",
+    "batches": "another text, or other numbers of tokens",
+}
 
 _UNFINISHED, _RUN, _LOCK, _WEIGHTS = "unfinished", "run.json", "lock", "weights"
 
@@ -71,16 +78,7 @@ class CalibrationFolder:
             return self
         self._is_new = not self.folder.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open_unshared(self.path / _LOCK, "ab")
-        try:
-            lock(self._lock)
-        except BlockingIOError as error:
-            self._unlock()
-            raise CheckpointError(
-                shortened(f"{self.folder} is in use by another process. Wait for it, or name another folder.")
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
+        self._lock = hold(self.path / _LOCK, self.folder)
         try:
             if self.finished() > 0:
                 self._compare()
@@ -113,11 +111,7 @@ class CalibrationFolder:
                 shortened(f"{self.folder} has no {_RUN}, which says what it was begun with. Name another folder.")
             )
         found = Reader(f"{path} is damaged", CheckpointError).read(path.read_bytes(), dict[str, Any])
-        for name in [*self._settings, *found]:
-            if found.get(name) != self._settings.get(name):
-                raise CheckpointError(
-                    shortened(f"{self.folder} was begun with {_said(name, found.get(name))}. Name another folder.")
-                )
+        compare_settings(self.folder, found, self._settings, DIGESTS)
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None and self._lock is not None and self.finished() == 0:
@@ -174,11 +168,13 @@ class CalibrationFolder:
         names = [path.name for path in self.path.glob(f"{kind}-*")]
         return [int(name[-5:]) for name in names if re.fullmatch(rf"{kind}-\d{{5}}", name)]
 
-    def states(self, position: int) -> Path:
-        """Return the file of the hidden states before a block.
+    def file(self, kind: str, position: int) -> Path:
+        """Return the file of the hidden states, or gradients, before a block.
 
         Parameters
         ----------
+        kind : {"states", "gradients"}
+            Which of them.
         position : int
             Number of blocks before.
 
@@ -187,22 +183,7 @@ class CalibrationFolder:
         Path
             The file.
         """
-        return self.path / f"states-{position:05d}"
-
-    def gradients(self, position: int) -> Path:
-        """Return the file of the gradients before a block.
-
-        Parameters
-        ----------
-        position : int
-            Number of blocks before.
-
-        Returns
-        -------
-        Path
-            The file.
-        """
-        return self.path / f"gradients-{position:05d}"
+        return self.path / f"{kind}-{position:05d}"
 
     def entries(self, position: int, kind: str = "inputs") -> Path:
         """Return the file that lists the matrices of a block.
@@ -225,15 +206,6 @@ class CalibrationFolder:
     def weights(self) -> Path:
         """Folder for weights that the model has in another layout than the files."""
         return self.path / _WEIGHTS
-
-
-def _said(name: str, value: Any) -> str:
-    """Return what another value of a setting is."""
-    words = {
-        "source": "another source: other weights or configuration",
-        "batches": "another text: other batches of tokens",
-    }
-    return words.get(name, f"another {name}: {shown(value)}")
 
 
 def source_digest(path: Path) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from lqlora._documents import Reader, Size, Text
-from lqlora._files import lock, open_unshared, remove_left_over, write_whole
-from lqlora._messages import shortened, shown
+from lqlora._files import remove_left_over, write_whole
+from lqlora._messages import shortened
 from lqlora._printable import printable
 from lqlora._progress import bars_hidden
 from lqlora.checkpoint.file import read_file, save, verify_file
@@ -22,6 +22,7 @@ from lqlora.costs._digests import format_key, text_digest
 from lqlora.costs.store import NUMERICS
 from lqlora.errors import CheckpointError
 from lqlora.integrations._streaming_tasks import Copy, loaded_copy, tensor_digest
+from lqlora.integrations._work_folders import compare_settings, hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -171,7 +172,7 @@ class Folder:
         """Take over the numbers of a complete checkpoint of the same settings."""
         document = read_document_of(self.path)
         run = document.metadata.get("run")
-        self._compare(run if isinstance(run, dict) else {})
+        compare_settings(self.path, run if isinstance(run, dict) else {}, self._settings, _DIGESTS)
         for name in self._files:
             self._take_over(name)
         if self._fingerprints != document.shards:
@@ -186,22 +187,19 @@ class Folder:
         if not self._is_new and not self._is_ours():
             raise CheckpointError(f"{self.path} is not empty, and holds no unfinished checkpoint. Name another folder.")
         self._work.mkdir(parents=True, exist_ok=True)
-        self._lock = open_unshared(self._work / _LOCK, "ab")
-        try:
-            lock(self._lock)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{self.path} is in use by another process. Wait for it, or name another folder."
-            ) from error
-        except OSError:  # some network file systems have no locks
-            pass
+        self._lock = hold(self._work / _LOCK, self.path)
         own = self._work / _RUN
         present = [name for name in self._files if (self.path / name).exists()]
         finished = {name: self._path_of(name) for name in self._tasks if self._path_of(name).exists()}
         # With other settings the files of the checkpoint may have other names.
         is_begun = any(path.suffix == ".safetensors" for path in self.path.iterdir()) or finished
         if own.exists() and is_begun:
-            self._compare(Reader(f"{own} is damaged", CheckpointError).read(own.read_bytes(), dict[str, Any]))
+            compare_settings(
+                self.path,
+                Reader(f"{own} is damaged", CheckpointError).read(own.read_bytes(), dict[str, Any]),
+                self._settings,
+                _DIGESTS,
+            )
         else:
             write_whole(own, f"{json.dumps(self._settings)}\n".encode())
         self._remove_partial()
@@ -222,14 +220,6 @@ class Folder:
         # A process may be killed before it has written its settings. It has written nothing else then.
         inner = {path.name for path in self._work.iterdir()} if names == {_UNFINISHED} and self._work.is_dir() else {""}
         return all(name == _LOCK or _is_partial(name, _RUN) for name in inner)
-
-    def _compare(self, found: dict[str, Any]) -> None:
-        """Raise if a checkpoint was begun with other settings."""
-        own = self._settings
-        for name in [*own, *found]:
-            if (name in own) != (name in found) or own[name] != found[name]:
-                what = _DIGESTS.get(name, f"another {name}: {shown(found.get(name))} and not {shown(own.get(name))}")
-                raise CheckpointError(shortened(f"{self.path} was begun with {what}. Name another folder."))
 
     def _path_of(self, name: str) -> Path:
         """Return the file of one finished matrix."""

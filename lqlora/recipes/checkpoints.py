@@ -16,7 +16,7 @@ import torch
 from lqlora._annotations import annotated
 from lqlora._documents import Reader
 from lqlora._files import replace_folder, write_whole
-from lqlora._messages import given, shortened, shown
+from lqlora._messages import given, shortened
 from lqlora._optional import require
 from lqlora._options import require_choice, require_integer, require_number
 from lqlora._patterns import list_names
@@ -24,10 +24,11 @@ from lqlora._progress import reported
 from lqlora.allocation import allocate
 from lqlora.costs import cost_table
 from lqlora.errors import CheckpointError, InvalidArgumentError
-from lqlora.integrations._calibration_folder import described, source_digest
+from lqlora.integrations._calibration_folder import DIGESTS, described, source_digest
 from lqlora.integrations._disk_models import list_layers
 from lqlora.integrations._streaming_folder import small_files
 from lqlora.integrations._streaming_tasks import tensor_digest
+from lqlora.integrations._work_folders import compare_settings
 from lqlora.integrations.calibration import calibrate_checkpoint
 from lqlora.integrations.language_models import load_causal_model, load_language_model
 from lqlora.integrations.sources import open_model
@@ -43,7 +44,7 @@ from lqlora.recipes.compression import (
     steps,
 )
 from lqlora.recipes.evaluation import perplexity
-from lqlora.recipes.text import check_sequences
+from lqlora.recipes.text import Split, check_sequences
 
 if TYPE_CHECKING:
     import os
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from lqlora.integrations.streaming_report import CheckpointReport
     from lqlora.nn import DistillationReport, TeacherOutputs
     from lqlora.recipes.compression import Codes
-    from lqlora.recipes.text import Split
 
 __all__ = ["compress_checkpoint"]
 
@@ -230,13 +230,7 @@ def _begin(work: Path, settings: dict[str, Any]) -> None:
     if _SETTINGS not in names:
         raise CheckpointError(shortened(f"{work} is not empty, and holds no results of stages. Name another folder."))
     found = Reader(f"{path} is damaged", CheckpointError).read(path.read_bytes(), dict[str, Any])
-    for name in [*settings, *found]:
-        if found.get(name) != settings.get(name):
-            raise CheckpointError(
-                shortened(
-                    f"{work} was begun with another value of {name}: {shown(found.get(name))}. Name another folder."
-                )
-            )
+    compare_settings(work, found, settings, DIGESTS | dict.fromkeys(Split._fields, DIGESTS["batches"]))
 
 
 def _as_folder(path: Path, folder: Path) -> Path:

@@ -17,7 +17,7 @@ from lqlora.errors import CheckpointError, DeadLayerWarning, InvalidArgumentErro
 from tests.requirements import require_module
 
 torch, transformers, _ = (require_module(name) for name in ("torch", "transformers", "accelerate"))
-from lqlora.integrations import calibration  # noqa: E402 - needs torch
+from lqlora.integrations import _block_runs, calibration  # noqa: E402 - needs torch
 from lqlora.integrations.calibration import calibrate_checkpoint  # noqa: E402
 from lqlora.integrations.sources import open_model  # noqa: E402
 from lqlora.integrations.statistics import open_statistics  # noqa: E402
@@ -164,7 +164,7 @@ def test_a_run_goes_on_after_any_interruption(tmp_path, monkeypatch, gradients):
     source = saved(tiny_models.dense_llama(), tmp_path / "model")
     options = {"gradients": gradients, "progress": False}
     calibrate_checkpoint(source, tmp_path / "whole", batches(), **options)
-    expected, calls, forward = files(tmp_path / "whole"), [], calibration.run_block
+    expected, calls, forward = files(tmp_path / "whole"), [], _block_runs.run_block
 
     def interrupted(*arguments):
         calls.append(None)
@@ -172,7 +172,7 @@ def test_a_run_goes_on_after_any_interruption(tmp_path, monkeypatch, gradients):
             raise KeyboardInterrupt
         return forward(*arguments)
 
-    monkeypatch.setattr(calibration, "run_block", interrupted)
+    monkeypatch.setattr(_block_runs, "run_block", interrupted)
     monkeypatch.setattr("lqlora.nn.block_calls.run_block", interrupted)
     count = 0
     for limit in range(1, 100):
@@ -225,7 +225,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, changes):
     calibrate_checkpoint(source, tmp_path / "out", batches(), progress=False)
     before = files(tmp_path / "out")
     options = {"batches": batches(), "progress": False} | changes
-    with pytest.raises(CheckpointError, match="was begun with another"):
+    with pytest.raises(CheckpointError, match="was begun with"):
         calibrate_checkpoint(source, tmp_path / "out", **options)
     assert files(tmp_path / "out") == before
 
@@ -237,7 +237,7 @@ def test_another_model_and_foreign_folders_are_refused(tmp_path):
     with torch.no_grad():
         model.model.norm.weight += 1
     saved(model, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="another source"):
+    with pytest.raises(CheckpointError, match="a model of other weights"):
         calibrate_checkpoint(tmp_path / "other", tmp_path / "out", batches(), progress=False)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "letter.txt").write_text("dear")
@@ -316,6 +316,41 @@ def test_blocks_that_do_not_run_one_after_another_are_refused(tmp_path):
         calibrate_checkpoint(source, tmp_path / "out", [torch.arange(8)[None]], model_class=transformers.AlbertForMaskedLM, progress=False)  # fmt: skip
 
 
+def test_results_that_blocks_pass_on_to_each_other_are_compared(tmp_path, monkeypatch):
+    model = ARCHITECTURES["t5"].make()
+    source = saved(model, tmp_path / "model")
+    block = type(model.decoder.block[0])
+    forward = block.forward
+
+    def changed(self, *arguments, **options):
+        found = forward(self, *arguments, **options)
+        return tuple(own if place == 0 or own is None else own * 2 for place, own in enumerate(found))
+
+    monkeypatch.setattr(
+        block, "forward", changed
+    )  # so that each block takes another bias of positions than the one before
+    with pytest.raises(InvalidArgumentError, match="passes on other results"):
+        calibrate_checkpoint(
+            source, tmp_path / "out", [ARCHITECTURES["t5"].batch()], blocks="decoder.block", model_class=type(model), progress=False
+        )  # fmt: skip
+
+
+def test_logits_are_computed_for_gradients_alone(tmp_path, monkeypatch):
+    source = saved(tiny_models.dense_llama(), tmp_path / "model")
+    calls, linear = [], torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        calls.append(len(weight) == tiny_models.VOCABULARY)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    for gradients in (False, True):
+        calls.clear()
+        calibrate_checkpoint(source, tmp_path / str(gradients), batches(), gradients=gradients, progress=False)
+        assert sum(calls) == (6 if gradients else 0)
+        assert len(calls) > 20
+
+
 def test_a_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
     source = saved(tiny_models.dense_llama(), tmp_path / "model")
     seen = []
@@ -376,7 +411,7 @@ def test_other_functions_and_entries_of_batches_are_other_settings(tmp_path):
     for name, (first, second) in pairs.items():
         folder, plain = tmp_path / name, {"batches": batches(), "progress": False}
         calibrate_checkpoint(source, folder, **(plain | first))
-        with pytest.raises(CheckpointError, match="was begun with another"):
+        with pytest.raises(CheckpointError, match="was begun with"):
             calibrate_checkpoint(source, folder, **(plain | second))
         calibrate_checkpoint(source, folder, **(plain | first))
     calibrate_checkpoint(source, tmp_path / "list", batches(), exclude=["*q_proj"], progress=False)
@@ -394,12 +429,12 @@ def test_losses_that_do_not_come_from_the_last_block_alone_are_refused(tmp_path)
 def test_an_error_in_the_first_block_leaves_the_folder_free(tmp_path, monkeypatch):
     source = saved(tiny_models.dense_llama(), tmp_path / "model")
     whole = calibrate_checkpoint(source, tmp_path / "whole", batches(), quantized=FORMAT, progress=False)
-    real = calibration.quantize_model
-    monkeypatch.setattr(calibration, "quantize_model", lambda *_, **__: stop())
+    real = _block_runs.quantize_model
+    monkeypatch.setattr(_block_runs, "quantize_model", lambda *_, **__: stop())
     with pytest.raises(KeyboardInterrupt):
         calibrate_checkpoint(source, tmp_path / "out", batches(), quantized=FORMAT, progress=False)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(calibration, "quantize_model", real)
+    monkeypatch.setattr(_block_runs, "quantize_model", real)
     calibrate_checkpoint(source, tmp_path / "out", batches(), quantized=FORMAT, progress=False)
     assert files(tmp_path / "out") == files(whole.path)
 

@@ -46,6 +46,18 @@ class TestCostTable:
             residual = weights[name].astype(np.float64) - direct.reconstruct()
             np.testing.assert_allclose(weighted.costs[i, 0], (fisher[name] * residual**2).sum(), rtol=1e-4)
 
+    def test_functions_are_called_for_their_norms(self, weights, tmp_path):
+        norms = {name: Elementwise(np.random.default_rng(3).random(w.shape)) for name, w in weights.items()}
+        expected = lq.cost_table(weights, FORMATS[:1], rank=2, weighting=norms)
+        plain = lq.cost_table(weights, FORMATS[:1], rank=2)
+        for store in (None, tmp_path / "costs.jsonl"):
+            functions = {name: lambda own=own: own for name, own in norms.items()}
+            found = lq.cost_table(weights, FORMATS[:1], rank=2, weighting=functions, store=store)
+            assert np.array_equal(found.costs, expected.costs)
+            assert not np.array_equal(found.costs, plain.costs)
+        with pytest.raises(InvalidArgumentError, match="must return a norm"):
+            lq.cost_table(weights, FORMATS[:1], rank=2, weighting={next(iter(weights)): lambda: 3})
+
     def test_sizes_are_storage_bits(self, table):
         expected = [[fmt.storage_bits(shape) for fmt in FORMATS] for shape in SHAPES.values()]
         assert table.sizes.tolist() == expected

@@ -114,7 +114,8 @@ def _judge(text: str, weights: bytes, results: dict[str, Any]) -> None:
         for name in names:
             rank = _of(settings.get("rank_pattern"), name, settings.get("r", 8))
             alpha = _of(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
-            scaling = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+            # Alphas are read in float64. PEFT divides integers beyond 2**53 exactly, which no training has.
+            scaling = float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
             same("scaling", found[name].scaling, scaling)
             for key in ("A", "B"):
                 expected = arrays[f"base_model.model.{name}.lora_{key}.weight"].astype(np.float32)

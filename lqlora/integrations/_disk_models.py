@@ -14,6 +14,7 @@ from lqlora._messages import about_file, shortened, shown
 from lqlora._optional import require
 from lqlora._patterns import list_names
 from lqlora.errors import CheckpointError, InvalidArgumentError
+from lqlora.integrations._expert_rows import find_rows
 from lqlora.integrations._quiet import without_bars
 from lqlora.integrations.sources import open_model
 from lqlora.nn.block_calls import find_blocks
@@ -139,38 +140,31 @@ class DiskModel:
                 f".{number}" if isinstance(layer, ExpertMatrix) else ""
             )
             found[matrix] = MatrixSource(name, *_shape_of(layer))
-        return {name: own for name, own in (found | self._joined(contents, chosen)).items() if name in contents.weights}
+        return {
+            name: own
+            for name, own in (found | _joined(self.model, contents, chosen)).items()
+            if name in contents.weights
+        }
 
-    def _joined(self, contents: ModelContents, chosen: Mapping[str, nn.Module]) -> dict[str, MatrixSource]:
-        """Return the matrices of experts that files have one by one, and the model in one array."""
-        try:
-            from transformers import conversion_mapping, core_model_loading  # noqa: PLC0415 - not in transformers 4
-        except ImportError:
-            return {}
-        conversions = conversion_mapping.get_model_conversion_mapping(self.model)
-        joins = [own for own in conversions if isinstance(own, core_model_loading.WeightConverter)]
-        renames = [own for own in conversions if isinstance(own, core_model_loading.WeightRenaming)]
-        stacks = {name.rpartition(".")[0] for name, layer in chosen.items() if isinstance(layer, ExpertMatrix)}
-        found = {}
-        for name, tensor in contents.tensors.items() if stacks else ():
-            target, pattern = core_model_loading.rename_source_key(
-                name, renames, joins, self.model.base_model_prefix, self.model.state_dict()
-            )
-            if pattern is None or target not in stacks or len(tensor.matrices) != 1:
-                continue
-            # Experts are stacked along the first axis, and what has a pattern of its own, as gates and values, along the rows.
-            patterns = next(own.source_patterns for own in joins if pattern in own.source_patterns)
-            layer = f"{target}.{[part for part in name.split('.') if part.isdigit()][-1]}"
+
+def _joined(model: nn.Module, contents: ModelContents, chosen: Mapping[str, nn.Module]) -> dict[str, MatrixSource]:
+    """Return the matrices of experts that files have one by one, and the model in one array."""
+    if not any(isinstance(layer, ExpertMatrix) for layer in chosen.values()):
+        return {}
+    found = {}
+    for name, own in find_rows(model, contents.tensors).items():
+        tensor, layer = contents.tensors[name], f"{own.array}.{own.expert}"
+        if layer in chosen and len(tensor.matrices) == 1:
             rows, columns = tensor.shape[::-1] if tensor.is_transposed else tensor.shape
-            if layer in chosen and (rows * len(patterns), columns) == _shape_of(chosen[layer]):
-                found[tensor.matrices[0]] = MatrixSource(layer, rows, columns, rows * patterns.index(pattern))
-        return found
+            if (rows * own.parts, columns) == _shape_of(chosen[layer]):
+                found[tensor.matrices[0]] = MatrixSource(layer, rows, columns, rows * own.part)
+    return found
 
 
 def list_layers(
     source: Path, model_class: Any, include: Patterns | None, exclude: Patterns
-) -> tuple[list[str], dict[str, tuple[int, int]], list[str]]:
-    """Return the layers of the blocks that patterns select, without reading a weight.
+) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Return blocks, and the shapes of the matrices in them that patterns select, without reading a weight.
 
     Parameters
     ----------
@@ -185,16 +179,16 @@ def list_layers(
     -------
     blocks : list of str
         Names of the blocks.
-    shapes : dict of str to (int, int)
-        Shape of each layer by its name in the model.
-    joined : list of str
-        Arrays of experts among them that the files have in parts, one for each expert.
+    shapes : list of tuple of int
+        Shape of each matrix of these layers, as the files have them.
     """
-    path, items, chosen = _chosen(_skeleton(source, model_class), None, include, exclude)
-    stacks = dict.fromkeys(name.rpartition(".")[0] for name, layer in chosen.items() if isinstance(layer, ExpertMatrix))
-    tensors = {name.removesuffix(".weight") for name in open_model(source).tensors}
-    shapes = {name: _shape_of(layer) for name, layer in chosen.items()}
-    return [f"{path}.{key}" for key in items], shapes, [own for own in stacks if own not in tensors]
+    skeleton = _skeleton(source, model_class)
+    path, items, chosen = _chosen(skeleton, None, include, exclude)
+    joined = _joined(skeleton, open_model(source), chosen)
+    in_parts = {own.layer for own in joined.values()}
+    shapes: list[tuple[int, ...]] = [_shape_of(layer) for name, layer in chosen.items() if name not in in_parts]
+    shapes += [(own.rows, own.columns) for own in joined.values()]
+    return [f"{path}.{key}" for key in items], shapes
 
 
 def _chosen(

@@ -20,7 +20,7 @@ from torch import nn
 from lqlora._messages import shown
 from lqlora.errors import InvalidArgumentError, NonFiniteError
 from lqlora.nn import LQLinear, QuantizedEmbedding, QuantizedHead, QuantizedTensor, merged_weight
-from lqlora.nn.experts import ExpertMatrix, Experts, join_dense
+from lqlora.nn.experts import ExpertMatrix, Experts, JoinedExperts, join_dense
 from lqlora.nn.linear_maps import is_linear_map
 from lqlora.nn.merging import dense_layer, usual_dtype
 
@@ -329,6 +329,11 @@ class _Tuner:
     def _inject_parameters(self, peft_config: Any, model: nn.Module, adapter_name: str, **kwargs: Any) -> list[str]:
         """Add an adapter to parameters, and to arrays of experts that were parameters before they were quantized."""
         ends = tuple(f".{name}" for name in peft_config.target_parameters)
+        if joined := next((name for name in _joined_arrays(model) if f".{name}".endswith(ends)), None):
+            raise InvalidArgumentError(
+                f"config must not have adapters for {shown(joined)}, whose experts are quantized one by one. Train the low-rank factors of "
+                "their quantized layers, or leave the experts out."
+            )
         arrays = {
             name: own for name, own in model.named_modules() if isinstance(own, Experts) and f".{name}".endswith(ends)
         }
@@ -341,6 +346,16 @@ class _Tuner:
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)  # type: ignore[misc]
+
+
+def _joined_arrays(model: nn.Module) -> list[str]:
+    """Return the names of arrays of experts in whose place each expert has layers of its own."""
+    return [
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        for key, own in vars(module).items()
+        if isinstance(own, JoinedExperts)
+    ]
 
 
 def _require_for_experts(config: Any, target: nn.Module) -> None:
@@ -382,10 +397,13 @@ def _require_trainable(model: nn.Module, config: Any) -> None:
 def _linear_names(model: nn.Module) -> set[str]:
     """Return the names of the linear layers of a model, quantized or adapted ones among them, without the output embedding."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = {output} if output is not None else {getattr(model, name, None) for name in ("score", "classifier")}
+    left_out = {output} if output is not None else {getattr(model, name, None) for name in ("score", "classifier")}
     modules = dict(model.named_modules())
     adapted = [name for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
     inside = {inner for name in adapted for inner in modules[name].modules()} - {modules[name] for name in adapted}
+    # PEFT would look for the arrays that experts one by one had been.
+    owners = {name.rpartition(".")[0] for name in _joined_arrays(model)}
+    left_out |= {own for name, own in modules.items() if any(name.startswith(f"{owner}.") for owner in owners)}
     return {
         name
         for name, module in modules.items()
@@ -395,7 +413,7 @@ def _linear_names(model: nn.Module) -> set[str]:
             or ("Linear" in type(module).__name__ and name in adapted)
         )
         and module not in inside
-        and module not in heads
+        and module not in left_out
     }
 
 

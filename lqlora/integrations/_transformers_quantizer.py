@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,9 @@ from lqlora.checkpoint import StoredMatrix
 from lqlora.checkpoint.quantization_config import METHOD, MatrixFormat, describe_matrices, read_matrices
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.formats import BlockFormat
+from lqlora.integrations._expert_rows import ExpertRows, find_rows, renamings
 from lqlora.nn import PEQALinear
+from lqlora.nn.experts import ExpertMatrix, split_into_rows
 from lqlora.nn.linear import LQLinear
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.merging import dequantize_model
@@ -316,22 +319,58 @@ def _names_in_the_model(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the names of modules in a model by those in its file, which may be of another class or of an older transformers."""
     modules = {name for name, _ in model.named_modules()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    renamings: list[Any] = []
-    if not _IS_VERSION_4:
-        from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415 - of transformers 5
-        from transformers.core_model_loading import WeightRenaming  # noqa: PLC0415
-
-        renamings = [own for own in get_model_conversion_mapping(model) if isinstance(own, WeightRenaming)]
-    found = {}
+    renames, found = renamings(model), {}
     for name in names:
         renamed = f"{name}.weight"
-        for own in renamings if name not in modules else ():
+        for own in renames if name not in modules else ():
             renamed, _ = own.rename_source_key(renamed)
         renamed = renamed.removesuffix(".weight")
         # A file of a base model in a model with a head, or the other way round.
         others = (renamed, renamed.removeprefix(prefix), prefix + renamed)
         found[name] = next((own for own in others if own in modules), renamed)
     return found
+
+
+def _misfit(sentence: str) -> CheckpointError:
+    return CheckpointError(shortened(f"quantization_config does not fit the model: {sentence}"))
+
+
+def _empty_layer(row: MatrixFormat, layer: nn.Module) -> LQLinear:
+    """Return a quantized layer on the meta device in place of a dense one."""
+    rows, columns = matrix_of(layer).shape
+    with torch.device("meta"):
+        arrays = {
+            key: torch.empty(shape, dtype=getattr(torch, dtype))
+            for key, (dtype, shape) in row.format.stored_arrays((rows, columns)).items()
+        }
+        factors = torch.empty(row.rank, columns), torch.empty(rows, row.rank)
+    quantized = nest(arrays, row.format, (rows, columns), 0)
+    return quantized_layer(StoredMatrix(quantized, *factors, row.scaling), layer)
+
+
+def _replace_arrays(maps: LinearMaps, matrices: dict[str, MatrixFormat], names: dict[str, str]) -> set[str]:
+    """Replace arrays of experts by layers that the files have one by one, and return the names of their matrices."""
+    stacks = {stack.name: stack for stack in maps.stacks}
+    arrays: dict[str, dict[str, ExpertRows]] = {}
+    for tensor, own in find_rows(maps.model, [f"{name}.weight" for name in names]).items() if stacks else ():
+        if own.array in stacks:
+            arrays.setdefault(own.array, {})[tensor.removesuffix(".weight")] = own
+    for array, found in arrays.items():
+        stack, parts = stacks[array], next(iter(found.values())).parts
+        if {(own.expert, own.part) for own in found.values()} != {*product(range(len(stack.matrices)), range(parts))}:
+            raise _misfit(
+                f"it has a part of the experts of {shown(array)}, which the model has in one array. Decompose all of them, or none."
+            )
+        layers, keys = {}, [""] * parts
+        for listed, own in found.items():
+            below = names[listed].removeprefix(f"{array.rpartition('.')[0]}.")
+            number, _, keys[own.part] = below.partition(".")
+            if number != str(own.expert) or "." in keys[own.part]:
+                raise _misfit(f"{shown(names[listed])} is not the name of a matrix of {shown(array)}.")
+            rows = stack.matrices[f"{array}.{number}"].weight.detach().tensor_split(parts)[own.part]
+            layers[below] = _empty_layer(matrices[listed], ExpertMatrix(rows, requires_grad=False))
+        split_into_rows(stack, layers, keys)
+    return {listed for found in arrays.values() for listed in found}
 
 
 def _is_near(name: str, maps: LinearMaps) -> bool:
@@ -357,30 +396,19 @@ def replace_by_empty(model: nn.Module, matrices: dict[str, MatrixFormat]) -> Non
     maps = LinearMaps(model, to_fill=True)
     replacements: dict[nn.Module, nn.Module] = {}
     names = _names_in_the_model(model, [name for name in matrices if name not in maps.layers])
-    present = [listed for listed in matrices if listed in maps.layers or names.get(listed) in maps.modules]
+    joined = _replace_arrays(maps, matrices, names)
+    present = joined | {own for own in matrices if own in maps.layers or names.get(own) in maps.modules}
     # What the class of the model does not have, such as a decoder, is left in the file. Then other parts fit.
-    is_partial = bool(present) and not any(
-        _is_near(names.get(listed, listed), maps) for listed in matrices.keys() - {*present}
-    )
+    is_partial = bool(present) and not any(_is_near(names.get(own, own), maps) for own in matrices.keys() - present)
     for listed, row in matrices.items():
         name = names.get(listed, listed)
         layer = maps.layers.get(name)
-        if layer is None and is_partial and listed not in present:
+        if listed in joined or (layer is None and is_partial and listed not in present):
             continue
         if layer is None or name in maps.faults:
             why = f"{maps.faults[name].sentence}" if layer is not None else "is not a linear layer of the model"
-            if layer is None and ".experts." in name:
-                why += ", which keeps experts in one array. Decompose the model without them (exclude='*.experts.*')"
-            raise CheckpointError(shortened(f"quantization_config does not fit the model: {shown(name)} {why}."))
-        rows, columns = matrix_of(layer).shape
-        with torch.device("meta"):
-            arrays = {
-                key: torch.empty(shape, dtype=getattr(torch, dtype))
-                for key, (dtype, shape) in row.format.stored_arrays((rows, columns)).items()
-            }
-            factors = torch.empty(row.rank, columns), torch.empty(rows, row.rank)
-        quantized = nest(arrays, row.format, (rows, columns), 0)
-        replacements[layer] = quantized_layer(StoredMatrix(quantized, *factors, row.scaling), layer)
+            raise _misfit(f"{shown(name)} {why}.")
+        replacements[layer] = _empty_layer(row, layer)
     maps.split_stacks(replacements)
     replace_modules(maps.model, replacements)
     if _IS_VERSION_4:

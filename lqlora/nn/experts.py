@@ -18,7 +18,17 @@ from lqlora.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["ExpertMatrix", "ExpertStack", "Experts", "find_stacks", "join_dense", "split_for_a_while", "split_stacks"]
+__all__ = [
+    "ExpertMatrix",
+    "ExpertStack",
+    "Experts",
+    "JoinedExperts",
+    "find_stacks",
+    "join_dense",
+    "split_for_a_while",
+    "split_into_rows",
+    "split_stacks",
+]
 
 
 class ExpertMatrix(nn.Linear):
@@ -86,10 +96,55 @@ class Experts(nn.ModuleList):
         return weight.mT if self.is_transposed else weight
 
 
+class JoinedExperts:
+    """Experts of which each has several layers, whose outputs stand side by side. An index gives the weight, as that of the array does.
+
+    It stands for an array whose experts are one by one in files. The layers are modules of the owner, under the names that they have
+    in the files: ``"3.gate_proj"`` and ``"3.up_proj"``.
+
+    Parameters
+    ----------
+    owner : torch.nn.Module
+        Module of the array.
+    keys : sequence of str
+        Names of the layers of an expert, in the order of their rows.
+    experts : int
+        Number of experts.
+    config : object
+        Configuration that the owner had.
+    """
+
+    #: What transformers looks for before it draws random numbers into an array that was in no file.
+    _is_hf_initialized = True
+
+    def __init__(self, owner: nn.Module, keys: Sequence[str], experts: int, config: Any) -> None:
+        self.owner, self.keys, self.experts, self.config = owner, tuple(keys), experts, config
+
+    def layers(self, expert: int) -> list[nn.Module]:
+        """Return the layers of an expert.
+
+        Parameters
+        ----------
+        expert : int
+            Index.
+
+        Returns
+        -------
+        list of torch.nn.Module
+            In the order of their rows.
+        """
+        return [self.owner.get_submodule(f"{expert}.{key}") for key in self.keys]
+
+    @_disable_dynamo
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Return the weight of an expert: products with it are calls of its layers."""
+        return _joined_rows(self.layers(range(self.experts)[int(index)]))
+
+
 class _Watched(torch.Tensor):
     """Weight of an expert while hooks watch its layer. A product with it is a call of the layer."""
 
-    layer: nn.Linear
+    layer: Callable[[torch.Tensor], torch.Tensor]
     is_transposed: bool
 
     @classmethod
@@ -118,13 +173,52 @@ class _Watched(torch.Tensor):
         )
 
 
+class _JoinedRows(_Watched):
+    """Weight of several layers, without values. A product with it calls all of them."""
+
+    @classmethod
+    @_disable_dynamo
+    def __torch_function__(
+        cls, func: Callable[..., Any], _: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the layers for a product, and refuse functions that need values."""
+        kwargs = kwargs or {}
+        if (found := _call_of_layer(func, args, kwargs)) is not None:
+            return found
+        own = next(x for x in _entries((args, *kwargs.values())) if isinstance(x, _JoinedRows))
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
+            if func in _CASTS:
+                return own
+            found = func(*args, **kwargs)
+        if not any(isinstance(x, torch.Tensor) for x in _entries([found])):
+            return found  # such as the shape
+        if func in _TURNS:
+            turned: _JoinedRows = found.as_subclass(_JoinedRows)
+            turned.layer, turned.is_transposed = own.layer, not own.is_transposed
+            return turned
+        raise InvalidArgumentError(
+            f"model must multiply rows by the matrices of its experts, which are quantized in parts, but calls {_name_of(func)} with one of "
+            f"shape {tuple(own.shape)}. Decompose it without them (exclude='*.experts.*')."
+        )
+
+
+def _joined_rows(layers: Sequence[nn.Module]) -> torch.Tensor:
+    rows, columns = sum(int(cast("Any", own).out_features) for own in layers), int(cast("Any", layers[0]).in_features)
+    found = torch.empty((rows, columns), dtype=cast("Any", layers[0]).weight.dtype, device="meta").as_subclass(
+        _JoinedRows
+    )
+    found.layer = lambda x: torch.cat([own(x) for own in layers], -1)
+    found.is_transposed = False
+    return found
+
+
 def _entries(values: Iterable[Any]) -> Iterator[Any]:
     """Yield values, and those of lists and tuples among them."""
     for value in values:
         yield from _entries(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _watched(weight: torch.Tensor, layer: nn.Linear, *, is_transposed: bool) -> _Watched:
+def _watched(weight: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor], *, is_transposed: bool) -> _Watched:
     found = weight.as_subclass(_Watched)
     found.layer, found.is_transposed = layer, is_transposed
     return found
@@ -149,6 +243,8 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 _CASTS = frozenset({torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16})
+
+_TURNS = frozenset({torch.Tensor.mT.__get__, torch.Tensor.T.__get__, torch.Tensor.t, torch.t})  # type: ignore[attr-defined]
 
 #: Products of rows with a matrix on their right.
 _PRODUCTS = frozenset({torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__})
@@ -235,13 +331,48 @@ def split_stacks(stacks: Iterable[ExpertStack]) -> None:
         requires_grad = getattr(owner, stack.key).requires_grad
         for matrix in stack.matrices.values():
             matrix.weight.requires_grad_(requires_grad)
-        before = next((own.config for own in owner.children() if isinstance(own, Experts)), owner.config)
+        before = _choose_eager(owner)
         delattr(owner, stack.key)
         experts = Experts(stack.matrices.values(), before, is_transposed=stack.is_transposed)
         owner.add_module(stack.key, experts.train(owner.training))
-        # The other implementations multiply by the whole array. The configuration of the model stays as it is.
-        owner.config = copy.copy(before)
-        owner.config._experts_implementation_internal = "eager"  # noqa: SLF001 - the public setter changes sub-configurations
+
+
+def split_into_rows(stack: ExpertStack, layers: Mapping[str, nn.Module], keys: Sequence[str]) -> None:
+    """Replace an array by layers that have its rows, and choose the eager implementation.
+
+    Parameters
+    ----------
+    stack : ExpertStack
+        Array of a model.
+    layers : mapping of str to torch.nn.Module
+        Layers by their names below the owner, such as ``"3.up_proj"``.
+    keys : sequence of str
+        Names of the layers of an expert, in the order of their rows.
+    """
+    owner: Any = stack.owner
+    before = _choose_eager(owner)
+    delattr(owner, stack.key)
+    for name, layer in layers.items():
+        number, _, key = name.partition(".")
+        if number not in owner._modules:  # noqa: SLF001 - of torch
+            owner.add_module(number, nn.Module().train(owner.training))
+        owner.get_submodule(number).add_module(key, layer.train(owner.training))
+    setattr(owner, stack.key, JoinedExperts(owner, keys, len(stack.matrices), before))
+
+
+def _choose_eager(owner: Any) -> Any:
+    """Let the module of an array read matrices one by one, and return the configuration that it had."""
+    before = next((own.config for own in _indexes(owner).values()), owner.config)
+    # The other implementations multiply by the whole array. The configuration of the model stays as it is.
+    owner.config = copy.copy(before)
+    owner.config._experts_implementation_internal = "eager"  # noqa: SLF001 - the public setter changes sub-configurations
+    return before
+
+
+def _indexes(owner: nn.Module) -> dict[str, Experts | JoinedExperts]:
+    """Return what stands for arrays of a module, by attribute."""
+    known = {**dict(owner.named_children()), **vars(owner)}
+    return {key: own for key, own in known.items() if isinstance(own, Experts | JoinedExperts)}
 
 
 @contextmanager
@@ -270,7 +401,7 @@ def split_for_a_while(stacks: Sequence[ExpertStack]) -> Iterator[None]:
 
 
 def join_dense(model: nn.Module) -> None:
-    """Turn lists of dense matrices of experts back into one array each.
+    """Turn dense matrices of experts back into arrays.
 
     Parameters
     ----------
@@ -279,12 +410,35 @@ def join_dense(model: nn.Module) -> None:
     """
     owner: Any
     for owner in list(model.modules()):
-        for key, experts in list(owner.named_children()):
-            if isinstance(experts, Experts) and all(isinstance(own, nn.Linear) for own in experts.children()):
-                weights = [cast("nn.Linear", own).weight for own in experts.children()]
-                delattr(owner, key)
-                joined = torch.stack([own.detach().mT if experts.is_transposed else own.detach() for own in weights])
-                array = nn.Parameter(joined, weights[0].requires_grad)
-                owner.register_parameter(key, array)
-                if not any(isinstance(own, Experts) for own in owner.children()):
-                    owner.config = experts.config
+        for key, experts in _indexes(owner).items():
+            if (weights := _dense_weights(experts)) is None:
+                continue
+            delattr(owner, key)
+            if isinstance(experts, JoinedExperts):
+                _remove_layers(experts)
+            owner.register_parameter(key, nn.Parameter(torch.stack([own for own, _ in weights]), weights[0][1]))
+            if not _indexes(owner):
+                owner.config = experts.config
+
+
+def _dense_weights(experts: Experts | JoinedExperts) -> list[tuple[torch.Tensor, bool]] | None:
+    """Return the matrix of each expert and whether it trains, or None if they are not all dense."""
+    found = []
+    for number in range(len(experts) if isinstance(experts, Experts) else experts.experts):
+        layers = experts.layers(number) if isinstance(experts, JoinedExperts) else [experts.get_submodule(str(number))]
+        if not all(isinstance(own, nn.Linear) for own in layers):
+            return None
+        weights = [cast("nn.Linear", own).weight for own in layers]
+        dense = torch.cat([own.detach() for own in weights]) if len(weights) > 1 else weights[0].detach()
+        is_transposed = isinstance(experts, Experts) and experts.is_transposed
+        found.append((dense.mT if is_transposed else dense, weights[0].requires_grad))
+    return found
+
+
+def _remove_layers(experts: JoinedExperts) -> None:
+    for number in range(experts.experts):
+        own = experts.owner.get_submodule(str(number))
+        for key in experts.keys:
+            delattr(own, key)
+        if not own._modules:  # noqa: SLF001 - of torch
+            delattr(experts.owner, str(number))

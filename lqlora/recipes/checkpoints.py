@@ -19,7 +19,6 @@ from lqlora._files import replace_folder, write_whole
 from lqlora._messages import given, shortened
 from lqlora._optional import require
 from lqlora._options import require_choice, require_integer, require_number
-from lqlora._patterns import list_names
 from lqlora._progress import reported
 from lqlora.allocation import allocate
 from lqlora.costs import cost_table
@@ -263,16 +262,11 @@ class _Stages:
         self._rank, self._codes, self._iterations = rank, codes, iterations
         self._include, self._exclude = include, exclude
         transformers = require("transformers", "demo", "Compression of models in files")
-        blocks, shapes, joined = list_layers(source, transformers.AutoModelForCausalLM, include, exclude)
-        if joined:
-            raise InvalidArgumentError(
-                f"source has its experts one by one, and the model of transformers has them in one array ({list_names(joined)}), whose "
-                "parts it would not find. Pass exclude='*.experts.*'."
-            )
+        blocks, shapes = list_layers(source, transformers.AutoModelForCausalLM, include, exclude)
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
         _check_vocabulary(split, config.get_text_config().vocab_size)
         # One format for all needs no gradients, and no table.
-        self._known = fitting_format(candidates(codes, rank), bits, [*shapes.values()], FITS[codes])
+        self._known = fitting_format(candidates(codes, rank), bits, shapes, FITS[codes])
         training, tests = len(split.training), len(split.evaluation)
         self.counts = {
             "calibration": len(blocks) * (1 if self._known else 2),

@@ -29,10 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 FORMAT = tiny_models.FORMAT
 
-#: Their folders have a tensor for each expert, and the models of transformers 5 one array: only what is quantized in memory is saved.
-JOINED = {"mixtral", "qwen2 experts", "qwen3 experts"}
-LOADED = [name for name in ARCHITECTURES if name not in JOINED]
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered():
@@ -82,7 +78,7 @@ class TestRoundTrips:
             model = found
 
     @pytest.mark.sampled(6)
-    @pytest.mark.parametrize("name", LOADED)
+    @pytest.mark.parametrize("name", ARCHITECTURES)
     def test_a_decomposed_folder_is_loaded(self, tmp_path, name):
         if name == "gpt-oss" and transformers.__version__.startswith("4."):
             pytest.skip("transformers 4 multiplies by the whole array of experts")
@@ -97,20 +93,6 @@ class TestRoundTrips:
         assert 0 < error < 1
         model.save_pretrained(tmp_path / "again")
         assert same(bits(loaded(type(dense), tmp_path / "again")), bits(model))
-
-    @pytest.mark.parametrize("name", sorted(JOINED))
-    def test_experts_that_a_folder_has_one_by_one_are_refused_with_advice(self, tmp_path, name):
-        if transformers.__version__.startswith("4."):
-            pytest.skip("transformers 4 has a layer for each expert")
-        dense = ARCHITECTURES[name].make()
-        dense.save_pretrained(tmp_path / "dense")
-        options = {"rank": 2, "max_iter": 1, "progress": False}
-        lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "small", FORMAT, **options)
-        with pytest.raises(CheckpointError, match=r"exclude='\*\.experts\.\*'"):
-            type(dense).from_pretrained(tmp_path / "small")
-        exclude = ["*.experts.*", "lm_head", "*embed*", "*.gate", "*shared_expert_gate"][: 5 if "qwen2" in name else 4]
-        lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "other", FORMAT, exclude=exclude, **options)
-        loaded(type(dense), tmp_path / "other")
 
     def test_all_names_of_formats_are_kept(self, tmp_path):
         book = lq.Codebook([-1, -0.3, 0.2, 1], name="mine")

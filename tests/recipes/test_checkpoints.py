@@ -18,7 +18,8 @@ torch, transformers, _ = (require_module(name) for name in ("torch", "transforme
 from lqlora import recipes  # noqa: E402 - needs torch
 from lqlora.integrations.exporting import export_checkpoint  # noqa: E402
 from lqlora.integrations.gguf import load_llama  # noqa: E402
-from lqlora.integrations.language_models import load_language_model  # noqa: E402
+from lqlora.integrations.language_models import load_causal_model, load_language_model  # noqa: E402
+from lqlora.integrations.sources import open_weights  # noqa: E402
 from lqlora.recipes import checkpoints, compression  # noqa: E402
 from tests.nn.architectures import ARCHITECTURES  # noqa: E402
 from tests.tiny_gguf import write_tiny_llama  # noqa: E402 - needs gguf
@@ -238,13 +239,19 @@ def _interrupt():
     raise KeyboardInterrupt
 
 
-def test_experts_that_from_pretrained_would_not_find(tmp_path):
-    model = ARCHITECTURES["mixtral"].make()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 experts"])
+def test_a_mixture_of_experts(tmp_path, name):
+    model = ARCHITECTURES[name].make()
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(InvalidArgumentError, match="experts one by one"):
-        compressed(tmp_path / "model", tmp_path / "out", 3.5, PLAIN)
-    assert not (tmp_path / "out-work").exists()
-    compressed(tmp_path / "model", tmp_path / "out", 3.5, PLAIN, exclude="*.experts.*")
+    report = compressed(tmp_path / "model", tmp_path / "out", 3.5)
+    expected = {own for own in open_weights(tmp_path / "model") if ".experts." in own}
+    assert expected
+    assert expected <= report.quantization.matrices.keys()
+    found = recipes.perplexity(
+        load_causal_model(tmp_path / "out", may_be_quantized=True), SPLIT.evaluation, progress=False
+    )
+    assert found == report.perplexities["distilled"]
 
 
 @pytest.mark.parametrize(("out", "work"), [("model", None), ("out", "out"), ("out", "out/work"), ("work/out", "work"), ("model/out", None), ("out", "model")])  # fmt: skip

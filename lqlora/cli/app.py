@@ -18,7 +18,7 @@ Codes = Literal["trellis", "scalar"]
 Quantizer = Literal["nearest", "gptq"]
 Fit = Literal["absmax", "scale", "levels+scale"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-BaseModel = Literal["bitsandbytes", "compressed-tensors", "dense"]
+BaseModel = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -301,6 +301,7 @@ def merge_command(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, a file or a folder.")],
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     *,
+    like: Annotated[Path | None, typer.Option(help="GGUF file of the original model, to write one like it.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the matrices.")] = "bfloat16",
     shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "4GiB",
     as_json: Annotated[bool, typer.Option("--json", help="Print the sizes of the files, as JSON.")] = False,
@@ -309,8 +310,8 @@ def merge_command(
 
     Example: lqlora merge llama-3bit/ llama-merged/
     """
-    with advise_options({"dtype": "--dtype", "shard_bytes": "--shard-size"}):
-        merge.run(checkpoint, folder, dtype, shard_size, as_json=as_json)
+    with advise_options({"like": "--like", "dtype": "--dtype", "shard_bytes": "--shard-size"}):
+        merge.run(checkpoint, folder, like, dtype, shard_size, as_json=as_json)
 
 
 @app.command("export")
@@ -319,16 +320,17 @@ def export_command(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     *,
     base: Annotated[BaseModel, typer.Option(help="Layout of the quantized part.")] = "dense",
+    like: Annotated[Path | None, typer.Option(help="GGUF file of the dense model, for --base gguf.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of decoded matrices and of computation.")] = "bfloat16",
     shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "4GiB",
     as_json: Annotated[bool, typer.Option("--json", help="Print the sizes of the files, as JSON.")] = False,
 ) -> None:
-    """Write the quantized part as a model, and the low-rank factors as an adapter of PEFT over it.
+    """Write the quantized part as a model, and the low-rank factors as an adapter over it, for PEFT or llama.cpp.
 
     Example: lqlora export llama-4bit/ llama-peft/ --base bitsandbytes
     """
-    with advise_options({"base": "--base", "dtype": "--dtype", "shard_bytes": "--shard-size"}):
-        export.run(checkpoint, folder, base, dtype, shard_size, as_json=as_json)
+    with advise_options({"base": "--base", "like": "--like", "dtype": "--dtype", "shard_bytes": "--shard-size"}):
+        export.run(checkpoint, folder, base, like, dtype, shard_size, as_json=as_json)
 
 
 @app.command("eval")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lqlora.cli import console
 from lqlora.cli.parsing import parse_bytes
+from lqlora.integrations._gguf_files import ADAPTER_FILE
 from lqlora.integrations.exporting import ADAPTER, export_checkpoint
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-def run(checkpoint: Path, folder: Path, base: Base, dtype: FloatName, shard_size: str, *, as_json: bool) -> None:
+def run(
+    checkpoint: Path, folder: Path, base: Base, like: Path | None, dtype: FloatName, shard_size: str, *, as_json: bool
+) -> None:
     """Write the base and the adapter.
 
     Raises
@@ -27,9 +30,15 @@ def run(checkpoint: Path, folder: Path, base: Base, dtype: FloatName, shard_size
     """
     with console.stage("Exporting") as show:
         sizes = export_checkpoint(
-            checkpoint, folder, base, dtype=dtype, shard_bytes=parse_bytes(shard_size, "--shard-size"), progress=show
+            checkpoint,
+            folder,
+            base,
+            like=like,
+            dtype=dtype,
+            shard_bytes=parse_bytes(shard_size, "--shard-size"),
+            progress=show,
         )
-    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else None
+    adapter = next((own for own in (folder / ADAPTER, folder / ADAPTER_FILE) if own.exists()), None)
     if as_json:
         console.say_json({"files": sizes, "adapter": None if adapter is None else str(adapter)})
         return

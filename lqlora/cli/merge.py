@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 
-def run(checkpoint: Path, folder: Path, dtype: FloatName, shard_size: str, *, as_json: bool) -> None:
+def run(checkpoint: Path, folder: Path, like: Path | None, dtype: FloatName, shard_size: str, *, as_json: bool) -> None:
     """Merge both parts of each matrix, and write the model.
 
     Raises
@@ -26,7 +26,12 @@ def run(checkpoint: Path, folder: Path, dtype: FloatName, shard_size: str, *, as
     """
     with console.stage("Merging") as show:
         sizes = merge_checkpoint(
-            checkpoint, folder, dtype=dtype, shard_bytes=parse_bytes(shard_size, "--shard-size"), progress=show
+            checkpoint,
+            folder,
+            like=like,
+            dtype=dtype,
+            shard_bytes=parse_bytes(shard_size, "--shard-size"),
+            progress=show,
         )
     if as_json:
         console.say_json({"files": sizes})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
-from lqlora._options import require_kind
+from lqlora._options import require_choice, require_kind
 from lqlora.codebooks._checks import cached, require_integer
 from lqlora.codebooks.codebook import Codebook
+from lqlora.errors import InvalidArgumentError
 
 __all__ = ["affine", "uniform"]
 
 
 @cached()
-def uniform(bits: int, *, signed: bool = True) -> Codebook:
+def uniform(bits: int, *, signed: bool = True, normalization: Literal["absmax", "signed"] = "absmax") -> Codebook:
     """Return a codebook of equally spaced levels that end at 1.
 
     Parameters
@@ -22,20 +25,23 @@ def uniform(bits: int, *, signed: bool = True) -> Codebook:
     signed : bool, default True
         True: ``2**bits - 1`` levels ``k / (2**(bits-1) - 1)`` from -1 to 1, symmetric about an exact zero.
         False: ``2**bits`` levels ``k / (2**bits - 1)`` from 0 to 1, in which LQ-LoRA stores scales.
+    normalization : {"absmax", "signed"}, default "absmax"
+        ``"signed"`` uses all codes: ``2**bits`` levels ``k / 2**(bits-1)``, the last of them 1, which stands for the largest entry of a
+        block with its sign. Products of these levels with scales of 16 bits are exact. It is the grid of Q4_0, Q5_0 and Q8_0 in llama.cpp.
 
     Returns
     -------
     Codebook
-        Codebook named ``int{bits}`` if signed, else ``uint{bits}``.
+        Codebook named ``int{bits}`` or ``int{bits}s`` if signed, else ``uint{bits}``.
 
     Raises
     ------
     InvalidArgumentError
-        If ``bits`` is out of range.
+        If ``bits`` is out of range, or unsigned integers are to have a normalization of signed ones.
 
     References
     ----------
-    LQ-LoRA, arXiv 2311.12023, section 2.2 (second-level quantization of the scales).
+    LQ-LoRA, arXiv 2311.12023, section 2.2 (second-level quantization of the scales). llama.cpp, ``ggml-quants.c``, ``quantize_row_q4_0_ref``.
 
     Examples
     --------
@@ -43,9 +49,17 @@ def uniform(bits: int, *, signed: bool = True) -> Codebook:
     [0.0, 0.3333333432674408, 0.6666666865348816, 1.0]
     >>> uniform(3).levels.size
     7
+    >>> uniform(2, normalization="signed").levels.tolist()
+    [-0.5, 0.0, 0.5, 1.0]
     """
     require_kind(signed, "signed", bool, "True or False")
     require_integer("bits", bits, 1 + signed, 8, "signed integers" if signed else "unsigned integers")
+    require_choice(normalization, "normalization", ("absmax", "signed"))
+    if normalization == "signed":
+        if not signed:
+            raise InvalidArgumentError("normalization must be 'absmax' for unsigned integers, got 'signed'.")
+        half = 2 ** (bits - 1)
+        return Codebook(np.arange(1 - half, half + 1) / half, name=f"int{bits}s", normalization="signed")
     steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     codes = np.arange(-steps if signed else 0, steps + 1)
     return Codebook(codes / steps, name=f"{'int' if signed else 'uint'}{bits}")

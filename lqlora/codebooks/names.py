@@ -53,6 +53,7 @@ _DIGIT, _NUMBER = "([0-9])", "([1-9][0-9]{0,9})"
 _FAMILIES = (
     _Family("nf2…nf8", f"nf{_DIGIT}", normal_float),
     _Family("int2…int8", f"int{_DIGIT}", uniform),
+    _Family("int2s…int8s", f"int{_DIGIT}s", functools.partial(uniform, normalization="signed")),
     _Family("uint1…uint8", f"uint{_DIGIT}", functools.partial(uniform, signed=False)),
     _Family("affine1…affine8", f"affine{_DIGIT}", affine),
     _Family("e{exponent bits}m{mantissa bits}", f"e{_DIGIT}m{_DIGIT}", small_float),

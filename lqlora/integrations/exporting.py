@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -16,9 +17,11 @@ from lqlora._options import require_choice, require_integer
 from lqlora._patterns import EMBEDDINGS, predicate_of_any
 from lqlora.checkpoint.factors import base_fingerprint
 from lqlora.errors import FormatError, InvalidArgumentError
+from lqlora.integrations._gguf_files import Encoded, write_gguf
 from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
 from lqlora.integrations.bitsandbytes import layout_fault, to_bitsandbytes
 from lqlora.integrations.compressed_tensors import compressed_bytes, compressed_fault, to_compressed_tensors
+from lqlora.integrations.gguf_blocks import block_type, gguf_fault, to_gguf_blocks
 from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:
@@ -34,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ADAPTER", "Base", "adapter_fault", "can_export", "export_checkpoint"]
 
-Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense"]
+Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf"]
 
-_BASES = ("bitsandbytes", "compressed-tensors", "dense")
+_BASES = ("bitsandbytes", "compressed-tensors", "dense", "gguf")
 
 #: Subfolder of the adapter.
 ADAPTER = "adapter"
@@ -50,7 +53,7 @@ def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
     ----------
     path : path-like
         Checkpoint, a file or a folder.
-    base : {"bitsandbytes", "compressed-tensors", "dense"}
+    base : {"bitsandbytes", "compressed-tensors", "dense", "gguf"}
         See :func:`export_checkpoint`.
 
     Returns
@@ -69,7 +72,7 @@ def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
 
 
 #: Functions that say why a layout cannot hold an array.
-_LAYOUTS = {"bitsandbytes": layout_fault, "compressed-tensors": compressed_fault}
+_LAYOUTS = {"bitsandbytes": layout_fault, "compressed-tensors": compressed_fault, "gguf": gguf_fault}
 
 
 def adapter_fault(name: str, origin: Origin, rank: int) -> str:
@@ -128,15 +131,16 @@ def export_checkpoint(
     folder: str | os.PathLike[str],
     base: Base,
     *,
+    like: str | os.PathLike[str] | None = None,
     dtype: FloatName = "bfloat16",
     shard_bytes: int = 2**32,
     progress: bool | Callable[[int, int], None] = True,
 ) -> dict[str, int]:
-    """Write a checkpoint as a base model and an adapter of PEFT over it, which run and train without this library.
+    """Write a checkpoint as a base model and an adapter over it, which run and train without this library.
 
     Load the folder with transformers, and then ``PeftModel.from_pretrained(model, f"{folder}/adapter", is_trainable=True)``. The sum of both
     is the model of the checkpoint. The adapter belongs to this base: over the original weights it is wrong. Without low-rank factors there is
-    no adapter, and the base is the model.
+    no adapter, and the base is the model. llama.cpp reads ``model.gguf`` and ``adapter.gguf`` of the base ``"gguf"``.
 
     Parameters
     ----------
@@ -144,23 +148,27 @@ def export_checkpoint(
         Folder of :func:`lqlora.decompose_checkpoint`. Or a file of :func:`lqlora.save`: then a matrix ``m`` is the tensor ``m.weight``.
     folder : path-like
         Folder to write, which must not exist or be empty. It appears when it is complete.
-    base : {"bitsandbytes", "compressed-tensors", "dense"}
+    base : {"bitsandbytes", "compressed-tensors", "dense", "gguf"}
         ``"bitsandbytes"``: the quantized part in the 4-bit layout of bitsandbytes, with the same codes and scales. All matrices must have
         the codebook ``nf4`` or ``fp4-bnb``, blocks of 32, 64, … 4096 along the rows, and scales ``float32`` or ``d8/256:float32``.
         ``"compressed-tensors"``: the quantized part as compressed-tensors and vLLM read it, with the same codes and zero points. Matrices may
         have different codebooks ``affine1`` to ``affine8`` and block sizes, which transformers 5.23 does not read; see :mod:`lqlora.integrations.compressed_tensors`.
         ``"dense"``: the decoded quantized part, for every format.
+        ``"gguf"``: the quantized part in block types of llama.cpp, for Llama models; see :mod:`lqlora.integrations.gguf_blocks`. Other tensors
+        have their dtypes in the checkpoint.
+    like : path-like, optional
+        For ``"gguf"``: a GGUF file of the dense model in any type, whose settings and vocabulary are taken.
     dtype : {"bfloat16", "float16", "float32"}
-        Dtype of decoded matrices, and the one that the model computes in.
+        Dtype of decoded matrices, and the one that the model computes in. GGUF has no use for it.
     shard_bytes : int
-        Largest number of bytes of tensors of one file; one file is in memory while it is written.
+        Largest number of bytes of tensors of one file; one file is in memory while it is written. A GGUF file is always one.
     progress : bool or callable, default True
         See :func:`lqlora.cost_table`. It counts tensors.
 
     Returns
     -------
     dict of str to int
-        Bytes of each file with tensors of the base.
+        Bytes of each file with tensors of the base; for GGUF those of the adapter, too.
 
     Raises
     ------
@@ -169,9 +177,10 @@ def export_checkpoint(
     FormatError
         If :func:`can_export` names a matrix.
     InvalidArgumentError
-        If ``dtype`` cannot hold a matrix, or a dense base has no low-rank factors beside it.
+        If ``dtype`` cannot hold a matrix, a dense base has no low-rank factors beside it, or ``like`` is missing, not used, or a file of another
+        model.
     MissingDependencyError
-        If torch is not installed.
+        If torch is not installed, or gguf for GGUF.
 
     Examples
     --------
@@ -187,7 +196,12 @@ def export_checkpoint(
     require_choice(base, "base", _BASES)
     require_choice(dtype, "dtype", ("bfloat16", "float16", "float32"))
     require_integer(shard_bytes, "shard_bytes", 1)
-    require("torch", "peft", "Writing adapters of PEFT")
+    if (like is None) == (base == "gguf"):
+        raise InvalidArgumentError(
+            "like must be a GGUF file of the dense model for base='gguf', and is not used for others."
+        )
+    if base != "gguf":
+        require("torch", "peft", "Writing adapters of PEFT")
     own = Path(path).absolute()
     parts, origins = open_parts(own)
     if faults := _faults(parts, origins, base):
@@ -200,15 +214,17 @@ def export_checkpoint(
             "path must have low-rank factors for an adapter, got ranks of 0. Use merge_checkpoint."
         )
 
-    def make(name: str) -> Mapping[str, npt.NDArray[Any]]:
-        """Return the tensors that stand for the dense tensor of a name."""
-        origin = origins[name]
-        if base == "bitsandbytes":
-            return to_bitsandbytes(parts.matrix(origin.matrices[0]).quantized, name, dtype)
-        if base == "compressed-tensors":
-            return to_compressed_tensors(parts.matrix(origin.matrices[0]).quantized, name)
-        dense = [rounded(np.asarray(dequantize(parts.matrix(own).quantized)), own, dtype) for own in origin.matrices]
-        return {name: join(name, origin, dense)}
+    if like is not None:
+        return write_gguf(
+            parts,
+            origins,
+            Path(folder).absolute(),
+            Path(like),
+            _blocks_of,
+            factors=factors,
+            title="Exporting",
+            progress=progress,
+        )
 
     def size_of(matrix: StoredMatrix) -> int:
         """Return about the bytes of the tensors of a matrix."""
@@ -219,10 +235,28 @@ def export_checkpoint(
 
     is_transposed = any(origin.is_transposed for origin in origins.values())
     return write_model(
-        own, Path(folder).absolute(), "Exporting", make, size_of, dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
+        own, Path(folder).absolute(), "Exporting", functools.partial(_tensors_of, parts, origins, base, dtype), size_of, dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
         quantization_config=_configuration(parts, base, dtype),
         finish=lambda beside: _write_adapter(beside / ADAPTER, parts, factors, is_transposed=is_transposed) if factors else None,
     )  # fmt: skip
+
+
+def _tensors_of(
+    parts: ModelParts, origins: Mapping[str, Origin], base: Base, dtype: FloatName, name: str
+) -> Mapping[str, npt.NDArray[Any]]:
+    """Return the tensors that stand for the dense tensor of a name."""
+    origin = origins[name]
+    if base == "bitsandbytes":
+        return to_bitsandbytes(parts.matrix(origin.matrices[0]).quantized, name, dtype)
+    if base == "compressed-tensors":
+        return to_compressed_tensors(parts.matrix(origin.matrices[0]).quantized, name)
+    dense = [rounded(np.asarray(dequantize(parts.matrix(own).quantized)), own, dtype) for own in origin.matrices]
+    return {name: join(name, origin, dense)}
+
+
+def _blocks_of(matrix: StoredMatrix, _: str) -> Encoded:
+    """Return the quantized part of a matrix in a block type of GGUF."""
+    return Encoded(block_type(matrix.quantized), matrix.quantized.shape, lambda: to_gguf_blocks(matrix.quantized))
 
 
 def _configuration(parts: ModelParts, base: Base, dtype: FloatName) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lqlora._annotations import annotated
 from lqlora._options import require_choice, require_integer
+from lqlora.integrations._gguf_files import Encoded, write_gguf
 from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
 from lqlora.integrations._streaming_tasks import DTYPES
 from lqlora.quantized import dequantize
@@ -31,6 +32,7 @@ def merge_checkpoint(
     path: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
+    like: str | os.PathLike[str] | None = None,
     dtype: FloatName = "bfloat16",
     shard_bytes: int = 2**32,
     progress: bool | Callable[[int, int], None] = True,
@@ -48,10 +50,13 @@ def merge_checkpoint(
         is not that of GPT-2. ``model.dequantize()`` of transformers, and :func:`lqlora.nn.dequantize_model`, restore every model.
     folder : path-like
         Folder to write, which must not exist or be empty. It appears when it is complete.
+    like : path-like, optional
+        GGUF file of the original model in any type, of architecture ``llama``. Then a file ``model.gguf`` is written in place of
+        safetensors, with the settings and the vocabulary of this one, which llama.cpp runs and quantizes further.
     dtype : {"bfloat16", "float16", "float32"}
         Dtype of the matrices. Other tensors keep theirs.
     shard_bytes : int
-        Largest number of bytes of tensors of one file; one file is in memory while it is written.
+        Largest number of bytes of tensors of one file; one file is in memory while it is written. A GGUF file is always one.
     progress : bool or callable, default True
         See :func:`lqlora.cost_table`. It counts tensors.
 
@@ -65,7 +70,9 @@ def merge_checkpoint(
     CheckpointError
         If the checkpoint cannot be read, or the folder cannot be written or is not empty.
     InvalidArgumentError
-        If ``dtype`` cannot hold a matrix: float16 ends at 65504.
+        If ``dtype`` cannot hold a matrix: float16 ends at 65504. Also if ``like`` is a file of another model.
+    MissingDependencyError
+        If gguf is not installed and ``like`` is given.
 
     Examples
     --------
@@ -84,6 +91,12 @@ def merge_checkpoint(
     parts, origins = open_parts(own)
     itemsize = np.dtype(DTYPES[dtype]).itemsize
 
+    if like is not None:
+        return write_gguf(
+            parts, origins, Path(folder).absolute(), Path(like), lambda matrix, name: _encoded(matrix, name, dtype), factors={}, title="Merging",
+            progress=progress,
+        )  # fmt: skip
+
     def make(name: str) -> dict[str, npt.NDArray[Any]]:
         """Return the dense tensor of a name."""
         dense = [rounded(_sum(parts.matrix(matrix)), matrix, dtype) for matrix in origins[name].matrices]
@@ -93,6 +106,12 @@ def merge_checkpoint(
         own, Path(folder).absolute(), "Merging", make, lambda matrix: itemsize * math.prod(matrix.quantized.shape),
         dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
     )  # fmt: skip
+
+
+def _encoded(matrix: StoredMatrix, name: str, dtype: FloatName) -> Encoded:
+    """Return the sum of both parts of a matrix as a tensor of a GGUF file."""
+    kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    return Encoded(kinds[dtype], matrix.quantized.shape, lambda: rounded(_sum(matrix), name, dtype))
 
 
 def _sum(matrix: StoredMatrix) -> npt.NDArray[np.float32]:

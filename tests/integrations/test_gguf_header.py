@@ -12,6 +12,7 @@ import pytest
 
 from lqlora.errors import CheckpointError
 from lqlora.integrations import gguf as reader
+from lqlora.integrations._gguf_header import read_header
 from tests.requirements import require_module
 
 require_module("gguf")
@@ -319,7 +320,7 @@ def test_what_is_no_matrix_is_listed(tmp_path):
 def test_damaged_scales_decode_without_a_warning(tmp_path):
     path = tmp_path / "m.gguf"
     write_tiny_llama(path)
-    place = reader.read_header(path, {0: (1, 4), 8: (32, 34)}).tensors["blk.1.ffn_down.weight"]
+    place = read_header(path, {0: (1, 4), 8: (32, 34)}).tensors["blk.1.ffn_down.weight"]
     with path.open("r+b") as file:
         file.seek(place.offset)
         file.write(b"\x00\x7c" + bytes(32))  # an infinite scale, and codes of zero

@@ -1,0 +1,278 @@
+"""Quantized matrices in the block types of GGUF that hold them exactly: Q4_0, Q4_1, Q5_0 and Q8_0 of llama.cpp.
+
+A row is cut into blocks of 32 weights. A block has these bytes, numbers being little-endian:
+
+- Q4_0, 18 bytes: the scale ``d`` (float16), and 16 bytes of codes. Byte ``i`` has the code of weight ``i`` in its low half, and that of
+  weight ``16 + i`` in its high half. A weight is ``d * (code - 8)``.
+- Q4_1, 20 bytes: ``d`` and the minimum ``m`` (float16), and codes as above. A weight is ``d * code + m``.
+- Q5_0, 22 bytes: ``d``, the highest bits of all codes as one word of 32 bits, and their lower bits as above. A weight is ``d * (code - 16)``.
+- Q8_0, 34 bytes: ``d``, and 32 integers of 8 bits. A weight is ``d * integer``.
+
+The codebooks ``int4s``, ``int5s`` and ``int8s`` have the same grids: level ``k / 2**(bits-1)`` and scale ``s`` are the integer ``-k`` and
+``d = -s / 2**(bits-1)``. The negative scale keeps the level 1, which has no negative, at the lowest integer. ``affine4`` and ``affine8``
+fit if zero points are where a type has them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from lqlora import ops
+from lqlora._annotations import annotated
+from lqlora._options import require_choice
+from lqlora.codebooks import uniform
+from lqlora.errors import FormatError, NonFiniteError
+from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.quantized import QuantizedArray, dequantize
+from lqlora.quantized.array import require_quantized
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["BlockType", "block_type", "from_gguf_blocks", "gguf_bytes", "gguf_fault", "to_gguf_blocks"]
+
+BlockType: TypeAlias = Literal["Q4_0", "Q4_1", "Q5_0", "Q8_0"]
+
+_BLOCK = 32
+_BYTES: dict[BlockType, int] = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}
+_SIGNED: dict[int, BlockType] = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
+
+
+class _Blocks(NamedTuple):
+    """Integers of a matrix, 0 to ``2**bits - 1``, and the numbers of each block."""
+
+    kind: BlockType
+    codes: npt.NDArray[np.uint8]
+    scales: npt.NDArray[np.float16]
+    minima: npt.NDArray[np.float16] | None = None
+
+
+@annotated
+def to_gguf_blocks(q: QuantizedArray) -> npt.NDArray[np.uint8]:
+    """Return a quantized matrix as the rows of a tensor in a GGUF file, of the type that :func:`block_type` names.
+
+    Parameters
+    ----------
+    q : QuantizedArray
+        Matrix of the codebook ``int4s``, ``int5s``, ``int8s``, ``affine4`` or ``affine8``, in blocks of 32 along rows of a multiple of 32
+        weights, with scales that float16 holds.
+
+    Returns
+    -------
+    ndarray of uint8, shape (rows, bytes)
+        The blocks listed in :mod:`lqlora.integrations.gguf_blocks`. They decode to equal numbers; the sign of zeros may differ.
+
+    Raises
+    ------
+    FormatError
+        If no type can hold the array.
+    NonFiniteError
+        If a scale is NaN or infinite.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> w = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+    >>> q = lq.quantize(w, lq.BlockFormat.parse("int4s/32:float16"))
+    >>> block_type(q), to_gguf_blocks(q).shape
+    ('Q4_0', (2, 36))
+    """
+    found = _blocks(q)
+    parts = [found.scales[..., None].view(np.uint8)]
+    if found.minima is not None:
+        parts.append(found.minima[..., None].view(np.uint8))
+    if found.kind == "Q8_0":
+        parts.append(found.codes ^ np.uint8(128))  # code - 128 in two's complement
+    else:
+        if found.kind == "Q5_0":
+            parts.append(np.packbits(found.codes >> 4, axis=-1, bitorder="little"))
+        low = found.codes & np.uint8(15)
+        parts.append(low[..., :16] | low[..., 16:] << np.uint8(4))
+    return np.concatenate(parts, axis=-1).reshape(q.shape[0], -1)
+
+
+@annotated
+def block_type(q: QuantizedArray) -> BlockType:
+    """Return the type of GGUF that holds a quantized matrix.
+
+    Parameters
+    ----------
+    q : QuantizedArray
+        See :func:`to_gguf_blocks`.
+
+    Returns
+    -------
+    {"Q4_0", "Q4_1", "Q5_0", "Q8_0"}
+        Name of the type.
+
+    Raises
+    ------
+    FormatError
+        If no type can hold the array.
+    NonFiniteError
+        If a scale is NaN or infinite.
+    """
+    return _blocks(q).kind
+
+
+@annotated
+def gguf_fault(q: QuantizedArray) -> str:
+    """Return why no type of GGUF can hold a quantized array; nothing if one can.
+
+    Parameters
+    ----------
+    q : QuantizedArray
+        Array of any library.
+
+    Returns
+    -------
+    str
+        The sentence with which :func:`to_gguf_blocks` would refuse it.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> gguf_fault(lq.quantize(np.ones((2, 64), dtype=np.float32), lq.BlockFormat.parse("nf3/64:float32")))
+    'codebook must be int4s, int5s, int8s, affine4 or affine8 for GGUF, got nf3.'
+    """
+    try:
+        _blocks(q)
+    except (FormatError, NonFiniteError) as error:
+        return str(error)
+    return ""
+
+
+def gguf_bytes(kind: BlockType, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a matrix in a type of GGUF.
+
+    Parameters
+    ----------
+    kind : {"Q4_0", "Q4_1", "Q5_0", "Q8_0"}
+        Name of the type.
+    shape : tuple of int
+        Shape of the matrix.
+
+    Returns
+    -------
+    int
+        Bytes.
+    """
+    return shape[0] * shape[1] // _BLOCK * _BYTES[kind]
+
+
+@annotated
+def from_gguf_blocks(blocks: npt.NDArray[Any], kind: BlockType) -> QuantizedArray:
+    """Return the quantized matrix that the rows of a tensor in a GGUF file stand for.
+
+    Parameters
+    ----------
+    blocks : ndarray of uint8, shape (rows, bytes)
+        Blocks listed in :mod:`lqlora.integrations.gguf_blocks`.
+    kind : {"Q4_0", "Q5_0", "Q8_0"}
+        Name of the type. Q4_1 is not read: its minima are not products of scales and integers.
+
+    Returns
+    -------
+    QuantizedArray
+        NumPy arrays in the format ``int4s/32@-1:float16``, ``int5s/32@-1:float16`` or ``int8s/32@-1:float16``, with the same values but for
+        the sign of zeros.
+
+    Raises
+    ------
+    FormatError
+        If the bytes are not those of blocks, or a scale is too large for float16 in our layout, in which it is ``2**(bits-1)`` times larger.
+    NonFiniteError
+        If a scale is NaN or infinite.
+
+    Examples
+    --------
+    >>> import numpy as np, lqlora as lq
+    >>> w = np.linspace(-1, 1, 128, dtype=np.float32).reshape(2, 64)
+    >>> q = lq.quantize(w, lq.BlockFormat.parse("int8s/32@-1:float16"))
+    >>> back = from_gguf_blocks(to_gguf_blocks(q), "Q8_0")
+    >>> str(back.format), bool((lq.dequantize(back) == lq.dequantize(q)).all())
+    ('int8s/32@-1:float16', True)
+    """
+    require_choice(kind, "kind", tuple(_SIGNED.values()))
+    size, bits = _BYTES[kind], next(bits for bits, own in _SIGNED.items() if own == kind)
+    if blocks.dtype != np.uint8 or blocks.ndim != 2 or not blocks.size or blocks.shape[1] % size:
+        raise FormatError(
+            f"blocks must be rows of uint8 of a multiple of {size} bytes for {kind}, got {blocks.dtype} of shape {blocks.shape}."
+        )
+    rows = len(blocks)
+    own = np.ascontiguousarray(blocks).reshape(rows, -1, size)
+    scales = np.ascontiguousarray(own[..., :2]).view("<f2")[..., 0]
+    if not np.isfinite(scales).all():
+        raise NonFiniteError(f"blocks must have finite scales, got {scales[~np.isfinite(scales)][0]}.")
+    with np.errstate(over="ignore"):
+        stored = -scales * np.float16(2 ** (bits - 1))
+    if not np.isfinite(stored).all():
+        raise FormatError(f"blocks must have scales below {65504 / 2 ** (bits - 1):g} for {kind} in float16.")
+    if kind == "Q8_0":
+        integers = own[..., 2:] ^ np.uint8(128)
+    else:
+        low = own[..., -16:]
+        integers = np.concatenate([low & np.uint8(15), low >> np.uint8(4)], axis=-1)
+        if kind == "Q5_0":
+            integers |= np.unpackbits(own[..., 2:6], axis=-1, bitorder="little") << np.uint8(4)
+    codes = np.uint8(2**bits - 1) - integers
+    shape = (rows, own.shape[1] * _BLOCK)
+    fmt = BlockFormat(uniform(bits, normalization="signed"), _BLOCK, axis=-1, scales="float16")
+    arrays = {"codes": ops.pack_codes(codes.reshape(-1), bits), "scales": np.ascontiguousarray(stored).reshape(-1)}
+    return QuantizedArray.from_arrays(arrays, fmt, shape)
+
+
+def _blocks(q: QuantizedArray) -> _Blocks:
+    """Return the integers and numbers of all blocks, or raise."""
+    require_quantized(q)
+    _check_layout(q)
+    fmt, bits, rows = q.format, q.format.codebook.bits, q.shape[0]
+    own = q.to(np)
+    scales = dequantize(own.scales) if isinstance(fmt.scales, ScaleFormat) else ops.widen(own.scales)
+    ops.require_finite(scales, "scales")
+    codes = np.asarray(own.codes).reshape(rows, -1, _BLOCK)
+    wide = np.asarray(scales, np.float32).reshape(rows, -1)
+    if fmt.codebook.normalization == "signed":
+        narrow = _as_float16(-wide / np.float32(2 ** (bits - 1)))
+        if narrow is None:
+            raise FormatError(
+                f"scales must be such that float16 holds them divided by {2 ** (bits - 1)} for GGUF, got {fmt}."
+            )
+        return _Blocks(_SIGNED[bits], np.uint8(2**bits - 1) - codes, narrow)
+    zeros = np.asarray(ops.unpack_codes(own.zero_points, bits, wide.size)).reshape(rows, -1).astype(np.float32)
+    narrow = _as_float16(wide)
+    if narrow is None:
+        raise FormatError(f"scales must be such that float16 holds them for GGUF, got {fmt}.")
+    if (zeros == 2 ** (bits - 1)).all():
+        return _Blocks(_SIGNED[bits], codes, narrow)
+    minima = _as_float16(-wide * zeros) if bits == 4 else None
+    if minima is None:
+        others = ", or their products with scales such that float16 holds them" if bits == 4 else ""
+        raise FormatError(f"zero points must all be {2 ** (bits - 1)} for GGUF{others}, got others.")
+    return _Blocks("Q4_1", codes, narrow, minima)
+
+
+def _check_layout(q: QuantizedArray) -> None:
+    """Raise if no type has the codes of a format."""
+    fmt, shape, bits = q.format, q.shape, q.format.codebook.bits
+    is_affine = bits in (4, 8) and fmt.codebook.normalization == "affine"
+    is_signed = bits in _SIGNED and fmt.codebook == uniform(bits, normalization="signed") and fmt.levels == "codebook"
+    if not is_affine and not is_signed:
+        raise FormatError(
+            f"codebook must be int4s, int5s, int8s, affine4 or affine8 for GGUF, got {fmt.codebook.name}."
+        )
+    if fmt.rotation is not None:
+        raise FormatError(f"rotation must be None for GGUF, which stores weights as they are, got {fmt}.")
+    if q.batch_shape or len(shape) != 2:
+        raise FormatError(f"q must be one matrix for GGUF, got shape {shape}.")
+    if fmt.block_size != _BLOCK or fmt.axis not in (None, -1, 1) or not min(shape) or shape[1] % _BLOCK:
+        raise FormatError(f"blocks must have 32 weights of a row for GGUF, got {fmt} for shape {shape}.")
+
+
+def _as_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16] | None:
+    """Return values as float16, or None if it does not hold one of them."""
+    with np.errstate(over="ignore"):
+        found = values.astype("<f2")
+    return found if (found == values).all() else None

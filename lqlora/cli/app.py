@@ -18,7 +18,7 @@ Codes = Literal["trellis", "scalar"]
 Quantizer = Literal["nearest", "gptq"]
 Fit = Literal["absmax", "scale", "levels+scale"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-BaseModel = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf"]
+BaseModel = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

@@ -21,8 +21,9 @@ from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._options import require_integer
 from lqlora.codebooks import affine
-from lqlora.errors import FormatError, LQLoRAError
+from lqlora.errors import FormatError
 from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.integrations._words import WORD, host_tensor, packed_words, unpacked_words
 from lqlora.quantized import QuantizedArray, dequantize
 from lqlora.quantized.array import require_quantized
 
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from lqlora._typing import Array, FloatName
 
 __all__ = ["compressed_bytes", "compressed_fault", "from_compressed_tensors", "to_compressed_tensors"]
-
-_WORD = 32
 
 
 @annotated
@@ -79,9 +78,9 @@ def to_compressed_tensors(q: QuantizedArray, name: str = "weight") -> dict[str, 
     bits = own.format.codebook.bits
     zeros = ops.unpack_codes(own.zero_points, bits, rows * groups)
     return {
-        f"{name}_packed": _packed(np.asarray(own.codes), bits),
+        f"{name}_packed": packed_words(np.asarray(own.codes), bits),
         f"{name}_scale": np.asarray(scales, np.float32).reshape(rows, groups),
-        f"{name}_zero_point": np.ascontiguousarray(_packed(np.asarray(zeros).reshape(rows, groups).T, bits).T),
+        f"{name}_zero_point": np.ascontiguousarray(packed_words(np.asarray(zeros).reshape(rows, groups).T, bits).T),
         f"{name}_shape": np.array([rows, columns], np.int64),
     }
 
@@ -138,7 +137,7 @@ def compressed_bytes(fmt: BlockFormat, shape: tuple[int, ...]) -> int:
     """
     (rows, columns), bits = shape, fmt.codebook.bits
     groups = columns // fmt.block_size
-    return 4 * (rows * -(-columns * bits // _WORD) + rows * groups + -(-rows * bits // _WORD) * groups) + 16
+    return 4 * (rows * -(-columns * bits // WORD) + rows * groups + -(-rows * bits // WORD) * groups) + 16
 
 
 @annotated
@@ -176,7 +175,7 @@ def from_compressed_tensors(
     >>> str(back.format), bool((back.packed == q.packed).all())
     ('affine3/16@-1:float32', True)
     """
-    parts = {key: _host(tensors, f"{name}_{key}") for key in ("packed", "scale", "shape")}
+    parts = {key: host_tensor(tensors, f"{name}_{key}") for key in ("packed", "scale", "shape")}
     packed, scale, size = parts["packed"], parts["scale"], parts["shape"]
     if size.shape != (2,) or size.dtype.kind not in "iu" or (size < 1).any() or (size >= 2**31).any():
         raise FormatError(f"{name}_shape must be two numbers of at least 1, got {size.tolist()!r:.80}.")
@@ -186,7 +185,7 @@ def from_compressed_tensors(
     fitting = [
         own
         for own in (range(1, 9) if bits is None else [int(bits)])
-        if packed.shape == (rows, -(-columns * own // _WORD))
+        if packed.shape == (rows, -(-columns * own // WORD))
     ]
     if packed.dtype != np.int32 or not fitting:
         raise FormatError(
@@ -198,9 +197,9 @@ def from_compressed_tensors(
             f"{name}_scale must have a row of scales for each of {rows} rows, got {scale.dtype} of shape {scale.shape}."
         )
     ops.require_finite(ops.widen(scale), f"{name}_scale")
-    zeros = _host(tensors, f"{name}_zero_point") if tensors.get(f"{name}_zero_point") is not None else None
+    zeros = host_tensor(tensors, f"{name}_zero_point") if tensors.get(f"{name}_zero_point") is not None else None
     if zeros is not None:
-        fitting = [own for own in fitting if zeros.shape == (-(-rows * own // _WORD), groups)]
+        fitting = [own for own in fitting if zeros.shape == (-(-rows * own // WORD), groups)]
         if zeros.dtype != np.int32 or not fitting:
             raise FormatError(f"{name}_zero_point must be packed like codes, got {zeros.dtype} of shape {zeros.shape}.")
     if len(fitting) > 1:
@@ -211,8 +210,8 @@ def from_compressed_tensors(
     if zeros is None:
         points = np.full((rows, groups), 2 ** (own - 1), np.uint8)
     else:
-        points = _unpacked(np.ascontiguousarray(zeros.T), own, rows, f"{name}_zero_point").T
-    codes = _unpacked(packed, own, columns, f"{name}_packed")
+        points = unpacked_words(np.ascontiguousarray(zeros.T), own, rows, f"{name}_zero_point").T
+    codes = unpacked_words(packed, own, columns, f"{name}_packed")
     fmt = BlockFormat(affine(own), columns // groups, axis=-1, scales=cast("FloatName", scale.dtype.name))
     arrays = {
         "codes": ops.pack_codes(codes.reshape(-1), own),
@@ -220,32 +219,3 @@ def from_compressed_tensors(
         "zero_points": ops.pack_codes(np.ascontiguousarray(points).reshape(-1), own),
     }
     return QuantizedArray.from_arrays(arrays, fmt, (rows, columns))
-
-
-def _host(tensors: Mapping[str, Array], key: str) -> npt.NDArray[Any]:
-    if tensors.get(key) is None:
-        raise FormatError(f"tensors must hold {key}.")
-    try:
-        return np.asarray(ops.convert(tensors[key], np))
-    except LQLoRAError as error:
-        raise FormatError(f"{key} cannot be read: {error}") from None
-
-
-def _packed(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:
-    """Pack the codes of each row into words."""
-    rows, columns = codes.shape
-    single = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
-    flat = np.zeros((rows, -(-columns * bits // _WORD) * _WORD), np.uint8)
-    flat[:, : columns * bits] = single.reshape(rows, -1)
-    return np.packbits(flat, axis=1, bitorder="little").view("<i4").astype(np.int32)
-
-
-def _unpacked(words: npt.NDArray[np.int32], bits: int, columns: int, name: str) -> npt.NDArray[np.uint8]:
-    """Return the codes of each row."""
-    octets = np.ascontiguousarray(words.astype("<i4")).view(np.uint8)
-    flat = np.unpackbits(octets, axis=1, bitorder="little")
-    if flat[:, columns * bits :].any():
-        raise FormatError(f"{name} must have no bits beyond the last code.")
-    single = flat[:, : columns * bits].reshape(len(words), columns, bits)
-    found: npt.NDArray[np.uint8] = (single << np.arange(bits, dtype=np.uint8)).sum(2, dtype=np.uint8)
-    return found

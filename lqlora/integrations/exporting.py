@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -22,6 +24,7 @@ from lqlora.integrations._model_folders import join, open_parts, rounded, write_
 from lqlora.integrations.bitsandbytes import layout_fault, to_bitsandbytes
 from lqlora.integrations.compressed_tensors import compressed_bytes, compressed_fault, to_compressed_tensors
 from lqlora.integrations.gguf_blocks import block_type, gguf_fault, to_gguf_blocks
+from lqlora.integrations.gptq import gptq_bytes, gptq_fault, to_gptq
 from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:
@@ -34,12 +37,20 @@ if TYPE_CHECKING:
     from lqlora.checkpoint import StoredMatrix
     from lqlora.formats import BlockFormat
     from lqlora.integrations._model_folders import ModelParts, Origin
+    from lqlora.integrations.gptq import CheckpointFormat
+    from lqlora.quantized import QuantizedArray
 
 __all__ = ["ADAPTER", "Base", "adapter_fault", "can_export", "export_checkpoint"]
 
-Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf"]
+Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq"]
 
-_BASES = ("bitsandbytes", "compressed-tensors", "dense", "gguf")
+_BASES = ("bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq")
+
+#: Functions of format and shape that return the bytes of a matrix.
+_SIZES: dict[Base, Callable[[BlockFormat, tuple[int, ...]], int]] = {
+    "compressed-tensors": compressed_bytes,
+    "gptq": gptq_bytes,
+}
 
 #: Subfolder of the adapter.
 ADAPTER = "adapter"
@@ -72,7 +83,12 @@ def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
 
 
 #: Functions that say why a layout cannot hold an array.
-_LAYOUTS = {"bitsandbytes": layout_fault, "compressed-tensors": compressed_fault, "gguf": gguf_fault}
+_LAYOUTS: dict[Base, Callable[[QuantizedArray], str]] = {
+    "bitsandbytes": layout_fault,
+    "compressed-tensors": compressed_fault,
+    "gguf": gguf_fault,
+    "gptq": functools.partial(gptq_fault, checkpoint_format="gptq_v2"),
+}
 
 
 def adapter_fault(name: str, origin: Origin, rank: int) -> str:
@@ -156,6 +172,8 @@ def export_checkpoint(
         ``"dense"``: the decoded quantized part, for every format.
         ``"gguf"``: the quantized part in block types of llama.cpp, for Llama models; see :mod:`lqlora.integrations.gguf_blocks`. Other tensors
         have their dtypes in the checkpoint.
+        ``"gptq"``: the quantized part as GPTQModel, vLLM and SGLang read it. Matrices may have different codebooks ``affine2``, ``affine3``,
+        ``affine4`` and ``affine8`` and block sizes, with scales that float16 holds; see :mod:`lqlora.integrations.gptq`.
     like : path-like, optional
         For ``"gguf"``: a GGUF file of the dense model in any type, whose settings and vocabulary are taken.
     dtype : {"bfloat16", "float16", "float32"}
@@ -229,20 +247,26 @@ def export_checkpoint(
     def size_of(matrix: StoredMatrix) -> int:
         """Return about the bytes of the tensors of a matrix."""
         count = math.prod(matrix.quantized.shape)
-        if base == "compressed-tensors":
-            return compressed_bytes(matrix.quantized.format, matrix.quantized.shape)
+        if base in _SIZES:
+            return _SIZES[base](matrix.quantized.format, matrix.quantized.shape)
         return matrix.quantized.nbytes + 2048 if base == "bitsandbytes" else (4 if dtype == "float32" else 2) * count
 
+    kind = _gptq_format(parts) if base == "gptq" else "gptq"
     is_transposed = any(origin.is_transposed for origin in origins.values())
     return write_model(
-        own, Path(folder).absolute(), "Exporting", functools.partial(_tensors_of, parts, origins, base, dtype), size_of, dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
-        quantization_config=_configuration(parts, base, dtype),
+        own, Path(folder).absolute(), "Exporting", functools.partial(_tensors_of, parts, origins, base, dtype, kind), size_of, dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
+        quantization_config=_configuration(parts, base, dtype, kind),
         finish=lambda beside: _write_adapter(beside / ADAPTER, parts, factors, is_transposed=is_transposed) if factors else None,
     )  # fmt: skip
 
 
 def _tensors_of(
-    parts: ModelParts, origins: Mapping[str, Origin], base: Base, dtype: FloatName, name: str
+    parts: ModelParts,
+    origins: Mapping[str, Origin],
+    base: Base,
+    dtype: FloatName,
+    checkpoint_format: CheckpointFormat,
+    name: str,
 ) -> Mapping[str, npt.NDArray[Any]]:
     """Return the tensors that stand for the dense tensor of a name."""
     origin = origins[name]
@@ -250,6 +274,9 @@ def _tensors_of(
         return to_bitsandbytes(parts.matrix(origin.matrices[0]).quantized, name, dtype)
     if base == "compressed-tensors":
         return to_compressed_tensors(parts.matrix(origin.matrices[0]).quantized, name)
+    if base == "gptq":
+        layer = name.removesuffix(".weight")
+        return to_gptq(parts.matrix(origin.matrices[0]).quantized, layer, checkpoint_format=checkpoint_format)
     dense = [rounded(np.asarray(dequantize(parts.matrix(own).quantized)), own, dtype) for own in origin.matrices]
     return {name: join(name, origin, dense)}
 
@@ -259,7 +286,9 @@ def _blocks_of(matrix: StoredMatrix, _: str) -> Encoded:
     return Encoded(block_type(matrix.quantized), matrix.quantized.shape, lambda: to_gguf_blocks(matrix.quantized))
 
 
-def _configuration(parts: ModelParts, base: Base, dtype: FloatName) -> dict[str, Any] | None:
+def _configuration(
+    parts: ModelParts, base: Base, dtype: FloatName, checkpoint_format: CheckpointFormat
+) -> dict[str, Any] | None:
     """Return the entry of ``config.json`` with which transformers makes layers of other libraries."""
     # All other linear layers stay dense. Names of tensors that do not belong to one are harmless.
     others = {
@@ -285,6 +314,8 @@ def _configuration(parts: ModelParts, base: Base, dtype: FloatName) -> dict[str,
         }
     if base == "dense":
         return None
+    if base == "gptq":
+        return _gptq_configuration(parts, dense, checkpoint_format)
     fmt = parts.matrix(next(iter(parts.matrices))).quantized.format
     return {
         "quant_method": "bitsandbytes",
@@ -295,6 +326,36 @@ def _configuration(parts: ModelParts, base: Base, dtype: FloatName) -> dict[str,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": dense,
+    }
+
+
+def _gptq_format(parts: ModelParts) -> CheckpointFormat:
+    """Return the format of zero points that holds those of all matrices; the one that more programs read, if it does."""
+    fits = not any(gptq_fault(parts.matrix(name).quantized, checkpoint_format="gptq") for name in parts.matrices)
+    return "gptq" if fits else "gptq_v2"
+
+
+def _gptq_configuration(parts: ModelParts, dense: list[str], checkpoint_format: CheckpointFormat) -> dict[str, Any]:
+    """Return the settings of GPTQ: those of most matrices, and by name those of others and of dense layers."""
+    kinds = {}
+    for name in parts.matrices:
+        fmt = parts.matrix(name).quantized.format
+        kinds[name] = (fmt.codebook.bits, fmt.block_size)
+    bits, group = Counter(kinds.values()).most_common(1)[0][0]
+    others = {
+        f"+:^{re.escape(name)}$": {"bits": own[0], "group_size": own[1]}
+        for name, own in kinds.items()
+        if own != (bits, group)
+    }
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": False,
+        "sym": False,
+        "lm_head": "lm_head" in kinds,
+        "checkpoint_format": checkpoint_format,
+        "dynamic": others | {f"-:^{re.escape(name)}$": {} for name in dense if name not in kinds},
     }
 
 

@@ -6,23 +6,21 @@ import functools
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, for safetensors
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lqlora._annotations import annotated
 from lqlora._documents import Reader, key_step
 from lqlora._messages import about_file, shown
 from lqlora._patterns import DENSE_BY_NAME
-from lqlora.errors import CheckpointError, FormatError, LQLoRAError
+from lqlora.errors import CheckpointError, LQLoRAError
+from lqlora.integrations._coded_sources import find_coded_tensors
 from lqlora.integrations._parts import all_parts, number_and_count
 from lqlora.integrations._schema import Index
-from lqlora.integrations.bitsandbytes import described_shape, find_bitsandbytes, from_bitsandbytes, list_parts
+from lqlora.integrations._tensor_files import FoundTensor, TensorPart, of_dimensions, read_as_stored, read_header
 from lqlora.integrations.contents import LeftOut, ModelContents, SourceTensor
 from lqlora.integrations.gguf import open_llama
-from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:
     import os
@@ -40,7 +38,6 @@ _MOST_INDEX_BYTES = 2**27
 
 _CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 2**24
-_MOST_DESCRIPTION_BYTES = 2**16
 
 _OF_ADAPTER = "of an adapter"
 
@@ -128,8 +125,9 @@ def open_model(path: str | os.PathLike[str]) -> ModelContents:
     Returns
     -------
     ModelContents
-        A weight is a two-dimensional tensor of floating-point numbers, one matrix of an array of experts, or a 4-bit weight of
-        bitsandbytes, which is decoded. Low-rank factors of adapters are left out. Its name is that of the tensor without
+        A weight is a two-dimensional tensor of floating-point numbers, one matrix of an array of experts, or a weight that is decoded: of
+        4 bits in the layout of bitsandbytes, of GPTQ (which ``config.json`` must say), packed by compressed-tensors, or of float8 numbers
+        with one scale, or one for each row or block. Low-rank factors of adapters are left out. Its name is that of the tensor without
         ``.weight``; for an expert with its number at the end, as in ``"mlp.experts.down_proj.0"``. Its shape is (outputs, inputs):
         what models of transformers store the other way round, as GPT-2 does, is transposed. A ``config.json`` beside the file says
         so.
@@ -138,7 +136,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelContents:
     ------
     CheckpointError
         If a file or a part is missing or cannot be read, two matrices have one name, there is no matrix, or the weights
-        are quantized in another way: float8, GPTQ, AWQ, or by :func:`lqlora.save`.
+        are quantized in another way: AWQ, 4-bit floats, or by :func:`lqlora.save`.
     MissingDependencyError
         If a GGUF file is given and gguf is not installed.
     """
@@ -154,49 +152,22 @@ def open_model(path: str | os.PathLike[str]) -> ModelContents:
     return contents
 
 
-class _Part(NamedTuple):
-    """A tensor of a safetensors file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
 def _open_safetensors(path: Path) -> ModelContents:
     files, listed = _files_of(path)
     parts, left_out = _tensors_of(path, files, listed)
-    coded = find_bitsandbytes(parts)
-    if lost := next((name for name in coded if name not in parts), None):
-        raise CheckpointError(
-            about_file(path, f"lacks the codes of the 4-bit weight {shown(lost)}, which it describes.")
-        )
-    own = {name: {part: parts[part].file for part in list_parts(parts, name)} for name in coded}
-    used = {part for names in own.values() for part in names}
-    for name in used:
-        if parts[name].dtype not in ("U8", "F32"):  # NumPy does not have all other dtypes
-            raise CheckpointError(
-                about_file(
-                    parts[name].file,
-                    f"must have uint8 or float32 in the 4-bit layout, got {parts[name].dtype} for {shown(name)}.",
-                )
-            )
-    turned = _transposed_names(files[0].parent)
+    config = _configuration(files[0].parent)
+    turned, coded = _transposed_names(config), find_coded_tensors(path, parts, config)
     weights: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
     tensors: dict[str, SourceTensor] = {}
     for name in parts:
-        if name in used and name not in own:
-            continue  # a part of a 4-bit weight
-        found = (
-            _coded_weight(parts, own[name], name)
-            if name in own
-            else _plain_tensor(name, parts[name], is_turned=turned(name))
-        )
-        if found.reason:
-            left_out[name] = LeftOut(found.reason, found.tensor.nbytes)
-        if found.reason != _OF_ADAPTER:
-            tensors[name] = found.tensor
-        for matrix, load in found.loaders.items():
+        if name in coded.parts:
+            continue
+        own = coded.tensors[name] if name in coded.tensors else _plain_tensor(name, parts[name], is_turned=turned(name))
+        if own.reason:
+            left_out[own.name] = LeftOut(own.reason, own.tensor.nbytes)
+        if own.reason != _OF_ADAPTER:
+            tensors[own.name] = own.tensor
+        for matrix, load in own.loaders.items():
             if matrix in weights:
                 raise CheckpointError(
                     about_file(path, f"has two matrices called {shown(matrix)}. Keep the files of one model in it.")
@@ -206,37 +177,19 @@ def _open_safetensors(path: Path) -> ModelContents:
     return ModelContents(path, weights, left_out, tuple(files), tuple(sorted(unread)), tensors)
 
 
-class _Found(NamedTuple):
-    """A tensor of the model, the loaders of its matrices, and why it has none."""
-
-    tensor: SourceTensor
-    loaders: dict[str, Callable[[], npt.NDArray[np.float32]]]
-    reason: str
-
-
-def _coded_weight(parts: Mapping[str, _Part], files: Mapping[str, Path], name: str) -> _Found:
-    """Describe a 4-bit weight of bitsandbytes."""
-    load = functools.partial(_read_bitsandbytes, files, name)
-    shape, size = _shape_of_bitsandbytes(parts, files, name), sum(parts[key].nbytes for key in files)
-    loaders: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
-    if len(shape) == 2:
-        loaders[name.removesuffix(".weight")] = load
-    return _Found(
-        SourceTensor(shape, "float32", size, load, tuple(loaders)), loaders, "" if loaders else _of_dimensions(shape)
-    )
-
-
-def _plain_tensor(name: str, part: _Part, *, is_turned: bool) -> _Found:
+def _plain_tensor(name: str, part: TensorPart, *, is_turned: bool) -> FoundTensor:
     """Describe a tensor that is stored as it is."""
     _refuse_codes(name, part)
     reason, is_turned = _reason_to_leave_out(name, part), is_turned and not name.endswith("_bias")
     loaders = {} if reason else _matrices_of(name, part, is_transposed=is_turned)
-    dtype, load = _DTYPES.get(part.dtype, part.dtype), functools.partial(_read_as_stored, part.file, name)
+    dtype, load = _DTYPES.get(part.dtype, part.dtype), functools.partial(read_as_stored, part.file, name)
     tensor = SourceTensor(part.shape, dtype, part.nbytes, load, tuple(loaders), is_turned and bool(loaders))
-    return _Found(tensor, loaders, reason)
+    return FoundTensor(name, tensor, loaders, reason)
 
 
-def _matrices_of(name: str, part: _Part, *, is_transposed: bool) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
+def _matrices_of(
+    name: str, part: TensorPart, *, is_transposed: bool
+) -> dict[str, Callable[[], npt.NDArray[np.float32]]]:
     """Return the loaders of the weight matrices of a tensor, of shape (outputs, inputs)."""
     own = name.removesuffix(".weight")
     if len(part.shape) == 2:
@@ -247,15 +200,20 @@ def _matrices_of(name: str, part: _Part, *, is_transposed: bool) -> dict[str, Ca
     }
 
 
-def _transposed_names(folder: Path) -> Callable[[str], bool]:
-    """Return a function that tells of the name of a tensor whether its matrices have the shape (inputs, outputs)."""
-    # The configuration of transformers says which model it is. Without one, matrices are taken as they are.
+def _configuration(folder: Path) -> dict[str, Any]:
+    """Return the configuration of transformers, which says what the tensors mean; an empty one if there is none."""
     try:
         text = (folder / _CONFIG).read_bytes() if (folder / _CONFIG).stat().st_size <= _MOST_CONFIG_BYTES else b"{}"
-        kinds = _model_types(json.loads(text))
+        found = json.loads(text)
     except (OSError, RecursionError, ValueError):
-        kinds = set()
-    patterns = {_TRANSPOSED[kind] for kind in kinds & _TRANSPOSED.keys()}
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _transposed_names(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return a function that tells of the name of a tensor whether its matrices have the shape (inputs, outputs)."""
+    # Without a configuration, matrices are taken as they are.
+    patterns = {_TRANSPOSED[kind] for kind in _model_types(config) & _TRANSPOSED.keys()}
     return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
 
 
@@ -324,12 +282,12 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 def _tensors_of(
     path: Path, files: Iterable[Path], listed: Mapping[str, Path] | None
-) -> tuple[dict[str, _Part], dict[str, LeftOut]]:
+) -> tuple[dict[str, TensorPart], dict[str, LeftOut]]:
     """Return the tensors of all files by name, and those that the index does not list; only headers are read."""
-    found: dict[str, _Part] = {}
+    found: dict[str, TensorPart] = {}
     left_out: dict[str, LeftOut] = {}
     for file in files:
-        for name, part in _read_header(file):
+        for name, part in read_header(file):
             if listed is not None and listed.get(name) != file:
                 left_out.setdefault(name, LeftOut("not listed in the index", part.nbytes))
             elif name in found:
@@ -344,37 +302,7 @@ def _tensors_of(
     return found, {name: reason for name, reason in left_out.items() if name not in found}
 
 
-def _read_header(path: Path) -> list[tuple[str, _Part]]:
-    """Return name and description of each tensor of a file."""
-    if not path.is_file():
-        raise CheckpointError(about_file(path, "is not a file." if path.exists() else "does not exist."))
-    try:
-        with safe_open(path, framework="numpy") as file:
-            if "lqlora" in (file.metadata() or {}):
-                raise CheckpointError(
-                    about_file(
-                        path,
-                        "is a checkpoint that lqlora.save wrote: its matrices are quantized. Read it with lqlora.load.",
-                    )
-                )
-            return [(name, _describe(path, file.get_slice(name))) for name in file.keys()]  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(about_file(path, f"is not a readable safetensors file: {error}.")) from error
-
-
-def _describe(path: Path, tensor: Any) -> _Part:
-    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-    digits = re.search("[0-9]+", dtype)  # the first number in the name counts the bits, as in BF16 and F8_E4M3
-    bits = int(digits[0]) if digits else 8
-    size = bits
-    for length in shape:
-        size *= length
-    return _Part(path, dtype, shape, -(-size // 8))
-
-
-def _refuse_codes(name: str, part: _Part) -> None:
+def _refuse_codes(name: str, part: TensorPart) -> None:
     """Raise if a tensor shows that weights are stored as codes and scales."""
     # Their scales are matrices of floating-point numbers, and would be taken for weights.
     is_weight = (name == "weight" or name.endswith((".weight", "_blocks"))) and len(part.shape) > 1
@@ -396,65 +324,17 @@ def _refuse_codes(name: str, part: _Part) -> None:
         )
 
 
-def _reason_to_leave_out(name: str, part: _Part) -> str:
+def _reason_to_leave_out(name: str, part: TensorPart) -> str:
     """Return why a tensor holds no weight matrices, or nothing if it does."""
     if part.dtype not in _FLOATS:
         return f"of dtype {part.dtype}"
     if _FACTOR.fullmatch(name):
         return _OF_ADAPTER
     is_stack = len(part.shape) == 3 and _STACK.fullmatch(name) is not None
-    return "" if len(part.shape) == 2 or is_stack else _of_dimensions(part.shape)
-
-
-def _of_dimensions(shape: tuple[int, ...]) -> str:
-    return f"of {len(shape)} dimension{'' if len(shape) == 1 else 's'}"
-
-
-def _read_as_stored(path: Path, name: str, index: int | None = None) -> npt.NDArray[Any]:
-    """Read a tensor, or one matrix of a stack, in the dtype of the file."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return np.asarray(file.get_tensor(name) if index is None else file.get_slice(name)[index])
-    # AttributeError and TypeError: a dtype that NumPy does not have. ValueError: more dimensions than it allows.
-    except (AttributeError, OSError, SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            about_file(path, f"has the tensor {shown(name)}, which cannot be read: {error}.")
-        ) from error
+    return "" if len(part.shape) == 2 or is_stack else of_dimensions(part.shape)
 
 
 def _read(path: Path, name: str, index: int | None = None, *, is_transposed: bool = False) -> npt.NDArray[np.float32]:
     with np.errstate(over="ignore"):  # whoever uses the values refuses infinity
-        found = _read_as_stored(path, name, index).astype(np.float32)
+        found = read_as_stored(path, name, index).astype(np.float32)
     return np.ascontiguousarray(found.T) if is_transposed else found
-
-
-def _shape_of_bitsandbytes(parts: Mapping[str, _Part], files: Mapping[str, Path], name: str) -> tuple[int, ...]:
-    """Return the shape of a 4-bit weight; only its description is read."""
-    described = next((part for part in files if ".quant_state." in part.removeprefix(name)), "")
-    if not described or parts[described].nbytes > _MOST_DESCRIPTION_BYTES:
-        raise _unreadable(
-            files, name, FormatError(f"its description must take at most {_MOST_DESCRIPTION_BYTES} bytes.")
-        )
-    try:
-        with safe_open(files[described], framework="numpy") as file:
-            return described_shape(file.get_tensor(described), is_nested=f"{name}.nested_absmax" in files)
-    except (OSError, SafetensorError, LQLoRAError) as error:
-        raise _unreadable(files, name, error) from error
-
-
-def _read_bitsandbytes(files: Mapping[str, Path], name: str) -> npt.NDArray[np.float32]:
-    """Read and decode a 4-bit weight, whose parts may lie in several files."""
-    tensors = {}
-    try:
-        for part, path in files.items():
-            with safe_open(path, framework="numpy") as file:
-                tensors[part] = file.get_tensor(part)
-        return np.asarray(dequantize(from_bitsandbytes(tensors, name).quantized))
-    except (OSError, SafetensorError, LQLoRAError) as error:
-        raise _unreadable(files, name, error) from error
-
-
-def _unreadable(files: Mapping[str, Path], name: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        about_file(files[name], f"has the 4-bit weight {shown(name)}, which cannot be read: {error}")
-    )

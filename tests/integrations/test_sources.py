@@ -20,6 +20,8 @@ import lqlora as lq
 from lqlora._optional import is_installed
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.integrations.bitsandbytes import to_bitsandbytes
+from lqlora.integrations.compressed_tensors import to_compressed_tensors
+from lqlora.integrations.gptq import to_gptq
 from lqlora.integrations.sources import open_model, open_weights
 from tests.requirements import require_or_skip
 
@@ -260,14 +262,18 @@ class TestCodedWeights:
         "tensors",
         [
             {"a.weight": np.ones((8, 8), ml_dtypes.float8_e4m3fn), "a.weight_scale_inv": one(1, (2, 2))},
-            {"a.weight": np.ones((8, 8), ml_dtypes.float8_e5m2), "a.weight_scale": one(1, (8, 1))},
+            {"a.weight": np.ones((8, 8), ml_dtypes.float8_e5m2)},
+            {"a.weight": np.ones((8, 8), ml_dtypes.float8_e4m3fn), "a.weight_scale": one(1, (8, 2))},
+            {"a.weight": np.ones((8, 8), ml_dtypes.float8_e4m3fn), "a.weight_scale": np.ones((8, 1), np.uint8)},
+            {"experts.up": np.ones((2, 8, 8), ml_dtypes.float8_e4m3fn), "experts.up_scale": one(1, (2, 8, 1))},
             {"a.qweight": np.ones((1, 8), np.int32), "a.scales": one(1, (2, 8)), "a.qzeros": np.ones((2, 1), np.int32)},
             {"a.weight": np.ones((8, 1), np.uint32), "a.scales": one(1, (8, 2)), "a.biases": one(1, (8, 2))},
             {"a.weight_packed": np.ones((8, 1), np.int32), "a.weight_scale": one(1, (8, 2))},
             {"a.weight": np.ones((8, 8), np.int8), "a.SCB": one(1, (8,))},
             {"experts_blocks": np.ones((2, 8, 4), np.uint8), "experts_scales": np.ones((2, 8), np.uint8)},
         ],
-        ids=["float8", "float8 by channel", "GPTQ", "MLX", "compressed-tensors", "int8", "MXFP4"],
+        ids=["float8", "float8 alone", "float8, other scales", "float8, scales of 8 bits", "float8 experts", "GPTQ", "MLX",
+             "compressed-tensors", "int8", "MXFP4"],
     )
     def test_codes_and_scales_are_refused_by_name(self, tmp_path, tensors):
         save_file(tensors | {"plain.weight": one(1)}, tmp_path / "model.safetensors")
@@ -377,6 +383,26 @@ def test_twenty_thousand_matrices_are_opened_in_linear_time(tmp_path):
     assert time.perf_counter() - start < 3
 
 
+def coded(text, shape=(32, 32)):
+    return lq.quantize(np.random.default_rng(0).standard_normal(shape).astype(np.float32), lq.BlockFormat.parse(text))
+
+
+def codes_of(tensors):
+    """Names of coded weights of any layout, with the tensors that they are computed from, the one in their place first."""
+    found = {key.split(".quant_state")[0]: [key.split(".quant_state")[0]] for key in tensors if ".quant_state" in key}
+    for name, parts in found.items():
+        parts.extend(key for key in tensors if key.startswith(f"{name}."))
+    for key in tensors:
+        own = key.rpartition(".")[0]
+        if key.endswith(".qweight"):
+            found[f"{own}.weight"] = [key, *(f"{own}.{part}" for part in ("qzeros", "scales", "g_idx"))]
+        elif key.endswith(".weight_packed"):
+            found[f"{own}.weight"] = [key, *(f"{own}.weight_{part}" for part in ("scale", "shape", "zero_point"))]
+        elif key.endswith(".weight_scale") and f"{own}.weight_packed" not in tensors:
+            found[f"{own}.weight"] = [f"{own}.weight", key, f"{own}.input_scale"]
+    return found
+
+
 #: Tensors of a model by kind, with one name that the kind may have.
 PIECES = {
     "matrix": lambda name: {f"{name}.weight": one(1)},
@@ -394,6 +420,13 @@ PIECES = {
     "vector of bitsandbytes": lambda name: to_bitsandbytes(
         lq.quantize(one(1, (9,)), lq.BlockFormat.parse("fp4-bnb/32:float32")), f"{name}.weight"
     ),
+    "GPTQ": lambda name: to_gptq(coded("affine4/8:float16"), name, checkpoint_format="gptq_v2"),
+    "compressed-tensors": lambda name: to_compressed_tensors(coded("affine3/8:float16"), f"{name}.weight"),
+    "float8": lambda name: {
+        f"{name}.weight": one(1, (8, 8)).astype(ml_dtypes.float8_e4m3fn),
+        f"{name}.weight_scale": one(1, (8, 1)),
+        f"{name}.input_scale": one(1, ()),
+    },
     "adapter": lambda name: {f"{name}.lora_A.weight": one(1, (2, 8)), f"{name}.lora_B.weight": one(1, (8, 2))},
 }
 
@@ -418,13 +451,12 @@ def test_every_tensor_is_taken_or_listed_with_its_bytes(kinds, layout, files, mo
             save_file({key: own for key, own in tensors.items() if place[key] == name}, folder / name)
         if layout == "index":
             write_index(folder, place)
-        if model_type is not None:
-            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        settings = {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}  # others are told by their tensors
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type, "quantization_config": settings}))
         contents = open_model(folder / names[0] if layout == "file" else folder)
         listed = {key: own for key, own in contents.left_out.items() if key not in contents.tensors}
-        coded = [key.split(".quant_state")[0] for key in tensors if ".quant_state" in key]
-        parts = {key: own for own in coded for key in tensors if key == own or key.startswith(f"{own}.")}
-        taken = [*contents.tensors, *(key for key in parts if key not in contents.tensors)]
+        parts = {part: name for name, own in codes_of(tensors).items() for part in own}
+        taken = [*(key for key in contents.tensors if key not in parts.values()), *parts]
         assert sorted([*taken, *listed]) == sorted(tensors)
         assert sum(own.nbytes for own in [*contents.tensors.values(), *listed.values()]) == sum(
             own.nbytes for own in tensors.values()
@@ -438,7 +470,7 @@ def test_every_tensor_is_taken_or_listed_with_its_bytes(kinds, layout, files, mo
         for key, own in contents.tensors.items():
             array = own.load()
             assert (array.shape, str(array.dtype)) == (own.shape, own.dtype)
-            if key not in parts:
+            if key not in parts.values():
                 assert array.tobytes() == tensors[key].tobytes()
             for index, name in enumerate(own.matrices):
                 matrix = (array[index] if array.ndim == 3 else array).astype(np.float32)

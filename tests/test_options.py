@@ -28,6 +28,8 @@ from lqlora.integrations.bitsandbytes import (
 from lqlora.integrations.comparison import compare_checkpoint
 from lqlora.integrations.compressed_tensors import compressed_fault, from_compressed_tensors, to_compressed_tensors
 from lqlora.integrations.exporting import can_export, export_checkpoint
+from lqlora.integrations.gguf_blocks import block_type, from_gguf_blocks, gguf_fault, to_gguf_blocks
+from lqlora.integrations.gptq import decode_gptq, from_gptq, gptq_fault, to_gptq
 from lqlora.integrations.merging import merge_checkpoint
 from lqlora.integrations.peft import convert_adapter, load_adapter, save_adapter
 from lqlora.integrations.statistics import open_statistics, write_document, write_inputs
@@ -50,7 +52,7 @@ MODULES = (
     "lqlora", "lqlora.codebooks", "lqlora.weighting", "lqlora.costs", "lqlora.allocation", "lqlora.initializers", "lqlora.checkpoint",
     "lqlora.quantized", "lqlora.decomposition", "lqlora.solvers", "lqlora.backends", "lqlora.reports", "lqlora.nn", "lqlora.recipes",
     "lqlora.testing", "lqlora.integrations.bitsandbytes", "lqlora.integrations.gguf", "lqlora.integrations.sources", "lqlora.integrations.peft",
-    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.compressed_tensors", "lqlora.integrations.merging", "lqlora.integrations.exporting", "lqlora.integrations.calibration", "lqlora.integrations.statistics", "lqlora.integrations.transformers",
+    "lqlora.integrations.language_models", "lqlora.integrations.streaming", "lqlora.integrations.comparison", "lqlora.integrations.compressed_tensors", "lqlora.integrations.gguf_blocks", "lqlora.integrations.gptq", "lqlora.integrations.merging", "lqlora.integrations.exporting", "lqlora.integrations.calibration", "lqlora.integrations.statistics", "lqlora.integrations.transformers",
 )  # fmt: skip
 
 #: What has no row in the table, by the reason.
@@ -64,7 +66,7 @@ LEFT_OUT = {
     "is called by lqlora, with arguments that are checked": {
         "CostStore.append", "Limit.in_bits", "LQLinear.forward", "PEQALinear.forward", "QuantizedEmbedding.forward",
         "QuantizedHead.forward", "Reduced.assignment", "Reduced.chosen", "Reduced.vector",
-        "adapter_fault", "compressed_bytes", "norms_for", "read_entries", "write_document", "write_gradients", "write_inputs",
+        "adapter_fault", "compressed_bytes", "gguf_bytes", "gptq_bytes", "norms_for", "read_entries", "write_document", "write_gradients", "write_inputs",
         "StoredRow.joined", "check_work", "reduce_problem", "select", "relative_gap",
         "Elementwise.low_rank", "Elementwise.measured", "Elementwise.squared_norm", "ScaledWeighting.low_rank", "ScaledWeighting.measured",
         "ScaledWeighting.squared_norm",
@@ -78,7 +80,7 @@ LEFT_OUT = {
     "registers plug-ins for the process": {"register"},
     "reads documents, which tests/fuzz damages": {"codebook_from_json", "codebook_from_text", "CostTable.from_json", "Plan.from_json"},
     "draws with matplotlib": {"plot", "plot_pareto"},
-    "needs a language model": {"divergence", "mark_quantized", "calibrate_checkpoint", "compress", "compress_checkpoint", "load_language_model", "load_causal_model", "load_tokenizer", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "causal_lm_loss"},
+    "needs a language model": {"divergence", "mark_quantized", "calibrate_checkpoint", "compress", "compress_checkpoint", "load_language_model", "load_causal_model", "load_tokenizer", "fine_tune", "perplexity", "token_sequences", "load_llama", "open_llama", "linear_weights", "quantized_weights", "causal_lm_loss"},
     "tests a plug-in for seconds": {
         "assert_backend_conforms", "assert_quantizer_conforms", "assert_solver_conforms", "check_backend", "check_solver",
     },
@@ -90,6 +92,8 @@ OWN = {"fmt": FORMAT, "rank": 1}
 DECOMPOSED = lq.decompose(W, **OWN, max_iter=1)
 PARTS = to_bitsandbytes(lq.quantize(W, lq.BlockFormat(lq.NF4, 32)))
 AFFINE = lq.quantize(np.tile(W, 4), lq.BlockFormat.parse("affine4/16:float32"))
+SIGNED = lq.quantize(np.tile(W, 4), lq.BlockFormat.parse("int4s/32:float16"))
+WORDS = lq.quantize(np.tile(W, (16, 4)), lq.BlockFormat.parse("affine4/16:float16"))
 OPERANDS = nn.operands(Q.to(torch))
 PROBLEM = Problem(np.ones((2, 2)), np.ones((2, 2), np.int64))
 ROWS = [torch.ones(2, 16)]
@@ -210,6 +214,14 @@ CALLS = {
     "open_statistics": (open_statistics, lambda: {"path": statistics()}),
     "Statistics.weighting": (lambda **own: open_statistics(statistics()).weighting(**own), {}),
     "quantize_on_load": (quantize_on_load, {"format": "nf4/64", "rank": 1}),
+    "to_gguf_blocks": (to_gguf_blocks, {"q": SIGNED}),
+    "block_type": (block_type, {"q": SIGNED}),
+    "gguf_fault": (gguf_fault, {"q": SIGNED}),
+    "from_gguf_blocks": (from_gguf_blocks, {"blocks": to_gguf_blocks(SIGNED), "kind": "Q4_0"}),
+    "to_gptq": (to_gptq, {"q": WORDS, "checkpoint_format": "gptq_v2"}),
+    "gptq_fault": (gptq_fault, {"q": WORDS}),
+    "from_gptq": (from_gptq, {"tensors": to_gptq(WORDS, checkpoint_format="gptq_v2"), "checkpoint_format": "gptq_v2"}),
+    "decode_gptq": (decode_gptq, {"tensors": to_gptq(WORDS, checkpoint_format="gptq_v2"), "checkpoint_format": "gptq_v2"}),
     "to_compressed_tensors": (to_compressed_tensors, {"q": AFFINE}),
     "compressed_fault": (compressed_fault, {"q": Q}),
     "from_compressed_tensors": (from_compressed_tensors, {"tensors": to_compressed_tensors(AFFINE)}),

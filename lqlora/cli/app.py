@@ -321,6 +321,9 @@ def export_command(
     *,
     base: Annotated[BaseModel, typer.Option(help="Layout of the quantized part.")] = "dense",
     like: Annotated[Path | None, typer.Option(help="GGUF file of the dense model, for --base gguf.")] = None,
+    adapter: Annotated[
+        str, typer.Option(help="Subfolder of the adapter; loftq_init for programs of LoftQ.")
+    ] = "adapter",
     dtype: Annotated[Dtype, typer.Option(help="Dtype of decoded matrices and of computation.")] = "bfloat16",
     shard_size: Annotated[str, typer.Option(help="Largest size of a file.")] = "4GiB",
     as_json: Annotated[bool, typer.Option("--json", help="Print the sizes of the files, as JSON.")] = False,
@@ -329,8 +332,10 @@ def export_command(
 
     Example: lqlora export llama-4bit/ llama-peft/ --base bitsandbytes
     """
-    with advise_options({"base": "--base", "like": "--like", "dtype": "--dtype", "shard_bytes": "--shard-size"}):
-        export.run(checkpoint, folder, base, like, dtype, shard_size, as_json=as_json)
+    with advise_options(
+        {"base": "--base", "like": "--like", "adapter": "--adapter", "dtype": "--dtype", "shard_bytes": "--shard-size"}
+    ):
+        export.run(checkpoint, folder, base, like, adapter, dtype, shard_size, as_json=as_json)
 
 
 @app.command("eval")

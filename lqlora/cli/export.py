@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lqlora.cli import console
 from lqlora.cli.parsing import parse_bytes
 from lqlora.integrations._gguf_files import ADAPTER_FILE
-from lqlora.integrations.exporting import ADAPTER, export_checkpoint
+from lqlora.integrations.exporting import export_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,15 @@ __all__ = ["run"]
 
 
 def run(
-    checkpoint: Path, folder: Path, base: Base, like: Path | None, dtype: FloatName, shard_size: str, *, as_json: bool
+    checkpoint: Path,
+    folder: Path,
+    base: Base,
+    like: Path | None,
+    adapter: str,
+    dtype: FloatName,
+    shard_size: str,
+    *,
+    as_json: bool,
 ) -> None:
     """Write the base and the adapter.
 
@@ -34,15 +42,16 @@ def run(
             folder,
             base,
             like=like,
+            adapter=adapter,
             dtype=dtype,
             shard_bytes=parse_bytes(shard_size, "--shard-size"),
             progress=show,
         )
-    adapter = next((own for own in (folder / ADAPTER, folder / ADAPTER_FILE) if own.exists()), None)
+    written = next((own for own in (folder / adapter, folder / ADAPTER_FILE) if own.exists()), None)
     if as_json:
-        console.say_json({"files": sizes, "adapter": None if adapter is None else str(adapter)})
+        console.say_json({"files": sizes, "adapter": None if written is None else str(written)})
         return
     size, count = sum(sizes.values()), f"{len(sizes)} file{'' if len(sizes) == 1 else 's'}"
     console.say(
-        f"Wrote {folder} ({size:,} bytes in {count}){'' if adapter is None else f' and the adapter {adapter}'}."
+        f"Wrote {folder} ({size:,} bytes in {count}){'' if written is None else f' and the adapter {written}'}."
     )

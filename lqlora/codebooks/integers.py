@@ -16,7 +16,7 @@ __all__ = ["affine", "uniform"]
 
 @cached()
 def uniform(bits: int, *, signed: bool = True, normalization: Literal["absmax", "signed"] = "absmax") -> Codebook:
-    """Return a codebook of equally spaced levels that end at 1.
+    """Return a codebook of equally spaced levels.
 
     Parameters
     ----------
@@ -26,8 +26,8 @@ def uniform(bits: int, *, signed: bool = True, normalization: Literal["absmax", 
         True: ``2**bits - 1`` levels ``k / (2**(bits-1) - 1)`` from -1 to 1, symmetric about an exact zero.
         False: ``2**bits`` levels ``k / (2**bits - 1)`` from 0 to 1, in which LQ-LoRA stores scales.
     normalization : {"absmax", "signed"}, default "absmax"
-        ``"signed"`` uses all codes: ``2**bits`` levels ``k / 2**(bits-1)``, the last of them 1, which stands for the largest entry of a
-        block with its sign. Products of these levels with scales of 16 bits are exact. It is the grid of Q4_0, Q5_0 and Q8_0 in llama.cpp.
+        ``"signed"`` uses all codes: the ``2**bits`` integers from ``1 - 2**(bits-1)`` to ``2**(bits-1)``, of which the last stands for the
+        entry of a block that is largest, with its sign. It is the grid of Q4_0, Q5_0 and Q8_0 in llama.cpp.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def uniform(bits: int, *, signed: bool = True, normalization: Literal["absmax", 
     >>> uniform(3).levels.size
     7
     >>> uniform(2, normalization="signed").levels.tolist()
-    [-0.5, 0.0, 0.5, 1.0]
+    [-1.0, 0.0, 1.0, 2.0]
     """
     require_kind(signed, "signed", bool, "True or False")
     require_integer("bits", bits, 1 + signed, 8, "signed integers" if signed else "unsigned integers")
@@ -59,7 +59,7 @@ def uniform(bits: int, *, signed: bool = True, normalization: Literal["absmax", 
         if not signed:
             raise InvalidArgumentError("normalization must be 'absmax' for unsigned integers, got 'signed'.")
         half = 2 ** (bits - 1)
-        return Codebook(np.arange(1 - half, half + 1) / half, name=f"int{bits}s", normalization="signed")
+        return Codebook(np.arange(1 - half, half + 1), name=f"int{bits}s", normalization="signed")
     steps = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     codes = np.arange(-steps if signed else 0, steps + 1)
     return Codebook(codes / steps, name=f"{'int' if signed else 'uint'}{bits}")

@@ -20,7 +20,7 @@ class ExpertRows(NamedTuple):
     expert : int
         Index along its first axis.
     part, parts : int
-        Which of so many equal parts of the rows.
+        Index and number of equal parts of the rows.
     """
 
     array: str

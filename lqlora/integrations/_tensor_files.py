@@ -31,7 +31,7 @@ class TensorPart(NamedTuple):
     file : Path
         The file.
     dtype : str
-        Its dtype, as safetensors spells it.
+        Its dtype, by the name in safetensors.
     shape : tuple of int
         Its shape.
     nbytes : int
@@ -76,7 +76,7 @@ def read_header(path: Path) -> list[tuple[str, TensorPart]]:
     Returns
     -------
     list of (str, TensorPart)
-        In the order of the file.
+        Tensors in the order of the file.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def _describe(path: Path, tensor: Any) -> TensorPart:
 
 
 def of_dimensions(shape: tuple[int, ...]) -> str:
-    """Return the reason why a tensor is no matrix.
+    """Return the reason why a tensor is not a matrix.
 
     Parameters
     ----------

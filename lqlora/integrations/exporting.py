@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lqlora.integrations.gptq import CheckpointFormat
     from lqlora.quantized import QuantizedArray
 
-__all__ = ["ADAPTER", "Base", "adapter_fault", "can_export", "export_checkpoint"]
+__all__ = ["Base", "adapter_fault", "can_export", "export_checkpoint"]
 
 Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq"]
 
@@ -51,9 +51,6 @@ _SIZES: dict[Base, Callable[[BlockFormat, tuple[int, ...]], int]] = {
     "compressed-tensors": compressed_bytes,
     "gptq": gptq_bytes,
 }
-
-#: Subfolder of the adapter.
-ADAPTER = "adapter"
 
 
 @annotated
@@ -148,6 +145,7 @@ def export_checkpoint(
     base: Base,
     *,
     like: str | os.PathLike[str] | None = None,
+    adapter: str = "adapter",
     dtype: FloatName = "bfloat16",
     shard_bytes: int = 2**32,
     progress: bool | Callable[[int, int], None] = True,
@@ -175,7 +173,9 @@ def export_checkpoint(
         ``"gptq"``: the quantized part as GPTQModel, vLLM and SGLang read it. Matrices may have different codebooks ``affine2``, ``affine3``,
         ``affine4`` and ``affine8`` and block sizes, with scales that float16 holds; see :mod:`lqlora.integrations.gptq`.
     like : path-like, optional
-        For ``"gguf"``: a GGUF file of the dense model in any type, whose settings and vocabulary are taken.
+        GGUF file of the dense model in any type, whose settings and vocabulary are taken, for ``"gguf"`` alone.
+    adapter : str, default "adapter"
+        Name of the subfolder of the adapter. Models of LoftQ are dense bases with adapters in ``"loftq_init"``. GGUF has no use for it.
     dtype : {"bfloat16", "float16", "float32"}
         Dtype of decoded matrices, and the one that the model computes in. GGUF has no use for it.
     shard_bytes : int
@@ -214,6 +214,8 @@ def export_checkpoint(
     require_choice(base, "base", _BASES)
     require_choice(dtype, "dtype", ("bfloat16", "float16", "float32"))
     require_integer(shard_bytes, "shard_bytes", 1)
+    if re.fullmatch("[A-Za-z0-9_-]+", adapter) is None:  # no path, and no name of a file
+        raise InvalidArgumentError(f"adapter must be a name of letters, digits, - and _, got {shown(adapter)}.")
     if (like is None) == (base == "gguf"):
         raise InvalidArgumentError(
             "like must be a GGUF file of the dense model for base='gguf', and is not used for others."
@@ -256,7 +258,7 @@ def export_checkpoint(
     return write_model(
         own, Path(folder).absolute(), "Exporting", functools.partial(_tensors_of, parts, origins, base, dtype, kind), size_of, dtype=dtype, shard_bytes=int(shard_bytes), progress=progress,
         quantization_config=_configuration(parts, base, dtype, kind),
-        finish=lambda beside: _write_adapter(beside / ADAPTER, parts, factors, is_transposed=is_transposed) if factors else None,
+        finish=lambda beside: _write_adapter(beside / adapter, parts, factors, is_transposed=is_transposed) if factors else None,
     )  # fmt: skip
 
 

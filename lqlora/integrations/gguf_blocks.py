@@ -8,14 +8,14 @@ A row is cut into blocks of 32 weights. A block has these bytes, numbers being l
 - Q5_0, 22 bytes: ``d``, the highest bits of all codes as one word of 32 bits, and their lower bits as above. A weight is ``d * (code - 16)``.
 - Q8_0, 34 bytes: ``d``, and 32 integers of 8 bits. A weight is ``d * integer``.
 
-The codebooks ``int4s``, ``int5s`` and ``int8s`` have the same grids: level ``k / 2**(bits-1)`` and scale ``s`` are the integer ``-k`` and
-``d = -s / 2**(bits-1)``. The negative scale keeps the level 1, which has no negative, at the lowest integer. ``affine4`` and ``affine8``
-fit if zero points are where a type has them.
+The codebooks ``int4s``, ``int5s`` and ``int8s`` have the same grids: level ``k`` and scale ``s`` are the integer ``-k`` and ``d = -s``, because
+their largest level, which has no negative, is the lowest integer here. ``affine4`` and ``affine8`` fit if zero points are where a type has
+them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,11 +25,14 @@ from lqlora._options import require_choice
 from lqlora.codebooks import uniform
 from lqlora.errors import FormatError, NonFiniteError
 from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.integrations._words import host_tensor
 from lqlora.quantized import QuantizedArray, dequantize
 from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    from lqlora._typing import Array
 
 __all__ = ["BlockType", "block_type", "from_gguf_blocks", "gguf_bytes", "gguf_fault", "to_gguf_blocks"]
 
@@ -163,13 +166,13 @@ def gguf_bytes(kind: BlockType, shape: tuple[int, ...]) -> int:
 
 
 @annotated
-def from_gguf_blocks(blocks: npt.NDArray[Any], kind: BlockType) -> QuantizedArray:
+def from_gguf_blocks(blocks: Array, kind: BlockType) -> QuantizedArray:
     """Return the quantized matrix that the rows of a tensor in a GGUF file stand for.
 
     Parameters
     ----------
-    blocks : ndarray of uint8, shape (rows, bytes)
-        Blocks listed in :mod:`lqlora.integrations.gguf_blocks`.
+    blocks : array of uint8, shape (rows, bytes)
+        Blocks listed in :mod:`lqlora.integrations.gguf_blocks`, of any array library.
     kind : {"Q4_0", "Q5_0", "Q8_0"}
         Name of the type. Q4_1 is not read: its minima are not products of scales and integers.
 
@@ -182,7 +185,7 @@ def from_gguf_blocks(blocks: npt.NDArray[Any], kind: BlockType) -> QuantizedArra
     Raises
     ------
     FormatError
-        If the bytes are not those of blocks, or a scale is too large for float16 in our layout, in which it is ``2**(bits-1)`` times larger.
+        If the bytes are not those of blocks.
     NonFiniteError
         If a scale is NaN or infinite.
 
@@ -197,19 +200,16 @@ def from_gguf_blocks(blocks: npt.NDArray[Any], kind: BlockType) -> QuantizedArra
     """
     require_choice(kind, "kind", tuple(_SIGNED.values()))
     size, bits = _BYTES[kind], next(bits for bits, own in _SIGNED.items() if own == kind)
-    if blocks.dtype != np.uint8 or blocks.ndim != 2 or not blocks.size or blocks.shape[1] % size:
+    host = host_tensor({"blocks": blocks}, "blocks")
+    if host.dtype != np.uint8 or host.ndim != 2 or not host.size or host.shape[1] % size:
         raise FormatError(
-            f"blocks must be rows of uint8 of a multiple of {size} bytes for {kind}, got {blocks.dtype} of shape {blocks.shape}."
+            f"blocks must be rows of uint8 of a multiple of {size} bytes for {kind}, got {host.dtype} of shape {host.shape}."
         )
-    rows = len(blocks)
-    own = np.ascontiguousarray(blocks).reshape(rows, -1, size)
+    rows = len(host)
+    own = np.ascontiguousarray(host).reshape(rows, -1, size)
     scales = np.ascontiguousarray(own[..., :2]).view("<f2")[..., 0]
     if not np.isfinite(scales).all():
         raise NonFiniteError(f"blocks must have finite scales, got {scales[~np.isfinite(scales)][0]}.")
-    with np.errstate(over="ignore"):
-        stored = -scales * np.float16(2 ** (bits - 1))
-    if not np.isfinite(stored).all():
-        raise FormatError(f"blocks must have scales below {65504 / 2 ** (bits - 1):g} for {kind} in float16.")
     if kind == "Q8_0":
         integers = own[..., 2:] ^ np.uint8(128)
     else:
@@ -220,7 +220,7 @@ def from_gguf_blocks(blocks: npt.NDArray[Any], kind: BlockType) -> QuantizedArra
     codes = np.uint8(2**bits - 1) - integers
     shape = (rows, own.shape[1] * _BLOCK)
     fmt = BlockFormat(uniform(bits, normalization="signed"), _BLOCK, axis=-1, scales="float16")
-    arrays = {"codes": ops.pack_codes(codes.reshape(-1), bits), "scales": np.ascontiguousarray(stored).reshape(-1)}
+    arrays = {"codes": ops.pack_codes(codes.reshape(-1), bits), "scales": -np.ascontiguousarray(scales).reshape(-1)}
     return QuantizedArray.from_arrays(arrays, fmt, shape)
 
 
@@ -234,17 +234,13 @@ def _blocks(q: QuantizedArray) -> _Blocks:
     ops.require_finite(scales, "scales")
     codes = np.asarray(own.codes).reshape(rows, -1, _BLOCK)
     wide = np.asarray(scales, np.float32).reshape(rows, -1)
-    if fmt.codebook.normalization == "signed":
-        narrow = _as_float16(-wide / np.float32(2 ** (bits - 1)))
-        if narrow is None:
-            raise FormatError(
-                f"scales must be such that float16 holds them divided by {2 ** (bits - 1)} for GGUF, got {fmt}."
-            )
-        return _Blocks(_SIGNED[bits], np.uint8(2**bits - 1) - codes, narrow)
-    zeros = np.asarray(ops.unpack_codes(own.zero_points, bits, wide.size)).reshape(rows, -1).astype(np.float32)
-    narrow = _as_float16(wide)
+    is_signed = fmt.codebook.normalization == "signed"
+    narrow = _as_float16(-wide if is_signed else wide)
     if narrow is None:
         raise FormatError(f"scales must be such that float16 holds them for GGUF, got {fmt}.")
+    if is_signed:
+        return _Blocks(_SIGNED[bits], np.uint8(2**bits - 1) - codes, narrow)
+    zeros = np.asarray(ops.unpack_codes(own.zero_points, bits, wide.size)).reshape(rows, -1).astype(np.float32)
     if (zeros == 2 ** (bits - 1)).all():
         return _Blocks(_SIGNED[bits], codes, narrow)
     minima = _as_float16(-wide * zeros) if bits == 4 else None

@@ -231,8 +231,12 @@ def decode_gptq(
 
     Parameters
     ----------
-    tensors, name, checkpoint_format
-        See :func:`from_gptq`.
+    tensors : mapping of str to array
+        Tensors listed in :mod:`lqlora.integrations.gptq`; others are not looked at.
+    name : str, default "layer"
+        Name of the layer.
+    checkpoint_format : {"gptq", "gptq_v2"}
+        See :func:`to_gptq`.
 
     Returns
     -------

@@ -131,7 +131,7 @@ class JoinedExperts:
         Returns
         -------
         list of torch.nn.Module
-            In the order of their rows.
+            Layers in the order of their rows.
         """
         return [self.owner.get_submodule(f"{expert}.{key}") for key in self.keys]
 

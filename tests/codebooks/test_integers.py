@@ -22,6 +22,19 @@ def test_unsigned_levels_go_from_zero_to_one(bits):
     assert (codebook.bits, codebook.name) == (bits, f"uint{bits}")
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_levels_to_a_maximum_with_its_sign_are_all_integers(bits):
+    codebook = uniform(bits, normalization="signed")
+    assert codebook.levels.tolist() == list(range(1 - 2 ** (bits - 1), 2 ** (bits - 1) + 1))
+    assert (codebook.bits, codebook.name, codebook.normalization) == (bits, f"int{bits}s", "signed")
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_uniform_refuses_other_normalizations(signed):
+    with pytest.raises(InvalidArgumentError, match="normalization must"):
+        uniform(4, signed=signed, normalization="affine" if signed else "signed")
+
+
 @pytest.mark.parametrize(("bits", "signed"), [(1, True), (9, True), (0, False), (9, False), (4.0, True), (True, False)])
 def test_uniform_refuses_other_bits(bits, signed):
     uniform(4), uniform(1, signed=False)  # a cache must not let 4.0 pass for 4, nor True for 1

@@ -25,6 +25,7 @@ from lqlora.errors import FormatError, InvalidArgumentError
 SPELLED = {
     "nf4": NF4,
     "int8": uniform(8),
+    "int4s": uniform(4, normalization="signed"),
     "uint1": uniform(1, signed=False),
     "affine4": affine(4),
     "e4m3": small_float(4, 3),

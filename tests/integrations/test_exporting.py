@@ -63,6 +63,19 @@ class TestDense:
         assert names
         assert all("lora_" in name for name in names)
 
+    def test_peft_opens_the_layout_of_loftq(self, tmp_path):
+        peft = require_module("peft")
+        folder, expected = decomposed(tmp_path, NF3)
+        export_checkpoint(folder, tmp_path / "base", "dense", adapter="loftq_init", dtype="float32", progress=False)
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "base", subfolder="loftq_init", is_trainable=True)
+        torch.testing.assert_close(logits(model), logits(expected), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", ["", "a/b", "..", "config.json", "a\0"])
+    def test_other_names_of_adapters_are_refused(self, tmp_path, name):
+        with pytest.raises(InvalidArgumentError, match="adapter must be a name"):
+            export_checkpoint(tmp_path, tmp_path / "base", "dense", adapter=name)
+
     def test_no_matrix_of_rank_zero_is_in_the_adapter(self, tmp_path):
         folder, _ = decomposed(tmp_path, NF3, rank={"*q_proj": 2, "*": 0})
         export_checkpoint(folder, tmp_path / "base", "dense", progress=False)

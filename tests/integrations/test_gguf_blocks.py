@@ -41,7 +41,7 @@ def with_arrays(q, **arrays):
     axis=st.sampled_from(["", "@-1", "@1"]),
     rows=st.integers(1, 9),
     blocks=st.integers(1, 5),
-    magnitude=st.floats(1e-3, 1e3),
+    magnitude=st.floats(1e-4, 1e4),
     fit=st.sampled_from(["absmax", "scale"]),
     seed=st.integers(0, 99),
 )
@@ -117,8 +117,10 @@ def test_what_no_type_holds_is_refused(text, shape, match):
             call(q)
 
 
-def test_scales_that_are_too_small_divided_are_refused():
-    assert "scales must be such" in gguf_fault(quantized("int8s/32:float16", magnitude=1e-7))
+@pytest.mark.parametrize("magnitude", [1e-5, 1e-4, 1e5])
+def test_scales_at_the_ends_of_float16(magnitude):
+    q = quantized("int8s/32:float16", magnitude=magnitude)
+    np.testing.assert_array_equal(decoded(to_gguf_blocks(q), "Q8_0"), lq.dequantize(q))
 
 
 @pytest.mark.parametrize(
@@ -130,9 +132,8 @@ def test_scales_that_are_too_small_divided_are_refused():
         (np.zeros((2, 18), np.int8), "Q4_0", FormatError),
         (np.zeros((2, 20), np.uint8), "Q4_1", InvalidArgumentError),
         (np.full((1, 18), 0x7C, np.uint8), "Q4_0", NonFiniteError),
-        (np.full((1, 34), 0x7B, np.uint8), "Q8_0", FormatError),
     ],
 )
 def test_bytes_that_are_no_blocks_are_refused(blocks, kind, error):
-    with pytest.raises(error, match="blocks must|kind must"):
+    with pytest.raises(error, match=" must "):
         from_gguf_blocks(blocks, kind)

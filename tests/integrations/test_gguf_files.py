@@ -25,7 +25,9 @@ QUERY = "model.layers.0.self_attn.q_proj"
 
 
 def decomposed(source, folder, formats=FORMAT, rank=2, **options):
-    lq.decompose_checkpoint(source, folder, formats, rank=rank, max_iter=1, progress=False, factor_dtype="float32", **options)
+    lq.decompose_checkpoint(
+        source, folder, formats, rank=rank, max_iter=1, progress=False, factor_dtype="float32", **options
+    )
     return folder
 
 
@@ -75,7 +77,10 @@ def test_codes_and_factors_are_those_of_the_checkpoint(like, tmp_path, text):
         np.testing.assert_array_equal(own, stored.tensors[name].astype(np.float32))
     products = adapters_of(tmp_path / "out" / "adapter.gguf")
     assert len(products) == len(stored.matrices)
-    for ours, theirs, heads in ((QUERY, "blk.0.attn_q", HEADS), ("model.layers.1.self_attn.k_proj", "blk.1.attn_k", KV_HEADS)):
+    for ours, theirs, heads in (
+        (QUERY, "blk.0.attn_q", HEADS),
+        ("model.layers.1.self_attn.k_proj", "blk.1.attn_k", KV_HEADS),
+    ):
         own = stored.matrices[ours]
         expected = permute(own.scaling * own.lora_B @ own.lora_A, heads)
         np.testing.assert_allclose(products[f"{theirs}.weight"], expected, rtol=1e-5, atol=1e-6)
@@ -97,7 +102,11 @@ def test_settings_and_vocabulary_are_those_of_the_other_file(like, small, tmp_pa
         given = {"input_ids": torch.arange(12)[None]}
         torch.testing.assert_close(model(**given).logits, expected(**given).logits, rtol=1e-4, atol=1e-5)
     settings = settings_of(tmp_path / "out" / "adapter.gguf")
-    assert [settings[key] for key in ("general.type", "general.architecture", "adapter.type")] == ["adapter", "llama", "lora"]
+    assert [settings[key] for key in ("general.type", "general.architecture", "adapter.type")] == [
+        "adapter",
+        "llama",
+        "lora",
+    ]
     assert settings["adapter.lora.alpha"] == 0
 
 
@@ -134,7 +143,9 @@ def test_a_folder_of_safetensors_with_heads_and_16_bits(tmp_path):
     save_file(dense, tmp_path / "dense" / "model.safetensors")
     (tmp_path / "dense" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     small = decomposed(tmp_path / "dense", tmp_path / "small", rank=0)
-    assert set(export_checkpoint(small, tmp_path / "out", "gguf", like=tmp_path / "like.gguf", progress=False)) == {"model.gguf"}
+    assert set(export_checkpoint(small, tmp_path / "out", "gguf", like=tmp_path / "like.gguf", progress=False)) == {
+        "model.gguf"
+    }
     found = values_of(tmp_path / "out" / "model.gguf")
     np.testing.assert_array_equal(found["lm_head.weight"], dense["lm_head.weight"].astype(np.float32))
     kinds = {own.name: own.tensor_type.name for own in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
@@ -157,7 +168,11 @@ class TestRefusals:
         write_tiny_llama(tmp_path / "wide.gguf", change=lambda weights: weights.update(wide))
         less = {"model.layers.1.mlp.up_proj.weight"}
         write_tiny_llama(tmp_path / "less.gguf", change=lambda weights: [weights.pop(name) for name in less])
-        for name, match in (("headed", "it has lm_head"), ("wide", "has shape"), ("less", "it lacks model.layers.1.mlp.up_proj")):
+        for name, match in (
+            ("headed", "it has lm_head"),
+            ("wide", "has shape"),
+            ("less", "it lacks model.layers.1.mlp.up_proj"),
+        ):
             for call in (export_checkpoint, merge_checkpoint):
                 given = ("gguf",) if call is export_checkpoint else ()
                 with pytest.raises(InvalidArgumentError, match=match):
@@ -174,8 +189,8 @@ class TestRefusals:
         (tmp_path / "out" / "mine").touch()
         with pytest.raises(CheckpointError, match="is not an empty folder"):
             export_checkpoint(small, tmp_path / "out", "gguf", like=like, progress=False)
+        (tmp_path / "no.gguf").write_bytes(b"no model")
         with pytest.raises(CheckpointError, match="does not begin with"):
-            (tmp_path / "no.gguf").write_bytes(b"no model")
             merge_checkpoint(small, tmp_path / "new", like=tmp_path / "no.gguf", progress=False)
         assert not (tmp_path / "new").exists()
 

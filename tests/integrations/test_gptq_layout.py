@@ -184,7 +184,9 @@ class TestFolders:
         require_module("transformers")
         tiny_models.dense_llama().save_pretrained(tmp_path / "dense")
         names = [name for name in open_weights(tmp_path / "dense") if "layers" in name]
-        formats = {name: lq.BlockFormat.parse(f"affine{4 if index % 3 else 8}/16:float16") for index, name in enumerate(names)}
+        formats = {
+            name: lq.BlockFormat.parse(f"affine{4 if index % 3 else 8}/16:float16") for index, name in enumerate(names)
+        }
         lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "small", formats, rank=rank, max_iter=1, progress=False)
         narrow = [name for name in names if "k_proj" in name or "v_proj" in name]
         assert can_export(tmp_path / "small", "gptq") == {}
@@ -199,13 +201,17 @@ class TestFolders:
             dynamic = config["dynamic"].get("+:^" + name.replace(".", r"\.") + "$", {"bits": 4, "group_size": 16})
             assert dynamic == {"bits": own.quantized.format.codebook.bits, "group_size": 16}
         assert "-:^lm_head$" in config["dynamic"]
-        assert {key for key in found if key.endswith(".weight")} == {key for key in stored.tensors if key.endswith(".weight")}
+        assert {key for key in found if key.endswith(".weight")} == {
+            key for key in stored.tensors if key.endswith(".weight")
+        }
         assert (tmp_path / "out" / "adapter").is_dir() == bool(rank)
 
     def test_what_does_not_fit_is_listed(self, tmp_path):
         require_module("transformers")
         tiny_models.dense_llama().save_pretrained(tmp_path / "dense")
-        lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "small", lq.BlockFormat.parse("nf4/16:float16"), rank=0, progress=False)
+        lq.decompose_checkpoint(
+            tmp_path / "dense", tmp_path / "small", lq.BlockFormat.parse("nf4/16:float16"), rank=0, progress=False
+        )
         assert len(can_export(tmp_path / "small", "gptq")) == 14
         with pytest.raises(FormatError, match="cannot be exported"):
             export_checkpoint(tmp_path / "small", tmp_path / "out", "gptq", progress=False)

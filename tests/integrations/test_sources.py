@@ -272,8 +272,18 @@ class TestCodedWeights:
             {"a.weight": np.ones((8, 8), np.int8), "a.SCB": one(1, (8,))},
             {"experts_blocks": np.ones((2, 8, 4), np.uint8), "experts_scales": np.ones((2, 8), np.uint8)},
         ],
-        ids=["float8", "float8 alone", "float8, other scales", "float8, scales of 8 bits", "float8 experts", "GPTQ", "MLX",
-             "compressed-tensors", "int8", "MXFP4"],
+        ids=[
+            "float8",
+            "float8 alone",
+            "float8, other scales",
+            "float8, scales of 8 bits",
+            "float8 experts",
+            "GPTQ",
+            "MLX",
+            "compressed-tensors",
+            "int8",
+            "MXFP4",
+        ],
     )
     def test_codes_and_scales_are_refused_by_name(self, tmp_path, tensors):
         save_file(tensors | {"plain.weight": one(1)}, tmp_path / "model.safetensors")

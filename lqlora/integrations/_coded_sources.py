@@ -119,7 +119,7 @@ def _decoded_weight(parts: Mapping[str, TensorPart], weight: CodedWeight) -> Fou
     shape = weight.shape
     if shape is None:
         stated = f"{weight.name}_shape"
-        if parts[stated].nbytes != 16 or parts[stated].dtype != "I64":
+        if parts[stated].shape != (2,) or parts[stated].dtype != "I64":
             raise CheckpointError(about_file(parts[stated].file, f"must have two integers for {shown(stated)}."))
         shape = tuple(map(int, read_as_stored(parts[stated].file, stated)))
     size, load = (

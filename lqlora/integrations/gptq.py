@@ -291,14 +291,15 @@ def _read(tensors: Mapping[str, Array], name: str, checkpoint_format: Checkpoint
     groups, rows = scales.shape
     if int(index.min()) < 0 or int(index.max()) >= groups:
         raise FormatError(f"{name}.g_idx must have numbers from 0 to {groups - 1}, got {index.min()} to {index.max()}.")
-    bits = next((own for own in _BITS if qweight.shape == (-(-columns * own // WORD), rows)), 0)
+    # The codes of a row fill words, so their number tells the bits.
+    bits = next((own for own in _BITS if qweight.shape == (columns * own / WORD, rows)), 0)
     if qweight.dtype != np.int32 or not bits:
         raise FormatError(
             f"{name}.qweight must be int32 for {columns} columns and {rows} rows, got {qweight.dtype} of shape {qweight.shape}."
         )
-    if qzeros.dtype != np.int32 or qzeros.shape != (groups, -(-rows * bits // WORD)):
+    if qzeros.dtype != np.int32 or qzeros.shape != (groups, rows * bits / WORD):
         raise FormatError(
-            f"{name}.qzeros must be int32 of shape {(groups, -(-rows * bits // WORD))}, got {qzeros.dtype} of shape {qzeros.shape}."
+            f"{name}.qzeros must be int32 for {groups} groups and {rows} rows, got {qzeros.dtype} of shape {qzeros.shape}."
         )
     codes = unpacked_words(np.ascontiguousarray(qweight.T), bits, columns, f"{name}.qweight")
     zeros = unpacked_words(qzeros, bits, rows, f"{name}.qzeros").T.astype(np.int16)

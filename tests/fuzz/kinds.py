@@ -25,6 +25,7 @@ _KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "store": ("stores", "Stores", ()),
     "bitsandbytes": ("bitsandbytes_states", "BitsandbytesStates", ()),
     "model": ("models", "Models", ()),
+    "coded": ("coded_models", "CodedModels", ()),
     "adapter": ("adapters", "Adapters", ("torch",)),
     "gguf": ("gguf_files", "GgufFiles", ("torch", "gguf", "transformers")),
 }

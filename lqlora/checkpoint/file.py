@@ -106,6 +106,11 @@ class StoredMatrix:
     lora_B: Array
     scaling: float = 1.0
 
+    def __repr__(self) -> str:
+        """Return shape, format and rank. The numbers are those of the attributes."""
+        own = self.quantized
+        return f"StoredMatrix(shape={own.shape}, format={str(own.format)!r}, rank={len(self.lora_A)})"
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -130,7 +135,7 @@ class Checkpoint:
 @collection_paused()
 def save(
     path: str | os.PathLike[str],
-    matrices: Mapping[str, _Matrix],
+    matrices: Mapping[str, _Matrix | QuantizedArray],
     tensors: Mapping[str, Array] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -142,8 +147,8 @@ def save(
     ----------
     path : path-like
         File to write; an existing one is replaced at the end.
-    matrices : mapping of str to Decomposition or StoredMatrix
-        Quantized matrices by module name, of any array library.
+    matrices : mapping of str to Decomposition, StoredMatrix or QuantizedArray
+        Quantized matrices by module name, of any array library. A quantized array is stored with factors of rank 0.
     tensors : mapping of str to array, optional
         Tensors that are not quantized, such as embeddings, norms and biases.
     metadata : mapping, optional
@@ -175,7 +180,8 @@ def save(
     # determine such a codebook: "affine" adds zero points, and "signed" allows scales below zero.
     arrays: dict[str, Any] = {}
     rows = {}
-    for name, matrix in matrices.items():
+    for name, given in matrices.items():
+        matrix = _as_matrix(given, name)
         _add_all(arrays, _matrix_arrays(name, matrix))
         fmt = matrix.quantized.format
         rows[name] = {
@@ -203,6 +209,20 @@ def save(
     document["sha256"] = digest(arrays, document)
     header = Reader("metadata must be such that they can be read again", InvalidArgumentError).write(document, Content)
     write_container(path, arrays, KEY, header)
+
+
+def _as_matrix(given: _Matrix | QuantizedArray, name: str) -> _Matrix:
+    """Return a matrix with its factors, of rank 0 for a quantized array."""
+    if isinstance(given, QuantizedArray):
+        if len(given.shape) != 2 or given.batch_shape:
+            raise InvalidArgumentError(f"matrices must be matrices, got one of shape {given.shape} for {shown(name)}.")
+        rows, columns = given.shape
+        return StoredMatrix(given, np.zeros((0, columns), np.float32), np.zeros((rows, 0), np.float32))
+    if not isinstance(getattr(given, "quantized", None), QuantizedArray):
+        raise InvalidArgumentError(
+            f"matrices must be a Decomposition, StoredMatrix or QuantizedArray each, got {type(given).__name__} for {shown(name)}."
+        )
+    return given
 
 
 def _check_readable(arrays: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:

@@ -117,6 +117,12 @@ class Codebook:
         """Return the number of levels."""
         return len(self.levels)
 
+    def __repr__(self) -> str:
+        """Return the name and how many levels there are; the levels themselves of one without a name."""
+        levels = self.levels.tolist()
+        shown = levels if self.name == "custom" else f"{len(levels)} from {levels[0]:g} to {levels[-1]:g}"
+        return f"Codebook(name={self.name!r}, levels={shown}, normalization={self.normalization!r})"
+
     def __eq__(self, other: object) -> bool:
         """Compare the levels bit by bit, and the normalization; names are ignored."""
         return isinstance(other, Codebook) and self._identity() == other._identity()

@@ -56,6 +56,14 @@ class Decomposition:
     squared_error: float
     factors: tuple[QuantizedArray, QuantizedArray] | None = None
 
+    def __repr__(self) -> str:
+        """Return shape, format, rank and error. The numbers are those of the attributes."""
+        own = self.quantized
+        return (
+            f"Decomposition(shape={own.shape}, format={str(own.format)!r}, rank={self.rank}, relative_error={self.relative_error:.4g}, "
+            f"stop_reason={self.stop_reason!r})"
+        )
+
     @property
     def rank(self) -> int:
         """Rank of the low-rank part."""

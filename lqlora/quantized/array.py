@@ -60,6 +60,10 @@ class QuantizedArray:
     zero_points: Array | None = None
     levels: Array | None = None
 
+    def __repr__(self) -> str:
+        """Return shape and format. The numbers are those of the attributes."""
+        return f"QuantizedArray(shape={self.shape}, format={str(self.format)!r})"
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Leading dimensions of ``shape`` that count the arrays of a stack; empty for a single array."""

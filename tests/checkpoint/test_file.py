@@ -523,6 +523,26 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, matrices):
     assert (tmp_path / "t").read_bytes() == b"precious"
 
 
+def test_quantized_arrays_are_stored_without_factors(tmp_path):
+    q = lq.quantize(np.eye(6, 10, dtype=np.float32), FORMATS[3])
+    lq.save(tmp_path / "m.safetensors", {"up": q, "down": _decomposition()})
+    found = lq.load(tmp_path / "m.safetensors").matrices["up"]
+    expected = lq.StoredMatrix(q, np.zeros((0, 10), np.float32), np.zeros((6, 0), np.float32))
+    _assert_same_matrix(found, expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.eye(4), None, "up", {"quantized": 5}, lq.quantize(np.ones(8, np.float32), FORMATS[0])], ids=repr
+)
+def test_what_is_no_matrix_is_not_saved(tmp_path, wrong):
+    with pytest.raises(InvalidArgumentError, match="matrices must be"):
+        lq.save(tmp_path / "m.safetensors", {"up": wrong})
+    stack = lq.quantize(np.ones((2, 4, 8), np.float32), FORMATS[0], batch_dims=1)
+    with pytest.raises(InvalidArgumentError, match="matrices must be"):
+        lq.save(tmp_path / "m.safetensors", {"up": stack})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_numbers_as_keys_of_metadata_become_text(tmp_path):
     lq.save(tmp_path / "t", {"m": _decomposition()}, metadata={9: 1, 10: 2})
     assert lq.verify(tmp_path / "t").metadata == {"9": 1, "10": 2}

@@ -176,6 +176,8 @@ def _gguf_name(name: str) -> str:
     stem, _, end = name.rpartition(".")
     if stem in top:
         return f"{top[stem]}.{end}"
+    if not stem.startswith("model.layers."):
+        return name
     _, _, layer, *module = stem.split(".")
     kind = ".".join(module)
     return f"blk.{layer}.{_MODULES.get(kind, kind)}.{end}"

@@ -43,7 +43,9 @@ class CodedTensors(NamedTuple):
     parts: set[str]
 
 
-def find_coded_tensors(path: Path, parts: Mapping[str, TensorPart], config: Mapping[str, Any]) -> CodedTensors:
+def find_coded_tensors(
+    path: Path, parts: Mapping[str, TensorPart], config: Mapping[str, Any], turned: Callable[[str], bool]
+) -> CodedTensors:
     """Return the weights that are decoded.
 
     Parameters
@@ -54,6 +56,8 @@ def find_coded_tensors(path: Path, parts: Mapping[str, TensorPart], config: Mapp
         Tensors of all files.
     config : mapping
         Configuration of transformers; empty if there is none.
+    turned : callable
+        Function that tells of the name of a tensor whether the dense model stores it as (inputs, outputs).
 
     Returns
     -------
@@ -68,13 +72,13 @@ def find_coded_tensors(path: Path, parts: Mapping[str, TensorPart], config: Mapp
     found: dict[str, FoundTensor] = {}
     used: set[str] = set()
     for name, files in _bitsandbytes_files(path, parts).items():
-        found[name] = _coded_weight(parts, files, name)
+        found[name] = _coded_weight(parts, files, name, is_turned=turned(name))
         used.update(files)
     settings = config.get("quantization_config")
     for weight in find_coded(parts, settings if isinstance(settings, dict) else {}):
         if weight.name in parts and weight.name not in weight.parts:
             raise CheckpointError(about_file(path, f"has both codes and values for {shown(weight.name)}."))
-        found[weight.parts[0]] = _decoded_weight(parts, weight)
+        found[weight.parts[0]] = _decoded_weight(parts, weight, is_turned=turned(weight.name))
         used.update(weight.parts)
     return CodedTensors(found, used - found.keys())
 
@@ -98,22 +102,38 @@ def _bitsandbytes_files(path: Path, parts: Mapping[str, TensorPart]) -> dict[str
     return found
 
 
-def _coded_weight(parts: Mapping[str, TensorPart], files: Mapping[str, Path], name: str) -> FoundTensor:
+def _coded_weight(
+    parts: Mapping[str, TensorPart], files: Mapping[str, Path], name: str, *, is_turned: bool
+) -> FoundTensor:
     """Describe a 4-bit weight of bitsandbytes."""
     load = functools.partial(_read_bitsandbytes, files, name)
     shape, size = _shape_of_bitsandbytes(parts, files, name), sum(parts[key].nbytes for key in files)
-    loaders: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
-    if len(shape) == 2:
-        loaders[name.removesuffix(".weight")] = load
-    return FoundTensor(
-        name,
-        SourceTensor(shape, "float32", size, load, tuple(loaders)),
-        loaders,
-        "" if loaders else of_dimensions(shape),
-    )
+    if len(shape) != 2:
+        return FoundTensor(name, SourceTensor(shape, "float32", size, load), {}, of_dimensions(shape))
+    return _matrix(name, (shape[0], shape[1]), size, load, is_turned=is_turned, is_linear=True)
 
 
-def _decoded_weight(parts: Mapping[str, TensorPart], weight: CodedWeight) -> FoundTensor:
+def _matrix(
+    name: str,
+    shape: tuple[int, int],
+    size: int,
+    load: Callable[[], npt.NDArray[np.float32]],
+    *,
+    is_turned: bool,
+    is_linear: bool,
+) -> FoundTensor:
+    """Describe a matrix, and the tensor that the dense model has for it."""
+    matrix, other = name.removesuffix(".weight"), functools.partial(_transposed, load)
+    outward, tensor = (other, load) if is_turned and not is_linear else (load, other if is_turned else load)
+    stored = shape[::-1] if is_turned and is_linear else shape
+    return FoundTensor(name, SourceTensor(stored, "float32", size, tensor, (matrix,), is_turned), {matrix: outward}, "")
+
+
+def _transposed(load: Callable[[], npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(load().T)
+
+
+def _decoded_weight(parts: Mapping[str, TensorPart], weight: CodedWeight, *, is_turned: bool) -> FoundTensor:
     """Describe a weight of another layout."""
     files = {part: (parts[part].file, parts[part].dtype) for part in weight.parts}
     shape = weight.shape
@@ -130,8 +150,7 @@ def _decoded_weight(parts: Mapping[str, TensorPart], weight: CodedWeight) -> Fou
         raise CheckpointError(
             about_file(files[weight.parts[0]][0], f"must have matrices for {shown(weight.name)}, got shape {shape}.")
         )
-    matrix = weight.name.removesuffix(".weight")
-    return FoundTensor(weight.name, SourceTensor(shape, "float32", size, load, (matrix,)), {matrix: load}, "")
+    return _matrix(weight.name, (shape[0], shape[1]), size, load, is_turned=is_turned, is_linear=weight.is_linear)
 
 
 def _decode(

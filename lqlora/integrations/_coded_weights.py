@@ -59,12 +59,15 @@ class CodedWeight(NamedTuple):
         Its shape. None if the tensor ``{name}_shape`` says it.
     decode : callable
         Function of the tensors by name that returns the weight in float32. It can be pickled.
+    is_linear : bool, default False
+        Whether the weight has the shape (outputs, inputs) even where the dense model stores it transposed, as layers of GPT-2.
     """
 
     name: str
     parts: tuple[str, ...]
     shape: tuple[int, ...] | None
     decode: Callable[[Mapping[str, Any]], npt.NDArray[np.float32]]
+    is_linear: bool = False
 
 
 def find_coded(tensors: Mapping[str, _Described], config: Mapping[str, Any]) -> Iterator[CodedWeight]:
@@ -106,7 +109,7 @@ def _gptq(tensors: Mapping[str, _Described], prefix: str, config: Mapping[str, A
         return None
     shape = (*tensors[parts[0]].shape[1:], *tensors[parts[3]].shape)
     decode = functools.partial(_decode_gptq, name=prefix.removesuffix("."), kind=kind)
-    return CodedWeight(f"{prefix}weight", parts, shape, decode)
+    return CodedWeight(f"{prefix}weight", parts, shape, decode, is_linear=True)
 
 
 def _decode_gptq(tensors: Mapping[str, Any], name: str, kind: Any) -> npt.NDArray[np.float32]:

@@ -13,7 +13,7 @@ from lqlora._optional import require
 from lqlora._patterns import list_names
 from lqlora._progress import reported
 from lqlora.errors import CheckpointError, InvalidArgumentError
-from lqlora.integrations._gguf_models import COMPUTED, open_headers, permuted
+from lqlora.integrations._gguf_models import COMPUTED, open_headers, permuted, read_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -142,10 +142,9 @@ def _tensors(
         if matrix in held and held[matrix] == own:
             encoded = encode(parts.matrix(matrix), matrix)
         elif own in parts.tensors:
-            encoded = _stored(parts, own)
+            encoded = _as_in(model, own, parts) or _stored(parts, own)
         elif own in COMPUTED:
-            file, place = model.tensors[name]
-            encoded = Encoded("F32", place.shape, lambda file=file, place=place: _floats(file, place))  # type: ignore[misc]
+            encoded = Encoded("F32", model.tensors[name][1].shape, model.loaders()[own])
         else:
             missing.append(own)
             continue
@@ -167,6 +166,18 @@ def _in_order(load: Callable[[], npt.NDArray[Any]], heads: int) -> Callable[[], 
     return lambda: permuted(load(), heads)
 
 
+def _as_in(model: Llama, name: str, parts: ModelParts) -> Encoded | None:
+    """Return a matrix as the other file stores it, if that stands for the same numbers: a model in few bits has such embeddings."""
+    file, place = model.tensors[model.names[name]]
+    if len(place.shape) != 2 or place.shape != parts.tensor(name).shape:
+        return None
+    if not np.array_equal(model.loaders()[name](), parts.tensor(name).astype(np.float32)):
+        return None
+    heads = model.settings.heads_of(model.names[name])
+    kind = require("gguf", "demo", "Writing GGUF files").GGMLQuantizationType(place.kind).name
+    return Encoded(kind, place.shape, lambda: read_blocks(file, model.names[name], heads))
+
+
 def _stored(parts: ModelParts, name: str) -> Encoded:
     """Return a tensor that is not quantized."""
     tensor = parts.tensor(name)
@@ -178,10 +189,6 @@ def _stored(parts: ModelParts, name: str) -> Encoded:
     if tensor.ndim == 1:  # llama.cpp reads norms and biases in this dtype alone
         return Encoded("F32", tensor.shape, lambda: parts.tensor(name).astype(np.float32))
     return Encoded(kinds[tensor.dtype.name], tensor.shape, lambda: parts.tensor(name))
-
-
-def _floats(file: Path, place: Any) -> npt.NDArray[Any]:
-    return np.fromfile(file, "<f4", place.nbytes // 4, offset=place.offset).reshape(place.shape)
 
 
 def _copy_settings(gguf: Any, writer: Any, model: Llama) -> None:

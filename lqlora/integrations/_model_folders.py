@@ -273,6 +273,9 @@ def _copy_small_files(
     path: Path, folder: Path, quantization_config: Mapping[str, Any] | None, dtype: FloatName
 ) -> None:
     """Copy configuration and tokenizer, with another mark of quantized weights or none."""
+    if quantization_config is not None:  # a file without a configuration has one, which says how codes are stored
+        text = json.dumps({"quantization_config": dict(quantization_config)}, indent=2)
+        (folder / "config.json").write_text(f"{text}\n", encoding="utf-8")
     for file in small_files(path):
         data = file.read_bytes()
         if file.name == "config.json":

@@ -14,7 +14,7 @@ from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from torch import nn
 
 from lqlora._messages import shown
@@ -288,6 +288,7 @@ class _Tuner:
         if isinstance(targets, str) and targets.lower() == "all-linear":
             config.target_modules = _linear_names(model)
         _require_trainable(model, config)
+        _refuse_joined(model, config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)  # type: ignore[misc]
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -329,11 +330,6 @@ class _Tuner:
     def _inject_parameters(self, peft_config: Any, model: nn.Module, adapter_name: str, **kwargs: Any) -> list[str]:
         """Add an adapter to parameters, and to arrays of experts that were parameters before they were quantized."""
         ends = tuple(f".{name}" for name in peft_config.target_parameters)
-        if joined := next((name for name in _joined_arrays(model) if f".{name}".endswith(ends)), None):
-            raise InvalidArgumentError(
-                f"config must not have adapters for {shown(joined)}, whose experts are quantized one by one. Train the low-rank factors of "
-                "their quantized layers, or leave the experts out."
-            )
         arrays = {
             name: own for name, own in model.named_modules() if isinstance(own, Experts) and f".{name}".endswith(ends)
         }
@@ -356,6 +352,22 @@ def _joined_arrays(model: nn.Module) -> list[str]:
         for key, own in vars(module).items()
         if isinstance(own, JoinedExperts)
     ]
+
+
+def _refuse_joined(model: nn.Module, config: Any) -> None:
+    """Raise if an adapter is for experts whose layers were read one by one: PEFT would save it, and not find them again."""
+    arrays = _joined_arrays(model)
+    owners = tuple(f"{name.rpartition('.')[0]}." for name in arrays)
+    layers = [name for name, own in model.named_modules() if isinstance(own, LQLinear) and name.startswith(owners)]
+    ends = tuple(f".{name}" for name in getattr(config, "target_parameters", None) or ())
+    found = [name for name in arrays if f".{name}".endswith(ends)] if ends else []
+    if config.target_modules:
+        found += [name for name in layers if check_target_module_exists(config, name)]
+    if found:
+        raise InvalidArgumentError(
+            f"config must not have adapters for {shown(found[0])}, because its experts are quantized one by one. Train the low-rank factors of "
+            "their quantized layers, or leave the experts out."
+        )
 
 
 def _require_for_experts(config: Any, target: nn.Module) -> None:

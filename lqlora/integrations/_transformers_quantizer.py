@@ -363,7 +363,7 @@ def _replace_arrays(maps: LinearMaps, matrices: dict[str, MatrixFormat], names: 
             )
         layers, keys = {}, [""] * parts
         for listed, own in found.items():
-            below = names[listed].removeprefix(f"{array.rpartition('.')[0]}.")
+            below = _below(names[listed], f"{array.rpartition('.')[0]}.", maps.model)
             number, _, keys[own.part] = below.partition(".")
             if number != str(own.expert) or "." in keys[own.part]:
                 raise _misfit(f"{shown(names[listed])} is not the name of a matrix of {shown(array)}.")
@@ -371,6 +371,13 @@ def _replace_arrays(maps: LinearMaps, matrices: dict[str, MatrixFormat], names: 
             layers[below] = _empty_layer(matrices[listed], ExpertMatrix(rows, requires_grad=False))
         split_into_rows(stack, layers, keys)
     return {listed for found in arrays.values() for listed in found}
+
+
+def _below(name: str, owner: str, model: Any) -> str:
+    """Return a name relative to that of a module, for which the prefix of the base model may be added or removed."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    others = (name, name.removeprefix(prefix), prefix + name)
+    return next((own for own in others if own.startswith(owner)), name).removeprefix(owner)
 
 
 def _is_near(name: str, maps: LinearMaps) -> bool:

@@ -10,7 +10,7 @@ from lqlora import ops
 from lqlora.errors import FormatError, LQLoRAError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import numpy.typing as npt
 
@@ -20,6 +20,9 @@ __all__ = ["WORD", "host_tensor", "packed_words", "unpacked_words"]
 
 #: Bits of a word.
 WORD = 32
+
+#: Codes that are taken apart into bits together.
+_PIECE = 2**20
 
 
 def host_tensor(tensors: Mapping[str, Array], key: str) -> npt.NDArray[Any]:
@@ -66,10 +69,14 @@ def packed_words(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int3
         Words. Bits beyond the last code of a row are 0.
     """
     rows, columns = codes.shape
-    single = (codes[:, :, None] >> np.arange(bits, dtype=np.uint8)) & np.uint8(1)
-    flat = np.zeros((rows, -(-columns * bits // WORD) * WORD), np.uint8)
-    flat[:, : columns * bits] = single.reshape(rows, -1)
-    return np.packbits(flat, axis=1, bitorder="little").view("<i4").astype(np.int32)
+    found = np.empty((rows, -(-columns * bits // WORD)), np.int32)
+    for piece in _pieces(rows, columns):
+        own = codes[piece]
+        flat = np.zeros((len(own), found.shape[1] * WORD), np.uint8)
+        for bit in range(bits):
+            flat[:, bit : columns * bits : bits] = (own >> np.uint8(bit)) & np.uint8(1)
+        found[piece] = np.packbits(flat, axis=1, bitorder="little").view("<i4")
+    return found
 
 
 def unpacked_words(words: npt.NDArray[np.int32], bits: int, columns: int, name: str) -> npt.NDArray[np.uint8]:
@@ -96,10 +103,19 @@ def unpacked_words(words: npt.NDArray[np.int32], bits: int, columns: int, name: 
     FormatError
         If a bit beyond the last code of a row is set.
     """
-    octets = np.ascontiguousarray(words.astype("<i4")).view(np.uint8)
-    flat = np.unpackbits(octets, axis=1, bitorder="little")
-    if flat[:, columns * bits :].any():
-        raise FormatError(f"{name} must have no bits beyond the last code.")
-    single = flat[:, : columns * bits].reshape(len(words), columns, bits)
-    found: npt.NDArray[np.uint8] = (single << np.arange(bits, dtype=np.uint8)).sum(2, dtype=np.uint8)
+    found = np.zeros((len(words), columns), np.uint8)
+    for piece in _pieces(len(words), columns):
+        octets = np.ascontiguousarray(words[piece].astype("<i4")).view(np.uint8)
+        flat = np.unpackbits(octets, axis=1, bitorder="little")
+        if flat[:, columns * bits :].any():
+            raise FormatError(f"{name} must have no bits beyond the last code.")
+        for bit in range(bits):
+            found[piece] |= flat[:, bit : columns * bits : bits] << np.uint8(bit)
     return found
+
+
+def _pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Yield pieces of the rows, so that a byte for each bit takes little memory."""
+    step = max(1, _PIECE // max(1, columns))
+    for first in range(0, rows, step):
+        yield slice(first, first + step)

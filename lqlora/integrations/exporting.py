@@ -46,6 +46,9 @@ Base: TypeAlias = Literal["bitsandbytes", "compressed-tensors", "dense", "gguf",
 
 _BASES = ("bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq")
 
+#: Names of experts' matrices in files that have them one by one.
+_EXPERT = re.compile(r"\.experts\.[0-9]+\.([^.]+)(?:\.weight)?$")
+
 #: Functions of format and shape that return the bytes of a matrix.
 _SIZES: dict[Base, Callable[[BlockFormat, tuple[int, ...]], int]] = {
     "compressed-tensors": compressed_bytes,
@@ -61,7 +64,7 @@ def can_export(path: str | os.PathLike[str], base: Base) -> dict[str, str]:
     ----------
     path : path-like
         Checkpoint, a file or a folder.
-    base : {"bitsandbytes", "compressed-tensors", "dense", "gguf"}
+    base : {"bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq"}
         See :func:`export_checkpoint`.
 
     Returns
@@ -108,19 +111,30 @@ def adapter_fault(name: str, origin: Origin, rank: int) -> str:
     if origin.is_stack:
         return "It is one of an array of experts, for which PEFT has no adapters of linear layers."
     if rank and predicate_of_any(EMBEDDINGS, ())(name):
-        return "It is an embedding, for which PEFT has factors of another kind. Decompose it with rank 0."
+        return "It is an embedding, for which adapters have factors of another kind. Decompose it with rank 0."
     return ""
+
+
+def _keys_of_experts(parts: ModelParts) -> set[str]:
+    """Return the last parts of the names of experts' matrices, such as ``up_proj``, if the files have them one by one."""
+    found = (_EXPERT.search(name) for name in (*parts.matrices, *parts.tensors))
+    return {match[1] for match in found if match}
 
 
 def _faults(parts: ModelParts, origins: Mapping[str, Origin], base: Base) -> dict[str, str]:
     found: dict[str, str] = {}
     kinds: dict[BlockFormat, str] = {}
+    keys = _keys_of_experts(parts)
     for tensor, own in origins.items():
         for name in own.matrices:
             matrix = parts.matrix(name)
             fmt = matrix.quantized.format
             if fault := adapter_fault(name, own, len(matrix.lora_A)):
                 found[name] = fault
+            elif len(matrix.lora_A) and name.rpartition(".")[2] in keys:
+                found[name] = (
+                    "PEFT joins adapters of experts, and of other layers of the same names, and loses some. Decompose it with rank 0, or merge."
+                )
             elif base != "dense" and not tensor.endswith(".weight"):
                 found[name] = f"Its tensor {shown(tensor)} is not the weight of a layer."
             elif base != "dense" and own.is_transposed:
@@ -162,7 +176,7 @@ def export_checkpoint(
         Folder of :func:`lqlora.decompose_checkpoint`. Or a file of :func:`lqlora.save`: then a matrix ``m`` is the tensor ``m.weight``.
     folder : path-like
         Folder to write, which must not exist or be empty. It appears when it is complete.
-    base : {"bitsandbytes", "compressed-tensors", "dense", "gguf"}
+    base : {"bitsandbytes", "compressed-tensors", "dense", "gguf", "gptq"}
         ``"bitsandbytes"``: the quantized part in the 4-bit layout of bitsandbytes, with the same codes and scales. All matrices must have
         the codebook ``nf4`` or ``fp4-bnb``, blocks of 32, 64, … 4096 along the rows, and scales ``float32`` or ``d8/256:float32``.
         ``"compressed-tensors"``: the quantized part as compressed-tensors and vLLM read it, with the same codes and zero points. Matrices may
@@ -298,7 +312,7 @@ def _configuration(
         for name in parts.tensors
         if name.endswith(".weight") and parts.tensor(name).ndim == 2
     }
-    dense = sorted({*others, "lm_head"})
+    dense = sorted({*others, "lm_head"} - parts.matrices.keys())
     if base == "compressed-tensors":
         groups: dict[tuple[int, int], list[str]] = {}
         for name in parts.matrices:
@@ -357,7 +371,7 @@ def _gptq_configuration(parts: ModelParts, dense: list[str], checkpoint_format: 
         "sym": False,
         "lm_head": "lm_head" in kinds,
         "checkpoint_format": checkpoint_format,
-        "dynamic": others | {f"-:^{re.escape(name)}$": {} for name in dense if name not in kinds},
+        "dynamic": others | {f"-:^{re.escape(name)}$": {} for name in dense},
     }
 
 

@@ -43,11 +43,10 @@ _BYTES: dict[BlockType, int] = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}
 _SIGNED: dict[int, BlockType] = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 
 
-class _Blocks(NamedTuple):
-    """Integers of a matrix, 0 to ``2**bits - 1``, and the numbers of each block."""
+class _Numbers(NamedTuple):
+    """Type of a matrix, and the numbers of each block, with a row for each row of the matrix."""
 
     kind: BlockType
-    codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float16]
     minima: npt.NDArray[np.float16] | None = None
 
@@ -59,8 +58,9 @@ def to_gguf_blocks(q: QuantizedArray) -> npt.NDArray[np.uint8]:
     Parameters
     ----------
     q : QuantizedArray
-        Matrix of the codebook ``int4s``, ``int5s``, ``int8s``, ``affine4`` or ``affine8``, in blocks of 32 along rows of a multiple of 32
-        weights, with scales that float16 holds.
+        Matrix of the codebook ``int4s``, ``int5s`` or ``int8s``, in blocks of 32 along rows of a multiple of 32 weights, with scales that
+        float16 holds. Also of ``affine4`` or ``affine8`` if all zero points are 8 or 128, or their products with scales fit float16, which
+        quantization does not see to.
 
     Returns
     -------
@@ -82,16 +82,19 @@ def to_gguf_blocks(q: QuantizedArray) -> npt.NDArray[np.uint8]:
     >>> block_type(q), to_gguf_blocks(q).shape
     ('Q4_0', (2, 36))
     """
-    found = _blocks(q)
+    found = _numbers(q)
+    codes = np.asarray(q.to(np).codes).reshape(*found.scales.shape, _BLOCK)
+    if q.format.codebook.normalization == "signed":
+        codes = np.uint8(2**q.format.codebook.bits - 1) - codes
     parts = [found.scales[..., None].view(np.uint8)]
     if found.minima is not None:
         parts.append(found.minima[..., None].view(np.uint8))
     if found.kind == "Q8_0":
-        parts.append(found.codes ^ np.uint8(128))  # code - 128 in two's complement
+        parts.append(codes ^ np.uint8(128))  # code - 128 in two's complement
     else:
         if found.kind == "Q5_0":
-            parts.append(np.packbits(found.codes >> 4, axis=-1, bitorder="little"))
-        low = found.codes & np.uint8(15)
+            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
+        low = codes & np.uint8(15)
         parts.append(low[..., :16] | low[..., 16:] << np.uint8(4))
     return np.concatenate(parts, axis=-1).reshape(q.shape[0], -1)
 
@@ -117,7 +120,7 @@ def block_type(q: QuantizedArray) -> BlockType:
     NonFiniteError
         If a scale is NaN or infinite.
     """
-    return _blocks(q).kind
+    return _numbers(q).kind
 
 
 @annotated
@@ -141,7 +144,7 @@ def gguf_fault(q: QuantizedArray) -> str:
     'codebook must be int4s, int5s, int8s, affine4 or affine8 for GGUF, got nf3.'
     """
     try:
-        _blocks(q)
+        _numbers(q)
     except (FormatError, NonFiniteError) as error:
         return str(error)
     return ""
@@ -224,30 +227,29 @@ def from_gguf_blocks(blocks: Array, kind: BlockType) -> QuantizedArray:
     return QuantizedArray.from_arrays(arrays, fmt, shape)
 
 
-def _blocks(q: QuantizedArray) -> _Blocks:
-    """Return the integers and numbers of all blocks, or raise."""
+def _numbers(q: QuantizedArray) -> _Numbers:
+    """Return the type and the numbers of all blocks, or raise."""
     require_quantized(q)
     _check_layout(q)
     fmt, bits, rows = q.format, q.format.codebook.bits, q.shape[0]
     own = q.to(np)
     scales = dequantize(own.scales) if isinstance(fmt.scales, ScaleFormat) else ops.widen(own.scales)
     ops.require_finite(scales, "scales")
-    codes = np.asarray(own.codes).reshape(rows, -1, _BLOCK)
     wide = np.asarray(scales, np.float32).reshape(rows, -1)
     is_signed = fmt.codebook.normalization == "signed"
     narrow = _as_float16(-wide if is_signed else wide)
     if narrow is None:
         raise FormatError(f"scales must be such that float16 holds them for GGUF, got {fmt}.")
     if is_signed:
-        return _Blocks(_SIGNED[bits], np.uint8(2**bits - 1) - codes, narrow)
+        return _Numbers(_SIGNED[bits], narrow)
     zeros = np.asarray(ops.unpack_codes(own.zero_points, bits, wide.size)).reshape(rows, -1).astype(np.float32)
     if (zeros == 2 ** (bits - 1)).all():
-        return _Blocks(_SIGNED[bits], codes, narrow)
+        return _Numbers(_SIGNED[bits], narrow)
     minima = _as_float16(-wide * zeros) if bits == 4 else None
     if minima is None:
         others = ", or their products with scales such that float16 holds them" if bits == 4 else ""
         raise FormatError(f"zero points must all be {2 ** (bits - 1)} for GGUF{others}, got others.")
-    return _Blocks("Q4_1", codes, narrow, minima)
+    return _Numbers("Q4_1", narrow, minima)
 
 
 def _check_layout(q: QuantizedArray) -> None:

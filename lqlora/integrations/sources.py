@@ -156,7 +156,8 @@ def _open_safetensors(path: Path) -> ModelContents:
     files, listed = _files_of(path)
     parts, left_out = _tensors_of(path, files, listed)
     config = _configuration(files[0].parent)
-    turned, coded = _transposed_names(config), find_coded_tensors(path, parts, config)
+    turned = _transposed_names(config)
+    coded = find_coded_tensors(path, parts, config, turned)
     weights: dict[str, Callable[[], npt.NDArray[np.float32]]] = {}
     tensors: dict[str, SourceTensor] = {}
     for name in parts:

@@ -19,6 +19,7 @@ from lqlora.checkpoint import Checkpoint, StoredMatrix, load, save
 from lqlora.errors import CheckpointError, InvalidArgumentError
 from lqlora.nn.embedding import quantized_tables
 from lqlora.nn.embedding_tables import EmbeddingTable, embedding_fault
+from lqlora.nn.experts import JoinedExperts
 from lqlora.nn.linear_maps import matrix_of
 from lqlora.nn.model import (
     QUANTIZED,
@@ -68,12 +69,16 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     ------
     InvalidArgumentError
         If the model has no quantized layer, or the metadata uses the reserved key, or an entry of the state dict cannot be
-        stored, such as one on the meta device. Also if it has a quantized output embedding without the embedding that owns
+        stored, such as one on the meta device, or experts were read one by one from a folder. Also if it has a quantized output embedding without the embedding that owns
         its table.
     CheckpointError
         If the file cannot be written.
     """
     model = unwrapped(model)
+    if any(isinstance(own, JoinedExperts) for module in model.modules() for own in vars(module).values()):
+        raise InvalidArgumentError(
+            "model must not have experts that were read one by one, which load_model would not find. Use save_pretrained of transformers."
+        )
     # One walk finds all: a model may have thousands of modules.
     modules = [own for own in model.named_modules(remove_duplicate=False) if isinstance(own[1], QUANTIZED)]
     layers = quantized_layers(model, modules)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lqlora as lq
 from lqlora._optional import is_installed
 from lqlora.errors import CheckpointError
+from lqlora.integrations.bitsandbytes import to_bitsandbytes
 from lqlora.integrations.compressed_tensors import to_compressed_tensors
 from lqlora.integrations.gptq import to_gptq
+from lqlora.integrations.merging import merge_checkpoint
 from lqlora.integrations.sources import open_model
 from tests.integrations import tiny_models
 from tests.requirements import require_module, require_or_skip
@@ -230,3 +232,42 @@ class TestFloat8:
         assert not any("scale" in name for name in stored.tensors)
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
         assert sum(isinstance(own, lq.nn.LQLinear) for own in model.modules()) == 14
+
+
+class TestTransposedLayers:
+    """GPT-2 stores (inputs, outputs). GPTQ and bitsandbytes store what a linear layer would, float8 numbers what the model has."""
+
+    @pytest.mark.parametrize("layout", ["GPTQ", "bitsandbytes", "float8"])
+    @pytest.mark.parametrize("name", ["h.0.attn.c_attn", "h.0.attn.c_proj"])
+    def test_orientations_are_those_of_the_dense_model(self, tmp_path, layout, name):
+        shape = (64, 32) if "c_attn" in name else (32, 32)  # (outputs, inputs)
+        w = values(shape)
+        if layout == "GPTQ":
+            q = lq.quantize(w, lq.BlockFormat.parse("affine8/32:float16"))
+            tensors, expected = to_gptq(q, name, checkpoint_format="gptq_v2"), lq.dequantize(q)
+        elif layout == "bitsandbytes":
+            q = lq.quantize(w, lq.BlockFormat.parse("nf4/64:float32"))
+            tensors, expected = to_bitsandbytes(q, f"{name}.weight"), lq.dequantize(q)
+        else:
+            coded = np.ascontiguousarray(w.T).astype(ml_dtypes.float8_e4m3fn)
+            tensors = {f"{name}.weight": coded, f"{name}.weight_scale": np.ones((1,), np.float32)}
+            expected = coded.astype(np.float32).T
+        settings = {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}
+        contents = open_model(model_of(tmp_path / "m", tensors, settings, model_type="gpt2"))
+        np.testing.assert_array_equal(contents.weights[name](), expected)
+        own = contents.tensors[f"{name}.weight"]
+        assert own.is_transposed
+        assert own.shape == shape[::-1]
+        np.testing.assert_array_equal(own.load(), expected.T)
+        lq.decompose_checkpoint(
+            tmp_path / "m",
+            tmp_path / "small",
+            lq.BlockFormat.parse("int8s/32:float16"),
+            rank=0,
+            include=name,
+            progress=False,
+        )
+        merge_checkpoint(tmp_path / "small", tmp_path / "merged", dtype="float32", progress=False)
+        merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
+        assert merged.shape == shape[::-1]
+        assert np.abs(merged - expected.T).max() < 0.05

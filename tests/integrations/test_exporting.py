@@ -127,6 +127,16 @@ class TestBitsandbytes:
             expected.generate(tiny_models.tokens(), **options),
         )
 
+    def test_an_output_head_may_be_quantized(self, tmp_path):
+        require_module("bitsandbytes")
+        folder, _ = decomposed(tmp_path, NF4, "wide_llama", exclude="*embed*", rank=0)
+        assert "lm_head" in lq.load(folder).matrices
+        export_checkpoint(folder, tmp_path / "base", "bitsandbytes", dtype="float32", progress=False)
+        config = json.loads((tmp_path / "base" / "config.json").read_text())["quantization_config"]
+        assert config["llm_int8_skip_modules"] == ["model.embed_tokens"]
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu")
+        assert type(base.lm_head).__name__ == "Linear4bit"
+
     def test_the_base_is_read_back(self, tmp_path):
         folder, _ = decomposed(tmp_path)
         export_checkpoint(folder, tmp_path / "base", "bitsandbytes")

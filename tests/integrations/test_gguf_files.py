@@ -152,6 +152,42 @@ def test_a_folder_of_safetensors_with_heads_and_16_bits(tmp_path):
     assert (kinds["output.weight"], kinds["blk.0.ffn_up.weight"], kinds["output_norm.weight"]) == ("F16", "Q4_0", "F32")
 
 
+def test_a_table_that_stands_for_the_same_numbers_is_copied(tmp_path):
+    """The checkpoint has the numbers of an embedding in eight bits as float32. The new file has the eight bits again."""
+    write_tiny_llama(tmp_path / "m.gguf")
+    lq.decompose_checkpoint(
+        tmp_path / "m.gguf",
+        tmp_path / "q8",
+        lq.BlockFormat.parse("int8s/32:float16"),
+        rank=0,
+        exclude=(),
+        progress=False,
+    )
+    export_checkpoint(tmp_path / "q8", tmp_path / "out", "gguf", like=tmp_path / "m.gguf", progress=False)
+    source = tmp_path / "out" / "model.gguf"
+    small = decomposed(source, tmp_path / "small", include="*.mlp.*")
+    assert lq.load(small).tensors["model.embed_tokens.weight"].dtype == np.float32
+    export_checkpoint(small, tmp_path / "again", "gguf", like=source, progress=False)
+    found, expected = (
+        {own.name: own for own in gguf.GGUFReader(path).tensors} for path in (tmp_path / "again" / "model.gguf", source)
+    )
+    for name in ("token_embd.weight", "blk.0.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_v.weight"):
+        assert found[name].tensor_type.name == "Q8_0"
+        np.testing.assert_array_equal(found[name].data, expected[name].data)
+    assert found["blk.0.ffn_up.weight"].tensor_type.name == "Q4_0"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_factors_of_rotary_frequencies_are_taken_over(tmp_path, dtype):
+    frequencies = np.array([1.0, 0.5, 2.0, 4.0], dtype)
+    write_tiny_llama(tmp_path / "like.gguf", change=lambda weights: weights.update({"rope_freqs.weight": frequencies}))
+    write_tiny_llama(tmp_path / "m.gguf")
+    small = decomposed(tmp_path / "m.gguf", tmp_path / "small")
+    export_checkpoint(small, tmp_path / "out", "gguf", like=tmp_path / "like.gguf", progress=False)
+    own = next(x for x in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors if x.name == "rope_freqs.weight")
+    assert own.data.tolist() == frequencies.tolist()
+
+
 class TestRefusals:
     def test_formats_that_no_type_holds(self, like, tmp_path):
         small = decomposed(like, tmp_path / "small", lq.BlockFormat.parse("nf4/32:float16"))

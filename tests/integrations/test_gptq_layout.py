@@ -216,3 +216,12 @@ class TestFolders:
         assert len(can_export(tmp_path / "small", "gptq")) == 14
         with pytest.raises(FormatError, match="cannot be exported"):
             export_checkpoint(tmp_path / "small", tmp_path / "out", "gptq", progress=False)
+
+    def test_a_file_becomes_a_folder_that_is_read_back(self, tmp_path):
+        matrices = {name: quantized("affine4/16:float16", seed=seed) for seed, name in enumerate(("up", "down"))}
+        lq.save(tmp_path / "m.safetensors", matrices)
+        export_checkpoint(tmp_path / "m.safetensors", tmp_path / "out", "gptq", progress=False)
+        weights = open_weights(tmp_path / "out")
+        assert weights.keys() == matrices.keys()
+        for name, q in matrices.items():
+            np.testing.assert_array_equal(weights[name](), lq.dequantize(q))

@@ -17,6 +17,7 @@ if transformers.__version__.startswith("4."):
 from torch.nn import functional  # noqa: E402
 
 from lqlora.integrations import transformers as ours  # noqa: E402 - needs torch
+from lqlora.integrations.exporting import can_export  # noqa: E402
 from lqlora.integrations.merging import merge_checkpoint  # noqa: E402
 from lqlora.integrations.peft import register  # noqa: E402
 from lqlora.nn.experts import JoinedExperts  # noqa: E402
@@ -179,22 +180,54 @@ def test_products_call_the_layers_and_other_functions_are_refused(mixture):
         experts.gate_up_proj[4]
 
 
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen2", marks=pytest.mark.slow)])
+def test_classes_with_another_prefix_open_the_folder_and_back(tmp_path, name):
+    folder, dense = decomposed(tmp_path, MODELS[name]())
+    body = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states = [own(tokens(2)).last_hidden_state for own in (body, dense.model)]
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+    ours.mark_quantized(body)
+    body.save_pretrained(tmp_path / "body")
+    model = load(tmp_path / "body")
+    with torch.no_grad():
+        assert torch.equal(model.model(tokens(2)).last_hidden_state, states[0])
+
+
+def test_files_of_this_library_do_not_hold_them(mixture, tmp_path):
+    with pytest.raises(InvalidArgumentError, match="model must not have experts"):
+        lq.nn.save_model(tmp_path / "m.safetensors", load(mixture[0]))
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 class TestAdapters:
+    def test_exports_of_factors_that_peft_would_lose_are_refused(self, tmp_path):
+        folder, _ = decomposed(tmp_path, qwen2())
+        faults = can_export(folder, "dense")
+        lost = {name for name in lq.load(folder).matrices if name.endswith(("gate_proj", "up_proj", "down_proj"))}
+        assert faults.keys() == lost
+        assert all("PEFT joins adapters" in own for own in faults.values())
+        ranks = {"*.mlp.*": 0, "*.self_attn.*": 2}
+        lq.decompose_checkpoint(tmp_path / "dense", tmp_path / "other", SCALAR, rank=ranks, max_iter=1, progress=False)
+        assert can_export(tmp_path / "other", "dense") == {}
+
+    @pytest.mark.parametrize(
+        "name", [*(pytest.param(own, marks=pytest.mark.slow) for own in ("qwen2", "jamba")), "mixtral"]
+    )
+    def test_adapters_of_experts_are_refused_before_the_model_changes(self, tmp_path, name):
+        folder, _ = decomposed(tmp_path, MODELS[name]())
+        model = load(folder)
+        before = list(model.state_dict())
+        experts = ["w1", "w2", "w3"] if name == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+        for targets in (experts, experts[:1], r".*\.experts\.1\..*"):
+            with pytest.raises(InvalidArgumentError, match="config must not have adapters"):
+                peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
+        with pytest.raises(InvalidArgumentError, match="config must not have adapters"):
+            peft.get_peft_model(model, peft.LoraConfig(target_parameters=["experts.gate_up_proj"]))
+        assert list(model.state_dict()) == before
+
     def test_experts_are_left_out_of_all_linear(self, mixture):
         model = peft.get_peft_model(load(mixture[0]), peft.LoraConfig(target_modules="all-linear"))
         found = [name for name, _ in model.named_parameters() if "lora_A.default" in name]
         assert len(found) == 2 * 4
         assert not any("experts" in name for name in found)
-
-    def test_arrays_that_are_gone_are_named(self, mixture):
-        with pytest.raises(InvalidArgumentError, match="config must not have adapters"):
-            peft.get_peft_model(load(mixture[0]), peft.LoraConfig(target_modules=["w1", "w2", "w3"]))
-
-    @pytest.mark.slow
-    def test_layers_of_experts_that_peft_does_not_convert_have_adapters(self, tmp_path):
-        folder, _ = decomposed(tmp_path, jamba())
-        config = peft.LoraConfig(target_modules=["gate_proj", "down_proj"], init_lora_weights=False)
-        model = peft.get_peft_model(load(folder), config).eval()
-        expected = logits(model)
-        merged = model.merge_and_unload()
-        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)

@@ -30,7 +30,7 @@ from lqlora.checkpoint._container import digest, read_container, write_container
 from lqlora.codebooks import Codebook, check_work, is_standard
 from lqlora.errors import CheckpointError, FormatError, InvalidArgumentError, LQLoRAError, NonFiniteError
 from lqlora.formats import BlockFormat, codebook_name
-from lqlora.quantized import QuantizedArray
+from lqlora.quantized import QuantizedArray, dequantize
 from lqlora.quantized.array import nest
 
 if TYPE_CHECKING:
@@ -110,6 +110,17 @@ class StoredMatrix:
         """Return shape, format and rank. The numbers are those of the attributes."""
         own = self.quantized
         return f"StoredMatrix(shape={own.shape}, format={str(own.format)!r}, rank={len(self.lora_A)})"
+
+    def reconstruct(self) -> Array:
+        """Return the dense approximation.
+
+        Returns
+        -------
+        array of float32, shape (m, n)
+            ``dequantize(quantized) + scaling * lora_B @ lora_A``.
+        """
+        lora_B, lora_A = (ops.widen(own) for own in (self.lora_B, self.lora_A))
+        return dequantize(self.quantized) + ops.low_rank_product(lora_B, lora_A, self.scaling)
 
 
 @dataclass(frozen=True, eq=False)

@@ -343,9 +343,8 @@ def require_quantized(q: QuantizedArray, name: str = "q") -> None:
         If it is something else.
     """
     if not isinstance(q, QuantizedArray):
-        raise InvalidArgumentError(
-            f"{name} must be a QuantizedArray, got {type(q).__name__}. Pass the result of quantize."
-        )
+        hint = "its attribute quantized" if hasattr(q, "quantized") else "the result of quantize"
+        raise InvalidArgumentError(f"{name} must be a QuantizedArray, got {type(q).__name__}. Pass {hint}.")
 
 
 def nest(

@@ -529,6 +529,13 @@ def test_quantized_arrays_are_stored_without_factors(tmp_path):
     found = lq.load(tmp_path / "m.safetensors").matrices["up"]
     expected = lq.StoredMatrix(q, np.zeros((0, 10), np.float32), np.zeros((6, 0), np.float32))
     _assert_same_matrix(found, expected)
+    assert np.array_equal(found.reconstruct(), lq.dequantize(q))
+
+
+def test_a_stored_matrix_has_the_approximation_of_the_decomposition(tmp_path):
+    d = _decomposition(scaling=0.5)
+    lq.save(tmp_path / "m.safetensors", {"up": d})
+    assert np.array_equal(lq.load(tmp_path / "m.safetensors").matrices["up"].reconstruct(), d.reconstruct())
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from lqlora._patterns import Patterns
+    from lqlora.nn.linear import LQLinear
     from lqlora.quantized import QuantizedArray
 
 __all__ = ["load_model", "save_model"]
@@ -75,13 +76,10 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         If the file cannot be written.
     """
     model = unwrapped(model)
-    if any(isinstance(own, JoinedExperts) for module in model.modules() for own in vars(module).values()):
-        raise InvalidArgumentError(
-            "model must not have experts that were read one by one, which load_model would not find. Use save_pretrained of transformers."
-        )
     # One walk finds all: a model may have thousands of modules.
     modules = [own for own in model.named_modules(remove_duplicate=False) if isinstance(own[1], QUANTIZED)]
     layers = quantized_layers(model, modules)
+    _refuse_joined_experts(model, layers)
     if _TIED in (metadata or {}):
         raise InvalidArgumentError(f"metadata must not have the key {_TIED!r}, which is reserved. Rename the key.")
     state = model.state_dict(keep_vars=True)
@@ -130,6 +128,17 @@ def _require_storable(state: Mapping[str, Any]) -> None:
         else:
             continue
         raise InvalidArgumentError(f"model must have a state that files can store, but {printable(name)!r} {fault}.")
+
+
+def _refuse_joined_experts(model: nn.Module, layers: Mapping[str, LQLinear]) -> None:
+    """Raise if layers of experts stand for an array, which a model to load into would still have."""
+    # They are called "experts.3.up_proj": the name before the number is that of the module with the array.
+    owners = {name.rpartition(".")[0].rpartition(".")[0] for name in layers if "experts." in name}
+    for owner in owners:
+        if any(isinstance(own, JoinedExperts) for own in vars(model.get_submodule(owner)).values()):
+            raise InvalidArgumentError(
+                "model must not have experts that were read one by one, which load_model would not find. Use save_pretrained of transformers."
+            )
 
 
 @annotated

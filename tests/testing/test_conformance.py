@@ -18,7 +18,6 @@ FORMATS = {
     "nf3/7:float32": {},
     "nf8/20:float32": {},
     "int4/32:float32": {},
-    "int4s/32:float16": {},
     "nf2/1:float32": {},
     "uint4/16:float32": {"exclude": ["idempotence"]},  # a negative weight of largest size has no level
     "nf4/64:float16": FLOAT16,

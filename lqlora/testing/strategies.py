@@ -56,7 +56,6 @@ ALL_CODEBOOKS = (
     *(normal_float(bits) for bits in range(2, 9)),
     *(uniform(bits) for bits in range(2, 9)),
     *(uniform(bits, signed=False) for bits in range(1, 9)),
-    *(uniform(bits, normalization="signed") for bits in (2, 4, 8)),
     *(
         by_name(name)
         for name in (

@@ -119,7 +119,7 @@ def test_the_error_is_at_most_half_the_widest_gap(xp, w, codebook, block_size):
     q = quantize(on(xp, w), BlockFormat(codebook, block_size))
     errors = np.abs(host(dequantize(q)).astype(np.float64) - w).reshape(-1)
     gap = np.diff(codebook.levels.astype(np.float64)).max()
-    scales = host(q.scales).astype(np.float64).repeat(block_size)[: w.size]
+    scales = np.abs(host(q.scales).astype(np.float64)).repeat(block_size)[: w.size]
     # Division, midpoint and product are each rounded to float32; the last may be subnormal.
     assert (errors <= (gap / 2 + 2e-7) * scales + 1e-45).all()
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lqlora._typing import Array
 
-__all__ = ["WORD", "host_tensor", "packed_words", "unpacked_words"]
+__all__ = ["WORD", "host_tensor", "on_host", "packed_words", "unpacked_words"]
 
 #: Bits of a word.
 WORD = 32
@@ -47,10 +47,33 @@ def host_tensor(tensors: Mapping[str, Array], key: str) -> npt.NDArray[Any]:
     """
     if tensors.get(key) is None:
         raise FormatError(f"tensors must hold {key}.")
+    return on_host(tensors[key], key)
+
+
+def on_host(array: Array, name: str) -> npt.NDArray[Any]:
+    """Return an array of any library as a NumPy array.
+
+    Parameters
+    ----------
+    array : array
+        The array.
+    name : str
+        Its name, for errors.
+
+    Returns
+    -------
+    ndarray
+        The same values.
+
+    Raises
+    ------
+    FormatError
+        If it cannot be read.
+    """
     try:
-        return np.asarray(ops.convert(tensors[key], np))
+        return np.asarray(ops.convert(array, np))
     except LQLoRAError as error:
-        raise FormatError(f"{key} cannot be read: {error}") from None
+        raise FormatError(f"{name} cannot be read: {error}") from None
 
 
 def packed_words(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.int32]:

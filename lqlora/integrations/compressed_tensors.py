@@ -22,9 +22,10 @@ from lqlora._annotations import annotated
 from lqlora._options import require_integer
 from lqlora.codebooks import affine
 from lqlora.errors import FormatError
-from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.formats import BlockFormat
+from lqlora.integrations._row_blocks import row_fault, row_scales, row_zero_points
 from lqlora.integrations._words import WORD, host_tensor, packed_words, unpacked_words
-from lqlora.quantized import QuantizedArray, dequantize
+from lqlora.quantized import QuantizedArray
 from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
@@ -71,17 +72,12 @@ def to_compressed_tensors(q: QuantizedArray, name: str = "weight") -> dict[str, 
     require_quantized(q)
     if fault := compressed_fault(q):
         raise FormatError(fault)
-    own, (rows, columns) = q.to(np), q.shape
-    groups = columns // own.format.block_size
-    scales = dequantize(own.scales) if isinstance(own.format.scales, ScaleFormat) else ops.widen(own.scales)
-    ops.require_finite(scales, "scales")
-    bits = own.format.codebook.bits
-    zeros = ops.unpack_codes(own.zero_points, bits, rows * groups)
+    own, bits = q.to(np), q.format.codebook.bits
     return {
         f"{name}_packed": packed_words(np.asarray(own.codes), bits),
-        f"{name}_scale": np.asarray(scales, np.float32).reshape(rows, groups),
-        f"{name}_zero_point": np.ascontiguousarray(packed_words(np.asarray(zeros).reshape(rows, groups).T, bits).T),
-        f"{name}_shape": np.array([rows, columns], np.int64),
+        f"{name}_scale": row_scales(own),
+        f"{name}_zero_point": np.ascontiguousarray(packed_words(row_zero_points(own).T, bits).T),
+        f"{name}_shape": np.array(q.shape, np.int64),
     }
 
 
@@ -106,18 +102,9 @@ def compressed_fault(q: QuantizedArray) -> str:
     'codebook must be affine1 to affine8 for compressed-tensors, got nf3.'
     """
     require_quantized(q)
-    fmt, shape = q.format, q.shape
-    if fmt.codebook.normalization != "affine":
-        return f"codebook must be affine1 to affine8 for compressed-tensors, got {fmt.codebook.name}."
-    if fmt.rotation is not None:
-        return f"rotation must be None for compressed-tensors, which stores weights as they are, got {fmt}."
-    if q.batch_shape or len(shape) != 2:
-        return f"q must be one matrix for compressed-tensors, got shape {shape}."
-    if not min(shape) or shape[1] % fmt.block_size:
-        return f"block_size must divide the columns for compressed-tensors, got {fmt.block_size} for shape {shape}."
-    if fmt.axis not in (None, -1, 1):
-        return f"axis of blocks must be that of the rows for compressed-tensors, got {fmt}."
-    return ""
+    if q.format.codebook.normalization != "affine":
+        return f"codebook must be affine1 to affine8 for compressed-tensors, got {q.format.codebook.name}."
+    return row_fault(q, "compressed-tensors")
 
 
 def compressed_bytes(fmt: BlockFormat, shape: tuple[int, ...]) -> int:

@@ -24,9 +24,10 @@ from lqlora._annotations import annotated
 from lqlora._options import require_choice
 from lqlora.codebooks import uniform
 from lqlora.errors import FormatError, NonFiniteError
-from lqlora.formats import BlockFormat, ScaleFormat
-from lqlora.integrations._words import host_tensor
-from lqlora.quantized import QuantizedArray, dequantize
+from lqlora.formats import BlockFormat
+from lqlora.integrations._row_blocks import row_fault, row_scales, row_zero_points
+from lqlora.integrations._words import on_host
+from lqlora.quantized import QuantizedArray
 from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def from_gguf_blocks(blocks: Array, kind: BlockType) -> QuantizedArray:
     """
     require_choice(kind, "kind", tuple(_SIGNED.values()))
     size, bits = _BYTES[kind], next(bits for bits, own in _SIGNED.items() if own == kind)
-    host = host_tensor({"blocks": blocks}, "blocks")
+    host = on_host(blocks, "blocks")
     if host.dtype != np.uint8 or host.ndim != 2 or not host.size or host.shape[1] % size:
         raise FormatError(
             f"blocks must be rows of uint8 of a multiple of {size} bytes for {kind}, got {host.dtype} of shape {host.shape}."
@@ -231,18 +232,15 @@ def _numbers(q: QuantizedArray) -> _Numbers:
     """Return the type and the numbers of all blocks, or raise."""
     require_quantized(q)
     _check_layout(q)
-    fmt, bits, rows = q.format, q.format.codebook.bits, q.shape[0]
-    own = q.to(np)
-    scales = dequantize(own.scales) if isinstance(fmt.scales, ScaleFormat) else ops.widen(own.scales)
-    ops.require_finite(scales, "scales")
-    wide = np.asarray(scales, np.float32).reshape(rows, -1)
+    fmt, bits, own = q.format, q.format.codebook.bits, q.to(np)
+    wide = row_scales(own)
     is_signed = fmt.codebook.normalization == "signed"
     narrow = _as_float16(-wide if is_signed else wide)
     if narrow is None:
         raise FormatError(f"scales must be such that float16 holds them for GGUF, got {fmt}.")
     if is_signed:
         return _Numbers(_SIGNED[bits], narrow)
-    zeros = np.asarray(ops.unpack_codes(own.zero_points, bits, wide.size)).reshape(rows, -1).astype(np.float32)
+    zeros = row_zero_points(own).astype(np.float32)
     if (zeros == 2 ** (bits - 1)).all():
         return _Numbers(_SIGNED[bits], narrow)
     minima = _as_float16(-wide * zeros) if bits == 4 else None
@@ -254,19 +252,17 @@ def _numbers(q: QuantizedArray) -> _Numbers:
 
 def _check_layout(q: QuantizedArray) -> None:
     """Raise if no type has the codes of a format."""
-    fmt, shape, bits = q.format, q.shape, q.format.codebook.bits
+    fmt, bits = q.format, q.format.codebook.bits
     is_affine = bits in (4, 8) and fmt.codebook.normalization == "affine"
     is_signed = bits in _SIGNED and fmt.codebook == uniform(bits, normalization="signed") and fmt.levels == "codebook"
     if not is_affine and not is_signed:
         raise FormatError(
             f"codebook must be int4s, int5s, int8s, affine4 or affine8 for GGUF, got {fmt.codebook.name}."
         )
-    if fmt.rotation is not None:
-        raise FormatError(f"rotation must be None for GGUF, which stores weights as they are, got {fmt}.")
-    if q.batch_shape or len(shape) != 2:
-        raise FormatError(f"q must be one matrix for GGUF, got shape {shape}.")
-    if fmt.block_size != _BLOCK or fmt.axis not in (None, -1, 1) or not min(shape) or shape[1] % _BLOCK:
-        raise FormatError(f"blocks must have 32 weights of a row for GGUF, got {fmt} for shape {shape}.")
+    if fault := row_fault(q, "GGUF"):
+        raise FormatError(fault)
+    if fmt.block_size != _BLOCK:
+        raise FormatError(f"block_size must be {_BLOCK} for GGUF, got {fmt.block_size}.")
 
 
 def _as_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16] | None:

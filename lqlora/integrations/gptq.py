@@ -22,9 +22,10 @@ from lqlora._annotations import annotated
 from lqlora._options import require_choice
 from lqlora.codebooks import affine
 from lqlora.errors import FormatError
-from lqlora.formats import BlockFormat, ScaleFormat
+from lqlora.formats import BlockFormat
+from lqlora.integrations._row_blocks import row_fault, row_scales, row_zero_points
 from lqlora.integrations._words import WORD, host_tensor, packed_words, unpacked_words
-from lqlora.quantized import QuantizedArray, dequantize
+from lqlora.quantized import QuantizedArray
 from lqlora.quantized.array import require_quantized
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def to_gptq(
     if fault := gptq_fault(q, checkpoint_format=checkpoint_format):
         raise FormatError(fault)
     own, (rows, columns), bits = q.to(np), q.shape, q.format.codebook.bits
-    zeros, scales = _zeros(own), _scales(own)
+    zeros, scales = row_zero_points(own), row_scales(own)
     less = 1 if checkpoint_format == "gptq" else 0
     return {
         f"{name}.qweight": np.ascontiguousarray(packed_words(np.asarray(own.codes).reshape(rows, columns), bits).T),
@@ -125,11 +126,11 @@ def gptq_fault(q: QuantizedArray, *, checkpoint_format: CheckpointFormat = "gptq
     if fault := _layout_fault(q):
         return fault
     own = q.to(np)
-    scales = _scales(own)
+    scales = row_scales(own)
     with np.errstate(over="ignore"):
         if (scales.astype(np.float16) != scales).any():
             return f"scales must be such that float16 holds them for GPTQ, got {q.format}."
-    if checkpoint_format == "gptq" and not _zeros(own).all():
+    if checkpoint_format == "gptq" and not row_zero_points(own).all():
         return "zero points must be at least 1 for the format 'gptq', got 0. The format 'gptq_v2' holds them."
     return ""
 
@@ -139,12 +140,8 @@ def _layout_fault(q: QuantizedArray) -> str:
     fmt, shape, bits = q.format, q.shape, q.format.codebook.bits
     if fmt.codebook.normalization != "affine" or bits not in _BITS:
         return f"codebook must be affine2, affine3, affine4 or affine8 for GPTQ, got {fmt.codebook.name}."
-    if fmt.rotation is not None:
-        return f"rotation must be None for GPTQ, which stores weights as they are, got {fmt}."
-    if q.batch_shape or len(shape) != 2:
-        return f"q must be one matrix for GPTQ, got shape {shape}."
-    if fmt.axis not in (None, -1, 1) or not min(shape) or shape[1] % fmt.block_size:
-        return f"blocks must be along the rows and divide them for GPTQ, got {fmt} for shape {shape}."
+    if fault := row_fault(q, "GPTQ"):
+        return fault
     if any(length * bits % WORD for length in shape):
         return f"shape must have rows and columns that fill words of 32 bits with codes of {bits} bits, got {shape}."
     return ""
@@ -305,16 +302,3 @@ def _read(tensors: Mapping[str, Array], name: str, checkpoint_format: Checkpoint
     zeros = unpacked_words(qzeros, bits, rows, f"{name}.qzeros").T.astype(np.int16)
     more = np.int16(checkpoint_format == "gptq")
     return _Layer(bits, codes, np.ascontiguousarray(scales.T), zeros + more, index.astype(np.int64))
-
-
-def _scales(own: QuantizedArray) -> npt.NDArray[np.float32]:
-    """Return the decoded scales, with a row for each row of the matrix."""
-    scales = dequantize(own.scales) if isinstance(own.format.scales, ScaleFormat) else ops.widen(own.scales)
-    ops.require_finite(scales, "scales")
-    return np.asarray(scales, np.float32).reshape(own.shape[0], -1)
-
-
-def _zeros(own: QuantizedArray) -> npt.NDArray[np.uint8]:
-    """Return the zero points, with a row for each row of the matrix."""
-    count = own.shape[0] * own.shape[1] // own.format.block_size
-    return np.asarray(ops.unpack_codes(own.zero_points, own.format.codebook.bits, count)).reshape(own.shape[0], -1)

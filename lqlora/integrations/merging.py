@@ -13,7 +13,6 @@ from lqlora._options import require_choice, require_integer
 from lqlora.integrations._gguf_files import Encoded, write_gguf
 from lqlora.integrations._model_folders import join, open_parts, rounded, write_model
 from lqlora.integrations._streaming_tasks import DTYPES
-from lqlora.quantized import dequantize
 
 if TYPE_CHECKING:
     import os
@@ -99,7 +98,9 @@ def merge_checkpoint(
 
     def make(name: str) -> dict[str, npt.NDArray[Any]]:
         """Return the dense tensor of a name."""
-        dense = [rounded(_sum(parts.matrix(matrix)), matrix, dtype) for matrix in origins[name].matrices]
+        dense = [
+            rounded(np.asarray(parts.matrix(matrix).reconstruct()), matrix, dtype) for matrix in origins[name].matrices
+        ]
         return {name: join(name, origins[name], dense)}
 
     return write_model(
@@ -111,13 +112,4 @@ def merge_checkpoint(
 def _encoded(matrix: StoredMatrix, name: str, dtype: FloatName) -> Encoded:
     """Return the sum of both parts of a matrix as a tensor of a GGUF file."""
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    return Encoded(kinds[dtype], matrix.quantized.shape, lambda: rounded(_sum(matrix), name, dtype))
-
-
-def _sum(matrix: StoredMatrix) -> npt.NDArray[np.float32]:
-    """Return the sum of both parts of a matrix."""
-    lora_B, lora_A = (np.asarray(own).astype(np.float32) for own in (matrix.lora_B, matrix.lora_A))
-    dense: npt.NDArray[np.float32] = np.asarray(dequantize(matrix.quantized)) + np.float32(matrix.scaling) * (
-        lora_B @ lora_A
-    )
-    return dense
+    return Encoded(kinds[dtype], matrix.quantized.shape, lambda: rounded(np.asarray(matrix.reconstruct()), name, dtype))

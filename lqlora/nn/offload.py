@@ -22,7 +22,7 @@ from lqlora._annotations import annotated
 from lqlora._messages import shortened
 from lqlora._patterns import as_patterns, list_names, matches, select, shown_patterns
 from lqlora._printable import printable
-from lqlora.checkpoint import StoredMatrix, load, save
+from lqlora.checkpoint import load, save
 from lqlora.errors import InvalidArgumentError
 from lqlora.nn.embedding import QuantizedEmbedding, QuantizedHead
 from lqlora.nn.model import quantized_layers
@@ -435,7 +435,7 @@ def offload_model(
     stored: dict[str, dict[str, Any]] = {}
     if path is not None:
         if not Path(path).exists():
-            save(path, {name: _without_factors(layer) for name, layer in chosen.items()})
+            save(path, {name: layer.quantized.array for name, layer in chosen.items()})
         stored = {name: own.quantized.to_arrays() for name, own in load(path, mapped=True).matrices.items()}
         _check_same(path, chosen, stored)
     prefetcher = Prefetcher()
@@ -533,11 +533,6 @@ def offload_weight(weight: QuantizedWeight, hosts: Mapping[str, Any], prefetcher
         setattr(weight.get_submodule(owner), key, ops.convert(hosts[name], torch))
     own.__class__ = OffloadedScaledWeight if isinstance(weight, ScaledWeight) else OffloadedWeight
     own.place, own.prefetcher = place, prefetcher
-
-
-def _without_factors(layer: LQLinear) -> StoredMatrix:
-    rows, columns = layer.out_features, layer.in_features
-    return StoredMatrix(layer.quantized.array, torch.empty(0, columns), torch.empty(rows, 0))
 
 
 def _check_same(

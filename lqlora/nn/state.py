@@ -70,8 +70,8 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     ------
     InvalidArgumentError
         If the model has no quantized layer, or the metadata uses the reserved key, or an entry of the state dict cannot be
-        stored, such as one on the meta device, or experts were read one by one from a folder. Also if it has a quantized output embedding without the embedding that owns
-        its table.
+        stored, such as one on the meta device, or experts were read one by one from a folder. Also if it has a quantized
+        output embedding without the embedding that owns its table.
     CheckpointError
         If the file cannot be written.
     """
@@ -85,14 +85,14 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
     state = model.state_dict(keep_vars=True)
     _require_storable(state)
     has_shards = is_sharded(state.values())
-    matrices = {
+    matrices: dict[str, StoredMatrix | QuantizedArray] = {
         name: StoredMatrix(
             layer.quantized.array, whole(layer.lora_A.detach()), whole(layer.lora_B.detach()), layer.scaling
         )
         for name, layer in layers.items()
     }
     tables = quantized_tables(model, modules)
-    matrices |= {name: _without_factors(own[name].quantized.array) for name, own in tables.items()}
+    matrices |= {name: own[name].quantized.array for name, own in tables.items()}
     own = keys_inside(state, {name for name, _ in modules})
     state = {name: tensor for name, tensor in state.items() if name not in own}
     first = first_names(state)
@@ -104,12 +104,6 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, metadata: Mapping
         write_once(save, *content)
     else:
         save(*content)
-
-
-def _without_factors(table: QuantizedArray) -> StoredMatrix:
-    """Return a table as a file stores it: as a matrix of rank 0."""
-    rows, columns = table.shape
-    return StoredMatrix(table, torch.empty(0, columns), torch.empty(rows, 0))
 
 
 def _require_storable(state: Mapping[str, Any]) -> None:

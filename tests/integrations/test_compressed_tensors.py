@@ -78,8 +78,8 @@ def test_compressed_tensors_decodes_to_the_same_bits(bits, group, rows):
     [
         ("nf4/32:float32", (4, 64), "codebook must be affine1"),
         ("int4/32:float32", (4, 64), "codebook must be affine1"),
-        ("affine4/48:float32", (4, 64), "block_size must divide"),
-        ("affine4/64@0:float32", (64, 64), "axis of blocks"),
+        ("affine4/48:float32", (4, 64), "blocks must be along"),
+        ("affine4/64@0:float32", (64, 64), "blocks must be along"),
         ("affine4/64:float32", (2, 3, 64), "must be one matrix"),
     ],
 )

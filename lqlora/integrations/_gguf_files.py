@@ -60,6 +60,7 @@ def write_gguf(
     encode: Callable[[StoredMatrix, str], Encoded],
     *,
     factors: Mapping[str, StoredMatrix],
+    copies_tables: bool,
     title: str,
     progress: Any,
 ) -> dict[str, int]:
@@ -79,6 +80,9 @@ def write_gguf(
         Function of a matrix and its name that returns the tensor for it.
     factors : mapping of str to StoredMatrix
         Matrices whose factors are written as an adapter.
+    copies_tables : bool
+        Whether matrices that are not quantized here keep the few bits that ``like`` has for the same numbers. llama.cpp then rounds
+        their inputs, too.
     title : str
         Title of the bar.
     progress : bool or callable
@@ -99,7 +103,7 @@ def write_gguf(
     gguf = require("gguf", "demo", "Writing GGUF files")
     model = open_headers(like)
     held = {own.matrices[0]: name for name, own in origins.items()}
-    tensors = _tensors(parts, held, model, encode)
+    tensors = _tensors(parts, held, model, encode, copies_tables=copies_tables)
 
     def check() -> None:
         """Raise unless the folder is free."""
@@ -132,19 +136,25 @@ def write_gguf(
 
 
 def _tensors(
-    parts: ModelParts, held: Mapping[str, str], model: Llama, encode: Callable[[StoredMatrix, str], Encoded]
+    parts: ModelParts,
+    held: Mapping[str, str],
+    model: Llama,
+    encode: Callable[[StoredMatrix, str], Encoded],
+    *,
+    copies_tables: bool,
 ) -> dict[str, Encoded]:
     """Return the tensors of the new file by their names in it, in the order of the other one."""
     found: dict[str, Encoded] = {}
-    missing = []
+    missing, loaders = [], model.loaders()
     for own, name in model.names.items():
         matrix, heads = own.removesuffix(".weight"), model.settings.heads_of(name)
         if matrix in held and held[matrix] == own:
             encoded = encode(parts.matrix(matrix), matrix)
         elif own in parts.tensors:
-            encoded = _as_in(model, own, parts) or _stored(parts, own)
+            copied = _as_in(model, own, loaders[own], parts.tensor(own)) if copies_tables else None
+            encoded = copied or _stored(parts, own)
         elif own in COMPUTED:
-            encoded = Encoded("F32", model.tensors[name][1].shape, model.loaders()[own])
+            encoded = Encoded("F32", model.tensors[name][1].shape, loaders[own])
         else:
             missing.append(own)
             continue
@@ -166,12 +176,12 @@ def _in_order(load: Callable[[], npt.NDArray[Any]], heads: int) -> Callable[[], 
     return lambda: permuted(load(), heads)
 
 
-def _as_in(model: Llama, name: str, parts: ModelParts) -> Encoded | None:
+def _as_in(model: Llama, name: str, load: Callable[[], npt.NDArray[Any]], tensor: npt.NDArray[Any]) -> Encoded | None:
     """Return a matrix as the other file stores it, if that stands for the same numbers: a model in few bits has such embeddings."""
     file, place = model.tensors[model.names[name]]
-    if len(place.shape) != 2 or place.shape != parts.tensor(name).shape:
+    if len(place.shape) != 2 or place.shape != tensor.shape:
         return None
-    if not np.array_equal(model.loaders()[name](), parts.tensor(name).astype(np.float32)):
+    if not np.array_equal(load(), tensor.astype(np.float32)):
         return None
     heads = model.settings.heads_of(model.names[name])
     kind = require("gguf", "demo", "Writing GGUF files").GGMLQuantizationType(place.kind).name

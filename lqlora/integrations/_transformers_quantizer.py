@@ -315,19 +315,22 @@ def attach(model: Any, quantizer: LqloraQuantizer | None = None) -> None:
     model._weight_conversions = []  # noqa: SLF001 - no public function says it
 
 
+def _with_and_without_prefix(model: Any, name: str) -> tuple[str, ...]:
+    """Return a name, and those that it has in a file of a base model for a model with a head, or the other way round."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, name.removeprefix(prefix), prefix + name
+
+
 def _names_in_the_model(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Return the names of modules in a model by those in its file, which may be of another class or of an older transformers."""
     modules = {name for name, _ in model.named_modules()}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     renames, found = renamings(model), {}
     for name in names:
         renamed = f"{name}.weight"
         for own in renames if name not in modules else ():
             renamed, _ = own.rename_source_key(renamed)
         renamed = renamed.removesuffix(".weight")
-        # A file of a base model in a model with a head, or the other way round.
-        others = (renamed, renamed.removeprefix(prefix), prefix + renamed)
-        found[name] = next((own for own in others if own in modules), renamed)
+        found[name] = next((own for own in _with_and_without_prefix(model, renamed) if own in modules), renamed)
     return found
 
 
@@ -361,9 +364,10 @@ def _replace_arrays(maps: LinearMaps, matrices: dict[str, MatrixFormat], names: 
             raise _misfit(
                 f"it has a part of the experts of {shown(array)}, which the model has in one array. Decompose all of them, or none."
             )
-        layers, keys = {}, [""] * parts
+        layers, keys, owner = {}, [""] * parts, f"{array.rpartition('.')[0]}."
         for listed, own in found.items():
-            below = _below(names[listed], f"{array.rpartition('.')[0]}.", maps.model)
+            own_names = _with_and_without_prefix(maps.model, names[listed])
+            below = next((name for name in own_names if name.startswith(owner)), names[listed]).removeprefix(owner)
             number, _, keys[own.part] = below.partition(".")
             if number != str(own.expert) or "." in keys[own.part]:
                 raise _misfit(f"{shown(names[listed])} is not the name of a matrix of {shown(array)}.")
@@ -371,13 +375,6 @@ def _replace_arrays(maps: LinearMaps, matrices: dict[str, MatrixFormat], names: 
             layers[below] = _empty_layer(matrices[listed], ExpertMatrix(rows, requires_grad=False))
         split_into_rows(stack, layers, keys)
     return {listed for found in arrays.values() for listed in found}
-
-
-def _below(name: str, owner: str, model: Any) -> str:
-    """Return a name relative to that of a module, for which the prefix of the base model may be added or removed."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    others = (name, name.removeprefix(prefix), prefix + name)
-    return next((own for own in others if own.startswith(owner)), name).removeprefix(owner)
 
 
 def _is_near(name: str, maps: LinearMaps) -> bool:

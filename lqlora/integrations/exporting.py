@@ -256,6 +256,7 @@ def export_checkpoint(
             Path(like),
             _blocks_of,
             factors=factors,
+            copies_tables=True,
             title="Exporting",
             progress=progress,
         )

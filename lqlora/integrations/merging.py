@@ -92,7 +92,7 @@ def merge_checkpoint(
 
     if like is not None:
         return write_gguf(
-            parts, origins, Path(folder).absolute(), Path(like), lambda matrix, name: _encoded(matrix, name, dtype), factors={}, title="Merging",
+            parts, origins, Path(folder).absolute(), Path(like), lambda matrix, name: _encoded(matrix, name, dtype), factors={}, copies_tables=False, title="Merging",
             progress=progress,
         )  # fmt: skip
 

@@ -175,6 +175,10 @@ def test_a_table_that_stands_for_the_same_numbers_is_copied(tmp_path):
         assert found[name].tensor_type.name == "Q8_0"
         np.testing.assert_array_equal(found[name].data, expected[name].data)
     assert found["blk.0.ffn_up.weight"].tensor_type.name == "Q4_0"
+    # llama.cpp rounds inputs of tables in eight bits, which a dense model must not have.
+    merge_checkpoint(small, tmp_path / "merged", like=source, dtype="float16", progress=False)
+    kinds = {own.name: own.tensor_type.name for own in gguf.GGUFReader(tmp_path / "merged" / "model.gguf").tensors}
+    assert (kinds["token_embd.weight"], kinds["blk.0.ffn_up.weight"]) == ("F32", "F16")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lqlora as lq
-from lqlora.testing import assert_quantizer_conforms
+from lqlora.testing import assert_quantizer_conforms, check_quantizer
 
 #: Options for scales of half precision: the error of their rounding, and the range of float16.
 HALF = {"scale_tolerance": 2**-8, "exclude": ["huge"]}
@@ -18,6 +18,8 @@ FORMATS = {
     "nf3/7:float32": {},
     "nf8/20:float32": {},
     "int4/32:float32": {},
+    "int4s/32:float32": {},
+    "bof4s-64/64:float32": {},
     "nf2/1:float32": {},
     "uint4/16:float32": {"exclude": ["idempotence"]},  # a negative weight of largest size has no level
     "nf4/64:float16": FLOAT16,
@@ -77,3 +79,26 @@ def test_a_custom_codebook_conforms():
         lambda w: lq.quantize(w, fmt), lq.dequantize, block_size=5, levels=ternary, max_examples=30
     )
     assert report["nearest_level"].result == "passed"
+
+
+@pytest.mark.parametrize(
+    ("rounding", "failed"), [(np.rint, ()), (np.floor, ("nearest_level",))], ids=["nearest", "down"]
+)
+def test_scales_of_both_signs_are_found_and_wrong_rounding_still_fails(rounding, failed):
+    levels = lq.uniform(4, normalization="signed")
+
+    def quantize(w):
+        blocks = w.reshape(-1, 32).astype(np.float64)
+        peaks = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
+        scales = np.where(peaks == 0, 1, peaks) / 8
+        return np.clip(rounding(blocks / scales), -7, 8), scales, w.shape
+
+    report = check_quantizer(
+        quantize,
+        lambda q: (q[0] * q[1]).reshape(q[2]),
+        block_size=32,
+        levels=levels,
+        only=["nearest_level"],
+        max_examples=20,
+    )
+    assert report.failed == failed

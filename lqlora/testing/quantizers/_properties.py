@@ -170,8 +170,8 @@ def error_bound(subject: Subject, w: Weights) -> None:
 
 
 # The scale of a block is not visible outside, so the check searches for it. If results are levels times a scale s,
-# the largest result is s * l for some level l of its sign, so s is one of at most n quotients (and the absmax, which is
-# the usual scale). For a candidate s every result must be a level times s, and no farther from its weight than the
+# the largest result is s * l for some level l, so s is one of at most n quotients (and the absmax, which is the usual
+# scale). Levels of the other sign count only where scales may be negative. For a candidate s every result must be a level times s, and no farther from its weight than the
 # nearest of these, up to rounding.
 @_promise(_inputs.ordinary, "block_size", "levels")
 def nearest_level(subject: Subject, w: Weights) -> None:
@@ -189,16 +189,17 @@ def _scales(subject: Subject, weights: Wide, results: Wide) -> list[float]:
     A quantized scale may also be zero.
     """
     anchor = results[np.argmax(np.abs(results))]
-    levels = subject.normalized[np.sign(subject.normalized) == np.sign(anchor)]
+    is_possible = np.sign(subject.normalized) == np.sign(anchor)
+    levels = subject.normalized[is_possible | subject.has_signed_scales]
     least = [] if subject.independent_blocks else [0.0]
     return [float(np.abs(weights).max()), *(anchor / levels[levels != 0]).tolist(), *least]
 
 
 def _all_nearest(subject: Subject, weights: Wide, results: Wide, scale: float) -> bool:
-    table = subject.normalized * scale
+    table = np.sort(subject.normalized * scale)
     # Level times scale is rounded to float32, and so is a scale found as a quotient: each errs by at most 2**-24 of its
     # size. 2**-20 leaves room for sixteen such roundings.
-    slack = max(subject.tolerance, 2.0**-20) * max(scale, float(np.abs(weights).max()))
+    slack = max(subject.tolerance, 2.0**-20) * max(abs(scale), float(np.abs(weights).max()))
     is_level = _distance(results, table) <= slack
     return bool((is_level & (np.abs(results - weights) <= _distance(weights, table) + slack)).all())
 

@@ -25,7 +25,10 @@ __all__ = ["Subject", "as_row", "on_host"]
 
 @dataclass(frozen=True)
 class Subject:
-    """A quantizer with the options of :func:`lqlora.testing.check_quantizer`, under the same names."""
+    """A quantizer with the options of :func:`lqlora.testing.check_quantizer`, under the same names.
+
+    ``has_signed_scales`` is true for levels of a codebook whose scales have the sign of the largest weight.
+    """
 
     quantize: Callable[[Any], Any]
     dequantize: Callable[[Any], Any]
@@ -33,6 +36,7 @@ class Subject:
     block_size: int | None
     size_multiple: int
     levels: Wide | None
+    has_signed_scales: bool
     ties_to: Literal["lower", "upper"] | None
     symmetric: bool
     independent_blocks: bool

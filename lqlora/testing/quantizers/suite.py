@@ -125,7 +125,8 @@ def check_quantizer(
     1 passed, 1 failed.
     """
     subject = Subject(
-        quantize, dequantize, adapt, block_size, size_multiple, _sorted_levels(levels), ties_to,
+        quantize, dequantize, adapt, block_size, size_multiple, _sorted_levels(levels),
+        isinstance(levels, Codebook) and levels.normalization == "signed", ties_to,
         symmetric, independent_blocks, tolerance, scale_tolerance, smallest, largest,
     )  # fmt: skip
     _require_sound(subject)

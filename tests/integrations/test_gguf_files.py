@@ -88,6 +88,20 @@ def test_codes_and_factors_are_those_of_the_checkpoint(like, tmp_path, text):
     np.testing.assert_allclose(products["blk.1.ffn_up.weight"], expected.lora_B @ expected.lora_A, rtol=1e-5, atol=1e-6)
 
 
+def test_the_scaling_is_in_the_factors(like, small, tmp_path):
+    stored = lq.load(small)
+    halved = {
+        name: lq.StoredMatrix(own.quantized, own.lora_A, own.lora_B, 0.5) for name, own in stored.matrices.items()
+    }
+    lq.save(tmp_path / "halved.safetensors", halved, stored.tensors)
+    for path, out in ((small, "whole"), (tmp_path / "halved.safetensors", "half")):
+        export_checkpoint(path, tmp_path / out, "gguf", like=like, progress=False)
+    whole, half = (adapters_of(tmp_path / out / "adapter.gguf") for out in ("whole", "half"))
+    assert whole.keys() == half.keys()
+    for name, own in whole.items():
+        np.testing.assert_allclose(half[name], own / 2, rtol=1e-5, atol=1e-7)
+
+
 def test_settings_and_vocabulary_are_those_of_the_other_file(like, small, tmp_path):
     export_checkpoint(small, tmp_path / "out", "gguf", like=like, progress=False)
     found, expected = settings_of(tmp_path / "out" / "model.gguf"), settings_of(like)

@@ -225,3 +225,14 @@ class TestFolders:
         assert weights.keys() == matrices.keys()
         for name, q in matrices.items():
             np.testing.assert_array_equal(weights[name](), lq.dequantize(q))
+
+    @pytest.mark.parametrize(("lowest", "kind"), [(1, "gptq"), (0, "gptq_v2")])
+    def test_the_format_that_more_programs_read_is_taken_if_it_holds_all_zero_points(self, tmp_path, lowest, kind):
+        other = quantized("affine2/16:float16", least=1)
+        zeros = np.full(128, lowest, np.uint8)
+        matrices = {"up": other, "down": with_arrays(other, zero_points=lq.ops.pack_codes(zeros, 2))}
+        lq.save(tmp_path / "m.safetensors", matrices)
+        export_checkpoint(tmp_path / "m.safetensors", tmp_path / "out", "gptq", progress=False)
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert config["checkpoint_format"] == kind
+        assert lq.dequantize(matrices["down"]).tobytes() == open_weights(tmp_path / "out")["down"]().tobytes()

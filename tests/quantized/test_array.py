@@ -1,4 +1,4 @@
-"""How quantized arrays, and what holds them, are printed."""
+"""One-line reprs of quantized arrays, decompositions, stored matrices and codebooks."""
 
 from __future__ import annotations
 

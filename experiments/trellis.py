@@ -16,6 +16,12 @@ SCALES = "u8/256:float32"
 ITERATIONS = 6
 
 
+def fed_back_at_last(layer, fmt, rank, **options):
+    """Decompose a layer, and continue with error feedback for one iteration."""
+    start = lq.decompose(layer.weight, fmt, rank, max_iter=ITERATIONS, name=layer.name, **options)
+    return decomposed(layer, fmt, rank, max_iter=1, quantizer="gptq", start=start, **options)
+
+
 def rows_of(bits):
     """Return the configurations of one number of bits."""
     scalar, trellis, down, rotated = (
@@ -45,6 +51,9 @@ CONFIGURATIONS |= {
 }
 CONFIGURATIONS["2 bits, rank 64, trellis, 12 iterations"] = each(
     decomposed, lq.BlockFormat.parse(f"tcq2/64:{SCALES}"), rank=64, weighting=gram, fit="scale", max_iter=12, rtol=0.0
+)
+CONFIGURATIONS["2 bits, rank 16, trellis, a last iteration with error feedback"] = each(
+    fed_back_at_last, lq.BlockFormat.parse(f"tcq2/64@0:{SCALES}"), rank=16, weighting=gram, fit="scale", rtol=0.0
 )
 CONFIGURATIONS["2 bits, rank 16, trellis, rotated, error feedback"] = each(
     decomposed, lq.BlockFormat.parse(f"tcq2/64@0~both7:{SCALES}"), rank=16, weighting=gram, quantizer="gptq", fit="scale", max_iter=2,

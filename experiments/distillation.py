@@ -12,6 +12,7 @@ import math
 import re
 import time
 
+import torch
 from perplexity import gram
 from smollm2 import arguments, known_layers, loaded
 
@@ -78,10 +79,16 @@ def main():
     parser.add_argument("--iterations", type=int, default=6, help="iterations of the decomposition")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rate", type=float, help="learning rate, in place of that of the row")
+    parser.add_argument("--scales", type=float, help="learning rate of scales, which then train beside factors too")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="order of the sequences to train on, 0 for that of the text"
+    )
     options = arguments(parser)
     teacher, own, texts = loaded(options)
     calibration, held_out, rest = own.split([options.calibration, HELD_OUT, len(own) - options.calibration - HELD_OUT])
     training = rest[: options.steps]
+    if options.seed:
+        training = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed))]
     layers = known_layers(teacher, calibration, options.cache, gradients=False)
     full = [recipes.perplexity(teacher, text) for text in texts]
     batches, tests = list(training.split(1)), list(held_out.split(1))
@@ -105,13 +112,15 @@ def main():
         bits, factor_bits = converted(model, decompositions)
         before = [recipes.perplexity(model, text) for text in texts]
         start = time.process_time()
-        rate = {"learning_rate" if rank else "scale_learning_rate": options.rate or rate_of(fmt, rank)}
+        rates = {"learning_rate" if rank else "scale_learning_rate": options.rate or rate_of(fmt, rank)}
+        if options.scales:
+            rates["scale_learning_rate"] = options.scales
+        train = (("factors",) if rank else ()) + (("scales",) if "scale_learning_rate" in rates else ())
         report = lq.nn.distill(
-            model, outputs, batches, held_out=tests, train=("factors",) if rank else ("scales",), **rate,
-            temperature=options.temperature, evaluate_every=12, patience=4,
+            model, outputs, batches, held_out=tests, train=train, **rates, temperature=options.temperature, evaluate_every=12, patience=4,
         )  # fmt: skip
         distilling = time.process_time() - start
-        if not rank:
+        if "scales" in train:
             lq.nn.freeze_scales(model, fmt.scales)  # they train in 32 bits, and are stored as before
         after = [recipes.perplexity(model, text) for text in texts]
         cells = [f"{value:.5g}" for pair in zip(before, after, strict=True) for value in pair]

@@ -49,6 +49,16 @@ CONFIGURATIONS |= {
     )
     for text in ("nf2/29", "nf2/13", "nf3/30")
 }
+#: Fine zero points, at the storage of Q2_K and Q3_K.
+CONFIGURATIONS |= {
+    f"{text}, error feedback": each(fed_back, lq.BlockFormat.parse(text), fit="scale")
+    for text in (
+        "affine2-4/16@-1:u4/16:float16",
+        "affine2-4/16@-1~both7:u4/16:float16",
+        "affine3-6/32@-1:u8/256:float32",
+        "affine3-6/32@-1~both7:u8/256:float32",
+    )
+}
 CONFIGURATIONS["2 bits, rank 64, trellis, 12 iterations"] = each(
     decomposed, lq.BlockFormat.parse(f"tcq2/64:{SCALES}"), rank=64, weighting=gram, fit="scale", max_iter=12, rtol=0.0
 )

@@ -337,7 +337,7 @@ class BlockFormat(_Record):
         :meth:`storage_bits` counts the bits of an array of a given shape, with its padding, offsets and fitted levels.
         """
         # A weight has a code of b bits, and 1 / B of what its block of B weights stores: one scale, and one zero point
-        # of b bits under an affine codebook. Scales are an array in their own format, so by the same rule each of them
+        # of b bits or more under an affine codebook. Scales are an array in their own format, so by the same rule each of them
         # takes S = b' + S' / B' bits, to any depth. For nf3/64:u8/256:float32 that is
         #     b + S / B = 3 + (8 + 32 / 256) / 64 = 3.126953125 .
         # It is the limit of storage_bits over the number of weights for one long line: padding to whole bytes, the last
@@ -348,8 +348,7 @@ class BlockFormat(_Record):
             if isinstance(self.scales, ScaleFormat)
             else Fraction(_FLOAT_BITS[self.scales])
         )
-        zero_point_bits = self.bits if self.codebook.normalization == "affine" else 0
-        return self.bits + (scale_bits + zero_point_bits) / self.block_size
+        return self.bits + (scale_bits + self.codebook.zero_point_bits) / self.block_size
 
     @annotated
     def lines(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -465,8 +464,8 @@ class BlockFormat(_Record):
         >>> list(BlockFormat.parse("nf4/64:u8/256:float32").stored_arrays((64, 64)))
         ['codes', 'scales.codes', 'scales.scales', 'scales.offset']
         """
-        # With N weights of b bits in n blocks, and L levels in each of k fitted sets, the bytes are
-        #     codes ceil(N b / 8) ,  zero points ceil(n b / 8) ,  levels 4 L k ,
+        # With N weights of b bits in n blocks, zero points of z bits, and L levels in each of k fitted sets, the bytes are
+        #     codes ceil(N b / 8) ,  zero points ceil(n z / 8) ,  levels 4 L k ,
         #     scales 4 n or 2 n ,  or if they are quantized  ceil(n b' / 8) + second-level scales + 4 for the offset.
         # Codes are rounded up to whole bytes once an array, not once a block: the codes of a block may begin within a
         # byte. Scales are one line of n numbers whatever the axis of the weights. A second-level block may therefore
@@ -484,7 +483,7 @@ class BlockFormat(_Record):
         else:
             stored["scales"] = self.scales, (*batch, blocks)
         if self.codebook.normalization == "affine":
-            stored["zero_points"] = "uint8", (*batch, packed_size(blocks, self.bits))
+            stored["zero_points"] = "uint8", (*batch, packed_size(blocks, self.codebook.zero_point_bits))
         if self.levels != "codebook":
             stored["levels"] = "float32", (*batch, self.level_sets(shape), len(self.codebook))
         return stored

@@ -48,8 +48,8 @@ class Codebook:
     normalization : {"absmax", "signed", "affine"}, optional
         ``"absmax"`` divides a block by its largest absolute value, so scales are never negative. ``"signed"`` divides a
         block by its entry of largest magnitude with its sign, so that this entry becomes 1 and scales may be negative.
-        ``"affine"`` decodes an entry as ``scale * (code - zero_point)``; the levels must be the integers 0 to
-        ``2**bits - 1``.
+        ``"affine"`` decodes an entry as ``scale * (level - zero_point)``; the levels must be the integers 0 to
+        ``2**bits - 1``, or their products with a power of two that stay below 256.
 
     Attributes
     ----------
@@ -107,6 +107,11 @@ class Codebook:
     def bits(self) -> int:
         """Bits of one code, ``ceil(log2(number of levels))``."""
         return (len(self.levels) - 1).bit_length()
+
+    @property
+    def zero_point_bits(self) -> int:
+        """Bits of the zero point of a block: those of a code, and one more for each factor of two in the levels. 0 if not affine."""
+        return self.bits + int(self.levels[1]).bit_length() - 1 if self.normalization == "affine" else 0
 
     @property
     def widest(self) -> float:
@@ -176,12 +181,19 @@ def _check_normalization(values: npt.NDArray[np.float32], normalization: object)
     require_choice(normalization, "normalization", get_args(Normalization))
     if normalization == "signed" and values[-1] <= 0:
         raise InvalidArgumentError(f"levels must end above 0 for normalization='signed', got {values[-1]}.")
-    count = values.size
-    if normalization == "affine" and (count & (count - 1) or (values != np.arange(count)).any()):
+    if normalization == "affine" and not _are_steps(values):
         raise InvalidArgumentError(
-            f"levels must be the integers 0 to 2**bits - 1 for normalization='affine', got {count} levels from "
-            f"{values[0]} to {values[-1]}. lqlora.affine(bits) returns them."
+            "levels must be the integers 0 to 2**bits - 1 for normalization='affine', or these times a power of two, below 256, got "
+            f"{values.size} levels from {values[0]} to {values[-1]}. lqlora.affine(bits) returns them."
         )
+
+
+def _are_steps(values: npt.NDArray[np.float32]) -> bool:
+    """Return whether levels are ``2**b`` multiples of a power of two, from zero, all below 256."""
+    steps = [2**power for power in range(8)]
+    return values.size in (2 * step for step in steps) and any(
+        np.array_equal(values, step * np.arange(values.size)) for step in steps if step * values.size <= _MAX_LEVELS
+    )
 
 
 def cell_boundaries(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

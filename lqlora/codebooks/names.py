@@ -56,6 +56,7 @@ _FAMILIES = (
     _Family("int2s…int8s", f"int{_DIGIT}s", functools.partial(uniform, normalization="signed")),
     _Family("uint1…uint8", f"uint{_DIGIT}", functools.partial(uniform, signed=False)),
     _Family("affine1…affine8", f"affine{_DIGIT}", affine),
+    _Family("affine{bits}-{zero point bits}", f"affine{_DIGIT}-{_NUMBER}", affine),
     _Family("e{exponent bits}m{mantissa bits}", f"e{_DIGIT}m{_DIGIT}", small_float),
     _Family("fp4", "fp4", fp4),
     _Family("fp4-bnb", "fp4-bnb", lambda: FP4_BNB),
@@ -86,7 +87,7 @@ def by_name(name: str) -> Codebook:
     ----------
     name : str
         Name that a function of ``lqlora.codebooks`` gives to its result: ``nf4``, ``int8``, ``uint8``, ``affine4``,
-        ``e2m1``, ``fp4``, ``fp4-bnb``, ``dynamic8``, ``udynamic8``, ``log8``, ``af4``, ``af4-128``, ``bof4-64``,
+        ``affine2-4``, ``e2m1``, ``fp4``, ``fp4-bnb``, ``dynamic8``, ``udynamic8``, ``log8``, ``af4``, ``af4-128``, ``bof4-64``,
         ``bof4s-64``, ``sf4``, ``sf4-3``, ``tcq2``, ``tcq2-12``, …
 
     Returns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,13 @@ __all__ = ["Trellis", "trellis_code"]
 #: Bits of a state where the name does not say them.
 _STATE_BITS = 10
 
-#: Factors of the levels, by bits of a code, that minimize the error on normal weights divided by their root mean square.
+#: Most bits of a state whose levels are trained; those of more states are computed. `experiments/trellis_levels.py` writes the file.
+_TRAINED_BITS, _TRAINED = 10, Path(__file__).with_name("trellis_levels.npz")
+
+#: Unit of the trained levels, which are stored as integers.
+_UNIT = np.float32(2.0**-12)
+
+#: Factors of the computed levels, by bits of a code, that minimize the error on normal weights divided by their root mean square.
 _SPREAD = {1: 0.88, 2: 1.04, 3: 1.08, 4: 1.12}
 
 
@@ -63,7 +70,8 @@ class Trellis(Codebook):
             raise InvalidArgumentError(
                 f"state_bits must be at least twice the bits of a code, got {state_bits} for {bits}."
             )
-        levels, boundaries = _computed_levels(bits, state_bits), np.zeros(0, dtype=np.float32)
+        make = _trained_levels if state_bits <= _TRAINED_BITS else _computed_levels
+        levels, boundaries = make(bits, state_bits), np.zeros(0, dtype=np.float32)
         levels.flags.writeable = boundaries.flags.writeable = False
         name = f"tcq{bits}" if state_bits == _STATE_BITS else f"tcq{bits}-{state_bits}"
         attributes = {"levels": levels, "name": name, "normalization": "rms", "boundaries": boundaries}
@@ -90,6 +98,12 @@ class Trellis(Codebook):
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the two numbers."""
         return trellis_code, (self.bits, self.state_bits)
+
+
+def _trained_levels(bits: int, state_bits: int) -> npt.NDArray[np.float32]:
+    with np.load(_TRAINED) as tables:
+        levels: npt.NDArray[np.float32] = tables[f"tcq{bits}-{state_bits}"] * _UNIT
+    return levels
 
 
 def _computed_levels(bits: int, state_bits: int) -> npt.NDArray[np.float32]:
@@ -119,7 +133,7 @@ def trellis_code(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     Returns
     -------
     Trellis
-        Codebook of ``2**state_bits`` computed levels, named ``tcq{bits}`` for states of 10 bits, else
+        Codebook of ``2**state_bits`` levels, trained on normal weights for states of at most 10 bits and computed for more, named ``tcq{bits}`` for states of 10 bits, else
         ``tcq{bits}-{state_bits}``.
 
     Raises
@@ -129,18 +143,21 @@ def trellis_code(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
 
     Notes
     -----
-    Mean squared error on normal weights with 64 of them a scale, of variance 1: at 10 bits of state 0.29, 0.078, 0.021
-    and 0.0054 for 1 to 4 bits, at 12 bits 0.075 and 0.019 for 2 and 3. The
+    Mean squared error on normal weights of variance 1 with 64 of them a scale and ``fit="scale"``: at 10 bits of state 0.28, 0.072, 0.019
+    and 0.0050 for 1 to 4 bits, at 8 bits 0.074 and 0.020 for 2 and 3. The
     best scalar levels leave 0.117, 0.035 and 0.0095 at 2 to 4 bits (Max, 1960).
 
-    Short blocks lose this gain, since few sequences close the circle: the error of 2 bits is 0.08 with 32 weights a scale,
-    0.09 with 16 and 0.17 with 8. A block of one weight has only ``2**bits`` levels, and for 1 bit none near to it. A
+    Levels of states of at most 10 bits are trained on normal weights, by Lloyd's algorithm. Those of more bits are computed, and with 12
+    bits they leave no less error than trained ones with 10.
+
+    Short blocks lose this gain, since few sequences close the circle: the error of 2 bits is 0.09 with 16 weights a scale
+    and 0.17 with 8. A block of one weight has only ``2**bits`` levels, and for 1 bit none near to it. A
     block at the end of a line is as short as what is left of the line, so choose a block size that divides its length.
 
     References
     ----------
-    QTIP, arXiv 2406.11235, section 3.1 (bit-shift trellis) and algorithm 1 (the computed code 1MAD). The factors of the
-    levels are ours.
+    QTIP, arXiv 2406.11235, section 3.1 (bit-shift trellis) and algorithm 1 (the computed code 1MAD). Lloyd, 1982, and for trellis codes Stewart,
+    Gray and Linde, 1982 (training). The factors of the computed levels are ours.
 
     Examples
     --------

@@ -102,7 +102,7 @@ def compressed_fault(q: QuantizedArray) -> str:
     'codebook must be affine1 to affine8 for compressed-tensors, got nf3.'
     """
     require_quantized(q)
-    if q.format.codebook.normalization != "affine":
+    if q.format.codebook != affine(q.format.bits):
         return f"codebook must be affine1 to affine8 for compressed-tensors, got {q.format.codebook.name}."
     return row_fault(q, "compressed-tensors")
 

@@ -22,7 +22,7 @@ import numpy as np
 from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._options import require_choice
-from lqlora.codebooks import uniform
+from lqlora.codebooks import affine, uniform
 from lqlora.errors import FormatError, NonFiniteError
 from lqlora.formats import BlockFormat
 from lqlora.integrations._row_blocks import row_fault, row_scales, row_zero_points
@@ -253,7 +253,7 @@ def _numbers(q: QuantizedArray) -> _Numbers:
 def _check_layout(q: QuantizedArray) -> None:
     """Raise if no type has the codes of a format."""
     fmt, bits = q.format, q.format.codebook.bits
-    is_affine = bits in (4, 8) and fmt.codebook.normalization == "affine"
+    is_affine = bits in (4, 8) and fmt.codebook == affine(bits)
     is_signed = bits in _SIGNED and fmt.codebook == uniform(bits, normalization="signed") and fmt.levels == "codebook"
     if not is_affine and not is_signed:
         raise FormatError(

@@ -138,7 +138,7 @@ def gptq_fault(q: QuantizedArray, *, checkpoint_format: CheckpointFormat = "gptq
 def _layout_fault(q: QuantizedArray) -> str:
     """Return why the layout has no place for the codes of a format."""
     fmt, shape, bits = q.format, q.shape, q.format.codebook.bits
-    if fmt.codebook.normalization != "affine" or bits not in _BITS:
+    if bits not in _BITS or fmt.codebook != affine(bits):
         return f"codebook must be affine2, affine3, affine4 or affine8 for GPTQ, got {fmt.codebook.name}."
     if fault := row_fault(q, "GPTQ"):
         return fault

@@ -99,7 +99,7 @@ def zero_point_codes(q: _Quantized) -> Array | None:
     """Return the unpacked zero points of an affine format, one per block."""
     if q.zero_points is None:
         return None
-    return ops.unpack_codes(q.zero_points, q.format.bits, layout_of(q.format, q.shape).blocks)
+    return ops.unpack_codes(q.zero_points, q.format.codebook.zero_point_bits, layout_of(q.format, q.shape).blocks)
 
 
 def decode_into(q: _Quantized, out: Array) -> None:

@@ -29,6 +29,7 @@ from lqlora.quantized._scales import code_neighbors, require_in_range, store_sca
 from lqlora.quantized._search import Rounding, best_ratios, fit_levels, ratio_grid
 from lqlora.quantized._statistics import block_statistics
 from lqlora.quantized._trellis import decode_piece, encode_sequences, scale_ratios, values_of_rows
+from lqlora.quantized._zero_points import fit_lines, from_minima
 from lqlora.quantized.array import QuantizedArray
 
 if TYPE_CHECKING:
@@ -96,22 +97,7 @@ def _say_where(source: Source) -> None:
 def by_absmax(source: Source, statistic: Array, low: Array | None) -> Choice:
     """Return absmax scales, under which the largest weight of each block becomes the largest level."""
     stored, decoded = store_scales(statistic, source.fmt.scales, source.name)
-    return Choice(stored, decoded, None if low is None else _zero_points(low, decoded, len(source.fmt.codebook)))
-
-
-def _zero_points(low: Array, decoded: Array, levels: int) -> Array:
-    """Return the zero point of each block: the code of zero, chosen so that code 0 decodes to the smallest weight ``low``.
-
-    A code ``c`` decodes to ``(c - z) * s``. Code 0 decodes to ``low`` if ``z = -low / s``, rounded to an integer code.
-    """
-    # Statistics of affine blocks include zero, so low <= 0 <= high and 0 <= -low / s <= n - 1 for n levels: zero is always a
-    # value. Rounding z moves all values by up to s / 2. The clip acts only where the stored scale came out smaller than asked.
-    xp = namespace(low)
-    usable = decoded > 0
-    with np.errstate(over="ignore"):  # an infinite quotient is clipped to the last code, like any other large one
-        steps = -low / xp.astype(xp.where(usable, decoded, xp.ones_like(decoded)), low.dtype)
-    steps = xp.where(usable, xp.round(steps), xp.zeros_like(steps))
-    return xp.astype(xp.clip(steps, 0, levels - 1), xp.uint8)
+    return Choice(stored, decoded, None if low is None else from_minima(low, decoded, source.fmt.codebook))
 
 
 def assemble(source: Source, choice: Choice, levels: Array | None = None) -> QuantizedArray:
@@ -125,7 +111,7 @@ def assemble(source: Source, choice: Choice, levels: Array | None = None) -> Qua
         packed = encode_sequences(source.dense, source.layout, choice.decoded, source.importance_in_block_order)
     else:
         packed = encode_codes(source.dense, source.layout, choice.decoded, zeros, levels)
-    packed_zeros = None if zeros is None else ops.pack_codes(zeros, fmt.bits)
+    packed_zeros = None if zeros is None else ops.pack_codes(zeros, fmt.codebook.zero_point_bits)
     return QuantizedArray(packed, choice.stored, fmt, tuple(source.array.shape), None, packed_zeros, levels)
 
 
@@ -139,7 +125,9 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     """Choose for each block the best of its absmax scale and the scales that a search finds."""
     if source.layout.is_trellis:
         return _by_least_squares(source, first)
-    wanted = _search(source, statistic, first, None)
+    wanted, points = _search(source, statistic, first, None), first.zero_points
+    if source.fmt.codebook.zero_point_bits > source.fmt.bits:
+        wanted, points = _search_lines(source, statistic)
     if isinstance(first.stored, QuantizedArray):
         # With second-level scale t and offset o fixed, each scale is one of the values t l + o, whatever the other blocks
         # choose. So blocks can be compared one by one. A new t would change the scales of all blocks that share it.
@@ -148,7 +136,9 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     else:
         others = [ops.storage_cast(wanted, str(source.fmt.scales))]  # a scale that overflows there is not taken
     scales = source.fmt.scales
-    choices = [Choice(own, decode_scales(own, scales), zeros) for own in others for zeros in _shifts(first, source.fmt)]
+    choices = [
+        Choice(own, decode_scales(own, scales), zeros) for own in others for zeros in _shifts(points, source.fmt)
+    ]
     return _best(source, [first, *choices], None)
 
 
@@ -203,14 +193,13 @@ def _measured(source: Source, scales: Array, importance: Array | None) -> tuple[
     return packed, xp.concat(wanted), xp.concat(errors)
 
 
-def _shifts(first: Choice, fmt: BlockFormat) -> list[Array | None]:
-    """Return the zero points to try: the zero points of the first choice, one lower, and one higher."""
-    zeros = first.zero_points
+def _shifts(zeros: Array | None, fmt: BlockFormat) -> list[Array | None]:
+    """Return the zero points to try: those given, one lower, and one higher."""
     if zeros is None:
         return [None]
     xp = namespace(zeros)
     below = zeros - xp.astype(zeros > 0, xp.uint8)
-    above = zeros + xp.astype(zeros < len(fmt.codebook) - 1, xp.uint8)
+    above = zeros + xp.astype(zeros < int(fmt.codebook.widest), xp.uint8)
     return [zeros, below, above]
 
 
@@ -270,6 +259,21 @@ def _search(source: Source, statistic: Array, first: Choice, levels: Array | Non
             ratios = best_ratios(normalized, own, rounding, zeros, grid)
             found.append(statistic[blocks] * xp.astype(ratios, statistic.dtype))
     return xp.concat(found) if found else statistic
+
+
+def _search_lines(source: Source, statistic: Array) -> tuple[Array, Array]:
+    """Return the scale of each block and its zero point that leave least error together, before storing rounds the scale."""
+    xp, scales, points = namespace(statistic), [], []
+    for blocks, rows in source.pieces(piece_size(statistic) // SEARCH_SHARE):
+        normalized = ops.normalize(rows.entries, statistic[blocks])
+        importance, _ = rows.relative_importance()
+        with QUIET():
+            ratios, own = fit_lines(normalized, importance, source.fmt.codebook, again=source.start is not None)
+            scales.append(statistic[blocks] * xp.astype(ratios, statistic.dtype))
+        points.append(own)
+    if not scales:
+        return statistic, xp.zeros_like(statistic, dtype=xp.uint8)
+    return xp.concat(scales), xp.concat(points)
 
 
 def _fitted_levels(source: Source, statistic: Array) -> Array:

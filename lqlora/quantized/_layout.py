@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     #: A range of weights, and the range of their blocks where each of them is whole or the array has only one.
     Piece: TypeAlias = tuple[slice, slice | None]
 
-__all__ = ["Layout", "blocks_last", "in_shape", "layout_of", "piece_size", "stream_size"]
+__all__ = ["Layout", "blocks_last", "bytes_of", "in_shape", "layout_of", "piece_size", "stream_size"]
 
 #: Arrays of at most this many weights are one piece, on the host and on devices alike.
 _SMALL = 1 << 19
@@ -46,6 +46,11 @@ def stream_size(array: Array) -> int:
     Where an operation would first copy its piece, this is :func:`piece_size`.
     """
     return (ops.is_contiguous(array) and preferred_piece(array)) or piece_size(array)
+
+
+def bytes_of(codes: slice, bits: int) -> slice:
+    """Return the range of bytes that a range of packed codes takes. Its start must begin a byte."""
+    return slice(codes.start * bits // 8, ops.packed_size(codes.stop, bits))
 
 
 def blocks_last(array: Array, axis: int | None) -> Array:
@@ -219,7 +224,7 @@ class Layout:
 
     def bytes_of(self, weights: slice) -> slice:
         """Return the range of bytes that the packed codes of a piece take."""
-        return slice(weights.start * self.bits // 8, ops.packed_size(weights.stop, self.bits))
+        return bytes_of(weights, self.bits)
 
     def scales_of(self, scales: Array, zero_points: Array | None, piece: Piece) -> tuple[Array, Array | None, int]:
         """Return the scales and zero points of a piece, and the number of weights that share one.

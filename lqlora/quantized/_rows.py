@@ -81,7 +81,7 @@ def _decode(q: QuantizedArray, layout: Layout, index: Array, out: Array) -> None
     size = gcd(layout.block_size, columns)
     units = layout.blocks_at(_runs(index * columns, columns, size))
     scales = _scales_at(q.scales, q.format.scales, units)
-    zeros = None if q.zero_points is None else _codes_at(q.zero_points, layout.bits, units)
+    zeros = None if q.zero_points is None else _codes_at(q.zero_points, q.format.codebook.zero_point_bits, units)
     if columns * layout.bits % 8 == 0:
         packed = xp.reshape(ops.pick(xp.reshape(q.packed, (q.shape[0], -1)), index), (-1,))
     else:

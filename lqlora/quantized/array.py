@@ -16,7 +16,7 @@ from lqlora._messages import given
 from lqlora.errors import FormatError, InvalidArgumentError
 from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized._decoding import decode_scales, unpacked
-from lqlora.quantized._layout import layout_of
+from lqlora.quantized._layout import bytes_of, layout_of
 
 if TYPE_CHECKING:
     from lqlora._typing import Array, Namespace
@@ -46,7 +46,7 @@ class QuantizedArray:
         Shape of the dense array, batch dimensions included.
     offset : array of float32, shape (1,), optional
         Number that is added to every decoded value. Only arrays that are the scales of another array have one.
-    zero_points : array of uint8, shape (ceil(blocks * bits / 8),), optional
+    zero_points : array of uint8, shape (ceil(blocks * zero_point_bits / 8),), optional
         Packed zero points: the code of zero in each block of an affine format.
     levels : array of float32, shape (sets, number of levels), optional
         Fitted levels, where the format has them: one set for the whole array, or one for each group of lines.
@@ -152,13 +152,15 @@ class QuantizedArray:
             self.format,
             (stop - start, *self.shape[1:]),
             self.offset,
-            None if self.zero_points is None else self.zero_points[layout.bytes_of(blocks)],
+            None
+            if self.zero_points is None
+            else self.zero_points[bytes_of(blocks, self.format.codebook.zero_point_bits)],
             self.levels,
         )
 
     def _has_byte_at(self, block: int) -> bool:
         """Return whether the zero point of a block begins a byte, if there are zero points."""
-        return self.zero_points is None or block * self.format.bits % 8 == 0
+        return self.zero_points is None or block * self.format.codebook.zero_point_bits % 8 == 0
 
     @classmethod
     @annotated

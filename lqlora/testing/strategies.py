@@ -59,7 +59,7 @@ ALL_CODEBOOKS = (
     *(
         by_name(name)
         for name in (
-            "affine1", "affine3", "affine4", "affine8", "fp4", "e3m2", "af4", "bof3-64", "bof2s-64", "bof4s-64",
+            "affine1", "affine3", "affine4", "affine8", "affine2-4", "affine3-8", "fp4", "e3m2", "af4", "bof3-64", "bof2s-64", "bof4s-64",
             "sf4", "dynamic8", "udynamic8", "log3", "log8",
         )
     ),

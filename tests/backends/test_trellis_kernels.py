@@ -71,7 +71,7 @@ def test_codes_of_many_states(isa, bits, state_bits, line):
 
 
 def test_the_code_that_kernels_compute_is_that_of_the_formats():
-    same(lq.BlockFormat.parse("tcq2/64:float32").codebook.levels, computed_levels(10))
+    same(lq.BlockFormat.parse("tcq2-12/64:float32").codebook.levels, computed_levels(12))
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_a_signed_codebook_needs_a_level_above_zero(levels):
         Codebook(levels, normalization="signed")
 
 
-@pytest.mark.parametrize("levels", [[0, 1, 2], [1, 2], [0, 2], [0, 1, 2, 4], [-1, 0]])
-def test_affine_levels_are_all_integers_of_some_bits(levels):
+@pytest.mark.parametrize("levels", [[0, 1, 2], [1, 2], [0, 3], [0, 0.5], [0, 1, 2, 4], [-1, 0], [0, 128, 256, 384]])
+def test_affine_levels_are_integers_of_some_bits_or_multiples(levels):
     with pytest.raises(InvalidArgumentError, match=f"^levels must .*affine.*got {len(levels)}"):
         Codebook(levels, normalization="affine")

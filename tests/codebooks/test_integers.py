@@ -50,6 +50,20 @@ def test_affine_levels_are_the_codes_themselves(bits):
     assert codebook.widest == 2**bits - 1
 
 
+def test_affine_levels_leave_room_for_zero_points():
+    for bits, own in ((1, 8), (2, 4), (3, 3), (4, 6)):
+        codebook = affine(bits, own)
+        assert codebook.levels.tolist() == [code * 2 ** (own - bits) for code in range(2**bits)]
+        assert (codebook.bits, codebook.zero_point_bits) == (bits, own)
+        assert codebook.name == (f"affine{bits}" if own == bits else f"affine{bits}-{own}")
+    assert affine(3, 3) == affine(3)
+    assert affine(2, 4) != affine(2)
+    assert uniform(4).zero_point_bits == 0
+    for wrong in (1, 9, 4.0, True):
+        with pytest.raises(InvalidArgumentError, match=f"^zero_point_bits .*got {wrong}"):
+            affine(2, wrong)
+
+
 @pytest.mark.parametrize("bits", [0, 9, 4.0, True])
 def test_affine_refuses_other_bits(bits):
     affine(1), affine(4)

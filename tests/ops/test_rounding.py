@@ -53,7 +53,7 @@ def test_they_are_what_an_array_loses_that_is_restored(xp, text):
     fmt = lq.BlockFormat.parse(text)
     w = np.random.default_rng(0).standard_normal((6, 16)).astype(np.float32)
     q = lq.quantize(w, fmt)
-    zeros = None if q.zero_points is None else lq.ops.unpack_codes(q.zero_points, fmt.bits, 6)
+    zeros = None if q.zero_points is None else lq.ops.unpack_codes(q.zero_points, fmt.codebook.zero_point_bits, 6)
     arrays = [None if array is None else on(xp, array) for array in (w, None, q.scales, zeros)]
     lost = (w.astype(np.float64) - lq.dequantize(q)) ** 2
     found = rounding_errors(*arrays, fmt.codebook.levels, fmt.codebook.boundaries)

@@ -49,7 +49,7 @@ def test_sequences_are_nearly_the_best_of_all(book, count):
     best = np.array([least_error(row, book) for row in rows])
     assert (errors > best * (1 - 1e-5)).all()
     # Only the state at the seam is chosen by a rule of thumb. A sequence no longer than a state is the best of all.
-    assert errors.mean() < 1.25 * best.mean()
+    assert errors.mean() < 1.5 * best.mean()
     if count * book.bits <= book.state_bits:
         np.testing.assert_allclose(errors, best, rtol=1e-5)
 

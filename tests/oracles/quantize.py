@@ -137,7 +137,7 @@ def statistic(block: np.ndarray, fmt: BlockFormat) -> Any:
     levels = fmt.codebook.levels
     if fmt.codebook.normalization == "affine":
         low, high = extremes(block)
-        return (high - low) / block.dtype.type(len(levels) - 1)
+        return (high - low) / block.dtype.type(levels[-1])
     if fmt.codebook.normalization == "signed":
         return signed_maximum(block) / block.dtype.type(levels[-1])
     if fmt.codebook.normalization == "rms":
@@ -169,7 +169,7 @@ def zero_point(block: np.ndarray, scale: Any, fmt: BlockFormat) -> int:
     with np.errstate(over="ignore"):
         quotient = float(-extremes(block)[0] / block.dtype.type(scale))
     steps = round(min(quotient, 1e9))  # Python also rounds half to even
-    return min(max(steps, 0), len(fmt.codebook) - 1)
+    return min(max(steps, 0), int(fmt.codebook.levels[-1]))
 
 
 @np.errstate(over="ignore")
@@ -263,7 +263,7 @@ def quantize(w: np.ndarray, fmt: BlockFormat) -> tuple[dict[str, bytes], np.ndar
     zero_points = levels = None
     if fmt.codebook.normalization == "affine":
         zero_points = [zero_point(block, scale, fmt) for block, scale in zip(blocks, scales, strict=True)]
-        stored["zero_points"] = pack(zero_points, fmt.bits)
+        stored["zero_points"] = pack(zero_points, fmt.codebook.zero_point_bits)
     if fmt.levels != "codebook":
         levels = np.array([fmt.codebook.levels] * fmt.level_sets(w.shape), dtype=np.float32)
         stored["levels"] = levels.tobytes()

@@ -25,7 +25,7 @@ AXES = (None, 0, 1, -1, -2)
 UNROTATED = (
     "nf4/16:float32", "nf2/7:u8/5:float32", "nf8/16@-1:float32", "int5/5@0:u4+none/7:u3/3:float32", "uint1/53:float32",
     "nf3/6:d8/9:float32", "nf3/6:d8+none/9:float32", "nf4/4@-1:l8/8:float32", "af4/9@1:l4+min/8:float32",
-    "fp4/8:i6/4:float32", "fp4-bnb/8:i6+mean/4:float32", "affine4/8@-1:float32", "affine2/5:u8/8:float32",
+    "fp4/8:i6/4:float32", "fp4-bnb/8:i6+mean/4:float32", "affine4/8@-1:float32", "affine2/5:u8/8:float32", "affine2-4/5:u8/8:float32",
     "affine8/16@0:d8/3:float32", "bof4s-64/16:float32", "bof2s-64/8@-1:d8+none/8:float32", "bof3s-64/5:i8/8:float32",
     "tcq2/16:float32", "tcq2-6/5@0:u8/8:float32", "tcq3/300:float32", "tcq1/9@-1:d8+none/3:float32",
     "nf3+fit/8:float32", "nf2+fit/8@0:u8/8:float32", "nf4+fit2/8@-1:float32", "bof4s-64+fit3/6@0:d8+none/4:float32",

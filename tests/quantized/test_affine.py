@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lqlora as lq
 from lqlora import BlockFormat, affine, quantize
 from lqlora.testing.strategies import ALL_CODEBOOKS
 from tests.oracles import quantize as oracle
@@ -21,7 +22,7 @@ BOOKS = [book for book in ALL_CODEBOOKS if book.normalization == "affine"]
 
 def zero_points(q):
     blocks = len(scales_of(q))
-    return oracle.unpack(host(q.zero_points).tobytes(), q.format.bits, blocks)
+    return oracle.unpack(host(q.zero_points).tobytes(), q.format.codebook.zero_point_bits, blocks)
 
 
 @quiet
@@ -45,11 +46,20 @@ def test_scale_and_zero_point_span_the_block_and_zero(bits, seed, size):
     assert zero_points(q) == [min(max(round(float(-low / q.scales[0])), 0), last)]
 
 
+@given(bits=st.integers(1, 4), more=st.integers(0, 4), seed=st.integers(0, 99), size=st.integers(1, 20))
+def test_a_fine_zero_point_leaves_no_more_than_half_a_gap_and_half_its_own_step(bits, more, seed, size):
+    rng = np.random.default_rng(seed)
+    w = (rng.standard_normal(size) + rng.choice([-3, 0, 3])).astype(np.float32)
+    q = quantize(w, BlockFormat(affine(bits, bits + more), size))
+    gap, step = q.scales[0] * 2**more, q.scales[0]
+    assert np.abs(restored(q) - w).max() <= (gap + step) / 2 * np.float32(1.00001)
+
+
 @quiet
 @given(data=st.data(), fit=st.sampled_from(["absmax", "scale"]))
 @settings(max_examples=30)
 def test_zero_comes_back_exactly(xp, data, fit):
-    w, fmt = draw_case(data, xp, codebooks=BOOKS)
+    w, fmt = draw_case(data, xp, codebooks=[book for book in BOOKS if book.zero_point_bits == book.bits])
     assert not restored(quantized(xp, w, fmt, fit=fit))[w == 0].any()
 
 
@@ -76,6 +86,55 @@ def test_a_search_moves_zero_points(fast_xp):
     moved = np.abs(np.array(zero_points(plain)) - zero_points(fitted))
     assert set(moved.tolist()) == {0, 1}
     assert ((restored(fitted) - w) ** 2).sum() < 0.8 * ((restored(plain) - w) ** 2).sum()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("length", [64, 72])  # whole blocks, and a short one at the end of each line
+@pytest.mark.parametrize("scales", ["u4/16:float16", "float32"])
+def test_fine_zero_points_and_scales_are_fitted_together(weighted, length, scales):
+    w = normal(200, length) + np.float32(0.5)
+    importance = np.random.default_rng(1).exponential(size=w.shape).astype(np.float32) if weighted else None
+    errors = []
+    for text in ("affine2", "affine2-3", "affine2-4", "affine2-6"):
+        q = quantize(w, BlockFormat.parse(f"{text}/16@-1:{scales}"), fit="scale", weights=importance)
+        errors.append(((1 if importance is None else importance) * (restored(q) - w).astype(np.float64) ** 2).sum())
+    assert errors[1] < 0.88 * errors[0]
+    assert errors[2] < 0.94 * errors[1]
+    assert errors[3] < errors[2]
+
+
+def test_the_joint_fit_is_no_worse_than_all_pairs_of_a_grid():
+    w, book = normal(20, 8), affine(2, 4)
+    q = quantize(w, BlockFormat(book, 8), fit="scale")
+    found = ((restored(q) - w) ** 2).sum(axis=1)
+    ratios = np.linspace(0.3, 1.2, 60)[:, None, None, None]
+    scales = ratios * ((w.max(axis=1).clip(0) - w.min(axis=1).clip(None, 0)) / 12)[None, None, :, None]
+    points = np.arange(13)[None, :, None, None]
+    values = (np.clip(np.rint((w / scales + points) / 4), 0, 3) * 4 - points) * scales
+    best = ((values - w) ** 2).sum(axis=3).min(axis=(0, 1))
+    assert found.sum() < 1.03 * best.sum()
+
+
+def test_values_that_lie_on_fine_steps_come_back_exactly():
+    w = (np.array([0, 4, 8, 12, 12, 4, 0, 8]) - 5).astype(np.float32)
+    for fit in ("absmax", "scale"):
+        q = quantize(w, BlockFormat(affine(2, 4), 8), fit=fit)
+        assert restored(q).tolist() == w.tolist()
+        assert zero_points(q) == [5]
+        assert {name: len(own) for name, own in stored(q).items()} == {"codes": 2, "scales": 4, "zero_points": 1}
+
+
+@pytest.mark.parametrize("text", ["affine2-4/8@-1:float32", "affine2-5/4@-1:u8/4:float32", "affine3-8/16:float16"])
+def test_rows_and_files_keep_fine_zero_points(text, tmp_path):
+    w = normal(16, 32)
+    q = quantize(w, BlockFormat.parse(text), fit="scale")
+    dense = restored(q)
+    np.testing.assert_array_equal(restored(q.rows(8, 16)), dense[8:])
+    lq.save(tmp_path / "a.safetensors", {"a": q})
+    back = lq.load(tmp_path / "a.safetensors").matrices["a"].quantized
+    assert stored(back) == stored(q)
+    assert str(back.format) == text
+    np.testing.assert_allclose(lq.matmul(np.eye(32, dtype=np.float32), back), dense.T, rtol=1e-6)
 
 
 def test_zero_points_are_counted():

@@ -66,7 +66,7 @@ def oracle_codes(w, gram, start, order):
     fmt, blocks = start.format, places(np.zeros(w.shape), start.format)
     zeros = np.zeros(len(blocks))
     if start.zero_points is not None:
-        zeros = np.array(unpack(host(start.zero_points).tobytes(), fmt.bits, len(blocks)))
+        zeros = np.array(unpack(host(start.zero_points).tobytes(), fmt.codebook.zero_point_bits, len(blocks)))
     levels = [fmt.codebook.levels] if start.levels is None else list(host(start.levels))
     sets = by_weight([set_of(place.line, fmt) for place in blocks], fmt, w.shape).astype(int)
     return oracle.codes(

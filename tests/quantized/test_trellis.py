@@ -23,7 +23,7 @@ FORMATS = (
 
 
 @pytest.mark.parametrize(("text", "bound"), [
-    ("tcq1/256:float32", 0.296), ("tcq2/256:float32", 0.080), ("tcq3/256:float32", 0.0225), ("tcq4/256:float32", 0.0060),
+    ("tcq1/256:float32", 0.290), ("tcq2/256:float32", 0.0745), ("tcq3/256:float32", 0.0198), ("tcq4/256:float32", 0.0054),
 ])  # fmt: skip
 def test_errors_on_normal_weights_are_those_of_the_docstring(text, bound):
     w = normal(32, 256)
@@ -32,7 +32,8 @@ def test_errors_on_normal_weights_are_those_of_the_docstring(text, bound):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("text", "bound"), [("tcq2-12", 0.0745), ("tcq3-12", 0.0198), ("tcq4-12", 0.0054), ("tcq2-8", 0.087)]
+    ("text", "bound"),
+    [("tcq2-12", 0.0745), ("tcq3-12", 0.0198), ("tcq4-12", 0.0054), ("tcq2-8", 0.0765), ("tcq3-8", 0.0210)],
 )
 def test_more_states_leave_less_error(text, bound):
     w = normal(512, 256)

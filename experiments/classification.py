@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import torch
-from curves import BUDGET, METHODS, NF3, PARTS, by, by_plan, converted, record, recorded, sizes, trained
+from curves import METHODS, NF3, PARTS, by, converted, record, recorded, sizes, trained
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -37,7 +37,7 @@ DENSE = "LoRA, full precision"
 STARTS = {**METHODS, DENSE: (by(lq.initializers.qlora, NF3), False)}
 RATES, RATE_SEED = (1e-4, 3e-4, 1e-3), 9
 FACTORS, SCALES = (
-    ("QLoRA, 3 bits", "LoftQ, 3 bits", f"LQ-LoRA, {BUDGET} bits"),
+    ("QLoRA, 3 bits", "LoftQ, 3 bits", "LQ-LoRA, 2.75 bits"),
     ("PEQA, 3 bits",),
 )  # rates are chosen with these
 VALIDATION = 400  # sentences for choosing learning rates
@@ -205,8 +205,7 @@ class Study:
         """Return the decompositions of a method, which are computed once."""
         if name not in self.starts:
             decompose, _ = STARTS[name]
-            fishers = self.fisher() if decompose is by_plan else None
-            self.starts[name] = decompose(self.layers, fishers, self.options.rank)
+            self.starts[name] = decompose(self.layers, self.fisher, self.options.rank)
         return self.starts[name]
 
     def run(self, name, evaluation, seed, *, rate, head_rate, steps, parts=PARTS):

@@ -14,20 +14,37 @@ from lqlora import nn
 from lqlora.weighting import Elementwise
 
 SCALES = "u8/256:float32"
-NF3, NF4 = (lq.BlockFormat.parse(f"nf{bits}/64:{SCALES}") for bits in (3, 4))
+NF2, NF3, NF4 = (lq.BlockFormat.parse(f"nf{bits}/{block}:{SCALES}") for bits, block in ((2, 32), (3, 64), (4, 64)))
+TRELLIS = lq.BlockFormat.parse(f"tcq2/64:{SCALES}")
 GRID = [lq.BlockFormat.parse(f"nf{bits}/{block}:{SCALES}") for bits in (2, 3, 4) for block in (16, 32, 64)]
-BUDGET = 2.75
 PARTS = 6  # measurements after the first
 
 
-def by_plan(layers, fishers, rank):
+def weighted(fishers):
+    """Return the norms of LQ-LoRA."""
+    return {name: Elementwise(fisher, sweeps=0) for name, fisher in fishers.items()}
+
+
+def planned(bits):
     """Decompose as LQ-LoRA: formats by an integer program under a budget, errors weighted by Fisher information."""
-    weighting = {name: Elementwise(fisher, sweeps=0) for name, fisher in fishers.items()}
-    options = {"weighting": weighting, "fit": "levels+scale"}
-    table = lq.cost_table(layers, GRID, rank=rank, max_iter=1, **options)
-    plan = lq.allocate(table, bits_per_weight=BUDGET)
+
+    def decompose(layers, fishers, rank):
+        weighting, fit = weighted(fishers()), "levels+scale"
+        table = lq.cost_table(layers, GRID, rank=rank, max_iter=1, weighting=weighting, fit=fit)
+        plan = lq.allocate(table, bits_per_weight=bits)
+        return {
+            name: lq.decompose(w, plan.formats[name], rank, weighting=weighting[name], fit=fit, max_iter=4)
+            for name, w in layers.items()
+        }
+
+    return decompose
+
+
+def in_trellis_codes(layers, fishers, rank):
+    """Decompose in trellis codes of two bits, in the norms of LQ-LoRA."""
+    weighting = weighted(fishers())
     return {
-        name: lq.decompose(w, plan.formats[name], rank, weighting=weighting[name], fit="levels+scale", max_iter=4)
+        name: lq.decompose(w, TRELLIS, rank, weighting=weighting[name], fit="scale", max_iter=4)
         for name, w in layers.items()
     }
 
@@ -41,11 +58,16 @@ def scales_of(fmt):
     return lambda layers, *_: {name: lq.decompose(w, fmt, 0, fit="scale", max_iter=1) for name, w in layers.items()}
 
 
-#: Functions that decompose all layers, and whether scales train instead of factors.
+#: Functions of the layers, of a function that returns their Fisher information, and of the rank, which decompose all layers, and whether
+#: scales train instead of factors.
 METHODS = {
     "QLoRA, 3 bits": (by(lq.initializers.qlora, NF3), False),
     "LoftQ, 3 bits": (by(lq.initializers.loftq, NF3), False),
-    f"LQ-LoRA, {BUDGET} bits": (by_plan, False),
+    "LQ-LoRA, 2.75 bits": (planned(2.75), False),
+    "QLoRA, 2.25 bits": (by(lq.initializers.qlora, NF2), False),
+    "LoftQ, 2.25 bits": (by(lq.initializers.loftq, NF2), False),
+    "LQ-LoRA, 2.25 bits": (planned(2.25), False),
+    "Trellis codes, 2.13 bits": (in_trellis_codes, False),
     "PEQA, 4 bits": (scales_of(NF4), True),
     "PEQA, 3 bits": (scales_of(NF3), True),
 }

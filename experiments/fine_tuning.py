@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from curves import METHODS, by_plan, converted, record, recorded, sizes, trained
+from curves import METHODS, converted, record, recorded, sizes, trained
 from smollm2 import collected
 
 from lqlora import nn, recipes
@@ -64,11 +64,13 @@ def main():
     def fisher(sequences):
         return nn.collect_fisher(model, sequences.split(1))
 
+    def fishers():
+        return collected("fisher", fisher, calibration, options.cache)
+
     for name, (decompose, scales_train) in METHODS.items():
         missing = [seed for seed in options.seeds if f"{name}, seed {seed}" not in results["runs"]]
         if not (options.only.search(name) and missing):
             continue
-        fishers = collected("fisher", fisher, calibration, options.cache) if decompose is by_plan else None
         decompositions = decompose(layers, fishers, options.rank)
         for seed in missing:
             start = time.process_time()

@@ -1,14 +1,17 @@
-"""Printed tables of a benchmark, recorded for the documentation with the machine, the versions and the date."""
+"""Printed tables of a benchmark, and the origin of a record: command, commit, date, machine and versions."""
 
 import datetime as dt
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[1] / "docs" / "measurements"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "measurements"
 
 
 class Record:
@@ -16,14 +19,7 @@ class Record:
 
     def __init__(self, name, packages):
         self.path = FOLDER / f"{name}.json" if "--record" in sys.argv[1:] else None
-        versions = {package: version_of(package) for package in ("lqlora", *packages)}
-        self.content = {
-            "date": dt.datetime.now(dt.UTC).date().isoformat(),
-            "machine": f"{os.cpu_count()} cores of {processor()}, {platform.system()}",
-            "load": round(os.getloadavg()[0], 1),
-            "versions": {package: version for package, version in versions.items() if version},
-            "tables": [],
-        }
+        self.content = {**origin(packages), "load": round(os.getloadavg()[0], 1), "tables": []}
         named = ", ".join(f"{package} {version}" for package, version in self.content["versions"].items())
         print(f"{self.content['machine']}, load {self.content['load']} at the beginning; {named}\n")
 
@@ -39,6 +35,32 @@ class Record:
         if self.path is not None:
             self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def origin(packages):
+    """Return the command of this process, the commit, the date, the machine, and the versions of packages."""
+    program, *arguments = sys.argv
+    shown = [Path(own).name if Path(own).is_absolute() else own for own in arguments]
+    versions = {package: version_of(package) for package in ("lqlora", *packages)}
+    return {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "command": " ".join([Path(program).resolve().relative_to(ROOT).as_posix(), *shown]),
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} cores of {processor()}, {platform.system()}",
+        "versions": {package: version for package, version in versions.items() if version},
+    }
+
+
+def commit():
+    """Return the commit of the working tree, with a plus if files differ from it, or None outside a repository."""
+    git = shutil.which("git")
+    if git is None or not (ROOT / ".git").exists():
+        return None
+    head, changes = (
+        subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+    )
+    return f"{head}+" if changes else head
 
 
 def version_of(package):

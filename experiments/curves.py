@@ -3,13 +3,13 @@
 ``experiments/fine_tuning.py`` and ``experiments/classification.py`` use these functions on a language model and on a classifier.
 """
 
-import datetime as dt
 import json
 import sys
 
 import torch
 
 import lqlora as lq
+from benchmarks.records import origin
 from lqlora import nn
 from lqlora.weighting import Elementwise
 
@@ -118,7 +118,7 @@ def trained(groups, batches, losses, measure, parts=PARTS):
 def recorded(path, settings):
     """Return the results so far, which must have the same settings."""
     if not path.exists():
-        return {"date": dt.datetime.now(dt.UTC).date().isoformat(), "settings": settings, "full": None, "runs": {}}
+        return {**origin(["torch", "transformers"]), "settings": settings, "full": None, "runs": {}}
     found = json.loads(path.read_text())
     if found["settings"] != settings:
         sys.exit(f"{path} has other settings: {found['settings']}, not {settings}.")

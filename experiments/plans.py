@@ -6,7 +6,6 @@ errors after one iteration with fitted levels and scales; the models that are me
 """
 
 import argparse
-import datetime as dt
 import json
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from smollm2 import FITTED, FOUR, RANK, arguments, decomposed, prepared, rank_one_fisher
 
 import lqlora as lq
+from benchmarks.records import origin
 from lqlora._parallel import map_matrices
 
 RECORD = Path(__file__).parents[1] / "docs" / "measurements" / "plans.json"
@@ -90,7 +90,7 @@ def compare_ranks(measure, layers, folder):
 def keep(found, full):
     """Write the figures of this part into the record, and keep those of the other part."""
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    known |= {"date": dt.datetime.now(dt.UTC).date().isoformat(), "full precision": round(full, 3), **found}
+    known |= {**origin(["torch", "transformers"]), "full precision": round(full, 3), **found}
     RECORD.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import copy
-import datetime as dt
-import importlib.metadata
 import json
 import tempfile
 import warnings
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lqlora as lq
+from benchmarks.records import origin
 from tests.nn.architectures import ARCHITECTURES
 from tests.requirements import require_module
 
@@ -445,8 +444,7 @@ def record() -> None:
     """Run all checks, and write the record."""
     warnings.simplefilter("ignore")
     content: dict[str, Any] = {
-        "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in ("lqlora", "torch", "transformers")},
+        **origin(["torch", "transformers"]),
         "columns": descriptions(),
         "rows": {},
     }

@@ -43,7 +43,7 @@ def least_error(row, book, importance=1.0):
     ],
 )
 def test_sequences_are_nearly_the_best_of_all(book, count):
-    rows = normal(12, count)
+    rows = normal(40, count)
     found = host(trellis_values(trellis_codes(rows, None, book.levels, book.bits), book.levels, book.bits))
     errors = ((rows - found.astype(np.float64)) ** 2).sum(axis=1)
     best = np.array([least_error(row, book) for row in rows])

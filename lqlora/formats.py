@@ -628,7 +628,7 @@ def _parse_format(text: str, codebook: Codebook | None) -> BlockFormat:
         r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?(?:~([a-z]{1,4})([0-9]{0,18}))?", head
     )
     if match is None or len(scales) > _MAX_DEPTH:
-        raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}.")
+        raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}{_fault(head)}.")
     name, fitted, lines, block_size, axis, side, seed = match.groups()
     return BlockFormat(
         codebook or by_name(name),
@@ -638,6 +638,21 @@ def _parse_format(text: str, codebook: Codebook | None) -> BlockFormat:
         "codebook" if fitted is None else int(lines) if lines else "matrix",
         None if side is None else Rotation(side, int(seed or 0)),  # type: ignore[arg-type]  # checked there
     )
+
+
+def _fault(head: str) -> str:
+    """Return what is wrong with the part of a format before the scales, as the end of a message."""
+    name, slash, rest = head.partition("/")
+    size, options = re.split("(?=[@~])", rest, maxsplit=1) if re.search("[@~]", rest) else (rest, "")
+    if not slash:
+        return ": a block size must follow the codebook, as in 'nf4/64'"
+    if not re.fullmatch(r"[^/+\s]+(\+fit[0-9]{0,18})?", name):
+        return f": codebook {name[:40]!r} may be followed by '+fit' or '+fit' and a number only"
+    if not re.fullmatch("[0-9]{1,18}", size):
+        return f": block size {size[:40]!r} must be an integer"
+    if options:
+        return f": {options[:40]!r} must be an axis such as '@-1', a rotation such as '~both', or both in this order"
+    return f": scales may be quantized {_MAX_DEPTH - 1} times at most"
 
 
 @lru_cache(maxsize=1024)

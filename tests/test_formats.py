@@ -301,3 +301,21 @@ def test_integers_of_numpy_become_those_of_python():
     assert found == BlockFormat(NF4, 16, ScaleFormat(8, 256), -1, 4)
     assert {type(own) for own in (found.block_size, found.axis, found.levels, found.scales.bits)} == {int}
     assert found.level_sets((8, 16)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("nf3", "a block size must follow"),
+        ("nf3:u8/256:float32", "a block size must follow"),
+        ("nf3+level/64", "codebook 'nf3.level' may"),
+        ("nf3/sixty", "block size 'sixty' must"),
+        ("nf3/64x@-1", "block size '64x' must"),
+        ("nf3/64~both@-1", "'~both@-1' must be an axis"),
+        ("nf3/64@x", "'@x' must be an axis"),
+        ("nf3/64" + ":u8/4" * 8 + ":float32", "scales may be quantized 7 times"),
+    ],
+)
+def test_a_text_that_is_no_format_is_told_which_part_is_wrong(text, fault):
+    with pytest.raises(FormatError, match=f"^text must be a block format.*{fault}"):
+        BlockFormat.parse(text)

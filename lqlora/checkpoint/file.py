@@ -74,7 +74,7 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _UNUSUAL = (AttributeError, OverflowError, TypeError, ValueError)
 
 
-class _Matrix(Protocol):
+class DecomposedMatrix(Protocol):
     """Attributes that :func:`save` reads of a matrix. :class:`lqlora.Decomposition` and :class:`StoredMatrix` have them."""
 
     @property
@@ -146,7 +146,7 @@ class Checkpoint:
 @collection_paused()
 def save(
     path: str | os.PathLike[str],
-    matrices: Mapping[str, _Matrix | QuantizedArray],
+    matrices: Mapping[str, DecomposedMatrix | QuantizedArray],
     tensors: Mapping[str, Array] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
@@ -222,7 +222,7 @@ def save(
     write_container(path, arrays, KEY, header)
 
 
-def _as_matrix(given: _Matrix | QuantizedArray, name: str) -> _Matrix:
+def _as_matrix(given: DecomposedMatrix | QuantizedArray, name: str) -> DecomposedMatrix:
     """Return a matrix with its factors, of rank 0 for a quantized array."""
     if isinstance(given, QuantizedArray):
         if len(given.shape) != 2 or given.batch_shape:
@@ -268,7 +268,7 @@ def _owners(tensor: str) -> Iterator[str]:
         at = tensor.find(_SEPARATOR, at + 1)
 
 
-def _matrix_arrays(name: str, matrix: _Matrix) -> dict[str, Any]:
+def _matrix_arrays(name: str, matrix: DecomposedMatrix) -> dict[str, Any]:
     """Return all tensors that store a matrix, by name; :func:`_take_matrices` is the inverse."""
     prefix = _array_key(name)
     arrays = {prefix + key: array for key, array in quantized_arrays(matrix.quantized).items()}

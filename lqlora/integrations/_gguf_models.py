@@ -206,6 +206,8 @@ def read_header_of(path: Path) -> Header:
     """
     try:
         state = path.stat()
+    except FileNotFoundError as error:
+        raise CheckpointError(about_file(path, "does not exist.")) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(about_file(path, f"is not a readable GGUF file: {error}.")) from error
     return _header_as_of(path, state.st_mtime_ns, state.st_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from lqlora import ops
 from lqlora._annotations import annotated
 from lqlora._dispatch import namespace, plain_array
 from lqlora._messages import given
-from lqlora.errors import FormatError, InvalidArgumentError
+from lqlora.errors import FormatError, InvalidArgumentError, UnsupportedArrayError
 from lqlora.formats import BlockFormat, ScaleFormat
 from lqlora.quantized._decoding import decode_scales, unpacked
 from lqlora.quantized._layout import bytes_of, layout_of
@@ -59,6 +59,12 @@ class QuantizedArray:
     offset: Array | None = None
     zero_points: Array | None = None
     levels: Array | None = None
+
+    def __array__(self, *_: object, **__: object) -> NoReturn:
+        """Refuse to become a NumPy array, which NumPy asks for in ``x @ q`` and ``np.asarray(q)``."""
+        raise UnsupportedArrayError(
+            "a QuantizedArray is not an array: lqlora.dequantize(q) returns one, and lqlora.matmul(x, q) multiplies by it."
+        )
 
     def __repr__(self) -> str:
         """Return shape and format. The numbers are those of the attributes."""

@@ -1,4 +1,4 @@
-"""One-line reprs of quantized arrays, decompositions, stored matrices and codebooks."""
+"""One-line reprs, and the refusal of a quantized array to be a dense one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 
 import lqlora as lq
 from lqlora import BlockFormat
+from lqlora.errors import UnsupportedArrayError
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,14 @@ def test_objects_print_as_one_line(made, expected):
     assert repr(made(lq.quantize(w, fmt), d)) == expected
     assert repr(d).startswith("Decomposition(shape=(8, 32), format='nf4/16:u8/256:float32', rank=2, relative_error=")
     assert "\n" not in repr(d)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [np.asarray, lambda q: np.ones((2, 8), dtype=np.float32) @ q, lambda q: np.add(q, 1)],
+    ids=["array", "product", "sum"],
+)
+def test_a_quantized_array_is_no_dense_array(used):
+    q = lq.quantize(np.eye(8, dtype=np.float32), BlockFormat.parse("nf4/8"))
+    with pytest.raises(UnsupportedArrayError, match="dequantize"):
+        used(q)

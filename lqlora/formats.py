@@ -628,7 +628,9 @@ def _parse_format(text: str, codebook: Codebook | None) -> BlockFormat:
         r"([^/+\s]+)(\+fit([0-9]{0,18}))?/([0-9]{1,18})(?:@(-?[0-9]{1,2}))?(?:~([a-z]{1,4})([0-9]{0,18}))?", head
     )
     if match is None or len(scales) > _MAX_DEPTH:
-        raise FormatError(f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}{_fault(head)}.")
+        raise FormatError(
+            f"text must be a block format, such as 'nf4/64:u8/256:float32', got {text[:80]!r}{_fault(head)}."
+        )
     name, fitted, lines, block_size, axis, side, seed = match.groups()
     return BlockFormat(
         codebook or by_name(name),

@@ -1,7 +1,7 @@
 """Published methods by name (LQ-LoRA, LoftQ, QLoRA, LoRC, QPiSSA, QERA, CLoQ), as presets of ``lqlora.decompose``.
 
-Each returns the decomposition of its paper, or one with a smaller error in the same norm. That is because
-:func:`lqlora.decompose` returns the best iterate, compares it with quantization alone and with quantization plus one
+Each returns the decomposition of its paper, or one with a smaller error in the same norm, up to the accuracy of the randomized SVD. That is
+because :func:`lqlora.decompose` returns the best iterate, compares it with quantization alone and with quantization plus one
 SVD of its residual, and refits the factors to the quantized part that is returned.
 """
 

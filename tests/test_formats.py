@@ -39,7 +39,7 @@ def counted_bits(fmt, shape):
     blocks = sum(-(-length // fmt.block_size) for length in lines)
     bits = 8 * -(-sum(lines) * fmt.bits // 8)
     if fmt.codebook.normalization == "affine":
-        bits += 8 * -(-blocks * fmt.bits // 8)
+        bits += 8 * -(-blocks * (fmt.bits + int(np.log2(fmt.codebook.levels[1]))) // 8)
     if fmt.levels != "codebook":
         sets = 1 if fmt.levels == "matrix" else len(range(0, len(lines), fmt.levels))
         bits += 32 * sets * len(fmt.codebook.levels)

@@ -78,13 +78,20 @@ class DecomposedMatrix(Protocol):
     """Attributes that :func:`save` reads of a matrix. :class:`lqlora.Decomposition` and :class:`StoredMatrix` have them."""
 
     @property
-    def quantized(self) -> QuantizedArray: ...
+    def quantized(self) -> QuantizedArray:
+        """Quantized part."""
+
     @property
-    def lora_A(self) -> Array: ...
+    def lora_A(self) -> Array:
+        """Factor of shape (rank, n)."""
+
     @property
-    def lora_B(self) -> Array: ...
+    def lora_B(self) -> Array:
+        """Factor of shape (m, rank)."""
+
     @property
-    def scaling(self) -> float: ...
+    def scaling(self) -> float:
+        """Factor of the low-rank part."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -415,6 +415,8 @@ class LinearMaps:
         but = f" without exclude={shown_patterns(exclude)}" if exclude else ""
         left = {**self.faults, **self.roles}
         before = f" Linear layers that are quantized already: {self._before}." * (self._before > 0)
+        if include is None and not self.layers:
+            raise InvalidArgumentError(f"model must have a linear layer that is dense, got none.{before}")
         if include is not None or not left:
             what = "it" if include is None else shown_patterns(include)
             raise InvalidArgumentError(

@@ -61,7 +61,7 @@ class QuantizedArray:
     levels: Array | None = None
 
     def __array__(self, *_: object, **__: object) -> NoReturn:
-        """Refuse to become a NumPy array, which NumPy asks for in ``x @ q`` and ``np.asarray(q)``."""
+        """Raise, because NumPy calls this in ``x @ q`` and ``np.asarray(q)``, where a dense array is needed."""
         raise UnsupportedArrayError(
             "a QuantizedArray is not an array: lqlora.dequantize(q) returns one, and lqlora.matmul(x, q) multiplies by it."
         )

@@ -196,8 +196,8 @@ def _checked_importance(weights: Array, w: Array, fit: str) -> Array:
     try:
         return xp.broadcast_to(weights, w.shape)
     except (ValueError, RuntimeError):
-        shapes = f"the shape {tuple(w.shape)} of the array, got {tuple(weights.shape)}"
-        raise InvalidArgumentError(f"weights must broadcast to {shapes}.") from None
+        shapes = f"the array, {tuple(w.shape)}, got {tuple(weights.shape)}"
+        raise InvalidArgumentError(f"weights must have a shape that broadcasts to that of {shapes}.") from None
 
 
 def check_start(start: QuantizedArray, fmt: BlockFormat, shape: tuple[int, ...], fit: str, batch_dims: int = 0) -> None:

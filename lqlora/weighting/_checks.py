@@ -22,7 +22,9 @@ def is_zero(importance: Array) -> bool:
 
 def warn_of_zeros(name: str) -> None:
     """Warn that an array of zeros is replaced by equal importance."""
-    warn(f"{name} holds only zeros: equal importance is used instead. Check that statistics were collected.")
+    warn(
+        f"{name} must have entries above zero, got only zeros. Equal importance is used instead: check that statistics were collected."
+    )
 
 
 def require_importance(importance: Array, name: str) -> None:

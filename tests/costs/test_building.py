@@ -199,7 +199,7 @@ class TestDocuments:
             )
 
 
-@pytest.mark.filterwarnings("ignore:weights holds only zeros")
+@pytest.mark.filterwarnings("ignore:weights must have entries above zero")
 def test_a_matrix_without_fisher_information_costs_nothing():
     dead, live = np.zeros((8, 8)), np.full((8, 8), 1e-8)
     weighting = {"dead": lq.weighting.Elementwise(dead), "live": lq.weighting.Elementwise(live)}

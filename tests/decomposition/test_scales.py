@@ -261,7 +261,7 @@ def check_the_error(problem: tuple[np.ndarray, np.ndarray, dict[str, Any]], swee
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ScaleUnderflowWarning)
-            warnings.filterwarnings("ignore", message="weights holds only zeros", category=UserWarning)
+            warnings.filterwarnings("ignore", message="weights must have entries above zero", category=UserWarning)
             weighting = Elementwise(weights, sweeps=sweeps)
             d = decompose(w, BlockFormat.parse(fmt), weighting=weighting, max_iter=2, **options)
     except LQLoRAError:

@@ -80,7 +80,7 @@ def test_most_blocks_of_normal_weights_gain(fast_xp, text, weighted):
     # With few codes of scales, the neighbors of the first choice are seldom better.
     assert (own < other).mean() > (0.4 if isinstance(fmt.scales, str) else 0.1)
     # The first scale of a long block of trellis codes is close to the best.
-    gain = 0.995 if fmt.codebook.normalization == "rms" else 0.99
+    gain = 0.9965 if fmt.codebook.normalization == "rms" else 0.99
     assert own.sum() < (gain if isinstance(fmt.scales, str) else 0.999) * other.sum()
 
 
@@ -345,7 +345,7 @@ def test_weights_of_other_dtypes_are_refused(xp, dtype):
 
 @pytest.mark.parametrize("shape", [(3,), (5, 4), (1, 3, 4), (0,)])
 def test_weights_of_another_shape_are_refused(xp, shape):
-    with pytest.raises(InvalidArgumentError, match=r"weights must broadcast to .* \(3, 4\)"):
+    with pytest.raises(InvalidArgumentError, match=r"weights must have a shape .* \(3, 4\)"):
         quantized(xp, np.ones((3, 4)), BlockFormat(NF4), fit="scale", weights=np.ones(shape))
 
 

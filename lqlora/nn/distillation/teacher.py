@@ -283,6 +283,6 @@ def require_outputs(outputs: TeacherOutputs, batches: Sequence[Any], what: str) 
         if key not in outputs.batches:
             raise InvalidArgumentError(
                 f"{what} must be batches that the teacher has seen, but not so batch {position}, counted from 0. Pass all batches to "
-                f"collect_outputs, cut in the same way. It has seen {len(outputs.batches)} batches."
+                f"collect_outputs, cut in the same way. Batches that it has seen: {len(outputs.batches)}."
             )
     return keys

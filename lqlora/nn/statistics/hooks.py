@@ -86,11 +86,16 @@ def run_batches(
     Raises
     ------
     InvalidArgumentError
-        If nothing was counted, or ``batches`` is a mapping, which is one batch.
+        If nothing was counted, or ``batches`` is a mapping or a tensor, which is one batch.
     """
     if isinstance(batches, Mapping):
         raise InvalidArgumentError(
             "batches must be several batches, such as a list of mappings, got one mapping. Pass [batch]."
+        )
+    if isinstance(batches, torch.Tensor):
+        raise InvalidArgumentError(
+            f"batches must be several batches, such as a list of tensors, got one tensor of shape {tuple(batches.shape)}. Pass [batch], or "
+            "batch.split(1) for batches of one example."
         )
     count, total = 0, None
     with suppress(TypeError, NotImplementedError):  # data sets that are read from streams have a length that raises
@@ -280,6 +285,6 @@ def warn_of_underflow(names: list[str], what: str) -> None:
     """
     if names:
         warn(
-            f"{what} of {list_names(names)} are so small that their squares are below {SMALLEST:.2g}, where float32 loses "
+            f"{what} of the layers {list_names(names)} are so small that their squares are below {SMALLEST:.2g}, where float32 loses "
             "digits. Multiply the loss, or the inputs, by a large number.",
         )

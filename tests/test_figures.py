@@ -101,6 +101,7 @@ def test_records_say_when_and_with_what_they_were_made(path: Path) -> None:
     assert record["versions"]
     assert record["machine"]
 
+
 #: Cells that draw.
 _DRAWS = re.compile(r"\bplt\.|\.subplots\(|reports\.plot")
 

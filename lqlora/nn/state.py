@@ -34,6 +34,7 @@ from lqlora.nn.offload import Prefetcher, offload_weight, select_offloaded
 from lqlora.nn.selection import LinearMaps, unwrapped
 from lqlora.nn.sharding import is_sharded, whole, write_once
 from lqlora.nn.skeletons import MetaTensors, with_computed_buffers
+from lqlora.nn.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     import os
@@ -188,6 +189,12 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, offload: Patte
 
 def _fill(path: str | os.PathLike[str], maps: LinearMaps, content: Checkpoint, offload: Patterns | None) -> None:
     """Check a file against a model, and load it."""
+    held = {name: getattr(maps.modules.get(name), "quantized", None) for name in content.matrices}
+    if taken := [name for name, own in held.items() if isinstance(own, QuantizedWeight)]:
+        raise InvalidArgumentError(
+            f"model must be dense where the file has quantized matrices, but {taken[0]!r} is quantized already. Build the model again, or "
+            "load factors by load_factors."
+        )
     layers = [name for name in content.matrices if not isinstance(maps.modules.get(name), nn.Embedding)]
     embedded = [name for name in content.matrices if isinstance(maps.modules.get(name), nn.Embedding)]
     names = (

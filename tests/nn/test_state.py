@@ -154,7 +154,7 @@ class TestMismatch:
 
     def test_a_model_that_is_quantized_already(self, path, quantized):
         before = _state(quantized)
-        with pytest.raises(CheckpointError, match="does not fit"):
+        with pytest.raises(InvalidArgumentError, match="is quantized already"):
             load_model(path, quantized)
         assert _state(quantized) == before
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,10 +42,11 @@ def origin(packages):
     """Return the command of this process, the commit, the date, the machine, and the versions of packages."""
     program, *arguments = sys.argv
     shown = [Path(own).name if Path(own).is_absolute() else own for own in arguments]
+    path = Path(program).resolve()
     versions = {package: version_of(package) for package in ("lqlora", *packages)}
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
-        "command": " ".join([Path(program).resolve().relative_to(ROOT).as_posix(), *shown]),
+        "command": shlex.join([path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name, *shown]),
         "commit": commit(),
         "machine": f"{os.cpu_count()} cores of {processor()}, {platform.system()}",
         "versions": {package: version for package, version in versions.items() if version},
@@ -60,7 +62,7 @@ def commit():
         subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
         for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
     )
-    return f"{head}+" if changes else head
+    return f"{head}+" if changes else head or None
 
 
 def version_of(package):

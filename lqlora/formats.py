@@ -646,14 +646,16 @@ def _fault(head: str) -> str:
     """Return what is wrong with the part of a format before the scales, as the end of a message."""
     name, slash, rest = head.partition("/")
     size, options = re.split("(?=[@~])", rest, maxsplit=1) if re.search("[@~]", rest) else (rest, "")
+    if not name or name.startswith("+"):
+        return ": a codebook must come first, as in 'nf4/64'"
     if not slash:
         return ": a block size must follow the codebook, as in 'nf4/64'"
     if not re.fullmatch(r"[^/+\s]+(\+fit[0-9]{0,18})?", name):
-        return f": codebook {name[:40]!r} may be followed by '+fit' or '+fit' and a number only"
+        return f": codebook {name[:40]!r} may be followed by '+fit' or '+fit' and a number of at most 18 digits only"
     if not re.fullmatch("[0-9]{1,18}", size):
-        return f": block size {size[:40]!r} must be an integer"
+        return f": block size {size[:40]!r} must be a positive integer of at most 18 digits"
     if options:
-        return f": {options[:40]!r} must be an axis such as '@-1', a rotation such as '~both', or both in this order"
+        return f": {options[:40]!r} must be an axis of at most two digits such as '@-1', a rotation such as '~both', or both in this order"
     return f": scales may be quantized {_MAX_DEPTH - 1} times at most"
 
 

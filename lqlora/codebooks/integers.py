@@ -72,7 +72,7 @@ def affine(bits: int, zero_point_bits: int | None = None) -> Codebook:
     A code ``c`` decodes to ``scale * (levels[c] - zero_point)``, with levels ``step * c``. By default the step is 1: zero is one of the
     levels, so zeros stay zero. This is the grid of GPTQ, and of PEQA before training. With more bits a zero point lies between two levels,
     so that each block has a minimum of its own beside its scale, as in the K-quants of llama.cpp. At two bits and blocks of 16 this
-    takes a tenth off the error.
+    takes a tenth off the error. Zeros may then decode to other numbers, so a sparse matrix does not stay sparse.
 
     Parameters
     ----------

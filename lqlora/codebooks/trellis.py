@@ -133,7 +133,7 @@ def trellis_code(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     Returns
     -------
     Trellis
-        Codebook of ``2**state_bits`` levels, trained on normal weights for states of at most 10 bits and computed for more, named ``tcq{bits}`` for states of 10 bits, else
+        Codebook of ``2**state_bits`` levels, trained for states of at most 10 bits and computed for more, named ``tcq{bits}`` for states of 10 bits, else
         ``tcq{bits}-{state_bits}``.
 
     Raises

@@ -235,7 +235,7 @@ def encode(
     scales : array of the same dtype, shape (ceil(n / block_size),)
         Decoded scales. A block whose scale is zero is encoded as zeros.
     zero_points : array of uint8, shape (ceil(n / block_size),), or None
-        Zero points of an affine format: the code of zero in each block.
+        Zero points of an affine format: what decodes to zero in each block.
     boundaries : ndarray of float32
         Boundaries between the levels of the codebook.
     block_size : int
@@ -281,7 +281,7 @@ def encode_packed(
     scales : array of float32, or float64 for float64, shape (ceil(n / block_size),)
         Decoded scales. A block whose scale is zero is encoded as zeros.
     zero_points : array of uint8, shape (ceil(n / block_size),), or None
-        Zero points of an affine format: the code of zero in each block.
+        Zero points of an affine format: what decodes to zero in each block.
     boundaries : ndarray of float32
         Boundaries between the levels of the codebook, fewer than ``2**bits``.
     bits : int
@@ -352,7 +352,7 @@ class PackedBlocks(NamedTuple):
     scales : array of float32, shape (ceil(n / block_size),)
         Decoded scales.
     zero_points : array of uint8, shape (ceil(n / block_size),), or None
-        Zero points of an affine format: the code of zero in each block.
+        Zero points of an affine format: what decodes to zero in each block.
     levels : ndarray of float32
         Levels of the codebook. A code that is not below their number decodes to NaN.
     bits : int

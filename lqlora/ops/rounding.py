@@ -48,7 +48,7 @@ def rounding_errors(
     scales : array of float32, shape (m,)
         Decoded scales of either sign. A block whose scale is zero decodes to zeros.
     zero_points : array of uint8, shape (m,), optional
-        Zero points of an affine format: the code of zero in each block.
+        Zero points of an affine format: what decodes to zero in each block.
     levels : ndarray of float32, shape (n,)
         Levels of the codebook.
     boundaries : ndarray of float32, shape (n - 1,)

@@ -136,7 +136,7 @@ def _decode_pieces(layout: Layout, stored: _Stored, out: Array) -> None:
             flat = xp.empty((weights.stop - weights.start,), dtype=own, device=device_of(stored.packed))
         else:
             flat = dense[weights]
-        # An affine code decodes to (c - z) s. The difference of two codes is an integer below 256, exact in float32, so
+        # An affine code decodes to (l - z) s. The difference of level and zero point is an integer below 256, exact in float32, so
         # there is one rounding here too.
         packed = stored.packed[layout.bytes_of(weights)]
         if layout.is_trellis and blocks is not None:

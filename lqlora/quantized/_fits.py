@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lqlora._typing import Array
-    from lqlora.formats import BlockFormat
+    from lqlora.codebooks import Codebook
     from lqlora.quantized._layout import Layout
     from lqlora.quantized._source import Source
 
@@ -125,9 +125,20 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     """Choose for each block the best of its absmax scale and the scales that a search finds."""
     if source.layout.is_trellis:
         return _by_least_squares(source, first)
-    wanted, points = _search(source, statistic, first, None), first.zero_points
-    if source.fmt.codebook.zero_point_bits > source.fmt.bits:
+    book, gap = source.fmt.codebook, int(source.fmt.codebook.levels[1])
+    points = _on_levels(first.zero_points, book)
+    wanted = _search(source, statistic, first._replace(zero_points=points), None)
+    choices = _candidates(source, first, wanted, _shifts(points, gap, book))
+    if book.zero_point_bits > book.bits:
+        # Zero points between levels are fitted together with the scale. Those on levels stay candidates: a block with many zeros is
+        # best with a level at zero.
         wanted, points = _search_lines(source, statistic)
+        choices += _candidates(source, first, wanted, _shifts(points, 1, book))
+    return _best(source, [first, *choices], None)
+
+
+def _candidates(source: Source, first: Choice, wanted: Array, points: list[Array | None]) -> list[Choice]:
+    """Return the scales that may be stored for some wanted ones, each with every choice of zero points."""
     if isinstance(first.stored, QuantizedArray):
         # With second-level scale t and offset o fixed, each scale is one of the values t l + o, whatever the other blocks
         # choose. So blocks can be compared one by one. A new t would change the scales of all blocks that share it.
@@ -136,10 +147,7 @@ def _by_scale(source: Source, statistic: Array, first: Choice) -> Choice:
     else:
         others = [ops.storage_cast(wanted, str(source.fmt.scales))]  # a scale that overflows there is not taken
     scales = source.fmt.scales
-    choices = [
-        Choice(own, decode_scales(own, scales), zeros) for own in others for zeros in _shifts(points, source.fmt)
-    ]
-    return _best(source, [first, *choices], None)
+    return [Choice(own, decode_scales(own, scales), zeros) for own in others for zeros in points]
 
 
 def _by_least_squares(source: Source, first: Choice) -> Choice:
@@ -193,13 +201,22 @@ def _measured(source: Source, scales: Array, importance: Array | None) -> tuple[
     return packed, xp.concat(wanted), xp.concat(errors)
 
 
-def _shifts(zeros: Array | None, fmt: BlockFormat) -> list[Array | None]:
-    """Return the zero points to try: those given, one lower, and one higher."""
+def _on_levels(zeros: Array | None, book: Codebook) -> Array | None:
+    """Return the levels nearest to zero points, which are the zero points themselves if these have as many bits as codes."""
+    if zeros is None or book.zero_point_bits == book.bits:
+        return zeros
+    xp, step = namespace(zeros), int(book.levels[1])
+    steps = (xp.astype(zeros, xp.int32) + step // 2) // step
+    return xp.astype(xp.clip(steps * step, 0, int(book.widest)), xp.uint8)
+
+
+def _shifts(zeros: Array | None, step: int, book: Codebook) -> list[Array | None]:
+    """Return the zero points to try: those given, a step lower, and a step higher."""
     if zeros is None:
         return [None]
     xp = namespace(zeros)
-    below = zeros - xp.astype(zeros > 0, xp.uint8)
-    above = zeros + xp.astype(zeros < int(fmt.codebook.widest), xp.uint8)
+    below = zeros - step * xp.astype(zeros >= step, xp.uint8)
+    above = zeros + step * xp.astype(zeros <= int(book.widest) - step, xp.uint8)
     return [zeros, below, above]
 
 

@@ -75,9 +75,13 @@ def fit_lines(rows: Array, importance: Array | None, book: Codebook, *, again: b
     best = None
     for part in _SHRUNK_AGAIN if again else _SHRUNK:
         scales, minima = xp.full_like(low, part), low * part
+        before = None
         for _ in range(_ROUNDS):
             levels = _levels(book, (wide - minima[:, None]) / scales[:, None])
+            if before is not None and not bool(xp.any(levels != before)):
+                break
             scales, minima = _line(wide, shares, levels, total, first, scales)
+            before = levels
         points = xp.clip(xp.round(-minima / scales), 0, book.widest)
         for _ in range(_REFINEMENTS):
             values = _levels(book, wide / scales[:, None] + points[:, None]) - points[:, None]
@@ -118,4 +122,8 @@ def _line(rows: Array, shares: Array, levels: Array, total: Array, first: Array,
     usable = usable & xp.isfinite(slopes) & (slopes > 0)
     scales = xp.where(usable, slopes, scales)
     minima = (first - scales * once) / xp.where(total > 0, total, xp.ones_like(total))
-    return scales, xp.where(minima > 0, xp.zeros_like(minima), minima)
+    # A zero point cannot be negative. Where the minimum would be above zero it is zero, and the scale is [l x] / [l l].
+    above = minima > 0
+    through = cross / xp.where(twice > 0, twice, xp.ones_like(twice))
+    scales = xp.where(above & (through > 0), through, scales)
+    return scales, xp.where(above, xp.zeros_like(minima), minima)

@@ -47,7 +47,7 @@ class QuantizedArray:
     offset : array of float32, shape (1,), optional
         Number that is added to every decoded value. Only arrays that are the scales of another array have one.
     zero_points : array of uint8, shape (ceil(blocks * zero_point_bits / 8),), optional
-        Packed zero points: the code of zero in each block of an affine format.
+        Packed zero points of an affine format: the level of zero in each block, or a place between two levels.
     levels : array of float32, shape (sets, number of levels), optional
         Fitted levels, where the format has them: one set for the whole array, or one for each group of lines.
     """

@@ -123,7 +123,7 @@ def _line(rows: Array, shares: Array, levels: Array, total: Array, first: Array,
     scales = xp.where(usable, slopes, scales)
     minima = (first - scales * once) / xp.where(total > 0, total, xp.ones_like(total))
     # A zero point cannot be negative. Where the minimum would be above zero it is zero, and the scale is [l x] / [l l].
-    above = minima > 0
+    is_positive = minima > 0
     through = cross / xp.where(twice > 0, twice, xp.ones_like(twice))
-    scales = xp.where(above & (through > 0), through, scales)
-    return scales, xp.where(above, xp.zeros_like(minima), minima)
+    scales = xp.where(is_positive & (through > 0), through, scales)
+    return scales, xp.where(is_positive, xp.zeros_like(minima), minima)

@@ -1,7 +1,8 @@
 """Figures in the prose and the tables of pages stand in a record of measurements, or are constants with a reason; pictures have a text.
 
-Figures of two digits are left out, because nearly any of them would be near to some number of a record. Records are ``experiments/README.md``, ``benchmarks/README.md`` and ``docs/measurements``. Output of code cells is computed when the pages are
-built, so cells are left out. A figure is a number with a decimal point: whole numbers are mostly sizes and counts.
+Records are ``experiments/README.md``, ``benchmarks/README.md`` and ``docs/measurements``. A figure is a number of at least three digits with a
+decimal point. Whole numbers are mostly sizes and counts, and nearly any figure of two digits is near to some number of a record. Output of code
+cells is computed when the pages are built, so cells are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _SKIPPED = (
     re.compile(r"`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$", re.DOTALL),  # code and formulas
     re.compile(r"\]\([^)]*\)|https?://\S+|<[^>\n]*>"),  # addresses
     re.compile(r"(?i)arxiv[: ]\s*\S+|\d{4}\.\d{4,5}"),  # papers
-    re.compile(r"\d+\.\d+\.\d+\S*|(?:[A-Za-z][\w-]*|version) v?\d+\.\d+(?=[,;)\s|])(?<=\.\d)(?=[,)])"),  # versions
+    re.compile(r"\d+\.\d+\.\d+\S*"),  # versions
 )
 _NUMBER = re.compile(r"(?<![\w.-])\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\w)|(?<![\w.-])\d+(?:\.\d+)?(?!\w)")
 

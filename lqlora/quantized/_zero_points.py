@@ -69,7 +69,7 @@ def fit_lines(rows: Array, importance: Array | None, book: Codebook, *, again: b
     xp = namespace(rows)
     wide = xp.astype(rows, xp.float64)
     shares = xp.ones_like(wide) if importance is None else xp.astype(importance, xp.float64)
-    low = xp.min(wide * xp.astype(shares > 0, xp.float64), axis=1)  # padding has no share
+    low = xp.min(wide, axis=1)  # the padding of short blocks is zero
     low = xp.where(low > 0, xp.zeros_like(low), low)
     total, first = ops.row_sums(shares), ops.row_sums(shares * wide)
     best = None
@@ -122,8 +122,5 @@ def _line(rows: Array, shares: Array, levels: Array, total: Array, first: Array,
     usable = usable & xp.isfinite(slopes) & (slopes > 0)
     scales = xp.where(usable, slopes, scales)
     minima = (first - scales * once) / xp.where(total > 0, total, xp.ones_like(total))
-    # A zero point cannot be negative. Where the minimum would be above zero it is zero, and the scale is [l x] / [l l].
-    is_positive = minima > 0
-    through = cross / xp.where(twice > 0, twice, xp.ones_like(twice))
-    scales = xp.where(is_positive & (through > 0), through, scales)
-    return scales, xp.where(is_positive, xp.zeros_like(minima), minima)
+    # A zero point cannot be negative, so a minimum cannot be positive. The refinements fit the scale to what is left.
+    return scales, xp.where(minima > 0, xp.zeros_like(minima), minima)

@@ -25,7 +25,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::lqlora.errors.ScaleUnderflowWar
 #: Codebooks of which a layout holds some formats, and others.
 FITTING = [
     by_name(name)
-    for name in ("nf4", "fp4-bnb", "int4s", "int5s", "int8s", "affine2", "affine3", "affine4", "affine8", "nf3", "int4")
+    for name in (
+        "nf4",
+        "fp4-bnb",
+        "int4s",
+        "int5s",
+        "int8s",
+        "affine2",
+        "affine3",
+        "affine4",
+        "affine8",
+        "affine2-4",
+        "affine4-6",
+        "nf3",
+        "int4",
+    )
 ]
 
 
@@ -105,3 +119,12 @@ def test_some_formats_fit(layout):
     assert len(fitting) >= 2
     for q in fitting:
         np.testing.assert_array_equal(again(q), lq.dequantize(q))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["affine2-4", "affine4-6", "affine4-8"])
+def test_zero_points_between_levels_are_refused(layout, name):
+    # Codes of 2 and 4 bits in the blocks that these layouts have, so nothing but the zero points is in the way. All are one code.
+    w = np.tile(np.linspace(-1, 1, 32, dtype=np.float32), (32, 2))
+    q = lq.quantize(w, lq.BlockFormat(by_name(name), 32, "float16", -1))
+    assert LAYOUTS[layout][0](q).startswith("codebook must be")

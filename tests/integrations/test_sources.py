@@ -486,3 +486,8 @@ def test_every_tensor_is_taken_or_listed_with_its_bytes(kinds, layout, files, mo
                 matrix = (array[index] if array.ndim == 3 else array).astype(np.float32)
                 turned = (model_type == "gpt2" and "c_attn" in key) or (model_type == "gpt_oss" and "experts" in key)
                 np.testing.assert_array_equal(contents.weights[name](), matrix.T if turned else matrix)
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.gguf", "nothing.safetensors"])
+def test_a_model_that_is_not_there_is_named(tmp_path, name):
+    assert refusal(tmp_path / name).endswith(f"{name} does not exist.")

@@ -389,3 +389,12 @@ class TestReport:
         assert sorted(record.name for record in caplog.records) == ["lqlora"] * 2
         pattern = r"(up|part): nf4/8:float32, rank 1, relative error 0\.\d{4}, \d+\.\d\d s"
         assert all(re.fullmatch(pattern, message) for message in caplog.messages), caplog.messages
+
+
+def test_a_model_without_dense_linear_layers_is_named():
+    with pytest.raises(InvalidArgumentError, match=r"^model must have .* got none\.$"):
+        quantize_model(nn.Sequential(nn.ReLU()), NF8, rank=1)
+    model = nn.Sequential(nn.Linear(8, 8))
+    quantize_model(model, NF8, rank=1)
+    with pytest.raises(InvalidArgumentError, match=r"^model must have .* already: 1\."):
+        quantize_model(model, NF8, rank=1)

@@ -261,3 +261,11 @@ class TestNextTokens:
             causal_lm_loss(nn.Identity(), x)
         with pytest.raises(InvalidArgumentError, match=r"model.*dict"):
             causal_lm_loss(lambda _: {}, x)
+
+
+@pytest.mark.parametrize("collect", [collect_fisher, collect_gram])
+@pytest.mark.parametrize("batch", [torch.ones(2, 4), {"input": torch.ones(2, 4)}], ids=["tensor", "mapping"])
+def test_one_batch_in_place_of_several_is_refused(collect, batch):
+    # A tensor could be iterated over: each row would be taken for a batch.
+    with pytest.raises(InvalidArgumentError, match=r"^batches must .* got one .*\[batch\]"):
+        collect(nn.Sequential(nn.Linear(4, 2)), batch)
